@@ -1,0 +1,172 @@
+"""A recipe's steps applied to one layer: a fold over the hooks. No class for any combination of schemes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from bitpress.errors import SchemeError
+from bitpress.layer import Layer, Record, Stat
+from bitpress.schemes import Step
+
+Stats = Mapping[str, Stat]
+TILE = 1 << 18  # weights of a row tile: its float32 temporaries stay in a core's cache
+
+
+def observe_weights(tiles: Callable[[], Iterator[Layer]], steps: Sequence[Step]) -> tuple[Stats, ...]:
+    """Per step, the statistics it takes of the weights alone, merged over row tiles; `tiles` starts a fresh pass over them."""
+    stats: list[Stats] = []
+    for i, step in enumerate(steps):
+        merged: dict[str, Stat] = {}
+        for tile in tiles() if step.scheme.has("observe") else ():
+            weight = quantize(tile, steps[:i], stats).weight
+            found = step.call("observe", inputs=None, reference=None, weight=weight)
+            if not found:
+                break
+            merged = {name: merged[name] | stat if name in merged else stat for name, stat in found.items()}
+        stats.append(merged)
+    return tuple(stats)
+
+
+def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Layer:
+    """The layer after every step's `quantize`."""
+    for step, observed in zip(steps, stats, strict=True):
+        layer = _layer(step, "quantize", step.call("quantize", layer=layer, stats=observed), layer)
+    return layer
+
+
+def pack(layer: Layer, steps: Sequence[Step]) -> Layer:
+    """The layer after every step's `pack`."""
+    for step in steps:
+        layer = _layer(step, "pack", step.call("pack", layer=layer), layer)
+    return layer
+
+
+def join(tiles: Iterable[Layer], shape: tuple[int, ...]) -> Layer:
+    """Packed row tiles of one layer as one, each copied into place as it comes.
+
+    Beside codes, the joined weight has the right shape and is NaN everywhere: nothing that is stored may be taken from it.
+
+    Args:
+        shape: (out, in) of the whole layer.
+
+    Raises:
+        SchemeError: a part without axes differs between tiles: rows are not independent, as the scheme's options say they are.
+    """
+    whole: dict[str, Any] = {}
+    parts: dict[str, list[torch.Tensor]] = {}
+    layer, at = None, 0
+    for layer in tiles:
+        main = {"weight": layer.weight} if layer.codes is None else {"codes": layer.codes}
+        height = len(next(iter(main.values())))
+        for name, piece in (main | {"keep": layer.keep}).items():
+            if piece is not None:
+                target = whole.setdefault(name, piece if height == shape[0] else piece.new_empty(shape[0], *piece.shape[1:]))
+                if target is not piece:
+                    target[at : at + height] = piece
+        for name, part in layer.parts.items():
+            parts.setdefault(name, []).append(part)
+        at += height
+    assert layer is not None, "a layer has at least one row"
+    weight = whole.pop("weight", torch.full((1, 1), torch.nan).expand(shape))
+    return attrs.evolve(layer, weight=weight, parts={n: _join_part(layer.name, n, p) for n, p in parts.items()}, **whole)
+
+
+def record(layer: Layer, steps: Sequence[Step]) -> Record:
+    """What the last step that serialises stores of a whole layer.
+
+    Raises:
+        SchemeError: no step does, or it returned something else.
+    """
+    for step in reversed(steps):
+        if (found := step.call("serialize", layer=layer)) is not None:
+            if not isinstance(found, Record):
+                raise SchemeError(f"{step.scheme}: serialize returned {type(found).__name__}, not a Record")
+            return found
+    raise SchemeError(f"none of the schemes {', '.join(s.scheme.name for s in steps)} has a `serialize` hook")
+
+
+def row_block(steps: Sequence[Step]) -> int:
+    """How many consecutive rows the steps need to see together."""
+    return math.lcm(*(step.options.row_block for step in steps))
+
+
+def row_tiles(shape: tuple[int, ...], steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) rows of the tiles in which a layer of shape (out, in) is worked on."""
+    rows, width = shape
+    block = row_block(steps)
+    height = max(TILE // max(width, 1) // block, 1) * block
+    return ((first, min(first + height, rows)) for first in range(0, rows, height))
+
+
+@functools.lru_cache(maxsize=4096)
+def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...]) -> Record:
+    """The Record of a layer of this shape with the right dtypes and shapes and meaningless numbers, in next to no memory.
+
+    The hooks run on one row block of zeros (and on the rest that does not fill a block); what they return is repeated without
+    being copied. (torch's `meta` device would say the same, at the price of importing sympy and torch's compiler: a second.)
+
+    Raises:
+        ShapeError: a scheme cannot take the shape.
+    """
+    block = row_block(steps)
+    heights = [(height, count) for height, count in ((block, rows // block), (rows % block, 1)) if height and count]
+    pieces = [(_zeros(height, width, dtype, steps), count) for height, count in heights]
+
+    def repeat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        first = tensors[0]
+        total = sum(len(tensor) * count for tensor, (_, count) in zip(tensors, pieces, strict=True)) if first.ndim else 0
+        return first[:1].expand(total, *first.shape[1:]) if first.ndim else first
+
+    layer = pieces[0][0]
+    grown: dict[str, Any] = {
+        "weight": layer.weight[:1].expand(rows, width),
+        "parts": {name: repeat([piece.parts[name] for piece, _ in pieces]) for name in layer.parts},
+    }
+    for name in ("codes", "keep"):
+        if getattr(layer, name) is not None:
+            grown[name] = repeat([getattr(piece, name) for piece, _ in pieces])
+    return record(attrs.evolve(layer, **grown), steps)
+
+
+def restore(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step]) -> torch.Tensor:
+    """(out, in) float32: the weight that a loader computes with, by the scheme that wrote the tensors."""
+    for step in reversed(steps):
+        if (weight := step.scheme.call("restore", tensors=tensors, config=config)) is not None:
+            return torch.as_tensor(weight)
+    raise SchemeError(f"none of the schemes {', '.join(s.scheme.name for s in steps)} can restore what it wrote")
+
+
+def bound(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step]) -> torch.Tensor | None:
+    """How far each weight may be from its source; None where a step promises nothing, or several steps moved it."""
+    found: torch.Tensor | None = steps[0].scheme.call("bound", tensors=tensors, config=config) if len(steps) == 1 else None
+    return found
+
+
+def _zeros(rows: int, width: int, dtype: torch.dtype, steps: Sequence[Step]) -> Layer:
+    layer = Layer("layer", torch.zeros(rows, width), dtype)
+    stats = observe_weights(lambda: iter((layer,)), steps)
+    return pack(quantize(layer, steps, stats), steps)
+
+
+def _join_part(layer: str, name: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    first = pieces[0]
+    if first.ndim:
+        return torch.cat(list(pieces)) if len(pieces) > 1 else first
+    if not all(torch.equal(first, piece) for piece in pieces):
+        raise SchemeError(f"{layer}: part {name!r} is one number for the stack, yet row tiles differ; gather it in `observe`")
+    return first
+
+
+def _layer(step: Step, hook: str, found: Any, before: Layer) -> Layer:
+    """What a hook returned, if it is a layer; what it was given, if it returned nothing."""
+    if found is None:
+        return before
+    if not isinstance(found, Layer):
+        raise SchemeError(f"{step.scheme}: {hook} returned {type(found).__name__}, not a Layer")
+    return found

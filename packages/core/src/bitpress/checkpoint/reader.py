@@ -1,0 +1,215 @@
+"""A model folder as it lies on disk: what is in it, known from headers, and its numbers, read by rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from bitpress.checkpoint.header import Entry, Header, read_header
+from bitpress.errors import CheckpointError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+    "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pkl", ".index.json", ".part",
+)  # fmt: skip
+
+
+@frozen(eq=False)
+class Checkpoint:
+    """The inventory of a model folder.
+
+    Attributes:
+        config: `config.json`.
+        headers: by file name, in the order in which the files are numbered.
+        entries: every tensor by name, file by file, in the order of their bytes.
+        others: relative paths of all files that hold no weights.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    headers: Mapping[str, Header]
+    entries: Mapping[str, Entry]
+    others: tuple[str, ...]
+
+
+def open_checkpoint(folder: Path, config: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The inventory of a folder, from its headers alone; `config` stands in for a `config.json` that is not written yet.
+
+    Raises:
+        CheckpointError: it is not a model folder, or index, headers and files do not agree.
+    """
+    config = read_json(folder / "config.json") if config is None else config
+    headers: dict[str, Header] = {}
+    entries: dict[str, Entry] = {}
+    for name in _weight_files(folder):
+        headers[name] = read_header(folder / name)
+        for entry in headers[name].entries:
+            if entry.name in entries:
+                raise CheckpointError(f"{folder}: tensor {entry.name} is in {entries[entry.name].file.name} and in {name}")
+            entries[entry.name] = entry
+    if (folder / INDEX).is_file():
+        _check_index(folder, entries)
+    return Checkpoint(folder, config, headers, entries, tuple(_other_files(folder)))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises CheckpointError where it is missing or something else."""
+    if not file.parent.is_dir():
+        raise CheckpointError(f"{file.parent} is not a folder")
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{file.parent} is not a model folder: it has no {file.name}") from None
+    except OSError as e:
+        raise CheckpointError(f"{file}: {e.strerror or e}") from None
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{file}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: an object is expected, not {type(value).__name__}")
+    return value
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        return sorted({str(name) for name in _weight_map(folder).values()})
+    files = sorted(f.name for f in folder.glob("*.safetensors"))
+    if "model.safetensors" in files:
+        return ["model.safetensors"]
+    if len(files) == 1:
+        return files
+    if files:
+        raise CheckpointError(f"{folder}: {len(files)} safetensors files and no {INDEX} that says which belong together")
+    pickles = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: weights only as pickles ({pickles[0]}), which can run code when loaded and are not read; convert them "
+            "where you trust them: transformers' from_pretrained(...).save_pretrained(FOLDER) writes safetensors"
+        )
+    raise CheckpointError(f"{folder} is not a model folder: it has no safetensors files")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX}: it has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX}: tensor {tensor} is said to lie in {name!r}, not a file of this folder")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: shard {name}, named by {INDEX}, is missing; fetch it again")
+    return weight_map
+
+
+def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
+    weight_map = _weight_map(folder)
+    for tensor, name in weight_map.items():
+        if tensor not in entries or entries[tensor].file.name != name:
+            raise CheckpointError(f"{folder}: {INDEX} says that tensor {tensor} is in {name}, and it is not there")
+    for tensor in entries:
+        if tensor not in weight_map:
+            raise CheckpointError(f"{folder}: tensor {tensor} of {entries[tensor].file.name} is not in {INDEX}")
+
+
+def _other_files(folder: Path) -> Iterator[str]:
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__pycache__")))
+        for name in sorted(files):
+            relative = (Path(root) / name).relative_to(folder)
+            if not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES):
+                yield relative.as_posix()
+
+
+class Reader:
+    """Reads numbers of a checkpoint's files: explicit reads into fresh memory, never a mapping, so that memory stays bounded
+    and a file that shrinks is an error and not a crash. Safe to use from several threads; close it, or use it in `with`.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def rows(self, entry: Entry, first: int, last: int) -> torch.Tensor:
+        """Rows `first` to `last` (exclusive) of a tensor, in its own dtype; all of it for a tensor without axes."""
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"{entry.file}: tensor {entry.name} has the dtype {entry.dtype}, which torch cannot hold")
+        shape = (last - first, *entry.shape[1:]) if entry.shape else ()
+        tensor = torch.empty(shape, dtype=DTYPES[entry.dtype])
+        row = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else entry.nbytes
+        self._fill(entry, first * row, tensor.reshape(-1).view(torch.uint8))
+        return tensor
+
+    def whole(self, entry: Entry) -> torch.Tensor:
+        """All of a tensor, in its own dtype."""
+        return self.rows(entry, 0, entry.shape[0] if entry.shape else 1)
+
+    def chunks(self, entry: Entry, size: int = 1 << 22) -> Iterator[torch.Tensor]:
+        """The bytes of a tensor of any dtype, in order, as uint8 tensors of at most `size`; each is overwritten by the next."""
+        buffer = torch.empty(min(size, entry.nbytes), dtype=torch.uint8)
+        for at in range(0, entry.nbytes, size):
+            part = buffer[: min(size, entry.nbytes - at)]
+            self._fill(entry, at, part)
+            yield part
+
+    def _fill(self, entry: Entry, offset: int, target: torch.Tensor) -> None:
+        view = memoryview(target.numpy())  # type: ignore[arg-type]
+        at = 0
+        while at < len(view):
+            try:
+                count = os.preadv(self._open(entry.file), [view[at:]], entry.start + offset + at)
+            except OSError as e:
+                raise CheckpointError(f"{entry.file}: {e.strerror or e} (while reading {entry.name})") from None
+            if count == 0:
+                raise CheckpointError(f"{entry.file}: it ended inside tensor {entry.name}; did it change during the run?")
+            at += count
+
+    def _open(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            return self._descriptors[file]
+
+
+def resolve(model: str | Path, fetch: Callable[[str], str] | None = None) -> Path:
+    """The folder of a model: the path itself, or where a Hub name (`organisation/name`) has been downloaded to.
+
+    Raises:
+        CheckpointError: neither a folder nor a name that the Hub could resolve.
+    """
+    path = Path(model).expanduser()
+    name = str(model)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return path
+    try:
+        return Path((fetch or _download)(name))
+    except Exception as e:  # the Hub client raises many kinds: network, rights, names
+        raise CheckpointError(f"{name} is no folder, and the Hub did not give it: {str(e).splitlines()[0]}") from None
+
+
+def _download(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(
+        name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "original/*"]
+    )

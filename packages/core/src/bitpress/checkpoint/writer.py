@@ -1,0 +1,154 @@
+"""An output folder: every file under a temporary name until it is whole, `config.json` last.
+
+Until `config.json` is there no loader takes the folder for a model. A finished shard carries the plan's digest in its header:
+the folder itself is the journal from which an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress.checkpoint.header import Entry, Header, read_header
+from bitpress.errors import CheckpointError, OutputError
+
+
+class ShardWriter:
+    """One file being written; tensors may come in any order and from several threads."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, entry: Entry, tensor: torch.Tensor) -> None:
+        """The numbers of one planned tensor; dtype and shape must be the planned ones."""
+        self.write_bytes(entry.start, tensor.contiguous().reshape(-1).view(torch.uint8))
+
+    def write_rows(self, entry: Entry, first: int, rows: torch.Tensor) -> None:
+        """Rows of a planned tensor, from row `first` on."""
+        self.write_bytes(entry.start + first * (entry.nbytes // entry.shape[0]), rows.contiguous().reshape(-1).view(torch.uint8))
+
+    def write_bytes(self, at: int, data: torch.Tensor | bytes) -> None:
+        """Bytes (uint8) at an absolute place."""
+        view = memoryview(data) if isinstance(data, bytes) else memoryview(data.numpy())  # type: ignore[arg-type]
+        while view:
+            count = os.pwrite(self._descriptor, view, at)
+            view, at = view[count:], at + count
+
+
+class OutputFolder:
+    """The folder a run writes into."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def prepare(self, planned: Iterable[str], needed: int) -> None:
+        """Make the folder, or see that it holds nothing but what an interrupted run of the same plan left.
+
+        Raises:
+            OutputError: it holds something else or a finished output, it cannot be written, or the disk is too small.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise OutputError(f"{self.folder} is a file; name a folder that does not exist yet")
+        if (self.folder / "config.json").exists():
+            raise OutputError(f"{self.folder} already holds a model; name another folder or delete it")
+        expected = {name + ending for name in planned for ending in ("", ".part")}
+        with _told(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            present = {f.relative_to(self.folder).as_posix(): f for f in self.folder.rglob("*") if not f.is_dir()}
+            strangers = sorted(set(present) - expected)
+            if strangers:
+                raise OutputError(f"{self.folder} is not empty: it holds {strangers[0]}; name another folder or empty it")
+            if not os.access(self.folder, os.W_OK):
+                raise OutputError(f"{self.folder} cannot be written: no permission")
+            there = sum(f.stat().st_size for f in present.values())
+            free = shutil.disk_usage(self.folder).free
+        if free + there < needed:
+            raise OutputError(f"{self.folder}: the disk has {free / 1e9:.2f} GB free and the output needs {needed / 1e9:.2f} GB")
+
+    def finished(self, name: str, header: Header) -> bool:
+        """Whether an earlier run of the same plan has written this shard.
+
+        Raises:
+            OutputError: a shard of that name is there, and another plan wrote it.
+        """
+        file = self.folder / name
+        if not file.exists():
+            return False
+        try:
+            same = read_header(file).raw == header.raw
+        except CheckpointError:
+            same = False
+        if not same:
+            raise OutputError(f"{file} was left by another run (recipe, versions or source differ); delete the folder first")
+        return True
+
+    @contextlib.contextmanager
+    def shard(self, name: str, header: Header) -> Iterator[ShardWriter]:
+        """A shard's file, header written; it takes its name when the block ends well, and is removed when it does not."""
+        with self._file(name) as descriptor:
+            writer = ShardWriter(descriptor)
+            writer.write_bytes(0, header.raw)
+            os.ftruncate(descriptor, header.nbytes)
+            yield writer
+
+    def text(self, name: str, content: str) -> None:
+        """A text file."""
+        with self._file(name) as descriptor:
+            ShardWriter(descriptor).write_bytes(0, content.encode())
+
+    def copy(self, name: str, source: Path) -> None:
+        """A file of the source, byte for byte."""
+        with self._file(name) as descriptor, source.open("rb") as f, open(descriptor, "wb", closefd=False) as target:
+            shutil.copyfileobj(f, target)
+
+    @contextlib.contextmanager
+    def _file(self, name: str) -> Iterator[int]:
+        final = self.folder / name
+        part = final.with_name(final.name + ".part")
+        with _told(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
+            try:
+                try:
+                    yield descriptor
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+                part.rename(final)
+                _sync_folder(final.parent)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """JSON, indented for people."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+@contextlib.contextmanager
+def _told(place: Path) -> Iterator[None]:
+    """An operating system's error as one line that names the place and the way out."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"{place}: the disk is full; make room and run the same command again: finished shards stay") from e
+        raise OutputError(f"{place}: {e.strerror or e}") from e
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

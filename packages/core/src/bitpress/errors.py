@@ -1,0 +1,48 @@
+"""The faults bitpress tells its users about: one line each, naming the place, the fact and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class BitpressError(Exception):
+    """A fault of the input or the surroundings, told in one line; the command line exits with 2."""
+
+
+class CheckpointError(BitpressError):
+    """The model folder cannot be read as what it says it is."""
+
+
+class RecipeError(BitpressError):
+    """The recipe, a scheme's name, an option or a pattern is not one that can be carried out."""
+
+
+class SchemeError(BitpressError):
+    """An installed scheme broke its contract: it raised, or gave back what it must not."""
+
+
+class ShapeError(BitpressError):
+    """A scheme cannot take a layer of this shape; schemes raise it from `quantize`, and the plan adds the layer's name."""
+
+
+class OutputError(BitpressError):
+    """The output folder cannot be written, or holds something else."""
+
+
+class VerificationError(BitpressError):
+    """What was written is not what was planned; the command line exits with 1."""
+
+    def __init__(self, message: str, faults: Sequence[str]) -> None:
+        super().__init__(message)
+        self.faults = faults
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint `; did you mean 'x'?` with the closest known name, or nothing where none is close.
+
+    >>> nearest("fp9", ["fp8", "int8"])
+    "; did you mean 'fp8'?"
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

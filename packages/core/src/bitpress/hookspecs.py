@@ -1,0 +1,106 @@
+"""The hooks of a scheme: this file is their specification.
+
+A scheme is a module (or any object) with functions marked `@bitpress.hookimpl`, named by an entry point in the group
+`bitpress.schemes`. A hook left out means that there is nothing to do. A hook names the arguments it wants and gets only
+those. Hooks are pure: they leave their arguments untouched, and never see a model, a file, a device, a rank or another layer.
+
+Before a tensor is read, the plan learns every stored shape by running the hooks on one row block of zeros: shapes and dtypes
+must follow from shapes and options, not from numbers.
+
+Letters for axes: out and in are the rows and columns of a weight (for a stack, the rows of all members one below the other);
+groups is the number of column groups that have a scale of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitpress.hardware import Hardware
+    from bitpress.layer import Finding, Layer, Record, Stat
+    from bitpress.options import Options
+
+hookspec = pluggy.HookspecMarker("bitpress")
+hookimpl = pluggy.HookimplMarker("bitpress")
+
+
+@hookspec(firstresult=True)
+def observe(inputs: Tensor, reference: Tensor, weight: Tensor, options: Options) -> Mapping[str, Stat] | None:
+    """Statistics of one batch that `quantize` will need, as raw sums or maxima.
+
+    The core merges them over row tiles, batches and processes. A scheme whose `observe` names `inputs` is calibrated (unless
+    `options.calibrated` says otherwise); one that names only `weight` needs no data and is called once for each row tile.
+
+    Args:
+        inputs: (tokens, in) as the already compressed layers before this one make them, in the model's dtype.
+        reference: (tokens, in) the same tokens in the uncompressed model.
+        weight: (out, in) float32, the rows at hand.
+
+    Returns:
+        Stats by name, float32, their shape independent of the number of tokens; or None where these options need none.
+    """
+
+
+@hookspec(firstresult=True)
+def rescale(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Tensor | None:
+    """Positive factors (in,) for the columns of the weight, as SmoothQuant and AWQ choose them; None to leave them alone.
+
+    The core multiplies the columns and folds the inverse into whatever produces the input, so that the function is unchanged.
+    """
+
+
+@hookspec(firstresult=True)
+def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer:
+    """The layer with its weight replaced by numbers that can be stored.
+
+    Promises: zeros stay zero; where `layer.keep` is False the weight stays zero; the shape does not change; rows depend on
+    nothing but themselves, the others of their `options.row_block` and `stats`; an all-zero row has finite, non-zero scales.
+
+    Returns:
+        `attrs.evolve(layer, weight=..., codes=..., parts=...)`. `weight` is float32 and exactly what the stored codes decode
+        to; it may be a function of no arguments.
+
+    Raises:
+        ShapeError: the width does not fit; the message names one that does.
+    """
+
+
+@hookspec(firstresult=True)
+def pack(layer: Layer, options: Options) -> Layer:
+    """The layer with `codes` and `parts` as the bits on disk: only bits change, `weight` does not."""
+
+
+@hookspec(firstresult=True)
+def serialize(layer: Layer, options: Options) -> Record:
+    """The stored tensors of one linear layer and the config fragment that tells a loader how to read them.
+
+    `layer` holds all rows of one member of a stack; where it has codes, its weight is NaN and only the shape may be used. Of
+    the steps of a composition, the last that has this hook writes.
+    """
+
+
+@hookspec(firstresult=True)
+def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
+    """What to expect on a device, best news first; at least one finding for any device, without needing the device."""
+
+
+@hookspec(firstresult=True)
+def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor:
+    """(out, in) float32: the effective weight, from what `serialize` stored. The inverse of `pack` and `serialize`.
+
+    A number that a loader would read as NaN is restored as NaN.
+    """
+
+
+@hookspec(firstresult=True)
+def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor | None:
+    """How far rounding may have moved each weight: non-negative float32 that broadcasts to (out, in).
+
+    `verify` holds the source's weight against it. None, or no hook, where no such bound exists (error feedback moves weights
+    on purpose).
+    """

@@ -1,0 +1,76 @@
+"""The values that hooks receive and return. All are frozen: a hook returns a new one made with `attrs.evolve`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import field, frozen
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@frozen(eq=False)
+class Layer:
+    """One linear layer, several stacked by rows because they read the same input, or a tile of whole rows of either.
+
+    `weight` may be given as a function of no arguments: it is called when somebody reads it, and whoever does not pays nothing.
+
+    Attributes:
+        name: the stack's name, for messages.
+        dtype: what the model stores its weights in, and computes in when served.
+        keep: (out, in) bool; False must stay zero. None keeps everything.
+        codes: what is stored, unpacked, one row per output; after `pack`, packed. None while the weight itself is stored.
+        parts: what is stored beside the codes, by name: "scale" (out, groups), "zero_point", ... The leading axis follows the
+            rows (one entry per row or per `row_block` of them); a part without axes is one number for the whole stack.
+    """
+
+    name: str
+    _weight: Tensor | Callable[[], Tensor] = field(repr=False)
+    dtype: torch.dtype
+    keep: Tensor | None = field(default=None, repr=False)
+    codes: Tensor | None = field(default=None, repr=False)
+    parts: Mapping[str, Tensor] = field(factory=dict, repr=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) float32: the numbers the served model will compute with, after every step so far."""
+        return self._weight() if callable(self._weight) else self._weight
+
+
+@frozen(eq=False)
+class Stat:
+    """A raw sum or maximum over one batch; `a | b` is the same over both, in any order."""
+
+    value: Tensor
+    merge: Literal["sum", "max"]
+
+    def __or__(self, other: Stat) -> Stat:
+        if self.merge != other.merge:
+            raise ValueError(f"a {self.merge} cannot be merged with a {other.merge}")
+        merged = self.value + other.value if self.merge == "sum" else self.value.maximum(other.value)
+        return Stat(merged, self.merge)
+
+
+@frozen(eq=False)
+class Record:
+    """What is stored of one linear layer.
+
+    Attributes:
+        tensors: by suffix of the module's name: `weight`, `weight_scale`, ...
+        config: the group entry of `quantization_config` that tells a loader how to read them (JSON values: `format`, `weights`,
+            `input_activations`); None for a plain weight that needs no telling.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any] | None = None
+
+
+@frozen
+class Finding:
+    """One remark of a scheme about a device."""
+
+    level: Literal["recommended", "supported", "degraded", "unsupported"]
+    text: str

@@ -1,0 +1,106 @@
+"""`bitpress.json`: what an output was made from and by, the digest of every file, and the error of every layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from bitpress.checkpoint.reader import read_json
+from bitpress.errors import CheckpointError
+
+NAME = "bitpress.json"
+
+
+@frozen
+class FileNote:
+    """Size and SHA-256 of a file; no digest where none was taken."""
+
+    bytes: int
+    sha256: str | None = None
+
+
+@frozen
+class LayerNote:
+    """One compressed layer.
+
+    Attributes:
+        shape: (out, in) of the source's weight.
+        dtype: of the source's weight, as safetensors names it.
+        bits: stored bits per weight, scales included.
+        error: ||restored - source|| / ||source||, measured on the written file; None where it was not verified.
+    """
+
+    steps: tuple[str, ...]
+    shape: tuple[int, int]
+    dtype: str
+    bits: float
+    error: float | None = None
+
+
+@frozen
+class Manifest:
+    """What `bitpress.json` holds.
+
+    Attributes:
+        bitpress: version of the core.
+        schemes: package and version by scheme.
+        source: the model's name as it was given (a folder's own name, or a Hub name).
+        inputs: the source's weight files; digests where they were verified.
+        files: every file of the output but `bitpress.json` itself.
+    """
+
+    bitpress: str
+    schemes: Mapping[str, str]
+    recipe: Mapping[str, Any]
+    source: str
+    inputs: Mapping[str, FileNote]
+    files: Mapping[str, FileNote]
+    layers: Mapping[str, LayerNote]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return attrs.asdict(self)
+
+    @property
+    def bits(self) -> float:
+        """Mean stored bits per weight of the compressed layers."""
+        sizes = {name: note.shape[0] * note.shape[1] for name, note in self.layers.items()}
+        return sum(note.bits * sizes[name] for name, note in self.layers.items()) / max(sum(sizes.values()), 1)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an output folder.
+
+    Raises:
+        CheckpointError: there is none, or it is not one.
+    """
+    if folder.is_dir() and not (folder / NAME).is_file():
+        raise CheckpointError(f"{folder} was not written by bitpress, or not to its end: it has no {NAME}")
+    table = read_json(folder / NAME)
+    try:
+        notes = {key: {n: FileNote(**note) for n, note in table[key].items()} for key in ("inputs", "files")}
+        layers = {
+            name: LayerNote(**{**note, "steps": tuple(note["steps"]), "shape": tuple(note["shape"])})
+            for name, note in table["layers"].items()
+        }
+        return Manifest(**{**table, **notes, "layers": layers})
+    except (KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{folder / NAME}: it is not what this version writes ({type(e).__name__}: {e})") from None
+
+
+def file_notes(files: Mapping[str, Path], threads: int) -> dict[str, FileNote]:
+    """Sizes and digests of files on disk, by the names they were given."""
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(files, pool.map(_note, files.values()), strict=True))
+
+
+def _note(file: Path) -> FileNote:
+    with file.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        return FileNote(f.tell(), digest)

@@ -1,0 +1,236 @@
+"""What a run will do, worked out from headers before a number is read: every stack's steps, every stored byte's place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from bitpress import __version__, chain, hardware, manifest, stacks
+from bitpress.checkpoint.header import BITS, Entry, Header, index, lay_out
+from bitpress.checkpoint.reader import DTYPES, INDEX, NAMES, Checkpoint
+from bitpress.errors import CheckpointError, RecipeError, ShapeError
+from bitpress.layer import Finding
+from bitpress.quantization import KEY, quantised_already, quantization_config
+from bitpress.recipe import Recipe
+from bitpress.schemes import Step
+
+
+@frozen(eq=False)
+class Stack:
+    """Linear layers that read the same input and get the same steps; alone, a stack of one."""
+
+    members: Mapping[str, Entry]
+    steps: tuple[Step, ...]
+
+    @property
+    def name(self) -> str:
+        """The common parent and the members' own names: `model.layers.0.self_attn.[q_proj, k_proj, v_proj]`."""
+        names = list(self.members)
+        if len(names) == 1:
+            return names[0]
+        parent = names[0].rpartition(".")[0]
+        return f"{parent}.[{', '.join(n.rpartition('.')[2] for n in names)}]"
+
+    @property
+    def reads(self) -> int:
+        """Bytes of the source's weights."""
+        return sum(entry.nbytes for entry in self.members.values())
+
+    def stored(self, module: str) -> tuple[dict[str, tuple[str, tuple[int, ...]]], Mapping[str, Any] | None]:
+        """Dtype and shape of what is stored of a member, by tensor name, and its config fragment."""
+        entry = self.members[module]
+        record = chain.describe(*entry.shape, DTYPES[entry.dtype], self.steps)
+        return {f"{module}.{suffix}": (NAMES[t.dtype], tuple(t.shape)) for suffix, t in record.tensors.items()}, record.config
+
+    def bits(self, module: str) -> float:
+        """Stored bits per weight of a member, scales included."""
+        return 8 * sum(_nbytes(*t) for t in self.stored(module)[0].values()) / self.members[module].numel
+
+
+@frozen(eq=False)
+class Shard:
+    """One file of the output: the stacks and plain tensors whose numbers go into it, and its header."""
+
+    name: str
+    stacks: tuple[Stack, ...]
+    copies: tuple[Entry, ...]
+    header: Header
+
+
+@attrs.frozen(eq=False, slots=False)
+class Plan:
+    """A run, before it starts.
+
+    Attributes:
+        digest: of versions, recipe and the source's headers; the same digest means the same work.
+        plain: modules left alone, as the config's `ignore` lists them.
+        warnings: what the user should know before starting.
+        findings: per scheme, what it says of the device present.
+    """
+
+    source: Checkpoint
+    recipe: Recipe
+    digest: str
+    shards: tuple[Shard, ...]
+    plain: tuple[str, ...]
+    warnings: tuple[str, ...]
+    findings: tuple[tuple[str, Finding], ...]
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """All stacks, in the order of their shards."""
+        return tuple(stack for shard in self.shards for stack in shard.stacks)
+
+    @cached_property
+    def fragments(self) -> dict[str, Mapping[str, Any] | None]:
+        """Every compressed module's config fragment."""
+        return {module: stack.stored(module)[1] for stack in self.stacks for module in stack.members}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The output's `config.json`."""
+        quantised = quantization_config(self.fragments, self.plain)
+        return dict(self.source.config) | ({KEY: quantised} if quantised else {})
+
+    @property
+    def index(self) -> dict[str, Any] | None:
+        """The output's index; None for a single file."""
+        if len(self.shards) == 1:
+            return None
+        return index({shard.name: shard.header.entries for shard in self.shards})
+
+    @property
+    def bytes_before(self) -> int:
+        """Size of the source's weight files."""
+        return sum(header.nbytes for header in self.source.headers.values())
+
+    @property
+    def bytes_after(self) -> int:
+        """Size of the output's weight files, exact."""
+        return sum(shard.header.nbytes for shard in self.shards)
+
+    def memory(self, threads: int) -> int:
+        """Bytes held at most while running, beyond what the interpreter and torch take."""
+        largest = max((sum(_nbytes(*t) for t in s.stored(m)[0].values()) for s in self.stacks for m in s.members), default=0)
+        return threads * (2 * largest + 10 * 4 * chain.TILE)
+
+    @property
+    def files(self) -> list[str]:
+        """Every file that the output will hold."""
+        own = [shard.name for shard in self.shards] + [manifest.NAME] + ([INDEX] if self.index else [])
+        return own + [name for name in self.source.others if name not in own]
+
+
+def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
+    """The plan of a recipe on a checkpoint.
+
+    Raises:
+        CheckpointError: the source is quantised already or has no layers to compress.
+        RecipeError: a pattern matches nothing, members of a fused stack get unlike steps, or a scheme needs what is not there.
+        ShapeError: a scheme cannot take a layer; the message names the layer and how to leave it out.
+    """
+    if method := quantised_already(source.config):
+        raise CheckpointError(f"{source.folder} is already quantised ({method}): start from the original, or decompress it first")
+    for step in recipe.all_steps:
+        if step.scheme.calibrated(step.options):
+            raise RecipeError(f"{step.scheme} needs calibration data with these options, and this version cannot calibrate yet")
+    linear = stacks.linear_layers(source)
+    assigned = recipe.assign(list(linear))
+    built: dict[str, Stack] = {}  # by the name of the first member
+    for modules in stacks.stack(linear):
+        steps = _agreed(modules, assigned)
+        if steps:
+            built[modules[0]] = _stack({m: linear[m] for m in modules}, steps)
+    if not built:
+        raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
+    compressed = {module for stack in built.values() for module in stack.members}
+    digest = _digest(source, recipe)
+    plain = tuple(stacks.left_alone(source, compressed))
+    return Plan(
+        source, recipe, digest, tuple(_shards(source, built, digest)), plain, tuple(_warnings(source)), tuple(_findings(recipe))
+    )
+
+
+def _agreed(modules: Sequence[str], assigned: Mapping[str, tuple[Step, ...]]) -> tuple[Step, ...]:
+    """The one list of steps of a stack's members."""
+    first = assigned[modules[0]]
+    for module in modules:
+        if assigned[module] is not first and assigned[module] != first:
+            raise RecipeError(
+                f"layers {modules[0]} and {module} are one layer in serving engines and must get the same steps: "
+                "let one pattern match all of them, or none"
+            )
+    return first
+
+
+def _stack(members: Mapping[str, Entry], steps: tuple[Step, ...]) -> Stack:
+    """A stack whose every member's shape the schemes take."""
+    stack, block = Stack(members, steps), chain.row_block(steps)
+    leaves = ", ".join(m.rpartition(".")[2] for m in members)
+    first = next(iter(members))
+    pattern = f"*.{first.rpartition('.')[2]}" if len(members) == 1 else f"*.{first.split('.')[-2]}.*"
+    way_out = f"leave such layers out: --ignore '{pattern}' (in a recipe: a rule with `steps = []` before it)"
+    for module, entry in members.items():
+        if len(members) > 1 and entry.shape[0] % block:
+            raise ShapeError(
+                f"layer {module}: {entry.shape[0]} rows are not a multiple of {block}, and engines fuse {leaves} into one "
+                f"layer, where a block of {block} rows would hold rows of two; {way_out}"
+            )
+        try:
+            stack.stored(module)
+        except ShapeError as e:
+            raise ShapeError(f"layer {module}: {e}; or {way_out}") from None
+    return stack
+
+
+def _shards(source: Checkpoint, built: Mapping[str, Stack], digest: str) -> Iterable[Shard]:
+    """Output files that mirror the input's; a stack goes whole into the file of its first member."""
+    members = {entry.name: module for stack in built.values() for module, entry in stack.members.items()}
+    contents = []
+    for header in source.headers.values():
+        own = [built[module] for e in header.entries if (module := members.get(e.name, "")) in built]
+        copies = [e for e in header.entries if e.name not in members]
+        if own or copies:
+            contents.append((own, copies))
+    for i, (own, copies) in enumerate(contents, 1):
+        name = "model.safetensors" if len(contents) == 1 else f"model-{i:05d}-of-{len(contents):05d}.safetensors"
+        tensors = [(entry.name, entry.dtype, entry.shape) for entry in copies]
+        for stack in own:
+            tensors += [(n, *t) for module in stack.members for n, t in stack.stored(module)[0].items()]
+        header = lay_out(source.folder / name, tensors, {"format": "pt", "bitpress": digest})
+        yield Shard(name, tuple(own), tuple(copies), header)
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * BITS[dtype] // 8
+
+
+def _digest(source: Checkpoint, recipe: Recipe) -> str:
+    content = {
+        "core": __version__,
+        "schemes": sorted({str(step.scheme) for step in recipe.all_steps}),
+        "recipe": recipe.as_json(),
+        "source": {name: hashlib.sha256(header.raw).hexdigest() for name, header in source.headers.items()},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _warnings(source: Checkpoint) -> Iterable[str]:
+    experts = [e for e in source.entries.values() if len(e.shape) == 3 and ".experts." in e.name and e.dtype in stacks.FLOATS]
+    if experts:
+        size = sum(e.nbytes for e in experts) / 1e9
+        yield f"{len(experts)} tensors hold fused experts ({size:.2f} GB, first: {experts[0].name}); they are copied unchanged"
+
+
+def _findings(recipe: Recipe) -> Iterable[tuple[str, Finding]]:
+    device = hardware.present()
+    for step in dict.fromkeys(recipe.all_steps):
+        for finding in step.call("validate_hardware", hardware=device) or ():
+            yield step.scheme.name, finding

@@ -1,0 +1,44 @@
+"""`quantization_config`: what tells transformers and vLLM how the stored tensors are to be read (compressed-tensors)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+KEY = "quantization_config"
+
+
+def quantization_config(fragments: Mapping[str, Mapping[str, Any] | None], plain: Sequence[str]) -> dict[str, Any] | None:
+    """The smallest config that both loaders accept, or None where every tensor is plain.
+
+    Args:
+        fragments: by module, the group entry its scheme asked for; None for a plain weight.
+        plain: modules that stay as they are, for `ignore`.
+    """
+    groups: dict[str, list[str]] = {}
+    for module, fragment in fragments.items():
+        if fragment is not None:
+            groups.setdefault(json.dumps(fragment, sort_keys=True), []).append(module)
+    if not groups:
+        return None
+    entries = [json.loads(text) for text in groups]
+    formats = {entry["format"] for entry in entries}
+    # one group may say "Linear", which also reaches layers that an engine has fused; several need the names
+    targets = [["Linear"]] if len(groups) == 1 else list(groups.values())
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",  # without it transformers leaves random weights, without an error
+        "ignore": [*plain, *(module for module, fragment in fragments.items() if fragment is None)],
+        "config_groups": {f"group_{i}": {"targets": t, **e} for i, (t, e) in enumerate(zip(targets, entries, strict=True))},
+    }
+
+
+def quantised_already(config: Mapping[str, Any]) -> str | None:
+    """The method by which a model's config says that it is quantised, or None."""
+    for table in (config, config.get("text_config")):
+        if isinstance(table, dict) and table.get(KEY):
+            method = table[KEY].get("quant_method") if isinstance(table[KEY], dict) else None
+            return str(method or "an unnamed method")
+    return None

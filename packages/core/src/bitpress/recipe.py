@@ -1,0 +1,143 @@
+"""Which layers get which steps: from a scheme's name and settings, or from a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from bitpress.errors import RecipeError, nearest
+from bitpress.schemes import Registry, Step
+
+
+@frozen
+class Rule:
+    """Layers whose name matches the pattern get these steps, in order; none leaves them as they are."""
+
+    match: str
+    steps: tuple[Step, ...]
+
+
+@frozen
+class Recipe:
+    """Rules, of which the first that matches a layer counts, and patterns of layers that no rule may touch."""
+
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+
+    @property
+    def all_steps(self) -> tuple[Step, ...]:
+        """Every step of every rule."""
+        return tuple(step for rule in self.rules for step in rule.steps)
+
+    def assign(self, modules: Sequence[str]) -> Mapping[str, tuple[Step, ...]]:
+        """The steps of every module, empty where it is left alone.
+
+        Raises:
+            RecipeError: a pattern matches no module; the message names the nearest.
+        """
+        patterns = [rule.match for rule in self.rules] + list(self.ignore)
+        for pattern in patterns:
+            if not any(fnmatchcase(module, pattern) for module in modules):
+                raise RecipeError(
+                    f"the pattern {pattern!r} matches none of the {len(modules)} linear layers{nearest(pattern, modules)} "
+                    "(embeddings, lm_head, norms, routers and vision towers are left alone in any case)"
+                )
+        return {module: self.steps(module) for module in modules}
+
+    def as_json(self) -> dict[str, Any]:
+        """The recipe with every option spelled out, as `bitpress.json` keeps it and `from_json` reads it."""
+        layers = [
+            {"match": rule.match, "steps": [{"use": s.scheme.name, **attrs.asdict(s.options)} for s in rule.steps]}
+            for rule in self.rules
+        ]
+        return {"layers": layers, "ignore": list(self.ignore)}
+
+    def steps(self, module: str) -> tuple[Step, ...]:
+        """The steps of one module, empty where it is left alone."""
+        if any(fnmatchcase(module, pattern) for pattern in self.ignore):
+            return ()
+        return next((rule.steps for rule in self.rules if fnmatchcase(module, rule.match)), ())
+
+
+def from_scheme(name: str, registry: Registry, settings: Iterable[str] = (), ignore: Iterable[str] = ()) -> Recipe:
+    """The recipe of `--scheme NAME`, where `+` joins steps from left to right, for every linear layer of the decoder blocks."""
+    names = name.split("+")
+    values = _settings(settings, names, registry)
+    steps = tuple(registry.get(n).step(values[n]) for n in names)
+    return Recipe((Rule("*", steps),), tuple(ignore))
+
+
+def from_file(file: Path, registry: Registry, settings: Iterable[str] = (), ignore: Iterable[str] = ()) -> Recipe:
+    """The recipe of a TOML file; `settings` override its options, `ignore` adds to it.
+
+    Raises:
+        RecipeError: the file cannot be read, or is not a recipe; the message names the place.
+    """
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise RecipeError(f"{file}: {e.strerror or e}") from None
+    except ValueError as e:
+        raise RecipeError(f"{file}: not valid TOML ({e})") from None
+    return from_json(table, registry, str(file), settings, ignore)
+
+
+def from_json(
+    table: Mapping[str, Any], registry: Registry, place: str, settings: Iterable[str] = (), ignore: Iterable[str] = ()
+) -> Recipe:
+    """The recipe of a table `{"layers": [{"match", "steps"}], "ignore": [...]}`; `place` is named in errors."""
+    _known(table, ("layers", "ignore"), place)
+    layers, ignored = table.get("layers"), table.get("ignore", [])
+    if not isinstance(layers, list) or not layers:
+        raise RecipeError(f"{place}: it needs at least one [[layers]] with `match` and `steps`")
+    if not isinstance(ignored, list) or not all(isinstance(p, str) for p in ignored):
+        raise RecipeError(f"{place}: `ignore` is a list of patterns")
+    parsed = [_rule(layer, f"{place}: [[layers]] number {i}") for i, layer in enumerate(layers, 1)]
+    values = _settings(settings, list(dict.fromkeys(use for _, steps in parsed for use, _ in steps)), registry)
+    rules = (
+        Rule(match, tuple(registry.get(use).step({**options, **values[use]}) for use, options in steps))
+        for match, steps in parsed
+    )
+    return Recipe(tuple(rules), (*ignored, *ignore))
+
+
+def _rule(layer: Any, place: str) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    if not isinstance(layer, dict) or not isinstance(layer.get("match"), str) or not isinstance(layer.get("steps"), list):
+        raise RecipeError(f'{place}: it needs `match` (a pattern) and `steps` (a list, such as ["fp8"] or [])')
+    _known(layer, ("match", "steps"), place)
+    steps = []
+    for step in layer["steps"]:
+        options = {"use": step} if isinstance(step, str) else step
+        if not isinstance(options, dict) or not isinstance(options.get("use"), str):
+            raise RecipeError(f'{place}: a step is a scheme\'s name or {{ use = "NAME", option = value }}, not {step!r}')
+        steps.append((options["use"], {k: v for k, v in options.items() if k != "use"}))
+    return layer["match"], steps
+
+
+def _known(table: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
+    for key in table:
+        if key not in keys:
+            raise RecipeError(f"{place}: unknown key {key!r}{nearest(key, keys)}")
+
+
+def _settings(settings: Iterable[str], names: Sequence[str], registry: Registry) -> dict[str, dict[str, Any]]:
+    """`[SCHEME.]OPTION=VALUE` texts as values by scheme; an option without a scheme goes to the one scheme that has it."""
+    values: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for setting in settings:
+        target, equals, value = setting.partition("=")
+        scheme, dot, option = target.rpartition(".")
+        if not equals or not option:
+            raise RecipeError(f"--set {setting}: it should read OPTION=VALUE or SCHEME.OPTION=VALUE")
+        if dot and scheme not in values:
+            raise RecipeError(f"--set {setting}: the scheme {scheme!r} is not used here{nearest(scheme, names)}")
+        having = [n for n in names if option in attrs.fields_dict(registry.get(n).options_type)]
+        if not dot and len(having) > 1:
+            raise RecipeError(f"--set {setting}: {' and '.join(having)} both have it; write {having[0]}.{setting}")
+        values[scheme if dot else (having or list(names))[0]][option] = value
+    return values

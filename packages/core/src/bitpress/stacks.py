@@ -1,0 +1,101 @@
+"""Which tensors of a checkpoint are linear layers of the decoder blocks, and which of them read the same input.
+
+Known from names and shapes alone. Layers that read the same input, and that engines fuse into one, form a stack.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bitpress.checkpoint.header import Entry
+from bitpress.checkpoint.reader import Checkpoint
+from bitpress.errors import CheckpointError
+
+FLOATS = ("BF16", "F16", "F32", "F64")
+FUSED: Sequence[Sequence[str]] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)  # what vLLM loads into one weight, in its order of rows
+ROUTERS = ("gate", "router", "shared_expert_gate")
+OUTSIDE = re.compile(r"visual|vision|image|audio|speech|mtp|nextn|projector|draft|eagle", re.IGNORECASE)
+BLOCK = re.compile(r"(?P<container>.+?)\.(?P<index>\d+)\.(?P<inside>.+)\.weight")
+
+
+def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
+    """The linear layers of the decoder blocks by module name, in file order.
+
+    Left out: embeddings, the head, norms, routers, vision and audio towers, and blocks beyond the model's own count, which
+    hold multi-token prediction.
+
+    Raises:
+        CheckpointError: there are none, they are quantised already, or they are stored transposed.
+    """
+    blocks: dict[str, dict[str, Entry]] = defaultdict(dict)
+    count = _block_count(checkpoint.config)
+    for name, entry in checkpoint.entries.items():
+        place = BLOCK.fullmatch(name)
+        if not place or len(entry.shape) != 2 or OUTSIDE.search(name):
+            continue
+        if any(part in ROUTERS for part in place["inside"].split(".")) or "embed" in place["inside"]:
+            continue
+        if count is None or int(place["index"]) < count:
+            blocks[place["container"]][name.removesuffix(".weight")] = entry
+    if not blocks:
+        raise CheckpointError(f"{checkpoint.folder}: no linear layers in numbered decoder blocks were found")
+    found = max(blocks.values(), key=lambda layers: sum(e.nbytes for e in layers.values()))
+    for module, entry in found.items():
+        _check(module, entry, checkpoint.entries.get(f"{module}.bias"))
+    return found
+
+
+def stack(layers: Mapping[str, Entry]) -> list[tuple[str, ...]]:
+    """Module names grouped into stacks: those that engines fuse and that have one width together, all others alone."""
+    stacks: list[tuple[str, ...]] = []
+    taken: set[str] = set()
+    for module, entry in layers.items():
+        if module in taken:
+            continue
+        parent, _, leaf = module.rpartition(".")
+        names = next((f for f in FUSED if leaf in f), (leaf,))
+        members = [f"{parent}.{n}" for n in names if f"{parent}.{n}" in layers]
+        if any(layers[m].shape[1] != entry.shape[1] for m in members):
+            members = [module]
+        stacks.append(tuple(members))
+        taken.update(members)
+    return stacks
+
+
+def left_alone(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[str]:
+    """Modules that a loader might take for linear layers and that stay as they are, in file order, the tied head included."""
+    done = set(compressed)
+    plain: dict[str, None] = {}
+    for name, entry in checkpoint.entries.items():
+        module, _, leaf = name.rpartition(".")
+        matrix = leaf == "weight" and len(entry.shape) == 2 and "embed" not in module.rpartition(".")[2]
+        experts = leaf != "weight" and len(entry.shape) == 3  # fused expert weights are parameters of the experts' module
+        if (matrix or experts) and module not in done:
+            plain[module] = None
+    if not any(module.endswith("lm_head") for module in plain):
+        plain["lm_head"] = None
+    return list(plain)
+
+
+def _block_count(config: Mapping[str, Any]) -> int | None:
+    for table in (config, *(config.get(key) for key in ("text_config", "llm_config", "language_config"))):
+        for key in ("num_hidden_layers", "n_layer", "num_layers"):
+            if isinstance(table, dict) and isinstance(table.get(key), int):
+                return int(table[key])
+    return None
+
+
+def _check(module: str, entry: Entry, bias: Entry | None) -> None:
+    if entry.dtype not in FLOATS:
+        raise CheckpointError(f"{entry.file}: tensor {entry.name} is {entry.dtype}: already quantised; start from the original")
+    rows, width = entry.shape
+    if bias is not None and bias.shape == (width,) and rows != width:
+        raise CheckpointError(f"{entry.file}: layer {module} is stored transposed (in, out), as GPT-2 does: not supported yet")

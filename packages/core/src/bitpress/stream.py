@@ -1,0 +1,96 @@
+"""Data-free work: shard by shard, stack by stack, in row tiles that stay in a core's cache."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+import torch
+
+from bitpress import chain
+from bitpress.checkpoint.header import Entry
+from bitpress.checkpoint.reader import DTYPES, NAMES, Reader
+from bitpress.checkpoint.writer import OutputFolder, ShardWriter
+from bitpress.errors import CheckpointError, SchemeError
+from bitpress.layer import Layer
+from bitpress.planning import Plan, Shard, Stack
+
+Progress = Callable[[int], None]
+
+
+def write_shards(plan: Plan, output: OutputFolder, threads: int, device: torch.device, progress: Progress) -> None:
+    """Write every shard that an earlier run of the same plan has not finished; `progress` is told the source bytes done."""
+    with Reader() as reader:
+        for shard in plan.shards:
+            if output.finished(shard.name, shard.header):
+                progress(sum(s.reads for s in shard.stacks) + sum(e.nbytes for e in shard.copies))
+            else:
+                with output.shard(shard.name, shard.header) as writer:
+                    _fill(shard, reader, writer, threads, device, progress)
+
+
+def compress_stack(stack: Stack, reader: Reader, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stored tensors of a stack by name, one member after the other.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite; the message names the tensor.
+        SchemeError: the scheme returned other tensors than it planned.
+    """
+    tiles = functools.partial(_tiles, stack, reader, device)
+    stats = chain.observe_weights(lambda: (tile for module in stack.members for tile in tiles(module)), stack.steps)
+    for module in stack.members:
+        packed = (chain.pack(chain.quantize(tile, stack.steps, stats), stack.steps) for tile in tiles(module))
+        record = chain.record(chain.join(packed, stack.members[module].shape), stack.steps)
+        found = {f"{module}.{suffix}": tensor for suffix, tensor in record.tensors.items()}
+        planned, _ = stack.stored(module)
+        shapes = {name: (NAMES.get(t.dtype), tuple(t.shape)) for name, t in found.items()}
+        if shapes != planned:
+            raise SchemeError(f"{stack.steps[-1].scheme}: layer {module} became {shapes}, planned was {planned}")
+        yield from found.items()
+
+
+def _tiles(stack: Stack, reader: Reader, device: torch.device, module: str) -> Iterator[Layer]:
+    entry = stack.members[module]
+    for first, last in chain.row_tiles(entry.shape, stack.steps):
+        weight = reader.rows(entry, first, last).to(device).float()
+        if not math.isfinite(weight.sum()):  # one cheap pass: a NaN or Inf anywhere makes the sum so
+            _refuse_non_finite(entry, first, weight)
+        yield Layer(stack.name, weight, DTYPES[entry.dtype])
+
+
+def _refuse_non_finite(entry: Entry, first: int, weight: torch.Tensor) -> None:
+    """Raise if a number is not finite; a sum of finite numbers may overflow."""
+    bad = (~weight.isfinite()).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.name} has {weight[row, column].item()} at row {first + row}, column {column}; "
+            "the source is damaged: fetch it again, or leave the layer out with --ignore"
+        )
+
+
+def _fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, device: torch.device, progress: Progress) -> None:
+    """Write all tensors of a shard, several stacks side by side; the bytes do not depend on who is first."""
+    places = {entry.name: entry for entry in shard.header.entries}
+
+    def work(stack: Stack) -> None:
+        for name, tensor in compress_stack(stack, reader, device):
+            writer.write(places[name], tensor.cpu())
+        progress(stack.reads)
+
+    def copy(entry: Entry) -> None:
+        at = places[entry.name].start
+        for chunk in reader.chunks(entry):
+            writer.write_bytes(at, chunk)
+            at += len(chunk)
+        progress(entry.nbytes)
+
+    pool = ThreadPoolExecutor(threads)
+    try:
+        futures = [pool.submit(work, stack) for stack in shard.stacks] + [pool.submit(copy, entry) for entry in shard.copies]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

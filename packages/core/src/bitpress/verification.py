@@ -1,0 +1,186 @@
+"""Proof of what was written: the files are opened again and held against the plan, the config and the source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from bitpress import chain, stacks
+from bitpress.checkpoint.header import Entry
+from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint, Reader
+from bitpress.errors import BitpressError, CheckpointError
+from bitpress.manifest import FileNote, LayerNote, Manifest, file_notes
+from bitpress.quantization import KEY, quantization_config
+from bitpress.recipe import Recipe
+from bitpress.schemes import Step
+
+
+@frozen
+class Report:
+    """What was found: faults, empty if all is well, and the relative error of every layer where there was a source."""
+
+    faults: tuple[str, ...]
+    errors: Mapping[str, float]
+
+
+@frozen(eq=False)
+class Written:
+    """An output and what was meant to be in it."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    layers: Mapping[str, LayerNote]
+
+    def entries(self, module: str) -> dict[str, Entry | None]:
+        """What is stored of a layer, by suffix; None for a planned tensor that is not there."""
+        planned = self.planned(module, self.layers[module].shape[0]).tensors
+        return {suffix: self.checkpoint.entries.get(f"{module}.{suffix}") for suffix in planned}
+
+    def planned(self, module: str, rows: int) -> Any:
+        """The Record that this many rows of a layer must have become."""
+        note = self.layers[module]
+        return chain.describe(rows, note.shape[1], DTYPES[note.dtype], self.steps(module))
+
+    def steps(self, module: str) -> tuple[Step, ...]:
+        """The steps that wrote a layer."""
+        return self.recipe.steps(module)
+
+    def tiles(self, module: str, reader: Reader) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
+        """First and last (exclusive) row of each row tile, and the stored tensors cut to it, on which `restore` works."""
+        shape, block = self.layers[module].shape, chain.row_block(self.steps(module))
+        entries = {suffix: entry for suffix, entry in self.entries(module).items() if entry is not None}
+        whole = {suffix: tuple(t.shape) for suffix, t in self.planned(module, shape[0]).tensors.items()}
+        for first, last in chain.row_tiles(shape, self.steps(module)):
+            tensors = {}
+            for suffix, tensor in self.planned(module, last - first).tensors.items():
+                if tuple(tensor.shape) == whole[suffix]:  # one tile is all, or the tensor does not follow the rows
+                    tensors[suffix] = reader.whole(entries[suffix])
+                else:
+                    start = first // block * self.planned(module, block).tensors[suffix].shape[0]
+                    tensors[suffix] = reader.rows(entries[suffix], start, start + tensor.shape[0])
+            yield first, last, tensors
+
+
+def verify_files(notes: Mapping[str, FileNote], folder: Path, threads: int) -> Iterator[str]:
+    """Faults of files against their notes: missing, another size, other bytes."""
+    present = {name: note for name, note in notes.items() if (folder / name).is_file()}
+    for name in notes:
+        if name not in present:
+            yield f"{name}: the file is missing"
+    for name, found in file_notes({name: folder / name for name in present}, threads).items():
+        noted = present[name]
+        if found.bytes != noted.bytes:
+            yield f"{name}: {found.bytes} bytes, written were {noted.bytes}"
+        elif noted.sha256 is not None and found.sha256 != noted.sha256:
+            yield f"{name}: its bytes are not those that were written (SHA-256 differs)"
+
+
+def verify_tensors(written: Written, source: Checkpoint | None, threads: int, done: Callable[[int], None]) -> Report:
+    """Every planned tensor is there as planned, scales are usable, the config says what is stored, and weights are near the
+    source's where there is a source; `done` is told the bytes of each layer that was read.
+    """
+    faults = list(_structure(written, source))
+    broken = {fault.split(":")[0] for fault in faults}
+    modules = [module for module in written.layers if module not in broken]
+    errors: dict[str, float] = {}
+    with Reader() as reader, ThreadPoolExecutor(threads) as pool:
+
+        def work(module: str) -> tuple[list[str], float | None]:
+            found = _layer(written, module, source, reader)
+            done(sum(e.nbytes for e in written.entries(module).values() if e))
+            return found
+
+        for module, (found, error) in zip(modules, pool.map(work, modules), strict=True):
+            faults += found
+            if error is not None:
+                errors[module] = error
+        if source:
+            faults += _copies(written, source, reader)
+    return Report(tuple(faults), errors)
+
+
+def written_by(manifest: Manifest, checkpoint: Checkpoint, recipe: Recipe) -> Written:
+    """An output as its manifest describes it."""
+    for module, note in manifest.layers.items():
+        if not recipe.steps(module) or note.dtype not in DTYPES:
+            raise CheckpointError(f"{checkpoint.folder}: bitpress.json does not say how layer {module} was written")
+    return Written(checkpoint, recipe, manifest.layers)
+
+
+def _structure(written: Written, source: Checkpoint | None) -> Iterator[str]:
+    """Faults that headers and config show."""
+    out = written.checkpoint
+    fragments, expected = {}, set()
+    for module, note in written.layers.items():
+        record = written.planned(module, note.shape[0])
+        fragments[module] = record.config
+        for suffix, tensor in record.tensors.items():
+            name, planned = f"{module}.{suffix}", (NAMES[tensor.dtype], tuple(tensor.shape))
+            expected.add(name)
+            entry = out.entries.get(name)
+            if entry is None:
+                yield f"{module}: tensor {name} is missing"
+            elif (entry.dtype, entry.shape) != planned:
+                yield f"{module}: tensor {name} is {entry.dtype} {list(entry.shape)}, planned was {planned[0]} {list(planned[1])}"
+    if source is not None:
+        expected |= {name for name in source.entries if name.removesuffix(".weight") not in written.layers}
+        for name in sorted(expected - set(out.entries)):
+            if name.rpartition(".")[0] not in written.layers:
+                yield f"{name}: the source's tensor is missing"
+    for name in sorted(set(out.entries) - expected):
+        if source is not None or (name.rpartition(".")[0] in written.layers and not name.endswith(".bias")):
+            yield f"{name}: the tensor was not planned"
+    wanted = quantization_config(fragments, stacks.left_alone(out, written.layers))
+    if out.config.get(KEY) != wanted:
+        yield f"config.json: its {KEY} does not describe what is stored"
+
+
+def _layer(written: Written, module: str, source: Checkpoint | None, reader: Reader) -> tuple[list[str], float | None]:
+    """Faults of one layer's numbers, and its relative error."""
+    steps, faults = written.steps(module), set()
+    config = written.planned(module, written.layers[module].shape[0]).config
+    origin = source.entries.get(f"{module}.weight") if source else None
+    moved, size = 0.0, 0.0
+    try:
+        for first, last, tensors in written.tiles(module, reader):
+            for suffix, tensor in tensors.items():
+                if "scale" in suffix and tensor.is_floating_point() and not _usable(tensor.float()):
+                    faults.add(f"{module}: {suffix} has a scale that is zero, infinite or NaN")
+            weight = chain.restore(tensors, config, steps)
+            if not math.isfinite(weight.sum()) and not weight.isfinite().all():
+                faults.add(f"{module}: the stored weight decodes to NaN or infinity")
+            elif origin is not None:
+                given = reader.rows(origin, first, last).float()
+                limit = chain.bound(tensors, config, steps)
+                distance = weight.sub_(given).abs_()
+                if limit is not None and (distance > limit).any():
+                    faults.add(f"{module}: a stored weight is further from the source's than rounding can move it")
+                moved += float(distance.square().sum(dtype=torch.float64))
+                size += float(given.square().sum(dtype=torch.float64))
+    except BitpressError as e:
+        return [f"{module}: {e}"], None
+    error = math.sqrt(moved / size) if size else (0.0 if not moved else math.inf)
+    return sorted(faults), error if origin is not None else None
+
+
+def _usable(scale: torch.Tensor) -> bool:
+    return bool(((scale > 0) & scale.isfinite()).all())
+
+
+def _copies(written: Written, source: Checkpoint, reader: Reader) -> Sequence[str]:
+    """Plain tensors whose bytes differ from the source's."""
+    faults = []
+    for name, entry in source.entries.items():
+        copy = written.checkpoint.entries.get(name)
+        if copy is None or name.removesuffix(".weight") in written.layers:
+            continue
+        same = (copy.dtype, copy.shape) == (entry.dtype, entry.shape)
+        if not same or not all(map(torch.equal, reader.chunks(entry), reader.chunks(copy))):
+            faults.append(f"{name}: the copied tensor differs from the source's")
+    return faults

@@ -1,0 +1,89 @@
+"""FP8 (E4M3) weights in 128 x 128 tiles, FP8 activations quantised at run time per group of 128."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from attrs import frozen
+
+import bitpress
+from bitpress import Finding, Hardware, Layer, Record, ShapeError, hookimpl, numerics, option
+from bitpress_fp8 import e4m3, hardware as facts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = (128, 128)
+
+
+def _only_128(instance: Options, attribute: attrs.Attribute[Any], value: tuple[int, int]) -> None:
+    if value != BLOCK:
+        raise ValueError(f"block {list(value)} cannot be served: the engines' kernels read tiles of {list(BLOCK)} only")
+
+
+@frozen
+class Options(bitpress.Options):
+    """Options of `fp8-block`."""
+
+    block: tuple[int, int] = option(BLOCK, "rows and columns that share a scale", validator=_only_128)
+
+    @property
+    def bits(self) -> float:
+        """Bits per code."""
+        return 8
+
+    @property
+    def row_block(self) -> int:
+        """A tile's rows share a scale."""
+        return self.block[0]
+
+
+@hookimpl
+def quantize(layer: Layer, options: Options) -> Layer:
+    """Round to nearest with scale amax / 448 of each tile: (ceil(out / 128), in / 128)."""
+    out, width = layer.weight.shape
+    if width % options.block[1]:
+        raise ShapeError(
+            f"width {width} is not a multiple of {options.block[1]}, into which transformers cuts the activations; "
+            "scheme fp8 takes any width"
+        )
+    scale = numerics.e4m3_scale(numerics.block_absmax(layer.weight, options.block))
+    return e4m3.rounded(layer, scale, numerics.expand(scale, options.block, (out, width)))
+
+
+@hookimpl
+def serialize(layer: Layer, options: Options) -> Record:
+    """`weight` F8_E4M3 (out, in) and `weight_scale` F32 (ceil(out / 128), in / 128)."""
+    weights = {"strategy": "block", "block_structure": list(options.block), "dynamic": False}
+    return e4m3.stored(layer, weights, {"strategy": "group", "group_size": options.block[1], "dynamic": True})
+
+
+@hookimpl
+def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """Codes times their tile's scale."""
+    return e4m3.restored(tensors, _spread(tensors, config))
+
+
+@hookimpl
+def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """Half a step of E4M3 around each code."""
+    return e4m3.bounded(tensors, _spread(tensors, config))
+
+
+@hookimpl
+def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
+    """Native from capability 8.9, tuned from 9.0; weight-only below; on CPUs only with AMX."""
+    if hardware.vendor != "cpu":
+        return facts.gpu_findings(hardware, "FP8 block")
+    if hardware.amx:
+        return [Finding("supported", "vLLM's CPU build runs it with AMX tiles; int8 or w4a16 are made for CPUs")]
+    return [Finding("unsupported", "vLLM's CPU kernels for FP8 blocks need AMX tiles; scheme fp8 runs on x86 without them")]
+
+
+def _spread(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """(out, in): every weight's scale."""
+    rows, columns = config["weights"]["block_structure"]
+    out, width = tensors["weight"].shape
+    return numerics.expand(tensors["weight_scale"], (rows, columns), (out, width))

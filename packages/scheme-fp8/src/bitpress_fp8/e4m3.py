@@ -1,0 +1,48 @@
+"""What both FP8 schemes share: E4M3 codes with scales that multiply, stored as `weight` and `weight_scale`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from bitpress import Layer, Record, numerics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "float-quantized"
+
+
+def rounded(layer: Layer, scale: Tensor, spread: Tensor) -> Layer:
+    """The layer with E4M3 codes.
+
+    Args:
+        scale: as it will be stored.
+        spread: the same numbers, broadcastable to (out, in).
+    """
+    codes = numerics.encode_e4m3(layer.weight, spread)  # (out, in); zeros stay zero, so `keep` holds by itself
+    return attrs.evolve(layer, weight=lambda: numerics.decode_e4m3(codes) * spread, codes=codes, parts={"scale": scale})
+
+
+def stored(layer: Layer, weights: Mapping[str, Any], activations: Mapping[str, Any]) -> Record:
+    """Codes and scale as compressed-tensors names them; a scale without axes becomes one of shape (1,)."""
+    assert layer.codes is not None
+    scale = layer.parts["scale"]
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    config = {"format": FORMAT, "weights": {**common, **weights}, "input_activations": {**common, **activations}}
+    return Record({"weight": layer.codes, "weight_scale": scale if scale.ndim else scale.reshape(1)}, config)
+
+
+def restored(tensors: Mapping[str, Tensor], spread: Tensor) -> Tensor:
+    """(out, in) float32."""
+    return numerics.decode_e4m3(tensors["weight"]) * spread
+
+
+def bounded(tensors: Mapping[str, Tensor], spread: Tensor) -> Tensor:
+    """(out, in) float32: half a step of E4M3 in units of the scale.
+
+    2^-17 of it is added for the float32 roundings of w / scale, code * scale and their difference, each at most 2^-19 of it.
+    """
+    return numerics.e4m3_bound(tensors["weight"]) * spread * (1 + 2.0**-17)

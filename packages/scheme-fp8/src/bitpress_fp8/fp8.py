@@ -1,0 +1,72 @@
+"""FP8 (E4M3) weights per channel or per tensor, FP8 activations quantised at run time per token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import frozen
+
+import bitpress
+from bitpress import Finding, Hardware, Layer, Record, Stat, hookimpl, numerics, option
+from bitpress_fp8 import e4m3, hardware as facts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@frozen
+class Options(bitpress.Options):
+    """Options of `fp8`."""
+
+    weights: Literal["channel", "tensor"] = option("channel", "a scale per output channel, or per tensor (fused layers share it)")
+    activations: Literal["dynamic"] = option("dynamic", "activation scales: per token, found at run time")
+
+    @property
+    def bits(self) -> float:
+        """Bits per code."""
+        return 8
+
+
+@hookimpl
+def observe(weight: Tensor, options: Options) -> Mapping[str, Stat] | None:
+    """Per tensor: the largest magnitude in the whole stack, so that what engines fuse has one scale."""
+    return {"amax": Stat(numerics.absmax(weight), "max")} if options.weights == "tensor" else None
+
+
+@hookimpl
+def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer:
+    """Round to nearest with scale amax / 448: (out, 1) per channel, or one number."""
+    amax = stats["amax"].value if options.weights == "tensor" else numerics.absmax(layer.weight, dim=1)
+    scale = numerics.e4m3_scale(amax)
+    return e4m3.rounded(layer, scale, scale)
+
+
+@hookimpl
+def serialize(layer: Layer, options: Options) -> Record:
+    """`weight` F8_E4M3 (out, in) and `weight_scale` F32 (out, 1) or (1,)."""
+    return e4m3.stored(layer, {"strategy": options.weights, "dynamic": False}, {"strategy": "token", "dynamic": True})
+
+
+@hookimpl
+def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """Codes times scale."""
+    return e4m3.restored(tensors, tensors["weight_scale"])
+
+
+@hookimpl
+def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """Half a step of E4M3 around each code."""
+    return e4m3.bounded(tensors, tensors["weight_scale"])
+
+
+@hookimpl
+def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
+    """Native from capability 8.9, tuned from 9.0; weight-only below; on CPUs only with a scale per channel."""
+    if hardware.vendor != "cpu":
+        return facts.gpu_findings(hardware, "FP8")
+    if options.weights == "channel" and hardware.architecture == "x86":
+        return [Finding("supported", "vLLM's CPU build runs it; int8 or w4a16 are made for CPUs")]
+    if options.weights == "channel":
+        return [Finding("degraded", "vLLM's CPU build for x86 runs it; on other CPUs this is not established")]
+    return [Finding("unsupported", "vLLM's CPU build lacks the operator for per-tensor scales; weights=channel runs")]
