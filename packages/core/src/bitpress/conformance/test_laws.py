@@ -1,0 +1,191 @@
+"""The laws. A failure's message says what the scheme's author must change."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+
+from bitpress import chain
+from bitpress.checkpoint.reader import NAMES
+from bitpress.conformance import trial
+from bitpress.errors import BitpressError, ShapeError
+from bitpress.hardware import KNOWN, Hardware
+from bitpress.layer import Finding, Layer
+from bitpress.schemes import Step, discover
+
+LEVELS = get_args(get_type_hints(Finding)["level"])
+WEIGHTS = ("normal", "zero", "one zero row", "huge", "smallest", "rows of unlike size", "one outlier", "half zeros")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every law for every variant of the scheme's options."""
+    config = metafunc.config
+    if not config.getoption("--scheme"):
+        raise pytest.UsageError("bitpress.conformance needs --scheme NAME")
+    try:
+        variants = trial.variants(config.getoption("--scheme"), config.getoption("--set"), discover())
+    except BitpressError as e:
+        raise pytest.UsageError(str(e)) from None
+    metafunc.parametrize("step", variants.values(), ids=variants)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_stored_bytes_decode_to_the_effective_weight(step: Step, kind: str) -> None:
+    _needs(step, "restore")
+    layer = trial.quantize(step, trial.weights(step)[kind])
+    record = trial.stored(step, layer)
+    restored = chain.restore(record.tensors, record.config, [step])
+    assert restored.dtype == torch.float32, "`restore` must return float32"
+    assert trial.same(restored, layer.weight), "`restore` of what is stored must be the weight that `quantize` returned, exactly"
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_effective_weight_is_finite_and_keeps_its_shape(step: Step, kind: str) -> None:
+    weight = trial.weights(step)[kind]
+    quantized = trial.quantize(step, weight).weight
+    assert quantized.shape == weight.shape, "`quantize` must not change the weight's shape"
+    assert quantized.dtype == torch.float32, "`quantize` must return a float32 weight"
+    assert quantized.isfinite().all(), f"`quantize` made NaN or infinity of the finite weight {kind!r}"
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_scales_are_finite_and_not_zero(step: Step, kind: str) -> None:
+    record = trial.stored(step, trial.quantize(step, trial.weights(step)[kind]))
+    for name, tensor in record.tensors.items():
+        if "scale" in name and tensor.is_floating_point():
+            scale = tensor.float()
+            assert (scale.isfinite() & (scale > 0)).all(), f"{name} must be finite and positive for the weight {kind!r}"
+
+
+def test_packing_changes_bits_and_not_the_weight(step: Step) -> None:
+    layer = trial.quantize(step, trial.weights(step)["normal"])
+    assert trial.same(chain.pack(layer, [step]).weight, layer.weight), "`pack` must leave `weight` as it is"
+
+
+def test_zeros_stay_zero(step: Step) -> None:
+    weight = trial.weights(step)["half zeros"]
+    assert (trial.quantize(step, weight).weight[weight == 0] == 0).all(), "`quantize` must leave zeros zero"
+
+
+def test_masked_positions_stay_masked(step: Step) -> None:
+    weight = trial.weights(step)["normal"]
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    quantized = trial.quantize(step, weight * keep, keep)
+    assert (quantized.weight[~keep] == 0).all(), "`quantize` must leave the weight zero where `layer.keep` is False"
+    assert quantized.keep is not None, "`quantize` must hand `keep` on: return attrs.evolve(layer, ...)"
+    assert not (quantized.keep & ~keep).any(), "`quantize` must not allow again what `layer.keep` forbids"
+
+
+def test_rows_do_not_know_their_neighbours(step: Step) -> None:
+    weight, block = trial.weights(step)["rows of unlike size"], step.options.row_block
+    stats = trial.observe(step, weight, [trial.inputs(step)])
+    whole = trial.quantize(step, weight, stats=stats)
+    tiles = [trial.quantize(step, tile, stats=stats) for tile in torch.tensor_split(weight, len(weight) // block)]
+    told = f"declare how many rows share numbers in `Options.row_block` (now {block}), or gather them in `observe`"
+    assert trial.same(torch.cat([tile.weight for tile in tiles]), whole.weight), f"rows depend on other rows: {told}"
+    joined = chain.record(chain.join([chain.pack(tile, [step]) for tile in tiles], tuple(weight.shape)), [step])
+    for name, tensor in trial.stored(step, whole).tensors.items():
+        assert torch.equal(_bytes(joined.tensors[name]), _bytes(tensor)), f"{name} depends on how rows are tiled: {told}"
+
+
+def test_hooks_leave_their_arguments_untouched(step: Step) -> None:
+    weight, inputs = trial.weights(step)["one outlier"], trial.inputs(step)
+    stats = trial.observe(step, weight, [inputs])
+    given = Layer("layer", weight, torch.bfloat16, torch.ones_like(weight, dtype=torch.bool))
+    before = {what: tensor.clone() for what, tensor in trial.snapshot(step, given, stats)}
+    layer = chain.quantize(given, [step], [stats])
+    kept = layer.weight.clone()
+    trial.stored(step, layer)
+    assert torch.equal(inputs, trial.inputs(step)), "`observe` changed its inputs"
+    for what, tensor in trial.snapshot(step, given, stats):
+        assert torch.equal(tensor, before[what]), f"a hook changed {what} it was given: return new tensors"
+    assert torch.equal(layer.weight, kept), "`pack` or `serialize` changed the layer it was given: return new tensors"
+
+
+def test_the_same_input_gives_the_same_bits(step: Step) -> None:
+    weight = trial.weights(step)["normal"]
+    first, second = (trial.stored(step, trial.quantize(step, weight)) for _ in range(2))
+    assert first.config == second.config
+    for name, tensor in first.tensors.items():
+        assert torch.equal(_bytes(tensor), _bytes(second.tensors[name])), f"{name} differs between two runs on one input"
+
+
+def test_two_half_batches_observed_equal_the_whole(step: Step) -> None:
+    _needs(step, "observe")
+    weight, inputs = trial.weights(step)["normal"], trial.inputs(step)
+    whole = trial.observe(step, weight, [inputs])
+    halves = trial.observe(step, weight, list(inputs.chunk(2)))
+    if not whole:
+        pytest.skip("these options need no statistics")
+    for name, stat in whole.items():
+        told = f"the statistic {name!r} must be a raw sum or maximum over tokens, never a mean"
+        torch.testing.assert_close(halves[name].value, stat.value, rtol=1e-5, atol=1e-6, msg=told)
+        assert stat.value.dtype == torch.float32, f"the statistic {name!r} must be float32"
+
+
+def test_a_width_that_does_not_divide_is_refused_naming_one_that_does(step: Step) -> None:
+    refused = [width for width in (1, 3, 17, 100, 130) if not trial.takes(step, width)]
+    if not refused:
+        pytest.skip("the scheme takes any width")
+    for width in refused:
+        with pytest.raises(ShapeError) as refusal:
+            chain.describe(trial.rows(step), width, torch.bfloat16, (step,))
+        numbers = [int(n) for n in re.findall(r"\d+", str(refusal.value)) if n != str(width)]
+        fits = any(0 < n <= 1 << 16 and trial.takes(step, n) for n in numbers)
+        assert fits, f"the refusal of width {width} must name a width that fits: {refusal.value}"
+
+
+def test_shapes_and_dtypes_follow_from_shapes_and_options(step: Step) -> None:
+    weight = trial.weights(step)["one zero row"]
+    record = trial.stored(step, trial.quantize(step, weight))
+    planned = chain.describe(*weight.shape, torch.bfloat16, (step,))
+    assert record.config == json.loads(json.dumps(planned.config)), "the config fragment must not depend on numbers"
+    shapes = {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in record.tensors.items()}
+    expected = {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in planned.tensors.items()}
+    assert shapes == expected, "what is stored must follow from shapes and options, not from numbers"
+
+
+def test_the_config_is_json(step: Step) -> None:
+    weight = trial.weights(step)["normal"]
+    config = chain.describe(*weight.shape, torch.bfloat16, (step,)).config
+    if config is None:
+        pytest.skip("the scheme stores plain weights")
+    assert json.loads(json.dumps(config)) == config, "the config fragment must hold JSON values only (lists, not tuples)"
+    assert isinstance(config.get("format"), str), "the config fragment must name its `format`"
+    assert isinstance(config.get("weights"), dict), "the config fragment must describe its `weights`"
+
+
+@pytest.mark.parametrize("device", KNOWN, ids=lambda device: device.name)
+def test_every_known_device_gets_an_answer(step: Step, device: Hardware) -> None:
+    findings = step.call("validate_hardware", hardware=device)
+    assert findings, f"`validate_hardware` must say something of {device.name}"
+    for finding in findings:
+        assert isinstance(finding, Finding), "`validate_hardware` must return Findings"
+        assert finding.level in LEVELS, f"the level {finding.level!r} is not one of {', '.join(LEVELS)}"
+        assert finding.text, "a Finding needs a text"
+        assert "\n" not in finding.text, "a Finding's text is one line"
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_lie_within_the_bound_of_the_source(step: Step, kind: str) -> None:
+    _needs(step, "bound")
+    weight = trial.weights(step)[kind]
+    layer = trial.quantize(step, weight)
+    record = trial.stored(step, layer)
+    limit = chain.bound(record.tensors, record.config, [step])
+    if limit is None:
+        pytest.skip("no bound for these options")
+    assert ((layer.weight - weight).abs() <= limit).all(), "`bound` is smaller than what `quantize` moved a weight by"
+
+
+def _needs(step: Step, hook: str) -> None:
+    if not step.scheme.has(hook):
+        pytest.skip(f"the scheme has no `{hook}` hook")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
