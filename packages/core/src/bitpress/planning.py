@@ -173,15 +173,14 @@ def _agreed(modules: Sequence[str], assigned: Mapping[str, tuple[Step, ...]]) ->
 def _stack(members: Mapping[str, Entry], steps: tuple[Step, ...]) -> Stack:
     """A stack whose every member's shape the schemes take."""
     stack, block = Stack(members, steps), chain.row_block(steps)
-    leaves = ", ".join(m.rpartition(".")[2] for m in members)
-    first = next(iter(members))
-    pattern = f"*.{first.rpartition('.')[2]}" if len(members) == 1 else f"*.{first.split('.')[-2]}.*"
-    way_out = f"leave such layers out: --ignore '{pattern}' (in a recipe: a rule with `steps = []` before it)"
+    leaves = [m.rpartition(".")[2] for m in members]
+    patterns = " ".join(f"--ignore '*.{leaf}'" for leaf in leaves)
+    way_out = f"leave such layers out: {patterns} (in a recipe: a rule with `steps = []` before it)"
     for module, entry in members.items():
         if len(members) > 1 and entry.shape[0] % block:
             raise ShapeError(
-                f"layer {module}: {entry.shape[0]} rows are not a multiple of {block}, and engines fuse {leaves} into one "
-                f"layer, where a block of {block} rows would hold rows of two; {way_out}"
+                f"layer {module}: {entry.shape[0]} rows are not a multiple of {block}, and engines fuse "
+                f"{', '.join(leaves)} into one layer, where a block of {block} rows would hold rows of two; {way_out}"
             )
         try:
             stack.stored(module)

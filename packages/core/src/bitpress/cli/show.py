@@ -32,7 +32,7 @@ def registry(found: Registry, devices: Sequence[Hardware]) -> None:
         )
     _table(("scheme", "package", "bits", "data", "serves on", "what it does"), rows)
     if not rows:
-        print("no schemes are installed: pip install bitpress-scheme-fp8")
+        print("no schemes are installed; each is a package of its own: pip install bitpress-scheme-NAME")
     for problem in found.problems:
         print(f"problem: {problem.name} of {problem.package} cannot be used: {problem.text}", file=sys.stderr)
 

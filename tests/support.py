@@ -1,0 +1,147 @@
+"""What several test folders need: made-up checkpoints, the command as users run it, and plugins installed for one test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+LLAMA: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 96, "max_position_embeddings": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+
+# A whole scheme in few lines: int8 codes, a float32 scale per row; `row_block` rows share it where the option says so.
+TOY = '''
+"""Toy integers, for tests."""
+import attrs
+import bitpress
+from bitpress import Finding, Record, ShapeError, hookimpl, option
+
+@attrs.frozen
+class Options(bitpress.Options):
+    levels: int = option(127, "the largest code")
+    multiple: int = option(1, "what the width must be a multiple of")
+    @property
+    def bits(self): return 8
+
+@hookimpl
+def quantize(layer, options):
+    if layer.weight.shape[1] % options.multiple:
+        raise ShapeError(f"width {layer.weight.shape[1]} is not a multiple of {options.multiple}; try multiple=1")
+    scale = layer.weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / options.levels
+    codes = (layer.weight / scale).round()
+    return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), parts={"scale": scale})
+
+@hookimpl
+def serialize(layer, options):
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    return Record({"weight": layer.codes, "weight_scale": layer.parts["scale"]}, {"format": "int-quantized", "weights": weights})
+
+@hookimpl
+def restore(tensors): return tensors["weight"].float() * tensors["weight_scale"]
+
+@hookimpl
+def bound(tensors): return tensors["weight_scale"] * 0.501
+
+@hookimpl
+def validate_hardware(hardware): return [Finding("supported", "runs anywhere")]
+'''
+
+
+def llama_tensors(seed: int = 0, config: Mapping[str, Any] = LLAMA) -> dict[str, torch.Tensor]:
+    """Made-up weights of a Llama of that config, by name, bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, wide, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
+
+    tensors = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden), "model.norm.weight": torch.ones(hidden).bfloat16()}
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
+    for i in range(config["num_hidden_layers"]):
+        block = f"model.layers.{i}"
+        for name, rows, columns in (
+            ("self_attn.q_proj", queries, hidden), ("self_attn.k_proj", keys, hidden), ("self_attn.v_proj", keys, hidden),
+            ("self_attn.o_proj", hidden, queries), ("mlp.gate_proj", wide, hidden), ("mlp.up_proj", wide, hidden),
+            ("mlp.down_proj", hidden, wide),
+        ):  # fmt: skip
+            tensors[f"{block}.{name}.weight"] = matrix(rows, columns)
+        tensors[f"{block}.input_layernorm.weight"] = torch.ones(hidden).bfloat16()
+        tensors[f"{block}.post_attention_layernorm.weight"] = torch.ones(hidden).bfloat16()
+    return tensors
+
+
+def write_model(
+    folder: Path, tensors: Mapping[str, torch.Tensor] | None = None, config: Mapping[str, Any] = LLAMA, shards: int = 1
+) -> Path:
+    """A model folder; with several shards, tensors are dealt out in turn, so that fused layers lie in different files."""
+    folder.mkdir(parents=True)
+    tensors = dict(llama_tensors(config=config) if tensors is None else tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text('{"made": "up"}')
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    places = {tensor: names[i % shards] for i, tensor in enumerate(tensors)}
+    for name in names:
+        save_file({t: tensors[t] for t, n in places.items() if n == name}, folder / name, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, read by the safetensors library."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by relative name."""
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def install(folder: Path, name: str, module: str, entry_points: str, version: str = "1.0") -> Path:
+    """A distribution `name` with one module of the same name (dashes as underscores), found once `folder` is on the path."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name.replace('-', '_')}.py").write_text(module)
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(entry_points)
+    return folder
+
+
+def install_toy(folder: Path) -> Path:
+    """The scheme `toy`, found once `folder` is on the path."""
+    return install(folder, "bitpress-scheme-toy", TOY, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n")
+
+
+def bitpress(*arguments: object, path: Path | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command as users do; `path` is a folder of plugins. The width of a terminal is large and fixed."""
+    environment = {**os.environ, "COLUMNS": "200", **options.pop("env", {})}
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "bitpress", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False, **options)
+
+
+def refusal(*arguments: object, path: Path | None = None, **options: Any) -> str:
+    """The one line with which the command refuses: exit code 2, nothing on standard output, no traceback."""
+    found = bitpress(*arguments, path=path, **options)
+    lines = [line for line in found.stderr.splitlines() if not line.startswith("warning: ")]
+    assert found.returncode == 2, (found.returncode, found.stderr)
+    assert found.stdout == ""
+    assert len(lines) == 1, found.stderr
+    assert lines[0].startswith("bitpress: ")
+    return lines[0]

@@ -1,0 +1,92 @@
+"""transformers, reading our files through compressed-tensors, computes with exactly the weights that we restore."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import disable_quantization
+from support import LLAMA, tensors_of, write_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from bitpress import chain, compress
+from bitpress.checkpoint.reader import open_checkpoint
+from bitpress.planning import make_plan
+from bitpress.recipe import from_scheme
+from bitpress.schemes import discover
+
+TINY = Path(__file__).parents[2] / "examples/tiny-llama"
+TOKENS = torch.arange(48).reshape(2, 24) * 2 % 96
+
+CASES = {
+    "channel": ("fp8", []),
+    "tensor": ("fp8", ["weights=tensor"]),
+    "block": ("fp8-block", []),
+}
+
+
+def with_restored_weights(source: Path, out: Path, scheme: str, settings: list[str]) -> torch.nn.Module:
+    """A plain float32 Llama that holds the weights restored from the output's files."""
+    plan = make_plan(open_checkpoint(source), from_scheme(scheme, discover(), settings))
+    found, state = tensors_of(out), {}
+    for stack in plan.stacks:
+        for module in stack.members:
+            names, config = stack.stored(module)
+            tensors = {name.removeprefix(f"{module}."): found.pop(name) for name in names}
+            state[f"{module}.weight"] = chain.restore(tensors, config, stack.steps)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(source)).float()
+    missing, unexpected = model.load_state_dict({**{n: t.float() for n, t in found.items()}, **state}, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}  # tied
+    model.tie_weights()
+    return model.eval()
+
+
+def loaded(out: Path) -> torch.nn.Module:
+    """The output as transformers loads it, its activations left unquantised."""
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    model.apply(disable_quantization)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("shards", "config"),
+    [(1, LLAMA), (3, LLAMA), (1, LLAMA | {"tie_word_embeddings": True})],
+    ids=["single file", "sharded", "tied head"],
+)
+def test_transformers_computes_with_the_restored_weights(tmp_path: Path, case: str, shards: int, config: dict[str, Any]) -> None:
+    scheme, settings = CASES[case]
+    source, out = write_model(tmp_path / "m", config=config, shards=shards), tmp_path / "o"
+    compress(source, out, scheme=scheme, settings=settings)
+    ours, theirs = with_restored_weights(source, out, scheme, settings), loaded(out)
+    with torch.inference_mode():
+        expected, found = ours(TOKENS).logits, theirs(TOKENS).logits
+    assert expected.std() > 0.1
+    assert torch.equal(found, expected)
+
+
+def test_layers_left_alone_are_loaded_as_they_were(tmp_path: Path) -> None:
+    source, out = write_model(tmp_path / "m"), tmp_path / "o"
+    compress(source, out, scheme="fp8", ignore=["*.layers.0.*", "*.o_proj"])
+    before, after = tensors_of(source), dict(loaded(out).named_parameters())
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.o_proj.weight", "lm_head.weight"):
+        assert torch.equal(after[name], before[name].float())
+
+
+def test_the_example_s_perplexity_stays_within_one_percent(tmp_path: Path) -> None:
+    compress(TINY, tmp_path / "o", scheme="fp8")
+    text = (TINY.parent / "chapters.txt").read_text()[:6000]
+    ids = torch.tensor([AutoTokenizer.from_pretrained(TINY)(text)["input_ids"][:1025]])
+    losses = []
+    for folder in (TINY, tmp_path / "o"):
+        with torch.inference_mode():
+            logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids[:, :-1]).logits
+        losses.append(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]).item())
+    before, after = losses
+    assert before < 5  # nats for each of 4096 tokens: a model that knows English
+    assert before != after
+    assert abs(after - before) < math.log(1.01)
