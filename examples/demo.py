@@ -23,7 +23,7 @@ WINDOW = 512  # tokens
 
 
 def perplexity(model: Path, text: str) -> float:
-    """exp of the mean loss over the text's tokens, in windows that do not overlap, computed in float32."""
+    """The exponential of the mean loss over the text's tokens, in windows that do not overlap, computed in float32."""
     ids = torch.tensor(AutoTokenizer.from_pretrained(model)(text, verbose=False)["input_ids"])  # (tokens,)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     loss, count = 0.0, 0

@@ -66,7 +66,10 @@ def llama_tensors(seed: int = 0, config: Mapping[str, Any] = LLAMA) -> dict[str,
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
 
-    tensors = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden), "model.norm.weight": torch.ones(hidden).bfloat16()}
+    tensors = {
+        "model.embed_tokens.weight": matrix(config["vocab_size"], hidden),
+        "model.norm.weight": torch.ones(hidden).bfloat16(),
+    }
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
     for i in range(config["num_hidden_layers"]):

@@ -109,7 +109,7 @@ def from_json(
 
 def _rule(layer: Any, place: str) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     if not isinstance(layer, dict) or not isinstance(layer.get("match"), str) or not isinstance(layer.get("steps"), list):
-        raise RecipeError(f'{place}: it needs `match` (a pattern) and `steps` (a list of schemes, [] for none)')
+        raise RecipeError(f"{place}: it needs `match` (a pattern) and `steps` (a list of schemes, [] for none)")
     _known(layer, ("match", "steps"), place)
     steps = []
     for step in layer["steps"]:
