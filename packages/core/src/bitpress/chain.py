@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from bitpress.errors import SchemeError
+from bitpress.errors import RecipeError, SchemeError
 from bitpress.layer import Layer, Record, Stat
 from bitpress.schemes import Step
 
@@ -34,8 +34,14 @@ def observe_weights(tiles: Callable[[], Iterator[Layer]], steps: Sequence[Step])
 
 
 def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Layer:
-    """The layer after every step's `quantize`."""
+    """The layer after every step's `quantize`.
+
+    Raises:
+        RecipeError: a step follows one whose codes are what is stored, so that its own could not be.
+    """
     for step, observed in zip(steps, stats, strict=True):
+        if layer.codes is not None and step.scheme.has("quantize"):
+            raise RecipeError(f"{step.scheme.name} cannot follow a step that stores codes already: leave one of them out")
         layer = _layer(step, "quantize", step.call("quantize", layer=layer, stats=observed), layer)
     return layer
 

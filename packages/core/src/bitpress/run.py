@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,12 +89,12 @@ def carry_out(
     target, count = _device(device), threads or _cores()
     if max_memory is not None and max_memory < (needed := memory(work, count)):
         raise RecipeError(
-            f"the run needs about {needed / 1e9:.2f} GB of memory, more than the {max_memory / 1e9:.2f} GB allowed; "
+            f"the run needs about {needed / 1e6:,.0f} MB of memory, more than the {max_memory / 1e6:,.0f} MB allowed; "
             "fewer threads need less"
         )
     output = OutputFolder(Path(out))
-    if output.folder.resolve() == work.source.folder.resolve():
-        raise OutputError(f"{out} is the source; name another folder")
+    if output.folder.resolve().is_relative_to(work.source.folder.resolve()):
+        raise OutputError(f"{out} is the source or lies inside it; name another folder")
     output.prepare(work.files, work.bytes_after)
     with _one_thread_per_task():
         stream.write_shards(work, output, count, target, progress("compressing", work.bytes_before))
@@ -181,6 +182,8 @@ def _prove(note: Manifest, work: Plan, output: OutputFolder, threads: int, done:
 
 
 def _device(name: str) -> torch.device:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise BitpressError(f"--device {name}: it is cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -1,0 +1,265 @@
+"""Bad input is one clear line with exit code 2, and nothing is left behind that looks finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import LLAMA, bitpress, files_of, install_toy, llama_tensors, refusal, write_model
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return install_toy(tmp_path / "plugins")
+
+
+def compress_refused(model: Path, toy: Path, *words: str, arguments: tuple[object, ...] = ("--scheme", "toy")) -> None:
+    """Law of this file: refused with all words in the line, and no output folder is made."""
+    out = model.parent / "out"
+    line = refusal("compress", model, out, *arguments, path=toy)
+    for word in words:
+        assert word in line, line
+    assert not out.exists()
+
+
+# --- the model folder ---------------------------------------------------------------------------------------------------------
+
+
+def no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def config_is_a_list(model: Path) -> None:
+    (model / "config.json").write_text("[]")
+
+
+def config_is_cut_short(model: Path) -> None:
+    (model / "config.json").write_text('{"hidden_size": ')
+
+
+def config_is_not_text(model: Path) -> None:
+    (model / "config.json").write_bytes(b"\xff\xfe\x00")
+
+
+def config_is_quantised(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": {"quant_method": "gptq"}}))
+
+
+def weights_are_fp8(model: Path) -> None:
+    tensors = llama_tensors()
+    save_file({**tensors, LAYER: tensors[LAYER].to(torch.float8_e4m3fn)}, model / "model.safetensors")
+
+
+def weights_are_pickled(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    torch.save(llama_tensors(), model / "pytorch_model.bin")
+
+
+def weights_are_cut_short(model: Path) -> None:
+    os.truncate(model / "model.safetensors", 400_000)
+
+
+def nothing_but_a_config(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def everything_is_gone(model: Path) -> None:
+    shutil.rmtree(model)
+
+
+def it_is_a_file(model: Path) -> None:
+    shutil.rmtree(model)
+    model.write_text("model")
+
+
+def two_files_and_no_index(model: Path) -> None:
+    shutil.copy(model / "model.safetensors", model / "a.safetensors")
+    (model / "model.safetensors").rename(model / "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (everything_is_gone, ["model is not a folder"]),
+        (it_is_a_file, ["model"]),
+        (no_config, ["not a model folder", "config.json"]),
+        (config_is_a_list, ["config.json", "an object is expected"]),
+        (config_is_cut_short, ["config.json", "not valid JSON"]),
+        (config_is_not_text, ["config.json", "not valid JSON"]),
+        (config_is_quantised, ["already quantised (gptq)", "start from the original"]),
+        (weights_are_fp8, [LAYER, "F8_E4M3", "already quantised"]),
+        (weights_are_pickled, ["pytorch_model.bin", "from_pretrained", "save_pretrained"]),
+        (weights_are_cut_short, ["model.safetensors", "400000 bytes", "cut short", "fetch it again"]),
+        (nothing_but_a_config, ["no safetensors files"]),
+        (two_files_and_no_index, ["2 safetensors files", "model.safetensors.index.json"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_damaged_model_folder_is_refused(tmp_path: Path, toy: Path, damage: Callable[[Path], None], words: list[str]) -> None:
+    model = write_model(tmp_path / "model")
+    damage(model)
+    compress_refused(model, toy, *words)
+
+
+SECOND = "model-00002-of-00003.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("../elsewhere.safetensors", ["'../elsewhere.safetensors'", "not a file of this folder"]),
+        ("/etc/passwd", ["'/etc/passwd'", "not a file of this folder"]),
+        ("model-00009-of-00003.safetensors", ["model-00009-of-00003.safetensors", "missing"]),
+        (SECOND, [LAYER, SECOND, "not there"]),
+        (17, ["17", "not a file of this folder"]),
+    ],
+)
+def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, toy: Path, place: object, words: list[str]) -> None:
+    model = write_model(tmp_path / "model", shards=3)
+    shutil.copy(model / SECOND, tmp_path / "elsewhere.safetensors")
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    assert index["weight_map"][LAYER] != SECOND
+    index["weight_map"][LAYER] = place
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    compress_refused(model, toy, *words)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, toy: Path) -> None:
+    model = write_model(tmp_path / "model", shards=3)
+    (model / SECOND).unlink()
+    compress_refused(model, toy, SECOND, "missing")
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_a_number_that_is_not_finite_is_named_with_its_place(tmp_path: Path, toy: Path, number: float) -> None:
+    tensors = llama_tensors()
+    tensors[LAYER][3, 5] = number
+    line = refusal("compress", write_model(tmp_path / "model", tensors), tmp_path / "out", "--scheme", "toy", path=toy)
+    assert f"tensor {LAYER} has {number} at row 3, column 5" in line
+    assert files_of(tmp_path / "out") == {}
+
+
+# --- what is asked for --------------------------------------------------------------------------------------------------------
+
+RECIPE = '[[layers]]\nmatch = "*"\nsteps = ["toy"]\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--scheme", "fp8"], ["fp8 is not installed", "pip install bitpress-scheme-fp8"]),
+        (["--scheme", "fp9"], ["no scheme 'fp9'", "did you mean 'fp8'", "pip install bitpress-scheme-fp8"]),
+        (["--scheme", "tou"], ["no scheme 'tou'", "did you mean 'toy'"]),
+        (["--scheme", "toy+toy"], ["toy cannot follow a step that stores codes"]),
+        (["--scheme", "toy", "--set", "level=3"], ["no option 'level'", "did you mean 'levels'"]),
+        (["--scheme", "toy", "--set", "levels=many"], ["levels", "'many'", "whole number"]),
+        (["--scheme", "toy", "--set", "levels"], ["--set levels", "OPTION=VALUE"]),
+        (["--scheme", "toy", "--set", "fp8.weights=x"], ["'fp8' is not used here"]),
+        (["--scheme", "toy", "--set", "multiple=96"], ["width 128 is not a multiple of 96", "--ignore '*."]),
+        (["--scheme", "toy", "--ignore", "*.up_prog"], ["'*.up_prog' matches none of the 14", "did you mean", "up_proj"]),
+        (["--scheme", "toy", "--ignore", "*"], ["leaves every layer alone"]),
+        (["--scheme", "toy", "--recipe", "r.toml"], ["either a scheme or a recipe"]),
+        ([], ["either a scheme or a recipe"]),
+        (["--recipe", "missing.toml"], ["missing.toml", "No such file"]),
+        (["--scheme", "toy", "--device", "gpu"], ["--device gpu", "cuda:N"]),
+        (["--scheme", "toy", "--max-memory", "1MB"], ["needs about", "1 MB allowed"]),
+        (["--scheme", "toy", "--max-memory", "much"], ["--max-memory much", "4GB"]),
+        (["--scheme", "toy", "--threads", "0"], ["--threads"]),
+        (["--shceme", "toy"], ["--shceme"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and (not value or value[0].startswith("--")) else "",
+)
+def test_what_cannot_be_done_is_refused(tmp_path: Path, toy: Path, arguments: list[str], words: list[str]) -> None:
+    compress_refused(write_model(tmp_path / "model"), toy, *words, arguments=tuple(arguments))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("layers = [", ["not valid TOML"]),
+        ("", ["at least one [[layers]]"]),
+        (RECIPE.replace("match", "macth"), ["number 1", "`match`"]),
+        (RECIPE + "ignored = []\n", ["unknown key 'ignored'"]),
+        (RECIPE.replace('["toy"]', '"toy"'), ["number 1", "`steps`"]),
+        (RECIPE.replace('["toy"]', "[3]"), ["a step is a scheme's name", "3"]),
+        (RECIPE.replace('["toy"]', '[{ use = "toy", levles = 3 }]'), ["no option 'levles'", "did you mean 'levels'"]),
+        (RECIPE.replace('"*"', '"*.up_prog"'), ["'*.up_prog' matches none", "did you mean"]),
+        (RECIPE.replace('"*"', '"*.q_proj"'), ["q_proj", "k_proj", "are one layer in serving engines"]),
+    ],
+)
+def test_a_recipe_that_cannot_be_carried_out_is_refused(tmp_path: Path, toy: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "recipe.toml").write_text(text)
+    model = write_model(tmp_path / "model")
+    compress_refused(model, toy, *words, arguments=("--recipe", tmp_path / "recipe.toml"))
+
+
+# --- where it is to go --------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_folder_with_something_else_in_it_is_left_as_it_was(tmp_path: Path, toy: Path) -> None:
+    model, out = write_model(tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    assert "thesis.txt" in refusal("compress", model, out, "--scheme", "toy", path=toy)
+    assert files_of(out) == {"thesis.txt": b"mine"}
+
+
+def test_a_finished_output_a_file_and_the_source_itself_are_not_written_over(tmp_path: Path, toy: Path) -> None:
+    model, out = write_model(tmp_path / "model"), tmp_path / "out"
+    before = files_of(model)
+    assert bitpress("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
+    written = files_of(out)
+    (tmp_path / "file").write_text("mine")
+    for place, words in (
+        (out, "already holds a model"),
+        (tmp_path / "file", "is a file"),
+        (model, "source"),
+        (model / "o", "source"),
+    ):
+        assert words in refusal("compress", model, place, "--scheme", "toy", path=toy)
+    assert files_of(out) == written
+    assert files_of(model) == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a small disk needs root")
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path: Path, toy: Path) -> None:
+    model, disk = write_model(tmp_path / "model", shards=3), tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be made here: {mounted.stderr.decode().strip()}")
+    try:
+        # the disk fills up after the check of its space: another program writes while the run is on
+        (disk / "hog").write_bytes(b"x" * 1_500_000)
+        assert "disk has" in refusal("compress", model, disk / "out", "--scheme", "toy", path=toy)
+        program = (
+            "import shutil, sys, bitpress.cli\n"
+            "shutil.disk_usage = lambda path: type('Usage', (), {'free': 10**9})\n"
+            "sys.argv[0] = 'bitpress'; bitpress.cli.main()"
+        )
+        arguments = ["compress", model, disk / "out", "--scheme", "toy"]
+        environment = {**os.environ, "PYTHONPATH": str(toy)}
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        assert "the disk is full" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (disk / "out/config.json").exists()
+        assert not list((disk / "out").glob("*.part"))
+        (disk / "hog").unlink()
+        assert bitpress("compress", model, disk / "out", "--scheme", "toy", path=toy).returncode == 0
+        assert bitpress("verify", disk / "out", "--against", model, path=toy).returncode == 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
