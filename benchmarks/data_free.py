@@ -2,9 +2,9 @@
 
     python benchmarks/data_free.py --theirs /path/to/llmcompressor-env/bin/python [--work DIR] [--repeat N] [--json FILE]
 
-Every contender is a process of its own with one thread, reading from a warm page cache. CPU seconds (user and system) are the main
-figure, since they depend least on what else the machine does. Ratios are printed only between outputs that hold the same work: the
-same layers in the same dtypes and shapes, whose weights agree within one step of the format.
+Every contender is a process of its own with one thread, reading from a warm page cache. CPU seconds (user and system) are
+the main figure, since they depend least on what else the machine does. Ratios are printed only between outputs that hold the
+same work: the same layers in the same dtypes and shapes, whose weights agree within one step of the format.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,19 +38,26 @@ class Cost:
     memory: float
 
 
+LAUNCH = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+wall = time.perf_counter() - start
+print(json.dumps([usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1024]))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""  # a process of its own: the peak that a child reports starts at its parent's size
+TOUCH = "b'1' * (4 << 30)"  # a virtual machine pays for free memory when it is first used: let nobody measured pay for it
+
+
 def run(command: Sequence[object]) -> Cost:
     """Run a command to its end and count what it cost."""
-    start = time.perf_counter()
-    with subprocess.Popen(
-        [str(word) for word in command], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        errors = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command[0]} failed:\n{errors}")
-    return Cost(usage.ru_utime + usage.ru_stime, time.perf_counter() - start, usage.ru_maxrss / 1024)
+    subprocess.run([sys.executable, "-S", "-c", TOUCH], check=True)
+    words = [sys.executable, "-S", "-c", LAUNCH, *(str(word) for word in command)]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{done.stderr}")
+    return Cost(*json.loads(done.stdout))
 
 
 def contenders(source: Path, work: Path, theirs: str) -> dict[str, list[object]]:

@@ -72,9 +72,10 @@ def join(tiles: Iterable[Layer], shape: tuple[int, ...]) -> Layer:
         height = len(next(iter(main.values())))
         for name, piece in (main | {"keep": layer.keep}).items():
             if piece is not None:
-                target = whole.setdefault(name, piece if height == shape[0] else piece.new_empty(shape[0], *piece.shape[1:]))
-                if target is not piece:
-                    target[at : at + height] = piece
+                if name not in whole:
+                    whole[name] = piece if height == shape[0] else piece.new_empty(shape[0], *piece.shape[1:])
+                if whole[name] is not piece:
+                    whole[name][at : at + height] = piece
         for name, part in layer.parts.items():
             parts.setdefault(name, []).append(part)
         at += height

@@ -51,7 +51,7 @@ class Manifest:
         bitpress: version of the core.
         schemes: package and version by scheme.
         source: the model's name as it was given (a folder's own name, or a Hub name).
-        inputs: the source's weight files; digests where they were verified.
+        inputs: the source's weight files.
         files: every file of the output but `bitpress.json` itself.
     """
 
@@ -94,8 +94,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder / NAME}: it is not what this version writes ({type(e).__name__}: {e})") from None
 
 
-def file_notes(files: Mapping[str, Path], threads: int) -> dict[str, FileNote]:
-    """Sizes and digests of files on disk, by the names they were given."""
+def file_notes(files: Mapping[str, Path], threads: int, digests: bool = True) -> dict[str, FileNote]:
+    """Sizes and, if asked for, digests of files on disk, by the names they were given."""
+    if not digests:
+        return {name: FileNote(file.stat().st_size) for name, file in files.items()}
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(files, pool.map(_note, files.values()), strict=True))
 

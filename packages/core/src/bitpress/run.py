@@ -153,13 +153,12 @@ def _written(note: Manifest, checkpoint: Checkpoint) -> verification.Written:
 
 
 def _note(work: Plan, model: str, output: OutputFolder, threads: int, digests: bool) -> Manifest:
-    """The manifest before anything was proved; the source's digests are taken only if asked for."""
+    """The manifest before anything was proved; digests take a pass over every byte and are left out unless asked for."""
     config = json_text(work.config).encode()
     written = {name: output.folder / name for name in work.files if name not in ("config.json", manifest.NAME)}
-    sources = {f"source:{name}": work.source.folder / name for name in work.source.headers} if digests else {}
-    notes = manifest.file_notes(written | sources, threads)
-    files = {name: notes[name] for name in written} | {"config.json": FileNote(len(config), hashlib.sha256(config).hexdigest())}
-    inputs = {name: notes.get(f"source:{name}", FileNote(header.nbytes)) for name, header in work.source.headers.items()}
+    files = manifest.file_notes(written, threads, digests)
+    files["config.json"] = FileNote(len(config), hashlib.sha256(config).hexdigest())
+    inputs = manifest.file_notes({name: work.source.folder / name for name in work.source.headers}, threads, digests)
     layers = {
         module: LayerNote(
             tuple(s.scheme.name for s in stack.steps), (entry.shape[0], entry.shape[1]), entry.dtype, stack.bits(module)

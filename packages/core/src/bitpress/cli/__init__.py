@@ -72,7 +72,7 @@ def compress(
     device: Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="What computes.")] = "cpu",
     max_memory: Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="Refuse if more is needed: 4GB.")] = None,
     threads: Threads = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open and prove what was written.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open and prove what was written; no digests.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a smaller model, and prove it."""
@@ -187,12 +187,14 @@ def _size(text: str) -> int:
 @contextlib.contextmanager
 def _progress(silent: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """A bar per stage with the time left, on a terminal; nothing elsewhere."""
+    if silent or not sys.stderr.isatty():
+        yield lambda name, total: lambda done: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=silent or not console.is_terminal) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
 
         def stage(name: str, total: int) -> Callable[[int], None]:
             task = bar.add_task(name, total=total)
