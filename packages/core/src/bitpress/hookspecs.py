@@ -31,18 +31,19 @@ hookimpl = pluggy.HookimplMarker("bitpress")
 
 @hookspec(firstresult=True)
 def observe(inputs: Tensor, reference: Tensor, weight: Tensor, options: Options) -> Mapping[str, Stat] | None:
-    """Statistics of one batch that `quantize` will need, as raw sums or maxima.
+    """Statistics that `rescale` and `quantize` will need, as raw sums or maxima.
 
-    The core merges them over row tiles, batches and processes. A scheme whose `observe` names `inputs` is calibrated (unless
-    `options.calibrated` says otherwise); one that names only `weight` needs no data and is called once for each row tile.
+    The core merges them over batches, row tiles and processes. A scheme whose `observe` names `inputs` is calibrated (unless
+    `options.calibrated` says otherwise): it is called for every batch, and then once without inputs, for statistics of the weight
+    alone. One that names only `weight` needs no data and is called once for each row tile.
 
     Args:
-        inputs: (tokens, in) as the already compressed layers before this one make them, in the model's dtype.
-        reference: (tokens, in) the same tokens in the uncompressed model.
+        inputs: (tokens, in) as the already compressed layers before this one make them, floating; None for weights alone.
+        reference: (tokens, in) the same tokens in the uncompressed model, for part of the batches; None for the others.
         weight: (out, in) float32, the rows at hand.
 
     Returns:
-        Stats by name, float32, their shape independent of the number of tokens; or None where these options need none.
+        Stats by name, float32, their shape independent of the number of tokens; or None where there is nothing to note.
     """
 
 
@@ -50,7 +51,8 @@ def observe(inputs: Tensor, reference: Tensor, weight: Tensor, options: Options)
 def rescale(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Tensor | None:
     """Positive factors (in,) for the columns of the weight, as SmoothQuant and AWQ choose them; None to leave them alone.
 
-    The core multiplies the columns and folds the inverse into whatever produces the input, so that the function is unchanged.
+    The core rounds the factors to powers of two, so that the fold is exact in every float format, multiplies the columns, and folds
+    the inverse into whatever produces the input: the function is unchanged. It is not called where nothing could take the inverse.
     """
 
 
@@ -60,6 +62,9 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
 
     Promises: zeros stay zero; where `layer.keep` is False the weight stays zero; the shape does not change; rows depend on
     nothing but themselves, the others of their `options.row_block` and `stats`; an all-zero row has finite, non-zero scales.
+
+    Without statistics of inputs (`stats` lacks them: the layer never saw a token, or the plan asks for shapes) it rounds to
+    nearest. What the user should know of a layer is said with `warnings.warn`: the core adds the layer's name.
 
     Returns:
         `attrs.evolve(layer, weight=..., codes=..., parts=...)`. `weight` is float32 and exactly what the stored codes decode

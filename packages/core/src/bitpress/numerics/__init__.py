@@ -11,12 +11,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitpress.numerics.blocks import absmax, block_absmax, expand
+    from bitpress.numerics.error_feedback import Grid, feedback, moments
     from bitpress.numerics.float8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
+    from bitpress.numerics.hessian import Factor, factor
+    from bitpress.numerics.integers import IntegerGrid, decode_integers, fit_asymmetric, fit_symmetric, limits
+    from bitpress.numerics.sweeping import sweep
 
-_HOME = {"absmax": "blocks", "block_absmax": "blocks", "expand": "blocks"} | dict.fromkeys(
-    ("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"), "float8"
-)
-__all__ = ["E4M3_MAX", "absmax", "block_absmax", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3", "expand"]
+_HOME = {
+    **dict.fromkeys(("absmax", "block_absmax", "expand"), "blocks"),
+    **dict.fromkeys(("Grid", "feedback", "moments"), "error_feedback"),
+    **dict.fromkeys(("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"), "float8"),
+    **dict.fromkeys(("Factor", "factor"), "hessian"),
+    **dict.fromkeys(("IntegerGrid", "decode_integers", "fit_asymmetric", "fit_symmetric", "limits"), "integers"),
+    "sweep": "sweeping",
+}
+__all__ = [
+    "E4M3_MAX",
+    "Factor",
+    "Grid",
+    "IntegerGrid",
+    "absmax",
+    "block_absmax",
+    "decode_e4m3",
+    "decode_integers",
+    "e4m3_bound",
+    "e4m3_scale",
+    "encode_e4m3",
+    "expand",
+    "factor",
+    "feedback",
+    "fit_asymmetric",
+    "fit_symmetric",
+    "limits",
+    "moments",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:

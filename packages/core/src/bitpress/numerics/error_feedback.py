@@ -1,0 +1,99 @@
+"""Rounding with error feedback on calibration statistics: what every calibrated scheme observes, and how it is used.
+
+Letters: x̃ is a layer's input as the already quantised layers before it make it, x the same token's in the float model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bitpress.layer import Stat
+from bitpress.numerics.hessian import Factor, factor
+from bitpress.numerics.sweeping import sweep
+
+
+class Grid(Protocol):
+    """The numbers a weight may become: scales and zero points already chosen."""
+
+    def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
+        """The representable numbers nearest to targets (rows,) of one column."""
+        ...
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The same for a whole weight (out, in)."""
+        ...
+
+
+Fit = Callable[[Tensor, Tensor | None], Grid]  # a weight (out, in) and what an error costs in each column (in,) -> its grid
+
+
+def moments(inputs: Tensor, reference: Tensor | None = None) -> dict[str, Stat]:
+    """The sums that `feedback` needs of one batch: (tokens, in) each.
+
+    "hessian" (in, in): Σ x̃ x̃ᵀ; "tokens": their number; where the float model's inputs are given, "drift" (in, in):
+    Σ (x - x̃) x̃ᵀ, and "drift_tokens". All float32.
+    """
+    x = inputs.float()
+    found = {"hessian": x.T @ x, "tokens": torch.tensor(float(len(x)))}
+    if reference is not None:
+        found |= {"drift": (reference.float() - x).T @ x, "drift_tokens": found["tokens"]}
+    return {name: Stat(value, "sum") for name, value in found.items()}
+
+
+def feedback(weight: Tensor, stats: Mapping[str, Stat], fit: Fit, keep: Tensor | None = None) -> tuple[Tensor, Grid]:
+    """The weight rounded column by column so that (w - q) x̃ is small, and the grid it was rounded on.
+
+    Without statistics (the layer never saw a token, or the plan asks for shapes) every weight is rounded to nearest, as is
+    every row on which the feedback does worse than that; where the statistics cannot be used, with a warning.
+
+    Args:
+        weight: (out, in) float32.
+        stats: what `moments` returned, merged.
+        fit: chooses the grid.
+        keep: (out, in) bool; False stays zero.
+    """
+    factored = _factor(stats) if "hessian" in stats else None
+    if factored is None:
+        grid = fit(weight, None)
+        return _masked(grid.rounded(weight), keep), grid
+    target = _masked(weight + drift(weight, stats, factored), keep) if "drift" in stats else weight
+    grid = fit(target, factored.diagonal)
+    kept = None if keep is None else keep.T.contiguous()  # (in, out)
+
+    def project(column_target: Tensor, rows: slice, column: int) -> Tensor:
+        found = grid.nearest(column_target, rows, column)
+        return found if kept is None else found * kept[column, rows]
+
+    quantised, cost = sweep(target, factored, project)
+    plain = _masked(grid.rounded(target), keep)
+    worse = cost > factored.loss(target - plain)  # clipping can make feedback blow up
+    return torch.where(worse.unsqueeze(1), plain, quantised), grid
+
+
+def drift(weight: Tensor, stats: Mapping[str, Stat], factored: Factor) -> Tensor:
+    """What to add to a weight so that on the quantised model's inputs it gives what it gave on the float model's: (out, in).
+
+    min_V ||W x - V x̃||² has V = W + W E[(x - x̃) x̃ᵀ] H⁻¹ (Zhang et al., "Qronos", arXiv 2505.11695, and Li et al., "GPTAQ",
+    arXiv 2504.02692, start from the same problem). Estimated from few tokens it overfits, so it is shrunk by N / (N + 2 in).
+    """
+    tokens = stats["drift_tokens"].value.item()
+    correction = weight @ (stats["drift"].value / max(tokens, 1.0))
+    shrink = tokens / (tokens + 2 * weight.shape[1])
+    found = factored.solve(correction).mul_(shrink)
+    return found if found.isfinite().all() else torch.zeros_like(weight)
+
+
+def _factor(stats: Mapping[str, Stat]) -> Factor | None:
+    found = factor(stats["hessian"].value, stats["tokens"].value.item())
+    if found is None:
+        warnings.warn("its calibration statistics are not finite or singular: rounded to nearest", stacklevel=3)
+    return found
+
+
+def _masked(weight: Tensor, keep: Tensor | None) -> Tensor:
+    return weight if keep is None else weight * keep

@@ -1,0 +1,69 @@
+"""Second moments of a layer's inputs: damped, put in order, and factored for error feedback.
+
+Letters: H = E[x xᵀ] (in, in), over calibration tokens. Sources: Frantar et al., "GPTQ", arXiv 2210.17323; Chee et al., "QuIP",
+arXiv 2307.13304 (the LDL form, and that both are the same method).
+"""
+
+from __future__ import annotations
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+
+@frozen(eq=False)
+class Factor:
+    """H = U D Uᵀ with columns in the order in which they are decided.
+
+    Attributes:
+        order: (in,) the columns, most active first.
+        unit: (in, in) float32 U, upper triangular with ones on its diagonal, rows and columns in that order.
+        variance: (in,) float32 D: what an error in a column costs once the columns after it make up for it as well as they can.
+        diagonal: (in,) float32 of the damped H, in the columns' own order: what an error costs when nothing makes up for it.
+    """
+
+    order: Tensor
+    unit: Tensor
+    variance: Tensor
+    diagonal: Tensor
+
+    def solve(self, right: Tensor) -> Tensor:
+        """X with X H = right: (rows, in) -> (rows, in)."""
+        x = right[:, self.order]
+        x = torch.linalg.solve_triangular(self.unit.T, x, upper=False, left=False, unitriangular=True) / self.variance
+        x = torch.linalg.solve_triangular(self.unit, x, upper=True, left=False, unitriangular=True)
+        return torch.empty_like(x).index_copy_(1, self.order, x)
+
+    def loss(self, error: Tensor) -> Tensor:
+        """What an error costs each row: (rows, in) -> (rows,), the diagonal of error H errorᵀ."""
+        return (error[:, self.order] @ self.unit).square_() @ self.variance
+
+
+def factor(hessian: Tensor, tokens: float) -> Factor | None:
+    """The factor of the damped H; None where H is not finite, or too near to singular for any damping tried.
+
+    The damping is 1 % of the mean over live columns, more where there are few tokens for the width, and grows tenfold up to three
+    times. A column that was never active is uncoupled by it and gets rounded to nearest: its weights are kept, since a channel
+    silent in calibration may speak in service.
+
+    Args:
+        hessian: (in, in) float32, the sum of x xᵀ over tokens.
+    """
+    mean = hessian / max(tokens, 1.0)
+    if not mean.isfinite().all():
+        return None
+    diagonal = mean.diagonal().clone()
+    live = diagonal[diagonal > 0]
+    share = min(max(0.1 * len(diagonal) / max(tokens, 1.0), 0.01), 1.0)
+    damp = share * live.mean().item() if len(live) else 1.0
+    order = diagonal.argsort(descending=True, stable=True)
+    last_first = order.flip(0)
+    mean = mean[last_first][:, last_first]  # lower triangular from this end is upper triangular from the other
+    for _ in range(4):
+        lower, failed = torch.linalg.cholesky_ex(mean + damp * torch.eye(len(order), device=mean.device))
+        if not failed and lower.isfinite().all():
+            upper = lower.flip(0, 1)
+            root = upper.diagonal().clone()
+            return Factor(order, upper / root, root.square(), diagonal + damp)
+        damp *= 10
+    return None

@@ -1,0 +1,64 @@
+"""One sweep over the columns of a weight for every method that feeds errors forward: GPTQ, SparseGPT and their kin.
+
+Columns are decided one after the other, each as near as its own format allows to a target that makes up for the errors of the
+columns before it:
+
+    target_k = w_k + Σ_{j<k} (w_j - q_j) U_jk        q_k = project(target_k)        loss = Σ_k D_k (target_k - q_k)²
+
+With H = U D Uᵀ this is GPTQ (Frantar et al., arXiv 2210.17323) in the form of Chee et al. (QuIP, arXiv 2307.13304, theorem 6):
+no inverse is needed. Only blocks of `LEAF` columns are swept one by one; between blocks the feedback is a matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitpress.numerics.hessian import Factor
+
+LEAF = 16  # columns swept one by one
+ROWS = 1024  # rows swept together: a leaf's columns of them stay in cache
+
+Project = Callable[[Tensor, slice, int], Tensor]
+
+
+def sweep(weight: Tensor, factor: Factor, project: Project) -> tuple[Tensor, Tensor]:
+    """The projected weight, and what it costs each row.
+
+    Args:
+        weight: (out, in) float32; its rows are independent.
+        project: given the targets (rows,) of one column, which rows they are, and which column, returns what they become.
+
+    Returns:
+        (out, in) float32, and (out,) float32: (w - q) H (w - q)ᵀ of each row.
+    """
+    found, losses = torch.empty_like(weight), []
+    for first in range(0, len(weight), ROWS):
+        rows = slice(first, min(first + ROWS, len(weight)))
+        found[rows], loss = _sweep_rows(weight[rows], factor, lambda target, column, rows=rows: project(target, rows, column))
+        losses.append(loss)
+    return found, torch.cat(losses)
+
+
+def _sweep_rows(weight: Tensor, factor: Factor, project: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
+    source = weight.T[factor.order]  # (in, rows): a column is contiguous
+    target, error, chosen = source.clone(), torch.empty_like(source), torch.empty_like(source)
+    columns = factor.order.tolist()
+
+    def solve(lo: int, hi: int) -> None:
+        if hi - lo > LEAF:
+            middle = lo + LEAF * ((hi - lo + LEAF) // (2 * LEAF))
+            solve(lo, middle)
+            target[middle:hi].addmm_(factor.unit[lo:middle, middle:hi].T, error[lo:middle])
+            solve(middle, hi)
+            return
+        for k in range(lo, hi):
+            chosen[k] = project(target[k], columns[k])
+            torch.sub(source[k], chosen[k], out=error[k])
+            target[k + 1 : hi].addr_(factor.unit[k, k + 1 : hi], error[k])
+
+    solve(0, len(columns))
+    loss = factor.variance @ (target - chosen).square_()
+    return torch.empty_like(chosen).index_copy_(0, factor.order, chosen).T, loss
