@@ -37,12 +37,12 @@ def sweep(weight: Tensor, factor: Factor, project: Project) -> tuple[Tensor, Ten
     found, losses = torch.empty_like(weight), []
     for first in range(0, len(weight), ROWS):
         rows = slice(first, min(first + ROWS, len(weight)))
-        found[rows], loss = _sweep_rows(weight[rows], factor, lambda target, column, rows=rows: project(target, rows, column))
+        found[rows], loss = _sweep_rows(weight[rows], rows, factor, project)
         losses.append(loss)
     return found, torch.cat(losses)
 
 
-def _sweep_rows(weight: Tensor, factor: Factor, project: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
+def _sweep_rows(weight: Tensor, rows: slice, factor: Factor, project: Project) -> tuple[Tensor, Tensor]:
     source = weight.T[factor.order]  # (in, rows): a column is contiguous
     target, error, chosen = source.clone(), torch.empty_like(source), torch.empty_like(source)
     columns = factor.order.tolist()
@@ -55,7 +55,7 @@ def _sweep_rows(weight: Tensor, factor: Factor, project: Callable[[Tensor, int],
             solve(middle, hi)
             return
         for k in range(lo, hi):
-            chosen[k] = project(target[k], columns[k])
+            chosen[k] = project(target[k], rows, columns[k])
             torch.sub(source[k], chosen[k], out=error[k])
             target[k + 1 : hi].addr_(factor.unit[k, k + 1 : hi], error[k])
 
