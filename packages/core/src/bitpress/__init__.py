@@ -10,7 +10,7 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from bitpress.errors import BitpressError, CheckpointError, OutputError, RecipeError, SchemeError, ShapeError
+from bitpress.errors import BitpressError, CheckpointError, DataError, OutputError, RecipeError, SchemeError, ShapeError
 from bitpress.hardware import Hardware
 from bitpress.hookspecs import hookimpl
 from bitpress.layer import Finding, Layer, Record, Stat
@@ -23,6 +23,7 @@ __version__ = version("bitpress-core")
 __all__ = [
     "BitpressError",
     "CheckpointError",
+    "DataError",
     "Finding",
     "Hardware",
     "Layer",

@@ -14,6 +14,10 @@ class CheckpointError(BitpressError):
     """The model folder cannot be read as what it says it is."""
 
 
+class DataError(BitpressError):
+    """The texts that a model is to be run on cannot be read, or are too few."""
+
+
 class RecipeError(BitpressError):
     """The recipe, a scheme's name, an option or a pattern is not one that can be carried out."""
 

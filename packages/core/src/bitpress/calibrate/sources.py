@@ -1,0 +1,155 @@
+"""Where texts come from: files of several kinds, a dataset's name, or what ships with bitpress."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from bitpress.errors import DataError, nearest
+
+SHIPPED = "the text that ships with bitpress"
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (*JSON_LINES, ".txt", ".parquet")
+
+Row: TypeAlias = tuple[str, Any]  # what errors call it ("texts.jsonl, line 3"), and the row
+Render: TypeAlias = Callable[[list[Any]], str]  # the messages of a chat as one text
+
+
+def read(source: str | None, limit: int | None, render: Render) -> tuple[str, str]:
+    """The texts of a source joined by single newlines, and what to call the source.
+
+    With a limit it is read no further than to that many characters; more than those are given only where a text ends later.
+
+    Raises:
+        DataError: there is no such source, or its texts cannot be read.
+    """
+    if source is None:
+        packed = resources.files("bitpress.calibrate").joinpath("default.txt.xz").read_bytes()
+        return lzma.decompress(packed).decode()[:limit], SHIPPED
+    file = Path(source)
+    try:
+        if not file.is_file():
+            name, text = source, _join(_dataset(source), limit, render)
+        elif file.suffix.lower() == ".txt":
+            name, text = file.name, _plain(file, limit)
+        else:
+            name, text = file.name, _join(_rows(file), limit, render)
+    except OSError as e:
+        raise DataError(f"{source}: {e.strerror or first_line(e)}") from None
+    if not text.strip():
+        raise DataError(f"{source}: it holds no text")
+    return text, name
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, cut to its first line."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _plain(file: Path, limit: int | None) -> str:
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            return opened.read(-1 if limit is None else limit)
+    except UnicodeDecodeError as e:
+        raise DataError(f"{file}: it is not UTF-8 text ({e.reason}); save it as UTF-8") from None
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    suffix = file.suffix.lower()
+    if suffix in JSON_LINES:
+        return _json_lines(file)
+    if suffix == ".parquet":
+        return _parquet(file)
+    raise DataError(f"{file}: texts are read from {', '.join(SUFFIXES)}; if it is plain text, name it .txt")
+
+
+def _json_lines(file: Path) -> Iterator[Row]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{file}, line {number}"
+            try:
+                yield place, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as e:
+                raise DataError(f"{place}: it is not UTF-8 text ({e.reason}); save the file as UTF-8") from None
+            except (ValueError, RecursionError) as e:
+                raise DataError(f"{place}: not valid JSON ({e}); every line is one object") from None
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"{file}: reading parquet needs pyarrow; pip install 'bitpress-core[parquet]'") from None
+    try:
+        with parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            column = next((name for name in ("text", "messages") if name in names), None)
+            if column is None:
+                raise DataError(f"{file}: it has no column text or messages, but {', '.join(names) or 'none'}")
+            number = 0
+            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
+    except (pyarrow.ArrowException, ValueError) as e:
+        raise DataError(f"{file}: it cannot be read as parquet ({first_line(e)})") from None
+
+
+def _dataset(source: str) -> Iterator[Row]:
+    file = Path(source)
+    if file.suffix.lower() in SUFFIXES or file.is_absolute():
+        beside = [f.name for f in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise DataError(f"{source}: there is no such file{nearest(file.name, beside)}")
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{source}: there is no such file; if it is the name of a dataset, pip install 'bitpress-core[datasets]' for those"
+        ) from None
+    name, _, subset = source.partition(":")
+    try:
+        # streamed: of a large dataset only what is used is fetched
+        rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{source}, row {number}", row
+    except Exception as e:  # the library and the network behind it raise many kinds
+        raise DataError(f"{source}: it is neither a file nor a dataset that can be loaded ({first_line(e)})") from None
+
+
+def _join(rows: Iterable[Row], limit: int | None, render: Render) -> str:
+    texts: list[str] = []
+    size = -1  # a newline less than there are texts
+    for place, row in rows:
+        texts.append(_text(place, row, render))
+        size += len(texts[-1]) + 1
+        if limit is not None and size >= limit:
+            break
+    return "\n".join(texts)
+
+
+def _text(place: str, row: Any, render: Render) -> str:
+    """The text of a row, or its chat as a text."""
+    row = row if isinstance(row, Mapping) else {}
+    text, messages = row.get("text"), row.get("messages")
+    if not isinstance(text, str):
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+            raise DataError(
+                f'{place}: an object with a "text" or with chat "messages" (each with "role" and "content") is expected'
+                + (f", not one with {', '.join(map(repr, row))}" if row else "")
+            )
+        try:
+            text = render(messages)
+        except DataError as e:
+            raise DataError(f"{place}: {e}") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise DataError(f"{place}: half of a surrogate pair, which is no character, at {e.start}") from None
+    return text
