@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from bitpress.cli import main
+from bitpress.schemes import discover
 
 LLAMA: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
@@ -130,18 +138,52 @@ def install_toy(folder: Path) -> Path:
     return install(folder, "bitpress-scheme-toy", TOY, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n")
 
 
-def bitpress(*arguments: object, path: Path | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command as users do; `path` is a folder of plugins. The width of a terminal is large and fixed."""
-    environment = {**os.environ, "COLUMNS": "200", **options.pop("env", {})}
+@contextlib.contextmanager
+def plugins(folder: Path | None) -> Iterator[None]:
+    """Inside the block this process finds the plugins of a folder, as a new process with the folder on its path would."""
+    before, path = set(sys.modules), list(sys.path)
+    if folder is not None:
+        sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    discover.cache_clear()
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        discover.cache_clear()
+        for name in set(sys.modules) - before:
+            if folder is not None and str(getattr(sys.modules[name], "__file__", None)).startswith(str(folder)):
+                del sys.modules[name]
+
+
+def command(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command run in this process, which saves the start of another: what it prints, and its exit code."""
+    words, out, err = ["bitpress", *map(str, arguments)], io.StringIO(), io.StringIO()
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with plugins(path), patch.object(sys, "argv", words), streams[0], streams[1], pytest.raises(SystemExit) as end:
+        main()
+    return subprocess.CompletedProcess(words, int(str(end.value.code)), out.getvalue(), err.getvalue())
+
+
+def process(*arguments: object, path: Path | None = None) -> subprocess.Popen[str]:
+    """The command as users start it, running; `path` is a folder of plugins."""
+    environment = dict(os.environ)
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "bitpress", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False, **options)
+    words = [sys.executable, "-m", "bitpress", *map(str, arguments)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def refusal(*arguments: object, path: Path | None = None, **options: Any) -> str:
+def bitpress(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command as users run it, in a process of its own."""
+    running = process(*arguments, path=path)
+    out, err = running.communicate(timeout=300)
+    return subprocess.CompletedProcess(running.args, running.returncode, out, err)
+
+
+def refusal(*arguments: object, path: Path | None = None) -> str:
     """The one line with which the command refuses: exit code 2, nothing on standard output, no traceback."""
-    found = bitpress(*arguments, path=path, **options)
+    found = command(*arguments, path=path)
     lines = [line for line in found.stderr.splitlines() if not line.startswith("warning: ")]
     assert found.returncode == 2, (found.returncode, found.stderr)
     assert found.stdout == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -45,7 +46,7 @@ class Recipe:
         for pattern in patterns:
             if not any(fnmatchcase(module, pattern) for module in modules):
                 raise RecipeError(
-                    f"the pattern {pattern!r} matches none of the {len(modules)} linear layers{nearest(pattern, modules)} "
+                    f"the pattern {pattern!r} matches none of the {len(modules)} linear layers{_hint(pattern, modules)} "
                     "(embeddings, lm_head, norms, routers and vision towers are left alone in any case)"
                 )
         return {module: self.steps(module) for module in modules}
@@ -63,6 +64,20 @@ class Recipe:
         if any(fnmatchcase(module, pattern) for pattern in self.ignore):
             return ()
         return next((rule.steps for rule in self.rules if fnmatchcase(module, rule.match)), ())
+
+
+def _hint(pattern: str, modules: Iterable[str]) -> str:
+    """The nearest name for a name, and for a pattern the nearest of those that match something, with stars for block numbers."""
+    if not any(sign in pattern for sign in "*?["):
+        return nearest(pattern, modules)
+    known: dict[str, None] = {}
+    for name in dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", module) for module in modules):
+        words = name.split(".")
+        heads = [".".join([*words[:i], "*"]) for i in range(1, len(words))]
+        tails = [".".join(["*", *words[i:]]) for i in range(1, len(words))]
+        inner = [f"*.{word}.*" for word in words[1:-1]]
+        known |= dict.fromkeys(cut for cut in [name, *heads, *tails, *inner] if "*.*" not in cut)
+    return nearest(pattern, known)
 
 
 def from_scheme(name: str, registry: Registry, settings: Iterable[str] = (), ignore: Iterable[str] = ()) -> Recipe:
