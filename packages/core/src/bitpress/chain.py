@@ -28,7 +28,7 @@ def observe_weights(tiles: Callable[[], Iterator[Layer]], steps: Sequence[Step])
             found = step.call("observe", inputs=None, reference=None, weight=weight)
             if not found:
                 break
-            merged = {name: merged[name] | stat if name in merged else stat for name, stat in found.items()}
+            merge(merged, found)
         stats.append(merged)
     return tuple(stats)
 
@@ -44,6 +44,47 @@ def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Lay
             raise RecipeError(f"{step.scheme.name} cannot follow a step that stores codes already: leave one of them out")
         layer = _layer(step, "quantize", step.call("quantize", layer=layer, stats=observed), layer)
     return layer
+
+
+def quantize_whole(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Layer:
+    """The layer, whole, after every step's `quantize`, given statistics of inputs and, taken here, of the weights."""
+    for step, observed in zip(steps, stats, strict=True):
+        both = dict(observed)
+        if step.scheme.wants("observe", "weight"):
+            merge(both, step.call("observe", inputs=None, reference=None, weight=layer.weight))
+        layer = quantize(layer, [step], [both])
+    return layer
+
+
+def merge(into: dict[str, Stat], found: Stats | None) -> None:
+    """Add the statistics of a batch to those of the batches before it."""
+    for name, stat in (found or {}).items():
+        into[name] = into[name] | stat if name in into else stat
+
+
+def rescale(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> torch.Tensor | None:
+    """The factors (in,) of the first step that has some; None where none has."""
+    for step, observed in zip(steps, stats, strict=True):
+        if step.rescales and (factors := step.call("rescale", layer=layer, stats=observed)) is not None:
+            return torch.as_tensor(factors)
+    return None
+
+
+def split(layer: Layer, heights: Sequence[int]) -> list[Layer]:
+    """The members of a stack, not yet packed, each with its own rows of everything that has rows."""
+    total, weight = sum(heights), layer.weight
+
+    def rows(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        return tensor[first * len(tensor) // total : last * len(tensor) // total]
+
+    members, first = [], 0
+    for height in heights:
+        place = (first, first + height)
+        own: dict[str, Any] = {name: rows(t, *place) for name in ("codes", "keep") if (t := getattr(layer, name)) is not None}
+        parts = {name: rows(part, *place) if part.ndim else part for name, part in layer.parts.items()}
+        members.append(attrs.evolve(layer, weight=rows(weight, *place), parts=parts, **own))
+        first += height
+    return members
 
 
 def pack(layer: Layer, steps: Sequence[Step]) -> Layer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from bitpress import chain
@@ -10,11 +10,12 @@ from bitpress.checkpoint.header import Entry, Header, index, lay_out
 from bitpress.checkpoint.reader import DTYPES, INDEX, Reader
 from bitpress.checkpoint.writer import OutputFolder, ShardWriter, json_text
 from bitpress.manifest import NAME
+from bitpress.progress import Told
 from bitpress.quantization import KEY
 from bitpress.verification import Written
 
 
-def write_dense(written: Written, output: OutputFolder, done: Callable[[int], None]) -> None:
+def write_dense(written: Written, output: OutputFolder, done: Told) -> None:
     """Write the dense model; shards keep their names and what was in them. `done` is told the bytes of each tensor written."""
     source = written.checkpoint
     others = [name for name in source.others if name not in (NAME, "config.json")]

@@ -51,8 +51,9 @@ def observe(inputs: Tensor, reference: Tensor, weight: Tensor, options: Options)
 def rescale(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Tensor | None:
     """Positive factors (in,) for the columns of the weight, as SmoothQuant and AWQ choose them; None to leave them alone.
 
-    The core rounds the factors to powers of two, so that the fold is exact in every float format, multiplies the columns, and folds
-    the inverse into whatever produces the input: the function is unchanged. It is not called where nothing could take the inverse.
+    The core rounds the factors to powers of two, so that the fold is exact in every float format, multiplies the columns, and
+    folds the inverse into whatever produces the input: the function is unchanged. Where nothing could take the inverse it is not
+    called.
     """
 
 

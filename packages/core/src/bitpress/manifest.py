@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import attrs
-from attrs import frozen
+from attrs import field, frozen
 
 from bitpress.checkpoint.reader import read_json
 from bitpress.errors import CheckpointError
 
 NAME = "bitpress.json"
+Rescaled = Mapping[str, Sequence[int]]
 
 
 @frozen
@@ -34,6 +35,7 @@ class LayerNote:
         dtype: of the source's weight, as safetensors names it.
         bits: stored bits per weight, scales included.
         error: ||restored - source|| / ||source||, measured on the written file; None where it was not verified.
+        output_error: ||x (W - Q)ᵀ|| / ||x Wᵀ|| on a sample of calibration inputs; None where there were none.
     """
 
     steps: tuple[str, ...]
@@ -41,6 +43,7 @@ class LayerNote:
     dtype: str
     bits: float
     error: float | None = None
+    output_error: float | None = None
 
 
 @frozen
@@ -53,6 +56,9 @@ class Manifest:
         source: the model's name as it was given (a folder's own name, or a Hub name).
         inputs: the source's weight files.
         files: every file of the output but `bitpress.json` itself.
+        data: what the run was calibrated on, and its digest; None where it needed no data.
+        warnings: what was found on the way, one line each.
+        rescaled: by tensor of the source, the exponents of two by which its "columns" and "rows" were multiplied first.
     """
 
     bitpress: str
@@ -62,6 +68,9 @@ class Manifest:
     inputs: Mapping[str, FileNote]
     files: Mapping[str, FileNote]
     layers: Mapping[str, LayerNote]
+    data: Mapping[str, str] | None = None
+    warnings: tuple[str, ...] = ()
+    rescaled: Mapping[str, Rescaled] = field(factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -89,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
             name: LayerNote(**{**note, "steps": tuple(note["steps"]), "shape": tuple(note["shape"])})
             for name, note in table["layers"].items()
         }
-        return Manifest(**{**table, **notes, "layers": layers})
+        return Manifest(**{**table, **notes, "layers": layers, "warnings": tuple(table.get("warnings", ()))})
     except (KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{folder / NAME}: it is not what this version writes ({type(e).__name__}: {e})") from None
 

@@ -33,6 +33,11 @@ class Options:
         return None
 
     @property
+    def rescales(self) -> bool | None:
+        """Whether factors for columns are to be chosen; None: exactly when there is a `rescale` hook."""
+        return None
+
+    @property
     def row_block(self) -> int:
         """How many consecutive rows share numbers (a block scale, a packed word); every member of a stack must divide by it."""
         return 1

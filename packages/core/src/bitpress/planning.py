@@ -4,64 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import attrs
-from attrs import frozen
+import torch
 
 from bitpress import __version__, chain, hardware, manifest, stacks
-from bitpress.checkpoint.header import BITS, Entry, Header, index, lay_out
-from bitpress.checkpoint.reader import DTYPES, INDEX, NAMES, Checkpoint
+from bitpress.checkpoint.header import Entry, index
+from bitpress.checkpoint.reader import INDEX, Checkpoint
 from bitpress.errors import CheckpointError, RecipeError, ShapeError
 from bitpress.layer import Finding
 from bitpress.quantization import KEY, quantised_already, quantization_config
 from bitpress.recipe import Recipe
 from bitpress.schemes import Step
-
-
-@frozen(eq=False)
-class Stack:
-    """Linear layers that read the same input and get the same steps; alone, a stack of one."""
-
-    members: Mapping[str, Entry]
-    steps: tuple[Step, ...]
-
-    @property
-    def name(self) -> str:
-        """The common parent and the members' own names: `model.layers.0.self_attn.[q_proj, k_proj, v_proj]`."""
-        names = list(self.members)
-        if len(names) == 1:
-            return names[0]
-        parent = names[0].rpartition(".")[0]
-        return f"{parent}.[{', '.join(n.rpartition('.')[2] for n in names)}]"
-
-    @property
-    def reads(self) -> int:
-        """Bytes of the source's weights."""
-        return sum(entry.nbytes for entry in self.members.values())
-
-    def stored(self, module: str) -> tuple[dict[str, tuple[str, tuple[int, ...]]], Mapping[str, Any] | None]:
-        """Dtype and shape of what is stored of a member, by tensor name, and its config fragment."""
-        entry = self.members[module]
-        record = chain.describe(*entry.shape, DTYPES[entry.dtype], self.steps)
-        return {f"{module}.{suffix}": (NAMES[t.dtype], tuple(t.shape)) for suffix, t in record.tensors.items()}, record.config
-
-    def bits(self, module: str) -> float:
-        """Stored bits per weight of a member, scales included."""
-        return 8 * sum(_nbytes(*t) for t in self.stored(module)[0].values()) / self.members[module].numel
-
-
-@frozen(eq=False)
-class Shard:
-    """One file of the output: the stacks and plain tensors whose numbers go into it, and its header."""
-
-    name: str
-    stacks: tuple[Stack, ...]
-    copies: tuple[Entry, ...]
-    header: Header
+from bitpress.shards import Shard, Stack, cut, nbytes
 
 
 @attrs.frozen(eq=False, slots=False)
@@ -116,9 +74,29 @@ class Plan:
         """Size of the output's weight files, exact."""
         return sum(shard.header.nbytes for shard in self.shards)
 
+    @property
+    def container(self) -> str:
+        """The name of the list of decoder blocks."""
+        return stacks.container(next(iter(self.stacks[0].members)))
+
+    @property
+    def hidden(self) -> int:
+        """The width of the hidden states: the smallest input of a layer, in any model that is not odd."""
+        return min(stack.shape[1] for stack in self.stacks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What most weights are stored in."""
+        return self.stacks[0].dtype
+
+    @property
+    def head(self) -> int | None:
+        """Channels of an attention head, as far as the config says."""
+        return stacks.head_size(self.source.config)
+
     def memory(self, threads: int) -> int:
         """Bytes held at most while running, beyond what the interpreter and torch take."""
-        largest = max((sum(_nbytes(*t) for t in s.stored(m)[0].values()) for s in self.stacks for m in s.members), default=0)
+        largest = max((sum(nbytes(*t) for t in s.stored(m)[0].values()) for s in self.stacks for m in s.members), default=0)
         return threads * (2 * largest + 10 * 4 * chain.TILE)
 
     @property
@@ -128,8 +106,11 @@ class Plan:
         return own + [name for name in self.source.others if name not in own]
 
 
-def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
+def make_plan(source: Checkpoint, recipe: Recipe, data: str = "") -> Plan:
     """The plan of a recipe on a checkpoint.
+
+    Args:
+        data: the digest of the calibration data, where the recipe needs some.
 
     Raises:
         CheckpointError: the source is quantised already or has no layers to compress.
@@ -138,9 +119,6 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
     """
     if method := quantised_already(source.config):
         raise CheckpointError(f"{source.folder} is already quantised ({method}): start from the original, or decompress it first")
-    for step in recipe.all_steps:
-        if step.scheme.calibrated(step.options):
-            raise RecipeError(f"{step.scheme} needs calibration data with these options, and this version cannot calibrate yet")
     linear = stacks.linear_layers(source)
     assigned = recipe.assign(list(linear))
     built: dict[str, Stack] = {}  # by the name of the first member
@@ -151,10 +129,16 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
     if not built:
         raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
     compressed = {module for stack in built.values() for module in stack.members}
-    digest = _digest(source, recipe)
+    digest = _digest(source, recipe, data)
     plain = tuple(stacks.left_alone(source, compressed))
     return Plan(
-        source, recipe, digest, tuple(_shards(source, built, digest)), plain, tuple(_warnings(source)), tuple(_findings(recipe))
+        source,
+        recipe,
+        digest,
+        tuple(cut(source, built, digest, recipe.calibrated)),
+        plain,
+        tuple(_warnings(source)),
+        tuple(_findings(recipe)),
     )
 
 
@@ -189,33 +173,12 @@ def _stack(members: Mapping[str, Entry], steps: tuple[Step, ...]) -> Stack:
     return stack
 
 
-def _shards(source: Checkpoint, built: Mapping[str, Stack], digest: str) -> Iterable[Shard]:
-    """Output files that mirror the input's; a stack goes whole into the file of its first member."""
-    members = {entry.name: module for stack in built.values() for module, entry in stack.members.items()}
-    contents = []
-    for header in source.headers.values():
-        own = [built[module] for e in header.entries if (module := members.get(e.name, "")) in built]
-        copies = [e for e in header.entries if e.name not in members]
-        if own or copies:
-            contents.append((own, copies))
-    for i, (own, copies) in enumerate(contents, 1):
-        name = "model.safetensors" if len(contents) == 1 else f"model-{i:05d}-of-{len(contents):05d}.safetensors"
-        tensors = [(entry.name, entry.dtype, entry.shape) for entry in copies]
-        for stack in own:
-            tensors += [(n, *t) for module in stack.members for n, t in stack.stored(module)[0].items()]
-        header = lay_out(source.folder / name, tensors, {"format": "pt", "bitpress": digest})
-        yield Shard(name, tuple(own), tuple(copies), header)
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * BITS[dtype] // 8
-
-
-def _digest(source: Checkpoint, recipe: Recipe) -> str:
+def _digest(source: Checkpoint, recipe: Recipe, data: str) -> str:
     content = {
         "core": __version__,
         "schemes": sorted({str(step.scheme) for step in recipe.all_steps}),
         "recipe": recipe.as_json(),
+        "data": data,
         "source": {name: hashlib.sha256(header.raw).hexdigest() for name, header in source.headers.items()},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

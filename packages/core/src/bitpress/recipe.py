@@ -36,6 +36,11 @@ class Recipe:
         """Every step of every rule."""
         return tuple(step for rule in self.rules for step in rule.steps)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether any step must see the model run on data."""
+        return any(step.calibrated for step in self.all_steps)
+
     def assign(self, modules: Sequence[str]) -> Mapping[str, tuple[Step, ...]]:
         """The steps of every module, empty where it is left alone.
 

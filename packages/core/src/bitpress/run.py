@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import attrs
-import torch
+from attrs import frozen
 
 from bitpress import __version__, manifest, recipe, stream, verification
+from bitpress.calibrate import loop
+from bitpress.calibrate.loop import NOTES
+from bitpress.calibrate.memory import estimate
+from bitpress.calibrate.site import BlockNotes
+from bitpress.calibrate.texts import Choice, Sequences, load
 from bitpress.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, resolve
 from bitpress.checkpoint.writer import OutputFolder, json_text
+from bitpress.compute import cores, device_named, torch_threads
 from bitpress.decompression import write_dense
-from bitpress.errors import BitpressError, CheckpointError, OutputError, RecipeError, VerificationError
+from bitpress.errors import CheckpointError, OutputError, RecipeError, VerificationError
 from bitpress.manifest import FileNote, LayerNote, Manifest, read_manifest
 from bitpress.planning import Plan, make_plan
+from bitpress.progress import Progress, Told, quiet
+from bitpress.recipe import Recipe
 from bitpress.schemes import discover
 
-Progress = Callable[[str, int], Callable[[int], None]]  # a stage's name and bytes -> what is called with bytes done
 RUNTIME = 450_000_000  # bytes of memory that Python with torch takes before any work
+CALIBRATED_RUNTIME = 700_000_000  # the same with transformers, and the temporaries of a batch
 
 
-def quiet(stage: str, total: int) -> Callable[[int], None]:
-    """Progress that nobody looks at."""
-    return lambda done: None
+@frozen(eq=False)
+class Job:
+    """A plan, the data it is calibrated on where it needs some, and the model's name as it was given."""
+
+    plan: Plan
+    data: Sequences | None
+    model: str
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know before starting."""
+        return self.plan.warnings + (self.data.warnings if self.data else ())
 
 
 def plan(
@@ -45,24 +59,38 @@ def plan(
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
-    if (scheme is None) == (recipe_file is None):
-        raise RecipeError("give either a scheme or a recipe file")
-    source = open_checkpoint(resolve(model))
-    registry = discover()
-    if scheme is not None:
-        return make_plan(source, recipe.from_scheme(scheme, registry, settings, ignore))
-    return make_plan(source, recipe.from_file(Path(recipe_file or ""), registry, settings, ignore))
+    return make_plan(*_asked_for(model, scheme, recipe_file, settings, ignore))
 
 
-def memory(work: Plan, threads: int | None = None) -> int:
-    """Bytes that a run of the plan holds at most, Python and torch included."""
-    return RUNTIME + work.memory(threads or _cores())
+def prepare(
+    model: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
+    settings: Iterable[str] = (), ignore: Iterable[str] = (), calibration: Choice | None = None, trust_remote_code: bool = False,
+) -> Job:  # fmt: skip
+    """The plan, and the calibration data if the recipe needs some; as `plan` otherwise."""
+    source, rules = _asked_for(model, scheme, recipe_file, settings, ignore)
+    if not rules.calibrated:
+        return Job(make_plan(source, rules), None, str(model))
+    make_plan(source, rules)  # what headers can refuse is refused before texts are read
+    data = load(calibration or Choice(), source.folder, source.config, trust_remote_code)
+    return Job(make_plan(source, rules, data.digest), data, str(model))
+
+
+def memory(work: Plan, threads: int | None = None, tokens: int = Choice().samples * Choice().length) -> int:
+    """Bytes that a run of the plan holds at least, Python and its libraries included.
+
+    A calibrated run takes more where it may, for speed.
+    """
+    if work.recipe.calibrated:
+        return CALIBRATED_RUNTIME + estimate(work, tokens).least
+    return RUNTIME + work.memory(threads or cores())
 
 
 def compress(
     model: str | Path, out: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
-    settings: Iterable[str] = (), ignore: Iterable[str] = (), device: str = "cpu", threads: int | None = None,
-    max_memory: int | None = None, verify: bool = True, progress: Progress = quiet,
+    settings: Iterable[str] = (), ignore: Iterable[str] = (), calibration: str | Path | None = None,
+    samples: int = Choice().samples, sequence_length: int = Choice().length, seed: int = 0, device: str = "cpu",
+    threads: int | None = None, max_memory: int | None = None, trust_remote_code: bool = False, verify: bool = True,
+    progress: Progress = quiet,
 ) -> Manifest:  # fmt: skip
     """Write a smaller model into the folder `out`, and prove it unless `verify` is off.
 
@@ -70,44 +98,62 @@ def compress(
     loader takes the folder for a model.
 
     Args:
-        device: what computes; the bytes written do not depend on `threads`.
-        max_memory: bytes; a run that would need more is refused.
+        calibration: a .jsonl, .txt or .parquet file, or a dataset's name; None takes the text that ships with bitpress.
+        samples: how many sequences of `sequence_length` tokens are taken of it.
+        device: what computes; the bytes written by schemes that need no data do not depend on `threads`.
+        max_memory: bytes; a run that would need more is refused, one that could use more for speed does not.
+        trust_remote_code: whether code in the model's folder may run.
 
     Raises:
         BitpressError: bad input, found before the work starts where headers show it.
         VerificationError: the written files are not what was planned; `config.json` was not written.
     """
-    work = plan(model, scheme=scheme, recipe_file=recipe_file, settings=settings, ignore=ignore)
-    return carry_out(work, str(model), out, device, threads, max_memory, verify, progress)
+    choice = Choice(None if calibration is None else str(calibration), samples, sequence_length, seed)
+    job = prepare(
+        model, scheme=scheme, recipe_file=recipe_file, settings=settings, ignore=ignore, calibration=choice,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    return carry_out(job, out, device, threads, max_memory, verify, trust_remote_code, progress)
 
 
 def carry_out(
-    work: Plan, model: str, out: str | Path, device: str = "cpu", threads: int | None = None,
-    max_memory: int | None = None, verify: bool = True, progress: Progress = quiet,
+    job: Job, out: str | Path, device: str = "cpu", threads: int | None = None, max_memory: int | None = None,
+    verify: bool = True, trust_remote_code: bool = False, progress: Progress = quiet,
 ) -> Manifest:  # fmt: skip
-    """`compress` for a plan that was made already."""
-    target, count = _device(device), threads or _cores()
-    if max_memory is not None and max_memory < (needed := memory(work, count)):
+    """`compress` for a job that was prepared already."""
+    work, target, count = job.plan, device_named(device), threads or cores()
+    tokens = job.data.ids.numel() if job.data else 0
+    if max_memory is not None and max_memory < (needed := memory(work, count, tokens)):
         raise RecipeError(
-            f"the run needs about {needed / 1e6:,.0f} MB of memory, more than the {max_memory / 1e6:,.0f} MB allowed; "
-            "fewer threads need less"
+            f"the run needs about {needed / 1e6:,.0f} MB of memory, more than the {max_memory / 1e6:,.0f} MB allowed"
+            + ("" if job.data else "; fewer threads need less")
         )
     output = OutputFolder(Path(out))
     if output.folder.resolve().is_relative_to(work.source.folder.resolve()):
         raise OutputError(f"{out} is the source or lies inside it; name another folder")
-    output.prepare(work.files, work.bytes_after)
-    with _one_thread_per_task():
-        stream.write_shards(work, output, count, target, progress("compressing", work.bytes_before))
+    notes = [shard.name + NOTES for shard in work.shards]
+    output.prepare([*work.files, *notes], work.bytes_after)
+    told = progress("compressing", work.bytes_before)
+    found: list[BlockNotes] = []
+    if job.data:
+        limit = None if max_memory is None else max_memory - CALIBRATED_RUNTIME
+        with torch_threads(count):
+            found = loop.write_shards(work, output, job.data, target, limit, trust_remote_code, told)
+    with torch_threads(1):  # tasks run side by side, each on one core: torch's own threads would only wait for each other
+        if not job.data:
+            stream.write_shards(work, output, count, target, told)
         for name in work.source.others:
             if name not in ("config.json", manifest.NAME):
                 output.copy(name, work.source.folder / name)
         if work.index:
             output.text(INDEX, json_text(work.index))
-        note = _note(work, model, output, count, verify)
+        note = _note(job, output, count, verify, found)
         if verify:
             note = _prove(note, work, output, count, progress("verifying", work.bytes_after))
     output.text(manifest.NAME, json_text(note.as_json()))
     output.text("config.json", json_text(work.config))
+    for name in notes:
+        (output.folder / name).unlink(missing_ok=True)
     return note
 
 
@@ -119,7 +165,7 @@ def verify(
     Raises:
         BitpressError: the folder was not written by bitpress, or a scheme that wrote it is not installed.
     """
-    folder, count = Path(out), threads or _cores()
+    folder, count = Path(out), threads or cores()
     note = read_manifest(folder)
     source = open_checkpoint(resolve(against)) if against is not None else None
     faults = tuple(verification.verify_files(note.files, folder, count))
@@ -128,7 +174,7 @@ def verify(
     except CheckpointError as e:
         return verification.Report((*faults, str(e)), {})
     size = sum(header.nbytes for header in checkpoint.headers.values())
-    with _one_thread_per_task():
+    with torch_threads(1):
         report = verification.verify_tensors(_written(note, checkpoint), source, count, progress("verifying", size))
     return verification.Report(faults + report.faults, report.errors)
 
@@ -143,7 +189,7 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -
     checkpoint = open_checkpoint(Path(out))
     written = _written(read_manifest(Path(out)), checkpoint)
     total = sum(note.shape[0] * note.shape[1] * 2 for note in written.layers.values())
-    with _one_thread_per_task():
+    with torch_threads(1):
         write_dense(written, OutputFolder(Path(dense)), progress("decompressing", total))
 
 
@@ -152,56 +198,49 @@ def _written(note: Manifest, checkpoint: Checkpoint) -> verification.Written:
     return verification.written_by(note, checkpoint, rules)
 
 
-def _note(work: Plan, model: str, output: OutputFolder, threads: int, digests: bool) -> Manifest:
+def _note(job: Job, output: OutputFolder, threads: int, digests: bool, found: Sequence[BlockNotes]) -> Manifest:
     """The manifest before anything was proved; digests take a pass over every byte and are left out unless asked for."""
+    work = job.plan
     config = json_text(work.config).encode()
     written = {name: output.folder / name for name in work.files if name not in ("config.json", manifest.NAME)}
     files = manifest.file_notes(written, threads, digests)
     files["config.json"] = FileNote(len(config), hashlib.sha256(config).hexdigest())
     inputs = manifest.file_notes({name: work.source.folder / name for name in work.source.headers}, threads, digests)
+    errors = {name: error for block in found for name, error in block.errors.items()}
     layers = {
         module: LayerNote(
-            tuple(s.scheme.name for s in stack.steps), (entry.shape[0], entry.shape[1]), entry.dtype, stack.bits(module)
+            tuple(s.scheme.name for s in stack.steps), (entry.shape[0], entry.shape[1]), entry.dtype, stack.bits(module),
+            output_error=errors.get(module),
         )
         for stack in work.stacks
         for module, entry in stack.members.items()
-    }
+    }  # fmt: skip
     schemes = {step.scheme.name: f"{step.scheme.package} {step.scheme.version}" for step in work.recipe.all_steps}
-    name = model if "/" in model and not Path(model).exists() else Path(model).resolve().name
-    return Manifest(__version__, schemes, work.recipe.as_json(), name, inputs, files, layers)
+    name = job.model if "/" in job.model and not Path(job.model).exists() else Path(job.model).resolve().name
+    data = {"source": job.data.source, "tokens": str(job.data.ids.numel()), "sha256": job.data.digest} if job.data else None
+    return Manifest(
+        __version__, schemes, work.recipe.as_json(), name, inputs, files, layers, data,
+        warnings=tuple(text for block in found for text in block.warnings),
+        rescaled={tensor: change for block in found for tensor, change in block.rescaled.items()},
+    )  # fmt: skip
 
 
-def _prove(note: Manifest, work: Plan, output: OutputFolder, threads: int, done: Callable[[int], None]) -> Manifest:
+def _prove(note: Manifest, work: Plan, output: OutputFolder, threads: int, done: Told) -> Manifest:
     """The manifest with every layer's error, measured on the files; raises VerificationError where something is wrong."""
     checkpoint = open_checkpoint(output.folder, config=work.config)
-    report = verification.verify_tensors(verification.Written(checkpoint, work.recipe, note.layers), work.source, threads, done)
+    written = verification.Written(checkpoint, work.recipe, note.layers, note.rescaled)
+    report = verification.verify_tensors(written, work.source, threads, done)
     if report.faults:
         raise VerificationError(f"{output.folder}: the written files are not what was planned; delete the folder", report.faults)
     return attrs.evolve(note, layers={m: attrs.evolve(layer, error=report.errors[m]) for m, layer in note.layers.items()})
 
 
-def _device(name: str) -> torch.device:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise BitpressError(f"--device {name}: it is cpu, cuda or cuda:N")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise BitpressError(f"--device {name}: {str(e).splitlines()[0]}") from None
-    return device
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _one_thread_per_task() -> Iterator[None]:
-    """Tasks run side by side, each on one core: torch's own threads would only wait for each other on tiles this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _asked_for(
+    model: str | Path, scheme: str | None, recipe_file: str | Path | None, settings: Iterable[str], ignore: Iterable[str]
+) -> tuple[Checkpoint, Recipe]:
+    if (scheme is None) == (recipe_file is None):
+        raise RecipeError("give either a scheme or a recipe file")
+    source, registry = open_checkpoint(resolve(model)), discover()
+    if scheme is not None:
+        return source, recipe.from_scheme(scheme, registry, settings, ignore)
+    return source, recipe.from_file(Path(recipe_file or ""), registry, settings, ignore)

@@ -42,11 +42,15 @@ class Scheme:
         """Whether the scheme implements the hook."""
         return hook in self._arguments
 
+    def wants(self, hook: str, argument: str) -> bool:
+        """Whether the scheme implements the hook and names the argument."""
+        return argument in self._arguments.get(hook, ())
+
     def calibrated(self, options: Options) -> bool:
         """Whether the model must be run on data."""
         if options.calibrated is not None:
             return options.calibrated
-        return "inputs" in self._arguments.get("observe", ())
+        return self.wants("observe", "inputs")
 
     def step(self, values: Mapping[str, Any] | None = None) -> Step:
         """The scheme with options, ready to be applied; raises RecipeError for options it does not take."""
@@ -76,6 +80,16 @@ class Step:
 
     scheme: Scheme
     options: Options
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model must be run on data."""
+        return self.scheme.calibrated(self.options)
+
+    @property
+    def rescales(self) -> bool:
+        """Whether it may choose factors for the columns."""
+        return self.scheme.has("rescale") and self.options.rescales is not False
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """One hook, with this step's options."""

@@ -70,6 +70,27 @@ def stack(layers: Mapping[str, Entry]) -> list[tuple[str, ...]]:
     return stacks
 
 
+def container(module: str) -> str:
+    """The name of the list of blocks that a layer lies in: `model.layers` for `model.layers.0.mlp.up_proj`."""
+    place = BLOCK.fullmatch(f"{module}.weight")
+    assert place is not None, module
+    return place["container"]
+
+
+def block_index(tensor: str, container: str) -> int | None:
+    """The number of the block that a tensor lies in; None outside that list of blocks."""
+    number = tensor.removeprefix(f"{container}.").split(".")[0] if tensor.startswith(f"{container}.") else ""
+    return int(number) if number.isdigit() else None
+
+
+def head_size(config: Mapping[str, Any]) -> int | None:
+    """Channels of an attention head, as far as the config says."""
+    for table in (config, config.get("text_config")):
+        if isinstance(table, dict) and isinstance(heads := table.get("num_attention_heads"), int):
+            return int(table.get("head_dim") or table.get("hidden_size", 0) // heads) or None
+    return None
+
+
 def left_alone(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[str]:
     """Modules that a loader might take for linear layers and that stay as they are, in file order, the tied head included."""
     done = set(compressed)

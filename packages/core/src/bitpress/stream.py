@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import torch
 
 from bitpress import chain
 from bitpress.checkpoint.header import Entry
-from bitpress.checkpoint.reader import DTYPES, NAMES, Reader
+from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.writer import OutputFolder, ShardWriter
-from bitpress.errors import CheckpointError, SchemeError
+from bitpress.errors import CheckpointError
 from bitpress.layer import Layer
-from bitpress.planning import Plan, Shard, Stack
+from bitpress.planning import Plan
+from bitpress.progress import Told
+from bitpress.shards import Shard, Stack
 
-Progress = Callable[[int], None]
 
-
-def write_shards(plan: Plan, output: OutputFolder, threads: int, device: torch.device, progress: Progress) -> None:
+def write_shards(plan: Plan, output: OutputFolder, threads: int, device: torch.device, progress: Told) -> None:
     """Write every shard that an earlier run of the same plan has not finished; `progress` is told the source bytes done."""
     with Reader() as reader:
         for shard in plan.shards:
@@ -28,7 +28,7 @@ def write_shards(plan: Plan, output: OutputFolder, threads: int, device: torch.d
                 progress(sum(s.reads for s in shard.stacks) + sum(e.nbytes for e in shard.copies))
             else:
                 with output.shard(shard.name, shard.header) as writer:
-                    _fill(shard, reader, writer, threads, device, progress)
+                    fill(shard, reader, writer, threads, device, progress)
 
 
 def compress_stack(stack: Stack, reader: Reader, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
@@ -43,12 +43,8 @@ def compress_stack(stack: Stack, reader: Reader, device: torch.device) -> Iterat
     for module in stack.members:
         packed = (chain.pack(chain.quantize(tile, stack.steps, stats), stack.steps) for tile in tiles(module))
         record = chain.record(chain.join(packed, stack.members[module].shape), stack.steps)
-        found = {f"{module}.{suffix}": tensor for suffix, tensor in record.tensors.items()}
-        planned, _ = stack.stored(module)
-        shapes = {name: (NAMES.get(t.dtype), tuple(t.shape)) for name, t in found.items()}
-        if shapes != planned:
-            raise SchemeError(f"{stack.steps[-1].scheme}: layer {module} became {shapes}, planned was {planned}")
-        yield from found.items()
+        stack.check(module, record)
+        yield from ((f"{module}.{suffix}", tensor) for suffix, tensor in record.tensors.items())
 
 
 def _tiles(stack: Stack, reader: Reader, device: torch.device, module: str) -> Iterator[Layer]:
@@ -57,7 +53,7 @@ def _tiles(stack: Stack, reader: Reader, device: torch.device, module: str) -> I
         weight = reader.rows(entry, first, last).to(device).float()
         if not math.isfinite(weight.sum()):  # one cheap pass: a NaN or Inf anywhere makes the sum so
             _refuse_non_finite(entry, first, weight)
-        yield Layer(stack.name, weight, DTYPES[entry.dtype])
+        yield Layer(stack.name, weight, stack.dtype)
 
 
 def _refuse_non_finite(entry: Entry, first: int, weight: torch.Tensor) -> None:
@@ -71,7 +67,7 @@ def _refuse_non_finite(entry: Entry, first: int, weight: torch.Tensor) -> None:
         )
 
 
-def _fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, device: torch.device, progress: Progress) -> None:
+def fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, device: torch.device, progress: Told) -> None:
     """Write all tensors of a shard, several stacks side by side; the bytes do not depend on who is first."""
     places = {entry.name: entry for entry in shard.header.entries}
 
@@ -81,10 +77,7 @@ def _fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, devic
         progress(stack.reads)
 
     def copy(entry: Entry) -> None:
-        at = places[entry.name].start
-        for chunk in reader.chunks(entry):
-            writer.write_bytes(at, chunk)
-            at += len(chunk)
+        copy_entry(entry, places[entry.name], reader, writer)
         progress(entry.nbytes)
 
     pool = ThreadPoolExecutor(threads)
@@ -94,3 +87,11 @@ def _fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, devic
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def copy_entry(entry: Entry, place: Entry, reader: Reader, writer: ShardWriter) -> None:
+    """Write a tensor of the source as it is."""
+    at = place.start
+    for chunk in reader.chunks(entry):
+        writer.write_bytes(at, chunk)
+        at += len(chunk)

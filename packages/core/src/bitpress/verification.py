@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from bitpress import chain, stacks
 from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint, Reader
 from bitpress.errors import BitpressError, CheckpointError
-from bitpress.manifest import FileNote, LayerNote, Manifest, file_notes
+from bitpress.manifest import FileNote, LayerNote, Manifest, Rescaled, file_notes
+from bitpress.progress import Told
 from bitpress.quantization import KEY, quantization_config
 from bitpress.recipe import Recipe
 from bitpress.schemes import Step
@@ -36,6 +37,17 @@ class Written:
     checkpoint: Checkpoint
     recipe: Recipe
     layers: Mapping[str, LayerNote]
+    rescaled: Mapping[str, Rescaled] = field(factory=dict)
+
+    def given(self, tensor: torch.Tensor, name: str, first: int = 0) -> torch.Tensor:
+        """The source's numbers, float32, after the factors that the run folded into them; of the rows from `first` on."""
+        tensor, change = tensor.float(), self.rescaled.get(name, {})
+        if "columns" in change:
+            tensor = tensor * torch.tensor(change["columns"]).exp2()
+        if "rows" in change:
+            factors = torch.tensor(change["rows"][first : first + len(tensor)]).exp2()
+            tensor = tensor * factors.reshape(-1, *[1] * (tensor.ndim - 1))
+        return tensor
 
     def entries(self, module: str) -> dict[str, Entry | None]:
         """What is stored of a layer, by suffix; None for a planned tensor that is not there."""
@@ -81,7 +93,7 @@ def verify_files(notes: Mapping[str, FileNote], folder: Path, threads: int) -> I
             yield f"{name}: its bytes are not those that were written (SHA-256 differs)"
 
 
-def verify_tensors(written: Written, source: Checkpoint | None, threads: int, done: Callable[[int], None]) -> Report:
+def verify_tensors(written: Written, source: Checkpoint | None, threads: int, done: Told) -> Report:
     """Every planned tensor is there as planned, scales are usable, the config says what is stored, and weights are near the
     source's where there is a source; `done` is told the bytes of each layer that was read.
     """
@@ -110,7 +122,7 @@ def written_by(manifest: Manifest, checkpoint: Checkpoint, recipe: Recipe) -> Wr
     for module, note in manifest.layers.items():
         if not recipe.steps(module) or note.dtype not in DTYPES:
             raise CheckpointError(f"{checkpoint.folder}: bitpress.json does not say how layer {module} was written")
-    return Written(checkpoint, recipe, manifest.layers)
+    return Written(checkpoint, recipe, manifest.layers, manifest.rescaled)
 
 
 def _structure(written: Written, source: Checkpoint | None) -> Iterator[str]:
@@ -156,7 +168,7 @@ def _layer(written: Written, module: str, source: Checkpoint | None, reader: Rea
             if not math.isfinite(weight.sum()) and not weight.isfinite().all():
                 faults.add(f"{module}: the stored weight decodes to NaN or infinity")
             elif origin is not None:
-                given = reader.rows(origin, first, last).float()
+                given = written.given(reader.rows(origin, first, last), origin.name, first)
                 limit = chain.bound(tensors, config, steps)
                 distance = weight.sub_(given).abs_()
                 if limit is not None and (distance > limit).any():
@@ -181,6 +193,10 @@ def _copies(written: Written, source: Checkpoint, reader: Reader) -> Sequence[st
         if copy is None or name.removesuffix(".weight") in written.layers:
             continue
         same = (copy.dtype, copy.shape) == (entry.dtype, entry.shape)
-        if not same or not all(map(torch.equal, reader.chunks(entry), reader.chunks(copy))):
+        if same and name in written.rescaled:
+            same = torch.equal(written.given(reader.whole(entry), name).to(DTYPES[entry.dtype]), reader.whole(copy))
+        elif same:
+            same = all(map(torch.equal, reader.chunks(entry), reader.chunks(copy)))
+        if not same:
             faults.append(f"{name}: the copied tensor differs from the source's")
     return faults

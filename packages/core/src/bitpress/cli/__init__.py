@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ import typer
 from bitpress import hardware
 from bitpress.cli import show
 from bitpress.errors import BitpressError, RecipeError, VerificationError
+from bitpress.progress import Progress, Told, quiet
 from bitpress.schemes import discover
 
 app = typer.Typer(
@@ -69,6 +70,14 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not hold anything else.")],
     scheme: Scheme = None, recipe: RecipeFile = None, settings: Set = None, ignore: Ignore = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", metavar="FILE|DATASET", help="Texts like those it will serve: .jsonl, .txt, .parquet."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Sequences taken of them.")] = 256,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a sequence.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", help="0 takes sequences from the start, others draw them.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let code in the model's folder run.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="What computes.")] = "cpu",
     max_memory: Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="Refuse if more is needed: 4GB.")] = None,
     threads: Threads = None,
@@ -77,12 +86,19 @@ def compress(
 ) -> None:  # fmt: skip
     """Write a smaller model, and prove it."""
     from bitpress import run
+    from bitpress.calibrate.texts import Choice
 
-    work = run.plan(model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or ())
-    show.remarks(work)
     limit = None if max_memory is None else _size(max_memory)
+    job = run.prepare(
+        model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or (),
+        calibration=Choice(calibration, samples, sequence_length, seed), trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    work = job.plan
+    show.remarks(work, job.warnings)
+    if calibration is not None and job.data is None:
+        print("warning: no step of this recipe needs data: --calibration is not used", file=sys.stderr)
     with _progress(as_json) as progress:
-        note = run.carry_out(work, model, out, device, threads, limit, not no_verify, progress)
+        note = run.carry_out(job, out, device, threads, limit, not no_verify, trust_remote_code, progress)
     result = {"before": work.bytes_before, "after": work.bytes_after, "verified": not no_verify, **note.as_json()}
     _print(result) if as_json else show.summary(note, work, out, verified=not no_verify)
 
@@ -185,19 +201,19 @@ def _size(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _progress(silent: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def _progress(silent: bool) -> Iterator[Progress]:
     """A bar per stage with the time left, on a terminal; nothing elsewhere."""
     if silent or not sys.stderr.isatty():
-        yield lambda name, total: lambda done: None
+        yield quiet
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress as Bars, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Bars(*columns, console=Console(stderr=True)) as bars:
 
-        def stage(name: str, total: int) -> Callable[[int], None]:
-            task = bar.add_task(name, total=total)
-            return lambda done: bar.update(task, advance=done)
+        def stage(stage: str, total: int) -> Told:
+            task = bars.add_task(stage, total=total)
+            return lambda done, what="": bars.update(task, advance=done, description=f"{stage} {what}".strip())
 
         yield stage

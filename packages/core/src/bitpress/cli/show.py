@@ -108,9 +108,9 @@ def plan_json(work: Plan, memory: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def remarks(work: Plan) -> None:
-    """Warnings and unfavourable findings, on standard error."""
-    for warning in work.warnings:
+def remarks(work: Plan, warnings: Iterable[str] | None = None) -> None:
+    """Warnings (the plan's, if no others are given) and unfavourable findings, on standard error."""
+    for warning in work.warnings if warnings is None else warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for name, finding in work.findings:
         if finding.level not in USABLE:
@@ -121,6 +121,15 @@ def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
     """What `compress` did."""
     ratio = work.bytes_before / work.bytes_after
     print(f"{out}: {_gb(work.bytes_before)} -> {_gb(work.bytes_after)} ({ratio:.2f}x smaller), {note.bits:.2f} bits per weight")
+    for text in note.warnings:
+        print(f"warning: {text}", file=sys.stderr)
+    if note.data:
+        hint = "; texts like those the model will serve are better: --calibration FILE" if "ships" in note.data["source"] else ""
+        print(f"calibrated on {int(note.data['tokens']):,} tokens of {note.data['source']}{hint}")
+    measured = {name: layer.output_error for name, layer in note.layers.items() if layer.output_error is not None}
+    if measured:
+        print("largest relative errors of a layer's output on calibration data:")
+        _table(("layer", "output error"), [(n, f"{e:.5f}") for n, e in sorted(measured.items(), key=lambda i: -i[1])[:5]])
     if verified:
         worst = sorted(note.layers.items(), key=lambda item: -(item[1].error or 0))[:5]
         print(f"verified: {len(note.layers)} layers read back and compared with the source; largest relative errors:")

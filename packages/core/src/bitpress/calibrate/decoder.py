@@ -1,0 +1,160 @@
+"""A model of any architecture that transformers knows, without its weights: they are read when they are needed.
+
+The model is built with its parameters on the meta device. What runs before the blocks is filled when it is first called; blocks
+are filled, used and dropped one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpress.checkpoint.reader import Checkpoint, Reader
+from bitpress.errors import CheckpointError
+
+
+class Decoder:
+    """A model whose blocks are handed out one by one.
+
+    Args:
+        container: the name of the list of blocks, as in the checkpoint: `model.layers`.
+        dtype: what the weights are computed with.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        container: str,
+        reader: Reader,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust: bool = False,
+    ) -> None:
+        self.model = _build(checkpoint, trust)
+        self.container = container
+        self._checkpoint, self._reader, self._device, self._dtype = checkpoint, reader, device, dtype
+        try:
+            blocks = self.model.get_submodule(container)
+        except AttributeError:
+            blocks = None
+        if not isinstance(blocks, nn.ModuleList):
+            raise CheckpointError(
+                f"{checkpoint.folder}: transformers' {type(self.model).__name__} has no list of blocks {container!r}, "
+                "under which the files name their layers: this layout cannot be calibrated yet"
+            )
+        self.blocks = list(blocks)
+        for name, module in self.model.named_modules():
+            if not name.startswith(container) and next(module.parameters(recurse=False), None) is not None:
+                module.register_forward_pre_hook(self._filler(name))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def block(self, index: int, changed: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+        """A block with its weights, a copy of its own.
+
+        Args:
+            changed: tensors by the checkpoint's names that take the place of the files'.
+        """
+        module = copy.deepcopy(self.blocks[index])
+        self._fill(module, f"{self.container}.{index}", changed or {})
+        return module
+
+    @contextlib.contextmanager
+    def instead_of_blocks(self, stand_ins: list[nn.Module]) -> Iterator[nn.Module]:
+        """The whole model with other modules where its blocks are; what was filled is dropped again afterwards."""
+        blocks = self.model.get_submodule(self.container)
+        assert isinstance(blocks, nn.ModuleList)
+        for i, module in enumerate(stand_ins):
+            blocks[i] = module
+        try:
+            yield self.model
+        finally:
+            for i, module in enumerate(self.blocks):
+                blocks[i] = module
+            for module in self.model.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _filler(self, name: str) -> Any:
+        def fill(module: nn.Module, arguments: Any) -> None:
+            self._fill(module, name, {}, recurse=False)
+
+        return fill
+
+    def _fill(self, module: nn.Module, prefix: str, changed: Mapping[str, torch.Tensor], recurse: bool = True) -> None:
+        for name, parameter in list(module.named_parameters(recurse=recurse)):
+            if parameter.is_meta:
+                tensor = self._read(f"{prefix}.{name}", changed, tuple(parameter.shape))
+                owner, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=recurse)):
+            owner, _, leaf = name.rpartition(".")
+            entry = self._checkpoint.entries.get(f"{prefix}.{name}")
+            tensor = buffer if entry is None else self._reader.whole(entry).to(buffer.dtype)
+            module.get_submodule(owner)._buffers[leaf] = tensor.to(self._device)
+
+    def _read(self, name: str, changed: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        entry = self._checkpoint.entries.get(name)
+        if name not in changed and (entry is None or entry.shape != shape):
+            found = "is not in the files" if entry is None else f"has the shape {list(entry.shape)} and not {list(shape)}"
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: tensor {name}, which transformers' {type(self.model).__name__} needs, {found}: "
+                "this layout cannot be calibrated yet; schemes and options that need no data can be used"
+            )
+        tensor = changed[name] if name in changed else self._reader.whole(entry)  # type: ignore[arg-type]
+        tensor = tensor.to(self._device, self._dtype)
+        if not math.isfinite(tensor.sum(dtype=torch.float64)):
+            place = self._checkpoint.folder
+            raise CheckpointError(f"{place}: tensor {name} holds NaN or infinity: the source is damaged; fetch it again")
+        return tensor
+
+
+def _build(checkpoint: Checkpoint, trust: bool) -> nn.Module:
+    """The model on the meta device; buffers, which are computed and not stored, are real."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
+        with _parameters_on_meta():
+            model: nn.Module = _from_config(config, trust)
+    except (ValueError, KeyError, ImportError, OSError) as e:
+        text = re.sub(r"\s+", " ", str(e)).strip()
+        hint = "" if trust or "trust_remote_code" not in text else "; --trust-remote-code allows the model's own code"
+        raise CheckpointError(f"{checkpoint.folder}: transformers cannot build the model: {text[:300]}{hint}") from None
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters lose their numbers as soon as they are registered, and none are drawn: no weight is ever in memory."""
+    register = nn.Module.register_parameter
+    names = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
+    initialisers = {name: getattr(nn.init, name) for name in names}
+
+    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(self, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    for name in names:
+        setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        for name, function in initialisers.items():
+            setattr(nn.init, name, function)
+
+
+def _from_config(config: Any, trust: bool) -> nn.Module:
+    import transformers
+
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
+    return model

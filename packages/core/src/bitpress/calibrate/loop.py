@@ -1,0 +1,121 @@
+"""The calibrated line from plan to files: block by block, and in each block site by site in forward order.
+
+A site is a stack: layers that read one input. Its inputs are observed as the already compressed sites before it make them, it is
+compressed, and what a loader will compute with takes its place; then the next. So every layer is fitted to what it will be given
+in service. Every fourth batch is run through the source's weights as well, for schemes that ask how far the inputs have drifted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bitpress import chain
+from bitpress.calibrate import memory
+from bitpress.calibrate.decoder import Decoder
+from bitpress.calibrate.recorder import Recording, record
+from bitpress.calibrate.site import BlockNotes, compress_block
+from bitpress.calibrate.states import States
+from bitpress.calibrate.streams import Streams
+from bitpress.calibrate.texts import Sequences
+from bitpress.checkpoint.header import read_header
+from bitpress.checkpoint.reader import DTYPES, Reader
+from bitpress.checkpoint.writer import OutputFolder
+from bitpress.planning import Plan
+from bitpress.progress import Told
+from bitpress.shards import Shard
+from bitpress.stream import copy_entry
+
+BATCH = 4096  # tokens that are run through a block together
+NOTES = ".notes"  # of a finished block: what the summary tells of it, until the run is over
+
+
+def write_shards(
+    plan: Plan, output: OutputFolder, data: Sequences, device: torch.device, limit: int | None, trust: bool, told: Told
+) -> list[BlockNotes]:
+    """Write every shard that an earlier run of the same plan has not written; returns what is to be told of each block.
+
+    Args:
+        limit: bytes of memory beyond what the interpreter takes; None allows half of what is free.
+        trust: whether the model folder's own code may run.
+
+    Raises:
+        CheckpointError: transformers cannot build the model, or the model makes numbers that are not finite.
+    """
+    dtype = torch.float32 if device.type == "cpu" else plan.dtype
+    batches = torch.split(data.ids, max(BATCH // data.ids.shape[1], 1))
+    notes = []
+    with Reader() as reader, torch.no_grad():
+        decoder = Decoder(plan.source, plan.container, reader, device, dtype, trust)
+        shards = {shard.block: shard for shard in plan.shards if shard.block is not None and shard.block < len(decoder)}
+        for shard in plan.shards:
+            if shard not in shards.values():
+                _copy(shard, output, reader, told)
+        recording = record(decoder, batches, device, dtype)
+        streams = _streams(plan, recording, data.ids.numel(), output.folder, limit, device)
+        for index in range(len(decoder)):
+            calls, recording.calls[index] = recording.calls[index], []
+            streams.enter(decoder.block(index), decoder.block(index) if streams.chosen else None, calls)
+            if index in shards:
+                notes.append(_block(plan, shards[index], output, reader, streams, told))
+            streams.leave()
+    return notes
+
+
+def _streams(plan: Plan, recording: Recording, tokens: int, folder: Path, limit: int | None, device: torch.device) -> Streams:
+    """The hidden states to start from, in memory or in a file, as the memory allowed decides."""
+    wanted = any(step.scheme.wants("observe", "reference") and step.calibrated for step in plan.recipe.all_steps)
+    chosen = range(0, len(recording.hidden), memory.REFERENCE) if wanted else range(0)
+    need = memory.estimate(plan, tokens)
+    allowed = limit if limit is not None else memory.available() // 2
+    place = folder if need.held > allowed else None
+    reference = States([recording.hidden[i].clone() for i in chosen], place)
+    return Streams(States(recording.hidden, place), reference, chosen, need.waiting <= allowed, device)
+
+
+def _copy(shard: Shard, output: OutputFolder, reader: Reader, told: Told) -> None:
+    """A shard without a block that is run: every tensor as it is."""
+    if not output.finished(shard.name, shard.header):
+        places = {entry.name: entry for entry in shard.header.entries}
+        with output.shard(shard.name, shard.header) as writer:
+            for entry in shard.copies:
+                copy_entry(entry, places[entry.name], reader, writer)
+    told(sum(entry.nbytes for entry in shard.copies), shard.name)
+
+
+def _block(plan: Plan, shard: Shard, output: OutputFolder, reader: Reader, streams: Streams, told: Told) -> BlockNotes:
+    """Compress one block into its shard, or take up what an earlier run has made of it."""
+    prefix, kept = f"{plan.container}.{shard.block}.", output.folder / f"{shard.name}{NOTES}"
+    if output.finished(shard.name, shard.header):
+        _take_up(shard, prefix, output, reader, streams.block)
+        told(sum(s.reads for s in shard.stacks) + sum(e.nbytes for e in shard.copies), f"{shard.name}: finished earlier")
+        return BlockNotes(**json.loads(kept.read_text()))
+    places = {entry.name: entry for entry in shard.header.entries}
+    with output.shard(shard.name, shard.header) as writer:
+        notes = compress_block(shard, prefix, streams, lambda n, t: writer.write(places[n], t.cpu()), plan.head, told)
+        for entry in shard.copies:
+            if entry.name in notes.rescaled:
+                tensor = streams.block.get_parameter(entry.name.removeprefix(prefix))
+                writer.write(places[entry.name], tensor.to(DTYPES[entry.dtype]).cpu())
+            else:
+                copy_entry(entry, places[entry.name], reader, writer)
+            told(entry.nbytes, entry.name)
+        output.text(kept.name, json.dumps(notes.as_json()))
+    return notes
+
+
+def _take_up(shard: Shard, prefix: str, output: OutputFolder, reader: Reader, block: nn.Module) -> None:
+    """Give a block the weights that an earlier run stored of it."""
+    stored = {entry.name: entry for entry in read_header(output.folder / shard.name).entries}
+    parameters = dict(block.named_parameters())
+    for stack in shard.stacks:
+        for module in stack.members:
+            names, config = stack.stored(module)
+            tensors = {name.removeprefix(f"{module}."): reader.whole(stored[name]) for name in names}
+            parameters[f"{module.removeprefix(prefix)}.weight"].copy_(chain.restore(tensors, config, stack.steps))
+    for entry in shard.copies:
+        if (parameter := parameters.get(entry.name.removeprefix(prefix))) is not None:
+            parameter.copy_(reader.whole(stored[entry.name]))

@@ -1,0 +1,49 @@
+"""How much memory a calibrated run holds, and how much there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from attrs import frozen
+
+from bitpress.planning import Plan
+
+WAITING = 5  # hidden states that a forward waiting inside a block holds for each token
+REFERENCE = 4  # every so many batches are run through the source's weights too
+NUMBER = 4  # bytes: blocks are computed in float32
+
+
+@frozen
+class Need:
+    """Bytes: with hidden states on disk, with them in memory, and with forwards that wait inside a block."""
+
+    least: int
+    held: int
+    waiting: int
+
+
+def estimate(plan: Plan, tokens: int) -> Need:
+    """What a run of the plan holds, beyond what the interpreter, torch and transformers take.
+
+    What comes before the blocks, once; later the widest block as it was and as it becomes, the statistics and the solution of its
+    largest site, and the hidden states of so many tokens, a share of them twice.
+    """
+    before = sum(e.numel for s in plan.shards if s.block is None for e in s.copies if "lm_head" not in e.name)
+    block = max(
+        sum(e.numel for e in shard.copies) + sum(e.numel for stack in shard.stacks for e in stack.members.values())
+        for shard in plan.shards
+        if shard.block is not None
+    )
+    site = max(5 * width * width + 6 * rows * width for rows, width in (stack.shape for stack in plan.stacks))
+    least = NUMBER * max(before, 2 * block + site)
+    states = NUMBER * tokens * plan.hidden * (1 + 1 / REFERENCE)
+    return Need(least, int(least + states), int(least + WAITING * states))
+
+
+def available() -> int:
+    """Bytes that can be taken without swapping; 8 GB where the system does not say."""
+    file = Path("/proc/meminfo")
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 8 << 30

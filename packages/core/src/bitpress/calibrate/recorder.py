@@ -1,0 +1,106 @@
+"""What every block is called with, noted in one pass through a model whose blocks are stand-ins.
+
+Works for any decoder, since nothing is known of its architecture: the model itself makes its masks, positions and whatever else
+its blocks are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from bitpress.calibrate.decoder import Decoder
+
+
+@frozen(eq=False)
+class Call:
+    """What a block is called with beside the hidden states."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output."""
+        found = block(hidden, *self.arguments, **self.keywords)
+        return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+
+
+@frozen(eq=False)
+class Recording:
+    """Per batch the first block's input, and per block and batch its call."""
+
+    hidden: list[Tensor]
+    calls: list[list[Call]]
+
+
+class _LastBlockReached(Exception):  # noqa: N818 (a way out, not a fault)
+    """Raised when the last block has been called: what follows is not needed."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for one block: notes the call and hands the hidden states on unchanged."""
+
+    def __init__(self, block: nn.Module, last: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a submodule: it is asked for attributes, never called
+        self.calls: list[Call] = []
+        self.hidden: Tensor | None = None
+        self._last = last
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """Note the call."""
+        if arguments:
+            hidden, arguments = arguments[0], arguments[1:]
+        else:
+            hidden = keywords.pop("hidden_states")
+        self.hidden = hidden
+        self.calls.append(_shared(Call(arguments, keywords), self.calls[0] if self.calls else None))
+        if self._last:
+            raise _LastBlockReached
+        return hidden
+
+
+def record(decoder: Decoder, batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> Recording:
+    """The recording of all batches (sequences, length) of token ids; hidden states are kept on the CPU."""
+    recorders = [_Recorder(block, last=i == len(decoder) - 1) for i, block in enumerate(decoder.blocks)]
+    hidden: list[Tensor] = []
+    with decoder.instead_of_blocks(list(recorders)) as model:
+        for batch in batches:
+            try:
+                model(input_ids=batch.to(device), use_cache=False)
+            except _LastBlockReached:
+                first = recorders[0].hidden
+                assert first is not None
+                hidden.append(first.to(dtype).cpu())
+    return Recording(hidden, [recorder.calls for recorder in recorders])
+
+
+def _shared(call: Call, first: Call | None) -> Call:
+    """The call with every tensor that the first batch's call had too, replaced by that one: masks and positions are kept once."""
+    if first is None:
+        return call
+    arguments = tuple(_same(a, b) for a, b in zip(call.arguments, _padded(first.arguments, len(call.arguments)), strict=True))
+    return Call(arguments, {name: _same(value, first.keywords.get(name)) for name, value in call.keywords.items()})
+
+
+def _padded(values: Sequence[Any], count: int) -> list[Any]:
+    return [*values, *([None] * count)][:count]
+
+
+def _same(value: Any, known: Any) -> Any:
+    if isinstance(value, Tensor) and isinstance(known, Tensor):
+        same = value.dtype == known.dtype and value.shape == known.shape and torch.equal(value, known)
+        return known if same else value
+    if isinstance(value, tuple) and isinstance(known, tuple) and len(value) == len(known):
+        return tuple(_same(a, b) for a, b in zip(value, known, strict=True))
+    return value

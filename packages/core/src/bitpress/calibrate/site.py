@@ -1,0 +1,216 @@
+"""One block: its factors folded, then its sites observed and compressed in forward order."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from bitpress import chain
+from bitpress.calibrate import folding
+from bitpress.calibrate.streams import Streams
+from bitpress.calibrate.walk import Doors, order
+from bitpress.errors import CheckpointError
+from bitpress.layer import Layer, Stat
+from bitpress.progress import Told
+from bitpress.shards import Shard, Stack
+
+SAMPLE = 1024  # tokens on which a layer's output error is measured
+UNUSABLE = 1e-3  # of a batch's tokens that may be NaN or infinite
+UNCHANGED = 1e-2  # of a block's output that a fold may seem to move it by, through roundings alone
+
+Write = Callable[[str, Tensor], None]
+Batch = tuple[Tensor | None, Tensor | None]  # a site's inputs (tokens, in), and the source's
+
+
+@frozen
+class BlockNotes:
+    """What is to be told of a block.
+
+    Attributes:
+        errors: by layer, ||x (W - Q)ᵀ|| / ||x Wᵀ|| on a sample of its inputs.
+        rescaled: by tensor, the exponents of two by which its "columns" and "rows" were multiplied.
+        warnings: one line each, naming the layer.
+    """
+
+    errors: dict[str, float] = field(factory=dict)
+    rescaled: dict[str, dict[str, list[int]]] = field(factory=dict)
+    warnings: list[str] = field(factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return attrs.asdict(self)
+
+
+@frozen(eq=False)
+class Site:
+    """A stack inside a block that is being compressed.
+
+    Attributes:
+        weights: the stack's layers' weights in the block, by their full names.
+        entrance: the layer at which a forward comes to the stack, by its name within the block; None where none does.
+    """
+
+    stack: Stack
+    weights: Mapping[str, Tensor]
+    entrance: str | None
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) float32: all rows, with the numbers that the block computes with now."""
+        return torch.cat([weight.float() for weight in self.weights.values()])
+
+
+def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, head: int | None, told: Told) -> BlockNotes:
+    """Compress a block's stacks in the order in which its forward comes to them; the block computes with the result afterwards.
+
+    Args:
+        prefix: what the names of the block's tensors begin with.
+        write: is given every stored tensor by name.
+        head: channels of an attention head, where it is known.
+    """
+    notes = BlockNotes()
+    sites = _sites(shard, prefix, streams)
+    entrances = [site.entrance for site in sites if site.entrance is not None]
+    _rescale(sites, prefix, streams, head, notes)
+    doors = [Doors(block, entrances) for block in (streams.block, streams.source) if block is not None]
+    for number, site in enumerate(sites):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            stats, sample = _observe(site, streams.inputs(number)) if site.entrance else (_nothing(site), None)
+            layer = Layer(site.stack.name, site.weight, site.stack.dtype)
+            quantised = chain.quantize_whole(layer, site.stack.steps, stats)
+        told_of = dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning)
+        notes.warnings.extend(f"{site.stack.name}: {text}" for text in told_of)
+        _note(site, sample, notes)
+        error = _store(site, quantised, sample, write, notes)
+        told(site.stack.reads, f"{site.stack.name}: error {error:.4f}")
+    for door in doors:
+        door.close()
+    return notes
+
+
+def _sites(shard: Shard, prefix: str, streams: Streams) -> list[Site]:
+    """The block's stacks in the order in which a forward comes to them, those that it does not come to last."""
+    names = [module.removeprefix(prefix) for stack in shard.stacks for module in stack.members]
+    called = order(streams.block, names, *streams.sample())
+    sites = []
+    for stack in shard.stacks:
+        entrance = next((name for name in called if prefix + name in stack.members), None)
+        sites.append(
+            Site(stack, {m: streams.block.get_parameter(f"{m.removeprefix(prefix)}.weight") for m in stack.members}, entrance)
+        )
+    return sorted(sites, key=lambda site: called.index(site.entrance) if site.entrance else len(called))
+
+
+def _nothing(site: Site) -> list[dict[str, Stat]]:
+    return [{} for _ in site.stack.steps]
+
+
+def _observe(site: Site, batches: Iterable[Batch]) -> tuple[list[dict[str, Stat]], Tensor | None]:
+    """Every step's statistics over all batches, and a sample of the inputs (tokens, in)."""
+    stats, sample = _nothing(site), None
+    if not site.stack.calibrated:
+        return stats, sample
+    weight = site.weight
+    for inputs, reference in batches:
+        if inputs is None:
+            continue
+        inputs, reference = _usable(site.stack.name, inputs, reference)
+        for step, merged in zip(site.stack.steps, stats, strict=True):
+            chain.merge(merged, step.call("observe", inputs=inputs, reference=reference, weight=weight))
+        sample = inputs[:SAMPLE]
+    return stats, sample
+
+
+def _usable(name: str, inputs: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens whose numbers are finite; raises CheckpointError where too many are not."""
+    if math.isfinite(inputs.sum()) and (reference is None or math.isfinite(reference.sum())):
+        return inputs, reference
+    good = inputs.isfinite().all(1)
+    if reference is not None:
+        good &= reference.isfinite().all(1)
+    bad = len(good) - int(good.sum())
+    if bad > UNUSABLE * len(good):
+        raise CheckpointError(
+            f"layer {name}: {bad} of {len(good)} calibration tokens reach it as NaN or infinity: the model itself makes them "
+            "(or its weights are damaged); check that it runs in this precision"
+        )
+    return inputs[good], None if reference is None else reference[good]
+
+
+def _note(site: Site, sample: Tensor | None, notes: BlockNotes) -> None:
+    if site.stack.calibrated and sample is None:
+        notes.warnings.append(f"{site.stack.name}: no token of the calibration data reached it; it was rounded without data")
+    for name, weight in site.weights.items():
+        if not weight.any():
+            notes.warnings.append(f"{name}: all its weights are zero")
+
+
+def _store(site: Site, quantised: Layer, sample: Tensor | None, write: Write, notes: BlockNotes) -> float:
+    """Write what is stored of every member, let the block compute with it, and return the largest output error."""
+    steps = site.stack.steps
+    members = chain.split(quantised, [site.stack.members[name].shape[0] for name in site.weights])
+    for (name, weight), member in zip(site.weights.items(), members, strict=True):
+        record = chain.record(chain.pack(member, steps), steps)
+        site.stack.check(name, record)
+        for suffix, tensor in record.tensors.items():
+            write(f"{name}.{suffix}", tensor)
+        restored = chain.restore(record.tensors, record.config, steps)
+        if sample is not None:
+            wanted = sample.float() @ weight.float().T
+            size = float(wanted.norm())
+            notes.errors[name] = float((sample.float() @ restored.T - wanted).norm()) / size if size else 0.0
+        weight.copy_(restored)
+    return max((notes.errors.get(name, 0.0) for name in site.weights), default=0.0)
+
+
+def _rescale(sites: Sequence[Site], prefix: str, streams: Streams, head: int | None, notes: BlockNotes) -> None:
+    """Fold the factors that schemes choose into the block, one pass of all batches through its float weights deciding them."""
+    numbered = [site for site in sites if site.entrance and any(step.rescales for step in site.stack.steps)]
+    if not numbered:
+        return
+    doors = Doors(streams.block, [str(site.entrance) for site in numbered])
+    observed = [_nothing(site) for site in numbered]
+    for batch in range(len(streams.calls)):
+        walk = streams.walk(batch)
+        for number, site in enumerate(numbered):
+            found, _ = _observe(site, [(walk.input(number, keep=True), None)])
+            for merged, of_batch in zip(observed[number], found, strict=True):
+                chain.merge(merged, of_batch)
+    doors.close()
+    shapes = {name: tuple(parameter.shape) for name, parameter in streams.block.named_parameters()}
+    for site, stats in zip(numbered, observed, strict=True):
+        members = [name.removeprefix(prefix) for name in site.weights]
+        made_by = folding.producer(members, shapes, head)
+        layer = Layer(site.stack.name, site.weight, site.stack.dtype)
+        factors = chain.rescale(layer, site.stack.steps, stats) if made_by else None
+        if made_by is None:
+            notes.warnings.append(f"{site.stack.name}: nothing is known that could take a rescaling of its inputs; not rescaled")
+        elif factors is not None and not _fold(members, made_by, factors, streams, prefix, notes):
+            notes.warnings.append(f"{site.stack.name}: {made_by.module} feeds more than this; its inputs are not rescaled")
+
+
+def _fold(
+    members: Sequence[str], made_by: folding.Producer, factors: Tensor, streams: Streams, prefix: str, notes: BlockNotes
+) -> bool:
+    """Fold into the block and its source alike; undone, to the bit, where the block's output moves."""
+    factors = folding.powers_of_two(factors, made_by.heads)
+    call, hidden = streams.sample()
+    before = call(streams.block, hidden)
+    changes = folding.fold(streams.block, members, made_by, factors)
+    moved = (call(streams.block, hidden) - before).norm()
+    if not moved <= UNCHANGED * before.norm():
+        folding.fold(streams.block, members, made_by, 1 / factors)
+        return False
+    if streams.source is not None:
+        folding.fold(streams.source, members, made_by, factors)
+    for change in changes:
+        notes.rescaled.setdefault(prefix + change.tensor, {})[change.axis] = change.exponents
+    return True
