@@ -61,7 +61,8 @@ def write_shards(
             streams.enter(decoder.block(index), decoder.block(index) if streams.chosen else None, calls)
             if index in shards:
                 notes.append(_block(plan, shards[index], output, reader, streams, told))
-            streams.leave()
+            if index + 1 < len(decoder):
+                streams.leave()
     return notes
 
 

@@ -21,7 +21,7 @@ from bitpress.layer import Layer, Stat
 from bitpress.progress import Told
 from bitpress.shards import Shard, Stack
 
-SAMPLE = 1024  # tokens on which a layer's output error is measured
+SAMPLE = 256  # tokens on which a layer's output error is measured
 UNUSABLE = 1e-3  # of a batch's tokens that may be NaN or infinite
 UNCHANGED = 1e-2  # of a block's output that a fold may seem to move it by, through roundings alone
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitpress.layer import Stat
-from bitpress.numerics.hessian import Factor, factor
+from bitpress.numerics.hessian import Factor, factor, gram
 from bitpress.numerics.sweeping import sweep
 
 
@@ -39,7 +39,7 @@ def moments(inputs: Tensor, reference: Tensor | None = None) -> dict[str, Stat]:
     Σ (x - x̃) x̃ᵀ, and "drift_tokens". All float32.
     """
     x = inputs.float()
-    found = {"hessian": x.T @ x, "tokens": torch.tensor(float(len(x)))}
+    found = {"hessian": gram(x), "tokens": torch.tensor(float(len(x)))}
     if reference is not None:
         found |= {"drift": (reference.float() - x).T @ x, "drift_tokens": found["tokens"]}
     return {name: Stat(value, "sum") for name, value in found.items()}

@@ -10,6 +10,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+STRIPES = 8  # into which a symmetric product is cut: 9/16 of the whole are computed
+LEAST = 256  # columns of a stripe: narrower ones are slower than what they save
+
 
 @frozen(eq=False)
 class Factor:
@@ -37,6 +40,18 @@ class Factor:
     def loss(self, error: Tensor) -> Tensor:
         """What an error costs each row: (rows, in) -> (rows,), the diagonal of error H errorᵀ."""
         return (error[:, self.order] @ self.unit).square_() @ self.variance
+
+
+def gram(x: Tensor) -> Tensor:
+    """x.T @ x: (tokens, in) float32 -> (in, in), of which a block and its mirror image are computed once."""
+    width = x.shape[1]
+    step = max(-(-width // STRIPES), LEAST)
+    found = x.new_empty(width, width)
+    for first in range(0, width, step):
+        last = min(first + step, width)
+        torch.mm(x[:, first:last].T, x[:, first:], out=found[first:last, first:])
+        found[last:, first:last] = found[first:last, last:].T
+    return found
 
 
 def factor(hessian: Tensor, tokens: float) -> Factor | None:
