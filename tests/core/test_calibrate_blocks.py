@@ -1,0 +1,136 @@
+"""Running any decoder block by block, with its weights read when they are needed, gives what the whole model gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bitpress.calibrate.decoder import Decoder
+from bitpress.calibrate.recorder import record
+from bitpress.calibrate.states import States
+from bitpress.calibrate.streams import Streams
+from bitpress.calibrate.walk import Doors, order
+from bitpress.checkpoint.reader import Reader, open_checkpoint
+
+COMMON = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 96, "head_dim": 8, "pad_token_id": 0, "max_position_embeddings": 64,
+}  # fmt: skip
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # by what is special: the container of the blocks, and the config's own keys
+    "llama": ("model.layers", {}),
+    "qwen3": ("model.layers", {}),
+    "mistral": ("model.layers", {"sliding_window": 4}),
+    "gemma2": ("model.layers", SLIDING),
+    "gemma3_text": ("model.layers", SLIDING),
+    "phi3": ("model.layers", {}),
+    "gpt_neox": ("gpt_neox.layers", {}),
+    "olmo2": ("model.layers", {}),
+    "falcon": ("transformer.h", {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "granite": ("model.layers", {}),
+    "opt": ("model.decoder.layers", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+}
+BATCHES = (torch.arange(72).reshape(2, 3, 12) * 7 % 95 + 1).unbind(0)  # two batches of three sequences of twelve tokens
+CPU, FLOAT = torch.device("cpu"), torch.float32
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A made-up model on disk, and the name of its list of blocks."""
+    container, extra = FAMILIES[request.param]
+    torch.manual_seed(0)
+    keys = {key: value for key, value in (COMMON | extra).items() if value is not None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **keys))
+    folder = tmp_path_factory.mktemp(request.param)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape)  # so that norms and biases are not all alike
+    model.save_pretrained(folder)
+    return folder, container
+
+
+def last_hidden(folder: Path, container: str, batch: Tensor) -> Tensor:
+    """What the last block of the whole model returns."""
+    model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=FLOAT).eval(), []
+    model.get_submodule(container)[-1].register_forward_hook(lambda module, arguments, output: seen.append(output))
+    with torch.no_grad():
+        model(input_ids=batch, use_cache=False)
+    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+
+@pytest.mark.parametrize("spilled", [False, True], ids=["in memory", "on disk"])
+def test_blocks_run_alone_give_what_the_whole_model_gives(family: tuple[Path, str], tmp_path: Path, spilled: bool) -> None:
+    folder, container = family
+    with Reader() as reader, torch.no_grad():
+        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
+        recording = record(decoder, BATCHES, CPU, FLOAT)
+        states = States(recording.hidden, tmp_path if spilled else None)
+        streams = Streams(states, States([]), [], keep=False, device=CPU)
+        for index in range(len(decoder)):
+            streams.enter(decoder.block(index), None, recording.calls[index])
+            streams.leave()
+    for i, batch in enumerate(BATCHES):
+        assert torch.equal(states[i], last_hidden(folder, container, batch))
+
+
+def linear_names(block: nn.Module) -> list[str]:
+    return [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+
+
+def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees(family: tuple[Path, str]) -> None:
+    folder, container = family
+    with Reader() as reader, torch.no_grad():
+        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
+        recording = record(decoder, BATCHES, CPU, FLOAT)
+        block, calls = decoder.block(0), recording.calls[0]
+        names = order(block, linear_names(block), calls[0], recording.hidden[0])
+        assert set(names) == set(linear_names(block))
+        doors = Doors(block, names)
+        seen: dict[bool, list[Tensor | None]] = {}
+        for keep in (True, False):
+            streams = Streams(States(list(recording.hidden)), States([]), [], keep, CPU)
+            streams.enter(block, None, calls)
+            inputs = [found for site in range(len(names)) for found, _ in streams.inputs(site)]
+            streams.leave()
+            seen[keep] = [*inputs, streams.states[0], streams.states[1]]
+        doors.close()
+    assert all(waiting is not None and anew is not None for waiting, anew in zip(*seen.values(), strict=True))
+    assert all(torch.equal(waiting, anew) for waiting, anew in zip(*seen.values(), strict=True))
+
+
+def test_a_waiting_forward_goes_on_with_the_weights_that_a_layer_has_by_then(family: tuple[Path, str]) -> None:
+    folder, container = family
+    with Reader() as reader, torch.no_grad():
+        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
+        recording = record(decoder, BATCHES, CPU, FLOAT)
+        outputs = []
+        for early in (True, False):
+            block, calls = decoder.block(0), recording.calls[0]
+            names = order(block, linear_names(block), calls[0], recording.hidden[0])
+            if early:
+                for name in names:
+                    block.get_parameter(f"{name}.weight").mul_(0.5)
+            doors = Doors(block, names)
+            streams = Streams(States(list(recording.hidden)), States([]), [], True, CPU)
+            streams.enter(block, None, calls)
+            for site, name in enumerate(names):
+                list(streams.inputs(site))
+                if not early:
+                    block.get_parameter(f"{name}.weight").mul_(0.5)
+            streams.leave()
+            doors.close()
+            outputs.append(streams.states[0])
+    assert torch.equal(*outputs)
+
+
+def test_no_weight_is_in_memory_before_it_is_needed(family: tuple[Path, str]) -> None:
+    folder, container = family
+    with Reader() as reader, torch.no_grad():
+        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
+        assert all(parameter.is_meta for parameter in decoder.model.parameters())
+        record(decoder, BATCHES, CPU, FLOAT)
+        assert all(parameter.is_meta for parameter in decoder.model.parameters())
