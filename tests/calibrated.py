@@ -1,0 +1,92 @@
+"""A made-up model that can be run, texts for it, and a scheme that looks at inputs: for tests of the calibrated line."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import LLAMA, install, llama_tensors, write_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+# int8 codes by error feedback; beside them it stores what it has seen: sums over its inputs and over the source's, and how many
+LEARNER = '''
+"""Toy integers that look at their inputs, for tests."""
+import os, pathlib, signal, warnings
+import attrs, torch
+import bitpress
+from bitpress import Finding, Record, Stat, hookimpl, numerics, option
+
+@attrs.frozen
+class Options(bitpress.Options):
+    bits: int = option(8, "of a code")
+    factors: str = option("", "rescale by these powers of two, repeated")
+    deadly: str = option("", "a file: each layer adds a letter, and the process dies where it holds as many as its name says")
+
+    @property
+    def rescales(self): return bool(self.factors)
+
+@hookimpl
+def observe(inputs, reference, weight, options):
+    if inputs is None:
+        return {"size": Stat(weight.norm() ** 2, "sum")}
+    seen = {"seen": inputs.sum(0), "tokens_seen": torch.tensor(float(len(inputs)))}
+    if reference is not None:
+        seen |= {"moved": (reference - inputs).sum(0)}
+    return {**{name: Stat(value, "sum") for name, value in seen.items()}, **numerics.moments(inputs, reference)}
+
+@hookimpl
+def rescale(layer, stats, options):
+    width = layer.weight.shape[1]
+    factors = torch.tensor([float(f) for f in options.factors.split()])
+    return factors.repeat(width // len(factors) + 1)[:width]
+
+@hookimpl
+def quantize(layer, stats, options):
+    if options.deadly and "seen" in stats:
+        file = pathlib.Path(options.deadly)
+        file.write_text(file.read_text() + "x" if file.exists() else "x")
+        if len(file.read_text()) == int(file.suffix[1:]):
+            os.kill(os.getpid(), signal.SIGKILL if "kill" in file.name else signal.SIGINT)
+    out, width = layer.weight.shape
+    fit = lambda w, importance: numerics.fit_symmetric(w, importance, options.bits, width, [0.9, 1.0])
+    weight, grid = numerics.feedback(layer.weight, stats, fit, layer.keep)
+    zeros = torch.zeros(width)
+    value = lambda name: stats[name].value if name in stats else zeros
+    seen = torch.stack([value("seen"), value("moved")]).expand(out, 2, width)
+    return attrs.evolve(layer, weight=weight, codes=grid.codes(weight), parts={"scale": grid.scale, "seen": seen})
+
+@hookimpl
+def serialize(layer, options):
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"], "seen": layer.parts["seen"][0].contiguous()}
+    return Record(tensors, {"format": "int-quantized", "weights": weights})
+
+@hookimpl
+def restore(tensors): return tensors["weight"].float() * tensors["weight_scale"]
+
+@hookimpl
+def validate_hardware(hardware): return [Finding("supported", "runs anywhere")]
+'''
+CONFIG = LLAMA | {"num_key_value_heads": 2, "num_hidden_layers": 3}
+
+
+def install_learner(folder: Path) -> Path:
+    """The scheme `learner`, found once `folder` is on the path."""
+    return install(folder, "bitpress-scheme-learner", LEARNER, "[bitpress.schemes]\nlearner = bitpress_scheme_learner\n")
+
+
+def runnable_model(
+    folder: Path, tensors: Mapping[str, torch.Tensor] | None = None, config: Mapping[str, Any] = CONFIG, shards: int = 1
+) -> Path:
+    """A model folder with a tokenizer whose words are w0 ... w95, and a text of them in `text.txt` beside it."""
+    write_model(folder, llama_tensors(config=config) if tensors is None else tensors, config, shards)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    words = random.Random(0).choices(range(96), k=8000)
+    (folder.parent / "text.txt").write_text(" ".join(f"w{i}" for i in words))
+    return folder
