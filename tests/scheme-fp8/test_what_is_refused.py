@@ -50,7 +50,7 @@ def test_narrow_and_odd_shapes_are_taken_per_channel(tmp_path: Path) -> None:
         ("fp8-block", "block=64,64", ["[64, 64]", "[128, 128]"]),
         ("fp8-block", "block=[128]", ["block", "list of 2"]),
         ("fp8", "weights=row", ["weights", "channel, tensor"]),
-        ("fp8", "activations=static", ["activations", "dynamic"]),
+        ("fp8", "activations=fast", ["activations", "dynamic, static"]),
         ("fp8", "weight=tensor", ["no option 'weight'", "did you mean 'weights'"]),
     ],
 )

@@ -15,24 +15,29 @@ if TYPE_CHECKING:
 FORMAT = "float-quantized"
 
 
-def rounded(layer: Layer, scale: Tensor, spread: Tensor) -> Layer:
+def rounded(layer: Layer, scale: Tensor, spread: Tensor, extra: Mapping[str, Tensor] | None = None) -> Layer:
     """The layer with E4M3 codes.
 
     Args:
         scale: as it will be stored.
         spread: the same numbers, broadcastable to (out, in).
+        extra: what is stored beside them.
     """
     codes = numerics.encode_e4m3(layer.weight, spread)  # (out, in); zeros stay zero, so `keep` holds by itself
-    return attrs.evolve(layer, weight=lambda: numerics.decode_e4m3(codes) * spread, codes=codes, parts={"scale": scale})
+    return attrs.evolve(
+        layer, weight=lambda: numerics.decode_e4m3(codes) * spread, codes=codes, parts={"scale": scale, **(extra or {})}
+    )
 
 
 def stored(layer: Layer, weights: Mapping[str, Any], activations: Mapping[str, Any]) -> Record:
     """Codes and scale as compressed-tensors names them; a scale without axes becomes one of shape (1,)."""
     assert layer.codes is not None
-    scale = layer.parts["scale"]
+    tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"]}
+    if "input_scale" in layer.parts:
+        tensors["input_scale"] = layer.parts["input_scale"]
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     config = {"format": FORMAT, "weights": {**common, **weights}, "input_activations": {**common, **activations}}
-    return Record({"weight": layer.codes, "weight_scale": scale if scale.ndim else scale.reshape(1)}, config)
+    return Record({name: tensor if tensor.ndim else tensor.reshape(1) for name, tensor in tensors.items()}, config)
 
 
 def restored(tensors: Mapping[str, Tensor], spread: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""FP8 (E4M3) weights per channel or per tensor, FP8 activations quantised at run time per token."""
+"""FP8 (E4M3) weights per channel or per tensor; FP8 activations scaled per token while serving, or per tensor beforehand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from attrs import frozen
 
 import bitpress
 from bitpress import Finding, Hardware, Layer, Record, Stat, hookimpl, numerics, option
-from bitpress_fp8 import e4m3, hardware as facts
+from bitpress_fp8 import activations, e4m3, hardware as facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,17 +20,25 @@ class Options(bitpress.Options):
     """Options of `fp8`."""
 
     weights: Literal["channel", "tensor"] = option("channel", "a scale per output channel, or per tensor (fused layers share it)")
-    activations: Literal["dynamic"] = option("dynamic", "activation scales: per token, found at run time")
+    activations: Literal["dynamic", "static"] = option("dynamic", "scales per token while serving, or one found on data")
+    outliers: Literal["max", "percentile", "mse"] = option("max", "static: reach the largest, 99.99 %, or what costs least")
 
     @property
     def bits(self) -> float:
         """Bits per code."""
         return 8
 
+    @property
+    def calibrated(self) -> bool:
+        """Static scales are found on data."""
+        return self.activations == "static"
+
 
 @hookimpl
-def observe(weight: Tensor, options: Options) -> Mapping[str, Stat] | None:
-    """Per tensor: the largest magnitude in the whole stack, so that what engines fuse has one scale."""
+def observe(inputs: Tensor | None, weight: Tensor, options: Options) -> Mapping[str, Stat] | None:
+    """Of inputs, how large they are; of weights per tensor, the largest magnitude in the whole stack, which engines fuse."""
+    if inputs is not None:
+        return activations.observed(inputs) if options.activations == "static" else None
     return {"amax": Stat(numerics.absmax(weight), "max")} if options.weights == "tensor" else None
 
 
@@ -39,13 +47,17 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
     """Round to nearest with scale amax / 448: (out, 1) per channel, or one number."""
     amax = stats["amax"].value if options.weights == "tensor" else numerics.absmax(layer.weight, dim=1)
     scale = numerics.e4m3_scale(amax)
-    return e4m3.rounded(layer, scale, scale)
+    extra = {"input_scale": activations.scale(stats, options.outliers)} if options.activations == "static" else {}
+    return e4m3.rounded(layer, scale, scale, extra)
 
 
 @hookimpl
 def serialize(layer: Layer, options: Options) -> Record:
-    """`weight` F8_E4M3 (out, in) and `weight_scale` F32 (out, 1) or (1,)."""
-    return e4m3.stored(layer, {"strategy": options.weights, "dynamic": False}, {"strategy": "token", "dynamic": True})
+    """`weight` F8_E4M3 (out, in), `weight_scale` F32 (out, 1) or (1,), and for static activations `input_scale` F32 (1,)."""
+    static = {"strategy": "tensor", "dynamic": False}
+    dynamic = {"strategy": "token", "dynamic": True}
+    weights = {"strategy": options.weights, "dynamic": False}
+    return e4m3.stored(layer, weights, static if options.activations == "static" else dynamic)
 
 
 @hookimpl
@@ -65,6 +77,8 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     """Native from capability 8.9, tuned from 9.0; weight-only below; on CPUs only with a scale per channel."""
     if hardware.vendor != "cpu":
         return facts.gpu_findings(hardware, "FP8")
+    if options.activations == "static":
+        return [Finding("unsupported", "vLLM's CPU build runs no FP8 with static activation scales; activations=dynamic runs")]
     if options.weights == "channel" and hardware.architecture == "x86":
         return [Finding("supported", "vLLM's CPU build runs it; int8 or w4a16 are made for CPUs")]
     if options.weights == "channel":

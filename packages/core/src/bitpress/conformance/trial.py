@@ -82,9 +82,9 @@ def inputs(step: Step) -> Tensor:
 def observe(step: Step, weight: Tensor, batches: Sequence[Tensor]) -> Mapping[str, Stat]:
     """The scheme's statistics of a weight and of batches of its inputs, merged."""
     merged: dict[str, Stat] = {}
-    for batch in batches:
-        found = step.call("observe", inputs=batch, reference=batch, weight=weight) or {}
-        merged = {name: merged[name] | stat if name in merged else stat for name, stat in found.items()}
+    for batch in batches if step.calibrated else ():
+        chain.merge(merged, step.call("observe", inputs=batch, reference=batch, weight=weight))
+    chain.merge(merged, step.call("observe", inputs=None, reference=None, weight=weight))
     return merged
 
 

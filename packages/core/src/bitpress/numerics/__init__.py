@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitpress.numerics.blocks import absmax, block_absmax, expand
+    from bitpress.numerics.clipping import clip_by_error, clip_by_share, magnitudes, middle_magnitude
     from bitpress.numerics.error_feedback import Grid, feedback, moments
     from bitpress.numerics.float8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
     from bitpress.numerics.hessian import Factor, factor
     from bitpress.numerics.integers import IntegerGrid, decode_integers, fit_asymmetric, fit_symmetric, limits
+    from bitpress.numerics.packing import pack_words, unpack_words
     from bitpress.numerics.sweeping import sweep
 
 _HOME = {
     **dict.fromkeys(("absmax", "block_absmax", "expand"), "blocks"),
+    **dict.fromkeys(("clip_by_error", "clip_by_share", "magnitudes", "middle_magnitude"), "clipping"),
     **dict.fromkeys(("Grid", "feedback", "moments"), "error_feedback"),
     **dict.fromkeys(("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"), "float8"),
     **dict.fromkeys(("Factor", "factor"), "hessian"),
     **dict.fromkeys(("IntegerGrid", "decode_integers", "fit_asymmetric", "fit_symmetric", "limits"), "integers"),
+    **dict.fromkeys(("pack_words", "unpack_words"), "packing"),
     "sweep": "sweeping",
 }
 __all__ = [
@@ -32,6 +36,8 @@ __all__ = [
     "IntegerGrid",
     "absmax",
     "block_absmax",
+    "clip_by_error",
+    "clip_by_share",
     "decode_e4m3",
     "decode_integers",
     "e4m3_bound",
@@ -43,8 +49,12 @@ __all__ = [
     "fit_asymmetric",
     "fit_symmetric",
     "limits",
+    "magnitudes",
+    "middle_magnitude",
     "moments",
+    "pack_words",
     "sweep",
+    "unpack_words",
 ]
 
 

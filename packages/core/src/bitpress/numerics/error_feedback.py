@@ -55,8 +55,10 @@ def feedback(weight: Tensor, stats: Mapping[str, Stat], fit: Fit, keep: Tensor |
         weight: (out, in) float32.
         stats: what `moments` returned, merged.
         fit: chooses the grid.
-        keep: (out, in) bool; False stays zero.
+        keep: (out, in) bool; False stays zero, as does every weight that is zero.
     """
+    if not weight.all():
+        keep = weight != 0 if keep is None else keep & (weight != 0)
     factored = _factor(stats) if "hessian" in stats else None
     if factored is None:
         grid = fit(weight, None)

@@ -1,0 +1,48 @@
+"""A scale for FP8 activations that is found before serving, from how large a layer's inputs were on calibration data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from bitpress import Stat, numerics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARE = 0.9999  # of all magnitudes that `percentile` keeps
+WIDE = 2.0**12  # largest by median: beyond it ordinary numbers come near to E4M3's subnormals
+
+
+def observed(inputs: Tensor) -> dict[str, Stat]:
+    """The largest magnitude and a histogram of all of them."""
+    return {
+        "input_amax": Stat(numerics.absmax(inputs.float()), "max"),
+        "input_counts": Stat(numerics.magnitudes(inputs), "sum"),
+    }
+
+
+def scale(stats: Mapping[str, Stat], outliers: str) -> Tensor:
+    """One number, clip / 448; 1 where nothing was observed."""
+    import torch
+
+    if "input_amax" not in stats:
+        return torch.tensor(1.0)
+    amax, counts = stats["input_amax"].value, stats["input_counts"].value
+    if not counts.any():
+        return numerics.e4m3_scale(amax)
+    if amax > WIDE * numerics.middle_magnitude(counts):
+        warnings.warn("its largest input is over 4,096 times the median; activations=dynamic loses less", stacklevel=2)
+    if outliers == "percentile":
+        amax = numerics.clip_by_share(counts, amax, SHARE)
+    elif outliers == "mse":
+        amax = numerics.clip_by_error(counts, amax, _rounding)
+    return numerics.e4m3_scale(amax)
+
+
+def _rounding(magnitude: Tensor, clip: Tensor) -> Tensor:
+    """step^2 / 12, E4M3's step being 2^-3 of the power of two below a number, and 2^-9 among subnormals."""
+    unit = clip / numerics.E4M3_MAX
+    power = (magnitude / unit).log2().floor().clamp(min=-6)
+    return ((power - 3).exp2() * unit).square() / 12

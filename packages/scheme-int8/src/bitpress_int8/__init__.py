@@ -1,0 +1,1 @@
+"""INT8 weights and activations for bitpress: the scheme `int8`."""

@@ -1,0 +1,135 @@
+"""INT8 weights per channel or per tensor, INT8 activations scaled per token while serving, or per tensor beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+from attrs import frozen
+
+import bitpress
+from bitpress import Finding, Hardware, Layer, Record, Stat, hookimpl, numerics, option
+from bitpress_int8 import activations, smoothing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RATIOS = tuple(0.5 + 0.04 * i for i in range(14))  # of scales tried, in units of amax / 127.5
+WHOLE = (127.5 / 127,)  # reaches amax at both ends
+
+
+def _strength(instance: Options, attribute: attrs.Attribute[Any], value: str | float) -> None:
+    if not isinstance(value, str) and not 0 <= value <= 1:
+        raise ValueError(f"smoothing {value} is not auto, or a number from 0 (off) to 1")
+
+
+@frozen
+class Options(bitpress.Options):
+    """Options of `int8`."""
+
+    algorithm: Literal["gptq", "rtn"] = option("gptq", "errors fed forward on calibration data, or plain rounding")
+    weights: Literal["channel", "tensor"] = option("channel", "a scale per output channel, or per tensor (fused layers share it)")
+    activations: Literal["dynamic", "static"] = option("dynamic", "scales per token while serving, or one found on data")
+    symmetric_activations: bool = option(True, "false: activations have a zero point")
+    outliers: Literal["max", "percentile", "mse"] = option("max", "static: reach the largest, 99.99 %, or what costs least")
+    smoothing: Literal["auto"] | float = option(
+        "auto", "SmoothQuant: strength searched, given, or 0 for none", validator=_strength
+    )
+
+    @property
+    def bits(self) -> float:
+        """Bits per code."""
+        return 8
+
+    @property
+    def calibrated(self) -> bool:
+        """All but plain rounding with dynamic scales looks at inputs."""
+        return self.algorithm == "gptq" or self.activations == "static" or self.rescales
+
+    @property
+    def rescales(self) -> bool:
+        """A searched strength does not make plain rounding need data."""
+        if self.smoothing == "auto":
+            return self.algorithm == "gptq" or self.activations == "static"
+        return self.smoothing != 0
+
+
+@hookimpl
+def observe(inputs: Tensor | None, reference: Tensor | None, weight: Tensor, options: Options) -> Mapping[str, Stat] | None:
+    """What GPTQ, SmoothQuant and static scales need of inputs; of weights per tensor, the stack's largest magnitude."""
+    if inputs is None:
+        return {"amax": Stat(numerics.absmax(weight), "max")} if options.weights == "tensor" else None
+    found: dict[str, Stat] = {}
+    if options.algorithm == "gptq":
+        found |= numerics.moments(inputs, reference)
+    if options.activations == "static":
+        found |= activations.observed(inputs)
+    return found | smoothing.observed(inputs) if options.rescales else found
+
+
+@hookimpl
+def rescale(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Tensor | None:
+    """SmoothQuant's factors."""
+    strength = None if isinstance(options.smoothing, str) else options.smoothing
+    return smoothing.factors(layer.weight, stats, strength, options.activations == "static")
+
+
+@hookimpl
+def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer:
+    """Codes with scale (out, 1), searched, or with the one scale amax / 127 of the stack."""
+    width = layer.weight.shape[1]
+
+    def fit(weight: Tensor, importance: Tensor | None) -> numerics.IntegerGrid:
+        if options.weights == "channel":
+            return numerics.fit_symmetric(weight, importance, 8, width, RATIOS)
+        row = weight.new_full((1, 1), float(stats["amax"].value))
+        one = numerics.fit_symmetric(row, None, 8, 1, WHOLE).scale
+        return numerics.IntegerGrid(one.expand(len(weight), 1), None, 8, width)
+
+    weight, grid = numerics.feedback(layer.weight, stats, fit, layer.keep)
+    assert isinstance(grid, numerics.IntegerGrid)
+    scale = grid.scale if options.weights == "channel" else grid.scale[0, 0]
+    static = activations.parts(stats, options.symmetric_activations, options.outliers) if options.activations == "static" else {}
+    return attrs.evolve(layer, weight=weight, codes=grid.codes(weight), parts={"scale": scale, **static})
+
+
+@hookimpl
+def serialize(layer: Layer, options: Options) -> Record:
+    """`weight` I8 (out, in), `weight_scale` F32 (out, 1) or (1,); for static activations `input_scale` and `input_zero_point`."""
+    assert layer.codes is not None
+    tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"]}
+    tensors |= {name: part for name, part in layer.parts.items() if name.startswith("input_")}
+    static = options.activations == "static"
+    inputs: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": options.symmetric_activations, "dynamic": not static}
+    inputs["strategy"] = "tensor" if static else "token"
+    if not options.symmetric_activations:
+        inputs["zp_dtype"] = "torch.int8"
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": options.weights, "dynamic": False}
+    config = {"format": "int-quantized", "weights": weights, "input_activations": inputs}
+    return Record({name: tensor if tensor.ndim else tensor.reshape(1) for name, tensor in tensors.items()}, config)
+
+
+@hookimpl
+def restore(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Codes times scale."""
+    return tensors["weight"].float() * tensors["weight_scale"].float()
+
+
+@hookimpl
+def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
+    """Integer arithmetic on nearly every device; best where there is no FP8. Facts: vLLM 0.32."""
+    if hardware.vendor == "nvidia":
+        capability = hardware.capability or (0, 0)
+        if capability < (7, 5):
+            return [Finding("unsupported", "vLLM's INT8 kernels need capability 7.5; w4a16 serves from 7.0 on")]
+        if capability < (8, 9):
+            return [Finding("recommended", "INT8 tensor cores, and no FP8 below capability 8.9; best at high throughput")]
+        return [Finding("supported", "INT8 tensor cores; FP8 (scheme fp8) is as fast here and loses less on outliers")]
+    if hardware.vendor == "cpu":
+        return [Finding("recommended", "vLLM's CPU build runs every variant with oneDNN")]
+    if hardware.vendor == "amd":
+        return [Finding("supported", "ROCm kernels (aiter, Triton)")]
+    if hardware.vendor == "google":
+        return [Finding("supported", "by vLLM's TPU plugin, which is released apart from it")]
+    return [Finding("supported", "vLLM's Triton kernels")]
