@@ -123,9 +123,11 @@ def _search(weight: Tensor, importance: Tensor | None, bits: int, group: int, ca
 
 def _best(grouped: Tensor, importance: Tensor | None, bits: int, candidates: Candidates) -> tuple[Tensor, Tensor | None]:
     cost: Tensor | None = None
+    amax = grouped.abs().amax(2, keepdim=True)
+    unit = 1 / amax.masked_fill(amax < SMALLEST, 1.0)  # squares of the largest numbers of float32 would not be finite
     for scale, zero in candidates(grouped):
         at = None if zero is None else zero.unsqueeze(2)
-        error = _nearest(grouped, scale.unsqueeze(2), at, bits).sub_(grouped).square_()  # (out, groups, group)
+        error = _nearest(grouped, scale.unsqueeze(2), at, bits).sub_(grouped).mul_(unit).square_()  # (out, groups, group)
         new = error.sum(2) if importance is None else torch.einsum("ogi,gi->og", error, importance)
         if cost is None:
             cost, best_scale, best_zero = new, scale, zero

@@ -1,0 +1,29 @@
+"""Integer weights of 4 bits with 16-bit activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attrs import frozen
+
+from bitpress import Finding, Hardware, hookimpl
+from bitpress_w4a16 import hardware as facts, weights
+
+observe, quantize, pack = hookimpl(weights.observe), hookimpl(weights.quantize), hookimpl(weights.pack)
+serialize, restore = hookimpl(weights.serialize), hookimpl(weights.restore)
+
+
+@frozen
+class Options(weights.Options):
+    """Options of `w4a16`."""
+
+    @property
+    def bits(self) -> float:
+        """Bits per code."""
+        return 4
+
+
+@hookimpl
+def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
+    """What engines run."""
+    return facts.findings(hardware, 4, options.symmetric)
