@@ -10,7 +10,15 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from bitpress.errors import BitpressError, CheckpointError, OutputError, RecipeError, SchemeError, ShapeError
+from bitpress.errors import (
+    BitpressError,
+    CheckpointError,
+    OutputError,
+    RecipeError,
+    SchemeError,
+    ShapeError,
+    VerificationError,
+)
 from bitpress.hardware import Hardware
 from bitpress.hookspecs import hookimpl
 from bitpress.layer import Finding, Layer, Record, Stat
@@ -33,6 +41,7 @@ __all__ = [
     "SchemeError",
     "ShapeError",
     "Stat",
+    "VerificationError",
     "compress",
     "decompress",
     "hookimpl",
