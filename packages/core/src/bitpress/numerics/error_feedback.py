@@ -73,8 +73,8 @@ def feedback(weight: Tensor, stats: Mapping[str, Stat], fit: Fit, keep: Tensor |
 
     quantised, cost = sweep(target, factored, project)
     plain = _masked(grid.rounded(target), keep)
-    worse = cost > factored.loss(target - plain)  # clipping can make feedback blow up
-    return torch.where(worse.unsqueeze(1), plain, quantised), grid
+    better = cost <= factored.loss(target - plain)  # clipping can make feedback blow up, to NaN where numbers are huge
+    return torch.where(better.unsqueeze(1), quantised, plain), grid
 
 
 def drift(weight: Tensor, stats: Mapping[str, Stat], factored: Factor) -> Tensor:
