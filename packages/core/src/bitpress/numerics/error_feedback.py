@@ -73,7 +73,7 @@ def feedback(weight: Tensor, stats: Mapping[str, Stat], fit: Fit, keep: Tensor |
 
     quantised, cost = sweep(target, factored, project)
     plain = _masked(grid.rounded(target), keep)
-    better = cost <= factored.loss(target - plain)  # clipping can make feedback blow up
+    better = cost <= factored.loss(target - plain)  # clipping can make feedback blow up, to NaN where numbers are huge
     return torch.where(better.unsqueeze(1), quantised, plain), grid
 
 

@@ -12,7 +12,7 @@ from attrs import frozen
 from torch import Tensor
 
 CHUNK = 1 << 18  # weights whose candidates are compared at a time: they stay in cache
-SMALLEST = 2.0**-100  # of a scale: float32 can still divide by it
+SMALLEST = torch.finfo(torch.float32).tiny  # of a scale: below it float32 loses bits
 
 
 @frozen(eq=False)
@@ -82,7 +82,7 @@ def fit_symmetric(
         amax = grouped.abs().amax(2)  # (out, groups)
         unit = (amax / ((2**bits - 1) / 2)).masked_fill_(amax == 0, 1.0)
         for ratio in ratios:
-            yield _stored(unit * ratio, dtype), None
+            yield _stored(unit * ratio, bits, dtype), None
 
     return _search(weight, importance, bits, group, candidates)
 
@@ -99,11 +99,12 @@ def fit_asymmetric(
 
     def candidates(grouped: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         least, most = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
-        unit = ((most - least) / (2**bits - 1)).masked_fill_(most == least, 1.0)
+        steps = 2**bits - 1
+        unit = (most / steps - least / steps).masked_fill_(most == least, 1.0)
         for ratio in ratios:
-            scale = _stored(unit * ratio, dtype)
+            scale = _stored(unit * ratio, bits, dtype)
             for shift in (-1, 0, 1):
-                yield scale, (lowest - least * ratio / scale + shift).round_().clamp_(lowest, greatest)
+                yield scale, (lowest - least / scale * ratio + shift).round_().clamp_(lowest, greatest)
 
     return _search(weight, importance, bits, group, candidates)
 
@@ -122,12 +123,13 @@ def _search(weight: Tensor, importance: Tensor | None, bits: int, group: int, ca
 
 
 def _best(grouped: Tensor, importance: Tensor | None, bits: int, candidates: Candidates) -> tuple[Tensor, Tensor | None]:
+    """The candidate of each group that costs least; judged near 1, where no square is too large or too small for float32."""
+    power = -grouped.abs().amax(2).frexp().exponent.clamp(-126, 126)  # (out, groups)
+    near = grouped.ldexp(power.unsqueeze(2))  # powers of two change no code
     cost: Tensor | None = None
-    amax = grouped.abs().amax(2, keepdim=True)
-    unit = 1 / amax.masked_fill(amax < SMALLEST, 1.0)  # squares of the largest numbers of float32 would not be finite
     for scale, zero in candidates(grouped):
         at = None if zero is None else zero.unsqueeze(2)
-        error = _nearest(grouped, scale.unsqueeze(2), at, bits).sub_(grouped).mul_(unit).square_()  # (out, groups, group)
+        error = _nearest(near, scale.ldexp(power).unsqueeze(2), at, bits).sub_(near).square_()  # (out, groups, group)
         new = error.sum(2) if importance is None else torch.einsum("ogi,gi->og", error, importance)
         if cost is None:
             cost, best_scale, best_zero = new, scale, zero
@@ -150,7 +152,8 @@ def _grouped(x: Tensor, group: int) -> Tensor:
     return x.reshape(len(x), -1, group)  # (out, groups, group)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest scale that can be stored and divided by: positive and finite."""
+def _stored(scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The nearest scale that can be stored and divided by: positive, finite, and so is what codes make of it."""
     info = torch.finfo(dtype)
-    return scale.clamp_(max(info.tiny, SMALLEST), info.max).to(dtype).float()
+    most = min(info.max, torch.finfo(torch.float32).max / 2**bits)
+    return scale.clamp_(max(info.smallest_normal * info.eps, SMALLEST), most).to(dtype).float()

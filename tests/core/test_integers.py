@@ -1,0 +1,151 @@
+"""Integer grids are the best of what is tried, and codes are exactly what they stand for, however large or small the numbers."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from bitpress import numerics
+
+RATIOS = tuple(0.5 + 0.05 * i for i in range(12))
+
+
+def numbers(rows: int, width: int, seed: int, spread: float = 0.0) -> torch.Tensor:
+    """(rows, width) float32; rows differ by factors of up to 10^spread either way."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator) * 10 ** (spread * (2 * torch.rand(rows, 1, generator=generator) - 1))
+
+
+def cost(weight: torch.Tensor, grid: numerics.IntegerGrid, importance: torch.Tensor | None) -> torch.Tensor:
+    """(rows, groups) float64: Σ importance (w - q)² of each group."""
+    error = (weight.double() - grid.rounded(weight).double()).square()
+    error = error if importance is None else error * importance.double()
+    return error.view(len(weight), -1, grid.group).sum(2)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(st.sampled_from([2, 4, 8]), st.sampled_from([8, 24]), st.booleans(), st.integers(0, 1000))
+def test_a_symmetric_grid_is_the_best_of_all_tried(bits: int, group: int, weighted: bool, seed: int) -> None:
+    weight = numbers(6, 48, seed, spread=2)
+    importance = torch.rand(48, generator=torch.Generator().manual_seed(seed)) if weighted else None
+    found = cost(weight, numerics.fit_symmetric(weight, importance, bits, group, RATIOS), importance)
+    each = [cost(weight, numerics.fit_symmetric(weight, None, bits, group, [r]), importance) for r in RATIOS]
+    torch.testing.assert_close(found, torch.stack(each).amin(0), rtol=1e-4, atol=0.0)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(st.sampled_from([4, 8]), st.sampled_from([8, 24]), st.booleans(), st.integers(0, 1000))
+def test_an_asymmetric_grid_is_the_best_of_all_tried(bits: int, group: int, weighted: bool, seed: int) -> None:
+    weight = numbers(6, 48, seed, spread=2) + 0.5
+    importance = torch.rand(48, generator=torch.Generator().manual_seed(seed)) if weighted else None
+    found = cost(weight, numerics.fit_asymmetric(weight, importance, bits, group, RATIOS), importance)
+    grouped = weight.view(6, -1, group)
+    least, most = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    lowest, greatest = numerics.limits(bits)
+    each = []
+    for ratio, shift in itertools.product(RATIOS, (-1, 0, 1)):
+        scale = (most - least) / (2**bits - 1) * ratio
+        zero = (lowest - least * ratio / scale + shift).round().clamp(lowest, greatest)
+        each.append(cost(weight, numerics.IntegerGrid(scale, zero, bits, group), importance))
+    torch.testing.assert_close(found, torch.stack(each).amin(0), rtol=1e-4, atol=0.0)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(st.sampled_from([4, 8]), st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_searched_scales_lose_no_more_than_the_largest_number_s(bits: int, seed: int, dtype: torch.dtype) -> None:
+    weight = numbers(8, 64, seed, spread=1)
+    for fit in (numerics.fit_symmetric, numerics.fit_asymmetric):
+        searched, plain = (cost(weight, fit(weight, None, bits, 32, ratios, dtype), None) for ratios in ((*RATIOS, 1.0), (1.0,)))
+        assert (searched <= plain * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize(
+    ("ratios", "error"),
+    [((1.0,), 0.0126), (tuple(np.linspace(0.25, 1.10, 35)), 0.0101)],
+    ids=["from the largest number", "searched"],
+)
+def test_four_bits_in_groups_of_128_of_normal_numbers_lose_what_is_computed_for_them(
+    ratios: tuple[float, ...], error: float
+) -> None:
+    weight = numbers(512, 1024, 0)
+    grid = numerics.fit_symmetric(weight, None, 4, 128, ratios)
+    assert cost(weight, grid, None).sum().item() / weight.numel() == pytest.approx(error, abs=0.0004)
+
+
+def test_eight_bits_in_groups_of_128_of_normal_numbers_lose_what_is_computed_for_them() -> None:
+    weight = numbers(512, 1024, 0)
+    grid = numerics.fit_symmetric(weight, None, 8, 128, (1.0,))
+    assert cost(weight, grid, None).sum().item() / weight.numel() == pytest.approx(4.3e-5, rel=0.05)
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(
+    st.sampled_from([2, 4, 8]), st.sampled_from([8, 32]), st.booleans(), st.integers(0, 1000), st.sampled_from([0.0, 5.0, 30.0])
+)
+def test_codes_decode_to_what_was_rounded_to_the_bit(bits: int, group: int, symmetric: bool, seed: int, spread: float) -> None:
+    weight = numbers(7, 64, seed, spread)
+    fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
+    grid = fit(weight, None, bits, group, RATIOS, torch.bfloat16)
+    rounded = grid.rounded(weight)
+    codes = grid.codes(rounded)
+    assert codes.dtype == torch.int8
+    assert torch.equal(numerics.decode_integers(codes, grid.scale, grid.zero), rounded)
+    columns = [grid.nearest(weight[:, k], slice(0, 7), k) for k in range(64)]
+    assert torch.equal(torch.stack(columns, 1), rounded)
+
+
+@pytest.mark.parametrize("fit", [numerics.fit_symmetric, numerics.fit_asymmetric])
+@pytest.mark.parametrize("size", [1e-33, 1e-20, 1e10, 1e25, 1e37])
+def test_the_best_grid_does_not_depend_on_the_size_of_the_numbers(fit, size: float) -> None:
+    weight, power = numbers(6, 32, 1), 2.0 ** round(np.log2(size))
+    here, there = fit(weight, None, 4, 32, RATIOS), fit(weight * power, None, 4, 32, RATIOS)
+    assert torch.equal(there.scale, here.scale * power)
+    assert torch.equal(there.rounded(weight * power), here.rounded(weight) * power)
+
+
+@pytest.mark.parametrize("fit", [numerics.fit_symmetric, numerics.fit_asymmetric])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("extreme", [0.0, 2.0**-133, torch.finfo(torch.bfloat16).max])
+def test_scales_are_positive_and_numbers_finite_at_the_ends_of_the_range(
+    fit, bits: int, dtype: torch.dtype, extreme: float
+) -> None:
+    weight = numbers(4, 32, 2).sign() * extreme
+    grid = fit(weight, None, bits, 16, RATIOS, dtype)
+    assert (grid.scale > 0).all()
+    assert torch.equal(grid.scale.to(dtype).float(), grid.scale)
+    assert grid.rounded(weight).isfinite().all()
+    assert extreme != 0 or not grid.rounded(weight).any()
+
+
+def test_small_float16_scales_are_subnormal_numbers_rather_than_too_large() -> None:
+    weight = numbers(16, 32, 3) * 2e-5  # scales near 6e-6; float16's least normal number is 6.1e-5
+    grid = numerics.fit_symmetric(weight, None, 4, 32, (1.0,), torch.float16)
+    error = (grid.rounded(weight) - weight).norm() / weight.norm()
+    assert error < 0.2
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.sampled_from([2, 4, 8]), st.integers(1, 9), st.integers(1, 70), st.integers(0, 1000))
+def test_packed_words_are_little_endian_streams_of_codes(bits: int, rows: int, count: int, seed: int) -> None:
+    low, high = numerics.limits(bits)
+    codes = torch.randint(low, high + 1, (rows, count), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    words = numerics.pack_words(codes, bits)
+    assert words.dtype == torch.int32
+    assert words.shape == (rows, -(-count * bits // 32))
+    for row, line in zip(codes.tolist(), words.tolist(), strict=True):
+        stream = sum((code - low) << i * bits for i, code in enumerate(row))
+        assert [word & 0xFFFFFFFF for word in line] == [stream >> 32 * i & 0xFFFFFFFF for i in range(len(line))]
+    assert torch.equal(numerics.unpack_words(words, bits, count), codes)
+
+
+def test_an_integer_in_a_group_of_its_own_sign_keeps_zero_on_the_grid() -> None:
+    weight = torch.linspace(0.2, 0.5, 32).view(1, 32)
+    grid = numerics.fit_asymmetric(weight, None, 4, 32, (1.0,))
+    assert torch.equal(grid.rounded(torch.zeros(1, 32)), torch.zeros(1, 32))
+    assert grid.zero is not None
+    assert grid.zero.item() == -8

@@ -1,0 +1,252 @@
+"""Error feedback, held against GPTQ as first published, in float64, and on tiny problems against every choice there is."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from numpy.typing import NDArray
+
+from bitpress import numerics
+from bitpress.layer import Stat
+from bitpress.numerics.error_feedback import drift
+from bitpress.numerics.hessian import gram
+
+Array = NDArray[np.float64]
+RATIOS = (0.7, 0.8, 0.9, 1.0)
+
+
+def activations(tokens: int, width: int, seed: int, outlier: float = 8.0) -> torch.Tensor:
+    """(tokens, in) float32, channels alike in parts and unlike in size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(tokens, width, generator=generator) @ torch.randn(width, width, generator=generator) / width**0.5
+    mixed[:, :: max(width // 4, 1)] *= outlier
+    return mixed + 0.3 * torch.randn(tokens, width, generator=generator)
+
+
+def weights(rows: int, width: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed + 1000)) * 0.02
+
+
+def four_bits(weight: torch.Tensor, importance: torch.Tensor | None) -> numerics.IntegerGrid:
+    """Groups of 16 columns, or the whole width."""
+    width = weight.shape[1]
+    return numerics.fit_symmetric(weight, importance, 4, width if width % 16 else 16, RATIOS)
+
+
+def factored(x: torch.Tensor) -> numerics.Factor:
+    found = numerics.factor(x.T @ x, len(x))
+    assert found is not None
+    return found
+
+
+def nearest(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+    return four_bits(weight, importance).rounded(weight)
+
+
+def rounding_loss(error: torch.Tensor, hessian: Array) -> Array:
+    """The diagonal of error H errorᵀ."""
+    e = error.double().numpy()
+    return np.einsum("oi,ij,oj->o", e, hessian, e)
+
+
+def damped(factor: numerics.Factor) -> Array:
+    """The H that was factored, in the columns' own order."""
+    u, order = factor.unit.double().numpy(), factor.order.numpy()
+    found = np.empty_like(u)
+    found[np.ix_(order, order)] = (u * factor.variance.double().numpy()) @ u.T
+    return found
+
+
+def gptq(weight: torch.Tensor, hessian: Array, order: Array, grid: numerics.IntegerGrid) -> Array:
+    """Frantar et al., arXiv 2210.17323, algorithm 1: the Cholesky factor of the inverse, column by column."""
+    inverse = np.linalg.inv(hessian[np.ix_(order, order)])
+    upper = np.linalg.cholesky(inverse).T
+    w, scale = weight.double().numpy()[:, order], grid.scale.double().numpy()
+    found = np.empty_like(w)
+    for k, column in enumerate(order):
+        s = scale[:, column // grid.group]
+        found[:, column] = np.clip(np.round(w[:, k] / s), -8, 7) * s
+        w[:, k:] -= np.outer((w[:, k] - found[:, column]) / upper[k, k], upper[k, k:])
+    return found
+
+
+@settings(derandomize=True, deadline=None, max_examples=12)
+@given(st.integers(1, 70), st.integers(2, 90), st.integers(0, 1000))
+def test_the_sweep_is_gptq_as_first_published(rows: int, width: int, seed: int) -> None:
+    weight, x = weights(rows, width, seed), activations(4 * width, width, seed)
+    factor = factored(x)
+    grid = four_bits(weight, factor.diagonal)
+    found, loss = numerics.sweep(weight, factor, grid.nearest)
+    hessian = (x.double().T @ x.double()).numpy() / len(x)
+    hessian += np.eye(width) * max(0.01, min(0.1 * width / len(x), 1.0)) * hessian.diagonal().mean()
+    expected = gptq(weight, hessian, factor.order.numpy(), grid)
+    different = ~np.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-9).all(1)
+    assert different.sum() <= max(1, 0.001 * weight.numel())  # a tie broken the other way changes what follows it in the row
+    if not different.any():
+        np.testing.assert_allclose(loss.sum(), rounding_loss(weight - torch.tensor(expected), hessian).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(96, 256), (1100, 128), (24, 512)])
+def test_large_sweeps_are_gptq_but_for_ties(rows: int, width: int) -> None:
+    weight, x = weights(rows, width, 5), activations(4 * width, width, 5)
+    factor = factored(x)
+    grid = four_bits(weight, factor.diagonal)
+    found, loss = numerics.sweep(weight, factor, grid.nearest)
+    expected = gptq(weight, damped(factor), factor.order.numpy(), grid)
+    assert np.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-9).mean() >= 0.999
+    np.testing.assert_allclose(loss.sum(), rounding_loss(weight - torch.tensor(expected), damped(factor)).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_each_column_takes_the_best_number_there_is_if_later_ones_could_be_anything(width: int) -> None:
+    weight, x = weights(20, width, 7), activations(50, width, 7)
+    factor = factored(x)
+    hessian, order = damped(factor), factor.order.tolist()
+    grid = numerics.fit_symmetric(weight, None, 2, width, (0.8, 1.0))
+    found, _ = numerics.sweep(weight, factor, grid.nearest)
+    for row in range(len(weight)):
+        chosen: dict[int, float] = {}
+        for k, column in enumerate(order):
+            known, free = order[: k + 1], order[k + 1 :]
+            costs = {}
+            for number in (code * float(grid.scale[row, 0]) for code in range(-2, 2)):
+                e = np.array([float(weight[row, c]) - {**chosen, column: number}[c] for c in known])
+                # what the best continuous choice of the later columns leaves: a Schur complement
+                schur = hessian[np.ix_(known, known)]
+                if free:
+                    cross = hessian[np.ix_(known, free)]
+                    schur = schur - cross @ np.linalg.solve(hessian[np.ix_(free, free)], cross.T)
+                costs[number] = e @ schur @ e
+            chosen[column] = min(costs, key=costs.__getitem__)
+        np.testing.assert_allclose(found[row].numpy(), [chosen[c] for c in range(width)], rtol=1e-6)
+
+
+def test_no_choice_of_two_bits_beats_feedback_by_much() -> None:
+    weight, x = weights(12, 3, 3), activations(40, 3, 3)
+    factor = factored(x)
+    grid = numerics.fit_symmetric(weight, None, 2, 3, (1.0,))
+    _, loss = numerics.sweep(weight, factor, grid.nearest)
+    every = torch.tensor(list(itertools.product(range(-2, 2), repeat=3))).float()  # (64, in)
+    best = torch.stack([factor.loss(row - every * s).min() for row, s in zip(weight, grid.scale, strict=True)])
+    assert (loss >= best * (1 - 1e-4)).all()
+    assert loss.sum() <= 2 * best.sum()
+
+
+def test_the_loss_reported_is_that_of_the_error_under_the_damped_hessian() -> None:
+    weight, x = weights(30, 64, 1), activations(256, 64, 1)
+    factor = factored(x)
+    found, loss = numerics.sweep(weight, factor, four_bits(weight, None).nearest)
+    expected = rounding_loss(weight - found, damped(factor))
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(factor.loss(weight - found), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 48])
+def test_inputs_without_correlation_give_rounding_to_nearest(width: int) -> None:
+    weight = weights(40, width, 2)
+    stats = {"hessian": Stat(100 * torch.eye(width), "sum"), "tokens": Stat(torch.tensor(100.0), "sum")}
+    found, _ = numerics.feedback(weight, stats, four_bits)
+    assert torch.equal(found, nearest(weight))
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(st.integers(2, 60), st.integers(1, 200), st.integers(0, 1000))
+def test_no_row_does_worse_than_by_rounding_to_nearest(width: int, tokens: int, seed: int) -> None:
+    weight, x = weights(30, width, seed) ** 3, activations(tokens, width, seed)
+    stats = numerics.moments(x)
+    factor = factored(x)
+    found, grid = numerics.feedback(weight, stats, four_bits)
+    cost, plain = factor.loss(weight - found), factor.loss(weight - grid.rounded(weight))
+    assert (cost <= plain * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("size", [1e20, 1e30, 1e38])
+def test_rows_too_large_for_their_loss_stay_finite_and_leave_others_alone(size: float) -> None:
+    weight, stats = weights(12, 48, 13), numerics.moments(activations(300, 48, 13))
+    usual, _ = numerics.feedback(weight, stats, four_bits)
+    found, _ = numerics.feedback(torch.cat([weight[:4], weight[4:].sign() * size]), stats, four_bits)
+    assert found.isfinite().all()
+    assert torch.equal(found[:4], usual[:4])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 63])
+def test_fewer_tokens_than_columns_still_give_numbers(tokens: int) -> None:
+    found, _ = numerics.feedback(weights(20, 64, 4), numerics.moments(activations(tokens, 64, 4)), four_bits)
+    assert found.isfinite().all()
+    assert found.any()
+
+
+def test_columns_that_were_never_active_are_rounded_to_nearest() -> None:
+    weight, x = weights(20, 32, 6), activations(200, 32, 6)
+    x[:, 5] = 0
+    x[:, 31] = 0
+    found, grid = numerics.feedback(weight, numerics.moments(x), four_bits)
+    plain = grid.rounded(weight)
+    assert torch.equal(found[:, [5, 31]], plain[:, [5, 31]])
+    assert not torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_statistics_that_are_not_finite_are_warned_of_and_the_layer_is_rounded(bad: float) -> None:
+    weight, stats = weights(8, 16, 0), numerics.moments(activations(30, 16, 0))
+    stats["hessian"].value[3, 2] = bad
+    with pytest.warns(UserWarning, match="not finite"):
+        found, _ = numerics.feedback(weight, stats, four_bits)
+    assert torch.equal(found, nearest(weight))
+
+
+def test_without_statistics_the_layer_is_rounded_and_nothing_is_said() -> None:
+    weight = weights(8, 16, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, _ = numerics.feedback(weight, {}, four_bits)
+    assert torch.equal(found, nearest(weight))
+
+
+@pytest.mark.parametrize("heights", [(40, 8, 48), (1, 5, 90), (64, 32)])
+def test_stacked_rows_are_those_rows_alone_to_the_bit(heights: tuple[int, ...]) -> None:
+    x = activations(500, 96, 8)
+    weight, stats = weights(96, 96, 8), numerics.moments(x, x * 1.01)
+    whole, _ = numerics.feedback(weight, stats, four_bits)
+    alone = [numerics.feedback(rows, stats, four_bits)[0] for rows in weight.split(heights)]
+    assert torch.equal(torch.cat(alone), whole)
+
+
+def test_zeros_and_masked_positions_stay_zero_and_the_others_make_up_for_it() -> None:
+    weight, x = weights(24, 64, 9), activations(400, 64, 9)
+    keep = torch.rand(24, 64, generator=torch.Generator().manual_seed(9)) < 0.5
+    for masked in ((weight * keep, None), (weight * keep, keep)):
+        found, grid = numerics.feedback(masked[0], numerics.moments(x, x * 1.02), four_bits, masked[1])
+        assert not found[~keep].any()
+        factor = factored(x)
+        plain = grid.rounded(weight * keep)
+        assert factor.loss(weight * keep - found).sum() < factor.loss(weight * keep - plain).sum()
+
+
+def test_the_drift_s_correction_is_the_least_squares_solution() -> None:
+    width, tokens = 24, 300
+    weight, x = weights(10, width, 11), activations(tokens, width, 11)
+    now = x + 0.1 * activations(tokens, width, 12)  # as quantised layers before make it
+    stats = numerics.moments(now, x)
+    factor = numerics.factor(stats["hessian"].value, tokens)
+    assert factor is not None
+    # min_V ||W x - V x̃||² / N + λ ||V - W||², of whose step from W a share N / (N + 2 in) is taken
+    w, a, b = weight.double().numpy(), x.double().numpy(), now.double().numpy()
+    least = w + w @ (a - b).T @ b / tokens @ np.linalg.inv(damped(factor))
+    residual = w @ (a.T @ b) / tokens - least @ (b.T @ b) / tokens - (least - w) @ (damped(factor) - b.T @ b / tokens)
+    np.testing.assert_allclose(residual, 0, atol=1e-5)  # the gradient vanishes there
+    expected = (least - w) * tokens / (tokens + 2 * width)
+    np.testing.assert_allclose(drift(weight, stats, factor).numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (7, 300), (100, 700), (33, 2100)])
+def test_a_gram_matrix_is_the_whole_product_and_symmetric(tokens: int, width: int) -> None:
+    x = activations(tokens, width, 0) if width < 500 else weights(tokens, width, 0)
+    found = gram(x)
+    torch.testing.assert_close(found, x.T @ x, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, found.T)
