@@ -39,7 +39,17 @@ class Case:
 CASES = {
     "fp8, a scale per channel": Case("fp8"),
     "fp8, a scale per tensor": Case("fp8", ("weights=tensor",), emulate=True),
+    "fp8, static": Case("fp8", ("activations=static",), emulate=True),
     "fp8-block": Case("fp8-block", emulate=True),
+    "int8": Case("int8"),
+    "int8, a scale per tensor": Case("int8", ("weights=tensor",)),
+    "int8, static": Case("int8", ("activations=static",)),
+    "int8, asymmetric": Case("int8", ("symmetric_activations=false",)),
+    "int8, static and asymmetric": Case("int8", ("activations=static", "symmetric_activations=false")),
+    "w4a16": Case("w4a16", within=0.02),
+    "w4a16, asymmetric": Case("w4a16", ("symmetric=false",), within=0.02),
+    "w4a16, rounded": Case("w4a16", ("algorithm=rtn",), within=0.04),
+    "w8a16": Case("w8a16", emulate=True),
 }
 
 
