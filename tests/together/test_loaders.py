@@ -21,10 +21,17 @@ from bitpress.schemes import discover
 TINY = Path(__file__).parents[2] / "examples/tiny-llama"
 TOKENS = torch.arange(48).reshape(2, 24) * 2 % 96
 
+# no zero points: transformers 5.24 with compressed-tensors 0.20 makes room for them unpacked, and takes no file that packs them
 CASES = {
     "channel": ("fp8", []),
     "tensor": ("fp8", ["weights=tensor"]),
     "block": ("fp8-block", []),
+    "int8": ("int8", ["algorithm=rtn"]),
+    "int8 per tensor": ("int8", ["algorithm=rtn", "weights=tensor"]),
+    "w4a16": ("w4a16", ["algorithm=rtn"]),
+    "w4a16 in groups of 32": ("w4a16", ["algorithm=rtn", "group_size=32"]),
+    "w4a16 per channel": ("w4a16", ["algorithm=rtn", "group_size=channel"]),
+    "w8a16": ("w8a16", []),
 }
 
 
