@@ -1,0 +1,28 @@
+"""Where weight-only integers serve well. Facts: vLLM 0.32 (compressed-tensors schemes and kernel selection)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bitpress import Finding, Hardware
+
+
+def gpu_findings(hardware: Hardware, marlin: bool) -> Sequence[Finding]:
+    """What holds for both schemes, on anything but a CPU.
+
+    Args:
+        marlin: whether vLLM's Marlin kernels take the weights; they know zero points at 4 bits only.
+    """
+    if hardware.vendor == "nvidia":
+        if (hardware.capability or (0, 0)) < (7, 5):
+            return [
+                Finding("unsupported", "vLLM runs weight-only integers from capability 7.5 on; transformers runs them anywhere")
+            ]
+        if marlin:
+            return [Finding("recommended", "Marlin kernels (Machete on 9.0); best for latency at low load")]
+        return [Finding("degraded", "Marlin kernels know no 8-bit zero points, slower ones run; symmetric=true is faster")]
+    if hardware.vendor == "amd":
+        return [Finding("supported", "ROCm, by Triton and ExLlama kernels")]
+    if hardware.vendor == "google":
+        return [Finding("supported", "by vLLM's TPU plugin, which is released apart from it")]
+    return [Finding("supported", "vLLM's kernels for Intel GPUs")]

@@ -1,0 +1,33 @@
+"""4-bit integer weights in groups, activations left as they are: a quarter of the size, best for latency at low load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attrs import frozen
+
+from bitpress import Finding, Hardware, hookimpl
+from bitpress_w4a16 import hardware as facts
+from bitpress_w4a16.weight_only import WeightOnlyOptions, observe, pack, quantize, rescale, restore, serialize
+
+__all__ = ["Options", "observe", "pack", "quantize", "rescale", "restore", "serialize", "validate_hardware"]
+
+
+@frozen
+class Options(WeightOnlyOptions):
+    """Options of `w4a16`."""
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        return 4
+
+
+@hookimpl
+def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
+    """Nearly everywhere; on CPUs where layers come in multiples of 32."""
+    if hardware.vendor == "cpu":
+        if hardware.architecture == "x86":
+            return [Finding("recommended", "vLLM's CPU build runs layers whose rows and columns are multiples of 32")]
+        return [Finding("degraded", "vLLM's CPU build for x86 runs it; on other CPUs this is not established")]
+    return facts.gpu_findings(hardware, marlin=True)
