@@ -127,7 +127,7 @@ def install(folder: Path, name: str, module: str, entry_points: str, version: st
     folder.mkdir(exist_ok=True)
     (folder / f"{name.replace('-', '_')}.py").write_text(module)
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    info.mkdir()
+    info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     (info / "entry_points.txt").write_text(entry_points)
     return folder

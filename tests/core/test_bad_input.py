@@ -5,23 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import LLAMA, bitpress, files_of, install_toy, llama_tensors, refusal, write_model
+from support import LLAMA, files_of, llama_tensors, refusal, write_model
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    return install_toy(tmp_path / "plugins")
 
 
 def compress_refused(model: Path, toy: Path, *words: str, arguments: tuple[object, ...] = ("--scheme", "toy")) -> None:
@@ -206,57 +198,3 @@ def test_a_recipe_that_cannot_be_carried_out_is_refused(tmp_path: Path, toy: Pat
     (tmp_path / "recipe.toml").write_text(text)
     model = write_model(tmp_path / "model")
     compress_refused(model, toy, *words, arguments=("--recipe", tmp_path / "recipe.toml"))
-
-
-# --- where it is to go --------------------------------------------------------------------------------------------------------
-
-
-def test_an_output_folder_with_something_else_in_it_is_left_as_it_was(tmp_path: Path, toy: Path) -> None:
-    model, out = write_model(tmp_path / "model"), tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.txt").write_text("mine")
-    assert "thesis.txt" in refusal("compress", model, out, "--scheme", "toy", path=toy)
-    assert files_of(out) == {"thesis.txt": b"mine"}
-
-
-def test_a_finished_output_a_file_and_the_source_itself_are_not_written_over(tmp_path: Path, toy: Path) -> None:
-    model, out = write_model(tmp_path / "model"), tmp_path / "out"
-    before = files_of(model)
-    assert bitpress("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
-    written = files_of(out)
-    (tmp_path / "file").write_text("mine")
-    for place, words in (
-        (out, "already holds a model"),
-        (tmp_path / "file", "is a file"),
-        (model, "source"),
-        (model / "o", "source"),
-    ):
-        assert words in refusal("compress", model, place, "--scheme", "toy", path=toy)
-    assert files_of(out) == written
-    assert files_of(model) == before
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="making a small disk needs root")
-def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path: Path, toy: Path) -> None:
-    model, disk = write_model(tmp_path / "model", shards=3), tmp_path / "disk"
-    out = disk / "out"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be made here: {mounted.stderr.decode().strip()}")
-    try:
-        # room for one of three shards; the check of the space is passed, as where another program fills the disk meanwhile
-        (disk / "hog").write_bytes(b"x" * 1_800_000)
-        assert "disk has" in refusal("compress", model, out, "--scheme", "toy", path=toy)
-        with patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=10**9)):
-            line = refusal("compress", model, out, "--scheme", "toy", path=toy)
-        assert "the disk is full; make room and run the same command again" in line
-        left = {file: file.stat().st_mtime_ns for file in out.iterdir()}
-        assert [file.name for file in left] == ["model-00001-of-00003.safetensors"]
-        (disk / "hog").unlink()
-        assert bitpress("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
-        assert all(file.stat().st_mtime_ns == written for file, written in left.items())
-        assert bitpress("verify", out, "--against", model, path=toy).returncode == 0
-    finally:
-        subprocess.run(["umount", disk], check=True)

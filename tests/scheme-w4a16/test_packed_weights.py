@@ -117,6 +117,21 @@ def test_scales_are_stored_in_the_model_s_own_dtype_and_codes_made_for_them(dtyp
     assert torch.equal(layer.weight, nearest * scale)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_searched_grid_costs_less_than_the_whole_range(symmetric: bool) -> None:
+    weight = numbers(64, 256)
+    grouped = weight.view(64, 2, 128)
+    if symmetric:
+        scale, zero = grouped.abs().amax(2, keepdim=True) / 7.5, 0.0
+    else:
+        low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
+        scale = (high - low) / 15
+        zero = (-8 - low / scale).round()
+    plain = ((grouped / scale).round().add(zero).clamp(-8, 7) - zero) * scale
+    found = quantised(weight, step("w4a16", symmetric=symmetric)).weight
+    assert (found - weight).square().sum() < (plain.view(64, 256) - weight).square().sum()
+
+
 def test_16_bit_activations_store_a_scale_from_the_largest_input() -> None:
     this = step("w8a16", activations="int16")
     assert this.calibrated

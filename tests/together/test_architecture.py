@@ -23,6 +23,8 @@ VALUES = {"errors", "layer"}
 ALLOWED = {
     "errors": set(),
     "layer": set(),
+    "progress": set(),
+    "compute": {"errors"},
     "options": VALUES,
     "hardware": VALUES,
     "numerics": VALUES | {"numerics"},
@@ -34,6 +36,7 @@ ALLOWED = {
     "quantization": VALUES,
     "manifest": VALUES | {"checkpoint"},
     "chain": VALUES | {"schemes"},
+    "shards": VALUES | {"chain", "checkpoint", "schemes", "stacks"},
 }
 BELOW_RUN = set(ALLOWED) | {"planning", "stream", "verification", "decompression", "calibrate"}
 

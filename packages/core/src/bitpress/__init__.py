@@ -10,7 +10,16 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from bitpress.errors import BitpressError, CheckpointError, DataError, OutputError, RecipeError, SchemeError, ShapeError
+from bitpress.errors import (
+    BitpressError,
+    CheckpointError,
+    DataError,
+    OutputError,
+    RecipeError,
+    SchemeError,
+    ShapeError,
+    VerificationError,
+)
 from bitpress.hardware import Hardware
 from bitpress.hookspecs import hookimpl
 from bitpress.layer import Finding, Layer, Record, Stat
@@ -34,6 +43,7 @@ __all__ = [
     "SchemeError",
     "ShapeError",
     "Stat",
+    "VerificationError",
     "compress",
     "decompress",
     "hookimpl",

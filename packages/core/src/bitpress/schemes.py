@@ -165,11 +165,16 @@ def _register(manager: pluggy.PluginManager, entry: importlib_metadata.EntryPoin
         plugin = entry.load()
         manager.register(plugin, name)
         manager.check_pending()
-        if not manager.get_hookcallers(plugin):
+        hooks = _implemented(manager, plugin)
+        if not hooks:
             raise ValueError("no function is marked @bitpress.hookimpl")
+        answers = [hook for hook, found in hooks.items() if not (found.wrapper or found.hookwrapper)]
+        if entry.group == EXTENSIONS and answers:
+            raise ValueError(f"an extension only wraps: mark {answers[0]} with hookimpl(wrapper=True)")
         options_type = getattr(plugin, "Options", Options)
         if not (isinstance(options_type, type) and issubclass(options_type, Options)):
             raise TypeError("Options is not a subclass of bitpress.Options")
+        build(options_type, {}, entry.name)  # the defaults must be a sound choice
     except (Exception, SystemExit) as e:  # whatever a stranger's module does while it is imported
         if manager.has_plugin(name):
             manager.unregister(name=name)
@@ -180,7 +185,6 @@ def _register(manager: pluggy.PluginManager, entry: importlib_metadata.EntryPoin
 def _scheme(manager: pluggy.PluginManager, name: str, entry: importlib_metadata.EntryPoint, plugins: Mapping[str, Any]) -> Scheme:
     plugin = plugins[name]
     others = [other for n, other in plugins.items() if n != name]
-    callers = manager.get_hookcallers(plugin) or []
     return Scheme(
         name=name,
         package=_package(entry),
@@ -188,8 +192,14 @@ def _scheme(manager: pluggy.PluginManager, name: str, entry: importlib_metadata.
         summary=(plugin.__doc__ or "").strip().split("\n")[0],
         options_type=getattr(plugin, "Options", Options),
         hooks={spec: manager.subset_hook_caller(spec, others) for spec in _hook_names(manager)},
-        arguments={c.name: i.argnames for c in callers for i in c.get_hookimpls() if i.plugin is plugin},
+        arguments={hook: found.argnames for hook, found in _implemented(manager, plugin).items()},
     )
+
+
+def _implemented(manager: pluggy.PluginManager, plugin: Any) -> dict[str, pluggy.HookImpl]:
+    """A plugin's own implementations by hook."""
+    callers = manager.get_hookcallers(plugin) or []
+    return {caller.name: found for caller in callers for found in caller.get_hookimpls() if found.plugin is plugin}
 
 
 def _hook_names(manager: pluggy.PluginManager) -> list[str]:

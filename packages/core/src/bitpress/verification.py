@@ -141,10 +141,9 @@ def _structure(written: Written, source: Checkpoint | None) -> Iterator[str]:
             elif (entry.dtype, entry.shape) != planned:
                 yield f"{module}: tensor {name} is {entry.dtype} {list(entry.shape)}, planned was {planned[0]} {list(planned[1])}"
     if source is not None:
-        expected |= {name for name in source.entries if name.removesuffix(".weight") not in written.layers}
-        for name in sorted(expected - set(out.entries)):
-            if name.rpartition(".")[0] not in written.layers:
-                yield f"{name}: the source's tensor is missing"
+        copied = {name for name in source.entries if name.removesuffix(".weight") not in written.layers}
+        yield from (f"{name}: the source's tensor is missing" for name in sorted(copied - set(out.entries)))
+        expected |= copied
     for name in sorted(set(out.entries) - expected):
         if source is not None or (name.rpartition(".")[0] in written.layers and not name.endswith(".bias")):
             yield f"{name}: the tensor was not planned"

@@ -1,7 +1,8 @@
 """SmoothQuant's factors, their strength searched on statistics (Xiao et al., "SmoothQuant", arXiv 2211.10438, equation 4).
 
 Large input channels are divided by s_j = a_jᵅ / w_j¹⁻ᵅ, and the weight's columns multiplied by it: a_j and w_j are the largest
-magnitudes of channel j among inputs and weights. α is the one with the least expected error of a layer's output.
+magnitudes of channel j among inputs and weights. α is the one with the least expected error of a layer's output, if it is well
+below that without smoothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 POWER = 8  # of the sums that stand for a token's largest input
 UNIT = 256.0  # inputs are divided by it first, so that their eighth powers stay within float32
+WORTH = 0.25  # of the expected error must be left: it is a bound, and a small gain in it may be none
 STEPS = 127.5  # between zero and the largest number
 
 
@@ -44,7 +46,7 @@ def factors(weight: Tensor, stats: Mapping[str, Stat], strength: float | None, s
     largest = stats["channel_amax"].value
     columns = numerics.absmax(weight, dim=0).squeeze(0)
     known = (largest > 0) & (columns > 0)
-    best, least = None, expected_error(weight, stats, None, static)
+    best, least = None, WORTH * expected_error(weight, stats, None, static)
     for alpha in STRENGTHS if strength is None else (strength,):
         s = (largest**alpha / columns ** (1 - alpha)).masked_fill(~known, 1.0)
         s = (s / s[known].log().mean().exp()).masked_fill(~known, 1.0) if known.any() else s

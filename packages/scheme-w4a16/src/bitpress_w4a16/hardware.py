@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bitpress import Finding, Hardware
 
 
-def gpu_findings(hardware: Hardware, marlin: bool) -> Sequence[Finding]:
+def gpu_findings(hardware: Hardware, bits: int, marlin: bool) -> Sequence[Finding]:
     """What holds for both schemes, on anything but a CPU.
 
     Args:
@@ -25,4 +25,6 @@ def gpu_findings(hardware: Hardware, marlin: bool) -> Sequence[Finding]:
         return [Finding("supported", "ROCm, by Triton and ExLlama kernels")]
     if hardware.vendor == "google":
         return [Finding("supported", "by vLLM's TPU plugin, which is released apart from it")]
-    return [Finding("supported", "vLLM's kernels for Intel GPUs")]
+    if bits == 4:
+        return [Finding("supported", "vLLM's kernels for Intel GPUs run 4 bits")]
+    return [Finding("degraded", "whether vLLM's kernels for Intel GPUs run 8 bits is not established; w4a16 runs")]

@@ -30,4 +30,4 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
         if hardware.architecture == "x86":
             return [Finding("recommended", "vLLM's CPU build runs layers whose rows and columns are multiples of 32")]
         return [Finding("degraded", "vLLM's CPU build for x86 runs it; on other CPUs this is not established")]
-    return facts.gpu_findings(hardware, marlin=True)
+    return facts.gpu_findings(hardware, 4, marlin=True)

@@ -53,4 +53,4 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
             "vLLM's CPU kernel for weight-only integers is 4-bit only: w4a16 or int8 run there (transformers runs this anywhere)"
         )
         return [Finding("unsupported", text)]
-    return facts.gpu_findings(hardware, marlin=options.symmetric)
+    return facts.gpu_findings(hardware, 8, marlin=options.symmetric)

@@ -127,7 +127,7 @@ def _entry(file: Path, name: str, item: Any, data: int) -> Entry:
     """One header item checked on its own: dtype known, shape and offsets whole numbers that agree."""
     try:
         dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         whole, dtype, shape, begin, end = False, None, [], 0, 0
     if not whole:

@@ -161,6 +161,8 @@ def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2, a failed check exit code 1."""
     try:
         code = typer.main.get_command(app).main(prog_name="bitpress", standalone_mode=False)
+        if code == 130:  # what typer makes of an interrupt, without a word
+            raise KeyboardInterrupt
     except VerificationError as e:
         for fault in e.faults[:10]:
             print(f"  {fault}", file=sys.stderr)

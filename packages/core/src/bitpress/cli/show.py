@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from bitpress.errors import BitpressError
 from bitpress.hardware import Hardware
 from bitpress.layer import Finding
 from bitpress.options import choices
@@ -167,7 +168,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def _findings(step: Step, device: Hardware) -> Sequence[Finding]:
-    return step.call("validate_hardware", hardware=device) or [Finding("unsupported", "the scheme says nothing about hardware")]
+    try:
+        found = step.call("validate_hardware", hardware=device)
+    except BitpressError as e:  # one scheme's fault must not hide the others
+        return [Finding("unsupported", str(e))]
+    return found or [Finding("unsupported", "the scheme says nothing about hardware")]
 
 
 def _serves(step: Step, devices: Sequence[Hardware]) -> str:

@@ -1,0 +1,110 @@
+"""What `int8` stores, and how it smooths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bitpress import chain
+from bitpress.layer import Layer, Record
+from bitpress.schemes import Step, discover
+from bitpress_int8 import smoothing
+
+
+def step(**options: Any) -> Step:
+    return discover().get("int8").step(options)
+
+
+def inputs(outlier: float = 1.0) -> torch.Tensor:
+    x = torch.randn(512, 64, generator=torch.Generator().manual_seed(1))
+    x[:, 5] *= outlier
+    return x
+
+
+def stored(used: Step, x: torch.Tensor) -> tuple[Layer, Record]:
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
+    stats = dict(used.call("observe", inputs=x, reference=x, weight=weight) or {})
+    layer = chain.quantize_whole(Layer("layer", weight, torch.bfloat16), [used], [stats])
+    return layer, chain.record(chain.pack(layer, [used]), [used])
+
+
+@pytest.mark.parametrize("outliers", ["max", "percentile", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_scales_cover_what_was_seen(symmetric: bool, outliers: str) -> None:
+    x = inputs().abs() if not symmetric else inputs()
+    _, record = stored(step(activations="static", symmetric_activations=symmetric, outliers=outliers), x)
+    scale = record.tensors["input_scale"].item()
+    zero = record.tensors["input_zero_point"].item() if not symmetric else 0
+    low, high = (-128 - zero) * scale, (127 - zero) * scale
+    seen = ((x >= low - scale) & (x <= high + scale)).float().mean()
+    assert seen == 1 if outliers == "max" else seen > 0.998
+    codes = ((x / scale).round() + zero).clamp(-128, 127)
+    assert ((codes - zero) * scale - x).square().mean().sqrt() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, {"weight", "weight_scale"}),
+        ({"activations": "static"}, {"weight", "weight_scale", "input_scale"}),
+        (
+            {"activations": "static", "symmetric_activations": False},
+            {"weight", "weight_scale", "input_scale", "input_zero_point"},
+        ),
+        ({"symmetric_activations": False}, {"weight", "weight_scale"}),
+    ],
+)
+def test_only_what_a_loader_reads_is_stored(options: dict[str, Any], names: set[str]) -> None:
+    _, record = stored(step(**options), inputs())
+    assert set(record.tensors) == names
+    assert record.config is not None
+    assert record.config["format"] == "int-quantized"
+    assert record.config["input_activations"]["dynamic"] is (options.get("activations") != "static")
+
+
+def test_feedback_costs_the_output_less_than_rounding() -> None:
+    x = inputs() @ torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
+    errors = {}
+    for algorithm in ("gptq", "rtn"):
+        layer, _ = stored(step(algorithm=algorithm), x)
+        weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
+        errors[algorithm] = float((x @ (layer.weight - weight).T).norm())
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_an_outlier_channel_is_smoothed_and_an_even_input_is_left_alone(static: bool) -> None:
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
+    assert smoothing.factors(weight, smoothing.observed(inputs()), None, static) is None
+    found = smoothing.factors(weight, smoothing.observed(inputs(outlier=60)), None, static)
+    assert found is not None
+    assert found.argmax() == 5
+    assert torch.equal(found, found.log2().round().exp2())
+
+
+def test_smoothing_lowers_the_true_error_of_integer_arithmetic() -> None:
+    x, weight = inputs(outlier=60), torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
+    s = smoothing.factors(weight, smoothing.observed(x), None, static=False)
+    assert s is not None
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        scale = values.abs().amax(1, keepdim=True) / 127.5
+        return (values / scale).round().clamp(-128, 127) * scale
+
+    def error(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((rounded(a) @ rounded(b).T - x @ weight.T).norm())
+
+    assert error(x / s, weight * s) < 0.5 * error(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({}, True), ({"algorithm": "rtn"}, False), ({"algorithm": "rtn", "activations": "static"}, True),
+        ({"algorithm": "rtn", "smoothing": "0.5"}, True), ({"smoothing": "0"}, True),
+    ],
+)  # fmt: skip
+def test_data_is_needed_exactly_where_something_looks_at_it(options: dict[str, Any], needed: bool) -> None:
+    assert step(**options).calibrated is needed
