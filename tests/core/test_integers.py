@@ -141,6 +141,8 @@ def test_packed_words_are_little_endian_streams_of_codes(bits: int, rows: int, c
         stream = sum((code - low) << i * bits for i, code in enumerate(row))
         assert [word & 0xFFFFFFFF for word in line] == [stream >> 32 * i & 0xFFFFFFFF for i in range(len(line))]
     assert torch.equal(numerics.unpack_words(words, bits, count), codes)
+    transposed = numerics.pack_words(codes.T, bits)  # strides do not matter
+    assert torch.equal(numerics.unpack_words(transposed.T.contiguous().T, bits, rows), codes.T)
 
 
 def test_an_integer_in_a_group_of_its_own_sign_keeps_zero_on_the_grid() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bitpress import chain
+from bitpress.hardware import find
 from bitpress.layer import Layer, Record
 from bitpress.schemes import Step, discover
 from bitpress_int8 import smoothing
@@ -72,6 +73,18 @@ def test_feedback_costs_the_output_less_than_rounding() -> None:
         weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
         errors[algorithm] = float((x @ (layer.weight - weight).T).norm())
     assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+@pytest.mark.parametrize(
+    ("device", "level"),
+    [
+        ("V100", "unsupported"), ("T4", "recommended"), ("A100", "recommended"), ("L40S", "supported"), ("H100", "supported"),
+        ("B200", "degraded"), ("RTX 5090", "degraded"), ("MI250X", "supported"), ("CPU x86", "recommended"),
+        ("CPU Arm", "recommended"), ("Google TPU", "supported"),
+    ],
+)  # fmt: skip
+def test_hardware_is_judged_by_what_its_engine_runs(device: str, level: str) -> None:
+    assert step().call("validate_hardware", hardware=find(device))[0].level == level
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -1,4 +1,4 @@
-"""What `w4a16` and `w8a16` store, against compressed-tensors' own packing and decoding."""
+"""What `w4a16` and `w8a16` store, against compressed-tensors' own reading and against counting."""
 
 from __future__ import annotations
 
@@ -6,60 +6,120 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings, strategies as st
 
-from bitpress import ShapeError, chain, numerics
-from bitpress.layer import Layer, Record
+from bitpress import chain
+from bitpress.layer import Layer, Record, Stat
 from bitpress.schemes import Step, discover
 
-
-def step(scheme: str, **options: Any) -> Step:
-    return discover().get(scheme).step({"algorithm": "rtn", **options})
-
-
-def stored(weight: torch.Tensor, used: Step) -> tuple[Layer, Record]:
-    layer = chain.quantize(Layer("layer", weight, torch.bfloat16), [used], [{}])
-    return layer, chain.record(chain.pack(layer, [used]), [used])
+SCHEMES = ("w4a16", "w8a16")
+BITS = {"w4a16": 4, "w8a16": 8}
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
-@given(st.integers(1, 9), st.integers(1, 70), st.sampled_from([4, 8]), st.integers(0, 99))
-def test_words_are_those_of_compressed_tensors(rows: int, columns: int, bits: int, seed: int) -> None:
-    low, high = numerics.limits(bits)
-    codes = torch.randint(low, high + 1, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-    words = numerics.pack_words(codes, bits)
-    assert torch.equal(words, pack_to_int32(codes, bits))
-    assert torch.equal(numerics.unpack_words(words, bits, columns), codes)
+def step(name: str, **options: Any) -> Step:
+    return discover().get(name).step({"algorithm": "rtn"} | options)
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
-@given(
-    st.sampled_from(["w4a16", "w8a16"]), st.integers(1, 4), st.integers(1, 3), st.sampled_from([32, 64, 128, "channel"]),
-    st.booleans(), st.integers(0, 99),
-)  # fmt: skip
-def test_what_is_stored_decodes_to_the_effective_weight(
-    scheme: str, high: int, wide: int, group: int | str, symmetric: bool, seed: int
-) -> None:
-    width = 40 * wide if group == "channel" else int(group) * wide
-    weight = torch.randn(8 * high, width, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
-    used = step(scheme, group_size=group, symmetric=symmetric)
-    layer, record = stored(weight, used)
-    tensors, bits = record.tensors, 4 if scheme == "w4a16" else 8
-    codes = unpack_from_int32(tensors["weight_packed"], bits, torch.Size(weight.shape)).float()
-    scale = tensors["weight_scale"].float().repeat_interleave(width // tensors["weight_scale"].shape[1], 1)
+def numbers(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
+    return (weight + 0.01).bfloat16().float()
+
+
+def quantised(
+    weight: torch.Tensor, used: Step, stats: dict[str, Stat] | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Layer:
+    return chain.quantize(Layer("layer", weight, dtype), [used], [stats or {}])
+
+
+def stored(layer: Layer, used: Step) -> Record:
+    return chain.record(chain.pack(layer, [used]), [used])
+
+
+def loaded(record: Record) -> torch.Tensor:
+    """The weight as compressed-tensors decodes it, in float32."""
+    group = {"targets": ["Linear"], **{name: value for name, value in record.config.items() if name != "format"}}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    parsed = QuantizationConfig.model_validate(config | {"quantization_status": "compressed"}).config_groups["group_0"]
+    tensors = {name: t.float() if name == "weight_scale" else t for name, t in record.tensors.items()}
+    return BaseCompressor.get_value_from_registry("pack-quantized").decompress(tensors, parsed)["weight"]
+
+
+shapes = st.tuples(st.sampled_from(SCHEMES), st.sampled_from([32, 64, 128, "channel"]), st.booleans())
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(shapes, st.integers(1, 40), st.integers(1, 4), st.integers(1, 70), st.integers(0, 1000))
+def test_restoring_what_is_packed_is_exact(used: Any, rows: int, groups: int, odd: int, seed: int) -> None:
+    name, group, symmetric = used
+    width = odd if group == "channel" else group * groups
+    this = step(name, group_size=group, symmetric=symmetric)
+    layer = quantised(numbers(rows, width, seed), this)
+    record = stored(layer, this)
+    assert torch.equal(chain.restore(record.tensors, record.config, [this]), layer.weight)
+    assert torch.equal(loaded(record), layer.weight)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_words_are_those_of_compressed_tensors_to_the_bit(name: str, symmetric: bool) -> None:
+    this, bits = step(name, symmetric=symmetric), BITS[name]
+    layer = quantised(numbers(24, 384), this)
+    tensors = stored(layer, this).tensors
+    assert torch.equal(tensors["weight_packed"], pack_to_int32(layer.codes, bits))
+    assert torch.equal(unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 384))), layer.codes)
     if not symmetric:
-        shape = torch.Size((len(weight), tensors["weight_scale"].shape[1]))
-        zero = unpack_from_int32(tensors["weight_zero_point"], bits, shape, packed_dim=0).float()
-        codes = codes - zero.repeat_interleave(width // zero.shape[1], 1)
-    assert torch.equal(codes * scale, layer.weight)
-    assert torch.equal(chain.restore(tensors, record.config, [used]), layer.weight)
+        assert torch.equal(tensors["weight_zero_point"], pack_to_int32(layer.parts["zero_point"], bits, packed_dim=0))
+
+
+INT = {"type": "int", "dynamic": False}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, tuple[torch.dtype, tuple[int, ...]]]]] = {
+    "4 bits": ("w4a16", {}, {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 128},
+        {"weight_packed": (torch.int32, (16, 48)), "weight_scale": (torch.bfloat16, (16, 3))}),
+    "8 bits": ("w8a16", {}, {"num_bits": 8, "symmetric": True, "strategy": "group", "group_size": 128},
+        {"weight_packed": (torch.int32, (16, 96)), "weight_scale": (torch.bfloat16, (16, 3))}),
+    "small groups": ("w4a16", {"group_size": 32}, {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 32},
+        {"weight_packed": (torch.int32, (16, 48)), "weight_scale": (torch.bfloat16, (16, 12))}),
+    "channel": ("w4a16", {"group_size": "channel"}, {"num_bits": 4, "symmetric": True, "strategy": "channel"},
+        {"weight_packed": (torch.int32, (16, 48)), "weight_scale": (torch.bfloat16, (16, 1))}),
+    "zero points": ("w4a16", {"symmetric": False},
+        {"num_bits": 4, "symmetric": False, "zp_dtype": "torch.int8", "strategy": "group", "group_size": 128},
+        {"weight_packed": (torch.int32, (16, 48)), "weight_scale": (torch.bfloat16, (16, 3)),
+         "weight_zero_point": (torch.int32, (2, 3))}),
+    "8-bit zero points": ("w8a16", {"symmetric": False},
+        {"num_bits": 8, "symmetric": False, "zp_dtype": "torch.int8", "strategy": "group", "group_size": 128},
+        {"weight_packed": (torch.int32, (16, 96)), "weight_scale": (torch.bfloat16, (16, 3)),
+         "weight_zero_point": (torch.int32, (4, 3))}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_record_is_what_compressed_tensors_calls_it(case: str) -> None:
+    name, options, weights, tensors = CASES[case]
+    this = step(name, **options)
+    record = stored(quantised(numbers(16, 384), this), this)
+    found = {suffix: (t.dtype, tuple(t.shape)) for suffix, t in record.tensors.items()}
+    assert found == tensors | {"weight_shape": (torch.int64, (2,))}
+    assert record.tensors["weight_shape"].tolist() == [16, 384]
+    assert record.config == {"format": "pack-quantized", "weights": INT | weights, "input_activations": None}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_scales_are_stored_in_the_model_s_own_dtype_and_codes_made_for_them(dtype: torch.dtype) -> None:
+    this = step("w4a16")
+    layer = quantised(numbers(8, 128), this, dtype=dtype)
+    record = stored(layer, this)
+    assert record.tensors["weight_scale"].dtype == dtype
+    scale = record.tensors["weight_scale"].float()
+    nearest = (numbers(8, 128) / scale).round().clamp(-8, 7)
+    assert torch.equal(layer.weight, nearest * scale)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_searched_grid_costs_no_more_than_the_whole_range(symmetric: bool) -> None:
-    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    layer, _ = stored(weight, step("w4a16", symmetric=symmetric))
+def test_the_searched_grid_costs_less_than_the_whole_range(symmetric: bool) -> None:
+    weight = numbers(64, 256)
     grouped = weight.view(64, 2, 128)
     if symmetric:
         scale, zero = grouped.abs().amax(2, keepdim=True) / 7.5, 0.0
@@ -68,33 +128,21 @@ def test_the_searched_grid_costs_no_more_than_the_whole_range(symmetric: bool) -
         scale = (high - low) / 15
         zero = (-8 - low / scale).round()
     plain = ((grouped / scale).round().add(zero).clamp(-8, 7) - zero) * scale
-    assert (layer.weight - weight).square().sum() < (plain.view(64, 256) - weight).square().sum()
+    found = quantised(weight, step("w4a16", symmetric=symmetric)).weight
+    assert (found - weight).square().sum() < (plain.view(64, 256) - weight).square().sum()
 
 
-@pytest.mark.parametrize(
-    ("width", "group", "advice"), [(192, 128, "group_size=64"), (96, 64, "group_size=32"), (40, 32, "group_size=channel")]
-)
-def test_a_width_that_does_not_divide_is_refused_naming_what_fits(width: int, group: int, advice: str) -> None:
-    with pytest.raises(ShapeError, match=f"width {width} is not a multiple of group_size {group}; try {advice}"):
-        stored(torch.zeros(8, width), step("w4a16", group_size=group))
+def test_16_bit_activations_store_a_scale_from_the_largest_input() -> None:
+    this = step("w8a16", activations="int16")
+    assert this.calibrated
+    x = torch.linspace(-3, 2, 256).view(2, 128)
+    stats = this.call("observe", inputs=x, reference=None, weight=None)
+    record = stored(quantised(numbers(8, 128), this, stats), this)
+    assert record.tensors["input_scale"].tolist() == pytest.approx([3 / 32767.5])
+    assert record.config["input_activations"] == INT | {"num_bits": 16, "symmetric": True, "strategy": "tensor"}
+    assert loaded(record).shape == (8, 128)
 
 
-@pytest.mark.parametrize(("width", "groups"), [(256, 2), (192, 3), (96, 3), (40, 1)])
-def test_auto_takes_the_largest_group_that_divides(width: int, groups: int) -> None:
-    _, record = stored(torch.ones(8, width), step("w4a16", group_size="auto"))
-    assert record.tensors["weight_scale"].shape == (8, groups)
-
-
-def test_the_config_is_what_compressed_tensors_calls_it() -> None:
-    _, record = stored(torch.ones(8, 256), step("w4a16", symmetric=False))
-    assert record.config == {
-        "format": "pack-quantized",
-        "weights": {
-            "num_bits": 4, "type": "int", "symmetric": False, "dynamic": False, "strategy": "group", "group_size": 128,
-            "zp_dtype": "torch.int8",
-        },
-    }  # fmt: skip
-    assert {name: (t.dtype, tuple(t.shape)) for name, t in record.tensors.items()} == {
-        "weight_packed": (torch.int32, (8, 32)), "weight_scale": (torch.bfloat16, (8, 2)), "weight_shape": (torch.int64, (2,)),
-        "weight_zero_point": (torch.int32, (1, 2)),
-    }  # fmt: skip
+def test_16_bit_activations_of_a_layer_without_data_have_scale_one() -> None:
+    this = step("w8a16", activations="int16")
+    assert stored(quantised(numbers(8, 128), this), this).tensors["input_scale"].tolist() == [1.0]

@@ -37,12 +37,12 @@ def scale(stats: Mapping[str, Stat], outliers: str) -> Tensor:
     if outliers == "percentile":
         amax = numerics.clip_by_share(counts, amax, SHARE)
     elif outliers == "mse":
-        amax = numerics.clip_by_error(counts, amax, _rounding)
+        amax = numerics.clip_by_error(counts, amax, _step)
     return numerics.e4m3_scale(amax)
 
 
-def _rounding(magnitude: Tensor, clip: Tensor) -> Tensor:
-    """step^2 / 12, E4M3's step being 2^-3 of the power of two below a number, and 2^-9 among subnormals."""
+def _step(magnitude: Tensor, clip: Tensor) -> Tensor:
+    """E4M3's: 2^-3 of the power of two below a number, and 2^-9 among subnormals, in units of the scale."""
     unit = clip / numerics.E4M3_MAX
     power = (magnitude / unit).log2().floor().clamp(min=-6)
-    return ((power - 3).exp2() * unit).square() / 12
+    return (power - 3).exp2() * unit

@@ -48,4 +48,4 @@ def _clip(counts: Tensor, amax: Tensor, outliers: str) -> Tensor:
         return amax
     if outliers == "percentile":
         return numerics.clip_by_share(counts, amax, SHARE)
-    return numerics.clip_by_error(counts, amax, lambda magnitude, clip: (clip / STEPS).square() / 12)
+    return numerics.clip_by_error(counts, amax, lambda magnitude, clip: clip / STEPS)

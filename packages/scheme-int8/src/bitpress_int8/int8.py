@@ -122,10 +122,13 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     if hardware.vendor == "nvidia":
         capability = hardware.capability or (0, 0)
         if capability < (7, 5):
-            return [Finding("unsupported", "vLLM's INT8 kernels need capability 7.5; w4a16 serves from 7.0 on")]
+            return [Finding("unsupported", "vLLM runs INT8 checkpoints from capability 7.5 on; transformers runs them anywhere")]
         if capability < (8, 9):
             return [Finding("recommended", "INT8 tensor cores, and no FP8 below capability 8.9; best at high throughput")]
-        return [Finding("supported", "INT8 tensor cores; FP8 (scheme fp8) is as fast here and loses less on outliers")]
+        if capability < (10, 0):
+            return [Finding("supported", "INT8 tensor cores; FP8 (scheme fp8) is as fast here and loses less on outliers")]
+        text = "vLLM's CUTLASS kernels refuse INT8 from capability 10.0 on, and are its first choice; fp8 serves better here"
+        return [Finding("degraded", f"{text} (its Triton kernels, with VLLM_DISABLED_KERNELS=CutlassInt8ScaledMMLinearKernel)")]
     if hardware.vendor == "cpu":
         return [Finding("recommended", "vLLM's CPU build runs every variant with oneDNN")]
     if hardware.vendor == "amd":

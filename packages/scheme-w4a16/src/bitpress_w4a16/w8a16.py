@@ -1,4 +1,4 @@
-"""Integer weights of 8 bits with 16-bit activations."""
+"""8-bit integer weights in groups, activations left as they are, or with a static 16-bit integer scale for integer runtimes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,49 @@ from typing import Literal
 from attrs import frozen
 
 from bitpress import Finding, Hardware, hookimpl, option
-from bitpress_w4a16 import hardware as facts, weights
+from bitpress_w4a16 import hardware as facts
+from bitpress_w4a16.weight_only import (
+    ALGORITHM,
+    WeightOnlyOptions,
+    observe,
+    pack,
+    quantize,
+    rescale,
+    restore,
+    serialize,
+)
 
-observe, quantize, pack = hookimpl(weights.observe), hookimpl(weights.quantize), hookimpl(weights.pack)
-serialize, restore = hookimpl(weights.serialize), hookimpl(weights.restore)
+__all__ = ["Options", "observe", "pack", "quantize", "rescale", "restore", "serialize", "validate_hardware"]
 
 
 @frozen
-class Options(weights.Options):
+class Options(WeightOnlyOptions):
     """Options of `w8a16`."""
 
-    algorithm: Literal["rtn", "gptq"] = option("rtn", "rounding, which leaves little to gain, or errors fed forward on data")
+    algorithm: Literal["rtn", "gptq", "awq"] = option("rtn", ALGORITHM)
+    activations: Literal["float", "int16"] = option("float", "int16: a static scale found on data; vLLM does not run it")
 
     @property
-    def bits(self) -> float:
+    def bits(self) -> int:
         """Bits per code."""
         return 8
+
+    @property
+    def integer_inputs(self) -> bool:
+        """Whether a static scale of 16-bit integer activations is stored."""
+        return self.activations == "int16"
 
 
 @hookimpl
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
-    """What engines run."""
-    return facts.findings(hardware, 8, options.symmetric)
+    """GPUs; not vLLM on CPUs, and nowhere in vLLM with 16-bit integer activations."""
+    if options.activations == "int16":
+        return [
+            Finding("unsupported", "vLLM has no 16-bit integer activations; they are for integer runtimes that read the scale")
+        ]
+    if hardware.vendor == "cpu":
+        text = (
+            "vLLM's CPU kernel for weight-only integers is 4-bit only: w4a16 or int8 run there (transformers runs this anywhere)"
+        )
+        return [Finding("unsupported", text)]
+    return facts.gpu_findings(hardware, 8, marlin=options.symmetric)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import get_args, get_type_hints
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from bitpress import chain
 from bitpress.checkpoint.reader import NAMES
+from bitpress.compute import torch_threads
 from bitpress.conformance import trial
 from bitpress.errors import BitpressError, ShapeError
 from bitpress.hardware import KNOWN, Hardware
@@ -19,6 +21,13 @@ from bitpress.schemes import Step, discover
 
 LEVELS = get_args(get_type_hints(Finding)["level"])
 WEIGHTS = ("normal", "zero", "one zero row", "huge", "smallest", "rows of unlike size", "one outlier", "half zeros")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """What is tried is small: waiting for a second thread costs more than it gives."""
+    with torch_threads(1):
+        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -26,17 +26,19 @@ def clip_by_share(counts: Tensor, amax: Tensor, share: float) -> Tensor:
     return torch.minimum(least, amax)
 
 
-def clip_by_error(counts: Tensor, amax: Tensor, rounding: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def clip_by_error(counts: Tensor, amax: Tensor, step: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The clip, amax or an upper edge of a bin below it, at which rounding and clipping cost least together.
 
     Args:
-        rounding: given magnitudes and a clip, the expected squared error of rounding them.
+        step: given magnitudes and a clip, how far the representable numbers near them lie apart.
     """
     middle = _upper_edges(counts) * 2.0 ** (-0.5 / PER_OCTAVE)
     candidates = [amax, *(edge for edge in _upper_edges(counts) if amax / 256 < edge < amax)]
     costs = []
     for clip in candidates:
-        error = torch.where(middle <= clip, rounding(middle, clip), (middle - clip).square())
+        near = step(middle, clip)
+        rounding = torch.where(middle < near / 2, middle, near / 12**0.5)  # to zero, or somewhere within a step
+        error = torch.where(middle <= clip, rounding, middle - clip).square()
         costs.append((error.double() * counts.double()).sum())
     best: Tensor = candidates[int(torch.stack(costs).argmin())]
     return best

@@ -130,7 +130,7 @@ def _best(grouped: Tensor, importance: Tensor | None, bits: int, candidates: Can
     for scale, zero in candidates(grouped):
         at = None if zero is None else zero.unsqueeze(2)
         error = _nearest(near, scale.ldexp(power).unsqueeze(2), at, bits).sub_(near).square_()  # (out, groups, group)
-        new = error.sum(2) if importance is None else torch.einsum("ogi,gi->og", error, importance)
+        new = (error if importance is None else error.mul_(importance)).sum(2)
         if cost is None:
             cost, best_scale, best_zero = new, scale, zero
             continue

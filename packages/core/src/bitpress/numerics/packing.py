@@ -17,7 +17,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     each = 32 // bits
     unsigned = codes.to(torch.int32) + (1 << bits - 1)
     unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % each))
-    words = unsigned.view(len(codes), -1, each) << (torch.arange(each, dtype=torch.int32, device=codes.device) * bits)
+    words = unsigned.reshape(len(codes), -1, each) << (torch.arange(each, dtype=torch.int32, device=codes.device) * bits)
     return words.sum(2, dtype=torch.int32)  # no two share a bit, so that a sum is a union
 
 
@@ -26,4 +26,4 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     each = 32 // bits
     shifts = torch.arange(each, dtype=torch.int32, device=words.device) * bits
     unsigned = (words.unsqueeze(2) >> shifts) & ((1 << bits) - 1)  # (rows, words, each)
-    return (unsigned.view(len(words), -1)[:, :count] - (1 << bits - 1)).to(torch.int8)
+    return (unsigned.flatten(1)[:, :count] - (1 << bits - 1)).to(torch.int8)

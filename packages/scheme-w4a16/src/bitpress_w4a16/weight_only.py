@@ -1,0 +1,164 @@
+"""What `w4a16` and `w8a16` share: their hooks, which ask the options for the number of bits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+from attrs import frozen
+
+import bitpress
+from bitpress import Layer, Record, ShapeError, Stat, hookimpl, numerics, option
+from bitpress_w4a16 import awq, grids
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ALGORITHM = "gptq: errors fed forward; awq: salient channels scaled up; rtn: plain rounding, no data"
+SIZES = (128, 64, 32)
+INT16_STEPS = 32767.5  # between zero and the largest number
+
+
+@frozen
+class WeightOnlyOptions(bitpress.Options):
+    """Options of both schemes."""
+
+    algorithm: Literal["gptq", "awq", "rtn"] = option("gptq", ALGORITHM)
+    group_size: Literal[128, 64, 32, "channel", "auto"] = option(128, "columns that share a scale; auto: what fits each layer")
+    symmetric: bool = option(True, "false: groups have a zero point")
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        raise NotImplementedError
+
+    @property
+    def integer_inputs(self) -> bool:
+        """Whether a static scale of 16-bit integer activations is stored."""
+        return False
+
+    @property
+    def calibrated(self) -> bool:
+        """All but plain rounding of weights looks at inputs."""
+        return self.algorithm != "rtn" or self.integer_inputs
+
+    @property
+    def rescales(self) -> bool:
+        """AWQ scales channels."""
+        return self.algorithm == "awq"
+
+    @property
+    def row_block(self) -> int:
+        """Zero points of consecutive rows lie in one word."""
+        return 1 if self.symmetric else 32 // self.bits
+
+    def group(self, width: int) -> int:
+        """Columns that share a scale in a layer of that width; raises ShapeError where the size does not divide it."""
+        if self.group_size == "channel":
+            return width
+        fitting = [size for size in SIZES if width % size == 0]
+        if self.group_size == "auto":
+            return fitting[0] if fitting else width
+        if self.group_size not in fitting:
+            fits = ", ".join(f"group_size={size}" for size in (*fitting, "channel", "auto"))
+            raise ShapeError(
+                f"width {width} is not a multiple of group_size {self.group_size} (as {max(width // 128, 1) * 128} is); "
+                f"what fits: {fits}"
+            )
+        return self.group_size
+
+
+@hookimpl
+def observe(inputs: Tensor | None, reference: Tensor | None, options: WeightOnlyOptions) -> Mapping[str, Stat] | None:
+    """What GPTQ and AWQ need of inputs; for integer activations, the largest."""
+    if inputs is None:
+        return None
+    found: dict[str, Stat] = {}
+    if options.algorithm != "rtn":
+        found |= numerics.moments(inputs, reference if options.algorithm == "gptq" else None)
+    if options.integer_inputs:
+        found["input_amax"] = Stat(numerics.absmax(inputs.float()), "max")
+    return found
+
+
+@hookimpl
+def rescale(layer: Layer, stats: Mapping[str, Stat], options: WeightOnlyOptions) -> Tensor | None:
+    """AWQ's factors."""
+    width = layer.weight.shape[1]
+    return awq.factors(layer.weight, stats, options.bits, options.group(width), options.symmetric)
+
+
+@hookimpl
+def quantize(layer: Layer, stats: Mapping[str, Stat], options: WeightOnlyOptions) -> Layer:
+    """Codes with scale (out, groups) in the model's dtype and, if asymmetric, zero points (out, groups) int8."""
+    import torch
+
+    width = layer.weight.shape[1]
+    group = options.group(width)
+    if options.group_size == "auto" and group != SIZES[0]:
+        warnings.warn(f"group_size=auto: {'channel' if group == width else group}, as {width} columns need it", stacklevel=2)
+
+    def fit(weight: Tensor, importance: Tensor | None) -> numerics.IntegerGrid:
+        return grids.fit(weight, importance, options.bits, group, options.symmetric, layer.dtype)
+
+    if options.algorithm == "gptq":
+        weight, grid = numerics.feedback(layer.weight, stats, fit, layer.keep)
+        assert isinstance(grid, numerics.IntegerGrid)
+    else:
+        weight, grid = layer.weight, fit(layer.weight, awq.importance(stats))
+    codes = grid.codes(weight)  # (out, in); 0 is on every grid, so `keep` holds by itself
+    parts = {"scale": grid.scale.to(layer.dtype)}
+    if grid.zero is not None:
+        parts["zero_point"] = grid.zero.to(torch.int8)
+    if options.integer_inputs:
+        amax = stats["input_amax"].value if "input_amax" in stats else torch.tensor(INT16_STEPS)
+        parts["input_scale"] = (amax / INT16_STEPS).masked_fill(amax == 0, 1.0)
+    return attrs.evolve(layer, weight=lambda: numerics.decode_integers(codes, grid.scale, grid.zero), codes=codes, parts=parts)
+
+
+@hookimpl
+def pack(layer: Layer, options: WeightOnlyOptions) -> Layer:
+    """Codes in words along the row: (out, words) int32; zero points in words along the column: (out / row_block, groups)."""
+    assert layer.codes is not None
+    parts = dict(layer.parts)
+    if "zero_point" in parts:
+        parts["zero_point"] = numerics.pack_words(parts["zero_point"].T, options.bits).T.contiguous()
+    return attrs.evolve(layer, codes=numerics.pack_words(layer.codes, options.bits), parts=parts)
+
+
+@hookimpl
+def serialize(layer: Layer, options: WeightOnlyOptions) -> Record:
+    """`weight_packed`, `weight_scale`, `weight_shape` I64 (2,); as options ask, `weight_zero_point`, `input_scale` F32 (1,)."""
+    import torch
+
+    assert layer.codes is not None
+    tensors = {
+        "weight_packed": layer.codes,
+        "weight_scale": layer.parts["scale"],
+        "weight_shape": torch.tensor(layer.weight.shape),
+    }
+    width = layer.weight.shape[1]
+    weights: dict[str, Any] = {"num_bits": options.bits, "type": "int", "symmetric": options.symmetric, "dynamic": False}
+    group = options.group(width)
+    weights |= {"strategy": "channel"} if group == width != options.group_size else {"strategy": "group", "group_size": group}
+    if not options.symmetric:
+        tensors["weight_zero_point"] = layer.parts["zero_point"]
+        weights["zp_dtype"] = "torch.int8"
+    inputs = None
+    if options.integer_inputs:
+        tensors["input_scale"] = layer.parts["input_scale"].reshape(1)
+        inputs = {"num_bits": 16, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    return Record(tensors, {"format": "pack-quantized", "weights": weights, "input_activations": inputs})
+
+
+@hookimpl
+def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """(code - zero) scale, of as many rows as there are words of codes."""
+    bits, packed = config["weights"]["num_bits"], tensors["weight_packed"]
+    codes = numerics.unpack_words(packed, bits, int(tensors["weight_shape"][1]))
+    zero = tensors.get("weight_zero_point")
+    if zero is not None:
+        zero = numerics.unpack_words(zero.T, bits, len(packed)).T  # (out, groups)
+    return numerics.decode_integers(codes, tensors["weight_scale"], zero)
