@@ -90,14 +90,14 @@ def test_the_schemes_as_json(toy: Path) -> None:
 
 
 def test_a_plan_shows_stacks_sizes_and_memory_and_writes_nothing(toy: Path, model: Path) -> None:
-    before = files_of(model.parent)
+    before = files_of(model), sorted(f.name for f in model.parent.iterdir())
     done = command("plan", model, "--scheme", "toy", "--ignore", "*.layers.1.mlp.*", path=toy)
     assert (done.returncode, done.stderr) == (0, "")
     for stack in STACKS:
         assert (stack in done.stdout) == ("1.mlp" not in stack)
     assert "11 layers compressed, 10 tensors copied unchanged" in done.stdout
     assert "8.25" in done.stdout
-    assert files_of(model.parent) == before
+    assert (files_of(model), sorted(f.name for f in model.parent.iterdir())) == before
 
 
 def test_a_plan_as_json_names_every_layer_and_every_byte(toy: Path, model: Path) -> None:
