@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import re
 import sys
@@ -58,7 +59,8 @@ def plan(
     threads: Threads = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show what would be done, from headers alone."""
-    from bitpress import run
+    with _uncollected():
+        from bitpress import run
 
     work = run.plan(model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or ())
     memory = run.memory(work, threads)
@@ -85,8 +87,9 @@ def compress(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a smaller model, and prove it."""
-    from bitpress import run
-    from bitpress.calibrate.texts import Choice
+    with _uncollected():
+        from bitpress import run
+        from bitpress.calibrate.texts import Choice
 
     limit = None if max_memory is None else _size(max_memory)
     job = run.prepare(
@@ -110,7 +113,8 @@ def verify(
     threads: Threads = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Open an output again and prove its files; exit 1 if something is wrong."""
-    from bitpress import run
+    with _uncollected():
+        from bitpress import run
 
     with _progress(as_json) as progress:
         report = run.verify(out, against, threads, progress)
@@ -126,7 +130,8 @@ def verify(
 @app.command()
 def inspect(out: Out, as_json: Json = False) -> None:
     """Show what is inside an output: schemes, bits per weight, error per layer."""
-    from bitpress import run
+    with _uncollected():
+        from bitpress import run
 
     note = run.inspect(out)
     _print(note.as_json() | {"bits": note.bits}) if as_json else show.manifest(note)
@@ -137,7 +142,8 @@ def decompress(
     out: Out, dense: Annotated[Path, typer.Argument(metavar="DENSE", help="The folder to write the plain model into.")],
 ) -> None:  # fmt: skip
     """Write a plain checkpoint with the weights that an output's loader computes with."""
-    from bitpress import run
+    with _uncollected():
+        from bitpress import run
 
     with _progress(False) as progress:
         run.decompress(out, dense, progress)
@@ -200,6 +206,17 @@ def _size(text: str) -> int:
     if not found or number < 0:
         raise RecipeError(f"--max-memory {text}: a size such as 4GB or 500MB is expected")
     return int(number * 1000 ** " kmgt".index(found[2] or " "))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Imports inside make objects that stay to the end: looking through them for garbage costs a third of importing torch."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager
