@@ -20,6 +20,8 @@ import torch
 from bitpress.checkpoint.header import Entry, Header, read_header
 from bitpress.errors import CheckpointError, OutputError
 
+PIECE = 1 << 20  # bytes of one write: larger ones may get fresh large pages, whose first touch costs more than the copying
+
 
 class ShardWriter:
     """One file being written; tensors may come in any order and from several threads."""
@@ -39,7 +41,7 @@ class ShardWriter:
         """Bytes (uint8) at an absolute place."""
         view = memoryview(data) if isinstance(data, bytes) else memoryview(data.numpy())  # type: ignore[arg-type]
         while view:
-            count = os.pwrite(self._descriptor, view, at)
+            count = os.pwrite(self._descriptor, view[:PIECE], at)
             view, at = view[count:], at + count
 
 
