@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,17 @@ def restore(tensors): return tensors["weight"].float() * tensors["weight_scale"]
 @hookimpl
 def validate_hardware(hardware): return [Finding("supported", "runs anywhere")]
 '''
+TINY = Path(__file__).parents[1] / "examples/tiny-llama"
+TINY_CONFIG = {"vocab_size": 4096, "max_position_embeddings": 128}
 CONFIG = LLAMA | {"num_key_value_heads": 2, "num_hidden_layers": 3}
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """A folder with tiny-llama's tokenizer and nothing else."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+    return folder
 
 
 def install_learner(folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import TINY, TINY_CONFIG as CONFIG, tokenizer_folder
 from transformers import AutoTokenizer
 
 from bitpress import DataError
 from bitpress.calibrate.texts import Choice, Sequences, load
 
-TINY = Path(__file__).parents[2] / "examples/tiny-llama"
-CONFIG = {"vocab_size": 4096, "max_position_embeddings": 128}
 TEXTS = [
     f"On day {i} the ship's {word} was seen at noon, {i * 7} miles from land.\n" for i in range(40) for word in ("mast", "boat")
 ]
@@ -29,11 +27,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A folder with tiny-llama's tokenizer, which has no chat template."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, folder)
-    return folder
+    return tokenizer_folder(tmp_path / "model")
 
 
 def give_template(model: Path, template: str = TEMPLATE) -> None:

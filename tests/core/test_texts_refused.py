@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from calibrated import TINY_CONFIG as CONFIG, tokenizer_folder
 
 from bitpress import CheckpointError, DataError
 from bitpress.calibrate.texts import Choice, load
 
-TINY = Path(__file__).parents[2] / "examples/tiny-llama"
-CONFIG = {"vocab_size": 4096, "max_position_embeddings": 128}
-
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, folder)
-    return folder
+    return tokenizer_folder(tmp_path / "model")
 
 
 REFUSED_FILES = [

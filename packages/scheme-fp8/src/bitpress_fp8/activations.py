@@ -11,7 +11,6 @@ from bitpress import Stat, numerics
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHARE = 0.9999  # of all magnitudes that `percentile` keeps
 WIDE = 2.0**12  # largest by median: beyond it ordinary numbers come near to E4M3's subnormals
 
 
@@ -30,15 +29,9 @@ def scale(stats: Mapping[str, Stat], outliers: str) -> Tensor:
     if "input_amax" not in stats:
         return torch.tensor(1.0)
     amax, counts = stats["input_amax"].value, stats["input_counts"].value
-    if not counts.any():
-        return numerics.e4m3_scale(amax)
-    if amax > WIDE * numerics.middle_magnitude(counts):
+    if counts.any() and amax > WIDE * numerics.middle_magnitude(counts):
         warnings.warn("its largest input is over 4,096 times the median; activations=dynamic loses less", stacklevel=2)
-    if outliers == "percentile":
-        amax = numerics.clip_by_share(counts, amax, SHARE)
-    elif outliers == "mse":
-        amax = numerics.clip_by_error(counts, amax, _step)
-    return numerics.e4m3_scale(amax)
+    return numerics.e4m3_scale(numerics.clip(counts, amax, outliers, _step))
 
 
 def _step(magnitude: Tensor, clip: Tensor) -> Tensor:

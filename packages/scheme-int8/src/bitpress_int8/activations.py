@@ -10,7 +10,6 @@ from bitpress import Stat, numerics
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHARE = 0.9999  # of all magnitudes that `percentile` keeps
 STEPS = 127.5  # between zero and the largest number
 
 
@@ -32,7 +31,8 @@ def parts(stats: Mapping[str, Stat], symmetric: bool, outliers: str) -> dict[str
         low, high = torch.tensor(-STEPS), torch.tensor(STEPS)
     else:
         low, high = -stats["input_min"].value, stats["input_max"].value
-        clip = _clip(stats["input_counts"].value, low.abs().maximum(high.abs()), outliers)
+        amax = low.abs().maximum(high.abs())
+        clip = numerics.clip(stats["input_counts"].value, amax, outliers, lambda magnitude, clip: clip / STEPS)
         low, high = low.maximum(-clip).clamp(max=0), high.minimum(clip).clamp(min=0)
     if symmetric:
         scale = low.abs().maximum(high) / STEPS
@@ -41,11 +41,3 @@ def parts(stats: Mapping[str, Stat], symmetric: bool, outliers: str) -> dict[str
     scale = scale.masked_fill(scale == 0, 1.0)
     zero = (-128 - low / scale).round().clamp(-128, 127)
     return {"input_scale": scale, "input_zero_point": zero.to(torch.int8)}
-
-
-def _clip(counts: Tensor, amax: Tensor, outliers: str) -> Tensor:
-    if not counts.any() or outliers == "max":
-        return amax
-    if outliers == "percentile":
-        return numerics.clip_by_share(counts, amax, SHARE)
-    return numerics.clip_by_error(counts, amax, lambda magnitude, clip: clip / STEPS)

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,14 +57,10 @@ class Decoder:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def block(self, index: int, changed: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-        """A block with its weights, a copy of its own.
-
-        Args:
-            changed: tensors by the checkpoint's names that take the place of the files'.
-        """
+    def block(self, index: int) -> nn.Module:
+        """A block with its weights, a copy of its own."""
         module = copy.deepcopy(self.blocks[index])
-        self._fill(module, f"{self.container}.{index}", changed or {})
+        self._fill(module, f"{self.container}.{index}")
         return module
 
     @contextlib.contextmanager
@@ -85,14 +81,14 @@ class Decoder:
 
     def _filler(self, name: str) -> Any:
         def fill(module: nn.Module, arguments: Any) -> None:
-            self._fill(module, name, {}, recurse=False)
+            self._fill(module, name, recurse=False)
 
         return fill
 
-    def _fill(self, module: nn.Module, prefix: str, changed: Mapping[str, torch.Tensor], recurse: bool = True) -> None:
+    def _fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
         for name, parameter in list(module.named_parameters(recurse=recurse)):
             if parameter.is_meta:
-                tensor = self._read(f"{prefix}.{name}", changed, tuple(parameter.shape))
+                tensor = self._read(f"{prefix}.{name}", tuple(parameter.shape))
                 owner, _, leaf = name.rpartition(".")
                 setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=recurse)):
@@ -101,16 +97,15 @@ class Decoder:
             tensor = buffer if entry is None else self._reader.whole(entry).to(buffer.dtype)
             module.get_submodule(owner)._buffers[leaf] = tensor.to(self._device)
 
-    def _read(self, name: str, changed: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         entry = self._checkpoint.entries.get(name)
-        if name not in changed and (entry is None or entry.shape != shape):
+        if entry is None or entry.shape != shape:
             found = "is not in the files" if entry is None else f"has the shape {list(entry.shape)} and not {list(shape)}"
             raise CheckpointError(
                 f"{self._checkpoint.folder}: tensor {name}, which transformers' {type(self.model).__name__} needs, {found}: "
                 "this layout cannot be calibrated yet; schemes and options that need no data can be used"
             )
-        tensor = changed[name] if name in changed else self._reader.whole(entry)  # type: ignore[arg-type]
-        tensor = tensor.to(self._device, self._dtype)
+        tensor = self._reader.whole(entry).to(self._device, self._dtype)
         if not math.isfinite(tensor.sum(dtype=torch.float64)):
             place = self._checkpoint.folder
             raise CheckpointError(f"{place}: tensor {name} holds NaN or infinity: the source is damaged; fetch it again")
@@ -124,7 +119,8 @@ def _build(checkpoint: Checkpoint, trust: bool) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
         with _parameters_on_meta():
-            model: nn.Module = _from_config(config, trust)
+            build: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
+            model = build(config, trust_remote_code=trust)
     except (ValueError, KeyError, ImportError, OSError) as e:
         text = re.sub(r"\s+", " ", str(e)).strip()
         hint = "" if trust or "trust_remote_code" not in text else "; --trust-remote-code allows the model's own code"
@@ -151,10 +147,3 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
         for name, function in initialisers.items():
             setattr(nn.init, name, function)
-
-
-def _from_config(config: Any, trust: bool) -> nn.Module:
-    import transformers
-
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
-    return model

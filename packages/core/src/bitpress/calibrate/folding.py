@@ -16,7 +16,7 @@ class Producer:
     """What makes the input of a stack.
 
     Attributes:
-        module: a norm, or a linear layer whose rows, from the first one on, are the input's channels.
+        module: a norm, or a linear layer whose rows are the input's channels.
         heads: for values that several query heads share, how many consecutive channels make a head and how many heads share it.
     """
 

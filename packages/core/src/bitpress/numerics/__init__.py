@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitpress.numerics.blocks import absmax, block_absmax, expand
-    from bitpress.numerics.clipping import clip_by_error, clip_by_share, magnitudes, middle_magnitude
+    from bitpress.numerics.clipping import clip, clip_by_error, clip_by_share, magnitudes, middle_magnitude
     from bitpress.numerics.error_feedback import Grid, feedback, moments
     from bitpress.numerics.float8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
     from bitpress.numerics.hessian import Factor, factor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     **dict.fromkeys(("absmax", "block_absmax", "expand"), "blocks"),
-    **dict.fromkeys(("clip_by_error", "clip_by_share", "magnitudes", "middle_magnitude"), "clipping"),
+    **dict.fromkeys(("clip", "clip_by_error", "clip_by_share", "magnitudes", "middle_magnitude"), "clipping"),
     **dict.fromkeys(("Grid", "feedback", "moments"), "error_feedback"),
     **dict.fromkeys(("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"), "float8"),
     **dict.fromkeys(("Factor", "factor"), "hessian"),
@@ -36,6 +36,7 @@ __all__ = [
     "IntegerGrid",
     "absmax",
     "block_absmax",
+    "clip",
     "clip_by_error",
     "clip_by_share",
     "decode_e4m3",

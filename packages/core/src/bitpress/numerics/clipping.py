@@ -9,6 +9,7 @@ from torch import Tensor
 
 PER_OCTAVE, LOWEST, HIGHEST = 8, -24, 24  # bins: their edges are powers of two to the eighth parts
 BINS = PER_OCTAVE * (HIGHEST - LOWEST)
+SHARE = 0.9999  # of all magnitudes that a percentile keeps
 
 
 def magnitudes(x: Tensor) -> Tensor:
@@ -17,6 +18,17 @@ def magnitudes(x: Tensor) -> Tensor:
     found = found[found > 0]
     place = ((found.log2() - LOWEST) * PER_OCTAVE).floor_().clamp_(0, BINS - 1)
     return torch.bincount(place.long(), minlength=BINS).float()
+
+
+def clip(counts: Tensor, amax: Tensor, outliers: str, step: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What a fixed scale should reach: amax ("max"), 99.99 % of all magnitudes ("percentile"), or what costs least ("mse").
+
+    Args:
+        step: as for `clip_by_error`.
+    """
+    if outliers == "max" or not counts.any():
+        return amax
+    return clip_by_share(counts, amax, SHARE) if outliers == "percentile" else clip_by_error(counts, amax, step)
 
 
 def clip_by_share(counts: Tensor, amax: Tensor, share: float) -> Tensor:
