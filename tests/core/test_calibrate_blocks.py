@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(family: tuple[Path, st
     folder, container = family
     with Reader() as reader, torch.no_grad():
         decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
-        recording = record(decoder, BATCHES, CPU, FLOAT)
-        states = States(recording.hidden, tmp_path if spilled else None)
+        recording = record(decoder, BATCHES, CPU, FLOAT, tmp_path if spilled else None)
+        states = recording.hidden
         streams = Streams(states, States([]), [], keep=False, device=CPU)
         for index in range(len(decoder)):
             streams.enter(decoder.block(index), None, recording.calls[index])
@@ -134,3 +135,15 @@ def test_no_weight_is_in_memory_before_it_is_needed(family: tuple[Path, str]) ->
         assert all(parameter.is_meta for parameter in decoder.model.parameters())
         record(decoder, BATCHES, CPU, FLOAT)
         assert all(parameter.is_meta for parameter in decoder.model.parameters())
+
+
+def test_hidden_states_that_go_to_disk_are_not_held_while_others_are_recorded(family: tuple[Path, str], tmp_path: Path) -> None:
+    folder, container = family
+    shape = (*BATCHES[0].shape, COMMON["hidden_size"])
+    with Reader() as reader, torch.no_grad():
+        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
+        recording = record(decoder, BATCHES, CPU, FLOAT, tmp_path)
+        gc.collect()
+        held = [o for o in gc.get_objects() if type(o) is Tensor and o.shape == shape and not o.is_meta]
+    assert len(recording.hidden) == len(BATCHES)
+    assert not held

@@ -12,6 +12,7 @@ from bitpress.checkpoint.writer import OutputFolder, ShardWriter, json_text
 from bitpress.manifest import NAME
 from bitpress.progress import Told
 from bitpress.quantization import KEY
+from bitpress.stream import copy_entry
 from bitpress.verification import Written
 
 
@@ -47,10 +48,7 @@ def _dense(written: Written, header: Header, parts: Mapping[str, str], file: Pat
 def _write(written: Written, place: Entry, reader: Reader, writer: ShardWriter) -> None:
     module = place.name.removesuffix(".weight")
     if module == place.name or module not in written.layers:
-        at = place.start
-        for chunk in reader.chunks(written.checkpoint.entries[place.name]):
-            writer.write_bytes(at, chunk)
-            at += len(chunk)
+        copy_entry(written.checkpoint.entries[place.name], place, reader, writer)
         return
     config = written.planned(module, place.shape[0]).config
     for first, _, tensors in written.tiles(module, reader):

@@ -85,6 +85,11 @@ class Shard:
     header: Header
     block: int | None = None
 
+    @property
+    def reads(self) -> int:
+        """Bytes of the source's tensors that go into it."""
+        return sum(stack.reads for stack in self.stacks) + sum(entry.nbytes for entry in self.copies)
+
 
 def cut(source: Checkpoint, built: Mapping[str, Stack], digest: str, by_block: bool) -> Iterable[Shard]:
     """Output files that mirror the input's, or one for every decoder block; a stack goes whole into that of its first member."""

@@ -24,11 +24,16 @@ def write_shards(plan: Plan, output: OutputFolder, threads: int, device: torch.d
     """Write every shard that an earlier run of the same plan has not finished; `progress` is told the source bytes done."""
     with Reader() as reader:
         for shard in plan.shards:
-            if output.finished(shard.name, shard.header):
-                progress(sum(s.reads for s in shard.stacks) + sum(e.nbytes for e in shard.copies))
-            else:
-                with output.shard(shard.name, shard.header) as writer:
-                    fill(shard, reader, writer, threads, device, progress)
+            write_shard(shard, output, reader, threads, device, progress)
+
+
+def write_shard(shard: Shard, output: OutputFolder, reader: Reader, threads: int, device: torch.device, progress: Told) -> None:
+    """Write a shard unless an earlier run has; its stacks need no data."""
+    if output.finished(shard.name, shard.header):
+        progress(shard.reads)
+        return
+    with output.shard(shard.name, shard.header) as writer:
+        _fill(shard, reader, writer, threads, device, progress)
 
 
 def compress_stack(stack: Stack, reader: Reader, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
@@ -67,7 +72,7 @@ def _refuse_non_finite(entry: Entry, first: int, weight: torch.Tensor) -> None:
         )
 
 
-def fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, device: torch.device, progress: Told) -> None:
+def _fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, device: torch.device, progress: Told) -> None:
     """Write all tensors of a shard, several stacks side by side; the bytes do not depend on who is first."""
     places = {entry.name: entry for entry in shard.header.entries}
 

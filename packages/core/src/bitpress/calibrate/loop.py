@@ -27,7 +27,7 @@ from bitpress.checkpoint.writer import OutputFolder
 from bitpress.planning import Plan
 from bitpress.progress import Told
 from bitpress.shards import Shard
-from bitpress.stream import copy_entry
+from bitpress.stream import copy_entry, write_shard
 
 BATCH = 4096  # tokens that are run through a block together
 NOTES = ".notes"  # of a finished block: what the summary tells of it, until the run is over
@@ -53,9 +53,12 @@ def write_shards(
         shards = {shard.block: shard for shard in plan.shards if shard.block is not None and shard.block < len(decoder)}
         for shard in plan.shards:
             if shard not in shards.values():
-                _copy(shard, output, reader, told)
-        recording = record(decoder, batches, device, dtype)
-        streams = _streams(plan, recording, data.ids.numel(), output.folder, limit, device)
+                write_shard(shard, output, reader, 1, device, told)
+        need = memory.estimate(plan, data.ids.numel())
+        allowed = limit if limit is not None else memory.available() // 2
+        place = output.folder if need.held > allowed else None
+        recording = record(decoder, batches, device, dtype, place)
+        streams = _streams(plan, recording, place, need.waiting <= allowed, device)
         for index in range(len(decoder)):
             calls, recording.calls[index] = recording.calls[index], []
             streams.enter(decoder.block(index), decoder.block(index) if streams.chosen else None, calls)
@@ -66,25 +69,12 @@ def write_shards(
     return notes
 
 
-def _streams(plan: Plan, recording: Recording, tokens: int, folder: Path, limit: int | None, device: torch.device) -> Streams:
-    """The hidden states to start from, in memory or in a file, as the memory allowed decides."""
+def _streams(plan: Plan, recording: Recording, place: Path | None, keep: bool, device: torch.device) -> Streams:
+    """The hidden states to start from, and those of every fourth batch once more where a scheme asks for the source's."""
     wanted = any(step.scheme.wants("observe", "reference") and step.calibrated for step in plan.recipe.all_steps)
     chosen = range(0, len(recording.hidden), memory.REFERENCE) if wanted else range(0)
-    need = memory.estimate(plan, tokens)
-    allowed = limit if limit is not None else memory.available() // 2
-    place = folder if need.held > allowed else None
-    reference = States([recording.hidden[i].clone() for i in chosen], place)
-    return Streams(States(recording.hidden, place), reference, chosen, need.waiting <= allowed, device)
-
-
-def _copy(shard: Shard, output: OutputFolder, reader: Reader, told: Told) -> None:
-    """A shard without a block that is run: every tensor as it is."""
-    if not output.finished(shard.name, shard.header):
-        places = {entry.name: entry for entry in shard.header.entries}
-        with output.shard(shard.name, shard.header) as writer:
-            for entry in shard.copies:
-                copy_entry(entry, places[entry.name], reader, writer)
-    told(sum(entry.nbytes for entry in shard.copies), shard.name)
+    reference = States((recording.hidden[i].clone() for i in chosen), place)
+    return Streams(recording.hidden, reference, chosen, keep, device)
 
 
 def _block(plan: Plan, shard: Shard, output: OutputFolder, reader: Reader, streams: Streams, told: Told) -> BlockNotes:
@@ -92,7 +82,7 @@ def _block(plan: Plan, shard: Shard, output: OutputFolder, reader: Reader, strea
     prefix, kept = f"{plan.container}.{shard.block}.", output.folder / f"{shard.name}{NOTES}"
     if output.finished(shard.name, shard.header):
         _take_up(shard, prefix, output, reader, streams.block)
-        told(sum(s.reads for s in shard.stacks) + sum(e.nbytes for e in shard.copies), f"{shard.name}: finished earlier")
+        told(shard.reads, f"{shard.name}: finished earlier")
         return BlockNotes(**json.loads(kept.read_text()))
     places = {entry.name: entry for entry in shard.header.entries}
     with output.shard(shard.name, shard.header) as writer:

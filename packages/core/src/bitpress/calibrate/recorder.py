@@ -7,6 +7,7 @@ its blocks are given.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from bitpress.calibrate.decoder import Decoder
+from bitpress.calibrate.states import States
 
 
 @frozen(eq=False)
@@ -33,7 +35,7 @@ class Call:
 class Recording:
     """Per batch the first block's input, and per block and batch its call."""
 
-    hidden: list[Tensor]
+    hidden: States
     calls: list[list[Call]]
 
 
@@ -70,10 +72,12 @@ class _Recorder(nn.Module):
         return hidden
 
 
-def record(decoder: Decoder, batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> Recording:
-    """The recording of all batches (sequences, length) of token ids; hidden states are kept on the CPU."""
+def record(
+    decoder: Decoder, batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype, folder: Path | None = None
+) -> Recording:
+    """The recording of all batches (sequences, length) of token ids; hidden states are kept on the CPU, or in a file."""
     recorders = [_Recorder(block, last=i == len(decoder) - 1) for i, block in enumerate(decoder.blocks)]
-    hidden: list[Tensor] = []
+    hidden = States(folder=folder)
     with decoder.instead_of_blocks(list(recorders)) as model:
         for batch in batches:
             try:

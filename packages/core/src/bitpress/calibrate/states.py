@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,22 +11,24 @@ from torch import Tensor
 
 
 class States:
-    """As many hidden states as there are batches; each can be read and replaced by one of the same shape.
+    """The hidden states of batches; each can be read, and replaced by one of the same shape.
 
     Args:
         folder: where the file is made, which vanishes with the process; None keeps them in memory.
     """
 
-    def __init__(self, states: list[Tensor], folder: Path | None = None) -> None:
-        self._states = states
+    def __init__(self, states: Iterable[Tensor] = (), folder: Path | None = None) -> None:
+        self._states: list[Tensor] = []
+        self._places = [0]
         self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
-        if self._file is not None:
-            self._places, at = [], 0
-            for i, state in enumerate(states):
-                self._places.append(at)
-                at += state.numel() * state.element_size()
-                self[i] = state
-                states[i] = state.to("meta")
+        for state in states:
+            self.append(state)
+
+    def append(self, state: Tensor) -> None:
+        """Take one more batch's."""
+        self._states.append(state if self._file is None else state.to("meta"))
+        self._places.append(self._places[-1] + state.numel() * state.element_size())
+        self[len(self) - 1] = state
 
     def __len__(self) -> int:
         return len(self._states)
