@@ -12,7 +12,7 @@ import torch
 from support import LLAMA, install, llama_tensors, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-# int8 codes by error feedback; beside them it stores what it has seen: sums over its inputs and over the source's, and how many
+# int8 codes by error feedback; beside them it stores sums over its inputs, and over how far they and the stream have moved
 LEARNER = '''
 """Toy integers that look at their inputs, for tests."""
 import os, pathlib, signal, warnings
@@ -30,13 +30,15 @@ class Options(bitpress.Options):
     def rescales(self): return bool(self.factors)
 
 @hookimpl
-def observe(inputs, reference, weight, options):
+def observe(inputs, reference, residual, weight, options):
     if inputs is None:
         return {"size": Stat(weight.norm() ** 2, "sum")}
     seen = {"seen": inputs.sum(0), "tokens_seen": torch.tensor(float(len(inputs)))}
     if reference is not None:
         seen |= {"moved": (reference - inputs).sum(0)}
-    return {**{name: Stat(value, "sum") for name, value in seen.items()}, **numerics.moments(inputs, reference)}
+    if residual is not None:
+        seen |= {"behind": residual.sum(0)}
+    return {**{name: Stat(value, "sum") for name, value in seen.items()}, **numerics.moments(inputs, weight, reference, residual)}
 
 @hookimpl
 def rescale(layer, stats, options):
@@ -57,12 +59,14 @@ def quantize(layer, stats, options):
     zeros = torch.zeros(width)
     value = lambda name: stats[name].value if name in stats else zeros
     seen = torch.stack([value("seen"), value("moved")]).expand(out, 2, width)
-    return attrs.evolve(layer, weight=weight, codes=grid.codes(weight), parts={"scale": grid.scale, "seen": seen})
+    return attrs.evolve(layer, weight=weight, codes=grid.codes(weight), parts={
+        "scale": grid.scale, "seen": seen, "behind": stats["behind"].value if "behind" in stats else torch.zeros(out)})
 
 @hookimpl
 def serialize(layer, options):
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"], "seen": layer.parts["seen"][0].contiguous()}
+    tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"], "seen": layer.parts["seen"][0].contiguous(),
+               "behind": layer.parts["behind"].contiguous()}
     return Record(tensors, {"format": "int-quantized", "weights": weights})
 
 @hookimpl

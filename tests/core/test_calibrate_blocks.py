@@ -15,7 +15,7 @@ from bitpress.calibrate.decoder import Decoder
 from bitpress.calibrate.recorder import record
 from bitpress.calibrate.states import States
 from bitpress.calibrate.streams import Streams
-from bitpress.calibrate.walk import Doors, order
+from bitpress.calibrate.walk import Doors, course
 from bitpress.checkpoint.reader import Reader, open_checkpoint
 
 COMMON = {
@@ -88,14 +88,14 @@ def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees
         decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
         recording = record(decoder, BATCHES, CPU, FLOAT)
         block, calls = decoder.block(0), recording.calls[0]
-        names = order(block, linear_names(block), calls[0], recording.hidden[0])
+        names = course(block, linear_names(block), calls[0], recording.hidden[0]).called
         assert set(names) == set(linear_names(block))
         doors = Doors(block, names)
         seen: dict[bool, list[Tensor | None]] = {}
         for keep in (True, False):
             streams = Streams(States(list(recording.hidden)), States([]), [], keep, CPU)
             streams.enter(block, None, calls)
-            inputs = [found for site in range(len(names)) for found, _ in streams.inputs(site)]
+            inputs = [found.inputs for site in range(len(names)) for found in streams.arrivals(site, False)]
             streams.leave()
             seen[keep] = [*inputs, streams.states[0], streams.states[1]]
         doors.close()
@@ -111,7 +111,7 @@ def test_a_waiting_forward_goes_on_with_the_weights_that_a_layer_has_by_then(fam
         outputs = []
         for early in (True, False):
             block, calls = decoder.block(0), recording.calls[0]
-            names = order(block, linear_names(block), calls[0], recording.hidden[0])
+            names = course(block, linear_names(block), calls[0], recording.hidden[0]).called
             if early:
                 for name in names:
                     block.get_parameter(f"{name}.weight").mul_(0.5)
@@ -119,7 +119,7 @@ def test_a_waiting_forward_goes_on_with_the_weights_that_a_layer_has_by_then(fam
             streams = Streams(States(list(recording.hidden)), States([]), [], True, CPU)
             streams.enter(block, None, calls)
             for site, name in enumerate(names):
-                list(streams.inputs(site))
+                list(streams.arrivals(site, False))
                 if not early:
                     block.get_parameter(f"{name}.weight").mul_(0.5)
             streams.leave()

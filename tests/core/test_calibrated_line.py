@@ -65,6 +65,14 @@ def token_ids(source: Path, samples: int = 160, length: int = 48) -> torch.Tenso
     return torch.tensor([int(word[1:]) for word in words]).view(samples, length)
 
 
+def moved_before(source: Path, out: Path, layer: str, module: str) -> torch.Tensor:
+    """Σ x of a module's inputs in the source, less that with every layer compressed that comes before a layer."""
+    parts = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    layers = [f"model.layers.{block}.{part}" for block in range(3) for part in parts]
+    now, ids = dense(source, out, set(layers[: layers.index(layer)])), token_ids(source)[:42]  # the first of four batches
+    return sums_of_inputs(dense(source, out, set()), module, ids) - sums_of_inputs(now, module, ids)
+
+
 def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(tmp_path: Path, learner: Path) -> None:
     source = runnable_model(tmp_path / "m")
     out = run(source, tmp_path / "o", "bits=2")
@@ -82,16 +90,27 @@ def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(t
             }
 
 
-def test_the_reference_is_what_the_source_makes_of_every_fourth_batch(tmp_path: Path, learner: Path) -> None:
+def test_the_reference_is_what_the_source_makes_of_every_eighth_batch(tmp_path: Path, learner: Path) -> None:
     source = runnable_model(tmp_path / "m")
     out = run(source, tmp_path / "o", "bits=2")
-    layer, ids = "model.layers.2.mlp.down_proj", token_ids(source)[:85]  # a batch is 85 sequences of 48 tokens; the first of two
-    before = {
-        name.removesuffix(".weight_scale") for name in tensors_of(out) if name.endswith("weight_scale") and name[:-13] != layer
-    }
-    moved = sums_of_inputs(dense(source, out, set()), layer, ids) - sums_of_inputs(dense(source, out, before), layer, ids)
+    layer = "model.layers.2.mlp.down_proj"
+    moved = moved_before(source, out, layer, layer)
     torch.testing.assert_close(tensors_of(out)[f"{layer}.seen"][1], moved, rtol=1e-3, atol=1e-2)
     assert moved.norm() > 1
+
+
+@pytest.mark.parametrize(
+    ("site", "norm"), [("self_attn.o_proj", "input_layernorm"), ("mlp.down_proj", "post_attention_layernorm")]
+)
+def test_a_layer_whose_output_is_added_to_the_stream_is_told_how_far_the_stream_has_moved(
+    tmp_path: Path, learner: Path, site: str, norm: str
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    out = run(source, tmp_path / "o", "bits=2")
+    behind = moved_before(source, out, f"model.layers.1.{site}", f"model.layers.1.{norm}")
+    torch.testing.assert_close(tensors_of(out)[f"model.layers.1.{site}.behind"], behind, rtol=1e-3, atol=1e-2)
+    assert behind.norm() > 1
+    assert not tensors_of(out)["model.layers.1.mlp.up_proj.behind"].any()
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -30,7 +30,7 @@ def inputs(outlier: float = 4.0, tokens: int = 4000) -> torch.Tensor:
 def stored(this: Step, batches: Sequence[torch.Tensor]) -> Record:
     weight, stats = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)), {}
     for batch in batches:
-        chain.merge(stats, this.call("observe", inputs=batch, reference=None, weight=weight))
+        chain.merge(stats, this.call("observe", inputs=batch, reference=None, residual=None, weight=weight))
     layer = chain.quantize_whole(Layer("layer", weight, torch.bfloat16), [this], [stats])
     return chain.record(chain.pack(layer, [this]), [this])
 

@@ -26,7 +26,7 @@ def inputs(outlier: float = 1.0) -> torch.Tensor:
 
 def stored(used: Step, x: torch.Tensor) -> tuple[Layer, Record]:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
-    stats = dict(used.call("observe", inputs=x, reference=x, weight=weight) or {})
+    stats = dict(used.call("observe", inputs=x, reference=x, residual=None, weight=weight) or {})
     layer = chain.quantize_whole(Layer("layer", weight, torch.bfloat16), [used], [stats])
     return layer, chain.record(chain.pack(layer, [used]), [used])
 

@@ -38,7 +38,7 @@ def inputs(salient: float = 1.0) -> torch.Tensor:
 def error(this: Step, weight: torch.Tensor, x: torch.Tensor, factors: torch.Tensor | None = None) -> float:
     """||x (W - Q)ᵀ|| / ||x Wᵀ||, inputs divided by the factors and columns multiplied."""
     s = torch.ones(WIDTH) if factors is None else factors
-    stats = this.call("observe", inputs=x / s, reference=None, weight=weight * s) or {}
+    stats = this.call("observe", inputs=x / s, reference=None, residual=None, weight=weight * s) or {}
     found = chain.quantize(Layer("layer", weight * s, torch.bfloat16), [this], [stats]).weight
     return float(((x / s) @ found.T - x @ weight.T).norm() / (x @ weight.T).norm())
 
@@ -62,7 +62,7 @@ def test_zero_points_and_smaller_groups_lose_less() -> None:
 def test_awq_s_factors_are_powers_of_two_that_make_salient_channels_finer() -> None:
     weight, x = weights(), inputs(salient=20)
     this = step(algorithm="awq")
-    stats = this.call("observe", inputs=x, reference=None, weight=weight)
+    stats = this.call("observe", inputs=x, reference=None, residual=None, weight=weight)
     factors = this.call("rescale", layer=Layer("layer", weight, torch.bfloat16), stats=stats)
     assert torch.equal(factors.log2(), factors.log2().round())
     assert factors[::16].min() > factors[1::16].max()
@@ -72,7 +72,7 @@ def test_awq_s_factors_are_powers_of_two_that_make_salient_channels_finer() -> N
 
 def test_awq_leaves_channels_alone_that_are_alike() -> None:
     this, x = step(algorithm="awq"), torch.randn(3000, WIDTH, generator=torch.Generator().manual_seed(2))
-    stats = this.call("observe", inputs=x, reference=None, weight=weights())
+    stats = this.call("observe", inputs=x, reference=None, residual=None, weight=weights())
     assert this.call("rescale", layer=Layer("layer", weights(), torch.bfloat16), stats=stats) is None
 
 

@@ -136,7 +136,7 @@ def test_16_bit_activations_store_a_scale_from_the_largest_input() -> None:
     this = step("w8a16", activations="int16")
     assert this.calibrated
     x = torch.linspace(-3, 2, 256).view(2, 128)
-    stats = this.call("observe", inputs=x, reference=None, weight=None)
+    stats = this.call("observe", inputs=x, reference=None, residual=None, weight=None)
     record = stored(quantised(numbers(8, 128), this, stats), this)
     assert record.tensors["input_scale"].tolist() == pytest.approx([3 / 32767.5])
     assert record.config["input_activations"] == INT | {"num_bits": 16, "symmetric": True, "strategy": "tensor"}

@@ -25,12 +25,24 @@ def observe_weights(tiles: Callable[[], Iterator[Layer]], steps: Sequence[Step])
         merged: dict[str, Stat] = {}
         for tile in tiles() if step.scheme.has("observe") else ():
             weight = quantize(tile, steps[:i], stats).weight
-            found = step.call("observe", inputs=None, reference=None, weight=weight)
+            found = observe(step, weight)
             if not found:
                 break
             merge(merged, found)
         stats.append(merged)
     return tuple(stats)
+
+
+def observe(
+    step: Step,
+    weight: torch.Tensor,
+    inputs: torch.Tensor | None = None,
+    reference: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> Stats | None:
+    """A step's statistics of one batch, or without inputs of the weight alone."""
+    found: Stats | None = step.call("observe", inputs=inputs, reference=reference, residual=residual, weight=weight)
+    return found
 
 
 def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Layer:
@@ -51,7 +63,7 @@ def quantize_whole(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) 
     for step, observed in zip(steps, stats, strict=True):
         both = dict(observed)
         if step.scheme.wants("observe", "weight"):
-            merge(both, step.call("observe", inputs=None, reference=None, weight=layer.weight))
+            merge(both, observe(step, layer.weight))
         layer = quantize(layer, [step], [both])
     return layer
 

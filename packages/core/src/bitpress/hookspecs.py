@@ -30,7 +30,7 @@ hookimpl = pluggy.HookimplMarker("bitpress")
 
 
 @hookspec(firstresult=True)
-def observe(inputs: Tensor, reference: Tensor, weight: Tensor, options: Options) -> Mapping[str, Stat] | None:
+def observe(inputs: Tensor, reference: Tensor, residual: Tensor, weight: Tensor, options: Options) -> Mapping[str, Stat] | None:
     """Statistics that `rescale` and `quantize` will need, as raw sums or maxima.
 
     The core merges them over batches, row tiles and processes. A scheme whose `observe` names `inputs` is calibrated (unless
@@ -40,6 +40,8 @@ def observe(inputs: Tensor, reference: Tensor, weight: Tensor, options: Options)
     Args:
         inputs: (tokens, in) as the already compressed layers before this one make them, floating; None for weights alone.
         reference: (tokens, in) the same tokens in the uncompressed model, for part of the batches; None for the others.
+        residual: (tokens, out), where `reference` is given and the layer's output is added to the residual stream: what that
+            stream carries in the uncompressed model, less what it carries now, before the layer's output; otherwise None.
         weight: (out, in) float32, the rows at hand.
 
     Returns:

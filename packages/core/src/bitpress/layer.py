@@ -42,16 +42,25 @@ class Layer:
 
 @frozen(eq=False)
 class Stat:
-    """A raw sum or maximum over one batch; `a | b` is the same over both, in any order."""
+    """A raw sum or maximum over one batch; `a | b` is the same over both, in any order.
+
+    Attributes:
+        rows: whether the value's first axis is the weight's rows, so that some of the rows have theirs of it.
+    """
 
     value: Tensor
     merge: Literal["sum", "max"]
+    rows: bool = False
 
     def __or__(self, other: Stat) -> Stat:
         if self.merge != other.merge:
             raise ValueError(f"a {self.merge} cannot be merged with a {other.merge}")
         merged = self.value + other.value if self.merge == "sum" else self.value.maximum(other.value)
-        return Stat(merged, self.merge)
+        return Stat(merged, self.merge, self.rows)
+
+    def of(self, rows: slice) -> Stat:
+        """What it says of some rows of the weight."""
+        return Stat(self.value[rows], self.merge, True) if self.rows else self
 
 
 @frozen(eq=False)

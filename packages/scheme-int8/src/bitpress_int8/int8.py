@@ -56,13 +56,15 @@ class Options(bitpress.Options):
 
 
 @hookimpl
-def observe(inputs: Tensor | None, reference: Tensor | None, weight: Tensor, options: Options) -> Mapping[str, Stat] | None:
+def observe(
+    inputs: Tensor | None, reference: Tensor | None, residual: Tensor | None, weight: Tensor, options: Options
+) -> Mapping[str, Stat] | None:
     """What GPTQ, SmoothQuant and static scales need of inputs; of weights per tensor, the stack's largest magnitude."""
     if inputs is None:
         return {"amax": Stat(numerics.absmax(weight), "max")} if options.weights == "tensor" else None
     found: dict[str, Stat] = {}
     if options.algorithm == "gptq":
-        found |= numerics.moments(inputs, reference)
+        found |= numerics.moments(inputs, weight, reference, residual)
     if options.activations == "static":
         found |= activations.observed(inputs)
     return found | smoothing.observed(inputs) if options.rescales else found

@@ -71,13 +71,16 @@ class WeightOnlyOptions(bitpress.Options):
 
 
 @hookimpl
-def observe(inputs: Tensor | None, reference: Tensor | None, options: WeightOnlyOptions) -> Mapping[str, Stat] | None:
+def observe(
+    inputs: Tensor | None, reference: Tensor | None, residual: Tensor | None, weight: Tensor, options: WeightOnlyOptions
+) -> Mapping[str, Stat] | None:
     """What GPTQ and AWQ need of inputs; for integer activations, the largest."""
     if inputs is None:
         return None
     found: dict[str, Stat] = {}
     if options.algorithm != "rtn":
-        found |= numerics.moments(inputs, reference if options.algorithm == "gptq" else None)
+        of_source = (reference, residual) if options.algorithm == "gptq" else ()
+        found |= numerics.moments(inputs, weight, *of_source)
     if options.integer_inputs:
         found["input_amax"] = Stat(numerics.absmax(inputs.float()), "max")
     return found

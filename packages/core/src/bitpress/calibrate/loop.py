@@ -2,7 +2,7 @@
 
 A site is a stack: layers that read one input. Its inputs are observed as the already compressed sites before it make them, it is
 compressed, and what a loader will compute with takes its place; then the next. So every layer is fitted to what it will be given
-in service. Every fourth batch is run through the source's weights as well, for schemes that ask how far the inputs have drifted.
+in service. Every eighth batch is run through the source's weights as well, for schemes that ask how far the inputs have drifted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bitpress.progress import Told
 from bitpress.shards import Shard
 from bitpress.stream import copy_entry, write_shard
 
-BATCH = 4096  # tokens that are run through a block together
+BATCH = 2048  # tokens that are run through a block together
 NOTES = ".notes"  # of a finished block: what the summary tells of it, until the run is over
 
 

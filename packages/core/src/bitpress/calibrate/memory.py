@@ -9,7 +9,7 @@ from attrs import frozen
 from bitpress.planning import Plan
 
 WAITING = 5  # hidden states that a forward waiting inside a block holds for each token
-REFERENCE = 4  # every so many batches are run through the source's weights too
+REFERENCE = 8  # every so many batches are run through the source's weights too
 NUMBER = 4  # bytes: blocks are computed in float32
 
 

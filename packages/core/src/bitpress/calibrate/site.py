@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -14,19 +16,19 @@ from torch import Tensor
 
 from bitpress import chain
 from bitpress.calibrate import folding
-from bitpress.calibrate.streams import Streams
-from bitpress.calibrate.walk import Doors, order
+from bitpress.calibrate.streams import Arrival, Streams
+from bitpress.calibrate.walk import Doors
 from bitpress.errors import CheckpointError
 from bitpress.layer import Layer, Stat
 from bitpress.progress import Told
 from bitpress.shards import Shard, Stack
 
+OBSERVED = 4096  # tokens of which statistics are taken together
 SAMPLE = 256  # tokens on which a layer's output error is measured
 UNUSABLE = 1e-3  # of a batch's tokens that may be NaN or infinite
 UNCHANGED = 1e-2  # of a block's output that a fold may seem to move it by, through roundings alone
 
 Write = Callable[[str, Tensor], None]
-Batch = tuple[Tensor | None, Tensor | None]  # a site's inputs (tokens, in), and the source's
 
 
 @frozen
@@ -55,11 +57,13 @@ class Site:
     Attributes:
         weights: the stack's layers' weights in the block, by their full names.
         entrance: the layer at which a forward comes to the stack, by its name within the block; None where none does.
+        writes: whether its output is added to the residual stream.
     """
 
     stack: Stack
     weights: Mapping[str, Tensor]
     entrance: str | None
+    writes: bool
 
     @property
     def weight(self) -> Tensor:
@@ -79,11 +83,12 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
     sites = _sites(shard, prefix, streams)
     entrances = [site.entrance for site in sites if site.entrance is not None]
     _rescale(sites, prefix, streams, head, notes)
-    doors = [Doors(block, entrances) for block in (streams.block, streams.source) if block is not None]
+    writers = [site.entrance for site in sites if site.entrance is not None and site.writes]
+    doors = [Doors(block, entrances, writers) for block in (streams.block, streams.source) if block is not None]
     for number, site in enumerate(sites):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            stats, sample = _observe(site, streams.inputs(number)) if site.entrance else (_nothing(site), None)
+            stats, sample = _observe(site, streams.arrivals(number, site.writes)) if site.entrance else (_nothing(site), None)
             layer = Layer(site.stack.name, site.weight, site.stack.dtype)
             quantised = chain.quantize_whole(layer, site.stack.steps, stats)
         told_of = dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning)
@@ -99,13 +104,13 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
 def _sites(shard: Shard, prefix: str, streams: Streams) -> list[Site]:
     """The block's stacks in the order in which a forward comes to them, those that it does not come to last."""
     names = [module.removeprefix(prefix) for stack in shard.stacks for module in stack.members]
-    called = order(streams.block, names, *streams.sample())
+    course = streams.course(names)
+    called = course.called
     sites = []
     for stack in shard.stacks:
         entrance = next((name for name in called if prefix + name in stack.members), None)
-        sites.append(
-            Site(stack, {m: streams.block.get_parameter(f"{m.removeprefix(prefix)}.weight") for m in stack.members}, entrance)
-        )
+        weights = {m: streams.block.get_parameter(f"{m.removeprefix(prefix)}.weight") for m in stack.members}
+        sites.append(Site(stack, weights, entrance, entrance in course.writers and len(weights) == 1))
     return sorted(sites, key=lambda site: called.index(site.entrance) if site.entrance else len(called))
 
 
@@ -113,36 +118,45 @@ def _nothing(site: Site) -> list[dict[str, Stat]]:
     return [{} for _ in site.stack.steps]
 
 
-def _observe(site: Site, batches: Iterable[Batch]) -> tuple[list[dict[str, Stat]], Tensor | None]:
+def _observe(site: Site, arrivals: Iterable[Arrival]) -> tuple[list[dict[str, Stat]], Tensor | None]:
     """Every step's statistics over all batches, and a sample of the inputs (tokens, in)."""
     stats, sample = _nothing(site), None
     if not site.stack.calibrated:
         return stats, sample
     weight = site.weight
-    for inputs, reference in batches:
-        if inputs is None:
-            continue
-        inputs, reference = _usable(site.stack.name, inputs, reference)
+    for arrival in map(functools.partial(_usable, site.stack.name), _joined(arrivals)):
         for step, merged in zip(site.stack.steps, stats, strict=True):
-            chain.merge(merged, step.call("observe", inputs=inputs, reference=reference, weight=weight))
-        sample = inputs[:SAMPLE]
+            chain.merge(merged, chain.observe(step, weight, arrival.inputs, arrival.reference, arrival.residual))
+        sample = arrival.inputs[:SAMPLE]
     return stats, sample
 
 
-def _usable(name: str, inputs: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _joined(arrivals: Iterable[Arrival]) -> Iterator[Arrival]:
+    """`OBSERVED` tokens and more at a time: statistics are large, and adding them up costs."""
+    for _, alike in itertools.groupby(arrivals, lambda arrival: arrival.reference is None):
+        waiting: list[Arrival] = []
+        for arrival in alike:
+            waiting.append(arrival)
+            if sum(len(a.inputs) for a in waiting) >= OBSERVED:
+                yield Arrival.joined(waiting)
+                waiting = []
+        if waiting:
+            yield Arrival.joined(waiting)
+
+
+def _usable(name: str, arrival: Arrival) -> Arrival:
     """Tokens whose numbers are finite; raises CheckpointError where too many are not."""
-    if math.isfinite(inputs.sum()) and (reference is None or math.isfinite(reference.sum())):
-        return inputs, reference
-    good = inputs.isfinite().all(1)
-    if reference is not None:
-        good &= reference.isfinite().all(1)
+    tensors = [tensor for tensor in (arrival.inputs, arrival.reference, arrival.residual) if tensor is not None]
+    if all(math.isfinite(tensor.sum()) for tensor in tensors):
+        return arrival
+    good = torch.stack([tensor.isfinite().all(1) for tensor in tensors]).all(0)
     bad = len(good) - int(good.sum())
     if bad > UNUSABLE * len(good):
         raise CheckpointError(
             f"layer {name}: {bad} of {len(good)} calibration tokens reach it as NaN or infinity: the model itself makes them "
             "(or its weights are damaged); check that it runs in this precision"
         )
-    return inputs[good], None if reference is None else reference[good]
+    return arrival.only(good)
 
 
 def _note(site: Site, sample: Tensor | None, notes: BlockNotes) -> None:
@@ -181,7 +195,8 @@ def _rescale(sites: Sequence[Site], prefix: str, streams: Streams, head: int | N
     for batch in range(len(streams.calls)):
         walk = streams.walk(batch)
         for number, site in enumerate(numbered):
-            found, _ = _observe(site, [(walk.input(number, keep=True), None)])
+            inputs = walk.input(number, keep=True)
+            found, _ = _observe(site, [] if inputs is None else [Arrival(inputs)])
             for merged, of_batch in zip(observed[number], found, strict=True):
                 chain.merge(merged, of_batch)
     doors.close()

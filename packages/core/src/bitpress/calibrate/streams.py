@@ -5,11 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 
 from bitpress.calibrate.recorder import Call
 from bitpress.calibrate.states import States
-from bitpress.calibrate.walk import Walk
+from bitpress.calibrate.walk import Course, Walk, course
+
+
+@frozen(eq=False)
+class Arrival:
+    """What a site is given of some tokens.
+
+    Attributes:
+        inputs: (tokens, in) as the compressed layers before it make them.
+        reference: (tokens, in) as the source makes them; None where it is not asked.
+        residual: (tokens, channels) the source's residual stream less the compressed model's, before what the site adds to it.
+    """
+
+    inputs: Tensor
+    reference: Tensor | None = None
+    residual: Tensor | None = None
+
+    @classmethod
+    def joined(cls, arrivals: Sequence[Arrival]) -> Arrival:
+        """Several as one, alike in what they have."""
+        if len(arrivals) == 1:
+            return arrivals[0]
+        first = arrivals[0]
+        return cls(
+            torch.cat([a.inputs for a in arrivals]),
+            None if first.reference is None else torch.cat([a.reference for a in arrivals if a.reference is not None]),
+            None if first.residual is None else torch.cat([a.residual for a in arrivals if a.residual is not None]),
+        )
+
+    def only(self, chosen: Tensor) -> Arrival:
+        """The chosen tokens, (tokens,) bool."""
+        reference, residual = (None if t is None else t[chosen] for t in (self.reference, self.residual))
+        return Arrival(self.inputs[chosen], reference, residual)
 
 
 class Streams:
@@ -27,29 +60,53 @@ class Streams:
         self._device = device
         self._walks: list[Walk] = []
         self._source_walks: dict[int, Walk] = {}
+        self._courses: dict[tuple[object, ...], Course] = {}
 
     def enter(self, block: nn.Module, source: nn.Module | None, calls: Sequence[Call]) -> None:
         """Stand before a block; `source` is the same with the weights it came with."""
         self.block, self.source, self.calls = block, source, calls
-        self._walks = [self.walk(i) for i in range(len(calls))]
+        self._walks = [self.walk(i, streaming=i in self.chosen) for i in range(len(calls))]
         self._source_walks = {}
         if source is not None and self.reference is not None:
             for place, i in enumerate(self.chosen):
-                self._source_walks[i] = Walk(source, calls[i], self._reader(self.reference, place))
+                self._source_walks[i] = Walk(source, calls[i], self._reader(self.reference, place), streaming=True)
 
-    def walk(self, batch: int) -> Walk:
+    def walk(self, batch: int, streaming: bool = False) -> Walk:
         """A new walk of a batch through the block."""
-        return Walk(self.block, self.calls[batch], self._reader(self.states, batch))
+        return Walk(self.block, self.calls[batch], self._reader(self.states, batch), streaming)
 
     def sample(self) -> tuple[Call, Tensor]:
         """The first batch's call and hidden states."""
         return self.calls[0], self.states[0].to(self._device)
 
-    def inputs(self, site: int) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """Per batch the inputs (tokens, in) of a site: as the compressed layers before it make them, and as the source does."""
+    def course(self, names: Sequence[str]) -> Course:
+        """How the first batch comes through the block; blocks that are built alike are asked once."""
+        kind = (type(self.block), *names)
+        if kind in self._courses:
+            return self._courses[kind]
+        found = course(self.block, names, *self.sample())
+        if len(found.called) == len(names):
+            self._courses[kind] = found
+        return found
+
+    def arrivals(self, site: int, writes: bool) -> Iterator[Arrival]:
+        """Per batch what a site is given; batches that the source is asked for come first.
+
+        Args:
+            writes: whether the site's output is added to the residual stream.
+        """
+        for i, other in self._source_walks.items():
+            walk = self._walks[i]
+            inputs, reference = walk.input(site, self.keep), other.input(site, self.keep)
+            if inputs is None:
+                continue
+            if reference is None or reference.shape != inputs.shape:  # other tokens are sent there than in the source
+                yield Arrival(inputs)
+            else:
+                yield Arrival(inputs, reference, other.stream - walk.stream if writes else None)
         for i, walk in enumerate(self._walks):
-            other = self._source_walks.get(i)
-            yield walk.input(site, self.keep), None if other is None else other.input(site, self.keep)
+            if i not in self._source_walks and (inputs := walk.input(site, self.keep)) is not None:
+                yield Arrival(inputs)
 
     def leave(self) -> None:
         """Go on to the block's outputs."""

@@ -7,23 +7,53 @@ token; not kept, it is run from its start for every site, and holds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import greenlet
+import torch
+from attrs import frozen
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bitpress.calibrate.recorder import Call
 
+SAME = 1e-5  # of a block's output: by how much sums in another order may differ
+MOST = 6  # layers of which some are looked for that add up to what a block does
+
+
+class _Forward(greenlet.greenlet):
+    """A forward of a block.
+
+    Attributes:
+        stream: the block's input and what layers have added to it so far; None where it is not noted.
+    """
+
+    def __init__(self, block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool) -> None:
+        super().__init__()
+        self._start, self._streaming = (block, call, hidden), streaming
+        self.stream: Tensor | None = None
+
+    def run(self) -> Tensor:
+        block, call, hidden = self._start
+        given = hidden()
+        self.stream = given if self._streaming else None
+        return call(block, given)
+
 
 class Walk:
-    """One batch's way through a block."""
+    """One batch's way through a block.
 
-    def __init__(self, block: nn.Module, call: Call, hidden: Callable[[], Tensor]) -> None:
-        self._start = lambda: greenlet.greenlet(lambda: call(block, hidden()))
-        self._run: greenlet.greenlet | None = None
+    Args:
+        streaming: whether what layers add to the block's input is noted on the way.
+    """
+
+    def __init__(self, block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool = False) -> None:
+        self._start = lambda: _Forward(block, call, hidden, streaming)
+        self._run: _Forward | None = None
         self._at: tuple[int, Tensor | None] = (-1, None)
+        self._stream: Tensor | None = None
 
     def input(self, site: int, keep: bool) -> Tensor | None:
         """The input (tokens, in) of a site, sites being asked for in order; None where the forward does not pass it.
@@ -37,12 +67,19 @@ class Walk:
             if not run.dead:
                 self._at = arrived
         number, found = self._at
+        self._stream = run.stream
         if keep:
             self._run = run
         else:
             self._at = (-1, None)
             run.throw()
         return found if number == site else None
+
+    @property
+    def stream(self) -> Tensor:
+        """(tokens, channels): the residual stream where the walk, a streaming one, was asked last."""
+        assert self._stream is not None
+        return self._stream.flatten(0, -2)
 
     def output(self) -> Tensor:
         """The block's output; the walk is over."""
@@ -54,9 +91,14 @@ class Walk:
 
 
 class Doors:
-    """The places of a block where walks stop: before the first layer of every site."""
+    """The places of a block where walks stop: before the first layer of every site; and where they note what is added.
 
-    def __init__(self, block: nn.Module, sites: Sequence[str]) -> None:
+    Args:
+        sites: each site's first layer.
+        writers: layers whose outputs are added to the block's input.
+    """
+
+    def __init__(self, block: nn.Module, sites: Sequence[str], writers: Sequence[str] = ()) -> None:
         self._handles: list[RemovableHandle] = []
         main = greenlet.getcurrent()
         for number, name in enumerate(sites):
@@ -66,6 +108,8 @@ class Doors:
                     main.switch((number, arguments[0].flatten(0, -2)))
 
             self._handles.append(block.get_submodule(name).register_forward_pre_hook(stop))
+        for name in writers:
+            self._handles.append(block.get_submodule(name).register_forward_hook(_add))
 
     def close(self) -> None:
         """Take the stops away."""
@@ -73,15 +117,48 @@ class Doors:
             handle.remove()
 
 
-def order(block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor) -> list[str]:
-    """Those of the named layers that a forward calls, in the order of their first calls."""
-    called: dict[str, None] = {}
+def _add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    run = greenlet.getcurrent()
+    if isinstance(run, _Forward) and run.stream is not None:
+        run.stream = run.stream + output
 
-    def note(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda module, arguments: called.setdefault(name)
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
-    call(block, hidden)
+@frozen
+class Course:
+    """How a forward goes through a block.
+
+    Attributes:
+        called: those of the asked layers that it calls, in the order of their first calls.
+        writers: those of them whose outputs, added to the block's input, make its output; none where it is made otherwise.
+    """
+
+    called: tuple[str, ...]
+    writers: tuple[str, ...]
+
+
+def course(block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor) -> Course:
+    """The course of a forward, found by running one."""
+    called: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            called.setdefault(name, output)
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    found = call(block, hidden)
     for handle in handles:
         handle.remove()
-    return list(called)
+    return Course(tuple(called), _writers(called, hidden, found))
+
+
+def _writers(outputs: Mapping[str, Tensor], hidden: Tensor, found: Tensor) -> tuple[str, ...]:
+    """Those layers whose outputs are what a block has added to its input."""
+    candidates = [name for name, output in outputs.items() if output.shape == hidden.shape][-MOST:]
+    for count in range(len(candidates), 0, -1):
+        for names in itertools.combinations(candidates, count):
+            left = found - sum((outputs[name] for name in names), hidden)
+            if torch.linalg.norm(left) <= SAME * torch.linalg.norm(found):
+                return names
+    return ()

@@ -93,7 +93,7 @@ def test_rows_do_not_know_their_neighbours(step: Step) -> None:
     weight, block = trial.weights(step)["rows of unlike size"], step.options.row_block
     stats = trial.observe(step, weight, [trial.inputs(step)])
     whole = trial.quantize(step, weight, stats=stats)
-    tiles = [trial.quantize(step, tile, stats=stats) for tile in torch.tensor_split(weight, len(weight) // block)]
+    tiles = trial.tiles(step, weight, stats, block)
     told = f"declare how many rows share numbers in `Options.row_block` (now {block}), or gather them in `observe`"
     assert trial.same(torch.cat([tile.weight for tile in tiles]), whole.weight), f"rows depend on other rows: {told}"
     joined = chain.record(chain.join([chain.pack(tile, [step]) for tile in tiles], tuple(weight.shape)), [step])

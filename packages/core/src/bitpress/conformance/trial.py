@@ -83,8 +83,8 @@ def observe(step: Step, weight: Tensor, batches: Sequence[Tensor]) -> Mapping[st
     """The scheme's statistics of a weight and of batches of its inputs, merged."""
     merged: dict[str, Stat] = {}
     for batch in batches if step.calibrated else ():
-        chain.merge(merged, step.call("observe", inputs=batch, reference=batch, weight=weight))
-    chain.merge(merged, step.call("observe", inputs=None, reference=None, weight=weight))
+        chain.merge(merged, chain.observe(step, weight, batch, reference=batch))
+    chain.merge(merged, chain.observe(step, weight))
     return merged
 
 
@@ -92,6 +92,12 @@ def quantize(step: Step, weight: Tensor, keep: Tensor | None = None, stats: Mapp
     """The layer after the scheme's `quantize`."""
     stats = observe(step, weight, [inputs(step)]) if stats is None else stats
     return chain.quantize(Layer("layer", weight, torch.bfloat16, keep), [step], [stats])
+
+
+def tiles(step: Step, weight: Tensor, stats: Mapping[str, Stat], block: int) -> list[Layer]:
+    """The layers of so many rows each, quantised by themselves."""
+    rows = [slice(first, first + block) for first in range(0, len(weight), block)]
+    return [quantize(step, weight[tile], stats={name: stat.of(tile) for name, stat in stats.items()}) for tile in rows]
 
 
 def stored(step: Step, layer: Layer) -> Record:

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from bitpress.layer import Stat
-from bitpress.numerics.hessian import Factor, factor, gram
+from bitpress.numerics.hessian import Factor, factor
+from bitpress.numerics.products import cross, gram
 from bitpress.numerics.sweeping import sweep
+
+SAMPLED = 8  # every so many tokens the size of what is missing is measured
 
 
 class Grid(Protocol):
@@ -32,17 +35,24 @@ class Grid(Protocol):
 Fit = Callable[[Tensor, Tensor | None], Grid]  # a weight (out, in) and what an error costs in each column (in,) -> its grid
 
 
-def moments(inputs: Tensor, reference: Tensor | None = None) -> dict[str, Stat]:
-    """The sums that `feedback` needs of one batch: (tokens, in) each.
+def moments(inputs: Tensor, weight: Tensor, reference: Tensor | None = None, residual: Tensor | None = None) -> dict[str, Stat]:
+    """The sums that `feedback` needs of one batch, as `observe` is given it; all float32.
 
-    "hessian" (in, in): Σ x̃ x̃ᵀ; "tokens": their number; where the float model's inputs are given, "drift" (in, in):
-    Σ (x - x̃) x̃ᵀ, and "drift_tokens". All float32.
+    "hessian" (in, in): Σ x̃ x̃ᵀ; "tokens": their number. Where the float model's inputs are given, of what is missing in the
+    output, e = W (x - x̃) + r: "drift" (in, in): Σ (x - x̃) x̃ᵀ; "residual" (out, in): Σ r x̃ᵀ; "drift_tokens"; and of a sample of
+    tokens "missing" (out,): Σ e², and "missing_tokens".
     """
     x = inputs.float()
     found = {"hessian": gram(x), "tokens": torch.tensor(float(len(x)))}
     if reference is not None:
-        found |= {"drift": (reference.float() - x).T @ x, "drift_tokens": found["tokens"]}
-    return {name: Stat(value, "sum") for name, value in found.items()}
+        moved = reference.float() - x
+        missing = moved[::SAMPLED] @ weight.T
+        if residual is not None:
+            found["residual"] = cross(residual.float(), x)
+            missing += residual[::SAMPLED]
+        found |= {"drift": cross(moved, x), "drift_tokens": found["tokens"]}
+        found |= {"missing": missing.square().sum(0), "missing_tokens": torch.tensor(float(len(missing)))}
+    return {name: Stat(value, "sum", rows=name in ("residual", "missing")) for name, value in found.items()}
 
 
 def feedback(weight: Tensor, stats: Mapping[str, Stat], fit: Fit, keep: Tensor | None = None) -> tuple[Tensor, Grid]:
@@ -78,16 +88,23 @@ def feedback(weight: Tensor, stats: Mapping[str, Stat], fit: Fit, keep: Tensor |
 
 
 def drift(weight: Tensor, stats: Mapping[str, Stat], factored: Factor) -> Tensor:
-    """What to add to a weight so that on the quantised model's inputs it gives what it gave on the float model's: (out, in).
+    """What to add to a weight so that on the quantised model's inputs it gives what is missing there: (out, in).
 
-    min_V ||W x - V x̃||² has V = W + W E[(x - x̃) x̃ᵀ] H⁻¹ (Zhang et al., "Qronos", arXiv 2505.11695, and Li et al., "GPTAQ",
-    arXiv 2504.02692, start from the same problem). Estimated from few tokens it overfits, so it is shrunk by N / (N + 2 in).
+    min_V ||W x + r - V x̃||² has V = W + C H⁻¹ with C = W E[(x - x̃) x̃ᵀ] + E[r x̃ᵀ]. Without r this is where Zhang et al., "Qronos",
+    arXiv 2505.11695, and Li et al., "GPTAQ", arXiv 2504.02692, start; r is how far the residual stream has moved by then.
+
+    C is estimated from N tokens. If what is missing, e, had nothing to do with x̃, a row of C H⁻¹ would still seem to explain
+    E[e²] in / N of it: it is shrunk by the share that what it explains has beyond that.
     """
     tokens = stats["drift_tokens"].value.item()
-    correction = weight @ (stats["drift"].value / max(tokens, 1.0))
-    shrink = tokens / (tokens + 2 * weight.shape[1])
-    found = factored.solve(correction).mul_(shrink)
-    return found if found.isfinite().all() else torch.zeros_like(weight)
+    wanted = weight @ stats["drift"].value.div(tokens)
+    if "residual" in stats:
+        wanted += stats["residual"].value.div(tokens)
+    found = factored.solve(wanted)
+    explained = (found * wanted).sum(1)  # (out,)
+    by_chance = stats["missing"].value / stats["missing_tokens"].value * (weight.shape[1] / tokens)
+    found *= (1 - by_chance / explained).clamp_(0, 1).unsqueeze(1)
+    return torch.where(found.isfinite().all(1, keepdim=True), found, 0.0)
 
 
 def _factor(stats: Mapping[str, Stat]) -> Factor | None:

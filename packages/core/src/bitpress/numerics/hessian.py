@@ -6,12 +6,13 @@ arXiv 2307.13304 (the LDL form, and that both are the same method).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from attrs import frozen
 from torch import Tensor
 
-STRIPES = 8  # into which a symmetric product is cut: 9/16 of the whole are computed
-LEAST = 256  # columns of a stripe: narrower ones are slower than what they save
+from bitpress.numerics.products import stripes
 
 
 @frozen(eq=False)
@@ -32,53 +33,46 @@ class Factor:
 
     def solve(self, right: Tensor) -> Tensor:
         """X with X H = right: (rows, in) -> (rows, in)."""
-        x = right[:, self.order]
+        x = right.index_select(1, self.order)
         x = torch.linalg.solve_triangular(self.unit.T, x, upper=False, left=False, unitriangular=True) / self.variance
         x = torch.linalg.solve_triangular(self.unit, x, upper=True, left=False, unitriangular=True)
         return torch.empty_like(x).index_copy_(1, self.order, x)
 
     def loss(self, error: Tensor) -> Tensor:
         """What an error costs each row: (rows, in) -> (rows,), the diagonal of error H errorᵀ."""
-        return (error[:, self.order] @ self.unit).square_() @ self.variance
-
-
-def gram(x: Tensor) -> Tensor:
-    """x.T @ x: (tokens, in) float32 -> (in, in), of which a block and its mirror image are computed once."""
-    width = x.shape[1]
-    step = max(-(-width // STRIPES), LEAST)
-    found = x.new_empty(width, width)
-    for first in range(0, width, step):
-        last = min(first + step, width)
-        torch.mm(x[:, first:last].T, x[:, first:], out=found[first:last, first:])
-        found[last:, first:last] = found[first:last, last:].T
-    return found
+        error = error.index_select(1, self.order)
+        cost = error.new_zeros(len(error))
+        for columns in stripes(error.shape[1]):  # what lies below U's diagonal is zero
+            cost += (error[:, : columns.stop] @ self.unit[: columns.stop, columns]).square_() @ self.variance[columns]
+        return cost
 
 
 def factor(hessian: Tensor, tokens: float) -> Factor | None:
     """The factor of the damped H; None where H is not finite, or too near to singular for any damping tried.
 
-    The damping is 1 % of the mean over live columns, more where there are few tokens for the width, and grows tenfold up to three
-    times. A column that was never active is uncoupled by it and gets rounded to nearest: its weights are kept, since a channel
-    silent in calibration may speak in service.
+    The damping is 0.1 % of the mean over live columns, more where there are few tokens for the width, and grows tenfold up to
+    three times. A column that was never active is uncoupled by it and gets rounded to nearest: its weights are kept, since a
+    channel silent in calibration may speak in service.
 
     Args:
         hessian: (in, in) float32, the sum of x xᵀ over tokens.
     """
-    mean = hessian / max(tokens, 1.0)
-    if not mean.isfinite().all():
-        return None
-    diagonal = mean.diagonal().clone()
-    live = diagonal[diagonal > 0]
-    share = min(max(0.1 * len(diagonal) / max(tokens, 1.0), 0.01), 1.0)
-    damp = share * live.mean().item() if len(live) else 1.0
+    diagonal = hessian.diagonal() / max(tokens, 1.0)
     order = diagonal.argsort(descending=True, stable=True)
     last_first = order.flip(0)
-    mean = mean[last_first][:, last_first]  # lower triangular from this end is upper triangular from the other
+    mean = hessian.index_select(0, last_first).index_select(1, last_first).div_(max(tokens, 1.0))
+    if not math.isfinite(mean.sum()):
+        return None
+    live = diagonal[diagonal > 0]
+    share = min(max(0.1 * len(diagonal) / max(tokens, 1.0), 0.001), 1.0)
+    damp = share * live.mean().item() if len(live) else 1.0
+    added = 0.0
     for _ in range(4):
-        lower, failed = torch.linalg.cholesky_ex(mean + damp * torch.eye(len(order), device=mean.device))
-        if not failed and lower.isfinite().all():
+        mean.diagonal().add_(damp - added)
+        lower, failed = torch.linalg.cholesky_ex(mean)  # lower triangular from this end is upper triangular from the other
+        if not failed and math.isfinite(lower.sum()):
             upper = lower.flip(0, 1)
             root = upper.diagonal().clone()
-            return Factor(order, upper / root, root.square(), diagonal + damp)
-        damp *= 10
+            return Factor(order, upper.div_(root), root.square(), diagonal + damp)
+        added, damp = damp, 10 * damp
     return None

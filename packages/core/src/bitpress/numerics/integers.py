@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-CHUNK = 1 << 18  # weights whose candidates are compared at a time: they stay in cache
+CHUNK = 1 << 17  # weights whose candidates are compared at a time: they stay in cache
 SMALLEST = torch.finfo(torch.float32).tiny  # of a scale: below it float32 loses bits
 
 

@@ -14,16 +14,17 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     >>> pack_words(torch.tensor([[-8, -7, -1, 0, 1, 2, 6, 7]], dtype=torch.int8), 4)
     tensor([[-22444272]], dtype=torch.int32)
     """
-    each = 32 // bits
-    unsigned = codes.to(torch.int32) + (1 << bits - 1)
-    unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % each))
-    words = unsigned.reshape(len(codes), -1, each) << (torch.arange(each, dtype=torch.int32, device=codes.device) * bits)
-    return words.sum(2, dtype=torch.int32)  # no two share a bit, so that a sum is a union
+    each = 8 // bits
+    unsigned = (codes + (1 << bits - 1)).view(torch.uint8)  # wraps around as it should
+    unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % (32 // bits))).view(len(codes), -1, each)
+    found: Tensor = unsigned[:, :, 0].contiguous()  # (rows, bytes); a word's lowest byte comes first
+    for place in range(1, each):
+        found |= unsigned[:, :, place] << place * bits
+    return found.view(torch.int32)
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     """The inverse: (rows, words) int32 -> (rows, count) int8."""
-    each = 32 // bits
-    shifts = torch.arange(each, dtype=torch.int32, device=words.device) * bits
-    unsigned = (words.unsqueeze(2) >> shifts) & ((1 << bits) - 1)  # (rows, words, each)
-    return (unsigned.flatten(1)[:, :count] - (1 << bits - 1)).to(torch.int8)
+    packed = words.contiguous().view(torch.uint8)  # (rows, bytes)
+    found = torch.stack([packed >> place & (1 << bits) - 1 for place in range(0, 8, bits)], 2).flatten(1)[:, :count]
+    return (found - (1 << bits - 1)).view(torch.int8)

@@ -1,0 +1,75 @@
+"""What a layer is changed by before it is rounded, so that it makes up for what the layers before it have moved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from bitpress import numerics
+from bitpress.numerics.error_feedback import SAMPLED, drift
+
+WIDTH, ROWS = 24, 10
+Array = NDArray[np.float64]
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def corrected(
+    weight: torch.Tensor, now: torch.Tensor, before: torch.Tensor, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    stats = numerics.moments(now, weight, before, residual)
+    factor = numerics.factor(stats["hessian"].value, len(now))
+    assert factor is not None
+    return weight + drift(weight, stats, factor)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_of_much_data_the_correction_is_the_least_squares_solution(streams: bool) -> None:
+    weight, x = draw(ROWS, WIDTH, seed=1), draw(20_000, WIDTH, seed=2)
+    now = x + 0.3 * x.roll(1, 1)  # as compressed layers before make it
+    residual = 0.5 * x @ draw(WIDTH, ROWS, seed=3) if streams else None
+    wanted = (x @ weight.T + (0 if residual is None else residual)).double().numpy()
+    least = np.linalg.lstsq(now.double().numpy(), wanted, rcond=None)[0].T
+    found = corrected(weight, now, x, residual)
+    np.testing.assert_allclose(found.numpy(), least, atol=0.02)  # the damping, and 8-bit sums
+    missing = x @ weight.T - now @ weight.T + (0 if residual is None else residual)
+    assert (x @ weight.T + (0 if residual is None else residual) - now @ found.T).norm() < 0.02 * missing.norm()
+
+
+@pytest.mark.parametrize("tokens", [8, 100, 3000])
+def test_what_has_nothing_to_do_with_the_inputs_moves_nothing_much(tokens: int) -> None:
+    weight, now = draw(ROWS, WIDTH, seed=1), draw(tokens, WIDTH, seed=2)
+    noise = draw(tokens, ROWS, seed=3)
+    unshrunk = np.linalg.lstsq(now.double().numpy(), noise.double().numpy(), rcond=None)[0]
+    found = corrected(weight, now, now, noise) - weight
+    assert found.square().sum() < 0.35 * np.square(unshrunk).sum()
+
+
+def test_a_correction_generalises_better_shrunk_than_not() -> None:
+    weight, x = draw(ROWS, WIDTH, seed=1), draw(8 * WIDTH, WIDTH, seed=2)
+    fresh, true = draw(4000, WIDTH, seed=4), 0.2 * draw(WIDTH, ROWS, seed=3)
+    residual = x @ true + 2 * draw(len(x), ROWS, seed=5)
+    unshrunk = np.linalg.lstsq(x.double().numpy(), residual.double().numpy(), rcond=None)[0]
+    found = (corrected(weight, x, x, residual) - weight).T
+    assert (fresh @ (found - true)).norm() < 0.9 * (fresh @ (torch.tensor(unshrunk).float() - true)).norm()
+
+
+def test_batches_add_up_to_the_same_correction() -> None:
+    weight, x = draw(ROWS, WIDTH, seed=1), draw(10 * SAMPLED, WIDTH, seed=2)
+    now, residual = x + 0.1 * draw(len(x), WIDTH, seed=3), draw(len(x), ROWS, seed=4)
+    whole = numerics.moments(now, weight, x, residual)
+    halves = [numerics.moments(now[part], weight, x[part], residual[part]) for part in (slice(0, 40), slice(40, None))]
+    for name, stat in whole.items():
+        torch.testing.assert_close((halves[0][name] | halves[1][name]).value, stat.value, rtol=1e-4, atol=1e-4)
+
+
+def test_numbers_too_large_for_float32_move_nothing() -> None:
+    weight, x = draw(ROWS, WIDTH, seed=1), draw(100, WIDTH, seed=2)
+    weight[3] = 1e38
+    found = corrected(weight, x, x * 1.5)
+    assert torch.equal(found[3], weight[3])
+    assert found.isfinite().all()
