@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # in units of what reaches the largest weight; with few bits, a clipped weight may cost less than a coarse step
-SYMMETRIC = {4: tuple(0.45 + 0.05 * i for i in range(13)), 8: tuple(0.5 + 0.04 * i for i in range(14))}
+SYMMETRIC = {4: tuple(0.45 + 0.025 * i for i in range(26)), 8: tuple(0.5 + 0.04 * i for i in range(14))}
 ASYMMETRIC = {4: tuple(0.6 + 0.025 * i for i in range(19)), 8: tuple(0.7 + 0.06 * i for i in range(6))}
 
 
