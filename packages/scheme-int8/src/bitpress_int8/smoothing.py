@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 POWER = 8  # of the sums that stand for a token's largest input
 UNIT = 256.0  # inputs are divided by it first, so that their eighth powers stay within float32
-WORTH = 0.25  # of the expected error must be left: it is a bound, and a small gain in it may be none
+WORTH = 0.25  # of the error expected with a scale per token must be left: it is a bound, and a small gain in it may be none
 STEPS = 127.5  # between zero and the largest number
 
 
@@ -46,7 +46,7 @@ def factors(weight: Tensor, stats: Mapping[str, Stat], strength: float | None, s
     largest = stats["channel_amax"].value
     columns = numerics.absmax(weight, dim=0).squeeze(0)
     known = (largest > 0) & (columns > 0)
-    best, least = None, WORTH * expected_error(weight, stats, None, static)
+    best, least = None, (1 if static else WORTH) * expected_error(weight, stats, None, static)
     for alpha in STRENGTHS if strength is None else (strength,):
         s = (largest**alpha / columns ** (1 - alpha)).masked_fill(~known, 1.0)
         s = (s / s[known].log().mean().exp()).masked_fill(~known, 1.0) if known.any() else s
