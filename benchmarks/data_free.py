@@ -11,53 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import models
 import torch
-from attrs import asdict, frozen
+from attrs import asdict
+from measure import Cost, run
 from safetensors import safe_open
 
 PEER = Path(__file__).parent / "peers/llmcompressor_model_free.py"
 OURS = [sys.executable, "-m", "bitpress", "compress"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-
-
-@frozen
-class Cost:
-    """Of one process: CPU and wall seconds, and the most memory it held, in MB."""
-
-    cpu: float
-    wall: float
-    memory: float
-
-
-LAUNCH = """
-import json, os, subprocess, sys, time
-start = time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-wall = time.perf_counter() - start
-print(json.dumps([usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1024]))
-sys.exit(os.waitstatus_to_exitcode(status))
-"""  # a process of its own: the peak that a child reports starts at its parent's size
-TOUCH = "b'1' * (4 << 30)"  # a virtual machine pays for free memory when it is first used: let nobody measured pay for it
-
-
-def run(command: Sequence[object]) -> Cost:
-    """Run a command to its end and count what it cost."""
-    subprocess.run([sys.executable, "-S", "-c", TOUCH], check=True)
-    words = [sys.executable, "-S", "-c", LAUNCH, *(str(word) for word in command)]
-    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{command[0]} failed:\n{done.stderr}")
-    return Cost(*json.loads(done.stdout))
 
 
 def contenders(source: Path, work: Path, theirs: str) -> dict[str, list[object]]:

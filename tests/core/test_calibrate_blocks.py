@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(family: tuple[Path, st
         decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
         recording = record(decoder, BATCHES, CPU, FLOAT, tmp_path if spilled else None)
         states = recording.hidden
-        streams = Streams(states, States([]), [], keep=False, device=CPU)
+        streams = Streams(states, States([]), [], waiting=0, device=CPU)
         for index in range(len(decoder)):
             streams.enter(decoder.block(index), None, recording.calls[index])
             streams.leave()
@@ -93,7 +95,7 @@ def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees
         doors = Doors(block, names)
         seen: dict[bool, list[Tensor | None]] = {}
         for keep in (True, False):
-            streams = Streams(States(list(recording.hidden)), States([]), [], keep, CPU)
+            streams = Streams(States(list(recording.hidden)), States([]), [], 9 * keep, CPU)
             streams.enter(block, None, calls)
             inputs = [found.inputs for site in range(len(names)) for found in streams.arrivals(site, False)]
             streams.leave()
@@ -116,7 +118,7 @@ def test_a_waiting_forward_goes_on_with_the_weights_that_a_layer_has_by_then(fam
                 for name in names:
                     block.get_parameter(f"{name}.weight").mul_(0.5)
             doors = Doors(block, names)
-            streams = Streams(States(list(recording.hidden)), States([]), [], True, CPU)
+            streams = Streams(States(list(recording.hidden)), States([]), [], 9, CPU)
             streams.enter(block, None, calls)
             for site, name in enumerate(names):
                 list(streams.arrivals(site, False))
@@ -147,3 +149,23 @@ def test_hidden_states_that_go_to_disk_are_not_held_while_others_are_recorded(fa
         held = [o for o in gc.get_objects() if type(o) is Tensor and o.shape == shape and not o.is_meta]
     assert len(recording.hidden) == len(BATCHES)
     assert not held
+
+
+AFTERWARDS = """
+import sys, torch, transformers
+from pathlib import Path
+from bitpress.calibrate.decoder import Decoder
+from bitpress.checkpoint.reader import Reader, open_checkpoint
+decoder = Decoder(open_checkpoint(Path(sys.argv[1])), "model.layers", Reader(), torch.device("cpu"), torch.float32)
+config = transformers.AutoConfig.for_model("gemma2", **eval(sys.argv[2]))
+model = transformers.AutoModelForCausalLM.from_config(config)
+print(model.model.layers[0].mlp.up_proj.weight.std().item())
+"""
+
+
+def test_models_that_a_program_builds_afterwards_are_initialised_as_ever(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON)).save_pretrained(tmp_path / "m")
+    done = subprocess.run(
+        [sys.executable, "-c", AFTERWARDS, tmp_path / "m", repr(COMMON)], capture_output=True, text=True, check=True
+    )
+    assert 0.01 < float(done.stdout) < 0.04  # the config's 0.02

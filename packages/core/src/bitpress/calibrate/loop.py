@@ -29,7 +29,6 @@ from bitpress.progress import Told
 from bitpress.shards import Shard
 from bitpress.stream import copy_entry, write_shard
 
-BATCH = 2048  # tokens that are run through a block together
 NOTES = ".notes"  # of a finished block: what the summary tells of it, until the run is over
 
 
@@ -46,7 +45,7 @@ def write_shards(
         CheckpointError: transformers cannot build the model, or the model makes numbers that are not finite.
     """
     dtype = torch.float32 if device.type == "cpu" else plan.dtype
-    batches = torch.split(data.ids, max(BATCH // data.ids.shape[1], 1))
+    batches = torch.split(data.ids, max(memory.BATCH // data.ids.shape[1], 1))
     notes = []
     with Reader() as reader, torch.no_grad():
         decoder = Decoder(plan.source, plan.container, reader, device, dtype, trust)
@@ -58,7 +57,7 @@ def write_shards(
         allowed = limit if limit is not None else memory.available() // 2
         place = output.folder if need.held > allowed else None
         recording = record(decoder, batches, device, dtype, place)
-        streams = _streams(plan, recording, place, need.waiting <= allowed, device)
+        streams = _streams(plan, recording, place, need.waits(allowed, batches[0].numel()), device)
         for index in range(len(decoder)):
             calls, recording.calls[index] = recording.calls[index], []
             streams.enter(decoder.block(index), decoder.block(index) if streams.chosen else None, calls)
@@ -66,15 +65,16 @@ def write_shards(
                 notes.append(_block(plan, shards[index], output, reader, streams, told))
             if index + 1 < len(decoder):
                 streams.leave()
+            memory.give_back()
     return notes
 
 
-def _streams(plan: Plan, recording: Recording, place: Path | None, keep: bool, device: torch.device) -> Streams:
+def _streams(plan: Plan, recording: Recording, place: Path | None, waiting: int, device: torch.device) -> Streams:
     """The hidden states to start from, and those of every fourth batch once more where a scheme asks for the source's."""
     wanted = any(step.scheme.wants("observe", "reference") and step.calibrated for step in plan.recipe.all_steps)
     chosen = range(0, len(recording.hidden), memory.REFERENCE) if wanted else range(0)
     reference = States((recording.hidden[i].clone() for i in chosen), place)
-    return Streams(recording.hidden, reference, chosen, keep, device)
+    return Streams(recording.hidden, reference, chosen, waiting, device)
 
 
 def _block(plan: Plan, shard: Shard, output: OutputFolder, reader: Reader, streams: Streams, told: Told) -> BlockNotes:

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 from attrs import frozen
 
 from bitpress.planning import Plan
 
-WAITING = 5  # hidden states that a forward waiting inside a block holds for each token
+BATCH = 2048  # tokens that are run through a block together
+OBSERVED = 4096  # tokens of which statistics are taken together
+TEMPORARY = 4  # numbers for each of those and each channel of the widest input: what is made of a batch on the way
+WAITING = 3  # hidden states that a forward waiting inside a block holds for each token, beside the input it waits with
 REFERENCE = 8  # every so many batches are run through the source's weights too
 NUMBER = 4  # bytes: blocks are computed in float32
 
 
 @frozen
 class Need:
-    """Bytes: with hidden states on disk, with them in memory, and with forwards that wait inside a block."""
+    """Bytes: with hidden states on disk, with them in memory, and of each token whose forward waits inside a block."""
 
     least: int
     held: int
     waiting: int
+
+    def waits(self, allowed: int, tokens: int) -> int:
+        """How many forwards of so many tokens may wait inside a block."""
+        return max(allowed - self.held, 0) // (self.waiting * tokens)
 
 
 def estimate(plan: Plan, tokens: int) -> Need:
     """What a run of the plan holds, beyond what the interpreter, torch and transformers take.
 
     What comes before the blocks, once; later the widest block as it was and as it becomes, the statistics and the solution of its
-    largest site, and the hidden states of so many tokens, a share of them twice.
+    largest site, what is made of a batch, and the hidden states of so many tokens, a share of them twice.
     """
     before = sum(e.numel for s in plan.shards if s.block is None for e in s.copies if "lm_head" not in e.name)
     block = max(
@@ -35,9 +43,17 @@ def estimate(plan: Plan, tokens: int) -> Need:
         if shard.block is not None
     )
     site = max(5 * width * width + 6 * rows * width for rows, width in (stack.shape for stack in plan.stacks))
-    least = NUMBER * max(before, 2 * block + site)
+    width = max(stack.shape[1] for stack in plan.stacks)
+    least = NUMBER * max(before, 2 * block + site + TEMPORARY * OBSERVED * width)
     states = NUMBER * tokens * plan.hidden * (1 + 1 / REFERENCE)
-    return Need(least, int(least + states), int(least + WAITING * states))
+    return Need(least, int(least + states), NUMBER * (WAITING * plan.hidden + width))
+
+
+def give_back() -> None:
+    """Let the system have freed memory again, where the C library (glibc) keeps what lies between what is used."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def available() -> int:

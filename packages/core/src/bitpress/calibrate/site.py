@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitpress import chain
 from bitpress.calibrate import folding
+from bitpress.calibrate.memory import OBSERVED
 from bitpress.calibrate.streams import Arrival, Streams
 from bitpress.calibrate.walk import Doors
 from bitpress.errors import CheckpointError
@@ -23,7 +24,6 @@ from bitpress.layer import Layer, Stat
 from bitpress.progress import Told
 from bitpress.shards import Shard, Stack
 
-OBSERVED = 4096  # tokens of which statistics are taken together
 SAMPLE = 256  # tokens on which a layer's output error is measured
 UNUSABLE = 1e-3  # of a batch's tokens that may be NaN or infinite
 UNCHANGED = 1e-2  # of a block's output that a fold may seem to move it by, through roundings alone

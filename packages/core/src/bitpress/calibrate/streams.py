@@ -52,11 +52,13 @@ class Streams:
         states: of every batch, as the compressed blocks make them.
         reference: of the chosen batches, as the source's blocks make them; None where nobody asks for them.
         chosen: which batches these are.
-        keep: whether forwards wait inside a block instead of starting anew for every site.
+        waiting: how many forwards may wait inside a block; others start anew for every site.
     """
 
-    def __init__(self, states: States, reference: States | None, chosen: Sequence[int], keep: bool, device: torch.device) -> None:
-        self.states, self.reference, self.chosen, self.keep = states, reference, chosen, keep
+    def __init__(
+        self, states: States, reference: States | None, chosen: Sequence[int], waiting: int, device: torch.device
+    ) -> None:
+        self.states, self.reference, self.chosen, self.waiting = states, reference, chosen, waiting
         self._device = device
         self._walks: list[Walk] = []
         self._source_walks: dict[int, Walk] = {}
@@ -95,18 +97,18 @@ class Streams:
         Args:
             writes: whether the site's output is added to the residual stream.
         """
-        for i, other in self._source_walks.items():
-            walk = self._walks[i]
-            inputs, reference = walk.input(site, self.keep), other.input(site, self.keep)
+        left = self.waiting
+        for i in sorted(range(len(self._walks)), key=lambda i: i not in self._source_walks):
+            walk, other = self._walks[i], self._source_walks.get(i)
+            left -= 1 if other is None else 2
+            keep = left >= 0
+            inputs, reference = walk.input(site, keep), None if other is None else other.input(site, keep)
             if inputs is None:
                 continue
-            if reference is None or reference.shape != inputs.shape:  # other tokens are sent there than in the source
+            if other is None or reference is None or reference.shape != inputs.shape:  # or it sends other tokens there
                 yield Arrival(inputs)
             else:
                 yield Arrival(inputs, reference, other.stream - walk.stream if writes else None)
-        for i, walk in enumerate(self._walks):
-            if i not in self._source_walks and (inputs := walk.input(site, self.keep)) is not None:
-                yield Arrival(inputs)
 
     def leave(self) -> None:
         """Go on to the block's outputs."""
