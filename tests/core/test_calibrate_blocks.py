@@ -93,16 +93,18 @@ def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees
         names = course(block, linear_names(block), calls[0], recording.hidden[0]).called
         assert set(names) == set(linear_names(block))
         doors = Doors(block, names)
-        seen: dict[bool, list[Tensor | None]] = {}
-        for keep in (True, False):
-            streams = Streams(States(list(recording.hidden)), States([]), [], 9 * keep, CPU)
+        seen: dict[int, list[Tensor | None]] = {}
+        for waiting in (2, 1, 0):  # of two batches
+            streams = Streams(States(list(recording.hidden)), States([]), [], waiting, CPU)
             streams.enter(block, None, calls)
             inputs = [found.inputs for site in range(len(names)) for found in streams.arrivals(site, False)]
             streams.leave()
-            seen[keep] = [*inputs, streams.states[0], streams.states[1]]
+            seen[waiting] = [*inputs, streams.states[0], streams.states[1]]
         doors.close()
-    assert all(waiting is not None and anew is not None for waiting, anew in zip(*seen.values(), strict=True))
-    assert all(torch.equal(waiting, anew) for waiting, anew in zip(*seen.values(), strict=True))
+    for both, one, none in zip(*seen.values(), strict=True):
+        assert both is not None
+        assert torch.equal(both, one)
+        assert torch.equal(both, none)
 
 
 def test_a_waiting_forward_goes_on_with_the_weights_that_a_layer_has_by_then(family: tuple[Path, str]) -> None:
@@ -169,3 +171,21 @@ def test_models_that_a_program_builds_afterwards_are_initialised_as_ever(tmp_pat
         [sys.executable, "-c", AFTERWARDS, tmp_path / "m", repr(COMMON)], capture_output=True, text=True, check=True
     )
     assert 0.01 < float(done.stdout) < 0.04  # the config's 0.02
+
+
+WRITERS = {  # norms between a layer and the stream, or a factor, make it none
+    "gemma2": set(), "gemma3_text": set(), "olmo2": set(), "gpt_neox": {"attention.dense", "mlp.dense_4h_to_h"},
+    "falcon": {"self_attention.dense", "mlp.dense_4h_to_h"}, "opt": {"self_attn.out_proj", "fc2"},
+}  # fmt: skip
+
+
+def test_the_layers_whose_outputs_a_block_adds_to_its_input_are_found(family: tuple[Path, str]) -> None:
+    folder, container = family
+    with Reader() as reader, torch.no_grad():
+        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
+        recording = record(decoder, BATCHES, CPU, FLOAT)
+        for index in range(2):
+            block = decoder.block(index)
+            found = course(block, linear_names(block), recording.calls[index][0], recording.hidden[0])
+            kind = AutoConfig.from_pretrained(folder).model_type
+            assert set(found.writers) == WRITERS.get(kind, {"self_attn.o_proj", "mlp.down_proj"})

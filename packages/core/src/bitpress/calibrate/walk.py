@@ -120,7 +120,7 @@ class Doors:
 def _add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
     run = greenlet.getcurrent()
     if isinstance(run, _Forward) and run.stream is not None:
-        run.stream = run.stream + output
+        run.stream = run.stream + output.view_as(run.stream)  # some blocks have laid all tokens in one row
 
 
 @frozen
@@ -142,7 +142,7 @@ def course(block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor) -
 
     def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            called.setdefault(name, output)
+            called.setdefault(name, output.flatten(0, -2).clone())  # some blocks add to it in place
 
         return hook
 
@@ -150,7 +150,7 @@ def course(block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor) -
     found = call(block, hidden)
     for handle in handles:
         handle.remove()
-    return Course(tuple(called), _writers(called, hidden, found))
+    return Course(tuple(called), _writers(called, hidden.flatten(0, -2), found.flatten(0, -2)))
 
 
 def _writers(outputs: Mapping[str, Tensor], hidden: Tensor, found: Tensor) -> tuple[str, ...]:
