@@ -102,16 +102,48 @@ def test_layers_left_alone_are_loaded_as_they_were(tmp_path: Path) -> None:
         assert torch.equal(after[name], before[name].float())
 
 
+CALIBRATED = {
+    "fp8, static": ("fp8", ["activations=static"]),
+    "int8": ("int8", []),
+    "int8 per tensor": ("int8", ["weights=tensor"]),
+    "int8, static": ("int8", ["activations=static"]),
+    "int8, static and asymmetric": ("int8", ["activations=static", "symmetric_activations=false"]),
+    "4 bits": ("w4a16", []),
+}
+
+
+@pytest.mark.parametrize("case", CALIBRATED)
+def test_transformers_computes_with_the_scales_that_calibration_found(tmp_path: Path, case: str) -> None:
+    scheme, settings = CALIBRATED[case]
+    text = TINY.parent / "chapters.txt"
+    compress(TINY, tmp_path / "o", scheme=scheme, settings=settings, calibration=text, samples=8, sequence_length=128)
+    ours, theirs = with_restored_weights(TINY, tmp_path / "o", scheme, settings), loaded(tmp_path / "o")
+    stored = {
+        name: tensor for name, tensor in tensors_of(tmp_path / "o").items() if name.endswith(("input_scale", "input_zero_point"))
+    }
+    assert bool(stored) == ("static" in case)
+    held = theirs.state_dict()
+    for name, tensor in stored.items():
+        assert torch.equal(held[name].float(), tensor.float()), name
+    with torch.inference_mode():
+        assert torch.equal(theirs(TOKENS).logits, ours(TOKENS).logits)  # activations left alone
+    change = loss(tmp_path / "o", 2000) - loss(TINY, 2000)  # activations as they are served
+    assert change != 0
+    assert abs(change) < math.log(1.02)
+
+
+def loss(folder: Path, characters: int) -> float:
+    """Mean nats for each token of the beginning of the example's text, as transformers runs the model."""
+    text = (TINY.parent / "chapters.txt").read_text()[:characters]
+    ids = torch.tensor([AutoTokenizer.from_pretrained(TINY)(text)["input_ids"][:1025]])
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]).item()
+
+
 def test_the_example_s_perplexity_stays_within_one_percent(tmp_path: Path) -> None:
     compress(TINY, tmp_path / "o", scheme="fp8")
-    text = (TINY.parent / "chapters.txt").read_text()[:6000]
-    ids = torch.tensor([AutoTokenizer.from_pretrained(TINY)(text)["input_ids"][:1025]])
-    losses = []
-    for folder in (TINY, tmp_path / "o"):
-        with torch.inference_mode():
-            logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids[:, :-1]).logits
-        losses.append(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]).item())
-    before, after = losses
+    before, after = loss(TINY, 6000), loss(tmp_path / "o", 6000)
     assert before < 5  # nats for each of 4096 tokens: a model that knows English
     assert before != after
     assert abs(after - before) < math.log(1.01)

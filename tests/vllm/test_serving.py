@@ -43,9 +43,10 @@ CASES = {
     "fp8-block": Case("fp8-block", emulate=True),
     "int8": Case("int8"),
     "int8, a scale per tensor": Case("int8", ("weights=tensor",)),
-    "int8, static": Case("int8", ("activations=static",)),
+    # one scale for all tokens costs integers more; transformers finds +1.28 % on these windows, where the first was +1.34 % here
+    "int8, static": Case("int8", ("activations=static",), within=0.02),
     "int8, asymmetric": Case("int8", ("symmetric_activations=false",)),
-    "int8, static and asymmetric": Case("int8", ("activations=static", "symmetric_activations=false")),
+    "int8, static and asymmetric": Case("int8", ("activations=static", "symmetric_activations=false"), within=0.02),
     "w4a16": Case("w4a16", within=0.02),
     "w4a16, asymmetric": Case("w4a16", ("symmetric=false",), within=0.02),
     "w4a16, rounded": Case("w4a16", ("algorithm=rtn",), within=0.04),

@@ -19,7 +19,7 @@ from torch import Tensor
 from bitpress.numerics.hessian import Factor
 
 LEAF = 16  # columns swept one by one
-ROWS = 1024  # rows swept together: a leaf's columns of them stay in cache
+ROWS = 2048  # rows swept together: a leaf's columns of them stay in cache
 
 Project = Callable[[Tensor, slice, int], Tensor]
 
