@@ -153,6 +153,27 @@ def test_hidden_states_that_go_to_disk_are_not_held_while_others_are_recorded(fa
     assert not held
 
 
+def test_forwards_that_do_not_wait_hold_nothing(family: tuple[Path, str], tmp_path: Path) -> None:
+    folder, container = family
+    with Reader() as reader, torch.no_grad():
+        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
+        recording = record(decoder, BATCHES, CPU, FLOAT, tmp_path)
+        block, source, calls = decoder.block(0), decoder.block(0), recording.calls[0]
+        found = course(block, linear_names(block), calls[0], recording.hidden[0])
+        doors = [Doors(b, found.called, found.writers) for b in (block, source)]
+        reference = States((recording.hidden[i] for i in range(2)), tmp_path)
+        streams = Streams(recording.hidden, reference, [0, 1], 0, CPU)
+        streams.enter(block, source, calls)
+        site = len(found.called) - 1
+        assert all(arrival.residual is not None for arrival in streams.arrivals(site, True))
+        gc.collect()
+        size = recording.hidden[0].numel()
+        held = [o for o in gc.get_objects() if type(o) is Tensor and o.numel() == size and not o.is_meta]
+        for door in doors:
+            door.close()
+    assert not held
+
+
 AFTERWARDS = """
 import sys, torch, transformers
 from pathlib import Path

@@ -70,7 +70,7 @@ def write_shards(
 
 
 def _streams(plan: Plan, recording: Recording, place: Path | None, waiting: int, device: torch.device) -> Streams:
-    """The hidden states to start from, and those of every fourth batch once more where a scheme asks for the source's."""
+    """The hidden states to start from, and those of every eighth batch once more where a scheme asks for the source's."""
     wanted = any(step.scheme.wants("observe", "reference") and step.calibrated for step in plan.recipe.all_steps)
     chosen = range(0, len(recording.hidden), memory.REFERENCE) if wanted else range(0)
     reference = States((recording.hidden[i].clone() for i in chosen), place)

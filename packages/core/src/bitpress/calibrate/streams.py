@@ -102,13 +102,15 @@ class Streams:
             walk, other = self._walks[i], self._source_walks.get(i)
             left -= 1 if other is None else 2
             keep = left >= 0
-            inputs, reference = walk.input(site, keep), None if other is None else other.input(site, keep)
+            inputs, now = walk.input(site, keep)
+            reference, before = (None, None) if other is None else other.input(site, keep)
             if inputs is None:
                 continue
-            if other is None or reference is None or reference.shape != inputs.shape:  # or it sends other tokens there
+            if reference is None or reference.shape != inputs.shape:  # or the source sends other tokens there
                 yield Arrival(inputs)
             else:
-                yield Arrival(inputs, reference, other.stream - walk.stream if writes else None)
+                behind = None if before is None or now is None or not writes else before - now
+                yield Arrival(inputs, reference, behind)
 
     def leave(self) -> None:
         """Go on to the block's outputs."""

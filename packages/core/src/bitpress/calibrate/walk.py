@@ -53,10 +53,11 @@ class Walk:
         self._start = lambda: _Forward(block, call, hidden, streaming)
         self._run: _Forward | None = None
         self._at: tuple[int, Tensor | None] = (-1, None)
-        self._stream: Tensor | None = None
 
-    def input(self, site: int, keep: bool) -> Tensor | None:
+    def input(self, site: int, keep: bool) -> tuple[Tensor | None, Tensor | None]:
         """The input (tokens, in) of a site, sites being asked for in order; None where the forward does not pass it.
+
+        Beside it the residual stream (tokens, channels) by then, if the walk is a streaming one.
 
         Args:
             keep: wait there, and go on from there when asked again.
@@ -67,19 +68,13 @@ class Walk:
             if not run.dead:
                 self._at = arrived
         number, found = self._at
-        self._stream = run.stream
+        stream = None if run.stream is None else run.stream.flatten(0, -2)
         if keep:
             self._run = run
         else:
             self._at = (-1, None)
             run.throw()
-        return found if number == site else None
-
-    @property
-    def stream(self) -> Tensor:
-        """(tokens, channels): the residual stream where the walk, a streaming one, was asked last."""
-        assert self._stream is not None
-        return self._stream.flatten(0, -2)
+        return (found, stream) if number == site else (None, None)
 
     def output(self) -> Tensor:
         """The block's output; the walk is over."""
@@ -138,11 +133,12 @@ class Course:
 
 def course(block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor) -> Course:
     """The course of a forward, found by running one."""
-    called: dict[str, Tensor] = {}
+    called: dict[str, Tensor | None] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            called.setdefault(name, output.flatten(0, -2).clone())  # some blocks add to it in place
+            if name not in called:  # some blocks add to an output in place
+                called[name] = output.reshape(hidden.shape).clone() if output.numel() == hidden.numel() else None
 
         return hook
 
@@ -150,14 +146,15 @@ def course(block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor) -
     found = call(block, hidden)
     for handle in handles:
         handle.remove()
-    return Course(tuple(called), _writers(called, hidden.flatten(0, -2), found.flatten(0, -2)))
+    added = {name: output for name, output in called.items() if output is not None}
+    return Course(tuple(called), _writers(added, hidden, found))
 
 
 def _writers(outputs: Mapping[str, Tensor], hidden: Tensor, found: Tensor) -> tuple[str, ...]:
     """Those layers whose outputs are what a block has added to its input."""
-    candidates = [name for name, output in outputs.items() if output.shape == hidden.shape][-MOST:]
-    for count in range(len(candidates), 0, -1):
-        for names in itertools.combinations(candidates, count):
+    last = list(outputs)[-MOST:]
+    for count in range(len(last), 0, -1):
+        for names in itertools.combinations(last, count):
             left = found - sum((outputs[name] for name in names), hidden)
             if torch.linalg.norm(left) <= SAME * torch.linalg.norm(found):
                 return names

@@ -23,13 +23,12 @@ TOKENS = 4096  # that share a channel's scale
 
 def gram(x: Tensor) -> Tensor:
     """x.T @ x: (tokens, in) float32 -> (in, in) float32, of which a block and its mirror image are computed once."""
-    return _sum([_gram(part) for part in torch.split(x, TOKENS)])
+    return functools.reduce(Tensor.add_, map(_gram, torch.split(x, TOKENS)))
 
 
 def cross(left: Tensor, right: Tensor) -> Tensor:
     """left.T @ right: (tokens, in) float32 each -> (in, in) float32."""
-    pairs = zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True)
-    return _sum([_cross(a, b) for a, b in pairs])
+    return functools.reduce(Tensor.add_, map(_cross, torch.split(left, TOKENS), torch.split(right, TOKENS)))
 
 
 def stripes(width: int) -> Iterator[slice]:
@@ -69,7 +68,7 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 def _coded(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes (tokens, in), and what a code of 1 means in each channel (in,)."""
     scale = absmax(x, dim=0).squeeze(0).div_(127)
-    scale.masked_fill_(scale == 0, 1.0)
+    scale.masked_fill_(scale < torch.finfo(scale.dtype).tiny, 1.0)  # below, a quotient is no longer at most 127
     codes = torch.empty_like(x, dtype=torch.int8)
     for part, place in zip(torch.split(x, ROWS), torch.split(codes, ROWS), strict=True):
         place.copy_((part / scale).round_())
@@ -85,10 +84,3 @@ def _fast_integers() -> bool:
     """Whether this CPU has instructions for sums of 8-bit products."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    found = parts[0]
-    for part in parts[1:]:
-        found += part
-    return found
