@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from bitpress import numerics
 from bitpress.numerics.error_feedback import SAMPLED, drift
 
 WIDTH, ROWS = 24, 10
-Array = NDArray[np.float64]
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

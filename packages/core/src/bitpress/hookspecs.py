@@ -45,7 +45,8 @@ def observe(inputs: Tensor, reference: Tensor, residual: Tensor, weight: Tensor,
         weight: (out, in) float32, the rows at hand.
 
     Returns:
-        Stats by name, float32, their shape independent of the number of tokens; or None where there is nothing to note.
+        Stats by name, float32, their shape independent of the number of tokens, those with a row for each of the weight's rows
+        saying so (`rows=True`); or None where there is nothing to note.
     """
 
 

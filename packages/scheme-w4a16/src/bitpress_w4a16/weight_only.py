@@ -79,8 +79,7 @@ def observe(
         return None
     found: dict[str, Stat] = {}
     if options.algorithm != "rtn":
-        of_source = (reference, residual) if options.algorithm == "gptq" else ()
-        found |= numerics.moments(inputs, weight, *of_source)
+        found |= numerics.moments(inputs, weight, reference if options.algorithm == "gptq" else None, residual)
     if options.integer_inputs:
         found["input_amax"] = Stat(numerics.absmax(inputs.float()), "max")
     return found
