@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -71,3 +74,22 @@ def test_numbers_too_large_for_float32_move_nothing() -> None:
     found = corrected(weight, x, x * 1.5)
     assert torch.equal(found[3], weight[3])
     assert found.isfinite().all()
+
+
+def test_nothing_is_held_once_a_weight_has_been_rounded() -> None:
+    weight, x = torch.randn(40, 64), torch.randn(300, 64)
+    stats = numerics.moments(x, weight, x + 0.1)
+    fit = functools.partial(numerics.fit_symmetric, bits=4, group=16, ratios=(0.9, 1.0))
+
+    def tensors() -> int:
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    numerics.feedback(weight, stats, fit)  # what is made once and kept is there by now
+    gc.collect()
+    gc.disable()  # what refers to itself in a circle stays until it is looked for, and these are large
+    try:
+        before = tensors()
+        numerics.feedback(weight, stats, fit)
+        assert tensors() == before
+    finally:
+        gc.enable()

@@ -27,7 +27,7 @@ from bitpress.recipe import Recipe
 from bitpress.schemes import discover
 
 RUNTIME = 450_000_000  # bytes of memory that Python with torch takes before any work
-CALIBRATED_RUNTIME = 850_000_000  # the same with transformers, and what their buffers and freed memory take
+CALIBRATED_RUNTIME = 550_000_000  # the same with transformers, and what their buffers and freed memory take
 
 
 @frozen(eq=False)

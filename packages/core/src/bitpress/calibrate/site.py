@@ -15,8 +15,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from bitpress import chain
-from bitpress.calibrate import folding
-from bitpress.calibrate.memory import OBSERVED
+from bitpress.calibrate import folding, memory
 from bitpress.calibrate.streams import Arrival, Streams
 from bitpress.calibrate.walk import Doors
 from bitpress.errors import CheckpointError
@@ -96,6 +95,8 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
         _note(site, sample, notes)
         error = _store(site, quantised, sample, write, notes)
         told(site.stack.reads, f"{site.stack.name}: error {error:.4f}")
+        del stats, layer, quantised, sample
+        memory.give_back()
     for door in doors:
         door.close()
     return notes
@@ -137,7 +138,7 @@ def _joined(arrivals: Iterable[Arrival]) -> Iterator[Arrival]:
         waiting: list[Arrival] = []
         for arrival in alike:
             waiting.append(arrival)
-            if sum(len(a.inputs) for a in waiting) >= OBSERVED:
+            if sum(len(a.inputs) for a in waiting) >= memory.OBSERVED:
                 yield Arrival.joined(waiting)
                 waiting = []
         if waiting:

@@ -58,21 +58,21 @@ def factor(hessian: Tensor, tokens: float) -> Factor | None:
         hessian: (in, in) float32, the sum of x xᵀ over tokens.
     """
     diagonal = hessian.diagonal() / max(tokens, 1.0)
-    order = diagonal.argsort(descending=True, stable=True)
-    last_first = order.flip(0)
-    mean = hessian.index_select(0, last_first).index_select(1, last_first).div_(max(tokens, 1.0))
-    if not math.isfinite(mean.sum()):
+    if not math.isfinite(hessian.sum()):
         return None
+    order = diagonal.argsort(descending=True, stable=True)
     live = diagonal[diagonal > 0]
     share = min(max(0.1 * len(diagonal) / max(tokens, 1.0), 0.001), 1.0)
     damp = share * live.mean().item() if len(live) else 1.0
-    added = 0.0
+    last_first = order.flip(0)
     for _ in range(4):
-        mean.diagonal().add_(damp - added)
-        lower, failed = torch.linalg.cholesky_ex(mean)  # lower triangular from this end is upper triangular from the other
+        lower = hessian.index_select(0, last_first).index_select(1, last_first).div_(max(tokens, 1.0)).mT
+        lower.diagonal().add_(damp)
+        failed = order.new_empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))  # in place, columns being contiguous: it is large
         if not failed and math.isfinite(lower.sum()):
-            upper = lower.flip(0, 1)
+            upper = lower.flip(0, 1)  # lower triangular from this end is upper triangular from the other
             root = upper.diagonal().clone()
             return Factor(order, upper.div_(root), root.square(), diagonal + damp)
-        added, damp = damp, 10 * damp
+        damp *= 10
     return None

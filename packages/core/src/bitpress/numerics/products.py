@@ -55,8 +55,10 @@ def _cross(left: Tensor, right: Tensor) -> Tensor:
     found = left.new_empty(left.shape[1], right.shape[1])
     if not _by_codes(left):
         return _multiply(left, right, found)
-    (left, rows), (right, columns) = _coded(left), _coded(right)
-    return _multiply(left, right, found).mul_(columns).mul_(rows.unsqueeze(1))
+    (left, heights), (right, widths) = _coded(left), _coded(right)
+    for rows in stripes(len(found)):  # the sums of integers are not held all at once
+        _multiply(left[:, rows], right, found[rows]).mul_(widths).mul_(heights[rows].unsqueeze(1))
+    return found
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:

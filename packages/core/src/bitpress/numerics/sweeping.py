@@ -11,7 +11,7 @@ no inverse is needed. Only blocks of `LEAF` columns are swept one by one; betwee
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -47,18 +47,24 @@ def _sweep_rows(weight: Tensor, rows: slice, factor: Factor, project: Project) -
     target, error, chosen = source.clone(), torch.empty_like(source), torch.empty_like(source)
     columns = factor.order.tolist()
 
-    def solve(lo: int, hi: int) -> None:
-        if hi - lo > LEAF:
-            middle = lo + LEAF * ((hi - lo + LEAF) // (2 * LEAF))
-            solve(lo, middle)
+    for lo, middle, hi in _steps(0, len(columns)):
+        if middle < hi:
             target[middle:hi].addmm_(factor.unit[lo:middle, middle:hi].T, error[lo:middle])
-            solve(middle, hi)
-            return
+            continue
         for k in range(lo, hi):
             chosen[k] = project(target[k], rows, columns[k])
             torch.sub(source[k], chosen[k], out=error[k])
             target[k + 1 : hi].addr_(factor.unit[k, k + 1 : hi], error[k])
-
-    solve(0, len(columns))
     loss = factor.variance @ (target - chosen).square_()
     return torch.empty_like(chosen).index_copy_(0, factor.order, chosen).T, loss
+
+
+def _steps(lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
+    """What is done to columns lo to hi: (lo, hi, hi) decides them, (lo, middle, hi) feeds the first to those from middle on."""
+    if hi - lo <= LEAF:
+        yield lo, hi, hi
+        return
+    middle = lo + LEAF * ((hi - lo + LEAF) // (2 * LEAF))
+    yield from _steps(lo, middle)
+    yield lo, middle, hi
+    yield from _steps(middle, hi)
