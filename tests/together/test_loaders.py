@@ -94,6 +94,24 @@ def test_transformers_reads_zero_points_when_it_decodes_while_loading(tmp_path: 
         assert torch.equal(weight, ours[name].bfloat16()), name
 
 
+@pytest.mark.parametrize("activations", ["float", "quantized"])
+def test_transformers_runs_nvfp4_in_bfloat16_with_the_restored_weights(tmp_path: Path, activations: str) -> None:
+    # its decoder gives bfloat16 whatever is asked for, so that a model in float32 fails
+    settings = ["algorithm=rtn", f"activations={activations}"]
+    data = {"calibration": TINY.parent / "chapters.txt", "samples": 4, "sequence_length": 128}
+    compress(TINY, tmp_path / "o", scheme="nvfp4", settings=settings, **data)
+    expected = with_restored_weights(TINY, tmp_path / "o", "nvfp4", settings).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        served = model(TOKENS).logits  # decodes the weights
+        model.apply(disable_quantization)
+        assert torch.equal(model(TOKENS).logits, served) == (activations == "float")
+    for name, weight in model.named_parameters():
+        if name in expected:
+            assert torch.equal(weight, expected[name].bfloat16()), name
+    assert {name for name, _ in model.named_parameters()} >= {n for n in expected if n.endswith("_proj.weight")}
+
+
 def test_layers_left_alone_are_loaded_as_they_were(tmp_path: Path) -> None:
     source, out = write_model(tmp_path / "m"), tmp_path / "o"
     compress(source, out, scheme="fp8", ignore=["*.layers.0.*", "*.o_proj"])

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from bitpress.numerics.blocks import absmax, block_absmax, expand
     from bitpress.numerics.clipping import clip, clip_by_error, clip_by_share, magnitudes, middle_magnitude
     from bitpress.numerics.error_feedback import Grid, feedback, moments
+    from bitpress.numerics.float4 import E2M1_MAX, decode_e2m1, encode_e2m1, round_e2m1
     from bitpress.numerics.float8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
     from bitpress.numerics.hessian import Factor, factor
     from bitpress.numerics.integers import IntegerGrid, decode_integers, fit_asymmetric, fit_symmetric, limits
-    from bitpress.numerics.packing import pack_words, unpack_words
+    from bitpress.numerics.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
+    from bitpress.numerics.searching import grouped, search
     from bitpress.numerics.sweeping import sweep
 
 _HOME = {
@@ -26,10 +28,13 @@ _HOME = {
     **dict.fromkeys(("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"), "float8"),
     **dict.fromkeys(("Factor", "factor"), "hessian"),
     **dict.fromkeys(("IntegerGrid", "decode_integers", "fit_asymmetric", "fit_symmetric", "limits"), "integers"),
-    **dict.fromkeys(("pack_words", "unpack_words"), "packing"),
+    **dict.fromkeys(("E2M1_MAX", "decode_e2m1", "encode_e2m1", "round_e2m1"), "float4"),
+    **dict.fromkeys(("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"), "packing"),
+    **dict.fromkeys(("grouped", "search"), "searching"),
     "sweep": "sweeping",
 }
 __all__ = [
+    "E2M1_MAX",
     "E4M3_MAX",
     "Factor",
     "Grid",
@@ -39,22 +44,29 @@ __all__ = [
     "clip",
     "clip_by_error",
     "clip_by_share",
+    "decode_e2m1",
     "decode_e4m3",
     "decode_integers",
     "e4m3_bound",
     "e4m3_scale",
+    "encode_e2m1",
     "encode_e4m3",
     "expand",
     "factor",
     "feedback",
     "fit_asymmetric",
     "fit_symmetric",
+    "grouped",
     "limits",
     "magnitudes",
     "middle_magnitude",
     "moments",
+    "pack_bytes",
     "pack_words",
+    "round_e2m1",
+    "search",
     "sweep",
+    "unpack_bytes",
     "unpack_words",
 ]
 

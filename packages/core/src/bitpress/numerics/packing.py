@@ -1,4 +1,4 @@
-"""Codes of 2, 4 or 8 bits side by side in 32-bit words, as compressed-tensors' `pack-quantized` stores them."""
+"""Codes of 2, 4 or 8 bits side by side in bytes, or in 32-bit words, as compressed-tensors stores them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,30 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     >>> pack_words(torch.tensor([[-8, -7, -1, 0, 1, 2, 6, 7]], dtype=torch.int8), 4)
     tensor([[-22444272]], dtype=torch.int32)
     """
-    each = 8 // bits
     unsigned = (codes + (1 << bits - 1)).view(torch.uint8)  # wraps around as it should
-    unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % (32 // bits))).view(len(codes), -1, each)
-    found: Tensor = unsigned[:, :, 0].contiguous()  # (rows, bytes); a word's lowest byte comes first
-    for place in range(1, each):
-        found |= unsigned[:, :, place] << place * bits
-    return found.view(torch.int32)
+    padded = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % (32 // bits)))
+    return pack_bytes(padded, bits).view(torch.int32)  # a word's lowest byte comes first
+
+
+def pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """(rows, n) uint8 codes -> (rows, n bits / 8) uint8, the first code in a byte's lowest bits; n fills whole bytes.
+
+    >>> pack_bytes(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8), 4)
+    tensor([[33, 15]], dtype=torch.uint8)
+    """
+    apart = codes.view(len(codes), -1, 8 // bits)
+    found: Tensor = apart[:, :, 0].contiguous()  # (rows, bytes)
+    for place in range(1, apart.shape[2]):
+        found |= apart[:, :, place] << place * bits
+    return found
+
+
+def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
+    """The inverse: (rows, bytes) uint8 -> (rows, 8 bytes / bits) uint8."""
+    return torch.stack([packed >> place & (1 << bits) - 1 for place in range(0, 8, bits)], 2).flatten(1)
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse: (rows, words) int32 -> (rows, count) int8."""
-    packed = words.contiguous().view(torch.uint8)  # (rows, bytes)
-    found = torch.stack([packed >> place & (1 << bits) - 1 for place in range(0, 8, bits)], 2).flatten(1)[:, :count]
+    """The inverse of `pack_words`: (rows, words) int32 -> (rows, count) int8."""
+    found = unpack_bytes(words.contiguous().view(torch.uint8), bits)[:, :count]
     return (found - (1 << bits - 1)).view(torch.int8)

@@ -1,0 +1,37 @@
+"""What NVFP4 needs to know of a layer's inputs, which are rounded to it while serving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from bitpress import Stat, numerics
+from bitpress_nvfp4 import scales
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def observed(inputs: Tensor) -> dict[str, Stat]:
+    """The largest magnitude."""
+    return {"input_amax": Stat(numerics.absmax(inputs.float()), "max")}
+
+
+def global_scale(stats: Mapping[str, Stat]) -> Tensor:
+    """2688 / amax, one number; for inputs up to 2688 where nothing was observed."""
+    import torch
+
+    amax = stats["input_amax"].value if "input_amax" in stats else torch.tensor(numerics.E4M3_MAX * numerics.E2M1_MAX)
+    return scales.global_scale(amax, numerics.E4M3_MAX)
+
+
+def served(inputs: Tensor) -> Tensor:
+    """Inputs (tokens, in) as they will be rounded, but that the global scale is not known yet and taken to be 1.
+
+    What it is decides only how local scales round, not how far.
+    """
+    groups = numerics.grouped(inputs.float(), scales.GROUP)
+    amax = groups.abs().amax(2, keepdim=True)
+    mantissa, exponent = (amax / numerics.E2M1_MAX).frexp()
+    local = (mantissa * 16).round_().div_(16).ldexp(exponent).masked_fill_(amax == 0, 1.0)  # E4M3 has four significant bits
+    return numerics.round_e2m1(groups / local).mul_(local).view_as(inputs)
