@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from bitpress import chain
+from bitpress import chain, served
 from bitpress.errors import RecipeError, ShapeError
 from bitpress.layer import Layer, Record, Stat
 from bitpress.recipe import from_scheme
 from bitpress.schemes import Registry, Scheme, Step
+from bitpress.served import INPUTS
 
 WIDTHS = (256, 128, 64, 16, 8, 4, 2, 1)
 
@@ -105,6 +106,12 @@ def stored(step: Step, layer: Layer) -> Record:
     found = chain.record(chain.join([chain.pack(layer, [step])], tuple(layer.weight.shape)), [step])
     tensors = load(save({name: tensor.contiguous() for name, tensor in found.tensors.items()}))
     return Record(tensors, json.loads(json.dumps(found.config)))
+
+
+def rounded(step: Step, inputs: Tensor, record: Record) -> Tensor:
+    """What a loader computes with in place of inputs (tokens, in), by what is stored of the layer."""
+    tensors = {name: tensor for name, tensor in record.tensors.items() if name.startswith(INPUTS)}
+    return served.rounded(inputs, tensors, record.config or {}, [step])
 
 
 def same(a: Tensor, b: Tensor) -> bool:
