@@ -23,6 +23,7 @@ from bitpress import Finding, Record, Stat, hookimpl, numerics, option
 @attrs.frozen
 class Options(bitpress.Options):
     bits: int = option(8, "of a code")
+    coarse: float = option(0.0, "inputs are rounded to multiples of it")
     factors: str = option("", "rescale by these powers of two, repeated")
     deadly: str = option("", "a file: each layer adds a letter, and the process dies where it holds as many as its name says")
 
@@ -67,7 +68,13 @@ def serialize(layer, options):
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"], "seen": layer.parts["seen"][0].contiguous(),
                "behind": layer.parts["behind"].contiguous()}
-    return Record(tensors, {"format": "int-quantized", "weights": weights})
+    inputs = {"step": options.coarse} if options.coarse else None
+    return Record(tensors, {"format": "int-quantized", "weights": weights, "input_activations": inputs})
+
+@hookimpl
+def quantize_inputs(inputs, config):
+    step = config["input_activations"]["step"]
+    return (inputs / step).round() * step
 
 @hookimpl
 def restore(tensors): return tensors["weight"].float() * tensors["weight_scale"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitpress.calibrate.decoder import Decoder
-from bitpress.calibrate.recorder import record
+from bitpress.calibrate.recorder import head, record
 from bitpress.calibrate.states import States
 from bitpress.calibrate.streams import Streams
 from bitpress.calibrate.walk import Doors, course
@@ -78,6 +78,18 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(family: tuple[Path, st
             streams.leave()
     for i, batch in enumerate(BATCHES):
         assert torch.equal(states[i], last_hidden(folder, container, batch))
+
+
+def test_the_head_makes_of_the_last_block_s_outputs_what_the_whole_model_makes(family: tuple[Path, str]) -> None:
+    folder, container = family
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=FLOAT).eval()
+    with Reader() as reader, torch.no_grad():
+        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
+        with head(decoder, wrapped=container == "transformer.h") as logits:
+            hidden = last_hidden(folder, container, BATCHES[0]).flatten(0, 1)
+            found = torch.cat([logits(piece) for piece in hidden.split(7)])
+        expected = model(input_ids=BATCHES[0], use_cache=False).logits.flatten(0, 1)
+    torch.testing.assert_close(found, expected)
 
 
 def linear_names(block: nn.Module) -> list[str]:

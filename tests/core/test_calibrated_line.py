@@ -40,11 +40,14 @@ def run(model: Path, out: Path, *settings: str, **options: Any) -> Path:
     return out
 
 
-def dense(source: Path, out: Path, replaced: set[str]) -> torch.nn.Module:
-    """The source as transformers runs it, with those layers computing what the output's files say."""
+def dense(source: Path, out: Path, replaced: set[str], coarse: float = 0.0) -> torch.nn.Module:
+    """The source as transformers runs it, with those layers computing what the output's files say, from rounded inputs."""
     model, found = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), tensors_of(out)
     for name in replaced:
-        model.get_submodule(name).weight.data = found[f"{name}.weight"].float() * found[f"{name}.weight_scale"]
+        module = model.get_submodule(name)
+        module.weight.data = found[f"{name}.weight"].float() * found[f"{name}.weight_scale"]
+        if coarse:
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0] / coarse).round() * coarse)
     return model
 
 
@@ -73,15 +76,18 @@ def moved_before(source: Path, out: Path, layer: str, module: str) -> torch.Tens
     return sums_of_inputs(dense(source, out, set()), module, ids) - sums_of_inputs(now, module, ids)
 
 
-def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(tmp_path: Path, learner: Path) -> None:
+@pytest.mark.parametrize("coarse", [0.0, 0.5], ids=["inputs as they come", "inputs that are rounded while serving"])
+def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(
+    tmp_path: Path, learner: Path, coarse: float
+) -> None:
     source = runnable_model(tmp_path / "m")
-    out = run(source, tmp_path / "o", "bits=2")
+    out = run(source, tmp_path / "o", "bits=2", f"coarse={coarse}")
     found, ids = tensors_of(out), token_ids(source)
     compressed: set[str] = set()
     for block in range(3):
         for site in ORDER:
             layer = f"model.layers.{block}.{site}"
-            expected = sums_of_inputs(dense(source, out, compressed), layer, ids)
+            expected = sums_of_inputs(dense(source, out, compressed, coarse), layer, ids)
             torch.testing.assert_close(found[f"{layer}.seen"][0], expected, rtol=1e-4, atol=1e-2)
             members = [name for name in found if name.startswith(layer.rpartition(".")[0]) and name.endswith("_scale")]
             stack = {"self_attn.q_proj": "qkv", "self_attn.o_proj": "o", "mlp.gate_proj": "gu", "mlp.down_proj": "d"}[site]

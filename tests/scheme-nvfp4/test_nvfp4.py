@@ -17,6 +17,7 @@ from support import LLAMA, refusal, tensors_of, write_model
 from bitpress import chain, compress
 from bitpress.hardware import find
 from bitpress.layer import Layer, Record, Stat
+from bitpress.rounding import input_rounding
 from bitpress.schemes import Step, discover
 
 MAGNITUDES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -195,13 +196,26 @@ def test_a_layer_without_data_takes_inputs_up_to_2688() -> None:
     assert stored(quantised(numbers(8, 32), this), this).tensors["input_global_scale"].item() == 1.0
 
 
+def as_compressed_tensors_serves(x: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    arguments = QuantizationArgs(**FP4, dynamic="local")
+    groups = x.view(len(x), -1, 16)
+    scale, zero = calculate_qparams(groups.amin(2), groups.amax(2), arguments, global_scale=divisor)
+    return fake_quantize(x, scale, zero, arguments, global_scale=divisor)
+
+
+@pytest.mark.parametrize("divisor", [1.0, 100.0, 0.37])
+def test_inputs_are_rounded_as_compressed_tensors_rounds_them(divisor: float) -> None:
+    x = numbers(64, 64, spread=2)
+    x[3], x[:, 16:32] = 0, x[:, 16:32] / 1e6  # a token of zeros, and groups below the least scale
+    record = stored(quantised(numbers(8, 64), this := step(algorithm="rtn")), this)
+    tensors = {**record.tensors, "input_global_scale": torch.tensor([divisor])}
+    found = input_rounding(tensors, record.config, [this])(x)
+    assert torch.equal(found, as_compressed_tensors_serves(x, torch.tensor([divisor])))
+
+
 def test_statistics_are_taken_of_inputs_as_they_will_be_rounded() -> None:
     x = numbers(64, 32) * 7
-    x[0, 0] = 2688  # the global scale is 1
-    arguments = QuantizationArgs(**FP4, dynamic="local")
-    groups = x.view(64, 2, 16)
-    scale, zero = calculate_qparams(groups.amin(2), groups.amax(2), arguments, global_scale=torch.ones(1))
-    served = fake_quantize(x, scale, zero, arguments, global_scale=torch.ones(1))
+    served = as_compressed_tensors_serves(x, torch.ones(1))
     this = step()
     hessian = this.call("observe", inputs=x, reference=None, residual=None, weight=None)["hessian"].value
     torch.testing.assert_close(hessian, served.T @ served)

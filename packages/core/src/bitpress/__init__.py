@@ -1,7 +1,7 @@
 """Makes language models on disk smaller, one scheme package at a time.
 
 What plugin authors need (`Layer`, `Record`, `hookimpl`, ...) imports no torch; the functions that do the work (`compress`,
-`plan`, `verify`, `decompress`, `inspect`) are imported when they are first used.
+`plan`, `verify`, `decompress`, `inspect`, `eval`) are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from bitpress.layer import Finding, Layer, Record, Stat
 from bitpress.options import Options, option
 
 if TYPE_CHECKING:
-    from bitpress.run import compress, decompress, inspect, plan, verify
+    from bitpress.outputs import decompress, evaluate as eval, inspect, verify
+    from bitpress.run import compress, plan
 
 __version__ = version("bitpress-core")
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "VerificationError",
     "compress",
     "decompress",
+    "eval",
     "hookimpl",
     "inspect",
     "option",
@@ -54,7 +56,13 @@ __all__ = [
 ]
 
 
+_HOME = {
+    **dict.fromkeys(("compress", "plan"), "run"),
+    **dict.fromkeys(("decompress", "eval", "inspect", "verify"), "outputs"),
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("compress", "decompress", "inspect", "plan", "verify"):
-        return getattr(importlib.import_module("bitpress.run"), name)
+    if name in _HOME:
+        return getattr(importlib.import_module(f"bitpress.{_HOME[name]}"), "evaluate" if name == "eval" else name)
     raise AttributeError(f"module 'bitpress' has no attribute {name!r}")

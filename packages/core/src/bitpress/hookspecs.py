@@ -107,6 +107,20 @@ def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> 
 
 
 @hookspec(firstresult=True)
+def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor | None:
+    """(tokens, in) float32: the numbers that a loader computes with in place of a layer's inputs.
+
+    For `eval`, which runs the model as it will be served. A scheme whose config names `input_activations` needs it; others leave
+    it out. Where loaders differ, compressed-tensors' rule counts.
+
+    Args:
+        inputs: (tokens, in) float32.
+        tensors: what `serialize` stored of the layer under names that begin with `input_`.
+        config: the layer's config fragment.
+    """
+
+
+@hookspec(firstresult=True)
 def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor | None:
     """How far rounding may have moved each weight: non-negative float32 that broadcasts to (out, in).
 

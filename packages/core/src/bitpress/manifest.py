@@ -47,6 +47,31 @@ class LayerNote:
 
 
 @frozen
+class Check:
+    """How well a model predicts a text, and beside its source where that was run too (None where it was not).
+
+    Attributes:
+        sha256: of the tokens.
+        tokens: that were predicted.
+        rise: of the mean log-perplexity, in nats per token.
+        kl: mean KL divergence from the source's predictions, in nats per token.
+        top1: share of tokens whose most likely successor is the source's too.
+        drift: after each block, ||h - h'|| / ||h'|| of the hidden states h' of the source.
+    """
+
+    text: str
+    sha256: str
+    tokens: int
+    sequence_length: int
+    perplexity: float
+    source_perplexity: float | None = None
+    rise: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+    drift: tuple[float, ...] = ()
+
+
+@frozen
 class Manifest:
     """What `bitpress.json` holds.
 

@@ -1,4 +1,4 @@
-"""The commands as functions: `plan`, `compress`, `verify`, `inspect`, `decompress`."""
+"""The commands `plan` and `compress` as functions."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from attrs import frozen
 from bitpress import __version__, manifest, recipe, stream, verification
 from bitpress.calibrate import loop
 from bitpress.calibrate.loop import NOTES
-from bitpress.calibrate.memory import estimate
+from bitpress.calibrate.memory import RUNTIME as CALIBRATED_RUNTIME, estimate
 from bitpress.calibrate.site import BlockNotes
 from bitpress.calibrate.texts import Choice, Sequences, load
 from bitpress.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, resolve
 from bitpress.checkpoint.writer import OutputFolder, json_text
 from bitpress.compute import cores, device_named, torch_threads
-from bitpress.decompression import write_dense
-from bitpress.errors import CheckpointError, OutputError, RecipeError, VerificationError
-from bitpress.manifest import FileNote, LayerNote, Manifest, read_manifest
+from bitpress.errors import OutputError, RecipeError, VerificationError
+from bitpress.manifest import FileNote, LayerNote, Manifest
 from bitpress.planning import Plan, make_plan
 from bitpress.progress import Progress, Told, quiet
 from bitpress.recipe import Recipe
 from bitpress.schemes import discover
 
 RUNTIME = 450_000_000  # bytes of memory that Python with torch takes before any work
-CALIBRATED_RUNTIME = 550_000_000  # the same with transformers, and what their buffers and freed memory take
 
 
 @frozen(eq=False)
@@ -155,47 +153,6 @@ def carry_out(
     for name in notes:
         (output.folder / name).unlink(missing_ok=True)
     return note
-
-
-def verify(
-    out: str | Path, against: str | Path | None = None, threads: int | None = None, progress: Progress = quiet
-) -> verification.Report:
-    """Open an output again and prove it: files, config, scales, and with `against`, the source, every weight.
-
-    Raises:
-        BitpressError: the folder was not written by bitpress, or a scheme that wrote it is not installed.
-    """
-    folder, count = Path(out), threads or cores()
-    note = read_manifest(folder)
-    source = open_checkpoint(resolve(against)) if against is not None else None
-    faults = tuple(verification.verify_files(note.files, folder, count))
-    try:
-        checkpoint = open_checkpoint(folder)
-    except CheckpointError as e:
-        return verification.Report((*faults, str(e)), {})
-    size = sum(header.nbytes for header in checkpoint.headers.values())
-    with torch_threads(1):
-        report = verification.verify_tensors(_written(note, checkpoint), source, count, progress("verifying", size))
-    return verification.Report(faults + report.faults, report.errors)
-
-
-def inspect(out: str | Path) -> Manifest:
-    """What is inside an output: schemes, bits per weight, error per layer."""
-    return read_manifest(Path(out))
-
-
-def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -> None:
-    """Write the plain checkpoint that an output's loader computes with."""
-    checkpoint = open_checkpoint(Path(out))
-    written = _written(read_manifest(Path(out)), checkpoint)
-    total = sum(note.shape[0] * note.shape[1] * 2 for note in written.layers.values())
-    with torch_threads(1):
-        write_dense(written, OutputFolder(Path(dense)), progress("decompressing", total))
-
-
-def _written(note: Manifest, checkpoint: Checkpoint) -> verification.Written:
-    rules = recipe.from_json(note.recipe, discover(), str(checkpoint.folder / manifest.NAME))
-    return verification.written_by(note, checkpoint, rules)
 
 
 def _note(job: Job, output: OutputFolder, threads: int, digests: bool, found: Sequence[BlockNotes]) -> Manifest:

@@ -1,10 +1,10 @@
-"""A scale for FP8 activations that is found before serving, from how large a layer's inputs were on calibration data."""
+"""FP8 activations: a scale that is found before serving, from how large inputs were, and what rounding makes of inputs."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitpress import Stat, numerics
 
@@ -39,3 +39,13 @@ def _step(magnitude: Tensor, clip: Tensor) -> Tensor:
     unit = clip / numerics.E4M3_MAX
     power = (magnitude / unit).log2().floor().clamp(min=-6)
     return (power - 3).exp2() * unit
+
+
+def rounded(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """(tokens, in): the E4M3 numbers nearest to inputs, in units of a static scale or of amax / 448 per token, or per group."""
+    if "input_scale" in tensors:
+        scale = tensors["input_scale"].to(inputs.device).float()
+        return numerics.decode_e4m3(numerics.encode_e4m3(inputs, scale)) * scale
+    groups = inputs.reshape(-1, config["input_activations"].get("group_size") or inputs.shape[1])
+    scale = numerics.e4m3_scale(numerics.absmax(groups, dim=1))
+    return (numerics.decode_e4m3(numerics.encode_e4m3(groups, scale)) * scale).view_as(inputs)

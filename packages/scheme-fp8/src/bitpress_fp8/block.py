@@ -10,7 +10,7 @@ from attrs import frozen
 
 import bitpress
 from bitpress import Finding, Hardware, Layer, Record, ShapeError, hookimpl, numerics, option
-from bitpress_fp8 import e4m3, hardware as facts
+from bitpress_fp8 import activations, e4m3, hardware as facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +70,12 @@ def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
 def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """Half a step of E4M3 around each code."""
     return e4m3.bounded(tensors, _spread(tensors, config))
+
+
+@hookimpl
+def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """E4M3 numbers, per token and group of 128."""
+    return activations.rounded(inputs, tensors, config)
 
 
 @hookimpl

@@ -73,6 +73,12 @@ def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
 
 
 @hookimpl
+def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """E4M3 numbers, per token or with the stored scale."""
+    return activations.rounded(inputs, tensors, config)
+
+
+@hookimpl
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
     """Native from capability 8.9, tuned from 9.0; weight-only below; on CPUs only with a scale per channel."""
     if hardware.vendor != "cpu":

@@ -119,6 +119,12 @@ def restore(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 @hookimpl
+def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """Integers, per token or with the stored scale and zero point."""
+    return activations.rounded(inputs, tensors, config)
+
+
+@hookimpl
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
     """Integer arithmetic on nearly every device; best where there is no FP8. Facts: vLLM 0.32."""
     if hardware.vendor == "nvidia":

@@ -109,6 +109,12 @@ def restore(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 @hookimpl
+def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """E2M1 numbers with a local scale for every 16 and the stored global one."""
+    return activations.rounded(inputs, tensors["input_global_scale"].to(inputs.device))
+
+
+@hookimpl
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
     """Native on Blackwell; weights only, or emulated, elsewhere. Facts: vLLM 0.32."""
     weights_only = options.activations == "float"

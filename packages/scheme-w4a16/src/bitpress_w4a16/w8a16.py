@@ -15,12 +15,13 @@ from bitpress_w4a16.weight_only import (
     observe,
     pack,
     quantize,
+    quantize_inputs,
     rescale,
     restore,
     serialize,
 )
 
-__all__ = ["Options", "observe", "pack", "quantize", "rescale", "restore", "serialize", "validate_hardware"]
+__all__ = ["Options", "observe", "pack", "quantize", "quantize_inputs", "rescale", "restore", "serialize", "validate_hardware"]
 
 
 @frozen

@@ -164,3 +164,12 @@ def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     if zero is not None:
         zero = numerics.unpack_words(zero.T, bits, len(packed)).T  # (out, groups)
     return numerics.decode_integers(codes, tensors["weight_scale"], zero)
+
+
+@hookimpl
+def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """16-bit integers in units of the stored scale; nothing where activations stay as they are."""
+    if "input_scale" not in tensors:
+        return None
+    scale = tensors["input_scale"].to(inputs.device).float()
+    return (inputs / scale).round_().clamp_(-(1 << 15), (1 << 15) - 1).mul_(scale)

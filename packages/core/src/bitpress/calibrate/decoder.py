@@ -18,6 +18,7 @@ from torch import nn
 
 from bitpress.checkpoint.reader import Checkpoint, Reader
 from bitpress.errors import CheckpointError
+from bitpress.quantization import KEY
 
 
 class Decoder:
@@ -37,7 +38,7 @@ class Decoder:
         dtype: torch.dtype,
         trust: bool = False,
     ) -> None:
-        self.model = _build(checkpoint, trust)
+        self.model: Any = _build(checkpoint, trust)
         self.container = container
         self._checkpoint, self._reader, self._device, self._dtype = checkpoint, reader, device, dtype
         try:
@@ -50,6 +51,7 @@ class Decoder:
                 "under which the files name their layers: this layout cannot be calibrated yet"
             )
         self.blocks = list(blocks)
+        self._names = self._head_name()
         for name, module in self.model.named_modules():
             if not name.startswith(container) and next(module.parameters(recurse=False), None) is not None:
                 module.register_forward_pre_hook(self._filler(name))
@@ -97,8 +99,22 @@ class Decoder:
             tensor = buffer if entry is None else self._reader.whole(entry).to(buffer.dtype)
             module.get_submodule(owner)._buffers[leaf] = tensor.to(self._device)
 
+    def _head_name(self) -> dict[str, str]:
+        """The head's weight by the name that it has in the files, where that is another: the embeddings', if they are tied, or an
+        older one, which is that of the one tensor of its shape that belongs to nothing else.
+        """
+        modules = {module: f"{name}.weight" for name, module in self.model.named_modules()}
+        head, embeddings = (modules.get(get()) for get in (self.model.get_output_embeddings, self.model.get_input_embeddings))
+        if head is None or embeddings is None or head in self._checkpoint.entries:
+            return {}
+        if self.model.config.get_text_config().tie_word_embeddings:
+            return {head: embeddings}
+        shape, known = self.model.get_parameter(head).shape, {name for name, _ in self.model.named_parameters()}
+        others = [name for name, entry in self._checkpoint.entries.items() if entry.shape == shape and name not in known]
+        return {head: others[0]} if len(others) == 1 else {}
+
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        entry = self._checkpoint.entries.get(name)
+        entry = self._checkpoint.entries.get(self._names.get(name, name))
         if entry is None or entry.shape != shape:
             found = "is not in the files" if entry is None else f"has the shape {list(entry.shape)} and not {list(shape)}"
             raise CheckpointError(
@@ -118,6 +134,7 @@ def _build(checkpoint: Checkpoint, trust: bool) -> nn.Module:
 
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
+        config.__dict__.pop(KEY, None)  # weights are given as they are computed with
         with _parameters_on_meta():
             build: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
             model = build(config, trust_remote_code=trust)

@@ -9,6 +9,7 @@ from attrs import frozen
 
 from bitpress.planning import Plan
 
+RUNTIME = 550_000_000  # bytes that Python with torch and transformers takes, their buffers and freed memory
 BATCH = 2048  # tokens that are run through a block together
 OBSERVED = 4096  # tokens of which statistics are taken together
 TEMPORARY = 4  # numbers for each of those and each channel of the widest input: what is made of a batch on the way

@@ -6,7 +6,8 @@ its blocks are given.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ class Call:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output."""
-        found = block(hidden, *self.arguments, **self.keywords)
+        found = self.whole(block, hidden)
         return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+
+    def whole(self, block: nn.Module, hidden: Tensor) -> Any:
+        """All that the block returns; some wrap their output in a tuple."""
+        return block(hidden, *self.arguments, **self.keywords)
 
 
 @frozen(eq=False)
@@ -43,21 +48,28 @@ class _LastBlockReached(Exception):  # noqa: N818 (a way out, not a fault)
     """Raised when the last block has been called: what follows is not needed."""
 
 
-class _Recorder(nn.Module):
-    """Stands in for one block: notes the call and hands the hidden states on unchanged."""
+class _StandIn(nn.Module):
+    """A module in a block's place, which has the block's attributes."""
 
-    def __init__(self, block: nn.Module, last: bool) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, "_block", block)  # not a submodule: it is asked for attributes, never called
-        self.calls: list[Call] = []
-        self.hidden: Tensor | None = None
-        self._last = last
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(object.__getattribute__(self, "_block"), name)
+
+
+class _Recorder(_StandIn):
+    """Notes the call and hands the hidden states on unchanged."""
+
+    def __init__(self, block: nn.Module, last: bool) -> None:
+        super().__init__(block)
+        self.calls: list[Call] = []
+        self.hidden: Tensor | None = None
+        self._last = last
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Note the call."""
@@ -70,6 +82,37 @@ class _Recorder(nn.Module):
         if self._last:
             raise _LastBlockReached
         return hidden
+
+
+class _Replayer(_StandIn):
+    """Returns what it was told to, whatever it is called with."""
+
+    output: Any = None
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """What was told."""
+        return self.output
+
+
+@contextlib.contextmanager
+def head(decoder: Decoder, wrapped: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What the model makes of its last block's outputs: (tokens, channels) -> logits (tokens, vocabulary).
+
+    All of the model that follows its blocks is run, whatever it is; tokens must not know each other there.
+
+    Args:
+        wrapped: whether the blocks return their output in a tuple.
+    """
+    replayers = [_Replayer(block) for block in decoder.blocks]
+    with decoder.instead_of_blocks(list(replayers)) as model:
+
+        def logits(hidden: Tensor) -> Tensor:
+            batch = hidden.unsqueeze(0)
+            for replayer in replayers:
+                replayer.output = (batch,) if wrapped else batch
+            return model(inputs_embeds=batch, use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+        yield logits
 
 
 def record(

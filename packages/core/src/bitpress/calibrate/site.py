@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from bitpress import chain
 from bitpress.calibrate import folding, memory
+from bitpress.calibrate.sites import Site, in_order
 from bitpress.calibrate.streams import Arrival, Streams
 from bitpress.calibrate.walk import Doors
 from bitpress.errors import CheckpointError
 from bitpress.layer import Layer, Stat
 from bitpress.progress import Told
-from bitpress.shards import Shard, Stack
+from bitpress.rounding import input_rounding
+from bitpress.shards import Shard
 
 SAMPLE = 256  # tokens on which a layer's output error is measured
 UNUSABLE = 1e-3  # of a batch's tokens that may be NaN or infinite
@@ -49,27 +51,6 @@ class BlockNotes:
         return attrs.asdict(self)
 
 
-@frozen(eq=False)
-class Site:
-    """A stack inside a block that is being compressed.
-
-    Attributes:
-        weights: the stack's layers' weights in the block, by their full names.
-        entrance: the layer at which a forward comes to the stack, by its name within the block; None where none does.
-        writes: whether its output is added to the residual stream.
-    """
-
-    stack: Stack
-    weights: Mapping[str, Tensor]
-    entrance: str | None
-    writes: bool
-
-    @property
-    def weight(self) -> Tensor:
-        """(out, in) float32: all rows, with the numbers that the block computes with now."""
-        return torch.cat([weight.float() for weight in self.weights.values()])
-
-
 def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, head: int | None, told: Told) -> BlockNotes:
     """Compress a block's stacks in the order in which its forward comes to them; the block computes with the result afterwards.
 
@@ -79,11 +60,13 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
         head: channels of an attention head, where it is known.
     """
     notes = BlockNotes()
-    sites = _sites(shard, prefix, streams)
+    sites = in_order(shard, prefix, streams)
     entrances = [site.entrance for site in sites if site.entrance is not None]
     _rescale(sites, prefix, streams, head, notes)
     writers = [site.entrance for site in sites if site.entrance is not None and site.writes]
     doors = [Doors(block, entrances, writers) for block in (streams.block, streams.source) if block is not None]
+    for site in sites:
+        site.round_inputs()  # after doors: a layer's inputs are observed as they come
     for number, site in enumerate(sites):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -100,19 +83,6 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
     for door in doors:
         door.close()
     return notes
-
-
-def _sites(shard: Shard, prefix: str, streams: Streams) -> list[Site]:
-    """The block's stacks in the order in which a forward comes to them, those that it does not come to last."""
-    names = [module.removeprefix(prefix) for stack in shard.stacks for module in stack.members]
-    course = streams.course(names)
-    called = course.called
-    sites = []
-    for stack in shard.stacks:
-        entrance = next((name for name in called if prefix + name in stack.members), None)
-        weights = {m: streams.block.get_parameter(f"{m.removeprefix(prefix)}.weight") for m in stack.members}
-        sites.append(Site(stack, weights, entrance, entrance in course.writers and len(weights) == 1))
-    return sorted(sites, key=lambda site: called.index(site.entrance) if site.entrance else len(called))
 
 
 def _nothing(site: Site) -> list[dict[str, Stat]]:
@@ -169,21 +139,23 @@ def _note(site: Site, sample: Tensor | None, notes: BlockNotes) -> None:
 
 
 def _store(site: Site, quantised: Layer, sample: Tensor | None, write: Write, notes: BlockNotes) -> float:
-    """Write what is stored of every member, let the block compute with it, and return the largest output error."""
+    """Write what is stored of every member, let the block compute as it will be served, and return the largest output error."""
     steps = site.stack.steps
-    members = chain.split(quantised, [site.stack.members[name].shape[0] for name in site.weights])
+    members = chain.split(quantised, [entry.shape[0] for entry in site.stack.members.values()])
     for (name, weight), member in zip(site.weights.items(), members, strict=True):
         record = chain.record(chain.pack(member, steps), steps)
         site.stack.check(name, record)
         for suffix, tensor in record.tensors.items():
             write(f"{name}.{suffix}", tensor)
         restored = chain.restore(record.tensors, record.config, steps)
+        if (rounding := input_rounding(record.tensors, record.config, steps)) is not None:
+            site.roundings[name] = rounding
         if sample is not None:
             wanted = sample.float() @ weight.float().T
             size = float(wanted.norm())
             notes.errors[name] = float((sample.float() @ restored.T - wanted).norm()) / size if size else 0.0
         weight.copy_(restored)
-    return max((notes.errors.get(name, 0.0) for name in site.weights), default=0.0)
+    return max((notes.errors.get(name, 0.0) for name in site.modules), default=0.0)
 
 
 def _rescale(sites: Sequence[Site], prefix: str, streams: Streams, head: int | None, notes: BlockNotes) -> None:
@@ -203,7 +175,7 @@ def _rescale(sites: Sequence[Site], prefix: str, streams: Streams, head: int | N
     doors.close()
     shapes = {name: tuple(parameter.shape) for name, parameter in streams.block.named_parameters()}
     for site, stats in zip(numbered, observed, strict=True):
-        members = [name.removeprefix(prefix) for name in site.weights]
+        members = [name.removeprefix(prefix) for name in site.modules]
         made_by = folding.producer(members, shapes, head)
         layer = Layer(site.stack.name, site.weight, site.stack.dtype)
         factors = chain.rescale(layer, site.stack.steps, stats) if made_by else None

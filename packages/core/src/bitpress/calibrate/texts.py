@@ -55,6 +55,46 @@ class Sequences:
     warnings: tuple[str, ...]
 
 
+@frozen(eq=False)
+class Stretch:
+    """The tokens from a text's start in full sequences, and for each token the one that follows it.
+
+    Attributes:
+        inputs: (sequences, length) int64.
+        targets: (sequences, length) int64.
+        source: for people, a file's name or a dataset's.
+        digest: SHA-256 of shape and ids of the inputs.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    source: str
+    digest: str
+
+
+def stretch(
+    source: str, length: int, most: int, folder: Path, config: Mapping[str, Any], trust_remote_code: bool = False
+) -> Stretch:
+    """At most so many tokens of a text, tokenised as `load` does, in sequences of `length` that do not overlap.
+
+    Raises:
+        DataError: the numbers are none, or the text cannot be read or is too short.
+        CheckpointError: the folder has no usable tokenizer, or one that does not belong to this config.
+    """
+    if length < 1 or most < 1:
+        raise DataError(f"{most} tokens in sequences of {length}: both are at least 1")
+    tokenizer = _tokenizer(folder, trust_remote_code)
+    tokens, name = _tokenise(Choice(source), most + 1, tokenizer)
+    _check_vocabulary(tokens, tokenizer, folder, config)
+    tokens = tokens[: most + 1]
+    if len(tokens) <= SHORTEST:
+        raise DataError(f"{name}: it gives {len(tokens)} tokens, too few to judge a model by; give a longer text")
+    size = min(length, len(tokens) - 1, _number(config, "max_position_embeddings") or length)
+    count = (len(tokens) - 1) // size
+    inputs, targets = (tokens[start : start + count * size].view(count, size) for start in (0, 1))
+    return Stretch(inputs, targets, name, _digest(inputs))
+
+
 def load(choice: Choice, folder: Path, config: Mapping[str, Any], trust_remote_code: bool = False) -> Sequences:
     """Full sequences of tokens, made by the tokenizer of a model folder from the texts chosen.
 

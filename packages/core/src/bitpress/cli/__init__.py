@@ -1,22 +1,17 @@
-"""The command `bitpress`. Commands parse, call `bitpress.run`, and show; torch is imported only where work is done."""
+"""The command `bitpress`. Commands parse, call `run` or `outputs`, and show; torch is imported only where work is done."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import json
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import attrs
 import typer
 
 from bitpress import hardware
-from bitpress.cli import show
-from bitpress.errors import BitpressError, RecipeError, VerificationError
-from bitpress.progress import Progress, Told, quiet
+from bitpress.cli import show, terminal
+from bitpress.errors import BitpressError, VerificationError
 from bitpress.schemes import discover
 
 app = typer.Typer(
@@ -33,6 +28,9 @@ Ignore = Annotated[
     list[str] | None, typer.Option("--ignore", metavar="PATTERN", help="Leave matching layers alone; may be repeated.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Layers worked on side by side (default: one per core).")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code in the model's folder run.")]
+Device = Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="What computes.")]
+MaxMemory = Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="Refuse if more is needed: 4GB.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a Hub name.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that bitpress wrote.")]
 
@@ -48,9 +46,9 @@ def schemes(
     devices = hardware.KNOWN if device is None else (hardware.find(device),)
     if name is not None:
         step = registry.get(name).step()
-        _print(show.scheme_json(step, devices)) if as_json else show.scheme(step, devices)
+        terminal.document(show.scheme_json(step, devices)) if as_json else show.scheme(step, devices)
     else:
-        _print(show.registry_json(registry, devices)) if as_json else show.registry(registry, devices)
+        terminal.document(show.registry_json(registry, devices)) if as_json else show.registry(registry, devices)
 
 
 @app.command()
@@ -59,12 +57,12 @@ def plan(
     threads: Threads = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show what would be done, from headers alone."""
-    with _uncollected():
+    with terminal.uncollected():
         from bitpress import run
 
     work = run.plan(model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or ())
     memory = run.memory(work, threads)
-    _print(show.plan_json(work, memory)) if as_json else show.plan(work, memory)
+    terminal.document(show.plan_json(work, memory)) if as_json else show.plan(work, memory)
 
 
 @app.command()
@@ -79,19 +77,16 @@ def compress(
     samples: Annotated[int, typer.Option("--samples", help="Sequences taken of them.")] = 256,
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a sequence.")] = 512,
     seed: Annotated[int, typer.Option("--seed", help="0 takes sequences from the start, others draw them.")] = 0,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let code in the model's folder run.")] = False,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="What computes.")] = "cpu",
-    max_memory: Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="Refuse if more is needed: 4GB.")] = None,
-    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False, device: Device = "cpu", max_memory: MaxMemory = None, threads: Threads = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open and prove what was written; no digests.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a smaller model, and prove it."""
-    with _uncollected():
+    with terminal.uncollected():
         from bitpress import run
         from bitpress.calibrate.texts import Choice
 
-    limit = None if max_memory is None else _size(max_memory)
+    limit = terminal.size(max_memory)
     job = run.prepare(
         model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or (),
         calibration=Choice(calibration, samples, sequence_length, seed), trust_remote_code=trust_remote_code,
@@ -100,10 +95,10 @@ def compress(
     show.remarks(work, job.warnings)
     if calibration is not None and job.data is None:
         print("warning: no step of this recipe needs data: --calibration is not used", file=sys.stderr)
-    with _progress(as_json) as progress:
+    with terminal.progress(as_json) as progress:
         note = run.carry_out(job, out, device, threads, limit, not no_verify, trust_remote_code, progress)
     result = {"before": work.bytes_before, "after": work.bytes_after, "verified": not no_verify, **note.as_json()}
-    _print(result) if as_json else show.summary(note, work, out, verified=not no_verify)
+    terminal.document(result) if as_json else show.summary(note, work, out, verified=not no_verify)
 
 
 @app.command()
@@ -113,13 +108,13 @@ def verify(
     threads: Threads = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Open an output again and prove its files; exit 1 if something is wrong."""
-    with _uncollected():
-        from bitpress import run
+    with terminal.uncollected():
+        from bitpress import outputs
 
-    with _progress(as_json) as progress:
-        report = run.verify(out, against, threads, progress)
+    with terminal.progress(as_json) as progress:
+        report = outputs.verify(out, against, threads, progress)
     if as_json:
-        _print({"ok": not report.faults, "faults": report.faults, "errors": report.errors})
+        terminal.document({"ok": not report.faults, "faults": report.faults, "errors": report.errors})
     elif not report.faults:
         compared = f"{len(report.errors)} layers compared with {against}" if against else "no source given: weights not compared"
         print(f"{out}: nothing wrong ({compared})")
@@ -127,14 +122,36 @@ def verify(
         raise VerificationError(f"{out}: {len(report.faults)} faults", report.faults)
 
 
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[str, typer.Option("--text", metavar="FILE", help="What it is judged on: .txt, .jsonl, .parquet.")],
+    against: Annotated[str | None, typer.Option("--against", metavar="REFERENCE", help="The model to compare with.")] = None,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a sequence.")] = 512,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens taken of the text, from its start.")] = 65536,
+    trust_remote_code: TrustRemoteCode = False, device: Device = "cpu", max_memory: MaxMemory = None,
+    threads: Threads = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Perplexity of a model on a text; against another, KL divergence and top-1 agreement."""
+    with terminal.uncollected():
+        from bitpress import outputs
+
+    with terminal.progress(as_json) as progress:
+        found = outputs.evaluate(
+            model, text, against, sequence_length=sequence_length, max_tokens=max_tokens, device=device, threads=threads,
+            max_memory=terminal.size(max_memory), trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    terminal.document({"model": model, "against": against, **attrs.asdict(found)}) if as_json else show.check(found)
+
+
 @app.command()
 def inspect(out: Out, as_json: Json = False) -> None:
     """Show what is inside an output: schemes, bits per weight, error per layer."""
-    with _uncollected():
-        from bitpress import run
+    with terminal.uncollected():
+        from bitpress import outputs
 
-    note = run.inspect(out)
-    _print(note.as_json() | {"bits": note.bits}) if as_json else show.manifest(note)
+    note = outputs.inspect(out)
+    terminal.document(note.as_json() | {"bits": note.bits}) if as_json else show.manifest(note)
 
 
 @app.command()
@@ -142,11 +159,11 @@ def decompress(
     out: Out, dense: Annotated[Path, typer.Argument(metavar="DENSE", help="The folder to write the plain model into.")],
 ) -> None:  # fmt: skip
     """Write a plain checkpoint with the weights that an output's loader computes with."""
-    with _uncollected():
-        from bitpress import run
+    with terminal.uncollected():
+        from bitpress import outputs
 
-    with _progress(False) as progress:
-        run.decompress(out, dense, progress)
+    with terminal.progress(False) as progress:
+        outputs.decompress(out, dense, progress)
     print(f"{dense}: written")
 
 
@@ -191,48 +208,3 @@ def main() -> None:
 def _fail(message: str, code: int = 2) -> int:
     print(f"bitpress: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _print(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str))
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", text.lower())
-    try:
-        number = float(found[1]) if found else -1.0
-    except ValueError:
-        number = -1.0
-    if not found or number < 0:
-        raise RecipeError(f"--max-memory {text}: a size such as 4GB or 500MB is expected")
-    return int(number * 1000 ** " kmgt".index(found[2] or " "))
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Imports inside make objects that stay to the end: looking through them for garbage costs a third of importing torch."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-@contextlib.contextmanager
-def _progress(silent: bool) -> Iterator[Progress]:
-    """A bar per stage with the time left, on a terminal; nothing elsewhere."""
-    if silent or not sys.stderr.isatty():
-        yield quiet
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress as Bars, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-
-        def stage(stage: str, total: int) -> Told:
-            task = bars.add_task(stage, total=total)
-            return lambda done, what="": bars.update(task, advance=done, description=f"{stage} {what}".strip())
-
-        yield stage

@@ -16,7 +16,7 @@ from bitpress.options import choices
 from bitpress.schemes import Registry, Step
 
 if TYPE_CHECKING:
-    from bitpress.manifest import Manifest
+    from bitpress.manifest import Check, Manifest
     from bitpress.planning import Plan
 
 USABLE = ("recommended", "supported")
@@ -149,6 +149,19 @@ def manifest(note: Manifest) -> None:
     ]
     _table(("layer", "steps", "bits per weight", "relative error"), rows)
     print(f"\n{len(rows)} layers, {note.bits:.2f} bits per weight")
+
+
+def check(found: Check) -> None:
+    """How well a model predicts a text, and how far it is from another."""
+    print(f"{found.tokens:,} tokens of {found.text} in sequences of {found.sequence_length}")
+    if found.kl is None:
+        print(f"perplexity       {found.perplexity:.4f}")
+        return
+    print(
+        f"perplexity       {found.perplexity:.4f}, the source's {found.source_perplexity:.4f} ({found.rise:+.6f} nats per token)"
+    )
+    print(f"KL divergence    {found.kl:.6f} nats per token")
+    print(f"top-1 agreement  {found.top1:.3%}")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

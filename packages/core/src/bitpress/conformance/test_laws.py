@@ -191,9 +191,27 @@ def test_weights_lie_within_the_bound_of_the_source(step: Step, kind: str) -> No
     assert ((layer.weight - weight).abs() <= limit).all(), "`bound` is smaller than what `quantize` moved a weight by"
 
 
-def _needs(step: Step, hook: str) -> None:
+def test_what_the_config_says_of_activations_can_be_computed(step: Step) -> None:
+    layer = trial.quantize(step, trial.weights(step)["normal"])
+    record = trial.stored(step, layer)
+    if not (record.config or {}).get("input_activations"):
+        pytest.skip("activations stay as they are")
+    _needs(step, "quantize_inputs", "the config names `input_activations`, and `eval` must know what they become")
+    inputs = trial.inputs(step).float()
+    inputs[5] = 0
+    kept, made = inputs.clone(), trial.rounded(step, inputs, record)
+    assert torch.equal(inputs, kept), "`quantize_inputs` changed the inputs it was given"
+    assert (made.dtype, made.shape) == (torch.float32, inputs.shape), "`quantize_inputs` must return float32 of the inputs' shape"
+    assert made.isfinite().all(), "`quantize_inputs` made NaN or infinity of finite inputs"
+    assert (made[5] == 0).all(), "`quantize_inputs` must leave a token of zeros zero"
+    assert (made - inputs).norm() < inputs.norm() / 2, "`quantize_inputs` must return numbers near to the inputs"
+    tokens = torch.cat([trial.rounded(step, token, record) for token in torch.split(inputs, 1)])
+    assert torch.equal(tokens, made), "`quantize_inputs` must not mix tokens: an engine batches them as it likes"
+
+
+def _needs(step: Step, hook: str, must: str | None = None) -> None:
     if not step.scheme.has(hook):
-        pytest.skip(f"the scheme has no `{hook}` hook")
+        (pytest.fail if must else pytest.skip)(f"the scheme has no `{hook}` hook" + (f": {must}" if must else ""))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

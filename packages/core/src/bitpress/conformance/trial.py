@@ -15,6 +15,7 @@ from bitpress import chain
 from bitpress.errors import RecipeError, ShapeError
 from bitpress.layer import Layer, Record, Stat
 from bitpress.recipe import from_scheme
+from bitpress.rounding import input_rounding
 from bitpress.schemes import Registry, Scheme, Step
 
 WIDTHS = (256, 128, 64, 16, 8, 4, 2, 1)
@@ -105,6 +106,13 @@ def stored(step: Step, layer: Layer) -> Record:
     found = chain.record(chain.join([chain.pack(layer, [step])], tuple(layer.weight.shape)), [step])
     tensors = load(save({name: tensor.contiguous() for name, tensor in found.tensors.items()}))
     return Record(tensors, json.loads(json.dumps(found.config)))
+
+
+def rounded(step: Step, inputs: Tensor, record: Record) -> Tensor:
+    """What a loader computes with in place of inputs (tokens, in), by what is stored of the layer."""
+    rounding = input_rounding(record.tensors, record.config, [step])
+    assert rounding is not None
+    return rounding(inputs)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,231 @@
+"""How well a model predicts a text, and how far its predictions are from another's: block by block, in bounded memory.
+
+Both models go through their blocks side by side, one block in memory at a time; logits are made for a few tokens at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import attrs
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from bitpress.calibrate import memory
+from bitpress.calibrate.decoder import Decoder
+from bitpress.calibrate.recorder import head, record
+from bitpress.calibrate.texts import Stretch
+from bitpress.checkpoint.reader import Reader
+from bitpress.errors import CheckpointError, RecipeError
+from bitpress.manifest import Check
+from bitpress.progress import Told
+from bitpress.served import Subject
+from bitpress.stacks import block_index
+
+LOGITS = 1 << 23  # numbers that are made at a time, for each model
+HELD = 4  # times as many are held while they are compared
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def evaluate(
+    subject: Subject, against: Subject | None, text: Stretch, device: torch.device, place: Path | None, trust: bool, told: Told
+) -> Check:
+    """The figures of a model on a text, and beside another where one is given, computed in float32.
+
+    KL is the mean over tokens of Σ p (log p - log q), p being what the other model expects; top-1 the share of tokens whose most
+    likely successor is the same.
+
+    Args:
+        place: a folder in which hidden states are kept; None keeps them in memory.
+        told: is told the bytes of every tensor of a block.
+
+    Raises:
+        CheckpointError: transformers cannot build a model, the two are unlike, or one makes numbers that are not finite.
+    """
+    batches = torch.split(text.inputs, max(memory.BATCH // text.inputs.shape[1], 1))
+    with torch.no_grad():
+        runs = [_Run(s, batches, device, place, trust) for s in (subject, against) if s is not None]
+        if len({len(run.decoder) for run in runs}) > 1:
+            raise CheckpointError(f"{subject.checkpoint.folder}: the models have not the same number of blocks: not one's result")
+        drift = []
+        for index in range(len(runs[0].decoder)):
+            for run in runs:
+                run.advance(index, told)
+                memory.give_back()
+            drift.append(_distance(runs))
+        with contextlib.ExitStack() as stack:
+            heads = [
+                stack.enter_context(head(run.decoder, run.wrapped)) for run in (runs[:1] if _one_head(subject, against) else runs)
+            ]
+            sums = _compare(runs, heads * (3 - len(heads)), torch.split(text.targets, len(batches[0])))
+    return _figures(sums, text, drift if against else [])
+
+
+def need(subject: Subject, against: Subject | None, tokens: int) -> tuple[int, int]:
+    """Bytes that `evaluate` holds with hidden states on disk, and in memory, beyond what the interpreter takes."""
+    blocks: dict[int, int] = {}
+    outside, width, hidden = 0, 1, 1 << 62
+    for entry in subject.checkpoint.entries.values():
+        index = block_index(entry.name, subject.container)
+        if index is None:
+            outside += entry.numel
+        else:
+            blocks[index] = blocks.get(index, 0) + entry.numel
+            if len(entry.shape) == 2:
+                width, hidden = max(width, *entry.shape), min(hidden, entry.shape[1])
+    models = 1 if against is None else 2
+    block = max(blocks.values(), default=0) + memory.TEMPORARY * memory.BATCH * width
+    least = memory.NUMBER * max(outside, block, outside // 2 + HELD * models * LOGITS)
+    return least, least + memory.NUMBER * models * tokens * hidden
+
+
+def spill(subject: Subject, against: Subject | None, tokens: int, limit: int | None, folder: Path) -> Path | None:
+    """Where an evaluation keeps its hidden states: in memory (None) where that is allowed, else in a folder.
+
+    Raises:
+        RecipeError: the limit, in bytes, is too low for either.
+    """
+    least, held = (memory.RUNTIME + size for size in need(subject, against, tokens))
+    if limit is not None and limit < least:
+        raise RecipeError(
+            f"running the model needs about {least / 1e6:,.0f} MB of memory, more than the {limit / 1e6:,.0f} MB allowed"
+        )
+    return folder if held > (memory.RUNTIME + memory.available() // 2 if limit is None else limit) else None
+
+
+def work(subject: Subject, against: Subject | None) -> int:
+    """The bytes that `evaluate` tells of."""
+    subjects = [s for s in (subject, against) if s is not None]
+    entries = [(e, s.container) for s in subjects for e in s.checkpoint.entries.values()]
+    return memory.NUMBER * sum(e.numel for e, container in entries if block_index(e.name, container) is not None)
+
+
+class _Run:
+    """A model on its way through its blocks."""
+
+    def __init__(
+        self, subject: Subject, batches: Sequence[Tensor], device: torch.device, place: Path | None, trust: bool
+    ) -> None:
+        self.decoder = Decoder(subject.checkpoint, subject.container, subject.reader, device, torch.float32, trust)
+        self.wrapped = False
+        self._subject, self.device = subject, device
+        recording = record(self.decoder, batches, device, torch.float32, place)
+        self.states, self._calls = recording.hidden, recording.calls
+
+    def advance(self, index: int, told: Told) -> None:
+        """Go through one block."""
+        prefix = f"{self._subject.container}.{index}."
+        block = self.decoder.block(index)
+        for name, rounding in self._subject.rounding.items():
+            if name.startswith(prefix):
+                block.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(_rounded(rounding))
+        calls, self._calls[index] = self._calls[index], []
+        for i, call in enumerate(calls):
+            found = call.whole(block, self.states[i].to(self.device))
+            self.wrapped = isinstance(found, tuple)
+            self.states[i] = found[0] if self.wrapped else found
+        told(memory.NUMBER * sum(parameter.numel() for parameter in block.parameters()), prefix.removesuffix("."))
+
+
+def _rounded(rounding: Logits) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A hook that rounds a layer's inputs."""
+
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs = arguments[0]
+        return (rounding(inputs.flatten(0, -2).float()).view(inputs.shape).to(inputs.dtype), *arguments[1:])
+
+    return hook
+
+
+def _distance(runs: Sequence[_Run]) -> float:
+    """||h - h'|| / ||h'|| of the hidden states of two models."""
+    if len(runs) < 2:
+        return 0.0
+    moved = size = 0.0
+    for i in range(len(runs[0].states)):
+        ours, theirs = runs[0].states[i], runs[1].states[i]
+        moved += float((ours - theirs).square().sum(dtype=torch.float64))
+        size += float(theirs.square().sum(dtype=torch.float64))
+    return math.sqrt(moved / size) if size else 0.0
+
+
+def _one_head(subject: Subject, against: Subject | None) -> bool:
+    """Whether all that lies outside the blocks is the same to the byte, so that one copy in memory does for both."""
+    if against is None:
+        return True
+    ours, theirs = (
+        {name: e for name, e in s.checkpoint.entries.items() if block_index(name, s.container) is None}
+        for s in (subject, against)
+    )
+    if {n: (e.dtype, e.shape) for n, e in ours.items()} != {n: (e.dtype, e.shape) for n, e in theirs.items()}:
+        return False
+    with Reader() as reader:
+        return all(
+            torch.equal(a, b)
+            for name, entry in ours.items()
+            for a, b in zip(reader.chunks(entry), reader.chunks(theirs[name]), strict=True)
+        )
+
+
+@frozen
+class _Sums:
+    """Over tokens: -log q and -log p of what follows, Σ p (log p - log q), and how often both expect the same."""
+
+    nll: float
+    nll_against: float
+    kl: float
+    same: int
+
+
+def _compare(runs: Sequence[_Run], heads: Sequence[Logits], targets: Sequence[Tensor]) -> _Sums:
+    nll = nll_against = kl = 0.0
+    same = 0
+    for made, wanted in _pieces(runs, heads, targets):
+        q = made[0].float().log_softmax(-1)  # (tokens, vocabulary)
+        nll -= float(q.gather(1, wanted).sum(dtype=torch.float64))
+        if len(made) > 1:
+            p = made[1].float().log_softmax(-1)
+            nll_against -= float(p.gather(1, wanted).sum(dtype=torch.float64))
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            kl += float(nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(dtype=torch.float64))
+    return _Sums(nll, nll_against, kl, same)
+
+
+def _pieces(runs: Sequence[_Run], heads: Sequence[Logits], targets: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """For a few tokens at a time each model's logits (tokens, vocabulary), and the tokens that follow (tokens, 1)."""
+    count = 1
+    for i, batch in enumerate(targets):
+        states = [run.states[i].flatten(0, -2) for run in runs]  # (tokens, channels)
+        wanted, at = batch.reshape(-1, 1), 0
+        while at < len(wanted):
+            made = [
+                logits(state[at : at + count].to(run.device)) for logits, state, run in zip(heads, states, runs, strict=False)
+            ]
+            if len({logits.shape[1] for logits in made}) > 1:
+                raise CheckpointError("the models have vocabularies of unlike size: their predictions cannot be compared")
+            yield made, wanted[at : at + count].to(made[0].device)
+            at, count = at + count, max(LOGITS // made[0].shape[1], 1)
+
+
+def _figures(sums: _Sums, text: Stretch, drift: Sequence[float]) -> Check:
+    count = text.targets.numel()
+    if not math.isfinite(sums.nll + sums.nll_against + sums.kl):
+        raise CheckpointError(
+            "the model makes NaN or infinity of this text: its weights are damaged, or the text is none of its kind"
+        )
+    found = Check(text.source, text.digest, count, text.inputs.shape[1], _perplexity(sums.nll / count))
+    if not drift:
+        return found
+    return attrs.evolve(
+        found, source_perplexity=_perplexity(sums.nll_against / count), rise=(sums.nll - sums.nll_against) / count,
+        kl=sums.kl / count, top1=sums.same / count, drift=tuple(drift),
+    )  # fmt: skip
+
+
+def _perplexity(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # beyond it no float holds it

@@ -1,0 +1,100 @@
+"""What is done with a model that is on disk, as functions: `verify`, `inspect`, `evaluate`, `decompress`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from bitpress import evaluate as evaluation, manifest, recipe, stacks, verification
+from bitpress.calibrate.texts import stretch
+from bitpress.checkpoint.reader import Checkpoint, Reader, open_checkpoint, resolve
+from bitpress.checkpoint.writer import OutputFolder
+from bitpress.compute import cores, device_named, torch_threads
+from bitpress.decompression import write_dense
+from bitpress.errors import CheckpointError
+from bitpress.manifest import Check, Manifest, read_manifest
+from bitpress.progress import Progress, quiet
+from bitpress.quantization import quantised_already
+from bitpress.schemes import discover
+from bitpress.served import Subject, plain, served
+
+LENGTH = 512  # tokens of a sequence that a model is judged by
+TOKENS = 65536
+
+
+def verify(
+    out: str | Path, against: str | Path | None = None, threads: int | None = None, progress: Progress = quiet
+) -> verification.Report:
+    """Open an output again and prove it: files, config, scales, and with `against`, the source, every weight.
+
+    Raises:
+        BitpressError: the folder was not written by bitpress, or a scheme that wrote it is not installed.
+    """
+    folder, count = Path(out), threads or cores()
+    note = read_manifest(folder)
+    source = open_checkpoint(resolve(against)) if against is not None else None
+    faults = tuple(verification.verify_files(note.files, folder, count))
+    try:
+        checkpoint = open_checkpoint(folder)
+    except CheckpointError as e:
+        return verification.Report((*faults, str(e)), {})
+    size = sum(header.nbytes for header in checkpoint.headers.values())
+    with torch_threads(1):
+        report = verification.verify_tensors(_written(note, checkpoint), source, count, progress("verifying", size))
+    return verification.Report(faults + report.faults, report.errors)
+
+
+def inspect(out: str | Path) -> Manifest:
+    """What is inside an output: schemes, bits per weight, error per layer."""
+    return read_manifest(Path(out))
+
+
+def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -> None:
+    """Write the plain checkpoint that an output's loader computes with."""
+    checkpoint = open_checkpoint(Path(out))
+    written = _written(read_manifest(Path(out)), checkpoint)
+    total = sum(note.shape[0] * note.shape[1] * 2 for note in written.layers.values())
+    with torch_threads(1):
+        write_dense(written, OutputFolder(Path(dense)), progress("decompressing", total))
+
+
+def evaluate(
+    model: str | Path, text: str | Path, against: str | Path | None = None, *, sequence_length: int = LENGTH,
+    max_tokens: int = TOKENS, device: str = "cpu", threads: int | None = None, max_memory: int | None = None,
+    trust_remote_code: bool = False, progress: Progress = quiet,
+) -> Check:  # fmt: skip
+    """How well a model predicts a text; and with `against`, how far its predictions are from that model's.
+
+    Args:
+        model: a plain model, or one that bitpress wrote: it is run as it will be served, activations rounded.
+        text: a .jsonl, .txt or .parquet file.
+        against: as `model`; usually its source.
+
+    Raises:
+        BitpressError: the text, or a model, cannot be used.
+    """
+    target = device_named(device)
+    with Reader() as reader, torch_threads(threads or cores()):
+        subject = _subject(resolve(model), reader)
+        other = None if against is None else _subject(resolve(against), reader)
+        origin = (other or subject).checkpoint
+        tokens = stretch(str(text), sequence_length, max_tokens, origin.folder, origin.config, trust_remote_code)
+        place = evaluation.spill(subject, other, tokens.inputs.numel(), max_memory, Path(tempfile.gettempdir()))
+        told = progress("evaluating", evaluation.work(subject, other))
+        return evaluation.evaluate(subject, other, tokens, target, place, trust_remote_code, told)
+
+
+def _subject(folder: Path, reader: Reader) -> Subject:
+    """A plain model, or one that bitpress wrote, ready to be run."""
+    checkpoint = open_checkpoint(folder)
+    if (folder / manifest.NAME).is_file():
+        written = _written(read_manifest(folder), checkpoint)
+        return served(written, reader, stacks.container(next(iter(written.layers))), folder)
+    if method := quantised_already(checkpoint.config):
+        raise CheckpointError(f"{folder} is quantised ({method}), and not by bitpress: only plain models and its own can be run")
+    return plain(checkpoint, reader, stacks.container(next(iter(stacks.linear_layers(checkpoint)))))
+
+
+def _written(note: Manifest, checkpoint: Checkpoint) -> verification.Written:
+    rules = recipe.from_json(note.recipe, discover(), str(checkpoint.folder / manifest.NAME))
+    return verification.written_by(note, checkpoint, rules)

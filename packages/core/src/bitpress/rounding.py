@@ -1,0 +1,39 @@
+"""What a loader makes of a layer's inputs before it computes with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitpress.schemes import Scheme, Step
+
+INPUTS = "input_"  # what the names of stored tensors begin with that tell of activations
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+def rounds(config: Mapping[str, Any] | None) -> bool:
+    """Whether a layer's inputs are rounded while serving."""
+    return bool(config and config.get("input_activations"))
+
+
+def input_rounding(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step]) -> Rounding | None:
+    """(tokens, in) -> (tokens, in) float32, by the scheme that wrote a layer; None where it rounds nothing, or does not say how.
+
+    Args:
+        tensors: what is stored of the layer.
+        config: its config fragment.
+    """
+    scheme = next((step.scheme for step in reversed(steps) if step.scheme.has("quantize_inputs")), None)
+    if scheme is None or not rounds(config):
+        return None
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(INPUTS)}
+    return functools.partial(_rounded, scheme, own, config)
+
+
+def _rounded(scheme: Scheme, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, inputs: Tensor) -> Tensor:
+    return torch.as_tensor(scheme.call("quantize_inputs", inputs=inputs.float(), tensors=tensors, config=config))
