@@ -1,9 +1,9 @@
-"""Calibrated W4A16 beside llm-compressor's GPTQ: CPU seconds on 8 blocks, peak memory on 24.
+"""Calibrated W4A16 beside llm-compressor's GPTQ: CPU seconds on 8 blocks, peak memory on 24, narrow and wide.
 
     python benchmarks/calibrated.py --theirs /path/to/llmcompressor-env/bin/python [--work DIR] [--json FILE]
 
-The same made-up Llamas (hidden 1024, intermediate 2816) and the same tokens of ../shared/calib/calib.jsonl for both, one thread
-each, in turn. Ours runs whole, with its verification; twice where memory is looked at: free to use it, and told not to.
+The same made-up Llamas and the same tokens of ../shared/calib/calib.jsonl for both, one thread each, in turn. Ours runs whole,
+with its verification; twice where memory is looked at: free to use it, and told not to.
 """
 
 from __future__ import annotations
@@ -15,15 +15,27 @@ import sys
 from pathlib import Path
 
 import models
-from attrs import asdict
+from attrs import asdict, frozen
 from measure import run
 
 ROOT = Path(__file__).parents[1]
 PEER = Path(__file__).parent / "peers/llmcompressor_gptq.py"
 TEXTS = ROOT / "../shared/calib/calib.jsonl"
 LENGTH = 512  # tokens of a sequence
-CASES = {8: 64, 24: 16}  # blocks: sequences
-SHORT = "1.4GB"  # allowed to ours where memory is short
+
+
+@frozen
+class Case:
+    """A model's shape, how many sequences it is calibrated on, and how much memory ours is allowed the second time."""
+
+    blocks: int
+    hidden: int
+    intermediate: int
+    samples: int
+    short: str | None = None
+
+
+CASES = (Case(8, 1024, 2816, 64), Case(24, 1024, 2816, 16, "1.1GB"), Case(24, 2048, 5632, 8, "2.2GB"))
 
 
 def main() -> None:
@@ -33,21 +45,26 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     found = {}
-    print("| blocks, tokens | | CPU s | wall s | peak MB |\n|---|---|---|---|---|")
-    for blocks, samples in CASES.items():
-        source, out = arguments.work / f"llama-{blocks}", arguments.work / "out"
-        models.make(source, blocks=blocks, hidden=1024, intermediate=2816, vocabulary=4096)
+    print("| blocks, hidden, tokens | | CPU s | wall s | peak MB |\n|---|---|---|---|---|")
+    for case in CASES:
+        source, out = arguments.work / f"llama-{case.blocks}-{case.hidden}", arguments.work / "out"
+        models.make(source, case.blocks, case.hidden, case.intermediate, vocabulary=4096)
         for file in (ROOT / "examples/tiny-llama").glob("tokenizer*"):
             shutil.copy(file, source)
-        data = ["--calibration", TEXTS, "--samples", samples, "--sequence-length", LENGTH]
+        data = ["--calibration", TEXTS, "--samples", case.samples, "--sequence-length", LENGTH]
         ours = [sys.executable, "-m", "bitpress", "compress", source, out, "--scheme", "w4a16", "--threads", 1, *data]
-        commands = {"bitpress": ours, "llm-compressor": [arguments.theirs, PEER, source, out, "W4A16", TEXTS, samples, LENGTH]}
-        if blocks > 8:
-            commands[f"bitpress --max-memory {SHORT}"] = [*ours, "--max-memory", SHORT]
+        commands = {
+            "bitpress": ours,
+            "llm-compressor": [arguments.theirs, PEER, source, out, "W4A16", TEXTS, case.samples, LENGTH],
+        }
+        if case.short:
+            commands[f"bitpress --max-memory {case.short}"] = [*ours, "--max-memory", case.short]
+        tokens = case.samples * LENGTH
         for name, command in commands.items():
             shutil.rmtree(out, ignore_errors=True)
-            cost = found[f"{blocks} blocks, {name}"] = run(command)
-            print(f"| {blocks}, {samples * LENGTH} | {name} | {cost.cpu:.0f} | {cost.wall:.0f} | {cost.memory:.0f} |", flush=True)
+            cost = found[f"{case.blocks} blocks of {case.hidden}, {name}"] = run(command)
+            told = f"{case.blocks}, {case.hidden}, {tokens} | {name} | {cost.cpu:.0f} | {cost.wall:.0f} | {cost.memory:.0f}"
+            print(f"| {told} |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({name: asdict(cost) for name, cost in found.items()}, indent=2) + "\n")
 
