@@ -38,7 +38,7 @@ ALLOWED = {
     "chain": VALUES | {"schemes"},
     "shards": VALUES | {"chain", "checkpoint", "schemes", "stacks"},
 }
-BELOW_RUN = set(ALLOWED) | {"planning", "stream", "verification", "decompression", "calibrate", "served"}
+BELOW_RUN = set(ALLOWED) | {"planning", "stream", "verification", "decompression", "calibrate", "served", "evaluate", "checking"}
 
 
 def part(file: Path) -> str:

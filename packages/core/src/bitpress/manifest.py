@@ -84,6 +84,7 @@ class Manifest:
         data: what the run was calibrated on, and its digest; None where it needed no data.
         warnings: what was found on the way, one line each.
         rescaled: by tensor of the source, the exponents of two by which its "columns" and "rows" were multiplied first.
+        check: how well it predicts a text; None where that was not asked for.
     """
 
     bitpress: str
@@ -96,6 +97,7 @@ class Manifest:
     data: Mapping[str, str] | None = None
     warnings: tuple[str, ...] = ()
     rescaled: Mapping[str, Rescaled] = field(factory=dict)
+    check: Check | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -123,7 +125,8 @@ def read_manifest(folder: Path) -> Manifest:
             name: LayerNote(**{**note, "steps": tuple(note["steps"]), "shape": tuple(note["shape"])})
             for name, note in table["layers"].items()
         }
-        return Manifest(**{**table, **notes, "layers": layers, "warnings": tuple(table.get("warnings", ()))})
+        check = Check(**{**table["check"], "drift": tuple(table["check"]["drift"])}) if table.get("check") else None
+        return Manifest(**{**table, **notes, "layers": layers, "warnings": tuple(table.get("warnings", ())), "check": check})
     except (KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{folder / NAME}: it is not what this version writes ({type(e).__name__}: {e})") from None
 

@@ -18,9 +18,6 @@ from bitpress.quantization import quantised_already
 from bitpress.schemes import discover
 from bitpress.served import Subject, plain, served
 
-LENGTH = 512  # tokens of a sequence that a model is judged by
-TOKENS = 65536
-
 
 def verify(
     out: str | Path, against: str | Path | None = None, threads: int | None = None, progress: Progress = quiet
@@ -59,8 +56,8 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -
 
 
 def evaluate(
-    model: str | Path, text: str | Path, against: str | Path | None = None, *, sequence_length: int = LENGTH,
-    max_tokens: int = TOKENS, device: str = "cpu", threads: int | None = None, max_memory: int | None = None,
+    model: str | Path, text: str | Path, against: str | Path | None = None, *, sequence_length: int = evaluation.LENGTH,
+    max_tokens: int = evaluation.TOKENS, device: str = "cpu", threads: int | None = None, max_memory: int | None = None,
     trust_remote_code: bool = False, progress: Progress = quiet,
 ) -> Check:  # fmt: skip
     """How well a model predicts a text; and with `against`, how far its predictions are from that model's.

@@ -81,13 +81,19 @@ def served(written: Written, reader: Reader, container: str, built_from: Path) -
         name, place = f"{module}.weight", next(iter(stored.values()))
         entries[name] = Entry(name, "F32", note.shape, place.file, place.start)
         config, steps = written.planned(module, note.shape[0]).config, written.steps(module)
-        if config is not None and config.get("input_activations"):
-            if not any(step.scheme.has("quantize_inputs") for step in steps):
-                raise SchemeError(f"{steps[-1].scheme}: it has no `quantize_inputs` hook, without which its result cannot be run")
+        if rounds(config, steps):
             tensors = {suffix: reader.whole(entry) for suffix, entry in stored.items() if suffix.startswith(INPUTS)}
             rounding[module] = functools.partial(rounded, tensors=tensors, config=config, steps=steps)
     checkpoint = attrs.evolve(written.checkpoint, folder=built_from, entries=entries)
     return Subject(checkpoint, Restorer(written, reader), container, rounding)
+
+
+def rounds(config: Mapping[str, Any] | None, steps: Sequence[Step]) -> bool:
+    """Whether inputs are rounded while serving; raises SchemeError where they are, and no step says how."""
+    found = bool(config and config.get("input_activations"))
+    if found and not any(step.scheme.has("quantize_inputs") for step in steps):
+        raise SchemeError(f"{steps[-1].scheme}: it has no `quantize_inputs` hook, without which its result cannot be run")
+    return found
 
 
 def rounded(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any], steps: Sequence[Step]) -> Tensor:

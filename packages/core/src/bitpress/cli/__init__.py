@@ -78,6 +78,10 @@ def compress(
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a sequence.")] = 512,
     seed: Annotated[int, typer.Option("--seed", help="0 takes sequences from the start, others draw them.")] = 0,
     trust_remote_code: TrustRemoteCode = False, device: Device = "cpu", max_memory: MaxMemory = None, threads: Threads = None,
+    check: Annotated[
+        str | None, typer.Option("--check", metavar="TEXT", help="Compare the result's predictions of a text with its source's.")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option("--max-kl", metavar="X", help="Exit 1 if they differ by more nats.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open and prove what was written; no digests.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -89,14 +93,14 @@ def compress(
     limit = terminal.size(max_memory)
     job = run.prepare(
         model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or (),
-        calibration=Choice(calibration, samples, sequence_length, seed), trust_remote_code=trust_remote_code,
+        calibration=Choice(calibration, samples, sequence_length, seed), check=check, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     work = job.plan
     show.remarks(work, job.warnings)
     if calibration is not None and job.data is None:
         print("warning: no step of this recipe needs data: --calibration is not used", file=sys.stderr)
     with terminal.progress(as_json) as progress:
-        note = run.carry_out(job, out, device, threads, limit, not no_verify, trust_remote_code, progress)
+        note = run.carry_out(job, out, device, threads, limit, not no_verify, max_kl, trust_remote_code, progress)
     result = {"before": work.bytes_before, "after": work.bytes_after, "verified": not no_verify, **note.as_json()}
     terminal.document(result) if as_json else show.summary(note, work, out, verified=not no_verify)
 

@@ -137,6 +137,9 @@ def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
         _table(("layer", "error"), [(name, f"{layer.error:.5f}") for name, layer in worst])
     else:
         print("not verified (--no-verify)")
+    if note.check:
+        print("checked, run as it will be served: ", end="")
+        check(note.check)
     print(f"serve it: vllm serve {out}")
 
 
