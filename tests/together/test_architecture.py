@@ -34,6 +34,7 @@ ALLOWED = {
     "recipe": VALUES | {"schemes"},
     "stacks": VALUES | {"checkpoint"},
     "quantization": VALUES,
+    "engine_rules": VALUES | {"checkpoint", "quantization", "stacks"},
     "manifest": VALUES | {"checkpoint"},
     "chain": VALUES | {"schemes"},
     "shards": VALUES | {"chain", "checkpoint", "schemes", "stacks"},

@@ -28,6 +28,9 @@ def verify(
         BitpressError: the folder was not written by bitpress, or a scheme that wrote it is not installed.
     """
     folder, count = Path(out), threads or cores()
+    if (folder / manifest.NAME).is_file() and not manifest.intact(folder):
+        fault = "its bytes are not those that were written (its own SHA-256 differs), and it is what the rest is proved by"
+        return verification.Report((f"{manifest.NAME}: {fault}",), {})
     note = read_manifest(folder)
     source = open_checkpoint(resolve(against)) if against is not None else None
     faults = tuple(verification.verify_files(note.files, folder, count))
@@ -38,7 +41,11 @@ def verify(
     size = sum(header.nbytes for header in checkpoint.headers.values())
     with torch_threads(1):
         report = verification.verify_tensors(_written(note, checkpoint), source, count, progress("verifying", size))
-    return verification.Report(faults + report.faults, report.errors)
+    undigested = any(file.sha256 is None for file in note.files.values())
+    remarks = (
+        ("it was written with --no-verify: there are no digests by which a changed byte would be found",) if undigested else ()
+    )
+    return verification.Report(faults + report.faults, report.errors, remarks)
 
 
 def inspect(out: str | Path) -> Manifest:

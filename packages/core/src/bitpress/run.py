@@ -165,7 +165,7 @@ def carry_out(
             found = checking.check(written, work, job.check, target, place, trust_remote_code, progress)
         checking.limit(found, max_kl, output.folder)
         note = attrs.evolve(note, check=found)
-    output.text(manifest.NAME, json_text(note.as_json()))
+    output.text(manifest.NAME, manifest.text(note))
     output.text("config.json", json_text(work.config))
     for name in notes:
         (output.folder / name).unlink(missing_ok=True)

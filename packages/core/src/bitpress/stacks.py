@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bitpress.checkpoint.header import Entry
@@ -55,19 +55,26 @@ def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
 
 def stack(layers: Mapping[str, Entry]) -> list[tuple[str, ...]]:
     """Module names grouped into stacks: those that engines fuse and that have one width together, all others alone."""
-    stacks: list[tuple[str, ...]] = []
+    return _grouped(layers, lambda members: len({layers[member].shape[1] for member in members}) == 1)
+
+
+def fused(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Module names grouped by what engines make one layer of, told from the names alone."""
+    return _grouped(dict.fromkeys(names), lambda members: True)
+
+
+def _grouped(names: Mapping[str, Any], fit: Callable[[Sequence[str]], bool]) -> list[tuple[str, ...]]:
+    groups: list[tuple[str, ...]] = []
     taken: set[str] = set()
-    for module, entry in layers.items():
+    for module in names:
         if module in taken:
             continue
-        parent, _, leaf = module.rpartition(".")
-        names = next((f for f in FUSED if leaf in f), (leaf,))
-        members = [f"{parent}.{n}" for n in names if f"{parent}.{n}" in layers]
-        if any(layers[m].shape[1] != entry.shape[1] for m in members):
-            members = [module]
-        stacks.append(tuple(members))
-        taken.update(members)
-    return stacks
+        leaf = module.rpartition(".")[2]
+        parent = module.removesuffix(leaf)
+        members = [parent + n for n in next((f for f in FUSED if leaf in f), (leaf,)) if parent + n in names]
+        groups.append(tuple(members) if fit(members) else (module,))
+        taken.update(groups[-1])
+    return groups
 
 
 def container(module: str) -> str:

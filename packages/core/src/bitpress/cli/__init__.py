@@ -117,8 +117,9 @@ def verify(
 
     with terminal.progress(as_json) as progress:
         report = outputs.verify(out, against, threads, progress)
+    show.warn(report.remarks)
     if as_json:
-        terminal.document({"ok": not report.faults, "faults": report.faults, "errors": report.errors})
+        terminal.document({"ok": not report.faults, "faults": report.faults, "errors": report.errors, "remarks": report.remarks})
     elif not report.faults:
         compared = f"{len(report.errors)} layers compared with {against}" if against else "no source given: weights not compared"
         print(f"{out}: nothing wrong ({compared})")

@@ -109,10 +109,15 @@ def plan_json(work: Plan, memory: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def warn(texts: Iterable[str]) -> None:
+    """One line each, on standard error."""
+    for text in texts:
+        print(f"warning: {text}", file=sys.stderr)
+
+
 def remarks(work: Plan, warnings: Iterable[str] | None = None) -> None:
     """Warnings (the plan's, if no others are given) and unfavourable findings, on standard error."""
-    for warning in work.warnings if warnings is None else warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    warn(work.warnings if warnings is None else warnings)
     for name, finding in work.findings:
         if finding.level not in USABLE:
             print(f"warning: {name} is {finding.level} on this machine's device: {finding.text}", file=sys.stderr)
@@ -122,8 +127,7 @@ def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
     """What `compress` did."""
     ratio = work.bytes_before / work.bytes_after
     print(f"{out}: {_gb(work.bytes_before)} -> {_gb(work.bytes_after)} ({ratio:.2f}x smaller), {note.bits:.2f} bits per weight")
-    for text in note.warnings:
-        print(f"warning: {text}", file=sys.stderr)
+    warn(note.warnings)
     if note.data:
         hint = "; texts like those the model will serve are better: --calibration FILE" if "ships" in note.data["source"] else ""
         print(f"calibrated on {int(note.data['tokens']):,} tokens of {note.data['source']}{hint}")
