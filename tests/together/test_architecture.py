@@ -39,7 +39,17 @@ ALLOWED = {
     "chain": VALUES | {"schemes"},
     "shards": VALUES | {"chain", "checkpoint", "schemes", "stacks"},
 }
-BELOW_RUN = set(ALLOWED) | {"planning", "stream", "verification", "decompression", "calibrate", "served", "evaluate", "checking"}
+BELOW_RUN = set(ALLOWED) | {
+    "planning",
+    "stream",
+    "verification",
+    "decompression",
+    "calibrate",
+    "served",
+    "evaluate",
+    "checking",
+    "serving",
+}
 
 
 def part(file: Path) -> str:

@@ -86,6 +86,14 @@ def memory(work: Plan, threads: int | None = None, tokens: int = Choice().sample
     return RUNTIME + work.memory(threads or cores())
 
 
+def scratch(work: Plan, tokens: int = Choice().samples * Choice().length) -> int:
+    """Bytes that a run may keep on disk beside the output, where it is allowed no more memory than it needs at least."""
+    if not work.recipe.calibrated:
+        return 0
+    need = estimate(work, tokens)
+    return need.held - need.least
+
+
 def compress(
     model: str | Path, out: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
     settings: Iterable[str] = (), ignore: Iterable[str] = (), calibration: str | Path | None = None,
@@ -139,7 +147,7 @@ def carry_out(
         raise OutputError(f"{out} is the source or lies inside it; name another folder")
     place = checking.place(work, job.check, max_memory, output.folder) if job.check else None
     notes = [shard.name + NOTES for shard in work.shards]
-    output.prepare([*work.files, *notes], work.bytes_after)
+    output.prepare([*work.files, *notes], sum(work.sizes.values()))
     told = progress("compressing", work.bytes_before)
     blocks: list[BlockNotes] = []
     if job.data:

@@ -10,7 +10,7 @@ import attrs
 import typer
 
 from bitpress import hardware
-from bitpress.cli import show, terminal
+from bitpress.cli import planned, show, terminal
 from bitpress.errors import BitpressError, VerificationError
 from bitpress.schemes import discover
 
@@ -54,15 +54,16 @@ def schemes(
 @app.command()
 def plan(
     model: Model, scheme: Scheme = None, recipe: RecipeFile = None, settings: Set = None, ignore: Ignore = None,
+    ranks: Annotated[int, typer.Option("--tensor-parallel", metavar="N", help="Ranks of the engine that will serve it.")] = 1,
     threads: Threads = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show what would be done, from headers alone."""
     with terminal.uncollected():
-        from bitpress import run
+        from bitpress import run, serving
 
     work = run.plan(model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or ())
-    memory = run.memory(work, threads)
-    terminal.document(show.plan_json(work, memory)) if as_json else show.plan(work, memory)
+    needs = planned.Needs(run.memory(work, threads), run.scratch(work), ranks, tuple(serving.remarks(work, ranks)))
+    terminal.document(planned.as_json(work, needs)) if as_json else planned.table(work, needs)
 
 
 @app.command()
@@ -87,7 +88,7 @@ def compress(
 ) -> None:  # fmt: skip
     """Write a smaller model, and prove it."""
     with terminal.uncollected():
-        from bitpress import run
+        from bitpress import run, serving
         from bitpress.calibrate.texts import Choice
 
     limit = terminal.size(max_memory)
@@ -96,7 +97,7 @@ def compress(
         calibration=Choice(calibration, samples, sequence_length, seed), check=check, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     work = job.plan
-    show.remarks(work, job.warnings)
+    planned.remarks(work, job.warnings, serving.remarks(work))
     if calibration is not None and job.data is None:
         print("warning: no step of this recipe needs data: --calibration is not used", file=sys.stderr)
     with terminal.progress(as_json) as progress:

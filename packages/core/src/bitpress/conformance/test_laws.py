@@ -179,6 +179,17 @@ def test_every_known_device_gets_an_answer(step: Step, device: Hardware) -> None
         assert "\n" not in finding.text, "a Finding's text is one line"
 
 
+@pytest.mark.parametrize("device", KNOWN, ids=lambda device: device.name)
+@pytest.mark.parametrize("cut", [None, "rows", "columns"])
+def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str | None, device: Hardware) -> None:
+    _needs(step, "validate_shape")
+    findings = step.call("validate_shape", shape=(4096, 4096), cut=cut, hardware=device) or ()
+    assert all(isinstance(finding, Finding) for finding in findings), "`validate_shape` must return Findings"
+    assert not [f for f in findings if f.level == "unsupported"], (
+        "`validate_shape` refuses 4096 x 4096, which divides by everything"
+    )
+
+
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_weights_lie_within_the_bound_of_the_source(step: Step, kind: str) -> None:
     _needs(step, "bound")
