@@ -86,6 +86,8 @@ class Manifest:
         data: what the run was calibrated on, and its digest; None where it needed no data.
         warnings: what was found on the way, one line each.
         rescaled: by tensor of the source, the exponents of two by which its "columns" and "rows" were multiplied first.
+        blocks: by decoder block, ||h - h'|| / ||h'|| of the hidden states after it, h' the source's, on the calibration data
+            that the source was run on too; none where it was not.
         check: how well it predicts a text; None where that was not asked for.
     """
 
@@ -99,6 +101,7 @@ class Manifest:
     data: Mapping[str, str] | None = None
     warnings: tuple[str, ...] = ()
     rescaled: Mapping[str, Rescaled] = field(factory=dict)
+    blocks: Mapping[str, float] = field(factory=dict)
     check: Check | None = None
 
     def as_json(self) -> dict[str, Any]:

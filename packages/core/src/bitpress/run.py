@@ -204,6 +204,7 @@ def _note(job: Job, output: OutputFolder, threads: int, digests: bool, found: Se
         __version__, schemes, work.recipe.as_json(), name, inputs, files, layers, data,
         warnings=tuple(text for block in found for text in block.warnings),
         rescaled={tensor: change for block in found for tensor, change in block.rescaled.items()},
+        blocks={name: error for block in found for name, error in block.blocks.items()},
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -179,11 +180,11 @@ def test_every_known_device_gets_an_answer(step: Step, device: Hardware) -> None
         assert "\n" not in finding.text, "a Finding's text is one line"
 
 
-@pytest.mark.parametrize("device", KNOWN, ids=lambda device: device.name)
 @pytest.mark.parametrize("cut", [None, "rows", "columns"])
-def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str | None, device: Hardware) -> None:
+def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str | None) -> None:
     _needs(step, "validate_shape")
-    findings = step.call("validate_shape", shape=(4096, 4096), cut=cut, hardware=device) or ()
+    ask = functools.partial(step.call, "validate_shape", shape=(4096, 4096), cut=cut)
+    findings = [finding for device in KNOWN for finding in ask(hardware=device) or ()]
     assert all(isinstance(finding, Finding) for finding in findings), "`validate_shape` must return Findings"
     assert not [f for f in findings if f.level == "unsupported"], (
         "`validate_shape` refuses 4096 x 4096, which divides by everything"
