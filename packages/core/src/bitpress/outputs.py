@@ -1,4 +1,4 @@
-"""What is done with a model that is on disk, as functions: `verify`, `inspect`, `evaluate`, `decompress`."""
+"""What is done with a model that is on disk, as functions: `verify`, `inspect`, `evaluate`, `report`, `decompress`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bitpress.errors import CheckpointError
 from bitpress.manifest import Check, Manifest, read_manifest
 from bitpress.progress import Progress, quiet
 from bitpress.quantization import quantised_already
+from bitpress.report.page import page
 from bitpress.schemes import discover
 from bitpress.served import Subject, plain, served
 
@@ -51,6 +52,19 @@ def verify(
 def inspect(out: str | Path) -> Manifest:
     """What is inside an output: schemes, bits per weight, error per layer."""
     return read_manifest(Path(out))
+
+
+def report(out: str | Path, file: str | Path | None = None) -> Path:
+    """Write one self-contained HTML page about an output; returns where: `file`, or the folder's own name with .html beside it.
+
+    Raises:
+        BitpressError: the folder was not written by bitpress, or matplotlib is not installed.
+    """
+    folder = Path(out)
+    target = folder.resolve().with_name(f"{folder.resolve().name}.html") if file is None else Path(file)
+    content = page(read_manifest(folder), folder.resolve().name)
+    target.write_text(content, encoding="utf-8")
+    return target
 
 
 def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -> None:

@@ -161,6 +161,18 @@ def inspect(out: Out, as_json: Json = False) -> None:
 
 
 @app.command()
+def report(
+    out: Out,
+    file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="The page (default: OUT.html beside OUT).")] = None,
+) -> None:
+    """Write one HTML page about an output: sizes, errors, where it serves, what it was made from."""
+    with terminal.uncollected():
+        from bitpress import outputs
+
+    print(f"{outputs.report(out, file)}: written")
+
+
+@app.command()
 def decompress(
     out: Out, dense: Annotated[Path, typer.Argument(metavar="DENSE", help="The folder to write the plain model into.")],
 ) -> None:  # fmt: skip

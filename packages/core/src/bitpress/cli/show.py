@@ -109,11 +109,24 @@ def manifest(note: Manifest) -> None:
     """What is inside an output."""
     print(f"from {note.source}, by bitpress {note.bitpress} with {', '.join(note.schemes.values())}")
     rows = [
-        (name, " + ".join(layer.steps), f"{layer.bits:.2f}", "-" if layer.error is None else f"{layer.error:.5f}")
+        (name, " + ".join(layer.steps), f"{layer.bits:.2f}", _figure(layer.error), _figure(layer.output_error))
         for name, layer in note.layers.items()
     ]
-    table(("layer", "steps", "bits per weight", "relative error"), rows)
+    measured = any(layer.output_error is not None for layer in note.layers.values())
+    head, count = ("layer", "steps", "bits per weight", "relative error", "output error"), 5 if measured else 4
+    table(head[:count], [row[:count] for row in rows])
     print(f"\n{len(rows)} layers, {note.bits:.2f} bits per weight")
+    if note.blocks:
+        print(
+            f"hidden states after the last block are {list(note.blocks.values())[-1]:.5f} from the source's on calibration data"
+        )
+    if note.check:
+        print("checked on ", end="")
+        check(note.check)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5f}"
 
 
 def check(found: Check) -> None:
