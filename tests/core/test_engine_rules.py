@@ -140,6 +140,14 @@ def test_a_checkpoint_that_keeps_the_rules_has_no_fault(good: Callable[[], tuple
     assert found(*good()) == []
 
 
+def test_a_lone_tile_of_each_fused_layer_has_a_scale_of_its_own() -> None:
+    table, tensors = blocks()
+    for module, scale in ((Q, 0.5), (K, 0.25)):
+        tensors[f"{module}.weight"] = torch.zeros(4, 4, dtype=torch.int8)
+        tensors[f"{module}.weight_scale"] = torch.tensor([[scale]])
+    assert found(table, tensors) == []
+
+
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_rule_is_a_fault_that_names_the_place(what: str) -> None:
     good, change, words = BROKEN[what]

@@ -17,6 +17,7 @@ from bitpress.quantization import KEY
 
 EVERY = "Linear"  # the target that names the class of all linear layers
 PACKED = "pack-quantized"
+NUMBERS = ("_scale", "_zero_point")
 CODES = ("weight", "weight_packed")  # where a layer's codes lie
 
 Read = Callable[[Entry], Tensor]
@@ -143,9 +144,9 @@ def _blocks(members: Mapping[str, Stored], group: Mapping[str, Any]) -> Iterator
 
 
 def _shared(members: Mapping[str, Stored], read: Read) -> Iterator[str]:
-    """Single numbers that differ between the layers."""
+    """Numbers for a whole layer, which differ between the layers; one of a matrix of scales may be the only one, and its own."""
     (first, theirs), *others = members.items()
-    for suffix in [name for name, entry in theirs.items() if entry.numel == 1 and name.endswith(("_scale", "_zero_point"))]:
+    for suffix in [name for name, entry in theirs.items() if entry.shape in ((), (1,)) and name.endswith(NUMBERS)]:
         number = read(theirs[suffix]).reshape(1)
         for module, stored in others:
             if suffix in stored and not number.equal(read(stored[suffix]).reshape(-1)):
