@@ -235,3 +235,29 @@ def test_fewer_tokens_than_columns_are_enough_for_a_finite_result(tmp_path: Path
     source = runnable_model(tmp_path / "m")
     out = run(source, tmp_path / "o", samples=1, sequence_length=20)
     assert all(tensor.float().isfinite().all() for tensor in tensors_of(out).values())
+
+
+def after_blocks(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The hidden states after each block."""
+    seen: list[torch.Tensor] = []
+    for block in model.model.layers:
+        block.register_forward_hook(
+            lambda module, inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    return seen
+
+
+def test_how_far_each_block_s_output_is_from_the_source_s_is_recorded(tmp_path: Path, learner: Path) -> None:
+    source = runnable_model(tmp_path / "m")
+    out = run(source, tmp_path / "o", "bits=3")
+    found = json.loads((out / "bitpress.json").read_text())["blocks"]
+    layers = {f"model.layers.{b}.{s}" for b in range(3) for s in [f"self_attn.{x}_proj" for x in "qkvo"]}
+    layers |= {f"model.layers.{b}.mlp.{s}_proj" for b in range(3) for s in ("gate", "up", "down")}
+    ids = token_ids(source)[:42]  # the batch that the source is run on
+    now, before = after_blocks(dense(source, out, layers), ids), after_blocks(dense(source, out, set()), ids)
+    expected = [float((a - b).norm() / b.norm()) for a, b in zip(now, before, strict=True)]
+    assert list(found) == [f"model.layers.{block}" for block in range(3)]
+    assert list(found.values()) == pytest.approx(expected, rel=1e-3)
+    assert min(expected) > 0.01

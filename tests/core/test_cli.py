@@ -32,7 +32,7 @@ def test_the_version_is_the_package_s() -> None:
 def test_help_lists_the_commands(words: list[str]) -> None:
     done = command(*words)
     assert done.returncode == 0
-    for name in ("schemes", "plan", "compress", "verify", "eval", "inspect", "decompress"):
+    for name in ("schemes", "plan", "compress", "verify", "eval", "inspect", "report", "decompress"):
         assert f" {name} " in done.stdout
 
 
@@ -106,7 +106,7 @@ def test_a_plan_as_json_names_every_layer_and_every_byte(toy: Path, model: Path)
     assert {layer["stack"] for layer in found["layers"]} == {*LAYERS, *STACKS}
     assert found["layers"][0] == {
         "name": "model.layers.0.mlp.down_proj", "steps": [{"use": "toy", "levels": 7, "multiple": 1}],
-        "stack": "model.layers.0.mlp.down_proj", "shape": [128, 256], "bits": 8.125,
+        "stack": "model.layers.0.mlp.down_proj", "shape": [128, 256], "bits": 8.125, "reason": "the rule for '*'",
     }  # fmt: skip
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= set(found["copied"])
     assert found["before"] == (model / "model.safetensors").stat().st_size

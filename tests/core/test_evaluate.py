@@ -186,3 +186,48 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(model: Path, tmp_path: Pat
     assert "vocabularies of unlike size" in refusal(
         "eval", write_like(model, tmp_path / "wide", llama_tensors(config=wide), wide), "--text", text, "--against", model
     )
+
+
+CHECK = ["--scheme", "toy", "--set", "levels=7", "--threads", 1]
+
+
+def test_a_run_is_checked_in_the_same_breath(model: Path, toy: Path, tmp_path: Path) -> None:
+    text, out = model.parent / "text.txt", tmp_path / "out"
+    done = command("compress", model, out, *CHECK, "--check", text, path=toy)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(command("eval", out, "--text", text, "--against", model, "--json", path=toy).stdout)
+    kept = json.loads((out / "bitpress.json").read_text())["check"]
+    assert kept["kl"] > 1e-4
+    assert kept == {name: found[name] for name in kept}
+    assert f"KL divergence    {kept['kl']:.6f} nats per token" in done.stdout
+    assert command("verify", out, "--against", model, path=toy).returncode == 0
+    assert json.loads(command("inspect", out, "--json").stdout)["check"] == kept
+
+
+def test_a_result_that_is_too_far_from_its_source_does_not_look_finished(model: Path, toy: Path, tmp_path: Path) -> None:
+    text, out = model.parent / "text.txt", tmp_path / "out"
+    done = command("compress", model, out, *CHECK, "--check", text, "--max-kl", "1e-6", "--json", path=toy)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "nats per token, more than --max-kl 1e-06; config.json is not written" in done.stderr
+    assert not {"config.json", "bitpress.json"} & {file.name for file in out.iterdir()}
+    shard = (out / "model.safetensors").stat()
+    again = command("compress", model, out, *CHECK, "--check", text, "--max-kl", "1", path=toy)
+    assert again.returncode == 0
+    assert (out / "model.safetensors").stat().st_mtime_ns == shard.st_mtime_ns  # taken up, not made anew
+    assert command("verify", out, path=toy).returncode == 0
+
+
+def test_what_a_check_cannot_do_is_refused_before_the_work(model: Path, toy: Path, tmp_path: Path) -> None:
+    text, out = model.parent / "text.txt", tmp_path / "out"
+    assert "needs a text to measure it on" in refusal("compress", model, out, *CHECK, "--max-kl", "1", path=toy)
+    assert "from 0 on" in refusal("compress", model, out, *CHECK, "--max-kl", "-1", "--check", text, path=toy)
+    assert "no such file" in refusal("compress", model, out, *CHECK, "--check", tmp_path / "no.txt", path=toy)
+    assert "more than the 800 MB allowed" in refusal(
+        "compress", model, out, *CHECK, "--check", text, "--max-memory", "800MB", path=toy
+    )
+    tensors = {n: t for n, t in llama_tensors(config=CONFIG).items() if "2.input_layernorm" not in n}
+    broken = write_like(model, tmp_path / "broken", tensors, CONFIG)
+    assert "tensor model.layers.2.input_layernorm.weight, which" in refusal(
+        "compress", broken, out, *CHECK, "--check", text, path=toy
+    )
+    assert not out.exists()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from support import command, files_of, install_toy, llama_tensors, plugins, refusal, write_model
 
@@ -41,12 +42,18 @@ def copy(made: Path, name: str, to: Path) -> Path:
     return to
 
 
+def sign(out: Path, note: dict[str, Any]) -> None:
+    """Write a manifest whose own digest agrees with it."""
+    unsigned = json.dumps({**note, "sha256": "0" * 64})
+    (out / "bitpress.json").write_text(unsigned.replace("0" * 64, hashlib.sha256(unsigned.encode()).hexdigest()))
+
+
 def mend_digests(out: Path) -> None:
     """Write the sizes and digests of the files as they are into the manifest, as one who hides a damage would."""
     note = json.loads((out / "bitpress.json").read_text())
     found = {name: data for name, data in files_of(out).items() if name != "bitpress.json"}
     note["files"] = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in found.items()}
-    (out / "bitpress.json").write_text(json.dumps(note))
+    sign(out, note)
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
@@ -168,6 +175,9 @@ CHANGED = {  # damages of files, found without the source: (which output, damage
     ),
     "another file": ("out", lambda out: (out / "tokenizer_config.json").write_text('{"made": "UP"}'), ["tokenizer_config.json"]),
     "another file is gone": ("out", lambda out: (out / "tokenizer_config.json").unlink(), ["tokenizer_config.json", "missing"]),
+    "weights were added": (
+        "out", lambda out: save_file({"x": torch.ones(1)}, out / "adapter.safetensors"), ["adapter.safetensors", "not written"],
+    ),
     "a shard is gone": ("sharded", lambda out: (out / "model-00002-of-00002.safetensors").unlink(), ["model-00002", "missing"]),
     "shards changed places": (
         "sharded",
@@ -193,6 +203,36 @@ def test_a_changed_file_is_found_without_the_source(made: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["out", "sharded"])
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_change_of_any_byte_of_any_file_is_found(made: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
+    out = tmp_path / "out"
+    if not out.exists():
+        copy(made, name, out)
+    file = out / data.draw(st.sampled_from(sorted(files_of(out))), label="file")
+    content = file.read_bytes()
+    place = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(len(content), 4000) - 1), label="byte")
+    changed = bytearray(content)
+    changed[place] ^= data.draw(st.integers(1, 255), label="bits")
+    file.write_bytes(changed)
+    try:
+        with plugins(made / "plugins"):
+            report = bitpress.verify(out, threads=1)
+    finally:
+        file.write_bytes(content)
+    assert any(fault.startswith(file.name) for fault in report.faults), report.faults
+
+
+def test_a_damaged_manifest_is_a_fault_and_no_bad_input(made: Path, tmp_path: Path) -> None:
+    for number, damage in enumerate(
+        (lambda text: text[:-40], lambda text: text.replace("BF16", "bf16"), lambda text: "{}", lambda text: "")
+    ):
+        out = copy(made, "out", tmp_path / str(number))
+        (out / "bitpress.json").write_text(damage((out / "bitpress.json").read_text()))
+        assert "bitpress.json: its bytes are not those that were written" in found_at_fault(made, out)
+
+
+@pytest.mark.parametrize("name", ["out", "sharded"])
 @pytest.mark.parametrize("source", ["model", "m2", None])
 def test_a_sound_output_is_passed(made: Path, name: str, source: str | None) -> None:
     against = [] if source is None else ["--against", made / source]
@@ -212,6 +252,14 @@ def test_faults_are_told_as_json_too(made: Path, tmp_path: Path) -> None:
     assert [fault.split(":")[0] for fault in found["faults"]] == [FILE, LAYER]
 
 
+def test_what_was_written_without_digests_is_said_to_have_none(made: Path, tmp_path: Path) -> None:
+    command("compress", made / "model", tmp_path / "out", "--scheme", "toy", "--no-verify", path=made / "plugins")
+    done = command("verify", tmp_path / "out", "--json", path=made / "plugins")
+    assert done.returncode == 0
+    assert "no digests" in done.stderr
+    assert "no digests" in json.loads(done.stdout)["remarks"][0]
+
+
 def test_another_model_is_not_taken_for_the_source(made: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", llama_tensors(seed=1))
     said = found_at_fault(made, made / "out", "--against", other)
@@ -223,7 +271,9 @@ def test_another_model_is_not_taken_for_the_source(made: Path, tmp_path: Path) -
 def test_what_cannot_be_proved_at_all_is_bad_input(made: Path, tmp_path: Path) -> None:
     out = copy(made, "out", tmp_path / "out")
     assert "scheme 'toy'" in refusal("verify", out)
-    table("bitpress.json", lambda note: note["layers"][LAYER].pop("shape"))(out)
+    note = json.loads((out / "bitpress.json").read_text())
+    note["layers"][LAYER].pop("shape")
+    sign(out, note)
     assert "bitpress.json" in refusal("verify", out, path=made / "plugins")
     (out / "bitpress.json").unlink()
     assert "was not written by bitpress" in refusal("verify", out, path=made / "plugins")

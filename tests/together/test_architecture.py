@@ -34,12 +34,23 @@ ALLOWED = {
     "recipe": VALUES | {"schemes"},
     "stacks": VALUES | {"checkpoint"},
     "quantization": VALUES,
+    "engine_rules": VALUES | {"checkpoint", "quantization", "stacks"},
     "manifest": VALUES | {"checkpoint"},
     "chain": VALUES | {"schemes"},
     "rounding": VALUES | {"schemes"},
     "shards": VALUES | {"chain", "checkpoint", "schemes", "stacks"},
 }
-BELOW_RUN = set(ALLOWED) | {"planning", "stream", "verification", "decompression", "calibrate", "served"}
+BELOW_RUN = set(ALLOWED) | {
+    "planning",
+    "stream",
+    "verification",
+    "decompression",
+    "calibrate",
+    "served",
+    "evaluate",
+    "checking",
+    "serving",
+}
 
 
 def part(file: Path) -> str:

@@ -35,9 +35,9 @@ class OutputError(BitpressError):
 
 
 class VerificationError(BitpressError):
-    """What was written is not what was planned; the command line exits with 1."""
+    """What was written is not what was planned, or not good enough; the command line exits with 1."""
 
-    def __init__(self, message: str, faults: Sequence[str]) -> None:
+    def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.faults = faults
 

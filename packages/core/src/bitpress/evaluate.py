@@ -26,6 +26,8 @@ from bitpress.progress import Told
 from bitpress.served import Subject
 from bitpress.stacks import block_index
 
+LENGTH = 512  # tokens of a sequence, unless told otherwise
+TOKENS = 65536  # taken of a text
 LOGITS = 1 << 23  # numbers that are made at a time, for each model
 HELD = 4  # times as many are held while they are compared
 

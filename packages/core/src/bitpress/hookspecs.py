@@ -99,6 +99,16 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
 
 
 @hookspec(firstresult=True)
+def validate_shape(shape: tuple[int, int], cut: str | None, hardware: Hardware, options: Options) -> Sequence[Finding] | None:
+    """What engines make of a layer of this shape on a device; nothing where there is nothing to say.
+
+    Args:
+        shape: (out, in) of what one rank of a tensor-parallel engine holds of the layer.
+        cut: "rows" or "columns", along which the layer was cut for that; None where a rank holds all of it.
+    """
+
+
+@hookspec(firstresult=True)
 def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor:
     """(out, in) float32: the effective weight, from what `serialize` stored. The inverse of `pack` and `serialize`.
 

@@ -1,4 +1,4 @@
-"""`bitpress.json`: what an output was made from and by, the digest of every file, and the error of every layer."""
+"""`bitpress.json`: what an output was made from and by, the digest of every file and of itself, and the error of every layer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import attrs
 from attrs import field, frozen
 
 from bitpress.checkpoint.reader import read_json
+from bitpress.checkpoint.writer import json_text
 from bitpress.errors import CheckpointError
 
 NAME = "bitpress.json"
+SELF = "sha256"  # its last key: the digest of the file itself
 Rescaled = Mapping[str, Sequence[int]]
 
 
@@ -84,6 +86,9 @@ class Manifest:
         data: what the run was calibrated on, and its digest; None where it needed no data.
         warnings: what was found on the way, one line each.
         rescaled: by tensor of the source, the exponents of two by which its "columns" and "rows" were multiplied first.
+        blocks: by decoder block, ||h - h'|| / ||h'|| of the hidden states after it, h' the source's, on the calibration data
+            that the source was run on too; none where it was not.
+        check: how well it predicts a text; None where that was not asked for.
     """
 
     bitpress: str
@@ -96,6 +101,8 @@ class Manifest:
     data: Mapping[str, str] | None = None
     warnings: tuple[str, ...] = ()
     rescaled: Mapping[str, Rescaled] = field(factory=dict)
+    blocks: Mapping[str, float] = field(factory=dict)
+    check: Check | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -117,15 +124,32 @@ def read_manifest(folder: Path) -> Manifest:
     if folder.is_dir() and not (folder / NAME).is_file():
         raise CheckpointError(f"{folder} was not written by bitpress, or not to its end: it has no {NAME}")
     table = read_json(folder / NAME)
+    table.pop(SELF, None)
     try:
         notes = {key: {n: FileNote(**note) for n, note in table[key].items()} for key in ("inputs", "files")}
         layers = {
             name: LayerNote(**{**note, "steps": tuple(note["steps"]), "shape": tuple(note["shape"])})
             for name, note in table["layers"].items()
         }
-        return Manifest(**{**table, **notes, "layers": layers, "warnings": tuple(table.get("warnings", ()))})
+        check = Check(**{**table["check"], "drift": tuple(table["check"]["drift"])}) if table.get("check") else None
+        return Manifest(**{**table, **notes, "layers": layers, "warnings": tuple(table.get("warnings", ())), "check": check})
     except (KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{folder / NAME}: it is not what this version writes ({type(e).__name__}: {e})") from None
+
+
+def text(note: Manifest) -> str:
+    """The file: the note, and last the SHA-256 of the file itself as it is with zeros in that place."""
+    blank = json_text({**note.as_json(), SELF: "0" * 64})
+    digest = hashlib.sha256(blank.encode()).hexdigest()
+    return digest.join(blank.rsplit("0" * 64, 1))
+
+
+def intact(folder: Path) -> bool:
+    """Whether the manifest of a folder is, to the byte, what was written."""
+    data = (folder / NAME).read_bytes()
+    at = data.rfind(b'"') - 64  # the last text of the file
+    digest = data[at : at + 64]
+    return hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode() == digest
 
 
 def file_notes(files: Mapping[str, Path], threads: int, digests: bool = True) -> dict[str, FileNote]:

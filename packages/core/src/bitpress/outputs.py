@@ -1,4 +1,4 @@
-"""What is done with a model that is on disk, as functions: `verify`, `inspect`, `evaluate`, `decompress`."""
+"""What is done with a model that is on disk, as functions: `verify`, `inspect`, `evaluate`, `report`, `decompress`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from bitpress.errors import CheckpointError
 from bitpress.manifest import Check, Manifest, read_manifest
 from bitpress.progress import Progress, quiet
 from bitpress.quantization import quantised_already
+from bitpress.report.page import page
 from bitpress.schemes import discover
 from bitpress.served import Subject, plain, served
-
-LENGTH = 512  # tokens of a sequence that a model is judged by
-TOKENS = 65536
 
 
 def verify(
@@ -31,6 +29,9 @@ def verify(
         BitpressError: the folder was not written by bitpress, or a scheme that wrote it is not installed.
     """
     folder, count = Path(out), threads or cores()
+    if (folder / manifest.NAME).is_file() and not manifest.intact(folder):
+        fault = "its bytes are not those that were written (its own SHA-256 differs), and it is what the rest is proved by"
+        return verification.Report((f"{manifest.NAME}: {fault}",), {})
     note = read_manifest(folder)
     source = open_checkpoint(resolve(against)) if against is not None else None
     faults = tuple(verification.verify_files(note.files, folder, count))
@@ -41,12 +42,29 @@ def verify(
     size = sum(header.nbytes for header in checkpoint.headers.values())
     with torch_threads(1):
         report = verification.verify_tensors(_written(note, checkpoint), source, count, progress("verifying", size))
-    return verification.Report(faults + report.faults, report.errors)
+    undigested = any(file.sha256 is None for file in note.files.values())
+    remarks = (
+        ("it was written with --no-verify: there are no digests by which a changed byte would be found",) if undigested else ()
+    )
+    return verification.Report(faults + report.faults, report.errors, remarks)
 
 
 def inspect(out: str | Path) -> Manifest:
     """What is inside an output: schemes, bits per weight, error per layer."""
     return read_manifest(Path(out))
+
+
+def report(out: str | Path, file: str | Path | None = None) -> Path:
+    """Write one self-contained HTML page about an output; returns where: `file`, or the folder's own name with .html beside it.
+
+    Raises:
+        BitpressError: the folder was not written by bitpress, or matplotlib is not installed.
+    """
+    folder = Path(out)
+    target = folder.resolve().with_name(f"{folder.resolve().name}.html") if file is None else Path(file)
+    content = page(read_manifest(folder), folder.resolve().name)
+    target.write_text(content, encoding="utf-8")
+    return target
 
 
 def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -> None:
@@ -59,8 +77,8 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -
 
 
 def evaluate(
-    model: str | Path, text: str | Path, against: str | Path | None = None, *, sequence_length: int = LENGTH,
-    max_tokens: int = TOKENS, device: str = "cpu", threads: int | None = None, max_memory: int | None = None,
+    model: str | Path, text: str | Path, against: str | Path | None = None, *, sequence_length: int = evaluation.LENGTH,
+    max_tokens: int = evaluation.TOKENS, device: str = "cpu", threads: int | None = None, max_memory: int | None = None,
     trust_remote_code: bool = False, progress: Progress = quiet,
 ) -> Check:  # fmt: skip
     """How well a model predicts a text; and with `against`, how far its predictions are from that model's.

@@ -14,6 +14,7 @@ import torch
 from bitpress import __version__, chain, hardware, manifest, stacks
 from bitpress.checkpoint.header import Entry, index
 from bitpress.checkpoint.reader import INDEX, Checkpoint
+from bitpress.checkpoint.writer import json_text
 from bitpress.errors import CheckpointError, RecipeError, ShapeError
 from bitpress.layer import Finding
 from bitpress.quantization import KEY, quantised_already, quantization_config
@@ -99,6 +100,29 @@ class Plan:
         largest = max((sum(nbytes(*t) for t in s.stored(m)[0].values()) for s in self.stacks for m in s.members), default=0)
         return threads * (2 * largest + 10 * 4 * chain.TILE)
 
+    @cached_property
+    def left_alone(self) -> list[tuple[Entry, str]]:
+        """Every tensor that is copied, and why it is not compressed."""
+        linear = stacks.linear_layers(self.source)
+        copies = [entry for shard in self.shards for entry in shard.copies]
+        modules = [entry.name.removesuffix(".weight") for entry in copies]
+        return [
+            (e, self.recipe.reason(m) if m in linear else stacks.why_plain(e, self.container, self.source.config))
+            for e, m in zip(copies, modules, strict=True)
+        ]
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every file of the output, exact, but for `bitpress.json`, which holds what is found on the way."""
+        texts = {"config.json": self.config} | ({INDEX: self.index} if self.index else {})
+        sizes = {shard.name: shard.header.nbytes for shard in self.shards}
+        sizes |= {name: len(json_text(value).encode()) for name, value in texts.items()}
+        return {
+            name: sizes[name] if name in sizes else (self.source.folder / name).stat().st_size
+            for name in self.files
+            if name != manifest.NAME
+        }
+
     @property
     def files(self) -> list[str]:
         """Every file that the output will hold."""
@@ -137,7 +161,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, data: str = "") -> Plan:
         digest,
         tuple(cut(source, built, digest, recipe.calibrated)),
         plain,
-        tuple(_warnings(source)),
+        tuple(_warnings(source, recipe, list(linear))),
         tuple(_findings(recipe)),
     )
 
@@ -184,7 +208,9 @@ def _digest(source: Checkpoint, recipe: Recipe, data: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _warnings(source: Checkpoint) -> Iterable[str]:
+def _warnings(source: Checkpoint, recipe: Recipe, modules: Sequence[str]) -> Iterable[str]:
+    for pattern in recipe.idle(modules):
+        yield f"the rule for {pattern!r} comes too late: what is before it takes all layers that it matches"
     experts = [e for e in source.entries.values() if len(e.shape) == 3 and ".experts." in e.name and e.dtype in stacks.FLOATS]
     if experts:
         size = sum(e.nbytes for e in experts) / 1e9

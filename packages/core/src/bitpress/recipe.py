@@ -70,6 +70,21 @@ class Recipe:
             return ()
         return next((rule.steps for rule in self.rules if fnmatchcase(module, rule.match)), ())
 
+    def reason(self, module: str) -> str:
+        """Why a module gets the steps that it gets."""
+        pattern = next((p for p in self.ignore if fnmatchcase(module, p)), None)
+        if pattern is not None:
+            return f"ignored by {pattern!r}"
+        rule = next((rule for rule in self.rules if fnmatchcase(module, rule.match)), None)
+        if rule is None:
+            return "no rule matches it"
+        return f"the rule for {rule.match!r}" + ("" if rule.steps else " has no steps")
+
+    def idle(self, modules: Sequence[str]) -> list[str]:
+        """Patterns of rules that come too late: other rules, or what is ignored, take all that they match."""
+        used = {self.reason(module) for module in modules}
+        return [r.match for r in self.rules if not any(reason.startswith(f"the rule for {r.match!r}") for reason in used)]
+
 
 def _hint(pattern: str, modules: Iterable[str]) -> str:
     """The nearest name for a name, and for a pattern the nearest of those that match something, with stars for block numbers."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitpress.errors import SchemeError
 from bitpress.schemes import Scheme, Step
 
 INPUTS = "input_"  # what the names of stored tensors begin with that tell of activations
@@ -16,9 +17,12 @@ INPUTS = "input_"  # what the names of stored tensors begin with that tell of ac
 Rounding = Callable[[Tensor], Tensor]
 
 
-def rounds(config: Mapping[str, Any] | None) -> bool:
-    """Whether a layer's inputs are rounded while serving."""
-    return bool(config and config.get("input_activations"))
+def known(config: Mapping[str, Any] | None, steps: Sequence[Step]) -> bool:
+    """Whether a layer's inputs are rounded while serving; raises SchemeError where they are, and no step says how."""
+    found = bool(config and config.get("input_activations"))
+    if found and not any(step.scheme.has("quantize_inputs") for step in steps):
+        raise SchemeError(f"{steps[-1].scheme}: it has no `quantize_inputs` hook, without which its result cannot be run")
+    return found
 
 
 def input_rounding(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step]) -> Rounding | None:
@@ -29,7 +33,7 @@ def input_rounding(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | No
         config: its config fragment.
     """
     scheme = next((step.scheme for step in reversed(steps) if step.scheme.has("quantize_inputs")), None)
-    if scheme is None or not rounds(config):
+    if scheme is None or not (config and config.get("input_activations")):
         return None
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(INPUTS)}
     return functools.partial(_rounded, scheme, own, config)

@@ -9,12 +9,12 @@ from pathlib import Path
 import attrs
 from attrs import frozen
 
-from bitpress import __version__, manifest, recipe, stream, verification
+from bitpress import __version__, checking, manifest, recipe, stream, verification
 from bitpress.calibrate import loop
 from bitpress.calibrate.loop import NOTES
 from bitpress.calibrate.memory import RUNTIME as CALIBRATED_RUNTIME, estimate
 from bitpress.calibrate.site import BlockNotes
-from bitpress.calibrate.texts import Choice, Sequences, load
+from bitpress.calibrate.texts import Choice, Sequences, Stretch, load
 from bitpress.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, resolve
 from bitpress.checkpoint.writer import OutputFolder, json_text
 from bitpress.compute import cores, device_named, torch_threads
@@ -30,11 +30,12 @@ RUNTIME = 450_000_000  # bytes of memory that Python with torch takes before any
 
 @frozen(eq=False)
 class Job:
-    """A plan, the data it is calibrated on where it needs some, and the model's name as it was given."""
+    """A plan, the data it is calibrated on where it needs some, the model's name as it was given, and a text to check it on."""
 
     plan: Plan
     data: Sequences | None
     model: str
+    check: Stretch | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -62,15 +63,17 @@ def plan(
 
 def prepare(
     model: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
-    settings: Iterable[str] = (), ignore: Iterable[str] = (), calibration: Choice | None = None, trust_remote_code: bool = False,
+    settings: Iterable[str] = (), ignore: Iterable[str] = (), calibration: Choice | None = None, check: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Job:  # fmt: skip
-    """The plan, and the calibration data if the recipe needs some; as `plan` otherwise."""
+    """The plan, the calibration data if the recipe needs some, and the text of `check`; as `plan` otherwise."""
     source, rules = _asked_for(model, scheme, recipe_file, settings, ignore)
+    work = make_plan(source, rules)  # what headers can refuse is refused before texts are read
+    text = None if check is None else checking.text(work, check, trust_remote_code)
     if not rules.calibrated:
-        return Job(make_plan(source, rules), None, str(model))
-    make_plan(source, rules)  # what headers can refuse is refused before texts are read
+        return Job(work, None, str(model), text)
     data = load(calibration or Choice(), source.folder, source.config, trust_remote_code)
-    return Job(make_plan(source, rules, data.digest), data, str(model))
+    return Job(make_plan(source, rules, data.digest), data, str(model), text)
 
 
 def memory(work: Plan, threads: int | None = None, tokens: int = Choice().samples * Choice().length) -> int:
@@ -83,12 +86,20 @@ def memory(work: Plan, threads: int | None = None, tokens: int = Choice().sample
     return RUNTIME + work.memory(threads or cores())
 
 
+def scratch(work: Plan, tokens: int = Choice().samples * Choice().length) -> int:
+    """Bytes that a run may keep on disk beside the output, where it is allowed no more memory than it needs at least."""
+    if not work.recipe.calibrated:
+        return 0
+    need = estimate(work, tokens)
+    return need.held - need.least
+
+
 def compress(
     model: str | Path, out: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
     settings: Iterable[str] = (), ignore: Iterable[str] = (), calibration: str | Path | None = None,
     samples: int = Choice().samples, sequence_length: int = Choice().length, seed: int = 0, device: str = "cpu",
     threads: int | None = None, max_memory: int | None = None, trust_remote_code: bool = False, verify: bool = True,
-    progress: Progress = quiet,
+    check: str | Path | None = None, max_kl: float | None = None, progress: Progress = quiet,
 ) -> Manifest:  # fmt: skip
     """Write a smaller model into the folder `out`, and prove it unless `verify` is off.
 
@@ -101,22 +112,25 @@ def compress(
         device: what computes; the bytes written by schemes that need no data do not depend on `threads`.
         max_memory: bytes; a run that would need more is refused, one that could use more for speed does not.
         trust_remote_code: whether code in the model's folder may run.
+        check: a text on which the result, run as it will be served, is compared with its source.
+        max_kl: the most that their KL divergence may be there, in nats per token.
 
     Raises:
         BitpressError: bad input, found before the work starts where headers show it.
-        VerificationError: the written files are not what was planned; `config.json` was not written.
+        VerificationError: the written files are not what was planned, or predict too badly; `config.json` was not written. After
+            the second the shards stay, and the same call with another `max_kl` goes on from them.
     """
     choice = Choice(None if calibration is None else str(calibration), samples, sequence_length, seed)
     job = prepare(
         model, scheme=scheme, recipe_file=recipe_file, settings=settings, ignore=ignore, calibration=choice,
-        trust_remote_code=trust_remote_code,
+        check=None if check is None else str(check), trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return carry_out(job, out, device, threads, max_memory, verify, trust_remote_code, progress)
+    return carry_out(job, out, device, threads, max_memory, verify, max_kl, trust_remote_code, progress)
 
 
 def carry_out(
     job: Job, out: str | Path, device: str = "cpu", threads: int | None = None, max_memory: int | None = None,
-    verify: bool = True, trust_remote_code: bool = False, progress: Progress = quiet,
+    verify: bool = True, max_kl: float | None = None, trust_remote_code: bool = False, progress: Progress = quiet,
 ) -> Manifest:  # fmt: skip
     """`compress` for a job that was prepared already."""
     work, target, count = job.plan, device_named(device), threads or cores()
@@ -126,17 +140,20 @@ def carry_out(
             f"the run needs about {needed / 1e6:,.0f} MB of memory, more than the {max_memory / 1e6:,.0f} MB allowed"
             + ("" if job.data else "; fewer threads need less")
         )
+    if max_kl is not None and (job.check is None or not max_kl >= 0):
+        raise RecipeError(f"--max-kl {max_kl}: it is a number from 0 on, and needs a text to measure it on: --check FILE")
     output = OutputFolder(Path(out))
     if output.folder.resolve().is_relative_to(work.source.folder.resolve()):
         raise OutputError(f"{out} is the source or lies inside it; name another folder")
+    place = checking.place(work, job.check, max_memory, output.folder) if job.check else None
     notes = [shard.name + NOTES for shard in work.shards]
-    output.prepare([*work.files, *notes], work.bytes_after)
+    output.prepare([*work.files, *notes], sum(work.sizes.values()))
     told = progress("compressing", work.bytes_before)
-    found: list[BlockNotes] = []
+    blocks: list[BlockNotes] = []
     if job.data:
         limit = None if max_memory is None else max_memory - CALIBRATED_RUNTIME
         with torch_threads(count):
-            found = loop.write_shards(work, output, job.data, target, limit, trust_remote_code, told)
+            blocks = loop.write_shards(work, output, job.data, target, limit, trust_remote_code, told)
     with torch_threads(1):  # tasks run side by side, each on one core: torch's own threads would only wait for each other
         if not job.data:
             stream.write_shards(work, output, count, target, told)
@@ -145,10 +162,18 @@ def carry_out(
                 output.copy(name, work.source.folder / name)
         if work.index:
             output.text(INDEX, json_text(work.index))
-        note = _note(job, output, count, verify, found)
+        note = _note(job, output, count, verify, blocks)
         if verify:
             note = _prove(note, work, output, count, progress("verifying", work.bytes_after))
-    output.text(manifest.NAME, json_text(note.as_json()))
+    if job.check:
+        written = verification.Written(
+            open_checkpoint(output.folder, config=work.config), work.recipe, note.layers, note.rescaled
+        )
+        with torch_threads(count):
+            found = checking.check(written, work, job.check, target, place, trust_remote_code, progress)
+        checking.limit(found, max_kl, output.folder)
+        note = attrs.evolve(note, check=found)
+    output.text(manifest.NAME, manifest.text(note))
     output.text("config.json", json_text(work.config))
     for name in notes:
         (output.folder / name).unlink(missing_ok=True)
@@ -179,6 +204,7 @@ def _note(job: Job, output: OutputFolder, threads: int, digests: bool, found: Se
         __version__, schemes, work.recipe.as_json(), name, inputs, files, layers, data,
         warnings=tuple(text for block in found for text in block.warnings),
         rescaled={tensor: change for block in found for tensor, change in block.rescaled.items()},
+        blocks={name: error for block in found for name, error in block.blocks.items()},
     )  # fmt: skip
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from bitpress import chain
 from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import Checkpoint, Reader
-from bitpress.errors import SchemeError
-from bitpress.rounding import INPUTS, Rounding, input_rounding, rounds
+from bitpress.rounding import INPUTS, Rounding, input_rounding, known
 from bitpress.verification import Written
 
 
@@ -77,10 +76,10 @@ def served(written: Written, reader: Reader, container: str, built_from: Path) -
         name, place = f"{module}.weight", next(iter(stored.values()))
         entries[name] = Entry(name, "F32", note.shape, place.file, place.start)
         config, steps = written.planned(module, note.shape[0]).config, written.steps(module)
-        tensors = {suffix: reader.whole(entry) for suffix, entry in stored.items() if suffix.startswith(INPUTS)}
-        if (found := input_rounding(tensors, config, steps)) is not None:
+        if known(config, steps):
+            tensors = {suffix: reader.whole(entry) for suffix, entry in stored.items() if suffix.startswith(INPUTS)}
+            found = input_rounding(tensors, config, steps)
+            assert found is not None
             rounding[module] = found
-        elif rounds(config):
-            raise SchemeError(f"{steps[-1].scheme}: it has no `quantize_inputs` hook, without which its result cannot be run")
     checkpoint = attrs.evolve(written.checkpoint, folder=built_from, entries=entries)
     return Subject(checkpoint, Restorer(written, reader), container, rounding)

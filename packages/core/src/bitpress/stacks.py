@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import Checkpoint
@@ -23,6 +23,8 @@ FUSED: Sequence[Sequence[str]] = (
 )  # what vLLM loads into one weight, in its order of rows
 ROUTERS = ("gate", "router", "shared_expert_gate")
 OUTSIDE = re.compile(r"visual|vision|image|audio|speech|mtp|nextn|projector|draft|eagle", re.IGNORECASE)
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+T = TypeVar("T", bound=Hashable)
 BLOCK = re.compile(r"(?P<container>.+?)\.(?P<index>\d+)\.(?P<inside>.+)\.weight")
 
 
@@ -53,21 +55,49 @@ def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
     return found
 
 
+def why_plain(entry: Entry, container: str, config: Mapping[str, Any]) -> str:
+    """Why a tensor is not a linear layer of the decoder blocks, in a few words."""
+    name, place = entry.name, BLOCK.fullmatch(entry.name)
+    count = _block_count(config)
+    if len(entry.shape) < 2:
+        return "not a matrix (a norm, a bias)"
+    if OUTSIDE.search(name):
+        return "not of the decoder (vision, audio, or a draft)"
+    if "embed" in name:
+        return "embeddings"
+    if "lm_head" in name:
+        return "the head"
+    if place is None or place["container"] != container:
+        return "experts fused in one tensor" if ".experts." in name and len(entry.shape) == 3 else "outside the decoder blocks"
+    if any(part in ROUTERS for part in place["inside"].split(".")):
+        return "a router"
+    if count is not None and int(place["index"]) >= count:
+        return "multi-token prediction"
+    return "not a matrix"
+
+
 def stack(layers: Mapping[str, Entry]) -> list[tuple[str, ...]]:
     """Module names grouped into stacks: those that engines fuse and that have one width together, all others alone."""
-    stacks: list[tuple[str, ...]] = []
+    return _grouped(layers, lambda members: len({layers[member].shape[1] for member in members}) == 1)
+
+
+def fused(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Module names grouped by what engines make one layer of, told from the names alone."""
+    return _grouped(dict.fromkeys(names), lambda members: True)
+
+
+def _grouped(names: Mapping[str, Any], fit: Callable[[Sequence[str]], bool]) -> list[tuple[str, ...]]:
+    groups: list[tuple[str, ...]] = []
     taken: set[str] = set()
-    for module, entry in layers.items():
+    for module in names:
         if module in taken:
             continue
-        parent, _, leaf = module.rpartition(".")
-        names = next((f for f in FUSED if leaf in f), (leaf,))
-        members = [f"{parent}.{n}" for n in names if f"{parent}.{n}" in layers]
-        if any(layers[m].shape[1] != entry.shape[1] for m in members):
-            members = [module]
-        stacks.append(tuple(members))
-        taken.update(members)
-    return stacks
+        leaf = module.rpartition(".")[2]
+        parent = module.removesuffix(leaf)
+        members = [parent + n for n in next((f for f in FUSED if leaf in f), (leaf,)) if parent + n in names]
+        groups.append(tuple(members) if fit(members) else (module,))
+        taken.update(groups[-1])
+    return groups
 
 
 def container(module: str) -> str:
@@ -81,6 +111,14 @@ def block_index(tensor: str, container: str) -> int | None:
     """The number of the block that a tensor lies in; None outside that list of blocks."""
     number = tensor.removeprefix(f"{container}.").split(".")[0] if tensor.startswith(f"{container}.") else ""
     return int(number) if number.isdigit() else None
+
+
+def alike(names: Iterable[tuple[str, T]]) -> list[tuple[str, T, int]]:
+    """Names with what is said of them, those that differ in numbers alone put together with stars for these, and how many."""
+    found: dict[tuple[str, T], list[str]] = {}
+    for name, what in names:
+        found.setdefault((NUMBER.sub("*", name), what), []).append(name)
+    return [(star if len(same) > 1 else same[0], what, len(same)) for (star, what), same in found.items()]
 
 
 def head_size(config: Mapping[str, Any]) -> int | None:

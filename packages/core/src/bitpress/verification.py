@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from attrs import field, frozen
 
-from bitpress import chain, stacks
+from bitpress import chain, engine_rules, stacks
 from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint, Reader
 from bitpress.errors import BitpressError, CheckpointError
@@ -24,10 +24,15 @@ from bitpress.schemes import Step
 
 @frozen
 class Report:
-    """What was found: faults, empty if all is well, and the relative error of every layer where there was a source."""
+    """What was found: faults, empty if all is well, and the relative error of every layer where there was a source.
+
+    Attributes:
+        remarks: what could not be proved.
+    """
 
     faults: tuple[str, ...]
     errors: Mapping[str, float]
+    remarks: tuple[str, ...] = ()
 
 
 @frozen(eq=False)
@@ -85,6 +90,9 @@ def verify_files(notes: Mapping[str, FileNote], folder: Path, threads: int) -> I
     for name in notes:
         if name not in present:
             yield f"{name}: the file is missing"
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name not in notes:
+            yield f"{file.name}: weights that were not written; some engines load every such file"
     for name, found in file_notes({name: folder / name for name in present}, threads).items():
         noted = present[name]
         if found.bytes != noted.bytes:
@@ -98,10 +106,12 @@ def verify_tensors(written: Written, source: Checkpoint | None, threads: int, do
     source's where there is a source; `done` is told the bytes of each layer that was read.
     """
     faults = list(_structure(written, source))
+    out = written.checkpoint
     broken = {fault.split(":")[0] for fault in faults}
     modules = [module for module in written.layers if module not in broken]
     errors: dict[str, float] = {}
     with Reader() as reader, ThreadPoolExecutor(threads) as pool:
+        faults += engine_rules.faults(out.config, out.entries, reader.whole)
 
         def work(module: str) -> tuple[list[str], float | None]:
             found = _layer(written, module, source, reader)
@@ -141,6 +151,10 @@ def _structure(written: Written, source: Checkpoint | None) -> Iterator[str]:
             elif (entry.dtype, entry.shape) != planned:
                 yield f"{module}: tensor {name} is {entry.dtype} {list(entry.shape)}, planned was {planned[0]} {list(planned[1])}"
     if source is not None:
+        for module, note in written.layers.items():
+            origin = source.entries.get(f"{module}.weight")
+            if origin is None or (origin.dtype, origin.shape) != (note.dtype, note.shape):
+                yield f"{module}: the source's weight is not {note.dtype} {list(note.shape)}, of which this was made"
         copied = {name for name in source.entries if name.removesuffix(".weight") not in written.layers}
         yield from (f"{name}: the source's tensor is missing" for name in sorted(copied - set(out.entries)))
         expected |= copied

@@ -88,6 +88,15 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     return [Finding("unsupported", "vLLM's CPU kernels for FP8 blocks need AMX tiles; scheme fp8 runs on x86 without them")]
 
 
+@hookimpl
+def validate_shape(shape: tuple[int, int], cut: str | None, options: Options) -> Sequence[Finding]:
+    """Ranks hold whole tiles."""
+    size, tile = (shape[1], options.block[1]) if cut == "columns" else (shape[0], options.block[0])
+    if cut is None or size % tile == 0:
+        return []
+    return [Finding("unsupported", f"vLLM refuses parts of {size} {cut}: a rank must hold whole tiles of {tile}")]
+
+
 def _spread(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """(out, in): every weight's scale."""
     rows, columns = config["weights"]["block_structure"]

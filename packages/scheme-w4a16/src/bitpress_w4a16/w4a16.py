@@ -8,9 +8,9 @@ from attrs import frozen
 
 from bitpress import Finding, Hardware, hookimpl
 from bitpress_w4a16 import hardware as facts
-from bitpress_w4a16.weight_only import WeightOnlyOptions, observe, pack, quantize, rescale, restore, serialize
+from bitpress_w4a16.weight_only import WeightOnlyOptions, observe, pack, quantize, rescale, restore, serialize, validate_shape
 
-__all__ = ["Options", "observe", "pack", "quantize", "rescale", "restore", "serialize", "validate_hardware"]
+__all__ = ["Options", "observe", "pack", "quantize", "rescale", "restore", "serialize", "validate_hardware", "validate_shape"]
 
 
 @frozen

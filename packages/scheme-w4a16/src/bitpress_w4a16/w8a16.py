@@ -19,9 +19,21 @@ from bitpress_w4a16.weight_only import (
     rescale,
     restore,
     serialize,
+    validate_shape,
 )
 
-__all__ = ["Options", "observe", "pack", "quantize", "quantize_inputs", "rescale", "restore", "serialize", "validate_hardware"]
+__all__ = [
+    "Options",
+    "observe",
+    "pack",
+    "quantize",
+    "quantize_inputs",
+    "rescale",
+    "restore",
+    "serialize",
+    "validate_hardware",
+    "validate_shape",
+]
 
 
 @frozen

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Layer, Record, ShapeError, Stat, hookimpl, numerics, option
+from bitpress import Finding, Hardware, Layer, Record, ShapeError, Stat, hookimpl, numerics, option
 from bitpress_w4a16 import awq, grids
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ALGORITHM = "gptq: errors fed forward; awq: salient channels scaled up; rtn: plain rounding, no data"
 SIZES = (128, 64, 32)
+CPU_MULTIPLE = 32  # of rows and columns
 INT16_STEPS = 32767.5  # between zero and the largest number
 
 
@@ -173,3 +174,19 @@ def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | N
         return None
     scale = tensors["input_scale"].to(inputs.device).float()
     return (inputs / scale).round_().clamp_(-(1 << 15), (1 << 15) - 1).mul_(scale)
+
+
+@hookimpl
+def validate_shape(shape: tuple[int, int], cut: str | None, hardware: Hardware, options: WeightOnlyOptions) -> Sequence[Finding]:
+    """Ranks hold whole groups and whole words of zero points; vLLM's CPU kernel takes multiples of 32."""
+    rows, width = shape
+    size = options.group_size
+    if cut == "columns" and isinstance(size, int) and width % size:
+        return [Finding("unsupported", f"vLLM refuses parts of {width} columns: a rank must hold whole groups of {size}")]
+    if cut == "rows" and rows % options.row_block:
+        return [
+            Finding("unsupported", f"vLLM refuses parts of {rows} rows: zero points of {options.row_block} rows share a word")
+        ]
+    if hardware.vendor == "cpu" and options.bits == 4 and (rows % CPU_MULTIPLE or width % CPU_MULTIPLE):
+        return [Finding("unsupported", f"vLLM's CPU kernel takes multiples of {CPU_MULTIPLE}, not {rows} x {width}")]
+    return []

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import Checkpoint, Reader
 from bitpress.errors import CheckpointError
 from bitpress.quantization import KEY
@@ -113,14 +114,27 @@ class Decoder:
         others = [name for name, entry in self._checkpoint.entries.items() if entry.shape == shape and name not in known]
         return {head: others[0]} if len(others) == 1 else {}
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def require(self) -> None:
+        """See that the files hold every parameter; raises CheckpointError naming the first that they do not."""
+        for index, block in enumerate(self.blocks):
+            for name, parameter in block.named_parameters():
+                self._entry(f"{self.container}.{index}.{name}", tuple(parameter.shape))
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(f"{self.container}."):
+                self._entry(name, tuple(parameter.shape))
+
+    def _entry(self, name: str, shape: tuple[int, ...]) -> Entry:
         entry = self._checkpoint.entries.get(self._names.get(name, name))
         if entry is None or entry.shape != shape:
             found = "is not in the files" if entry is None else f"has the shape {list(entry.shape)} and not {list(shape)}"
             raise CheckpointError(
                 f"{self._checkpoint.folder}: tensor {name}, which transformers' {type(self.model).__name__} needs, {found}: "
-                "this layout cannot be calibrated yet; schemes and options that need no data can be used"
+                "a model of this layout cannot be run yet; schemes and options that need no data can be used"
             )
+        return entry
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        entry = self._entry(name, shape)
         tensor = self._reader.whole(entry).to(self._device, self._dtype)
         if not math.isfinite(tensor.sum(dtype=torch.float64)):
             place = self._checkpoint.folder

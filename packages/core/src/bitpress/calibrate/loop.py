@@ -63,8 +63,9 @@ def write_shards(
             streams.enter(decoder.block(index), decoder.block(index) if streams.chosen else None, calls)
             if index in shards:
                 notes.append(_block(plan, shards[index], output, reader, streams, told))
-            if index + 1 < len(decoder):
-                streams.leave()
+            drift = streams.leave(last=index + 1 == len(decoder))
+            if drift is not None and index in shards:
+                notes[-1].blocks[f"{plan.container}.{index}"] = drift
             memory.give_back()
     return notes
 

@@ -40,11 +40,13 @@ class BlockNotes:
         errors: by layer, ||x (W - Q)ᵀ|| / ||x Wᵀ|| on a sample of its inputs.
         rescaled: by tensor, the exponents of two by which its "columns" and "rows" were multiplied.
         warnings: one line each, naming the layer.
+        blocks: by block, ||h - h'|| / ||h'|| of the hidden states after it, h' being the source's.
     """
 
     errors: dict[str, float] = field(factory=dict)
     rescaled: dict[str, dict[str, list[int]]] = field(factory=dict)
     warnings: list[str] = field(factory=list)
+    blocks: dict[str, float] = field(factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -112,15 +113,23 @@ class Streams:
                 behind = None if before is None or now is None or not writes else before - now
                 yield Arrival(inputs, reference, behind)
 
-    def leave(self) -> None:
-        """Go on to the block's outputs."""
-        for i, walk in enumerate(self._walks):
-            self.states[i] = walk.output()
-        for place, walk in enumerate(self._source_walks.values()):
+    def leave(self, last: bool = False) -> float | None:
+        """Go on to the block's outputs; ||h - h'|| / ||h'|| of the batches whose h' the source makes too, None without such.
+
+        Args:
+            last: nobody needs the outputs of this block but for that figure.
+        """
+        for i in self._source_walks if last else range(len(self._walks)):
+            self.states[i] = self._walks[i].output()
+        moved = size = 0.0
+        for place, (i, walk) in enumerate(self._source_walks.items()):
             assert self.reference is not None
-            self.reference[place] = walk.output()
+            found = self.reference[place] = walk.output()
+            moved += float((self.states[i].to(found.device) - found).square().sum(dtype=torch.float64))
+            size += float(found.square().sum(dtype=torch.float64))
         self._walks, self._source_walks = [], {}
         del self.block, self.source, self.calls
+        return math.sqrt(moved / size) if size else None
 
     def _reader(self, states: States, place: int) -> Callable[[], Tensor]:
         return lambda: states[place].to(self._device)

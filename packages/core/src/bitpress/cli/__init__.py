@@ -10,7 +10,7 @@ import attrs
 import typer
 
 from bitpress import hardware
-from bitpress.cli import show, terminal
+from bitpress.cli import planned, show, terminal
 from bitpress.errors import BitpressError, VerificationError
 from bitpress.schemes import discover
 
@@ -54,15 +54,16 @@ def schemes(
 @app.command()
 def plan(
     model: Model, scheme: Scheme = None, recipe: RecipeFile = None, settings: Set = None, ignore: Ignore = None,
+    ranks: Annotated[int, typer.Option("--tensor-parallel", metavar="N", help="Ranks of the engine that will serve it.")] = 1,
     threads: Threads = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show what would be done, from headers alone."""
     with terminal.uncollected():
-        from bitpress import run
+        from bitpress import run, serving
 
     work = run.plan(model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or ())
-    memory = run.memory(work, threads)
-    terminal.document(show.plan_json(work, memory)) if as_json else show.plan(work, memory)
+    needs = planned.Needs(run.memory(work, threads), run.scratch(work), ranks, tuple(serving.remarks(work, ranks)))
+    terminal.document(planned.as_json(work, needs)) if as_json else planned.table(work, needs)
 
 
 @app.command()
@@ -78,25 +79,29 @@ def compress(
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a sequence.")] = 512,
     seed: Annotated[int, typer.Option("--seed", help="0 takes sequences from the start, others draw them.")] = 0,
     trust_remote_code: TrustRemoteCode = False, device: Device = "cpu", max_memory: MaxMemory = None, threads: Threads = None,
+    check: Annotated[
+        str | None, typer.Option("--check", metavar="TEXT", help="Compare the result's predictions of a text with its source's.")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option("--max-kl", metavar="X", help="Exit 1 if they differ by more nats.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open and prove what was written; no digests.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a smaller model, and prove it."""
     with terminal.uncollected():
-        from bitpress import run
+        from bitpress import run, serving
         from bitpress.calibrate.texts import Choice
 
     limit = terminal.size(max_memory)
     job = run.prepare(
         model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or (),
-        calibration=Choice(calibration, samples, sequence_length, seed), trust_remote_code=trust_remote_code,
+        calibration=Choice(calibration, samples, sequence_length, seed), check=check, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     work = job.plan
-    show.remarks(work, job.warnings)
+    planned.remarks(work, job.warnings, serving.remarks(work))
     if calibration is not None and job.data is None:
         print("warning: no step of this recipe needs data: --calibration is not used", file=sys.stderr)
     with terminal.progress(as_json) as progress:
-        note = run.carry_out(job, out, device, threads, limit, not no_verify, trust_remote_code, progress)
+        note = run.carry_out(job, out, device, threads, limit, not no_verify, max_kl, trust_remote_code, progress)
     result = {"before": work.bytes_before, "after": work.bytes_after, "verified": not no_verify, **note.as_json()}
     terminal.document(result) if as_json else show.summary(note, work, out, verified=not no_verify)
 
@@ -113,8 +118,9 @@ def verify(
 
     with terminal.progress(as_json) as progress:
         report = outputs.verify(out, against, threads, progress)
+    show.warn(report.remarks)
     if as_json:
-        terminal.document({"ok": not report.faults, "faults": report.faults, "errors": report.errors})
+        terminal.document({"ok": not report.faults, "faults": report.faults, "errors": report.errors, "remarks": report.remarks})
     elif not report.faults:
         compared = f"{len(report.errors)} layers compared with {against}" if against else "no source given: weights not compared"
         print(f"{out}: nothing wrong ({compared})")
@@ -152,6 +158,18 @@ def inspect(out: Out, as_json: Json = False) -> None:
 
     note = outputs.inspect(out)
     terminal.document(note.as_json() | {"bits": note.bits}) if as_json else show.manifest(note)
+
+
+@app.command()
+def report(
+    out: Out,
+    file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="The page (default: OUT.html beside OUT).")] = None,
+) -> None:
+    """Write one HTML page about an output: sizes, errors, where it serves, what it was made from."""
+    with terminal.uncollected():
+        from bitpress import outputs
+
+    print(f"{outputs.report(out, file)}: written")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -177,6 +178,17 @@ def test_every_known_device_gets_an_answer(step: Step, device: Hardware) -> None
         assert finding.level in LEVELS, f"the level {finding.level!r} is not one of {', '.join(LEVELS)}"
         assert finding.text, "a Finding needs a text"
         assert "\n" not in finding.text, "a Finding's text is one line"
+
+
+@pytest.mark.parametrize("cut", [None, "rows", "columns"])
+def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str | None) -> None:
+    _needs(step, "validate_shape")
+    ask = functools.partial(step.call, "validate_shape", shape=(4096, 4096), cut=cut)
+    findings = [finding for device in KNOWN for finding in ask(hardware=device) or ()]
+    assert all(isinstance(finding, Finding) for finding in findings), "`validate_shape` must return Findings"
+    assert not [f for f in findings if f.level == "unsupported"], (
+        "`validate_shape` refuses 4096 x 4096, which divides by everything"
+    )
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

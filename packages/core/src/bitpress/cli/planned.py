@@ -1,0 +1,106 @@
+"""How a plan is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from attrs import frozen
+
+from bitpress.cli.show import USABLE, gb, serves, table as columns, warn
+from bitpress.hardware import KNOWN
+from bitpress.schemes import Step
+from bitpress.stacks import alike
+
+if TYPE_CHECKING:
+    from bitpress.planning import Plan
+    from bitpress.serving import Remark
+
+MANY = 200  # stacks; more are shown with stars for their numbers
+
+
+@frozen
+class Needs:
+    """What a plan asks for.
+
+    Attributes:
+        memory: bytes at least, Python and its libraries included.
+        scratch: bytes on disk beside the output, where there is no more memory than that.
+        ranks: of the engine that will serve the result.
+        remarks: what it will make of the layers.
+    """
+
+    memory: int
+    scratch: int
+    ranks: int
+    remarks: tuple[Remark, ...]
+
+
+def table(work: Plan, needs: Needs) -> None:
+    """What is compressed and what is left alone, and why; sizes before and after, what the run needs, and remarks."""
+    said = [(s, (_steps(s.steps), f"{_mean_bits(s):.2f}", work.recipe.reason(next(iter(s.members))))) for s in work.stacks]
+    together = [(name, count, *what) for name, what, count in alike((stack.name, what) for stack, what in said)]
+    rows = together if len(said) > MANY else [(stack.name, 1, *what) for stack, what in said]
+    columns(("layers", "count", "steps", "bits per weight", "why"), rows)
+    print()
+    plain = alike((entry.name, reason) for entry, reason in work.left_alone)
+    columns(("copied unchanged", "count", "why"), [(name, count, reason) for name, reason, count in plain])
+    count = sum(len(stack.members) for stack in work.stacks)
+    total = sum(work.sizes.values())
+    print(f"\n{count} layers compressed, {len(work.left_alone)} tensors copied unchanged")
+    print(f"size    {gb(work.bytes_before)} -> {gb(work.bytes_after)} ({work.bytes_before / work.bytes_after:.2f}x smaller)")
+    print(f"output  {total:,} bytes in {len(work.sizes)} files, and bitpress.json")
+    spilled = f"; with no more than that, {gb(needs.scratch)} of hidden states go to disk" if needs.scratch else ""
+    print(f"memory  about {gb(needs.memory)}, torch included{spilled}")
+    print(f"data    {'needed: texts like those that it will serve (--calibration)' if work.recipe.calibrated else 'none needed'}")
+    for step in {step.scheme.name: step for step in work.recipe.all_steps}.values():
+        print(f"serves  {step.scheme.name}: {serves(step, KNOWN)}")
+    remarks(work, work.warnings, needs.remarks)
+
+
+def as_json(work: Plan, needs: Needs) -> dict[str, Any]:
+    """The plan as JSON."""
+    layers = [
+        {
+            "name": module,
+            "steps": [_step_json(s) for s in stack.steps],
+            "stack": stack.name,
+            "shape": list(entry.shape),
+            "bits": stack.bits(module),
+            "reason": work.recipe.reason(module),
+        }
+        for stack in work.stacks
+        for module, entry in stack.members.items()
+    ]
+    return {
+        "layers": layers, "copied": [entry.name for entry, _ in work.left_alone],
+        "left_alone": [{"name": e.name, "bytes": e.nbytes, "reason": reason} for e, reason in work.left_alone],
+        "shards": [{"name": shard.name, "bytes": shard.header.nbytes} for shard in work.shards], "files": work.sizes,
+        "before": work.bytes_before, "after": work.bytes_after, "memory": needs.memory, "scratch": needs.scratch,
+        "data": work.recipe.calibrated, "digest": work.digest, "warnings": list(work.warnings),
+        "hardware": [{"scheme": name, **attrs.asdict(f)} for name, f in work.findings],
+        "tensor_parallel": needs.ranks,
+        "serving": [{"layers": r.layers, "count": r.count, **attrs.asdict(r.finding)} for r in needs.remarks],
+    }  # fmt: skip
+
+
+def remarks(work: Plan, warnings: Iterable[str], serving: Iterable[Remark]) -> None:
+    """Warnings and unfavourable findings, on standard error."""
+    warn(warnings)
+    said = [(f"{name} is {f.level} on this machine's device", f) for name, f in work.findings]
+    said += [(f"{r.layers}{f' ({r.count} layers)' if r.count > 1 else ''}: {r.finding.level}", r.finding) for r in serving]
+    warn(f"{what}: {finding.text}" for what, finding in said if finding.level not in USABLE)
+
+
+def _mean_bits(stack: Any) -> float:
+    sizes = {module: entry.numel for module, entry in stack.members.items()}
+    return float(sum(stack.bits(m) * n for m, n in sizes.items()) / sum(sizes.values()))
+
+
+def _steps(steps: Sequence[Step]) -> str:
+    return " + ".join(step.scheme.name for step in steps)
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    return {"use": step.scheme.name, **attrs.asdict(step.options)}
