@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitpress.numerics.blocks import absmax, block_absmax, expand
     from bitpress.numerics.clipping import clip, clip_by_error, clip_by_share, magnitudes, middle_magnitude
-    from bitpress.numerics.error_feedback import Grid, feedback, moments
+    from bitpress.numerics.error_feedback import Grid, aim, feedback, moments
     from bitpress.numerics.float8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
     from bitpress.numerics.hessian import Factor, factor
     from bitpress.numerics.integers import IntegerGrid, decode_integers, fit_asymmetric, fit_symmetric, limits
+    from bitpress.numerics.masked import reconstruct
     from bitpress.numerics.packing import pack_words, unpack_words
     from bitpress.numerics.sweeping import sweep
 
 _HOME = {
     **dict.fromkeys(("absmax", "block_absmax", "expand"), "blocks"),
     **dict.fromkeys(("clip", "clip_by_error", "clip_by_share", "magnitudes", "middle_magnitude"), "clipping"),
-    **dict.fromkeys(("Grid", "feedback", "moments"), "error_feedback"),
+    **dict.fromkeys(("Grid", "aim", "feedback", "moments"), "error_feedback"),
     **dict.fromkeys(("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"), "float8"),
     **dict.fromkeys(("Factor", "factor"), "hessian"),
     **dict.fromkeys(("IntegerGrid", "decode_integers", "fit_asymmetric", "fit_symmetric", "limits"), "integers"),
     **dict.fromkeys(("pack_words", "unpack_words"), "packing"),
+    "reconstruct": "masked",
     "sweep": "sweeping",
 }
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Grid",
     "IntegerGrid",
     "absmax",
+    "aim",
     "block_absmax",
     "clip",
     "clip_by_error",
@@ -54,6 +57,7 @@ __all__ = [
     "middle_magnitude",
     "moments",
     "pack_words",
+    "reconstruct",
     "sweep",
     "unpack_words",
 ]
