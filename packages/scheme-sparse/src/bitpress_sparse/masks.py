@@ -12,7 +12,7 @@ from bitpress import numerics
 if TYPE_CHECKING:
     from torch import Tensor
 
-SPAN = 128  # columns among which SparseGPT chooses at a time
+SPAN = 16  # columns of a wide group among which SparseGPT chooses at a time
 
 
 def largest(score: Tensor, allowed: Tensor, kept: int, group: int) -> Tensor:
@@ -38,28 +38,30 @@ def wanda(target: Tensor, diagonal: Tensor, allowed: Tensor, kept: int, group: i
 def sparsegpt(target: Tensor, factored: numerics.Factor, allowed: Tensor, kept: int, group: int) -> tuple[Tensor, Tensor]:
     """(out, in) bool, and the target swept onto it (Frantar & Alistarh, "SparseGPT", arXiv 2301.00774).
 
-    Column by column a weight that is dropped is made up for by those that come after it. A choice is made when the sweep comes to
-    it, by target_k² D_k: what dropping column k costs after later columns have made up for it. D_k is the paper's 1 / [H⁻¹]_kk.
-    A wide group is cut into spans, each of which keeps its part.
+    Column by column a weight that is dropped is made up for by those that come after it. Which ones is decided when the sweep comes
+    to them, by target_k² D_k: what dropping column k costs once later columns have made up for it (D_k is the paper's
+    1 / [H⁻¹]_kk). A group of four is decided as a whole; of a wide one so many of each span as the same costs say beforehand, row by
+    row, so that columns may come in any order.
 
     Args:
-        factored: its order leaves groups (spans of wide ones) whole.
+        factored: groups of four stay whole in its order.
     """
     import torch
 
-    may, keep = allowed.T.contiguous(), torch.empty_like(target, dtype=torch.bool).T.contiguous()  # (in, out)
-    span = SPAN if group == len(may) else group
+    score = target.square() * torch.empty_like(factored.variance).index_copy_(0, factored.order, factored.variance)
+    share, may = largest(score, allowed, kept, group).T.contiguous(), allowed.T.contiguous()  # (in, out)
+    keep = torch.empty_like(may)
 
     def choose(targets: Tensor, rows: slice, places: slice) -> None:
         columns = factored.order[places]
         cost = targets.square() * factored.variance[places].unsqueeze(1)  # (span, rows)
-        part = kept * (places.stop % group or group) // group - kept * (places.start % group) // group
-        keep[columns, rows] = _best(cost.masked_fill_(~may[columns, rows], -1.0), part, 0)
+        rank = cost.masked_fill_(~may[columns, rows], -1.0).argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+        keep[columns, rows] = rank < share[columns, rows].sum(0)
 
     def project(column_target: Tensor, rows: slice, column: int) -> Tensor:
         return column_target * keep[column, rows]
 
-    found, _ = numerics.sweep(target, factored, project, choose, span)
+    found, _ = numerics.sweep(target, factored, project, choose, SPAN if group == len(may) else group)
     return keep.T.contiguous(), found
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Finding, Hardware, Layer, Record, ShapeError, Stat, hookimpl, numerics, option
+from bitpress import Finding, Layer, Record, Stat, hookimpl, numerics, option
 from bitpress_sparse import bitmask, masks
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: PruningOptions) -
     width = layer.weight.shape[1]
     group, kept = options.group(width), options.kept(width)
     allowed = layer.weight != 0 if layer.keep is None else layer.keep & (layer.weight != 0)
-    factored = _factor(stats, min(group, width), options)
+    factored = _factor(stats, 1 if group == width else group, options)
     wanted = layer.weight if factored is None else numerics.aim(layer, stats, factored)
     power = -wanted.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)  # (out, 1)
     near = wanted.ldexp(power)  # near 1, where no square is too large or too small for float32
@@ -130,17 +130,17 @@ def check(weight: Tensor, options: PruningOptions) -> str | None:
     return f"{most} of {group} neighbours are not zero, where at most {kept} may be" if most > kept else None
 
 
-def _factor(stats: Mapping[str, Stat], group: int, options: PruningOptions) -> numerics.Factor | None:
+def _factor(stats: Mapping[str, Stat], together: int, options: PruningOptions) -> numerics.Factor | None:
     if not options.calibrated or "hessian" not in stats:
         return None
-    found = numerics.factor(stats["hessian"].value, stats["tokens"].value.item(), group)
+    found = numerics.factor(stats["hessian"].value, stats["tokens"].value.item(), together)
     if found is None:
         warnings.warn("its calibration statistics are not finite or singular: pruned by magnitude", stacklevel=2)
     return found
 
 
-def findings(hardware: Hardware, options: PruningOptions, text: str) -> Sequence[Finding]:
-    """What holds for both schemes.
+def findings(options: PruningOptions, text: str) -> Sequence[Finding]:
+    """What holds for both schemes, on any device.
 
     Args:
         text: what is to be said of the layout for older engines.

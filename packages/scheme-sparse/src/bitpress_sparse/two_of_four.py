@@ -35,7 +35,7 @@ class Options(PruningOptions):
 @hookimpl
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
     """Everywhere; sparse tensor cores take it from capability 8.0 on, in engines that have kernels for them."""
-    found = findings(hardware, options, "vLLM reads this layout up to 0.18 (compressed-tensors up to 0.14), later ones refuse it")
+    found = findings(options, "vLLM reads this layout up to 0.18 (compressed-tensors up to 0.14), later ones refuse it")
     if options.layout == "dense" and (hardware.capability or (0, 0)) >= (9, 0):
         text = "sparse tensor cores take 2:4 weights, with 8 bits best, in engines that have kernels for them"
         return [Finding("recommended", text), *found[1:]]

@@ -43,4 +43,4 @@ class Options(PruningOptions):
 @hookimpl
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
     """Everywhere."""
-    return findings(hardware, options, "vLLM does not read this layout; compressed-tensors up to 0.14 decodes it")
+    return findings(options, "vLLM does not read this layout; compressed-tensors up to 0.14 decodes it")

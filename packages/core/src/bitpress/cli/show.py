@@ -122,8 +122,7 @@ def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
     """What `compress` did."""
     ratio = work.bytes_before / work.bytes_after
     print(f"{out}: {_gb(work.bytes_before)} -> {_gb(work.bytes_after)} ({ratio:.2f}x smaller), {note.bits:.2f} bits per weight")
-    for text in note.warnings:
-        print(f"warning: {text}", file=sys.stderr)
+    remarks(work, note.warnings)
     if note.data:
         hint = "; texts like those the model will serve are better: --calibration FILE" if "ships" in note.data["source"] else ""
         print(f"calibrated on {int(note.data['tokens']):,} tokens of {note.data['source']}{hint}")
