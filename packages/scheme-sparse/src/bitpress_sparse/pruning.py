@@ -66,7 +66,7 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: PruningOptions) -
     width = layer.weight.shape[1]
     group, kept = options.group(width), options.kept(width)
     allowed = layer.weight != 0 if layer.keep is None else layer.keep & (layer.weight != 0)
-    factored = _factor(stats, 1 if group == width else group, options)
+    factored = _factor(stats, group, options)
     wanted = layer.weight if factored is None else numerics.aim(layer, stats, factored)
     power = -wanted.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)  # (out, 1)
     near = wanted.ldexp(power)  # near 1, where no square is too large or too small for float32
@@ -130,10 +130,10 @@ def check(weight: Tensor, options: PruningOptions) -> str | None:
     return f"{most} of {group} neighbours are not zero, where at most {kept} may be" if most > kept else None
 
 
-def _factor(stats: Mapping[str, Stat], together: int, options: PruningOptions) -> numerics.Factor | None:
+def _factor(stats: Mapping[str, Stat], group: int, options: PruningOptions) -> numerics.Factor | None:
     if not options.calibrated or "hessian" not in stats:
         return None
-    found = numerics.factor(stats["hessian"].value, stats["tokens"].value.item(), together)
+    found = numerics.factor(stats["hessian"].value, stats["tokens"].value.item(), group)
     if found is None:
         warnings.warn("its calibration statistics are not finite or singular: pruned by magnitude", stacklevel=2)
     return found

@@ -33,8 +33,8 @@ def sweep(
     Args:
         weight: (out, in) float32; its rows are independent.
         project: given the targets (rows,) of one column, which rows they are, and which column, returns what they become.
-        ahead: for choices between columns; before each `span` columns it is given their targets (span, rows), which rows they
-            are, and their places in the factor's order.
+        ahead: for choices between columns: before each `span` of them it is given what would be best for them (span, rows) if they
+            and all that follow could be any number, which rows they are, and the columns' places in the factor's order.
         span: a divisor or a multiple of `LEAF`.
 
     Returns:
@@ -57,15 +57,18 @@ def _sweep_rows(
 
     def solve(lo: int, hi: int) -> None:
         if hi - lo > LEAF:
-            unit = span if ahead and hi - lo > span > LEAF else LEAF  # no product ends inside a span
-            middle = lo + unit * ((hi - lo + unit) // (2 * unit))
+            whole = span if ahead and hi - lo > span > LEAF else LEAF  # no product ends inside a span
+            middle = lo + whole * ((hi - lo + whole) // (2 * whole))
             solve(lo, middle)
             target[middle:hi].addmm_(factor.unit[lo:middle, middle:hi].T, error[lo:middle])
             solve(middle, hi)
             return
         for k in range(lo, hi):
             if ahead and k % span == 0:
-                ahead(target[k : k + span], rows, slice(k, min(k + span, len(columns))))
+                places = slice(k, min(k + span, len(columns)))
+                missing, unit = source[places] - target[places], factor.unit[places, places].T
+                missing = torch.linalg.solve_triangular(unit, missing, upper=False, unitriangular=True)
+                ahead(source[places] - missing, rows, places)
             chosen[k] = project(target[k], rows, columns[k])
             torch.sub(source[k], chosen[k], out=error[k])
             target[k + 1 : hi].addr_(factor.unit[k, k + 1 : hi], error[k])
