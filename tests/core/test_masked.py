@@ -35,7 +35,7 @@ def damped(factor: numerics.Factor, width: int) -> NDArray[np.float64]:
 
 
 def least_squares(target: torch.Tensor, hessian: NDArray[np.float64], keep: torch.Tensor) -> NDArray[np.float64]:
-    """argmin (t - q) H (t - q)ᵀ on each row's support, solved by itself."""
+    """The least (t - q) H (t - q)ᵀ on each row's support, solved by itself."""
     found = np.zeros(target.shape)
     for row, (t, mask) in enumerate(zip(target.double().numpy(), keep.numpy(), strict=True)):
         found[row, mask] = np.linalg.solve(hessian[np.ix_(mask, mask)], hessian[mask] @ t)

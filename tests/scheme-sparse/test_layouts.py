@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from bitpress_sparse import bitmask
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from support import LLAMA, command, files_of, install_toy, refusal, tensors_of, write_model
@@ -17,6 +16,7 @@ from bitpress import chain
 from bitpress.hardware import find
 from bitpress.layer import Layer, Record
 from bitpress.schemes import Step, discover
+from bitpress_sparse import bitmask
 
 SCHEMES = ("sparse-2of4", "sparse")
 LAYER = "model.layers.1.mlp.up_proj"

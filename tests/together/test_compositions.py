@@ -142,7 +142,7 @@ def test_a_calibrated_composition_is_proved_against_its_source(tmp_path: Path, s
     assert "sparsity_config" not in config
 
 
-MIXED = '''
+MIXED = """
 [[layers]]
 match = "*.layers.0.mlp.*"
 steps = [{ use = "sparse-2of4", algorithm = "magnitude" }]
@@ -155,7 +155,7 @@ steps = []
 [[layers]]
 match = "*.mlp.*"
 steps = ["sparse", { use = "w4a16", algorithm = "rtn" }]
-'''
+"""
 
 
 def test_a_mixed_recipe_names_every_group_and_ignores_the_rest_by_full_path(tmp_path: Path) -> None:
@@ -179,7 +179,8 @@ def test_a_mixed_recipe_names_every_group_and_ignores_the_rest_by_full_path(tmp_
 
 def test_a_bitmask_beside_a_quantised_group_names_its_layers(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(
-        '[[layers]]\nmatch = "*.mlp.*"\nsteps = [{ use = "sparse", layout = "bitmask" }]\n[[layers]]\nmatch = "*"\nsteps = ["fp8"]'
+        '[[layers]]\nmatch = "*.mlp.*"\nsteps = [{ use = "sparse", layout = "bitmask" }]\n'
+        '[[layers]]\nmatch = "*"\nsteps = ["fp8"]\n'
     )
     source = write_model(tmp_path / "m")
     compress(source, tmp_path / "o", recipe_file=tmp_path / "recipe.toml")

@@ -22,7 +22,7 @@ class Layer:
         name: the stack's name, for messages.
         dtype: what the model stores its weights in, and computes in when served.
         keep: (out, in) bool; False must stay zero. None keeps everything.
-        source: (out, in) float32: the weight before the first step, with which statistics were taken; None where that is `weight`.
+        source: (out, in) float32: the weight before any step, with which statistics were taken; None where that is `weight`.
         codes: what is stored, unpacked, one row per output; after `pack`, packed. None while the weight itself is stored.
         parts: what is stored beside the codes, by name: "scale" (out, groups), "zero_point", ... The leading axis follows the
             rows (one entry per row or per `row_block` of them); a part without axes is one number for the whole stack.

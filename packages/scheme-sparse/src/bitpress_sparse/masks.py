@@ -38,10 +38,10 @@ def wanda(target: Tensor, diagonal: Tensor, allowed: Tensor, kept: int, group: i
 def sparsegpt(target: Tensor, factored: numerics.Factor, allowed: Tensor, kept: int, group: int) -> tuple[Tensor, Tensor]:
     """(out, in) bool, and the target swept onto it (Frantar & Alistarh, "SparseGPT", arXiv 2301.00774).
 
-    Column by column a weight that is dropped is made up for by those that come after it. Which ones is decided when the sweep comes
-    to them, by target_k² D_k: what dropping column k costs once later columns have made up for it (D_k is the paper's
-    1 / [H⁻¹]_kk). A group of four is decided as a whole; of a wide one, span by span, as many as Wanda would keep there: the paper
-    keeps as many of each, which costs a tenth more.
+    Column by column a weight that is dropped is made up for by those that come after it. Which ones is decided when the sweep
+    comes to them, by target_k² D_k: what dropping column k costs once later columns have made up for it (D_k is the paper's
+    1 / [H⁻¹]_kk). A group of four is decided as a whole; of a wide one, span by span, as many as Wanda would keep there: the
+    paper keeps as many of each, which costs a tenth more.
 
     Args:
         factored: its order leaves groups whole.

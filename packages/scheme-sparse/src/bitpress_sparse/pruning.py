@@ -147,7 +147,8 @@ def findings(options: PruningOptions, text: str) -> Sequence[Finding]:
     """
     if options.layout == "bitmask":
         return [Finding("unsupported", f"{text}; layout=dense loads everywhere")]
+    plain = "vLLM has no sparse layout: zeros are stored like other weights, and neither size nor speed changes there"
     return [
         Finding("supported", "loads and runs wherever the model itself does, or the scheme that follows"),
-        Finding("degraded", "vLLM has no sparse layout: zeros are stored like other weights, and neither size nor speed changes there"),
+        Finding("degraded", plain),
     ]

@@ -39,7 +39,7 @@ class Factor:
         return torch.empty_like(x).index_copy_(1, self.order, x)
 
     def multiply(self, left: Tensor) -> Tensor:
-        """left H: (rows, in) -> (rows, in)."""
+        """The product with H: (rows, in) -> (rows, in)."""
         x, found = left.index_select(1, self.order), torch.empty_like(left)
         for columns in stripes(x.shape[1]):  # what lies below U's diagonal is zero
             found[:, columns] = x[:, : columns.stop] @ self.unit[: columns.stop, columns]

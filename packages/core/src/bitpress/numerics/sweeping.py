@@ -33,8 +33,8 @@ def sweep(
     Args:
         weight: (out, in) float32; its rows are independent.
         project: given the targets (rows,) of one column, which rows they are, and which column, returns what they become.
-        ahead: for choices between columns: before each `span` of them it is given what would be best for them (span, rows) if they
-            and all that follow could be any number, which rows they are, and the columns' places in the factor's order.
+        ahead: for choices between columns: before each `span` of them it is given what would be best for them (span, rows) if
+            they and all that follow could be any number, which rows they are, and the columns' places in the factor's order.
         span: a divisor or a multiple of `LEAF`.
 
     Returns:
