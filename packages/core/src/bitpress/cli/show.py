@@ -113,16 +113,18 @@ def remarks(work: Plan, warnings: Iterable[str] | None = None) -> None:
     """Warnings (the plan's, if no others are given) and unfavourable findings, on standard error."""
     for warning in work.warnings if warnings is None else warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    for name, finding in work.findings:
-        if finding.level not in USABLE:
-            print(f"warning: {name} is {finding.level} on this machine's device: {finding.text}", file=sys.stderr)
+    for text in _unfavourable(work):
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
     """What `compress` did."""
     ratio = work.bytes_before / work.bytes_after
     print(f"{out}: {_gb(work.bytes_before)} -> {_gb(work.bytes_after)} ({ratio:.2f}x smaller), {note.bits:.2f} bits per weight")
-    remarks(work, note.warnings)
+    for text in note.warnings:
+        print(f"warning: {text}", file=sys.stderr)
+    for text in _unfavourable(work):
+        print(text)
     if note.data:
         hint = "; texts like those the model will serve are better: --calibration FILE" if "ships" in note.data["source"] else ""
         print(f"calibrated on {int(note.data['tokens']):,} tokens of {note.data['source']}{hint}")
@@ -164,6 +166,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     console = Console()
     if table.row_count:
         Console(width=None if console.is_terminal else 200, markup=False, highlight=False).print(table)
+
+
+def _unfavourable(work: Plan) -> Sequence[str]:
+    return [f"{name} is {f.level} on this machine's device: {f.text}" for name, f in work.findings if f.level not in USABLE]
 
 
 def _findings(step: Step, device: Hardware) -> Sequence[Finding]:
