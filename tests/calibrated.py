@@ -56,7 +56,7 @@ def quantize(layer, stats, options):
             os.kill(os.getpid(), signal.SIGKILL if "kill" in file.name else signal.SIGINT)
     out, width = layer.weight.shape
     fit = lambda w, importance: numerics.fit_symmetric(w, importance, options.bits, width, [0.9, 1.0])
-    weight, grid = numerics.feedback(layer.weight, stats, fit, layer.keep)
+    weight, grid = numerics.feedback(layer, stats, fit)
     zeros = torch.zeros(width)
     value = lambda name: stats[name].value if name in stats else zeros
     seen = torch.stack([value("seen"), value("moved")]).expand(out, 2, width)

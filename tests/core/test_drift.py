@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitpress import numerics
+from bitpress.layer import Layer
 from bitpress.numerics.error_feedback import SAMPLED, drift
 
 WIDTH, ROWS = 24, 10
@@ -84,12 +85,13 @@ def test_nothing_is_held_once_a_weight_has_been_rounded() -> None:
     def tensors() -> int:
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
-    numerics.feedback(weight, stats, fit)  # what is made once and kept is there by now
+    layer = Layer("layer", weight, torch.bfloat16)
+    numerics.feedback(layer, stats, fit)  # what is made once and kept is there by now
     gc.collect()
     gc.disable()  # what refers to itself in a circle stays until it is looked for, and these are large
     try:
         before = tensors()
-        numerics.feedback(weight, stats, fit)
+        numerics.feedback(layer, stats, fit)
         assert tensors() == before
     finally:
         gc.enable()

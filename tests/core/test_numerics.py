@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 
 from bitpress import numerics
-from bitpress.layer import Stat
+from bitpress.layer import Layer, Stat
+from bitpress.numerics.error_feedback import Fit, Grid
 
 Array = NDArray[np.float64]
 RATIOS = (0.7, 0.8, 0.9, 1.0)
@@ -34,6 +36,12 @@ def four_bits(weight: torch.Tensor, importance: torch.Tensor | None) -> numerics
     """Groups of 16 columns, or the whole width."""
     width = weight.shape[1]
     return numerics.fit_symmetric(weight, importance, 4, width if width % 16 else 16, RATIOS)
+
+
+def feedback(
+    weight: torch.Tensor, stats: Mapping[str, Stat], fit: Fit, keep: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Grid]:
+    return numerics.feedback(Layer("layer", weight, torch.bfloat16, keep), stats, fit)
 
 
 def factored(x: torch.Tensor) -> numerics.Factor:
@@ -148,7 +156,7 @@ def test_the_loss_reported_is_that_of_the_error_under_the_damped_hessian() -> No
 def test_inputs_without_correlation_give_rounding_to_nearest(width: int) -> None:
     weight = weights(40, width, 2)
     stats = {"hessian": Stat(100 * torch.eye(width), "sum"), "tokens": Stat(torch.tensor(100.0), "sum")}
-    found, _ = numerics.feedback(weight, stats, four_bits)
+    found, _ = feedback(weight, stats, four_bits)
     assert torch.equal(found, nearest(weight))
 
 
@@ -158,7 +166,7 @@ def test_no_row_does_worse_than_by_rounding_to_nearest(width: int, tokens: int, 
     weight, x = weights(30, width, seed) ** 3, activations(tokens, width, seed)
     stats = numerics.moments(x, weight)
     factor = factored(x)
-    found, grid = numerics.feedback(weight, stats, four_bits)
+    found, grid = feedback(weight, stats, four_bits)
     cost, plain = factor.loss(weight - found), factor.loss(weight - grid.rounded(weight))
     assert (cost <= plain * (1 + 1e-4)).all()
 
@@ -166,15 +174,15 @@ def test_no_row_does_worse_than_by_rounding_to_nearest(width: int, tokens: int, 
 @pytest.mark.parametrize("size", [1e20, 1e30, 1e38])
 def test_rows_too_large_for_their_loss_stay_finite_and_leave_others_alone(size: float) -> None:
     weight, stats = weights(12, 48, 13), numerics.moments(activations(300, 48, 13), torch.empty(0))
-    usual, _ = numerics.feedback(weight, stats, four_bits)
-    found, _ = numerics.feedback(torch.cat([weight[:4], weight[4:].sign() * size]), stats, four_bits)
+    usual, _ = feedback(weight, stats, four_bits)
+    found, _ = feedback(torch.cat([weight[:4], weight[4:].sign() * size]), stats, four_bits)
     assert found.isfinite().all()
     assert torch.equal(found[:4], usual[:4])
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 63])
 def test_fewer_tokens_than_columns_still_give_numbers(tokens: int) -> None:
-    found, _ = numerics.feedback(weights(20, 64, 4), numerics.moments(activations(tokens, 64, 4), torch.empty(0)), four_bits)
+    found, _ = feedback(weights(20, 64, 4), numerics.moments(activations(tokens, 64, 4), torch.empty(0)), four_bits)
     assert found.isfinite().all()
     assert found.any()
 
@@ -183,7 +191,7 @@ def test_columns_that_were_never_active_are_rounded_to_nearest() -> None:
     weight, x = weights(20, 32, 6), activations(200, 32, 6)
     x[:, 5] = 0
     x[:, 31] = 0
-    found, grid = numerics.feedback(weight, numerics.moments(x, weight), four_bits)
+    found, grid = feedback(weight, numerics.moments(x, weight), four_bits)
     plain = grid.rounded(weight)
     assert torch.equal(found[:, [5, 31]], plain[:, [5, 31]])
     assert not torch.equal(found, plain)
@@ -194,7 +202,7 @@ def test_statistics_that_are_not_finite_are_warned_of_and_the_layer_is_rounded(b
     weight, stats = weights(8, 16, 0), numerics.moments(activations(30, 16, 0), torch.empty(0))
     stats["hessian"].value[3, 2] = bad
     with pytest.warns(UserWarning, match="not finite"):
-        found, _ = numerics.feedback(weight, stats, four_bits)
+        found, _ = feedback(weight, stats, four_bits)
     assert torch.equal(found, nearest(weight))
 
 
@@ -202,7 +210,7 @@ def test_without_statistics_the_layer_is_rounded_and_nothing_is_said() -> None:
     weight = weights(8, 16, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found, _ = numerics.feedback(weight, {}, four_bits)
+        found, _ = feedback(weight, {}, four_bits)
     assert torch.equal(found, nearest(weight))
 
 
@@ -212,10 +220,10 @@ def test_stacked_rows_are_those_rows_alone_to_the_bit(heights: tuple[int, ...], 
     x = activations(500, 96, 8)
     weight = weights(96, 96, 8)
     stats = numerics.moments(x, weight, x * 1.01 if drifted else None)
-    whole, _ = numerics.feedback(weight, stats, four_bits)
+    whole, _ = feedback(weight, stats, four_bits)
     tiles = [slice(sum(heights[:i]), sum(heights[: i + 1])) for i in range(len(heights))]
     own = [{name: stat.of(tile) for name, stat in stats.items()} for tile in tiles]
-    alone = [numerics.feedback(weight[tile], of_tile, four_bits)[0] for tile, of_tile in zip(tiles, own, strict=True)]
+    alone = [feedback(weight[tile], of_tile, four_bits)[0] for tile, of_tile in zip(tiles, own, strict=True)]
     assert torch.equal(torch.cat(alone), whole)
 
 
@@ -223,7 +231,7 @@ def test_zeros_and_masked_positions_stay_zero_and_the_others_make_up_for_it() ->
     weight, x = weights(24, 64, 9), activations(400, 64, 9)
     keep = torch.rand(24, 64, generator=torch.Generator().manual_seed(9)) < 0.5
     for masked in ((weight * keep, None), (weight * keep, keep)):
-        found, grid = numerics.feedback(masked[0], numerics.moments(x, masked[0], x * 1.02), four_bits, masked[1])
+        found, grid = feedback(masked[0], numerics.moments(x, masked[0], x * 1.02), four_bits, masked[1])
         assert not found[~keep].any()
         factor = factored(x)
         plain = grid.rounded(weight * keep)

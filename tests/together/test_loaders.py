@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 from bitpress import chain, compress
 from bitpress.checkpoint.reader import open_checkpoint
 from bitpress.planning import make_plan
-from bitpress.recipe import from_scheme
+from bitpress.recipe import Recipe, from_file, from_scheme
 from bitpress.schemes import discover
 
 TINY = Path(__file__).parents[2] / "examples/tiny-llama"
@@ -32,12 +32,17 @@ CASES = {
     "4 bits": ("w4a16", ["algorithm=rtn"]),
     "4 bits per channel": ("w4a16", ["algorithm=rtn", "group_size=channel"]),
     "8 bits": ("w8a16", []),
+    "2:4": ("sparse-2of4", ["algorithm=magnitude"]),
+    "half": ("sparse", []),
+    "2:4, then fp8": ("sparse-2of4+fp8", ["algorithm=magnitude"]),
+    "2:4, then int8": ("sparse-2of4+int8", ["sparse-2of4.algorithm=magnitude", "int8.algorithm=rtn"]),
+    "half, then 4 bits": ("sparse+w4a16", ["w4a16.algorithm=rtn"]),
 }
 
 
-def with_restored_weights(source: Path, out: Path, scheme: str, settings: list[str]) -> torch.nn.Module:
+def with_restored_weights(source: Path, out: Path, recipe: Recipe) -> torch.nn.Module:
     """A plain float32 Llama that holds the weights restored from the output's files."""
-    plan = make_plan(open_checkpoint(source), from_scheme(scheme, discover(), settings))
+    plan = make_plan(open_checkpoint(source), recipe)
     found, state = tensors_of(out), {}
     for stack in plan.stacks:
         for module in stack.members:
@@ -69,7 +74,7 @@ def test_transformers_computes_with_the_restored_weights(tmp_path: Path, case: s
     scheme, settings = CASES[case]
     source, out = write_model(tmp_path / "m", config=config, shards=shards), tmp_path / "o"
     compress(source, out, scheme=scheme, settings=settings)
-    ours, theirs = with_restored_weights(source, out, scheme, settings), loaded(out)
+    ours, theirs = with_restored_weights(source, out, from_scheme(scheme, discover(), settings)), loaded(out)
     with torch.inference_mode():
         expected, found = ours(TOKENS).logits, theirs(TOKENS).logits
     assert expected.std() > 0.1
@@ -86,7 +91,7 @@ def test_transformers_reads_zero_points_when_it_decodes_while_loading(tmp_path: 
         ["algorithm=rtn", "symmetric=false", f"group_size={group}"],
     )
     compress(source, out, scheme=scheme, settings=settings)
-    ours = with_restored_weights(source, out, scheme, settings).state_dict()
+    ours = with_restored_weights(source, out, from_scheme(scheme, discover(), settings)).state_dict()
     decode = CompressedTensorsConfig(dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, quantization_config=decode).state_dict()
     assert theirs.keys() == ours.keys()
@@ -100,7 +105,7 @@ def test_transformers_runs_nvfp4_in_bfloat16_with_the_restored_weights(tmp_path:
     settings = ["algorithm=rtn", f"activations={activations}"]
     data = {"calibration": TINY.parent / "chapters.txt", "samples": 4, "sequence_length": 128}
     compress(TINY, tmp_path / "o", scheme="nvfp4", settings=settings, **data)
-    expected = with_restored_weights(TINY, tmp_path / "o", "nvfp4", settings).state_dict()
+    expected = with_restored_weights(TINY, tmp_path / "o", from_scheme("nvfp4", discover(), settings)).state_dict()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype=torch.bfloat16).eval()
     with torch.inference_mode():
         served = model(TOKENS).logits  # decodes the weights
@@ -110,6 +115,31 @@ def test_transformers_runs_nvfp4_in_bfloat16_with_the_restored_weights(tmp_path:
         if name in expected:
             assert torch.equal(weight, expected[name].bfloat16()), name
     assert {name for name, _ in model.named_parameters()} >= {n for n in expected if n.endswith("_proj.weight")}
+
+
+MIXED = """
+[[layers]]
+match = "*.self_attn.*"
+steps = ["fp8"]
+[[layers]]
+match = "*.layers.0.mlp.*"
+steps = [{ use = "w4a16", algorithm = "rtn" }]
+[[layers]]
+match = "*.down_proj"
+steps = []
+[[layers]]
+match = "*.mlp.*"
+steps = [{ use = "sparse-2of4", algorithm = "magnitude" }]
+"""
+
+
+def test_a_model_of_unlike_layers_is_read_layer_by_layer(tmp_path: Path) -> None:
+    source, out, rules = write_model(tmp_path / "m"), tmp_path / "o", tmp_path / "recipe.toml"
+    rules.write_text(MIXED)
+    compress(source, out, recipe_file=rules)
+    ours, theirs = with_restored_weights(source, out, from_file(rules, discover())), loaded(out)
+    with torch.inference_mode():
+        assert torch.equal(theirs(TOKENS).logits, ours(TOKENS).logits)
 
 
 def test_layers_left_alone_are_loaded_as_they_were(tmp_path: Path) -> None:
@@ -135,7 +165,7 @@ def test_transformers_computes_with_the_scales_that_calibration_found(tmp_path: 
     scheme, settings = CALIBRATED[case]
     text = TINY.parent / "chapters.txt"
     compress(TINY, tmp_path / "o", scheme=scheme, settings=settings, calibration=text, samples=8, sequence_length=128)
-    ours, theirs = with_restored_weights(TINY, tmp_path / "o", scheme, settings), loaded(tmp_path / "o")
+    ours, theirs = with_restored_weights(TINY, tmp_path / "o", from_scheme(scheme, discover(), settings)), loaded(tmp_path / "o")
     stored = {
         name: tensor for name, tensor in tensors_of(tmp_path / "o").items() if name.endswith(("input_scale", "input_zero_point"))
     }

@@ -54,7 +54,8 @@ def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Lay
     for step, observed in zip(steps, stats, strict=True):
         if layer.codes is not None and step.scheme.has("quantize"):
             raise RecipeError(f"{step.scheme.name} cannot follow a step that stores codes already: leave one of them out")
-        layer = _layer(step, "quantize", step.call("quantize", layer=layer, stats=observed), layer)
+        found = _layer(step, "quantize", step.call("quantize", layer=layer, stats=observed), layer)
+        layer = attrs.evolve(found, source=layer.weight) if layer.source is None and found.codes is None else found
     return layer
 
 
@@ -94,7 +95,7 @@ def split(layer: Layer, heights: Sequence[int]) -> list[Layer]:
         place = (first, first + height)
         own: dict[str, Any] = {name: rows(t, *place) for name in ("codes", "keep") if (t := getattr(layer, name)) is not None}
         parts = {name: rows(part, *place) if part.ndim else part for name, part in layer.parts.items()}
-        members.append(attrs.evolve(layer, weight=rows(weight, *place), parts=parts, **own))
+        members.append(attrs.evolve(layer, weight=rows(weight, *place), source=None, parts=parts, **own))
         first += height
     return members
 
@@ -134,7 +135,8 @@ def join(tiles: Iterable[Layer], shape: tuple[int, ...]) -> Layer:
         at += height
     assert layer is not None, "a layer has at least one row"
     weight = whole.pop("weight", torch.full((1, 1), torch.nan).expand(shape))
-    return attrs.evolve(layer, weight=weight, parts={n: _join_part(layer.name, n, p) for n, p in parts.items()}, **whole)
+    parts_of_all = {n: _join_part(layer.name, n, p) for n, p in parts.items()}
+    return attrs.evolve(layer, weight=weight, source=None, parts=parts_of_all, **whole)
 
 
 def record(layer: Layer, steps: Sequence[Step]) -> Record:
@@ -191,7 +193,8 @@ def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...])
     for name in ("codes", "keep"):
         if getattr(layer, name) is not None:
             grown[name] = repeat([getattr(piece, name) for piece, _ in pieces])
-    return record(attrs.evolve(layer, **grown), steps)
+    found = record(attrs.evolve(layer, **grown), steps)
+    return Record({name: t.new_zeros(()).expand(t.shape) for name, t in found.tensors.items()}, found.config)
 
 
 def restore(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step]) -> torch.Tensor:
@@ -200,6 +203,13 @@ def restore(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | Non
         if (weight := step.scheme.call("restore", tensors=tensors, config=config)) is not None:
             return torch.as_tensor(weight)
     raise SchemeError(f"none of the schemes {', '.join(s.scheme.name for s in steps)} can restore what it wrote")
+
+
+def check(weight: torch.Tensor, steps: Sequence[Step]) -> Iterator[str]:
+    """What of their promises a restored weight (out, in) breaks, step by step."""
+    for step in steps:
+        if (found := step.call("check", weight=weight)) is not None:
+            yield f"{step.scheme.name}: {found}"
 
 
 def bound(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step]) -> torch.Tensor | None:

@@ -131,6 +131,17 @@ def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mappi
 
 
 @hookspec(firstresult=True)
+def check(weight: Tensor, options: Options) -> str | None:
+    """What of its promise a step's part of the effective weight breaks, in a few words; None where it is kept.
+
+    `verify` asks every step of a layer, whichever of them wrote the file.
+
+    Args:
+        weight: (out, in) float32, restored, some rows of a layer.
+    """
+
+
+@hookspec(firstresult=True)
 def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor | None:
     """How far rounding may have moved each weight: non-negative float32 that broadcasts to (out, in).
 

@@ -22,6 +22,7 @@ class Layer:
         name: the stack's name, for messages.
         dtype: what the model stores its weights in, and computes in when served.
         keep: (out, in) bool; False must stay zero. None keeps everything.
+        source: (out, in) float32: the weight before any step, with which statistics were taken; None where that is `weight`.
         codes: what is stored, unpacked, one row per output; after `pack`, packed. None while the weight itself is stored.
         parts: what is stored beside the codes, by name: "scale" (out, groups), "zero_point", ... The leading axis follows the
             rows (one entry per row or per `row_block` of them); a part without axes is one number for the whole stack.
@@ -31,6 +32,7 @@ class Layer:
     _weight: Tensor | Callable[[], Tensor] = field(repr=False)
     dtype: torch.dtype
     keep: Tensor | None = field(default=None, repr=False)
+    source: Tensor | None = field(default=None, repr=False)
     codes: Tensor | None = field(default=None, repr=False)
     parts: Mapping[str, Tensor] = field(factory=dict, repr=False)
 
@@ -70,7 +72,8 @@ class Record:
     Attributes:
         tensors: by suffix of the module's name: `weight`, `weight_scale`, ...
         config: the group entry of `quantization_config` that tells a loader how to read them (JSON values: `format`, `weights`,
-            `input_activations`); None for a plain weight that needs no telling.
+            `input_activations`), or its `sparsity_config` (`format`, `sparsity_structure`); None for a plain weight that needs no
+            telling.
     """
 
     tensors: Mapping[str, Tensor]

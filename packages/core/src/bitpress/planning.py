@@ -155,6 +155,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, data: str = "") -> Plan:
     compressed = {module for stack in built.values() for module in stack.members}
     digest = _digest(source, recipe, data)
     plain = tuple(stacks.left_alone(source, compressed))
+    quantization_config({m: stack.stored(m)[1] for stack in built.values() for m in stack.members}, plain)  # or there is none
     return Plan(
         source,
         recipe,
@@ -162,7 +163,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, data: str = "") -> Plan:
         tuple(cut(source, built, digest, recipe.calibrated)),
         plain,
         tuple(_warnings(source, recipe, list(linear))),
-        tuple(_findings(recipe)),
+        tuple(dict.fromkeys(_findings(recipe))),
     )
 
 
@@ -170,7 +171,7 @@ def _agreed(modules: Sequence[str], assigned: Mapping[str, tuple[Step, ...]]) ->
     """The one list of steps of a stack's members."""
     first = assigned[modules[0]]
     for module in modules:
-        if assigned[module] is not first and assigned[module] != first:
+        if [(s.scheme, s.options) for s in assigned[module]] != [(s.scheme, s.options) for s in first]:
             raise RecipeError(
                 f"layers {modules[0]} and {module} are one layer in serving engines and must get the same steps: "
                 "let one pattern match all of them, or none"

@@ -178,6 +178,7 @@ def _layer(written: Written, module: str, source: Checkpoint | None, reader: Rea
                 if "scale" in suffix and tensor.is_floating_point() and not _usable(tensor.float()):
                     faults.add(f"{module}: {suffix} has a scale that is zero, infinite or NaN")
             weight = chain.restore(tensors, config, steps)
+            faults.update(f"{module}: {text}" for text in chain.check(weight, steps))
             if not math.isfinite(weight.sum()) and not weight.isfinite().all():
                 faults.add(f"{module}: the stored weight decodes to NaN or infinity")
             elif origin is not None:

@@ -89,7 +89,7 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
         one = numerics.fit_symmetric(row, None, 8, 1, WHOLE).scale
         return numerics.IntegerGrid(one.expand(len(weight), 1), None, 8, width)
 
-    weight, grid = numerics.feedback(layer.weight, stats, fit, layer.keep)
+    weight, grid = numerics.feedback(layer, stats, fit)
     assert isinstance(grid, numerics.IntegerGrid)
     scale = grid.scale if options.weights == "channel" else grid.scale[0, 0]
     static = activations.parts(stats, options.symmetric_activations, options.outliers) if options.activations == "static" else {}

@@ -70,7 +70,7 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
         return scales.fit(weight, importance, divisor)
 
     if options.algorithm == "gptq":
-        weight, grid = numerics.feedback(layer.weight, stats, fit, layer.keep)
+        weight, grid = numerics.feedback(layer, stats, fit)
         assert isinstance(grid, scales.Grid)
     else:
         weight, grid = layer.weight, fit(layer.weight, None)

@@ -107,7 +107,7 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: WeightOnlyOptions
         return grids.fit(weight, importance, options.bits, group, options.symmetric, layer.dtype)
 
     if options.algorithm == "gptq":
-        weight, grid = numerics.feedback(layer.weight, stats, fit, layer.keep)
+        weight, grid = numerics.feedback(layer, stats, fit)
         assert isinstance(grid, numerics.IntegerGrid)
     else:
         weight, grid = layer.weight, fit(layer.weight, awq.importance(stats))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import frozen
 
-from bitpress.cli.show import USABLE, gb, serves, table as columns, warn
+from bitpress.cli.show import USABLE, gb, serves, table as columns, unfavourable, warn
 from bitpress.hardware import KNOWN
 from bitpress.schemes import Step
 from bitpress.stacks import alike
@@ -88,8 +88,8 @@ def as_json(work: Plan, needs: Needs) -> dict[str, Any]:
 def remarks(work: Plan, warnings: Iterable[str], serving: Iterable[Remark]) -> None:
     """Warnings and unfavourable findings, on standard error."""
     warn(warnings)
-    said = [(f"{name} is {f.level} on this machine's device", f) for name, f in work.findings]
-    said += [(f"{r.layers}{f' ({r.count} layers)' if r.count > 1 else ''}: {r.finding.level}", r.finding) for r in serving]
+    warn(unfavourable(work))
+    said = [(f"{r.layers}{f' ({r.count} layers)' if r.count > 1 else ''}: {r.finding.level}", r.finding) for r in serving]
     warn(f"{what}: {finding.text}" for what, finding in said if finding.level not in USABLE)
 
 

@@ -102,6 +102,8 @@ def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
     if note.check:
         print("checked, run as it will be served: ", end="")
         check(note.check)
+    for text in unfavourable(work):
+        print(text)
     print(f"serve it: vllm serve {out}")
 
 
@@ -156,6 +158,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     console = Console()
     if table.row_count:
         Console(width=None if console.is_terminal else 200, markup=False, highlight=False).print(table)
+
+
+def unfavourable(work: Plan) -> Sequence[str]:
+    """What this machine's device makes of the schemes, where it is not good news."""
+    return [f"{name} is {f.level} on this machine's device: {f.text}" for name, f in work.findings if f.level not in USABLE]
 
 
 def _findings(step: Step, device: Hardware) -> Sequence[Finding]:

@@ -166,7 +166,8 @@ def test_the_config_is_json(step: Step) -> None:
         pytest.skip("the scheme stores plain weights")
     assert json.loads(json.dumps(config)) == config, "the config fragment must hold JSON values only (lists, not tuples)"
     assert isinstance(config.get("format"), str), "the config fragment must name its `format`"
-    assert isinstance(config.get("weights"), dict), "the config fragment must describe its `weights`"
+    described = isinstance(config.get("weights"), dict) or isinstance(config.get("sparsity_structure"), str)
+    assert described, "the config fragment must describe its `weights`, or its `sparsity_structure`"
 
 
 @pytest.mark.parametrize("device", KNOWN, ids=lambda device: device.name)

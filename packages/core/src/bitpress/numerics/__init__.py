@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitpress.numerics.blocks import absmax, block_absmax, expand
     from bitpress.numerics.clipping import clip, clip_by_error, clip_by_share, magnitudes, middle_magnitude
-    from bitpress.numerics.error_feedback import Grid, feedback, moments
+    from bitpress.numerics.error_feedback import Grid, aim, feedback, moments
     from bitpress.numerics.float4 import E2M1_MAX, decode_e2m1, encode_e2m1, round_e2m1
     from bitpress.numerics.float8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
     from bitpress.numerics.hessian import Factor, factor
     from bitpress.numerics.integers import IntegerGrid, decode_integers, fit_asymmetric, fit_symmetric, limits
+    from bitpress.numerics.masked import reconstruct
     from bitpress.numerics.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
     from bitpress.numerics.searching import grouped, search
     from bitpress.numerics.sweeping import sweep
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("absmax", "block_absmax", "expand"), "blocks"),
     **dict.fromkeys(("clip", "clip_by_error", "clip_by_share", "magnitudes", "middle_magnitude"), "clipping"),
-    **dict.fromkeys(("Grid", "feedback", "moments"), "error_feedback"),
+    **dict.fromkeys(("Grid", "aim", "feedback", "moments"), "error_feedback"),
     **dict.fromkeys(("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"), "float8"),
     **dict.fromkeys(("Factor", "factor"), "hessian"),
     **dict.fromkeys(("IntegerGrid", "decode_integers", "fit_asymmetric", "fit_symmetric", "limits"), "integers"),
     **dict.fromkeys(("E2M1_MAX", "decode_e2m1", "encode_e2m1", "round_e2m1"), "float4"),
     **dict.fromkeys(("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"), "packing"),
     **dict.fromkeys(("grouped", "search"), "searching"),
+    "reconstruct": "masked",
     "sweep": "sweeping",
 }
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Grid",
     "IntegerGrid",
     "absmax",
+    "aim",
     "block_absmax",
     "clip",
     "clip_by_error",
@@ -63,6 +66,7 @@ __all__ = [
     "moments",
     "pack_bytes",
     "pack_words",
+    "reconstruct",
     "round_e2m1",
     "search",
     "sweep",

@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bitpress.layer import Stat
+from bitpress.layer import Layer, Stat
 from bitpress.numerics.hessian import Factor, factor
+from bitpress.numerics.masked import reconstruct
 from bitpress.numerics.products import cross, gram
 from bitpress.numerics.sweeping import sweep
 
@@ -55,25 +56,25 @@ def moments(inputs: Tensor, weight: Tensor, reference: Tensor | None = None, res
     return {name: Stat(value, "sum", rows=name in ("residual", "missing")) for name, value in found.items()}
 
 
-def feedback(weight: Tensor, stats: Mapping[str, Stat], fit: Fit, keep: Tensor | None = None) -> tuple[Tensor, Grid]:
-    """The weight rounded column by column so that (w - q) x̃ is small, and the grid it was rounded on.
+def feedback(layer: Layer, stats: Mapping[str, Stat], fit: Fit) -> tuple[Tensor, Grid]:
+    """A layer's weight rounded column by column so that (w - q) x̃ is small, and the grid it was rounded on.
 
     Without statistics (the layer never saw a token, or the plan asks for shapes) every weight is rounded to nearest, as is
-    every row on which the feedback does worse than that; where the statistics cannot be used, with a warning.
+    every row on which the feedback does worse than that; where the statistics cannot be used, with a warning. Zeros stay zero.
 
     Args:
-        weight: (out, in) float32.
         stats: what `moments` returned, merged.
         fit: chooses the grid.
-        keep: (out, in) bool; False stays zero, as does every weight that is zero.
     """
+    weight, keep = layer.weight, layer.keep
     if not weight.all():
         keep = weight != 0 if keep is None else keep & (weight != 0)
     factored = _factor(stats) if "hessian" in stats else None
     if factored is None:
         grid = fit(weight, None)
         return _masked(grid.rounded(weight), keep), grid
-    target = _masked(weight + drift(weight, stats, factored), keep) if "drift" in stats else weight
+    wanted = aim(layer, stats, factored)
+    target = _masked(wanted, keep) if layer.keep is None or keep is None else reconstruct(weight, wanted, factored, keep)
     grid = fit(target, factored.diagonal)
     kept = None if keep is None else keep.T.contiguous()  # (in, out)
 
@@ -85,6 +86,14 @@ def feedback(weight: Tensor, stats: Mapping[str, Stat], fit: Fit, keep: Tensor |
     plain = _masked(grid.rounded(target), keep)
     better = cost <= factored.loss(target - plain)  # clipping can make feedback blow up, to NaN where numbers are huge
     return torch.where(better.unsqueeze(1), quantised, plain), grid
+
+
+def aim(layer: Layer, stats: Mapping[str, Stat], factored: Factor) -> Tensor:
+    """What a layer should come near to, whatever steps have made of it so far: the weight that it was given, and what makes up
+    for what is missing in its output: (out, in).
+    """
+    source = layer.weight if layer.source is None else layer.source
+    return source + drift(source, stats, factored) if "drift" in stats else source
 
 
 def drift(weight: Tensor, stats: Mapping[str, Stat], factored: Factor) -> Tensor:

@@ -38,6 +38,16 @@ class Factor:
         x = torch.linalg.solve_triangular(self.unit, x, upper=True, left=False, unitriangular=True)
         return torch.empty_like(x).index_copy_(1, self.order, x)
 
+    def multiply(self, left: Tensor) -> Tensor:
+        """The product with H: (rows, in) -> (rows, in)."""
+        x, found = left.index_select(1, self.order), torch.empty_like(left)
+        for columns in stripes(x.shape[1]):  # what lies below U's diagonal is zero
+            found[:, columns] = x[:, : columns.stop] @ self.unit[: columns.stop, columns]
+        found *= self.variance
+        for columns in stripes(x.shape[1]):
+            x[:, columns] = found[:, columns.start :] @ self.unit[columns, columns.start :].T
+        return torch.empty_like(x).index_copy_(1, self.order, x)
+
     def loss(self, error: Tensor) -> Tensor:
         """What an error costs each row: (rows, in) -> (rows,), the diagonal of error H errorᵀ."""
         error = error.index_select(1, self.order)
@@ -47,7 +57,7 @@ class Factor:
         return cost
 
 
-def factor(hessian: Tensor, tokens: float) -> Factor | None:
+def factor(hessian: Tensor, tokens: float, together: int = 1) -> Factor | None:
     """The factor of the damped H; None where H is not finite, or too near to singular for any damping tried.
 
     The damping is 0.1 % of the mean over live columns, more where there are few tokens for the width, and grows tenfold up to
@@ -56,11 +66,13 @@ def factor(hessian: Tensor, tokens: float) -> Factor | None:
 
     Args:
         hessian: (in, in) float32, the sum of x xᵀ over tokens.
+        together: so many neighbours stay side by side, in the order of the most active of each; the width is a multiple of it.
     """
     diagonal = hessian.diagonal() / max(tokens, 1.0)
     if not math.isfinite(hessian.sum()):
         return None
-    order = diagonal.argsort(descending=True, stable=True)
+    first = diagonal.view(-1, together).amax(1).argsort(descending=True, stable=True) * together
+    order = (first.unsqueeze(1) + torch.arange(together, device=first.device)).flatten()
     live = diagonal[diagonal > 0]
     share = min(max(0.1 * len(diagonal) / max(tokens, 1.0), 0.001), 1.0)
     damp = share * live.mean().item() if len(live) else 1.0

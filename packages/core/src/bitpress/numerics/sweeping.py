@@ -22,14 +22,20 @@ LEAF = 16  # columns swept one by one
 ROWS = 2048  # rows swept together: a leaf's columns of them stay in cache
 
 Project = Callable[[Tensor, slice, int], Tensor]
+Ahead = Callable[[Tensor, slice, slice], None]
 
 
-def sweep(weight: Tensor, factor: Factor, project: Project) -> tuple[Tensor, Tensor]:
+def sweep(
+    weight: Tensor, factor: Factor, project: Project, ahead: Ahead | None = None, span: int = LEAF
+) -> tuple[Tensor, Tensor]:
     """The projected weight, and what it costs each row.
 
     Args:
         weight: (out, in) float32; its rows are independent.
         project: given the targets (rows,) of one column, which rows they are, and which column, returns what they become.
+        ahead: for choices between columns: before each `span` of them it is given what would be best for them (span, rows) if
+            they and all that follow could be any number, which rows they are, and the columns' places in the factor's order.
+        span: a divisor of `LEAF`.
 
     Returns:
         (out, in) float32, and (out,) float32: (w - q) H (w - q)ᵀ of each row.
@@ -37,12 +43,14 @@ def sweep(weight: Tensor, factor: Factor, project: Project) -> tuple[Tensor, Ten
     found, losses = torch.empty_like(weight), []
     for first in range(0, len(weight), ROWS):
         rows = slice(first, min(first + ROWS, len(weight)))
-        found[rows], loss = _sweep_rows(weight[rows], rows, factor, project)
+        found[rows], loss = _sweep_rows(weight[rows], rows, factor, project, ahead, span)
         losses.append(loss)
     return found, torch.cat(losses)
 
 
-def _sweep_rows(weight: Tensor, rows: slice, factor: Factor, project: Project) -> tuple[Tensor, Tensor]:
+def _sweep_rows(
+    weight: Tensor, rows: slice, factor: Factor, project: Project, ahead: Ahead | None, span: int
+) -> tuple[Tensor, Tensor]:
     source = weight.T[factor.order]  # (in, rows): a column is contiguous
     target, error, chosen = source.clone(), torch.empty_like(source), torch.empty_like(source)
     columns = factor.order.tolist()
@@ -52,6 +60,11 @@ def _sweep_rows(weight: Tensor, rows: slice, factor: Factor, project: Project) -
             target[middle:hi].addmm_(factor.unit[lo:middle, middle:hi].T, error[lo:middle])
             continue
         for k in range(lo, hi):
+            if ahead and k % span == 0:
+                places = slice(k, min(k + span, len(columns)))
+                missing, unit = source[places] - target[places], factor.unit[places, places].T
+                missing = torch.linalg.solve_triangular(unit, missing, upper=False, unitriangular=True)
+                ahead(source[places] - missing, rows, places)
             chosen[k] = project(target[k], rows, columns[k])
             torch.sub(source[k], chosen[k], out=error[k])
             target[k + 1 : hi].addr_(factor.unit[k, k + 1 : hi], error[k])

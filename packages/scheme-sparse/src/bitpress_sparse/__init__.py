@@ -1,0 +1,1 @@
+"""Sparse weights for bitpress: the schemes `sparse-2of4` and `sparse`."""

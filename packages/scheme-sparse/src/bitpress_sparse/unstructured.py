@@ -1,0 +1,46 @@
+"""Unstructured sparsity: a given share of every row's weights is zero, by magnitude without data, or fitted to data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+from attrs import frozen
+
+from bitpress import Finding, Hardware, hookimpl, option
+from bitpress_sparse.pruning import ALGORITHM, PruningOptions, check, findings, observe, pack, quantize, restore, serialize
+
+__all__ = ["Options", "check", "observe", "pack", "quantize", "restore", "serialize", "validate_hardware"]
+
+
+def _share(instance: Options, attribute: attrs.Attribute[Any], value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"sparsity {value} is not a share between 0 and 1")
+
+
+@frozen
+class Options(PruningOptions):
+    """Options of `sparse`."""
+
+    algorithm: Literal["magnitude", "wanda", "sparsegpt"] = option("magnitude", ALGORITHM)
+    sparsity: float = option(0.5, "the share of every row's weights that becomes zero", validator=_share)
+
+    def group(self, width: int) -> int:
+        """The whole row."""
+        return width
+
+    def kept(self, width: int) -> int:
+        """What is left of a row, one weight at least."""
+        return max(width - round(self.sparsity * width), 1)
+
+    @property
+    def stored_as(self) -> Mapping[str, str]:
+        """As compressed-tensors names it."""
+        return {"format": "sparse-bitmask", "sparsity_structure": "unstructured"}
+
+
+@hookimpl
+def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
+    """Everywhere."""
+    return findings(options, "vLLM does not read this layout; compressed-tensors up to 0.14 decodes it")
