@@ -16,6 +16,7 @@ ROUND = "(layer.weight / scale).round()"
 BEFORE = "@hookimpl\ndef serialize"
 PACK = "@hookimpl\ndef pack(layer): return attrs.evolve(layer, weight=layer.weight * 2)\n"
 OBSERVE = "@hookimpl\ndef observe(inputs): return {'mean': bitpress.Stat(inputs.float().mean(0), 'sum')}\n"
+CHECK = "@hookimpl\ndef check(weight): return 'never even' if (weight != 0).any() else None\n"
 JITTER = "(layer.weight / scale + layer.weight.sign() * __import__('torch').rand(1)).trunc()"
 ADVICE = "is not a multiple of {options.multiple}; try multiple=1"
 BROKEN = {  # what is wrong with the scheme: (its sound source, what stands there instead, a word of the law's name)
@@ -33,6 +34,7 @@ BROKEN = {  # what is wrong with the scheme: (its sound source, what stands ther
     "stores what numbers say": ('{"weight"', '{"more": layer.codes[layer.codes != 0], "weight"', "shapes_and_dtypes_follow"),
     "has a tuple in its config": ('"num_bits": 8', '"num_bits": (8,)', "config_is_json"),
     "is silent about hardware": ('[Finding("supported", "runs anywhere")]', "[]", "every_known_device"),
+    "finds fault with itself": (BEFORE, CHECK + BEFORE, "its_own_check"),
     "promises too much": ("* 0.501", "* 0.1", "within_the_bound"),
 }
 

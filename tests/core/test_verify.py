@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from support import command, files_of, install_toy, llama_tensors, plugins, refusal, write_model
+from support import TOY, command, files_of, install, install_toy, llama_tensors, plugins, refusal, write_model
 
 import bitpress
 
@@ -240,6 +240,18 @@ def test_a_sound_output_is_passed(made: Path, name: str, source: str | None) -> 
     assert (done.returncode, done.stderr) == (0, "")
     compared = "12 layers compared" if source else "weights not compared"
     assert compared in done.stdout
+
+
+def test_every_step_is_asked_whether_its_promise_is_kept(made: Path, tmp_path: Path) -> None:
+    check = "@hookimpl\ndef check(weight, options): return 'too large' if weight.abs().amax() > 0.1 * options.levels else None\n"
+    strict = install(tmp_path / "p", "bitpress-scheme-toy", TOY + check, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n")
+    out = copy(made, "out", tmp_path / "out")
+    assert command("verify", out, path=strict).returncode == 0
+    tensors(lambda t: t[f"{LAYER}.weight_scale"][7].mul_(1000))(out)
+    mend_digests(out)
+    done = command("verify", out, path=strict)
+    assert done.returncode == 1
+    assert f"{LAYER}: toy: too large" in done.stderr
 
 
 def test_faults_are_told_as_json_too(made: Path, tmp_path: Path) -> None:

@@ -109,6 +109,15 @@ def test_rounding_afterwards_adds_its_own_error_and_no_other(first: str, second:
         assert both < 1.01 * alone
 
 
+@pytest.mark.parametrize("second", ["fp8", "fp8 per tensor"])
+def test_after_a_step_with_data_rounding_errors_are_fed_forward_by_a_scheme_that_asks_for_none(second: str) -> None:
+    weight, used = weights(64, 3), steps("2:4", second)
+    pruned = result(used[:1], weight)
+    rounded = chain.quantize_whole(pruned, used[1:], [{}])
+    pruned_loss, plain, fed = (missing(weight, layer.weight) ** 2 for layer in (pruned, rounded, result(used, weight)))
+    assert fed - pruned_loss < 0.9 * (plain - pruned_loss)
+
+
 @pytest.mark.parametrize("second", ["int8", "w8a16", "w4a16"])
 def test_a_step_with_data_makes_up_for_one_without(second: str) -> None:
     weight = weights(64, 3)

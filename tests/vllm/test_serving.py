@@ -53,12 +53,12 @@ CASES = {
     "w8a16": Case("w8a16", emulate=True),
     "nvfp4": Case("nvfp4", emulate=True, within=0.03),
     "nvfp4, weights only": Case("nvfp4", ("activations=float",), emulate=True, within=0.02),
-    # what pruning costs so small a model, and a little more for rounding
-    "2:4": Case("sparse-2of4", within=0.1),
-    "half": Case("sparse", ("algorithm=sparsegpt",), within=0.05),
-    "2:4, then fp8": Case("sparse-2of4+fp8", within=0.1),
-    "2:4, then int8": Case("sparse-2of4+int8", within=0.1),
-    "half, then w4a16": Case("sparse+w4a16", ("sparse.algorithm=sparsegpt",), within=0.07),
+    # pruning costs so small a model much: transformers finds +15.7 %, +5.6 %, +15.6 % and, last, +6.1 % on these windows
+    "2:4": Case("sparse-2of4", within=0.2),
+    "half": Case("sparse", ("algorithm=sparsegpt",), within=0.07),
+    "2:4, then fp8": Case("sparse-2of4+fp8", within=0.2),
+    "2:4, then int8": Case("sparse-2of4+int8", within=0.2),
+    "half, then w4a16": Case("sparse+w4a16", ("sparse.algorithm=sparsegpt",), within=0.08),
 }
 
 

@@ -60,12 +60,17 @@ def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Lay
 
 
 def quantize_whole(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Layer:
-    """The layer, whole, after every step's `quantize`, given statistics of inputs and, taken here, of the weights."""
+    """The layer, whole, after every step's `quantize`, given statistics of inputs and, taken here, of the weights.
+
+    A step is given the statistics of those before it too: what one has gathered of inputs, the next need not.
+    """
+    known: Stats = {}
     for step, observed in zip(steps, stats, strict=True):
-        both = dict(observed)
+        own = dict(observed)
         if step.scheme.wants("observe", "weight"):
-            merge(both, observe(step, layer.weight))
-        layer = quantize(layer, [step], [both])
+            merge(own, observe(step, layer.weight))
+        known = {**known, **own}
+        layer = quantize(layer, [step], [known])
     return layer
 
 

@@ -67,6 +67,8 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
     Promises: zeros stay zero; where `layer.keep` is False the weight stays zero; the shape does not change; rows depend on
     nothing but themselves, the others of their `options.row_block` and `stats`; an all-zero row has finite, non-zero scales.
 
+    `stats` holds what `observe` returned, and in a calibrated run what the steps before this one have observed.
+
     Without statistics of inputs (`stats` lacks them: the layer never saw a token, or the plan asks for shapes) it rounds to
     nearest. What the user should know of a layer is said with `warnings.warn`: the core adds the layer's name.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
+from attrs import frozen
 
 from bitpress import Layer, Record, numerics
 
@@ -13,6 +14,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "float-quantized"
+
+
+@frozen(eq=False)
+class Grid:
+    """The numbers that E4M3 codes stand for with these scales.
+
+    Attributes:
+        scale: (out, 1) float32.
+    """
+
+    scale: Tensor
+
+    def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
+        """The representable numbers nearest to targets (rows,) of one column."""
+        return self.rounded(target.unsqueeze(1), rows).squeeze(1)
+
+    def rounded(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The same for a weight (out, in), or some rows of one."""
+        return numerics.decode_e4m3(numerics.encode_e4m3(weight, self.scale[rows])) * self.scale[rows]
 
 
 def rounded(layer: Layer, scale: Tensor, spread: Tensor, extra: Mapping[str, Tensor] | None = None) -> Layer:

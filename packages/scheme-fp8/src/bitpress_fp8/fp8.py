@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import attrs
 from attrs import frozen
 
 import bitpress
@@ -44,9 +45,22 @@ def observe(inputs: Tensor | None, weight: Tensor, options: Options) -> Mapping[
 
 @hookimpl
 def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer:
-    """Round to nearest with scale amax / 448: (out, 1) per channel, or one number."""
-    amax = stats["amax"].value if options.weights == "tensor" else numerics.absmax(layer.weight, dim=1)
-    scale = numerics.e4m3_scale(amax)
+    """Round to nearest with scale amax / 448: (out, 1) per channel, or one number.
+
+    After a step that has looked at inputs, rounding errors are fed forward from column to column.
+    """
+
+    def fit(weight: Tensor, importance: Tensor | None = None) -> e4m3.Grid:
+        amax = stats["amax"].value if options.weights == "tensor" else numerics.absmax(weight, dim=1)
+        return e4m3.Grid(numerics.e4m3_scale(amax).expand(len(weight), 1))
+
+    if "hessian" in stats:
+        weight, grid = numerics.feedback(layer, stats, fit)
+        assert isinstance(grid, e4m3.Grid)
+        layer = attrs.evolve(layer, weight=weight)
+    else:
+        grid = fit(layer.weight)
+    scale = grid.scale if options.weights == "channel" else grid.scale[0, 0]
     extra = {"input_scale": activations.scale(stats, options.outliers)} if options.activations == "static" else {}
     return e4m3.rounded(layer, scale, scale, extra)
 

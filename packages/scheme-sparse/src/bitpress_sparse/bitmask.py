@@ -22,14 +22,14 @@ def bits(mask: Tensor) -> Tensor:
     import torch
 
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).view(len(mask), -1, 8)
-    return (padded << torch.arange(8)).sum(2).to(torch.uint8)
+    return (padded << torch.arange(8, device=mask.device)).sum(2).to(torch.uint8)
 
 
 def dense(values: Tensor, bits: Tensor, width: int) -> Tensor:
     """The inverse of both: (out, in)."""
     import torch
 
-    mask = (bits.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)[:, :width].bool()
+    mask = (bits.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).flatten(1)[:, :width].bool()
     found = values.new_zeros(mask.shape)
     found[mask] = values.flatten()
     return found

@@ -14,9 +14,11 @@ from bitpress import Finding, Layer, Record, Stat, hookimpl, numerics, option
 from bitpress_sparse import bitmask, masks
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 ALGORITHM = "sparsegpt: dropped weights made up for one by one; wanda: after all are chosen; magnitude: no data"
+ROWS = 2048  # pruned at a time: they bound what is made of them on the way
 LAYOUT = "dense: zeros among the other weights; bitmask: for engines that still read it"
 
 
@@ -64,24 +66,12 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: PruningOptions) -
     import torch
 
     width = layer.weight.shape[1]
-    group, kept = options.group(width), options.kept(width)
     allowed = layer.weight != 0 if layer.keep is None else layer.keep & (layer.weight != 0)
-    factored = _factor(stats, group, options)
+    factored = _factor(stats, options.group(width), options)
     wanted = layer.weight if factored is None else numerics.aim(layer, stats, factored)
-    power = -wanted.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)  # (out, 1)
-    near = wanted.ldexp(power)  # near 1, where no square is too large or too small for float32
-    if factored is None:
-        mask, found = masks.largest(near.abs(), allowed, kept, group), near
-    elif options.algorithm == "wanda":
-        mask, found = masks.wanda(near, factored.diagonal, allowed, kept, group), near
-    else:
-        mask, found = masks.sparsegpt(near, factored, allowed, kept, group)
+    tiles = zip(torch.split(wanted, ROWS), torch.split(allowed, ROWS), strict=True)
+    weight, mask = map(torch.cat, zip(*(_prune(*tile, factored, layer.dtype, options) for tile in tiles), strict=True))
     keep = mask & allowed
-    if factored is not None:
-        found = numerics.reconstruct(found, near, factored, keep)
-    limit = torch.finfo(layer.dtype).max
-    found = torch.where(keep, found.ldexp(-power), 0.0).clamp_(-limit, limit).to(layer.dtype)
-    weight = torch.where(found == 0, 0.0, found.float())  # no zero has a sign: kernels for sparse weights have stumbled on it
     if options.layout == "dense":
         return attrs.evolve(layer, weight=weight, keep=keep)
     codes = bitmask.values(weight.to(layer.dtype), mask)
@@ -128,6 +118,29 @@ def check(weight: Tensor, options: PruningOptions) -> str | None:
     group, kept = options.group(width), options.kept(width)
     most = int((weight != 0).view(-1, group).sum(1).amax())
     return f"{most} of {group} neighbours are not zero, where at most {kept} may be" if most > kept else None
+
+
+def _prune(
+    wanted: Tensor, allowed: Tensor, factored: numerics.Factor | None, dtype: torch.dtype, options: PruningOptions
+) -> tuple[Tensor, Tensor]:
+    """Some rows as they will be, and the mask of what is stored, which may hold weights that are zero."""
+    import torch
+
+    width = wanted.shape[1]
+    group, kept = options.group(width), options.kept(width)
+    power = -wanted.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)  # (rows, 1)
+    near = wanted.ldexp(power)  # near 1, where no square is too large or too small for float32
+    if factored is None:
+        mask, found = masks.largest(near.abs(), allowed, kept, group), near
+    elif options.algorithm == "wanda":
+        mask, found = masks.wanda(near, factored.diagonal, allowed, kept, group), near
+    else:
+        mask, found = masks.sparsegpt(near, factored, allowed, kept, group)
+    if factored is not None:
+        found = numerics.reconstruct(found, near, factored, mask & allowed)
+    limit = torch.finfo(dtype).max
+    found = torch.where(mask & allowed, found.ldexp(-power), 0.0).clamp_(-limit, limit).to(dtype).float()
+    return torch.where(found == 0, 0.0, found), mask  # no zero has a sign: kernels for sparse weights have stumbled on it
 
 
 def _factor(stats: Mapping[str, Stat], group: int, options: PruningOptions) -> numerics.Factor | None:

@@ -193,6 +193,13 @@ def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str |
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
+def test_its_own_check_passes_what_it_made(step: Step, kind: str) -> None:
+    _needs(step, "check")
+    found = list(chain.check(trial.quantize(step, trial.weights(step)[kind]).weight, [step]))
+    assert not found, f"`check` finds fault with what `quantize` returned for the weight {kind!r}: {found[0]}"
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
 def test_weights_lie_within_the_bound_of_the_source(step: Step, kind: str) -> None:
     _needs(step, "bound")
     weight = trial.weights(step)[kind]

@@ -80,7 +80,7 @@ def feedback(layer: Layer, stats: Mapping[str, Stat], fit: Fit) -> tuple[Tensor,
 
     def project(column_target: Tensor, rows: slice, column: int) -> Tensor:
         found = grid.nearest(column_target, rows, column)
-        return found if kept is None else found * kept[column, rows]
+        return found if kept is None else torch.where(kept[column, rows], found, 0.0)
 
     quantised, cost = sweep(target, factored, project)
     plain = _masked(grid.rounded(target), keep)
@@ -124,4 +124,4 @@ def _factor(stats: Mapping[str, Stat]) -> Factor | None:
 
 
 def _masked(weight: Tensor, keep: Tensor | None) -> Tensor:
-    return weight if keep is None else weight * keep
+    return weight if keep is None else torch.where(keep, weight, 0.0)
