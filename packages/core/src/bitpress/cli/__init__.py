@@ -167,6 +167,15 @@ def decompress(
     print(f"{dense}: written")
 
 
+@app.command("new-scheme")
+def new_scheme(name: Annotated[str, typer.Argument(metavar="NAME", help="What `--scheme` will call it.")]) -> None:
+    """Write a package with a scheme of your own, bitpress-scheme-NAME, to start from."""
+    from bitpress import newscheme
+
+    folder = newscheme.write(name, Path())
+    print(f"{folder}: written; edit {newscheme.module(name)}.py there, and try it: pip install -e '.[test]' && pytest")
+
+
 @app.callback(invoke_without_command=True)
 def version(
     context: typer.Context, show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
@@ -174,8 +183,9 @@ def version(
     """Print the version, or what there is to run."""
     if show_version:
         from bitpress import __version__
+        from bitpress.hookspecs import VERSION
 
-        print(f"bitpress {__version__}")
+        print(f"bitpress {__version__} (hooks {VERSION})")
     elif context.invoked_subcommand is None:
         print(context.get_help())
 
