@@ -32,7 +32,7 @@ def test_the_version_is_the_package_s() -> None:
 def test_help_lists_the_commands(words: list[str]) -> None:
     done = command(*words)
     assert done.returncode == 0
-    for name in ("schemes", "plan", "compress", "verify", "eval", "inspect", "decompress"):
+    for name in ("schemes", "plan", "compress", "verify", "eval", "inspect", "decompress", "new-scheme"):
         assert f" {name} " in done.stdout
 
 

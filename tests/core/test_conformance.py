@@ -50,7 +50,7 @@ BROKEN = {  # what is wrong: (what stands in its source and what instead, ...), 
         [("def bits(self): return 8", "def bits(self): return None")], "says_what_it_is", "`Options.bits` must say",
     ),
     "restores something else": (
-        [('["weight"].float()', '["weight"].float() * 1.001')], "stored_bytes_decode", "must be the weight that `quantize` returned",
+        [('["weight"].float()', '["weight"].float() * 1.001')], "stored_bytes_decode", "the weight that `quantize` returned",
     ),
     "restores half precision": (
         [('["weight"].float() * tensors["weight_scale"]', '["weight"].half()')], "stored_bytes_decode", "must return float32",
@@ -90,10 +90,10 @@ BROKEN = {  # what is wrong: (what stands in its source and what instead, ...), 
         "members_of_a_stack", "the leading axis of `codes` and parts must follow the rows",
     ),
     "writes into its weight": (
-        [("    scale = layer", "    layer.weight.mul_(0.5)\n    scale = layer")], "arguments_untouched", "changed the weight it was given",
+        [("    scale = layer", "    layer.weight.mul_(0.5)\n    scale = layer")], "arguments_untouched", "changed the weight it",
     ),
     "writes into inputs": (
-        [hook("def observe(inputs): return inputs if inputs is None else {'most': bitpress.Stat(inputs.abs_().amax(0).float(), 'max')}")],
+        [observing("inputs.abs_().amax(0).float(), 'max'")],
         "arguments_untouched", "`observe` changed its inputs",
     ),
     "is random": (
@@ -124,7 +124,7 @@ BROKEN = {  # what is wrong: (what stands in its source and what instead, ...), 
         [(ADVICE, "does not fit")], "refused_naming_one_that_does", "must name a width that fits",
     ),
     "stores what numbers say": (
-        [('{"weight"', '{"more": layer.codes[layer.codes != 0], "weight"')], "shapes_and_dtypes_follow", "must follow from shapes",
+        [('{"weight"', '{"more": layer.codes[layer.codes != 0], "weight"')], "shapes_and_dtypes", "must follow from shapes",
     ),
     "configures what numbers say": (
         [(FORMAT, FORMAT + ', "most": int(layer.codes.max())')], "shapes_and_dtypes_follow", "must not depend on numbers",
@@ -135,7 +135,7 @@ BROKEN = {  # what is wrong: (what stands in its source and what instead, ...), 
     "invents a level": ([('"supported"', '"splendid"')], "every_known_device", "the level 'splendid' is not one of"),
     "promises too much": ([("* 0.501", "* 0.1")], "within_the_bound", "`bound` is smaller than"),
     "forgets what inputs become": (
-        rounding("pass")[:1], "says_of_activations", "the scheme has no `quantize_inputs` hook: the config names `input_activations`",
+        rounding("pass")[:1], "says_of_activations", "no `quantize_inputs` hook: the config names `input_activations`",
     ),
     "mixes tokens": (
         rounding("return (inputs / inputs.abs().amax() * 127).round() * inputs.abs().amax() / 127"),

@@ -17,19 +17,17 @@ from bitpress.errors import nearest
 CORE = "bitpress-core"
 
 
-def version_fault(package: importlib_metadata.Distribution | None) -> str | None:
-    """What to upgrade where a package asks for another core than this one; None where it does not."""
+def version_fault(package: str) -> str | None:
+    """What to upgrade where an installed package asks for another core than this one; None where it does not."""
     here = importlib_metadata.version(CORE)
-    for text in (package.requires or ()) if package is not None else ():
+    for text in importlib_metadata.requires(package) or ():
         wanted = Requirement(text)
         applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
         if canonicalize_name(wanted.name) != CORE or not applies or wanted.specifier.contains(here, prereleases=True):
             continue
         lowest = [part.version.removesuffix(".*") for part in wanted.specifier if part.operator not in ("<", "<=", "!=")]
         later = any(Version(version) > Version(here) for version in lowest)
-        assert package is not None
-        fix = CORE if later else package.name
-        return f"it needs {CORE} {wanted.specifier} and this is {here}: pip install --upgrade {fix}"
+        return f"it needs {CORE} {wanted.specifier} and this is {here}: pip install --upgrade {CORE if later else package}"
     return None
 
 

@@ -163,7 +163,7 @@ def _register(manager: pluggy.PluginManager, entry: importlib_metadata.EntryPoin
     """Load and register one plugin; returns what is wrong with it, in one line, or None."""
     name = f"{entry.group}:{entry.name}"
     try:
-        if fault := version_fault(entry.dist):  # before it is imported, which a later core's names may keep it from
+        if entry.dist and (fault := version_fault(entry.dist.name)):  # before it is imported: it may ask for a later core's names
             return fault
         plugin = entry.load()
         if fault := hook_fault(manager, plugin):

@@ -38,7 +38,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that bitpress
 @app.command()
 def schemes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show one scheme's options and hardware.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help='Only what concerns one device, such as "NVIDIA A100".')] = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="NAME", help="Only what concerns one device: A100.")] = None,
     as_json: Json = False,
 ) -> None:
     """List installed schemes, or show one with its options and the hardware it serves on."""

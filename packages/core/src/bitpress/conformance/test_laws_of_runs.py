@@ -26,7 +26,7 @@ def test_members_of_a_stack_are_stored_as_their_rows_of_it(step: Step) -> None:
         pytest.skip("the scheme has no `restore` hook")
     layer = trial.quantize(step, trial.weights(step)["normal"])
     half = len(layer.weight) // 2
-    for member, weight in zip(chain.split(layer, [half, half]), layer.weight.split(half), strict=True):
+    for member, weight in zip(chain.split(layer, [half, half]), layer.weight.chunk(2), strict=True):
         record = trial.stored(step, member)
         told = "the leading axis of `codes` and parts must follow the rows: an entry for each row, or each `row_block` of them"
         assert trial.same(chain.restore(record.tensors, record.config, [step]), weight), told
