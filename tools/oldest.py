@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def released() -> list[Version]:
-    """The versions of the core that have a tag, oldest first."""
+    """The versions of the core that have a tag, oldest first; none outside a git checkout."""
+    if not (ROOT / ".git").exists():
+        print("no git checkout: released cores are unknown")
+        return []
     words = ["git", "-C", str(ROOT), "tag", "--list", "core-v*"]
     tags = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
     return sorted(Version(tag.removeprefix("core-v")) for tag in tags)
