@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -122,13 +122,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def install(folder: Path, name: str, module: str, entry_points: str, version: str = "1.0") -> Path:
+def install(folder: Path, name: str, module: str, entry_points: str, version: str = "1.0", requires: Sequence[str] = ()) -> Path:
     """A distribution `name` with one module of the same name (dashes as underscores), found once `folder` is on the path."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name.replace('-', '_')}.py").write_text(module)
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    wanted = "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{wanted}")
     (info / "entry_points.txt").write_text(entry_points)
     return folder
 
@@ -163,6 +164,20 @@ def command(*arguments: object, path: Path | None = None) -> subprocess.Complete
     with plugins(path), patch.object(sys, "argv", words), streams[0], streams[1], pytest.raises(SystemExit) as end:
         main()
     return subprocess.CompletedProcess(words, int(str(end.value.code)), out.getvalue(), err.getvalue())
+
+
+def kit(folder: Path, *arguments: str, where: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The conformance kit on a scheme of a folder of plugins, as its author runs it, but in this process: it imports torch once.
+
+    Args:
+        where: the author's folder, whose pytest settings count; without it, `bitpress.conformance` is run with none.
+    """
+    words = ["-p", "no:cacheprovider", "-q", "-ra"]
+    words += ["--rootdir", str(where)] if where else ["-c", os.devnull, "--pyargs", "bitpress.conformance"]
+    out = io.StringIO()
+    with plugins(folder), contextlib.chdir(where or folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = pytest.main([*words, *arguments])
+    return subprocess.CompletedProcess(["pytest", *words, *arguments], int(code), out.getvalue(), "")
 
 
 def process(*arguments: object, path: Path | None = None) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ import torch
 
 from bitpress import numerics
 from bitpress.layer import Layer
-from bitpress.numerics.error_feedback import SAMPLED, drift
+from bitpress.numerics.error_feedback import ENOUGH, SAMPLED, drift
 
 WIDTH, ROWS = 24, 10
 
@@ -95,3 +95,23 @@ def test_nothing_is_held_once_a_weight_has_been_rounded() -> None:
         assert tensors() == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0], ids=["tokens like the others", "tokens that are larger than the others"])
+def test_a_correction_never_takes_away_more_than_is_missing(scale: float) -> None:
+    weight, x, others = draw(ROWS, WIDTH, seed=1), scale * draw(4000, WIDTH, seed=2), draw(40_000, WIDTH, seed=4)
+    now = x + 0.3 * x.roll(1, 1)
+    of_reference, of_others = numerics.moments(now, weight, x), numerics.moments(others, weight)
+    stats = of_reference | {name: of_reference[name] | stat for name, stat in of_others.items()}
+    factor = numerics.factor(stats["hessian"].value, stats["tokens"].value.item())
+    left = x @ weight.T - now @ (weight + drift(weight, stats, factor)).T
+    assert left.norm() <= (x @ weight.T - now @ weight.T).norm()
+
+
+def test_few_tokens_for_the_width_are_believed_in_proportion() -> None:
+    weight = draw(ROWS, WIDTH, seed=1)
+    sizes = []
+    for tokens in (ENOUGH * WIDTH, ENOUGH * WIDTH // 4):
+        x = draw(tokens, WIDTH, seed=2)
+        sizes.append((corrected(weight, x + 0.3 * x.roll(1, 1), x) - weight).norm())
+    assert sizes[1] < 0.35 * sizes[0]

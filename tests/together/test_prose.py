@@ -28,7 +28,7 @@ def test_the_readme_lists_the_schemes_that_are_here() -> None:
     assert dict(rows) == {name: scheme.package for name, scheme in discover().schemes.items()}
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"^bitpress (\w+)", README, re.MULTILINE))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^bitpress ([\w-]+)", README, re.MULTILINE))))
 def test_commands_of_the_readme_exist_with_their_options(command: str) -> None:
     shown = bitpress(command, "--help").stdout
     for line in re.findall(rf"^bitpress {command} (.*)$", README, re.MULTILINE):
@@ -38,7 +38,7 @@ def test_commands_of_the_readme_exist_with_their_options(command: str) -> None:
 
 def test_every_command_of_the_readme_s_table_of_contents_is_in_the_help() -> None:
     shown = bitpress("--help").stdout
-    for command in ("schemes", "plan", "compress", "verify", "eval", "inspect", "report", "decompress"):
+    for command in ("schemes", "plan", "compress", "verify", "eval", "inspect", "report", "decompress", "new-scheme"):
         assert re.search(rf"^\W*{command}\b", shown, re.MULTILINE)
 
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from bitpress.layer import Finding, Layer, Record, Stat
     from bitpress.options import Options
 
+# The version of bitpress-core in which a hook or an argument was last added or changed: what uses all of them requires it.
+VERSION = "0.1"
+
 hookspec = pluggy.HookspecMarker("bitpress")
 hookimpl = pluggy.HookimplMarker("bitpress")
 

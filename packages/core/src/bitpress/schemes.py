@@ -14,6 +14,7 @@ import pluggy
 from attrs import field, frozen
 
 from bitpress import hookspecs
+from bitpress.compatibility import hook_fault, version_fault
 from bitpress.errors import BitpressError, RecipeError, SchemeError, nearest
 from bitpress.options import Options, build
 
@@ -123,13 +124,13 @@ class Registry:
         for problem in self.problems:
             if problem.name == name:
                 raise RecipeError(f"scheme {name} of {problem.package} cannot be used: {problem.text}")
-        published = _published()
-        if name in published:
-            raise RecipeError(f"scheme {name} is not installed: pip install {published[name]}")
+        known = published()
+        if name in known:
+            raise RecipeError(f"scheme {name} is not installed: pip install {known[name]}")
         installed = ", ".join(self.schemes) or "none"
-        hint = nearest(name, {*self.schemes, *published})
+        hint = nearest(name, {*self.schemes, *known})
         near = hint.split("'")[1] if hint else ""
-        fix = f" (pip install {published[near]})" if near in published and near not in self.schemes else ""
+        fix = f" (pip install {known[near]})" if near in known and near not in self.schemes else ""
         raise RecipeError(f"no scheme {name!r}{hint}{fix} (installed: {installed})")
 
 
@@ -162,7 +163,11 @@ def _register(manager: pluggy.PluginManager, entry: importlib_metadata.EntryPoin
     """Load and register one plugin; returns what is wrong with it, in one line, or None."""
     name = f"{entry.group}:{entry.name}"
     try:
+        if entry.dist and (fault := version_fault(entry.dist.name)):  # before it is imported: it may ask for a later core's names
+            return fault
         plugin = entry.load()
+        if fault := hook_fault(manager, plugin):
+            return fault
         manager.register(plugin, name)
         manager.check_pending()
         hooks = _implemented(manager, plugin)
@@ -210,5 +215,6 @@ def _package(entry: importlib_metadata.EntryPoint) -> str:
     return entry.dist.name if entry.dist else "unknown package"
 
 
-def _published() -> Mapping[str, str]:
+def published() -> Mapping[str, str]:
+    """The packages of schemes that are known to be published, by the schemes' names."""
     return tomllib.loads(resources.files("bitpress").joinpath("published.toml").read_text())

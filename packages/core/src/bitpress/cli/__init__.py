@@ -38,7 +38,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that bitpress
 @app.command()
 def schemes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show one scheme's options and hardware.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help='Only what concerns one device, such as "NVIDIA A100".')] = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="NAME", help="Only what concerns one device: A100.")] = None,
     as_json: Json = False,
 ) -> None:
     """List installed schemes, or show one with its options and the hardware it serves on."""
@@ -185,6 +185,15 @@ def decompress(
     print(f"{dense}: written")
 
 
+@app.command("new-scheme")
+def new_scheme(name: Annotated[str, typer.Argument(metavar="NAME", help="What `--scheme` will call it.")]) -> None:
+    """Write a package with a scheme of your own, bitpress-scheme-NAME, to start from."""
+    from bitpress import newscheme
+
+    folder = newscheme.write(name, Path())
+    print(f"{folder}: written; edit {newscheme.module(name)}.py there, and try it: pip install -e '.[test]' && pytest")
+
+
 @app.callback(invoke_without_command=True)
 def version(
     context: typer.Context, show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
@@ -192,8 +201,9 @@ def version(
     """Print the version, or what there is to run."""
     if show_version:
         from bitpress import __version__
+        from bitpress.hookspecs import VERSION
 
-        print(f"bitpress {__version__}")
+        print(f"bitpress {__version__} (hooks {VERSION})")
     elif context.invoked_subcommand is None:
         print(context.get_help())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
 from typing import get_args, get_type_hints
 
 import pytest
@@ -13,34 +12,14 @@ import torch
 
 from bitpress import chain
 from bitpress.checkpoint.reader import NAMES
-from bitpress.compute import torch_threads
 from bitpress.conformance import trial
-from bitpress.errors import BitpressError, ShapeError
+from bitpress.errors import ShapeError
 from bitpress.hardware import KNOWN, Hardware
 from bitpress.layer import Finding, Layer
-from bitpress.schemes import Step, discover
+from bitpress.schemes import Step
 
 LEVELS = get_args(get_type_hints(Finding)["level"])
 WEIGHTS = ("normal", "zero", "one zero row", "huge", "smallest", "rows of unlike size", "one outlier", "half zeros")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """What is tried is small: waiting for a second thread costs more than it gives."""
-    with torch_threads(1):
-        yield
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every law for every variant of the scheme's options."""
-    config = metafunc.config
-    if not config.getoption("--scheme"):
-        raise pytest.UsageError("bitpress.conformance needs --scheme NAME")
-    try:
-        variants = trial.variants(config.getoption("--scheme"), config.getoption("--set"), discover())
-    except BitpressError as e:
-        raise pytest.UsageError(str(e)) from None
-    metafunc.parametrize("step", variants.values(), ids=variants)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -119,7 +98,7 @@ def test_hooks_leave_their_arguments_untouched(step: Step) -> None:
 def test_the_same_input_gives_the_same_bits(step: Step) -> None:
     weight = trial.weights(step)["normal"]
     first, second = (trial.stored(step, trial.quantize(step, weight)) for _ in range(2))
-    assert first.config == second.config
+    assert first.config == second.config, "the config fragment differs between two runs on one input"
     for name, tensor in first.tensors.items():
         assert torch.equal(_bytes(tensor), _bytes(second.tensors[name])), f"{name} differs between two runs on one input"
 

@@ -19,6 +19,7 @@ from bitpress.numerics.products import cross, gram
 from bitpress.numerics.sweeping import sweep
 
 SAMPLED = 8  # every so many tokens the size of what is missing is measured
+ENOUGH = 16  # tokens for each input channel, of which a correction is believed; fewer are believed in proportion
 
 
 class Grid(Protocol):
@@ -103,7 +104,10 @@ def drift(weight: Tensor, stats: Mapping[str, Stat], factored: Factor) -> Tensor
     arXiv 2505.11695, and Li et al., "GPTAQ", arXiv 2504.02692, start; r is how far the residual stream has moved by then.
 
     C is estimated from N tokens. If what is missing, e, had nothing to do with x̃, a row of C H⁻¹ would still seem to explain
-    E[e²] in / N of it: it is shrunk by the share that what it explains has beyond that.
+    E[e²] in / N of it: it is shrunk by the share that what it explains has beyond that. These are few of the tokens that H comes
+    from: where it seems to explain more than E[e²], H is too small for them, and by Cauchy and Schwarz the best multiple of the row
+    is at most E[e²] over what it seems to explain. A handful of tokens that are larger than all others can still mislead, and what
+    is wrong in one layer is drift in the next: where tokens are few for the width the whole is shrunk.
     """
     tokens = stats["drift_tokens"].value.item()
     wanted = weight @ stats["drift"].value.div(tokens)
@@ -111,8 +115,10 @@ def drift(weight: Tensor, stats: Mapping[str, Stat], factored: Factor) -> Tensor
         wanted += stats["residual"].value.div(tokens)
     found = factored.solve(wanted)
     explained = (found * wanted).sum(1)  # (out,)
-    by_chance = stats["missing"].value / stats["missing_tokens"].value * (weight.shape[1] / tokens)
-    found *= (1 - by_chance / explained).clamp_(0, 1).unsqueeze(1)
+    missing = stats["missing"].value / stats["missing_tokens"].value
+    by_chance = missing * (weight.shape[1] / tokens)
+    share = (1 - by_chance / explained).clamp_(0, 1) * (missing / explained).clamp_(max=1)  # (out,)
+    found *= share.mul_(min(tokens / (ENOUGH * weight.shape[1]), 1.0)).unsqueeze(1)
     return torch.where(found.isfinite().all(1, keepdim=True), found, 0.0)
 
 

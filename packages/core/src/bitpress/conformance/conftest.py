@@ -1,0 +1,31 @@
+"""Every law runs for every variant of the scheme's options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bitpress.compute import torch_threads
+from bitpress.conformance import trial
+from bitpress.errors import BitpressError
+from bitpress.schemes import discover
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """What is tried is small: waiting for a second thread costs more than it gives."""
+    with torch_threads(1):
+        yield
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a law the variants, one after the other."""
+    config = metafunc.config
+    if not config.getoption("--scheme"):
+        raise pytest.UsageError("bitpress.conformance needs --scheme NAME")
+    try:
+        variants = trial.variants(config.getoption("--scheme"), config.getoption("--set"), discover())
+    except BitpressError as e:
+        raise pytest.UsageError(str(e)) from None
+    metafunc.parametrize("step", variants.values(), ids=variants)
