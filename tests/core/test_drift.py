@@ -52,9 +52,9 @@ def test_what_has_nothing_to_do_with_the_inputs_moves_nothing_much(tokens: int) 
 
 
 def test_a_correction_generalises_better_shrunk_than_not() -> None:
-    weight, x = draw(ROWS, WIDTH, seed=1), draw(8 * WIDTH, WIDTH, seed=2)
+    weight, x = draw(ROWS, WIDTH, seed=1), draw(ENOUGH * WIDTH, WIDTH, seed=2)
     fresh, true = draw(4000, WIDTH, seed=4), 0.2 * draw(WIDTH, ROWS, seed=3)
-    residual = x @ true + 2 * draw(len(x), ROWS, seed=5)
+    residual = x @ true + 3 * draw(len(x), ROWS, seed=5)
     unshrunk = np.linalg.lstsq(x.double().numpy(), residual.double().numpy(), rcond=None)[0]
     found = (corrected(weight, x, x, residual) - weight).T
     assert (fresh @ (found - true)).norm() < 0.9 * (fresh @ (torch.tensor(unshrunk).float() - true)).norm()

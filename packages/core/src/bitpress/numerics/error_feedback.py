@@ -117,7 +117,8 @@ def drift(weight: Tensor, stats: Mapping[str, Stat], factored: Factor) -> Tensor
     explained = (found * wanted).sum(1)  # (out,)
     missing = stats["missing"].value / stats["missing_tokens"].value
     by_chance = missing * (weight.shape[1] / tokens)
-    share = (1 - by_chance / explained).clamp_(0, 1) * (missing / explained).clamp_(max=1)  # (out,)
+    most = missing * (1 + 3 * (2 / stats["missing_tokens"].value).sqrt())  # as far as a sample of normal numbers tells
+    share = (1 - by_chance / explained).clamp_(0, 1) * (most / explained).clamp_(max=1)  # (out,)
     found *= share.mul_(min(tokens / (ENOUGH * weight.shape[1]), 1.0)).unsqueeze(1)
     return torch.where(found.isfinite().all(1, keepdim=True), found, 0.0)
 
