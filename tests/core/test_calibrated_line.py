@@ -194,12 +194,18 @@ def test_a_norm_that_feeds_more_than_the_layer_is_left_alone_and_named(tmp_path:
     assert torch.equal(tensors_of(out)[norm], tensors_of(source)[norm])
 
 
-@pytest.mark.parametrize("end", ["kill", "interrupt"])
-def test_a_run_that_ends_half_way_goes_on_and_writes_the_same_bytes(tmp_path: Path, learner: Path, end: str) -> None:
+@pytest.mark.parametrize(
+    ("end", "setting"),
+    [("kill", "factors=2 1"), ("interrupt", "factors=2 1"), ("kill", "coarse=0.5")],
+    ids=["killed", "interrupted", "killed, where inputs are rounded while serving"],
+)
+def test_a_run_that_ends_half_way_goes_on_and_writes_the_same_bytes(
+    tmp_path: Path, learner: Path, end: str, setting: str
+) -> None:
     source = runnable_model(tmp_path / "m")
     text = ["--calibration", tmp_path / "text.txt"]
     deadly = tmp_path / f"{end}.7"  # the seventh layer that is decided lies in the second block
-    words = ["compress", source, tmp_path / "o", *HEAD, *text, "--set", f"deadly={deadly}", "--set", "factors=2 1"]
+    words = ["compress", source, tmp_path / "o", *HEAD, *text, "--set", f"deadly={deadly}", "--set", setting]
     first = process(*words, path=learner)
     assert first.wait(timeout=120) == (-signal.SIGKILL if end == "kill" else 130)
     assert not (tmp_path / "o/config.json").exists()

@@ -18,6 +18,7 @@ from bitpress.calibrate import memory
 from bitpress.calibrate.decoder import Decoder
 from bitpress.calibrate.recorder import Recording, record
 from bitpress.calibrate.site import BlockNotes, compress_block
+from bitpress.calibrate.sites import Site
 from bitpress.calibrate.states import States
 from bitpress.calibrate.streams import Streams
 from bitpress.calibrate.texts import Sequences
@@ -26,6 +27,7 @@ from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.planning import Plan
 from bitpress.progress import Told
+from bitpress.rounding import input_rounding
 from bitpress.shards import Shard
 from bitpress.stream import copy_entry, write_shard
 
@@ -80,7 +82,7 @@ def _streams(plan: Plan, recording: Recording, place: Path | None, waiting: int,
 def _block(plan: Plan, shard: Shard, output: OutputFolder, reader: Reader, streams: Streams, told: Told) -> BlockNotes:
     """Compress one block into its shard, or take up what an earlier run has made of it."""
     prefix, kept = f"{plan.container}.{shard.block}.", output.folder / f"{shard.name}{NOTES}"
-    if output.finished(shard.name, shard.header):
+    if output.finished(shard.name, shard.header) and kept.is_file():
         _take_up(shard, prefix, output, reader, streams.block)
         told(shard.reads, f"{shard.name}: finished earlier")
         return BlockNotes(**json.loads(kept.read_text()))
@@ -99,14 +101,19 @@ def _block(plan: Plan, shard: Shard, output: OutputFolder, reader: Reader, strea
 
 
 def _take_up(shard: Shard, prefix: str, output: OutputFolder, reader: Reader, block: nn.Module) -> None:
-    """Give a block the weights that an earlier run stored of it."""
+    """Let a block compute with what an earlier run stored of it: its weights, and inputs rounded as they will be served."""
     stored = {entry.name: entry for entry in read_header(output.folder / shard.name).entries}
     parameters = dict(block.named_parameters())
     for stack in shard.stacks:
-        for module in stack.members:
+        modules = {module: block.get_submodule(module.removeprefix(prefix)) for module in stack.members}
+        site = Site(stack, modules, None, False)
+        for module, weight in site.weights.items():
             names, config = stack.stored(module)
-            tensors = {name.removeprefix(f"{module}."): reader.whole(stored[name]) for name in names}
-            parameters[f"{module.removeprefix(prefix)}.weight"].copy_(chain.restore(tensors, config, stack.steps))
+            tensors = {name.removeprefix(f"{module}."): reader.whole(stored[name]).to(weight.device) for name in names}
+            weight.copy_(chain.restore(tensors, config, stack.steps))
+            if (rounding := input_rounding(tensors, config, stack.steps)) is not None:
+                site.roundings[module] = rounding
+        site.round_inputs()
     for entry in shard.copies:
         if (parameter := parameters.get(entry.name.removeprefix(prefix))) is not None:
             parameter.copy_(reader.whole(stored[entry.name]))
