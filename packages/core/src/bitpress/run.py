@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import attrs
+import torch
 from attrs import frozen
 
-from bitpress import __version__, manifest, recipe, stream, verification
+from bitpress import __version__, journal, manifest, recipe, stream, verification
 from bitpress.calibrate import loop
 from bitpress.calibrate.loop import NOTES
 from bitpress.calibrate.memory import RUNTIME as CALIBRATED_RUNTIME, estimate
@@ -83,6 +84,13 @@ def memory(work: Plan, threads: int | None = None, tokens: int = Choice().sample
     return RUNTIME + work.memory(threads or cores())
 
 
+def disk(work: Plan, tokens: int = 0, max_memory: int | None = None) -> int:
+    """Bytes that a run of the plan needs room for in its output folder, hidden states that do not fit into memory included."""
+    copied = sum((work.source.folder / name).stat().st_size for name in work.source.others)
+    limit = None if max_memory is None else max_memory - CALIBRATED_RUNTIME
+    return work.bytes_after + copied + (estimate(work, tokens).spilled(limit) if tokens else 0)
+
+
 def compress(
     model: str | Path, out: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
     settings: Iterable[str] = (), ignore: Iterable[str] = (), calibration: str | Path | None = None,
@@ -119,18 +127,35 @@ def carry_out(
     verify: bool = True, trust_remote_code: bool = False, progress: Progress = quiet,
 ) -> Manifest:  # fmt: skip
     """`compress` for a job that was prepared already."""
-    work, target, count = job.plan, device_named(device), threads or cores()
+    work, target = job.plan, device_named(device)
+    count = threads or _threads(job, max_memory)
     tokens = job.data.ids.numel() if job.data else 0
     if max_memory is not None and max_memory < (needed := memory(work, count, tokens)):
         raise RecipeError(
             f"the run needs about {needed / 1e6:,.0f} MB of memory, more than the {max_memory / 1e6:,.0f} MB allowed"
             + ("" if job.data else "; fewer threads need less")
         )
-    output = OutputFolder(Path(out))
-    if output.folder.resolve().is_relative_to(work.source.folder.resolve()):
-        raise OutputError(f"{out} is the source or lies inside it; name another folder")
-    notes = [shard.name + NOTES for shard in work.shards]
-    output.prepare([*work.files, *notes], work.bytes_after)
+    with OutputFolder(Path(out)) as output:
+        if output.folder.resolve().is_relative_to(work.source.folder.resolve()):
+            raise OutputError(f"{out} is the source or lies inside it; name another folder")
+        notes = [shard.name + NOTES for shard in work.shards]
+        output.prepare([*work.files, *notes], disk(work, tokens, max_memory))
+        before = journal.stamps(work.source)
+        with journal.kept(output, work, job.data, target):
+            note = _write(job, output, target, count, max_memory, verify, trust_remote_code, progress, before)
+            journal.check_unchanged(work.source, before)
+            output.text(manifest.NAME, json_text(note.as_json()))
+            output.text("config.json", json_text(work.config))
+            output.remove(notes)
+        return note
+
+
+def _write(
+    job: Job, output: OutputFolder, target: torch.device, count: int, max_memory: int | None, verify: bool,
+    trust_remote_code: bool, progress: Progress, before: journal.Stamps,
+) -> Manifest:  # fmt: skip
+    """Every file but the last two, proved."""
+    work = job.plan
     told = progress("compressing", work.bytes_before)
     found: list[BlockNotes] = []
     if job.data:
@@ -145,14 +170,19 @@ def carry_out(
                 output.copy(name, work.source.folder / name)
         if work.index:
             output.text(INDEX, json_text(work.index))
+        journal.check_unchanged(work.source, before)  # whose faults would otherwise seem to be the output's
         note = _note(job, output, count, verify, found)
         if verify:
             note = _prove(note, work, output, count, progress("verifying", work.bytes_after))
-    output.text(manifest.NAME, json_text(note.as_json()))
-    output.text("config.json", json_text(work.config))
-    for name in notes:
-        (output.folder / name).unlink(missing_ok=True)
     return note
+
+
+def _threads(job: Job, max_memory: int | None) -> int:
+    """As many as there are cores, or fewer where memory is short and each thread takes its own."""
+    most = cores()
+    if job.data or max_memory is None:
+        return most
+    return next((count for count in range(most, 1, -1) if memory(job.plan, count) <= max_memory), 1)
 
 
 def _note(job: Job, output: OutputFolder, threads: int, digests: bool, found: Sequence[BlockNotes]) -> Manifest:

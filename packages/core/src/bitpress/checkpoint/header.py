@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from bitpress.errors import CheckpointError
 
@@ -45,11 +45,16 @@ class Entry:
 
 @frozen
 class Header:
-    """One file's tensors in the order of their bytes, its metadata, and the header itself as stored."""
+    """One file's tensors in the order of their bytes, its metadata, and the header itself as stored.
+
+    Attributes:
+        stamp: size and time of change (ns) of a file that was read.
+    """
 
     entries: tuple[Entry, ...]
     metadata: Mapping[str, str]
     raw: bytes
+    stamp: tuple[int, int] | None = field(default=None, eq=False)
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +95,8 @@ def read_header(file: Path) -> Header:
     """
     try:
         with file.open("rb") as f:
-            size = os.fstat(f.fileno()).st_size
+            found = os.fstat(f.fileno())
+            size = found.st_size
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, LARGEST):
                 raise CheckpointError(f"{file}: cut short or not a safetensors file ({size} bytes); fetch it again")
@@ -113,7 +119,7 @@ def read_header(file: Path) -> Header:
     if at != size:
         what = "is cut short: fetch it again" if at > size else "is longer than its header says"
         raise CheckpointError(f"{file}: {size} bytes where its header describes {at}; it {what}")
-    return Header(tuple(entries), metadata if isinstance(metadata, dict) else {}, raw)
+    return Header(tuple(entries), metadata if isinstance(metadata, dict) else {}, raw, (size, found.st_mtime_ns))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
