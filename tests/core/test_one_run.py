@@ -100,9 +100,9 @@ def test_where_a_file_system_has_no_locks_the_run_goes_on_with_a_warning(tmp_pat
     def none(descriptor: int, how: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    with patch.object(fcntl, "flock", none), pytest.warns(UserWarning, match="this file system has no locks"):
-        with lock.locked(tmp_path):
-            pass
+    told = pytest.warns(UserWarning, match="this file system has no locks")
+    with patch.object(fcntl, "flock", none), told, lock.locked(tmp_path):
+        pass
     assert os.listdir(tmp_path) == []
 
 

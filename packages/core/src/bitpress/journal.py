@@ -87,8 +87,8 @@ def check_unchanged(source: Checkpoint, before: Stamps) -> None:
     for name, stamp in before.items():
         if (now := _stamp(source, name)) != stamp:
             raise CheckpointError(
-                f"{source.folder / name}: it {'changed' if now else 'vanished'} during the run, and what was written may hold some "
-                "of both states; delete the output and run again"
+                f"{source.folder / name}: it {'changed' if now else 'vanished'} during the run, and what was written may hold "
+                "some of both states; delete the output and run again"
             )
 
 

@@ -23,7 +23,8 @@ FUSED: Sequence[Sequence[str]] = (
 )  # what vLLM loads into one weight, in its order of rows
 ROUTERS = ("gate", "router", "shared_expert_gate")
 OUTSIDE = re.compile(r"visual|vision|image|audio|speech|mtp|nextn|projector|draft|eagle", re.IGNORECASE)
-BLOCK = re.compile(r"(?P<container>.+?)\.(?P<index>\d+)\.(?P<inside>.+)\.weight")
+NUMBER = re.compile(r"[0-9]{1,6}")  # of a block
+BLOCK = re.compile(rf"(?P<container>.+?)\.(?P<index>{NUMBER.pattern})\.(?P<inside>.+)\.weight")
 
 
 def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
@@ -36,10 +37,10 @@ def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
         CheckpointError: there are none, they are quantised already, or they are stored transposed.
     """
     blocks: dict[str, dict[str, Entry]] = defaultdict(dict)
-    count = _block_count(checkpoint.config)
+    count = block_count(checkpoint.config)
     for name, entry in checkpoint.entries.items():
-        place = BLOCK.fullmatch(name)
-        if not place or len(entry.shape) != 2 or OUTSIDE.search(name):
+        place = BLOCK.fullmatch(name) if name.endswith(".weight") else None  # without it the search for its end would take long
+        if not place or len(entry.shape) != 2 or not entry.numel or OUTSIDE.search(name):
             continue
         if any(part in ROUTERS for part in place["inside"].split(".")) or "embed" in place["inside"]:
             continue
@@ -80,14 +81,18 @@ def container(module: str) -> str:
 def block_index(tensor: str, container: str) -> int | None:
     """The number of the block that a tensor lies in; None outside that list of blocks."""
     number = tensor.removeprefix(f"{container}.").split(".")[0] if tensor.startswith(f"{container}.") else ""
-    return int(number) if number.isdigit() else None
+    return int(number) if NUMBER.fullmatch(number) else None
 
 
 def head_size(config: Mapping[str, Any]) -> int | None:
     """Channels of an attention head, as far as the config says."""
     for table in (config, config.get("text_config")):
-        if isinstance(table, dict) and isinstance(heads := table.get("num_attention_heads"), int):
-            return int(table.get("head_dim") or table.get("hidden_size", 0) // heads) or None
+        if isinstance(table, dict):
+            heads, size, hidden = (table.get(key) for key in ("num_attention_heads", "head_dim", "hidden_size"))
+            if isinstance(size, int) and size > 0:
+                return size
+            if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+                return hidden // heads or None
     return None
 
 
@@ -106,7 +111,8 @@ def left_alone(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[str]:
     return list(plain)
 
 
-def _block_count(config: Mapping[str, Any]) -> int | None:
+def block_count(config: Mapping[str, Any]) -> int | None:
+    """How many decoder blocks the config says that there are."""
     for table in (config, *(config.get(key) for key in ("text_config", "llm_config", "language_config"))):
         for key in ("num_hidden_layers", "n_layer", "num_layers"):
             if isinstance(table, dict) and isinstance(table.get(key), int):

@@ -188,7 +188,7 @@ def main() -> None:
             raise KeyboardInterrupt
     except VerificationError as e:
         for fault in e.faults[:10]:
-            print(f"  {fault}", file=sys.stderr)
+            print(f"  {terminal.plain(fault)}", file=sys.stderr)
         if len(e.faults) > 10:
             print(f"  and {len(e.faults) - 10} more", file=sys.stderr)
         code = _fail(str(e), 1)
@@ -206,5 +206,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"bitpress: {' '.join(message.split())}", file=sys.stderr)
+    print(f"bitpress: {terminal.plain(message)}", file=sys.stderr)
     return code

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from bitpress.cli import terminal
 from bitpress.errors import BitpressError
 from bitpress.hardware import Hardware
 from bitpress.layer import Finding
@@ -112,7 +113,7 @@ def plan_json(work: Plan, memory: int) -> dict[str, Any]:
 def remarks(work: Plan, warnings: Iterable[str] | None = None) -> None:
     """Warnings (the plan's, if no others are given) and unfavourable findings, on standard error."""
     for warning in work.warnings if warnings is None else warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {terminal.plain(warning)}", file=sys.stderr)
     for name, finding in work.findings:
         if finding.level not in USABLE:
             print(f"warning: {name} is {finding.level} on this machine's device: {finding.text}", file=sys.stderr)
@@ -123,7 +124,7 @@ def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
     ratio = work.bytes_before / work.bytes_after
     print(f"{out}: {_gb(work.bytes_before)} -> {_gb(work.bytes_after)} ({ratio:.2f}x smaller), {note.bits:.2f} bits per weight")
     for text in note.warnings:
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {terminal.plain(text)}", file=sys.stderr)
     if note.data:
         hint = "; texts like those the model will serve are better: --calibration FILE" if "ships" in note.data["source"] else ""
         print(f"calibrated on {int(note.data['tokens']):,} tokens of {note.data['source']}{hint}")
@@ -142,7 +143,7 @@ def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
 
 def manifest(note: Manifest) -> None:
     """What is inside an output."""
-    print(f"from {note.source}, by bitpress {note.bitpress} with {', '.join(note.schemes.values())}")
+    print(terminal.plain(f"from {note.source}, by bitpress {note.bitpress} with {', '.join(note.schemes.values())}"))
     rows = [
         (name, " + ".join(layer.steps), f"{layer.bits:.2f}", "-" if layer.error is None else f"{layer.error:.5f}")
         for name, layer in note.layers.items()
@@ -174,7 +175,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for column in table.columns[:-1]:
         column.no_wrap = True
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(terminal.plain(str(cell)) for cell in row))
     console = Console()
     if table.row_count:
         Console(width=None if console.is_terminal else 200, markup=False, highlight=False).print(table)
