@@ -35,8 +35,9 @@ ALLOWED = {
     "stacks": VALUES | {"checkpoint"},
     "quantization": VALUES,
     "manifest": VALUES | {"checkpoint"},
-    "chain": VALUES | {"schemes"},
-    "rounding": VALUES | {"schemes"},
+    "borders": VALUES | {"schemes"},
+    "chain": VALUES | {"borders", "schemes"},
+    "rounding": VALUES | {"borders", "schemes"},
     "shards": VALUES | {"chain", "checkpoint", "schemes", "stacks"},
 }
 BELOW_RUN = set(ALLOWED) | {"planning", "stream", "verification", "decompression", "calibrate", "served"}
