@@ -194,6 +194,17 @@ def test_a_norm_that_feeds_more_than_the_layer_is_left_alone_and_named(tmp_path:
     assert torch.equal(tensors_of(out)[norm], tensors_of(source)[norm])
 
 
+def test_the_same_seed_gives_the_same_bytes_and_another_other_ones(tmp_path: Path, learner: Path) -> None:
+    source = runnable_model(tmp_path / "m", config=CONFIG | {"num_hidden_layers": 1})
+    first, same, other = (
+        files_of(run(source, tmp_path / name, "bits=4", samples=16, threads=1, seed=seed))
+        for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    )
+    assert same == first
+    changed = {name for name in first if other[name] != first[name]}
+    assert changed == {"bitpress.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+
+
 @pytest.mark.parametrize(
     ("end", "setting"),
     [("kill", "factors=2 1"), ("interrupt", "factors=2 1"), ("kill", "coarse=0.5")],

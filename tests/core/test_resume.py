@@ -14,10 +14,11 @@ import torch
 from support import TOY, command, files_of, install, llama_tensors, plugins, process, refusal, write_model
 
 import bitpress
-from bitpress import VerificationError, chain
+from bitpress import VerificationError, chain, stream
 from bitpress.checkpoint import lock
 from bitpress.checkpoint.header import read_header
-from bitpress.checkpoint.writer import RUN
+from bitpress.checkpoint.reader import Reader
+from bitpress.checkpoint.writer import RUN, OutputFolder
 
 # The toy scheme, which sends its own process a signal at the stack that a file beside it names, once the file is there.
 DEADLY = (
@@ -69,6 +70,16 @@ def test_the_weights_do_not_depend_on_the_size_of_tiles(
         bitpress.compress(model, tmp_path / "out", scheme="toy")
     for name in SHARDS:
         assert (tmp_path / "out" / name).read_bytes() == expected[name]
+
+
+def test_the_files_do_not_depend_on_the_order_of_shards(
+    tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes]
+) -> None:
+    with plugins(deadly), Reader() as reader:
+        work = bitpress.plan(model, scheme="toy")
+        for shard in reversed(work.shards):
+            stream.write_shard(shard, OutputFolder(tmp_path), reader, 2, torch.device("cpu"), lambda done, what="": None)
+    assert {name: (tmp_path / name).read_bytes() for name in SHARDS} == {name: expected[name] for name in SHARDS}
 
 
 PLACES = {  # where a run dies: (stack, finished shards)
