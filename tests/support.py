@@ -196,6 +196,19 @@ def bitpress(*arguments: object, path: Path | None = None) -> subprocess.Complet
     return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
 
+@contextlib.contextmanager
+def memory_taken() -> Iterator[list[int]]:
+    """A list that holds, after the block, by how many bytes this process grew at most inside it."""
+
+    def read(key: str) -> int:
+        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
+    before, taken = read("VmRSS:"), list[int]()
+    yield taken
+    taken.append(read("VmHWM:") - before)
+
+
 def refusal(*arguments: object, path: Path | None = None) -> str:
     """The one line with which the command refuses: exit code 2, nothing on standard output, no traceback."""
     found = command(*arguments, path=path)

@@ -14,7 +14,8 @@ from calibrated import CONFIG, install_learner, runnable_model
 from support import bitpress, command, files_of, llama_tensors, plugins, process, refusal, tensors_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitpress.run import compress, memory, plan
+from bitpress.needs import memory
+from bitpress.run import compress, plan
 
 HEAD = ["--scheme", "learner", "--samples", "16", "--sequence-length", "64"]
 ORDER = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -192,6 +193,17 @@ def test_a_norm_that_feeds_more_than_the_layer_is_left_alone_and_named(tmp_path:
     assert not [name for name in note["rescaled"] if "norm" in name]
     norm = "model.layers.0.input_layernorm.weight"
     assert torch.equal(tensors_of(out)[norm], tensors_of(source)[norm])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_other_ones(tmp_path: Path, learner: Path) -> None:
+    source = runnable_model(tmp_path / "m", config=CONFIG | {"num_hidden_layers": 1})
+    first, same, other = (
+        files_of(run(source, tmp_path / name, "bits=4", samples=16, threads=1, seed=seed))
+        for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    )
+    assert same == first
+    changed = {name for name in first if other[name] != first[name]}
+    assert changed == {"bitpress.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
 
 
 @pytest.mark.parametrize(

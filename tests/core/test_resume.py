@@ -14,8 +14,11 @@ import torch
 from support import TOY, command, files_of, install, llama_tensors, plugins, process, refusal, write_model
 
 import bitpress
-from bitpress import VerificationError, chain
+from bitpress import VerificationError, chain, stream
+from bitpress.checkpoint import lock
 from bitpress.checkpoint.header import read_header
+from bitpress.checkpoint.reader import Reader
+from bitpress.checkpoint.writer import RUN, OutputFolder
 
 # The toy scheme, which sends its own process a signal at the stack that a file beside it names, once the file is there.
 DEADLY = (
@@ -67,6 +70,16 @@ def test_the_weights_do_not_depend_on_the_size_of_tiles(
         bitpress.compress(model, tmp_path / "out", scheme="toy")
     for name in SHARDS:
         assert (tmp_path / "out" / name).read_bytes() == expected[name]
+
+
+def test_the_files_do_not_depend_on_the_order_of_shards(
+    tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes]
+) -> None:
+    with plugins(deadly), Reader() as reader:
+        work = bitpress.plan(model, scheme="toy")
+        for shard in reversed(work.shards):
+            stream.write_shard(shard, OutputFolder(tmp_path), reader, 2, torch.device("cpu"), lambda done, what="": None)
+    assert {name: (tmp_path / name).read_bytes() for name in SHARDS} == {name: expected[name] for name in SHARDS}
 
 
 PLACES = {  # where a run dies: (stack, finished shards)
@@ -125,7 +138,7 @@ bitpress.cli.main()
 """
 
 
-@pytest.mark.parametrize("renames", [0, 4, 5, 7], ids=lambda n: f"after {n} files")
+@pytest.mark.parametrize("renames", [0, 1, 5, 6, 8], ids=lambda n: f"after {n} files")
 def test_until_every_other_file_has_its_name_the_folder_is_no_model(
     tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes], renames: int
 ) -> None:
@@ -133,11 +146,11 @@ def test_until_every_other_file_has_its_name_the_folder_is_no_model(
     words = [sys.executable, "-c", RENAME_KILLS, renames, "compress", model, out, "--scheme", "toy"]
     with patch.dict("os.environ", {"PYTHONPATH": ":".join([str(deadly), *sys.path])}):
         assert subprocess.run(list(map(str, words)), capture_output=True, check=False).returncode == -signal.SIGKILL
-    left = [name for name in files_of(out) if not name.endswith(".part")]
+    left = [name for name in files_of(out) if not name.endswith((".part", lock.NAME))]
     assert len(left) == renames
     assert "config.json" not in left
-    if renames == 7:
-        assert {*left, "config.json"} == expected.keys()
+    if renames == 8:
+        assert {*left, "config.json"} == {*expected, RUN}
     assert command("compress", model, out, "--scheme", "toy", path=deadly).returncode == 0
     assert files_of(out) == expected
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from calibrated import TINY_CONFIG as CONFIG, tokenizer_folder
+from support import memory_taken
 
 from bitpress import CheckpointError, DataError
+from bitpress.calibrate import sources
 from bitpress.calibrate.texts import Choice, load
 
 
@@ -45,6 +51,76 @@ def test_a_file_that_holds_no_texts_is_refused(model: Path, tmp_path: Path, name
     with pytest.raises(DataError, match=expected) as refusal:
         load(Choice(str(tmp_path / name)), model, CONFIG)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+def sparse(file: Path, begin: bytes, size: int) -> Path:
+    """A file of that size, zeros after its beginning, that takes no room."""
+    file.write_bytes(begin)
+    os.truncate(file, size)
+    return file
+
+
+def test_a_line_of_a_gigabyte_is_refused_without_reading_it(model: Path, tmp_path: Path) -> None:
+    file = sparse(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "', 1 << 30)
+    with memory_taken() as taken, pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than 67,108,864 bytes"):
+        load(Choice(str(file)), model, CONFIG)
+    assert taken[0] < 300e6
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["its beginning", "all of it"])
+def test_a_gigabyte_of_nothing_fills_no_memory(model: Path, tmp_path: Path, seed: int) -> None:
+    file = sparse(tmp_path / "a.txt", b"", 1 << 30)
+    refused = pytest.raises(DataError, match=r"a\.txt: it holds more than 268,435,456 characters")
+    with memory_taken() as taken, refused if seed else nullcontext():
+        load(Choice(str(file), 2, 32, seed), model, CONFIG)
+    assert taken[0] < 900e6
+
+
+def test_one_text_longer_than_is_wanted_is_tokenised_no_further(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "some words " * 1_000_000}))
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "some words " * 100}))
+    long, short = (load(Choice(str(tmp_path / f"{name}.jsonl"), 2, 32), model, CONFIG) for name in ("long", "short"))
+    assert long.digest == short.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"nulls \0\0\0 and words " * 200),
+        ("a.jsonl", b'{"text": "a \\u0000 null"}\n' * 200),
+        ("a.jsonl", b'{"text": "twice", "text": "some words of it"}\n' * 200),
+        ("a.txt", ("\u202e\u200d\ufeff\U000e0001 " * 800).encode()),
+    ],
+    ids=["nulls", "nulls in JSON", "a key twice", "signs that are not seen"],
+)
+def test_odd_text_is_text(model: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert load(Choice(str(tmp_path / name), 2, 32), model, CONFIG).ids.shape == (2, 32)
+
+
+def test_any_bytes_are_texts_or_refused_in_one_line(model: Path, tmp_path: Path) -> None:
+    chance = random.Random(0)
+    pieces = [
+        b'{"text": "a b"}',
+        b"\n",
+        b"\xff",
+        b"\0",
+        b"{",
+        b"[",
+        b'"',
+        b'{"messages": [{"role": 1}]}',
+        b"9" * 5000,
+        b"PAR1",
+        b"NaN",
+    ]
+    for number in range(200):
+        file = tmp_path / f"a{chance.choice(['.jsonl', '.txt', '.parquet', '.json'])}"
+        file.write_bytes(b"".join(chance.choices(pieces, k=number % 12)))
+        try:
+            sources.read(str(file), 1000, lambda messages: str(messages))
+        except DataError as e:
+            told = str(e)
+            assert len(told.splitlines()) == 1
 
 
 def test_a_file_that_is_not_there_is_said_with_the_nearest_name(model: Path, tmp_path: Path) -> None:

@@ -37,8 +37,9 @@ ALLOWED = {
     "quantization": VALUES,
     "engine_rules": VALUES | {"checkpoint", "quantization", "stacks"},
     "manifest": VALUES | {"checkpoint"},
-    "chain": VALUES | {"schemes"},
-    "rounding": VALUES | {"schemes"},
+    "borders": VALUES | {"schemes"},
+    "chain": VALUES | {"borders", "schemes"},
+    "rounding": VALUES | {"borders", "schemes"},
     "shards": VALUES | {"chain", "checkpoint", "schemes", "stacks"},
 }
 BELOW_RUN = set(ALLOWED) | {

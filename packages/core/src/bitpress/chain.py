@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import torch
 
+from bitpress import borders
 from bitpress.errors import RecipeError, SchemeError
 from bitpress.layer import Layer, Record, Stat
 from bitpress.schemes import Step
@@ -41,8 +42,8 @@ def observe(
     residual: torch.Tensor | None = None,
 ) -> Stats | None:
     """A step's statistics of one batch, or without inputs of the weight alone."""
-    found: Stats | None = step.call("observe", inputs=inputs, reference=reference, residual=residual, weight=weight)
-    return found
+    found = step.call("observe", inputs=inputs, reference=reference, residual=residual, weight=weight)
+    return borders.stats(step, found, len(weight))
 
 
 def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Layer:
@@ -54,7 +55,7 @@ def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Lay
     for step, observed in zip(steps, stats, strict=True):
         if layer.codes is not None and step.scheme.has("quantize"):
             raise RecipeError(f"{step.scheme.name} cannot follow a step that stores codes already: leave one of them out")
-        found = _layer(step, "quantize", step.call("quantize", layer=layer, stats=observed), layer)
+        found = borders.layer(step, "quantize", step.call("quantize", layer=layer, stats=observed), layer)
         layer = attrs.evolve(found, source=layer.weight) if layer.source is None and found.codes is None else found
     return layer
 
@@ -77,6 +78,9 @@ def quantize_whole(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) 
 def merge(into: dict[str, Stat], found: Stats | None) -> None:
     """Add the statistics of a batch to those of the batches before it."""
     for name, stat in (found or {}).items():
+        if name in into and into[name].value.shape != stat.value.shape:
+            shapes = f"{list(into[name].value.shape)} and {list(stat.value.shape)}"
+            raise SchemeError(f"statistics {name!r} of two batches have the shapes {shapes}, and cannot be added up")
         into[name] = into[name] | stat if name in into else stat
 
 
@@ -84,7 +88,7 @@ def rescale(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> torc
     """The factors (in,) of the first step that has some; None where none has."""
     for step, observed in zip(steps, stats, strict=True):
         if step.rescales and (factors := step.call("rescale", layer=layer, stats=observed)) is not None:
-            return torch.as_tensor(factors)
+            return borders.factors(step, factors, layer.weight.shape[1])
     return None
 
 
@@ -108,7 +112,7 @@ def split(layer: Layer, heights: Sequence[int]) -> list[Layer]:
 def pack(layer: Layer, steps: Sequence[Step]) -> Layer:
     """The layer after every step's `pack`."""
     for step in steps:
-        layer = _layer(step, "pack", step.call("pack", layer=layer), layer)
+        layer = borders.layer(step, "pack", step.call("pack", layer=layer), layer)
     return layer
 
 
@@ -140,8 +144,8 @@ def join(tiles: Iterable[Layer], shape: tuple[int, ...]) -> Layer:
         at += height
     assert layer is not None, "a layer has at least one row"
     weight = whole.pop("weight", torch.full((1, 1), torch.nan).expand(shape))
-    parts_of_all = {n: _join_part(layer.name, n, p) for n, p in parts.items()}
-    return attrs.evolve(layer, weight=weight, source=None, parts=parts_of_all, **whole)
+    joined = {n: _join_part(layer.name, n, p) for n, p in parts.items()}
+    return attrs.evolve(layer, weight=weight, source=None, parts=joined, **whole)
 
 
 def record(layer: Layer, steps: Sequence[Step]) -> Record:
@@ -152,9 +156,7 @@ def record(layer: Layer, steps: Sequence[Step]) -> Record:
     """
     for step in reversed(steps):
         if (found := step.call("serialize", layer=layer)) is not None:
-            if not isinstance(found, Record):
-                raise SchemeError(f"{step.scheme}: serialize returned {type(found).__name__}, not a Record")
-            return found
+            return borders.record(step, found)
     raise SchemeError(f"none of the schemes {', '.join(s.scheme.name for s in steps)} has a `serialize` hook")
 
 
@@ -202,11 +204,18 @@ def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...])
     return Record({name: t.new_zeros(()).expand(t.shape) for name, t in found.tensors.items()}, found.config)
 
 
-def restore(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step]) -> torch.Tensor:
-    """(out, in) float32: the weight that a loader computes with, by the scheme that wrote the tensors."""
+def restore(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step],
+    shape: tuple[int, ...] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """(out, in) float32: the weight that a loader computes with, by the scheme that wrote the tensors.
+
+    Raises:
+        SchemeError: no step can, or it gives a weight of another than the expected shape.
+    """
     for step in reversed(steps):
         if (weight := step.scheme.call("restore", tensors=tensors, config=config)) is not None:
-            return torch.as_tensor(weight)
+            return borders.restored(step.scheme, "restore", weight, shape)
     raise SchemeError(f"none of the schemes {', '.join(s.scheme.name for s in steps)} can restore what it wrote")
 
 
@@ -217,10 +226,13 @@ def check(weight: torch.Tensor, steps: Sequence[Step]) -> Iterator[str]:
             yield f"{step.scheme.name}: {found}"
 
 
-def bound(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step]) -> torch.Tensor | None:
+def bound(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step],
+    shape: tuple[int, ...] | None = None,
+) -> torch.Tensor | None:  # fmt: skip
     """How far each weight may be from its source; None where a step promises nothing, or several steps moved it."""
-    found: torch.Tensor | None = steps[0].scheme.call("bound", tensors=tensors, config=config) if len(steps) == 1 else None
-    return found
+    found = steps[0].scheme.call("bound", tensors=tensors, config=config) if len(steps) == 1 else None
+    return None if found is None else borders.restored(steps[0].scheme, "bound", found, shape, broadcast=True)
 
 
 def _zeros(rows: int, width: int, dtype: torch.dtype, steps: Sequence[Step]) -> Layer:
@@ -236,12 +248,3 @@ def _join_part(layer: str, name: str, pieces: Sequence[torch.Tensor]) -> torch.T
     if not all(torch.equal(first, piece) for piece in pieces):
         raise SchemeError(f"{layer}: part {name!r} is one number for the stack, yet row tiles differ; gather it in `observe`")
     return first
-
-
-def _layer(step: Step, hook: str, found: Any, before: Layer) -> Layer:
-    """What a hook returned, if it is a layer; what it was given, if it returned nothing."""
-    if found is None:
-        return before
-    if not isinstance(found, Layer):
-        raise SchemeError(f"{step.scheme}: {hook} returned {type(found).__name__}, not a Layer")
-    return found

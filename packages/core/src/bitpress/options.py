@@ -116,7 +116,10 @@ def convert(value: Any, hint: Any) -> Any:
 
 def _tuple(value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
     if isinstance(value, str):  # on a command line: 128,128 or [128, 128]
-        value = json.loads(value) if value.startswith("[") else value.split(",")
+        try:
+            value = json.loads(value) if value.startswith("[") else value.split(",")
+        except RecursionError:
+            value = None
     if not isinstance(value, (list, tuple)) or len(value) != len(hints):
         raise ValueError(f"{value!r} is not a list of {len(hints)}")
     return tuple(convert(v, h) for v, h in zip(value, hints, strict=True))

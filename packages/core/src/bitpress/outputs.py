@@ -72,8 +72,8 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -
     checkpoint = open_checkpoint(Path(out))
     written = _written(read_manifest(Path(out)), checkpoint)
     total = sum(note.shape[0] * note.shape[1] * 2 for note in written.layers.values())
-    with torch_threads(1):
-        write_dense(written, OutputFolder(Path(dense)), progress("decompressing", total))
+    with torch_threads(1), OutputFolder(Path(dense)) as output:
+        write_dense(written, output, progress("decompressing", total))
 
 
 def evaluate(

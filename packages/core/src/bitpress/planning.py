@@ -15,7 +15,7 @@ from bitpress import __version__, chain, hardware, manifest, stacks
 from bitpress.checkpoint.header import Entry, index
 from bitpress.checkpoint.reader import INDEX, Checkpoint
 from bitpress.checkpoint.writer import json_text
-from bitpress.errors import CheckpointError, RecipeError, ShapeError
+from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
 from bitpress.layer import Finding
 from bitpress.quantization import KEY, quantised_already, quantization_config
 from bitpress.recipe import Recipe
@@ -222,4 +222,6 @@ def _findings(recipe: Recipe) -> Iterable[tuple[str, Finding]]:
     device = hardware.present()
     for step in dict.fromkeys(recipe.all_steps):
         for finding in step.call("validate_hardware", hardware=device) or ():
+            if not isinstance(finding, Finding):
+                raise SchemeError(f"{step.scheme}: validate_hardware returned {finding!r:.60}, not Findings")
             yield step.scheme.name, finding

@@ -15,6 +15,10 @@ from attrs import frozen
 from bitpress.errors import RecipeError, nearest
 from bitpress.schemes import Registry, Step
 
+LARGEST = 100_000  # bytes of a recipe
+WIDEST = 4000  # characters of a line
+LONGEST = 1000  # characters of a pattern
+
 
 @frozen
 class Rule:
@@ -49,6 +53,8 @@ class Recipe:
         """
         patterns = [rule.match for rule in self.rules] + list(self.ignore)
         for pattern in patterns:
+            if len(pattern) > LONGEST:
+                raise RecipeError(f"the pattern {pattern[:40]!r}... has {len(pattern)} characters; at most {LONGEST} are taken")
             if not any(fnmatchcase(module, pattern) for module in modules):
                 raise RecipeError(
                     f"the pattern {pattern!r} matches none of the {len(modules)} linear layers{_hint(pattern, modules)} "
@@ -115,10 +121,15 @@ def from_file(file: Path, registry: Registry, settings: Iterable[str] = (), igno
         RecipeError: the file cannot be read, or is not a recipe; the message names the place.
     """
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        if (file.exists() and not file.is_file()) or (file.exists() and file.stat().st_size > LARGEST):
+            raise RecipeError(f"{file}: a recipe is a regular file of at most {LARGEST} bytes")
+        text = file.read_text(encoding="utf-8")
+        if any(len(line) > WIDEST for line in text.splitlines()):  # a key of very many parts takes tomllib very long
+            raise RecipeError(f"{file}: a line has more than {WIDEST} characters; break it")
+        table = tomllib.loads(text)
     except OSError as e:
         raise RecipeError(f"{file}: {e.strerror or e}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise RecipeError(f"{file}: not valid TOML ({e})") from None
     return from_json(table, registry, str(file), settings, ignore)
 

@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from bitpress import borders
 from bitpress.errors import SchemeError
 from bitpress.schemes import Scheme, Step
 
@@ -40,4 +40,5 @@ def input_rounding(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | No
 
 
 def _rounded(scheme: Scheme, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, inputs: Tensor) -> Tensor:
-    return torch.as_tensor(scheme.call("quantize_inputs", inputs=inputs.float(), tensors=tensors, config=config))
+    found = scheme.call("quantize_inputs", inputs=inputs.float(), tensors=tensors, config=config)
+    return borders.restored(scheme, "quantize_inputs", found, inputs.shape)

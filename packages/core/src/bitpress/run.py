@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import attrs
+import torch
 from attrs import frozen
 
-from bitpress import __version__, checking, manifest, recipe, stream, verification
+from bitpress import __version__, checking, journal, manifest, recipe, stream, verification
 from bitpress.calibrate import loop
 from bitpress.calibrate.loop import NOTES
-from bitpress.calibrate.memory import RUNTIME as CALIBRATED_RUNTIME, estimate
+from bitpress.calibrate.memory import RUNTIME as CALIBRATED_RUNTIME
 from bitpress.calibrate.site import BlockNotes
 from bitpress.calibrate.texts import Choice, Sequences, Stretch, load
 from bitpress.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, resolve
@@ -20,12 +21,11 @@ from bitpress.checkpoint.writer import OutputFolder, json_text
 from bitpress.compute import cores, device_named, torch_threads
 from bitpress.errors import OutputError, RecipeError, VerificationError
 from bitpress.manifest import FileNote, LayerNote, Manifest
+from bitpress.needs import disk, memory
 from bitpress.planning import Plan, make_plan
 from bitpress.progress import Progress, Told, quiet
 from bitpress.recipe import Recipe
 from bitpress.schemes import discover
-
-RUNTIME = 450_000_000  # bytes of memory that Python with torch takes before any work
 
 
 @frozen(eq=False)
@@ -76,24 +76,6 @@ def prepare(
     return Job(make_plan(source, rules, data.digest), data, str(model), text)
 
 
-def memory(work: Plan, threads: int | None = None, tokens: int = Choice().samples * Choice().length) -> int:
-    """Bytes that a run of the plan holds at least, Python and its libraries included.
-
-    A calibrated run takes more where it may, for speed.
-    """
-    if work.recipe.calibrated:
-        return CALIBRATED_RUNTIME + estimate(work, tokens).least
-    return RUNTIME + work.memory(threads or cores())
-
-
-def scratch(work: Plan, tokens: int = Choice().samples * Choice().length) -> int:
-    """Bytes that a run may keep on disk beside the output, where it is allowed no more memory than it needs at least."""
-    if not work.recipe.calibrated:
-        return 0
-    need = estimate(work, tokens)
-    return need.held - need.least
-
-
 def compress(
     model: str | Path, out: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
     settings: Iterable[str] = (), ignore: Iterable[str] = (), calibration: str | Path | None = None,
@@ -133,7 +115,8 @@ def carry_out(
     verify: bool = True, max_kl: float | None = None, trust_remote_code: bool = False, progress: Progress = quiet,
 ) -> Manifest:  # fmt: skip
     """`compress` for a job that was prepared already."""
-    work, target, count = job.plan, device_named(device), threads or cores()
+    work, target = job.plan, device_named(device)
+    count = threads or _threads(job, max_memory)
     tokens = job.data.ids.numel() if job.data else 0
     if max_memory is not None and max_memory < (needed := memory(work, count, tokens)):
         raise RecipeError(
@@ -142,12 +125,35 @@ def carry_out(
         )
     if max_kl is not None and (job.check is None or not max_kl >= 0):
         raise RecipeError(f"--max-kl {max_kl}: it is a number from 0 on, and needs a text to measure it on: --check FILE")
-    output = OutputFolder(Path(out))
-    if output.folder.resolve().is_relative_to(work.source.folder.resolve()):
-        raise OutputError(f"{out} is the source or lies inside it; name another folder")
-    place = checking.place(work, job.check, max_memory, output.folder) if job.check else None
-    notes = [shard.name + NOTES for shard in work.shards]
-    output.prepare([*work.files, *notes], sum(work.sizes.values()))
+    with OutputFolder(Path(out)) as output:
+        if output.folder.resolve().is_relative_to(work.source.folder.resolve()):
+            raise OutputError(f"{out} is the source or lies inside it; name another folder")
+        place = checking.place(work, job.check, max_memory, output.folder) if job.check else None
+        notes = [shard.name + NOTES for shard in work.shards]
+        output.prepare([*work.files, *notes], disk(work, tokens, max_memory))
+        before = journal.stamps(work.source)
+        with journal.kept(output, work, job.data, target):
+            note = _write(job, output, target, count, max_memory, verify, trust_remote_code, progress, before)
+            if job.check:
+                checkpoint = open_checkpoint(output.folder, config=work.config)
+                written = verification.Written(checkpoint, work.recipe, note.layers, note.rescaled)
+                with torch_threads(count):
+                    found = checking.check(written, work, job.check, target, place, trust_remote_code, progress)
+                checking.limit(found, max_kl, output.folder)
+                note = attrs.evolve(note, check=found)
+            journal.check_unchanged(work.source, before)
+            output.text(manifest.NAME, manifest.text(note))
+            output.text("config.json", json_text(work.config))
+            output.remove(notes)
+        return note
+
+
+def _write(
+    job: Job, output: OutputFolder, target: torch.device, count: int, max_memory: int | None, verify: bool,
+    trust_remote_code: bool, progress: Progress, before: journal.Stamps,
+) -> Manifest:  # fmt: skip
+    """Every file but the last two, proved."""
+    work = job.plan
     told = progress("compressing", work.bytes_before)
     blocks: list[BlockNotes] = []
     if job.data:
@@ -162,22 +168,19 @@ def carry_out(
                 output.copy(name, work.source.folder / name)
         if work.index:
             output.text(INDEX, json_text(work.index))
+        journal.check_unchanged(work.source, before)  # whose faults would otherwise seem to be the output's
         note = _note(job, output, count, verify, blocks)
         if verify:
             note = _prove(note, work, output, count, progress("verifying", work.bytes_after))
-    if job.check:
-        written = verification.Written(
-            open_checkpoint(output.folder, config=work.config), work.recipe, note.layers, note.rescaled
-        )
-        with torch_threads(count):
-            found = checking.check(written, work, job.check, target, place, trust_remote_code, progress)
-        checking.limit(found, max_kl, output.folder)
-        note = attrs.evolve(note, check=found)
-    output.text(manifest.NAME, manifest.text(note))
-    output.text("config.json", json_text(work.config))
-    for name in notes:
-        (output.folder / name).unlink(missing_ok=True)
     return note
+
+
+def _threads(job: Job, max_memory: int | None) -> int:
+    """As many as there are cores, or fewer where memory is short and each thread takes its own."""
+    most = cores()
+    if job.data or max_memory is None:
+        return most
+    return next((count for count in range(most, 1, -1) if memory(job.plan, count) <= max_memory), 1)
 
 
 def _note(job: Job, output: OutputFolder, threads: int, digests: bool, found: Sequence[BlockNotes]) -> Manifest:

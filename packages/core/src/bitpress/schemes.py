@@ -67,7 +67,7 @@ class Scheme:
             return self._hooks[hook](**arguments)
         except BitpressError:
             raise
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             text = str(e).splitlines()[0] if str(e) else "no message"
             raise SchemeError(f"{self} failed in {hook}: {type(e).__name__}: {text}") from e
 

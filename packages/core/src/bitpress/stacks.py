@@ -23,9 +23,10 @@ FUSED: Sequence[Sequence[str]] = (
 )  # what vLLM loads into one weight, in its order of rows
 ROUTERS = ("gate", "router", "shared_expert_gate")
 OUTSIDE = re.compile(r"visual|vision|image|audio|speech|mtp|nextn|projector|draft|eagle", re.IGNORECASE)
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+NUMBER = re.compile(r"[0-9]{1,6}")  # of a block
+PLACE = re.compile(r"(?<=\.)\d+(?=\.)")
 T = TypeVar("T", bound=Hashable)
-BLOCK = re.compile(r"(?P<container>.+?)\.(?P<index>\d+)\.(?P<inside>.+)\.weight")
+BLOCK = re.compile(rf"(?P<container>.+?)\.(?P<index>{NUMBER.pattern})\.(?P<inside>.+)\.weight")
 
 
 def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
@@ -38,10 +39,10 @@ def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
         CheckpointError: there are none, they are quantised already, or they are stored transposed.
     """
     blocks: dict[str, dict[str, Entry]] = defaultdict(dict)
-    count = _block_count(checkpoint.config)
+    count = block_count(checkpoint.config)
     for name, entry in checkpoint.entries.items():
-        place = BLOCK.fullmatch(name)
-        if not place or len(entry.shape) != 2 or OUTSIDE.search(name):
+        place = BLOCK.fullmatch(name) if name.endswith(".weight") else None  # without it the search for its end would take long
+        if not place or len(entry.shape) != 2 or not entry.numel or OUTSIDE.search(name):
             continue
         if any(part in ROUTERS for part in place["inside"].split(".")) or "embed" in place["inside"]:
             continue
@@ -58,7 +59,7 @@ def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
 def why_plain(entry: Entry, container: str, config: Mapping[str, Any]) -> str:
     """Why a tensor is not a linear layer of the decoder blocks, in a few words."""
     name, place = entry.name, BLOCK.fullmatch(entry.name)
-    count = _block_count(config)
+    count = block_count(config)
     if len(entry.shape) < 2:
         return "not a matrix (a norm, a bias)"
     if OUTSIDE.search(name):
@@ -110,22 +111,26 @@ def container(module: str) -> str:
 def block_index(tensor: str, container: str) -> int | None:
     """The number of the block that a tensor lies in; None outside that list of blocks."""
     number = tensor.removeprefix(f"{container}.").split(".")[0] if tensor.startswith(f"{container}.") else ""
-    return int(number) if number.isdigit() else None
+    return int(number) if NUMBER.fullmatch(number) else None
 
 
 def alike(names: Iterable[tuple[str, T]]) -> list[tuple[str, T, int]]:
     """Names with what is said of them, those that differ in numbers alone put together with stars for these, and how many."""
     found: dict[tuple[str, T], list[str]] = {}
     for name, what in names:
-        found.setdefault((NUMBER.sub("*", name), what), []).append(name)
+        found.setdefault((PLACE.sub("*", name), what), []).append(name)
     return [(star if len(same) > 1 else same[0], what, len(same)) for (star, what), same in found.items()]
 
 
 def head_size(config: Mapping[str, Any]) -> int | None:
     """Channels of an attention head, as far as the config says."""
     for table in (config, config.get("text_config")):
-        if isinstance(table, dict) and isinstance(heads := table.get("num_attention_heads"), int):
-            return int(table.get("head_dim") or table.get("hidden_size", 0) // heads) or None
+        if isinstance(table, dict):
+            heads, size, hidden = (table.get(key) for key in ("num_attention_heads", "head_dim", "hidden_size"))
+            if isinstance(size, int) and size > 0:
+                return size
+            if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+                return hidden // heads or None
     return None
 
 
@@ -144,7 +149,8 @@ def left_alone(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[str]:
     return list(plain)
 
 
-def _block_count(config: Mapping[str, Any]) -> int | None:
+def block_count(config: Mapping[str, Any]) -> int | None:
+    """How many decoder blocks the config says that there are."""
     for table in (config, *(config.get(key) for key in ("text_config", "llm_config", "language_config"))):
         for key in ("num_hidden_layers", "n_layer", "num_layers"):
             if isinstance(table, dict) and isinstance(table.get(key), int):

@@ -177,13 +177,13 @@ def _layer(written: Written, module: str, source: Checkpoint | None, reader: Rea
             for suffix, tensor in tensors.items():
                 if "scale" in suffix and tensor.is_floating_point() and not _usable(tensor.float()):
                     faults.add(f"{module}: {suffix} has a scale that is zero, infinite or NaN")
-            weight = chain.restore(tensors, config, steps)
+            weight = chain.restore(tensors, config, steps, (last - first, written.layers[module].shape[1]))
             faults.update(f"{module}: {text}" for text in chain.check(weight, steps))
             if not math.isfinite(weight.sum()) and not weight.isfinite().all():
                 faults.add(f"{module}: the stored weight decodes to NaN or infinity")
             elif origin is not None:
                 given = written.given(reader.rows(origin, first, last), origin.name, first)
-                limit = chain.bound(tensors, config, steps)
+                limit = chain.bound(tensors, config, steps, tuple(weight.shape))
                 distance = weight.sub_(given).abs_()
                 if limit is not None and (distance > limit).any():
                     faults.add(f"{module}: a stored weight is further from the source's than rounding can move it")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitpress import stacks
 from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import Checkpoint, Reader
 from bitpress.errors import CheckpointError
@@ -146,13 +147,16 @@ def _build(checkpoint: Checkpoint, trust: bool) -> nn.Module:
     """The model on the meta device; buffers, which are computed and not stored, are real."""
     import transformers
 
+    count = stacks.block_count(checkpoint.config)
+    if count is not None and count > len(checkpoint.entries):  # building them would go on for ever
+        raise CheckpointError(f"{checkpoint.folder}: config.json says {count} blocks, and the files hold fewer tensors than that")
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
         config.__dict__.pop(KEY, None)  # weights are given as they are computed with
         with _parameters_on_meta():
             build: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
             model = build(config, trust_remote_code=trust)
-    except (ValueError, KeyError, ImportError, OSError) as e:
+    except Exception as e:  # whatever its parsers and its models raise for a config that is not what it says
         text = re.sub(r"\s+", " ", str(e)).strip()
         hint = "" if trust or "trust_remote_code" not in text else "; --trust-remote-code allows the model's own code"
         raise CheckpointError(f"{checkpoint.folder}: transformers cannot build the model: {text[:300]}{hint}") from None

@@ -57,7 +57,7 @@ def write_shards(
                 write_shard(shard, output, reader, 1, device, told)
         need = memory.estimate(plan, data.ids.numel())
         allowed = limit if limit is not None else memory.available() // 2
-        place = output.folder if need.held > allowed else None
+        place = output.folder if need.spilled(allowed) else None
         recording = record(decoder, batches, device, dtype, place)
         streams = _streams(plan, recording, place, need.waits(allowed, batches[0].numel()), device)
         for index in range(len(decoder)):

@@ -26,6 +26,10 @@ class Need:
     held: int
     waiting: int
 
+    def spilled(self, allowed: int | None) -> int:
+        """Bytes of hidden states that go to disk; None allows half of what is free."""
+        return self.held - self.least if self.held > (available() // 2 if allowed is None else allowed) else 0
+
     def waits(self, allowed: int, tokens: int) -> int:
         """How many forwards of so many tokens may wait inside a block."""
         return max(allowed - self.held, 0) // (self.waiting * tokens)

@@ -149,7 +149,7 @@ def _store(site: Site, quantised: Layer, sample: Tensor | None, write: Write, no
         site.stack.check(name, record)
         for suffix, tensor in record.tensors.items():
             write(f"{name}.{suffix}", tensor)
-        restored = chain.restore(record.tensors, record.config, steps)
+        restored = chain.restore(record.tensors, record.config, steps, tuple(weight.shape))
         if (rounding := input_rounding(record.tensors, record.config, steps)) is not None:
             site.roundings[name] = rounding
         if sample is not None:

@@ -13,6 +13,8 @@ from bitpress.errors import DataError, nearest
 
 SHIPPED = "the text that ships with bitpress"
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+LARGEST = 1 << 26  # bytes of a line of a JSON lines file
+LONGEST = 1 << 28  # characters of all texts together; as tokens they take several times the memory
 SUFFIXES = (*JSON_LINES, ".txt", ".parquet")
 
 Row: TypeAlias = tuple[str, Any]  # what errors call it ("texts.jsonl, line 3"), and the row
@@ -22,7 +24,7 @@ Render: TypeAlias = Callable[[list[Any]], str]  # the messages of a chat as one 
 def read(source: str | None, limit: int | None, render: Render) -> tuple[str, str]:
     """The texts of a source joined by single newlines, and what to call the source.
 
-    With a limit it is read no further than to that many characters; more than those are given only where a text ends later.
+    With a limit it is read no further than to that many characters.
 
     Raises:
         DataError: there is no such source, or its texts cannot be read.
@@ -53,9 +55,16 @@ def first_line(error: Exception) -> str:
 def _plain(file: Path, limit: int | None) -> str:
     try:
         with file.open(encoding="utf-8-sig") as opened:
-            return opened.read(-1 if limit is None else limit)
+            text = opened.read(min(limit or LONGEST + 1, LONGEST + 1))
     except UnicodeDecodeError as e:
         raise DataError(f"{file}: it is not UTF-8 text ({e.reason}); save it as UTF-8") from None
+    return _bounded(text, str(file))
+
+
+def _bounded(text: str, place: str) -> str:
+    if len(text) > LONGEST:
+        raise DataError(f"{place}: it holds more than {LONGEST:,} characters, which are to be read whole; give a part of it")
+    return text
 
 
 def _rows(file: Path) -> Iterator[Row]:
@@ -69,10 +78,12 @@ def _rows(file: Path) -> Iterator[Row]:
 
 def _json_lines(file: Path) -> Iterator[Row]:
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(LARGEST + 1), b""), 1):
+            place = f"{file}, line {number}"
+            if len(line) > LARGEST:
+                raise DataError(f"{place}: longer than {LARGEST:,} bytes; every line is one object")
             if not line.strip():
                 continue
-            place = f"{file}, line {number}"
             try:
                 yield place, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as e:
@@ -125,13 +136,13 @@ def _dataset(source: str) -> Iterator[Row]:
 
 def _join(rows: Iterable[Row], limit: int | None, render: Render) -> str:
     texts: list[str] = []
-    size = -1  # a newline less than there are texts
+    size, place = -1, ""  # a newline less than there are texts
     for place, row in rows:
         texts.append(_text(place, row, render))
         size += len(texts[-1]) + 1
-        if limit is not None and size >= limit:
+        if size >= (LONGEST + 1 if limit is None else limit):
             break
-    return "\n".join(texts)
+    return _bounded("\n".join(texts), place)[:limit]
 
 
 def _text(place: str, row: Any, render: Render) -> str:
@@ -142,7 +153,7 @@ def _text(place: str, row: Any, render: Render) -> str:
         if not isinstance(messages, list) or not messages or not all(isinstance(m, Mapping) and "role" in m for m in messages):
             raise DataError(
                 f'{place}: an object with a "text" or with chat "messages" (each with "role" and "content") is expected'
-                + (f", not one with {', '.join(map(repr, row))}" if row else "")
+                + (f", not one with {', '.join(repr(str(key)[:40]) for key in list(row)[:10])}" if row else "")
             )
         try:
             text = render(messages)

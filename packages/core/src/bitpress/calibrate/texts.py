@@ -47,12 +47,14 @@ class Sequences:
         source: for people: a file's name, a dataset's, or "the text that ships with bitpress".
         digest: SHA-256 of shape and ids: the same ids have the same digest, wherever they come from.
         warnings: what the user should know, such as that there was less text than asked for.
+        seed: that they were drawn with.
     """
 
     ids: Tensor
     source: str
     digest: str
     warnings: tuple[str, ...]
+    seed: int = 0
 
 
 @frozen(eq=False)
@@ -133,7 +135,7 @@ def load(choice: Choice, folder: Path, config: Mapping[str, Any], trust_remote_c
         shorter = f", one of {size} tokens" if size < length else ""
         full = 0 if shorter else count
         warnings.append(f"{full} of {choice.samples} sequences of {length} tokens{shorter}: {name} holds {len(tokens):,} tokens")
-    return Sequences(ids, name, _digest(ids), tuple(warnings))
+    return Sequences(ids, name, _digest(ids), tuple(warnings), choice.seed)
 
 
 def _tokenise(choice: Choice, wanted: int, tokenizer: Any) -> tuple[Tensor, str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from bitpress.errors import CheckpointError
 
@@ -22,6 +22,10 @@ BITS: Mapping[str, int] = {
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64,
 }  # fmt: skip
 LARGEST = 100_000_000  # bytes; the same limit as the safetensors library
+LONGEST = 1000  # characters of a tensor's name; real ones have a tenth
+DIMENSIONS = 64  # of a shape, as torch allows
+MOST = 2**63  # of a shape or an offset
+CROWDED = 1_000_000  # bytes of a header from which on it is looked at for what would fill memory when it is parsed
 
 
 @frozen
@@ -45,11 +49,16 @@ class Entry:
 
 @frozen
 class Header:
-    """One file's tensors in the order of their bytes, its metadata, and the header itself as stored."""
+    """One file's tensors in the order of their bytes, its metadata, and the header itself as stored.
+
+    Attributes:
+        stamp: size and time of change (ns) of a file that was read.
+    """
 
     entries: tuple[Entry, ...]
     metadata: Mapping[str, str]
     raw: bytes
+    stamp: tuple[int, int] | None = field(default=None, eq=False)
 
     @property
     def nbytes(self) -> int:
@@ -88,9 +97,12 @@ def read_header(file: Path) -> Header:
     Raises:
         CheckpointError: the file is missing, cut short, or its header is not consistent; the message names file and tensor.
     """
+    if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+        raise CheckpointError(f"{file}: not a regular file")
     try:
         with file.open("rb") as f:
-            size = os.fstat(f.fileno()).st_size
+            found = os.fstat(f.fileno())
+            size = found.st_size
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, LARGEST):
                 raise CheckpointError(f"{file}: cut short or not a safetensors file ({size} bytes); fetch it again")
@@ -98,6 +110,8 @@ def read_header(file: Path) -> Header:
     except OSError as e:
         raise CheckpointError(f"{file}: {e.strerror or e}") from None
     try:
+        if len(raw) > CROWDED and 12 * (raw.count(b"[") + raw.count(b"{")) > len(raw):  # a tensor has three, and 50 bytes
+            raise ValueError("it is nested as no header is")
         table = json.loads(raw[8:], object_pairs_hook=_unique)
         if not isinstance(table, dict):
             raise ValueError("it is not an object")
@@ -113,7 +127,7 @@ def read_header(file: Path) -> Header:
     if at != size:
         what = "is cut short: fetch it again" if at > size else "is longer than its header says"
         raise CheckpointError(f"{file}: {size} bytes where its header describes {at}; it {what}")
-    return Header(tuple(entries), metadata if isinstance(metadata, dict) else {}, raw)
+    return Header(tuple(entries), metadata if isinstance(metadata, dict) else {}, raw, (size, found.st_mtime_ns))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -123,17 +137,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def _encodable(name: str) -> bool:
+    return not any("\ud800" <= sign <= "\udfff" for sign in name)  # halves of a surrogate pair
+
+
 def _entry(file: Path, name: str, item: Any, data: int) -> Entry:
     """One header item checked on its own: dtype known, shape and offsets whole numbers that agree."""
+    if len(name) > LONGEST or not _encodable(name):
+        raise CheckpointError(f"{file}: a tensor's name is no name ({name[:60]!r}); fetch the file again")
     try:
         dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
-        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        whole = isinstance(dtype, str) and all(type(n) is int and 0 <= n < MOST for n in (*shape, begin, end))
+        whole = whole and len(shape) <= DIMENSIONS
     except (KeyError, TypeError, ValueError):
         whole, dtype, shape, begin, end = False, None, [], 0, 0
     if not whole:
         raise CheckpointError(f"{file}: tensor {name} has no valid dtype, shape and offsets; fetch the file again")
     if dtype not in BITS:
-        raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype!r}")
+        raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype[:20]!r}")
     entry = Entry(name, dtype, tuple(shape), file, data + begin)
     if entry.nbytes != end - begin:
         raise CheckpointError(f"{file}: tensor {name} is said to have {end - begin} bytes, its shape needs {entry.nbytes}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from bitpress.checkpoint.header import Entry, Header, read_header
+from bitpress.checkpoint.header import LARGEST, Entry, Header, read_header
 from bitpress.errors import CheckpointError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -23,6 +24,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,180}\.safetensors")
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pkl", ".index.json", ".part",
 )  # fmt: skip
@@ -71,6 +73,10 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.parent.is_dir():
         raise CheckpointError(f"{file.parent} is not a folder")
     try:
+        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{file}: not a regular file")
+        if (size := file.stat().st_size) > LARGEST:
+            raise CheckpointError(f"{file}: {size} bytes, and at most {LARGEST} are read; it is not what its name says")
         value = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} is not a model folder: it has no {file.name}") from None
@@ -107,8 +113,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX}: it has no weight_map")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX}: tensor {tensor} is said to lie in {name!r}, not a file of this folder")
+        if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"{folder / INDEX}: tensor {tensor} is said to lie in {str(name)[:200]!r}, not a file of this folder"
+            )
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: shard {name}, named by {INDEX}, is missing; fetch it again")
     return weight_map
@@ -130,7 +138,23 @@ def _other_files(folder: Path) -> Iterator[str]:
         for name in sorted(files):
             relative = (Path(root) / name).relative_to(folder)
             if not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES):
+                _check_other(folder, folder / relative)
                 yield relative.as_posix()
+
+
+def _check_other(folder: Path, file: Path) -> None:
+    """A file that will be copied: regular, readable, and not a link to what is no part of the model, such as a private key.
+
+    The Hub's cache keeps a model's files as links into the `blobs` beside its `snapshots`.
+    """
+    if not file.is_file() or not os.access(file, os.R_OK):
+        raise CheckpointError(f"{file}: not a regular file that can be read; mend it or take it away")
+    real, home = file.resolve(), folder.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    if not real.is_relative_to(home) and not real.is_relative_to(blobs):
+        raise CheckpointError(
+            f"{file}: a link that leads out of the model's folder, to {real}; put the file itself there, if it belongs"
+        )
 
 
 class Reader:

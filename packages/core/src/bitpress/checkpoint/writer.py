@@ -13,13 +13,16 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
+from bitpress.checkpoint import lock
 from bitpress.checkpoint.header import Entry, Header, read_header
 from bitpress.errors import CheckpointError, OutputError
 
+RUN = ".bitpress.run"  # until the run is over: what it is made of
 PIECE = 1 << 20  # bytes of one write: larger ones may get fresh large pages, whose first touch costs more than the copying
 
 
@@ -46,34 +49,66 @@ class ShardWriter:
 
 
 class OutputFolder:
-    """The folder a run writes into."""
+    """The folder a run writes into; used in `with`, it is this run's alone from `prepare` on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> OutputFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._held.close()
 
     def prepare(self, planned: Iterable[str], needed: int) -> None:
-        """Make the folder, or see that it holds nothing but what an interrupted run of the same plan left.
+        """Make the folder, or see that it holds nothing but what an interrupted run of the same plan left, and lock it.
+
+        Args:
+            needed: bytes that the disk must have room for.
 
         Raises:
-            OutputError: it holds something else or a finished output, it cannot be written, or the disk is too small.
+            OutputError: it holds something else or a finished output, another run writes into it, it cannot be written, or the
+                disk is too small.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"{self.folder} is a file; name a folder that does not exist yet")
-        if (self.folder / "config.json").exists():
-            raise OutputError(f"{self.folder} already holds a model; name another folder or delete it")
-        expected = {name + ending for name in planned for ending in ("", ".part")}
+        self._refuse_finished()
+        expected = {name + ending for name in [*planned, RUN, lock.NAME] for ending in ("", ".part")}
         with _told(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            present = {f.relative_to(self.folder).as_posix(): f for f in self.folder.rglob("*") if not f.is_dir()}
-            strangers = sorted(set(present) - expected)
+            if not self.folder.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _sync_folder(self.folder.parent)
+            strangers = sorted({f.relative_to(self.folder).as_posix() for f in self._present()} - expected)
             if strangers:
                 raise OutputError(f"{self.folder} is not empty: it holds {strangers[0]}; name another folder or empty it")
             if not os.access(self.folder, os.W_OK):
                 raise OutputError(f"{self.folder} cannot be written: no permission")
-            there = sum(f.stat().st_size for f in present.values())
+            self._held.enter_context(lock.locked(self.folder))
+            self._refuse_finished()  # by a run that had the lock until now
+            there = sum(f.stat().st_size for f in self._present() if f.name != lock.NAME)
             free = shutil.disk_usage(self.folder).free
         if free + there < needed:
             raise OutputError(f"{self.folder}: the disk has {free / 1e9:.2f} GB free and the output needs {needed / 1e9:.2f} GB")
+
+    def _refuse_finished(self) -> None:
+        """A run that was killed while it tidied up may go on; of one that is over nothing is written again."""
+        if (self.folder / "config.json").exists() and not (self.folder / RUN).exists():
+            raise OutputError(f"{self.folder} already holds a model; name another folder or delete it")
+
+    def _present(self) -> list[Path]:
+        return [f for f in self.folder.rglob("*") if not f.is_dir()]
+
+    def read(self, name: str) -> str | None:
+        """A text file that is there already."""
+        file = self.folder / name
+        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Take away files that only the run itself needed."""
+        with _told(self.folder):
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
 
     def finished(self, name: str, header: Header) -> bool:
         """Whether an earlier run of the same plan has written this shard.
@@ -108,7 +143,11 @@ class OutputFolder:
 
     def copy(self, name: str, source: Path) -> None:
         """A file of the source, byte for byte."""
-        with self._file(name) as descriptor, source.open("rb") as f, open(descriptor, "wb", closefd=False) as target:
+        try:
+            f = source.open("rb")
+        except OSError as e:
+            raise CheckpointError(f"{source}: {e.strerror or e}") from None
+        with f, self._file(name) as descriptor, open(descriptor, "wb", closefd=False) as target:
             shutil.copyfileobj(f, target)
 
     @contextlib.contextmanager

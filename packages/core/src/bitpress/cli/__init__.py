@@ -59,11 +59,11 @@ def plan(
 ) -> None:  # fmt: skip
     """Show what would be done, from headers alone."""
     with terminal.uncollected():
-        from bitpress import run, serving
+        from bitpress import needs, run, serving
 
     work = run.plan(model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or ())
-    needs = planned.Needs(run.memory(work, threads), run.scratch(work), ranks, tuple(serving.remarks(work, ranks)))
-    terminal.document(planned.as_json(work, needs)) if as_json else planned.table(work, needs)
+    found = planned.Needs(needs.memory(work, threads), needs.scratch(work), ranks, tuple(serving.remarks(work, ranks)))
+    terminal.document(planned.as_json(work, found)) if as_json else planned.table(work, found)
 
 
 @app.command()
@@ -216,7 +216,7 @@ def main() -> None:
             raise KeyboardInterrupt
     except VerificationError as e:
         for fault in e.faults[:10]:
-            print(f"  {fault}", file=sys.stderr)
+            print(f"  {terminal.plain(fault)}", file=sys.stderr)
         if len(e.faults) > 10:
             print(f"  and {len(e.faults) - 10} more", file=sys.stderr)
         code = _fail(str(e), 1)
@@ -234,5 +234,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"bitpress: {' '.join(message.split())}", file=sys.stderr)
+    print(f"bitpress: {terminal.plain(message)}", file=sys.stderr)
     return code

@@ -105,9 +105,9 @@ def drift(weight: Tensor, stats: Mapping[str, Stat], factored: Factor) -> Tensor
 
     C is estimated from N tokens. If what is missing, e, had nothing to do with x̃, a row of C H⁻¹ would still seem to explain
     E[e²] in / N of it: it is shrunk by the share that what it explains has beyond that. These are few of the tokens that H comes
-    from: where it seems to explain more than E[e²], H is too small for them, and by Cauchy and Schwarz the best multiple of the row
-    is at most E[e²] over what it seems to explain. A handful of tokens that are larger than all others can still mislead, and what
-    is wrong in one layer is drift in the next: where tokens are few for the width the whole is shrunk.
+    from: where it seems to explain more than E[e²], H is too small for them, and by Cauchy and Schwarz the best multiple of the
+    row is at most E[e²] over what it seems to explain. A few tokens larger than all others can still mislead, and what is
+    wrong in one layer is drift in the next: where tokens are few for the width the whole is shrunk.
     """
     tokens = stats["drift_tokens"].value.item()
     wanted = weight @ stats["drift"].value.div(tokens)
