@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from calibrated import CONFIG, install_learner, runnable_model
 from support import bitpress, command, files_of, llama_tensors, plugins, process, refusal, tensors_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bitpress.calibrate.walk import _Forward
 from bitpress.needs import memory
 from bitpress.run import compress, plan
 
@@ -153,6 +155,21 @@ def test_memory_that_is_short_changes_no_byte(tmp_path: Path, learner: Path) -> 
     assert files_of(run(source, tmp_path / "b", max_memory=least + 1000)) == roomy
     line = refusal("compress", source, tmp_path / "c", *HEAD, "--max-memory", "500MB", path=learner)
     assert "500 MB allowed" in line
+
+
+def test_where_memory_is_short_no_forward_is_left_waiting(tmp_path: Path, learner: Path) -> None:
+    source, begun, waiting = runnable_model(tmp_path / "m"), _Forward.run, []
+
+    def counted(self: _Forward) -> torch.Tensor:
+        waiting.append(waiting[-1] + 1 if waiting else 1)
+        try:
+            return begun(self)
+        finally:
+            waiting.append(waiting[-1] - 1)
+
+    with patch.object(_Forward, "run", counted):
+        run(source, tmp_path / "o", "factors=2 1", max_memory=memory(plan(source, scheme="learner"), tokens=160 * 48) + 1000)
+    assert max(waiting) <= 2  # one, and the source's
 
 
 @pytest.mark.parametrize("factors", ["4 0.25 1 2 8", "0.3 5"], ids=["powers of two", "others, which are rounded to them"])

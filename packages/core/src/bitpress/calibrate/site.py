@@ -170,7 +170,7 @@ def _rescale(sites: Sequence[Site], prefix: str, streams: Streams, head: int | N
     for batch in range(len(streams.calls)):
         walk = streams.walk(batch)
         for number, site in enumerate(numbered):
-            inputs, _ = walk.input(number, keep=True)
+            inputs, _ = walk.input(number, keep=number + 1 < len(numbered))  # and then it is over
             found, _ = _observe(site, [] if inputs is None else [Arrival(inputs)])
             for merged, of_batch in zip(observed[number], found, strict=True):
                 chain.merge(merged, of_batch)
