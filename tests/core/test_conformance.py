@@ -56,10 +56,10 @@ BROKEN = {  # what is wrong: (what stands in its source and what instead, ...), 
         [('["weight"].float() * tensors["weight_scale"]', '["weight"].half()')], "stored_bytes_decode", "must return float32",
     ),
     "changes the shape": (
-        [(WEIGHT, "weight=(codes * scale)[:, :1], codes=codes.char()")], "keeps_its_shape", "must not change the weight's shape",
+        [(WEIGHT, "weight=(codes * scale)[:, :1], codes=codes.char()")], "keeps_its_shape", "quantize made a weight of",
     ),
     "computes in half precision": (
-        [(WEIGHT, "weight=(codes * scale).half(), codes=codes.char()")], "keeps_its_shape", "must return a float32 weight",
+        [(WEIGHT, "weight=(codes * scale).half(), codes=codes.char()")], "keeps_its_shape", "quantize made a weight of",
     ),
     "overflows": (
         [(ROUND, "(layer.weight * options.levels**4 / (scale * options.levels**4)).round()")],
@@ -133,6 +133,9 @@ BROKEN = {  # what is wrong: (what stands in its source and what instead, ...), 
     "names no format": ([(FORMAT, '"moon": 1')], "config_is_json", "must name its `format`"),
     "is silent about hardware": ([(f"[{FINDING}]", "[]")], "every_known_device", "must say something of NVIDIA"),
     "invents a level": ([('"supported"', '"splendid"')], "every_known_device", "the level 'splendid' is not one of"),
+    "refuses every shape": (
+        [hook("def validate_shape(): return [Finding('unsupported', 'never')]")], "divide_by_everything", "refuses 4096 x 4096",
+    ),
     "finds fault with itself": (
         [hook("def check(weight): return 'never even' if (weight != 0).any() else None")], "its_own_check", "never even",
     ),

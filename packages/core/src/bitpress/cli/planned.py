@@ -11,7 +11,6 @@ from attrs import frozen
 from bitpress.cli.show import USABLE, gb, serves, table as columns, unfavourable, warn
 from bitpress.hardware import KNOWN
 from bitpress.schemes import Step
-from bitpress.stacks import alike
 
 if TYPE_CHECKING:
     from bitpress.planning import Plan
@@ -39,6 +38,8 @@ class Needs:
 
 def table(work: Plan, needs: Needs) -> None:
     """What is compressed and what is left alone, and why; sizes before and after, what the run needs, and remarks."""
+    from bitpress.stacks import alike  # it knows torch, which takes a second
+
     said = [(s, (_steps(s.steps), f"{_mean_bits(s):.2f}", work.recipe.reason(next(iter(s.members))))) for s in work.stacks]
     together = [(name, count, *what) for name, what, count in alike((stack.name, what) for stack, what in said)]
     rows = together if len(said) > MANY else [(stack.name, 1, *what) for stack, what in said]

@@ -35,7 +35,7 @@ def sweep(
         project: given the targets (rows,) of one column, which rows they are, and which column, returns what they become.
         ahead: for choices between columns: before each `span` of them it is given what would be best for them (span, rows) if
             they and all that follow could be any number, which rows they are, and the columns' places in the factor's order.
-        span: a divisor of `LEAF`.
+        span: a divisor or a multiple of `LEAF`.
 
     Returns:
         (out, in) float32, and (out,) float32: (w - q) H (w - q)ᵀ of each row.
@@ -55,7 +55,8 @@ def _sweep_rows(
     target, error, chosen = source.clone(), torch.empty_like(source), torch.empty_like(source)
     columns = factor.order.tolist()
 
-    for lo, middle, hi in _steps(0, len(columns)):
+    whole = max(span, LEAF) if ahead else LEAF  # no product ends inside a span
+    for lo, middle, hi in _steps(0, len(columns), whole):
         if middle < hi:
             target[middle:hi].addmm_(factor.unit[lo:middle, middle:hi].T, error[lo:middle])
             continue
@@ -72,12 +73,13 @@ def _sweep_rows(
     return torch.empty_like(chosen).index_copy_(0, factor.order, chosen).T, loss
 
 
-def _steps(lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
+def _steps(lo: int, hi: int, whole: int) -> Iterator[tuple[int, int, int]]:
     """What is done to columns lo to hi: (lo, hi, hi) decides them, (lo, middle, hi) feeds the first to those from middle on."""
     if hi - lo <= LEAF:
         yield lo, hi, hi
         return
-    middle = lo + LEAF * ((hi - lo + LEAF) // (2 * LEAF))
-    yield from _steps(lo, middle)
+    unit = whole if hi - lo > whole else LEAF
+    middle = lo + unit * ((hi - lo + unit) // (2 * unit))
+    yield from _steps(lo, middle, whole)
     yield lo, middle, hi
-    yield from _steps(middle, hi)
+    yield from _steps(middle, hi, whole)
