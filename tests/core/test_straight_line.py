@@ -206,7 +206,8 @@ def test_of_a_recipe_the_first_rule_that_matches_counts(
 
 OBSERVE = "def observe(weight): return {'amax': bitpress.Stat(weight.abs().amax(), 'max')}\n@hookimpl\n"
 SHARED = (
-    TOY.replace("def quantize(layer, options)", OBSERVE + "def quantize(layer, stats, options)")
+    TOY.replace('"channel"', '"tensor"')
+    .replace("def quantize(layer, options)", OBSERVE + "def quantize(layer, stats, options)")
     .replace("layer.weight.abs().amax(1, keepdim=True)", 'stats["amax"].value')
     .replace('layer.parts["scale"]}', 'layer.parts["scale"].reshape(1)}')
 )
@@ -239,4 +240,5 @@ def test_json_is_one_document_and_nothing_else(tmp_path: Path, toy: Path) -> Non
     assert found["compress"]["verified"] is True
     assert found["compress"]["after"] == found["plan"]["after"] == (out / "model.safetensors").stat().st_size
     assert found["inspect"]["layers"] == found["compress"]["layers"]
-    assert found["verify"] == {"ok": True, "faults": [], "errors": {n: e["error"] for n, e in found["inspect"]["layers"].items()}}
+    errors = {n: e["error"] for n, e in found["inspect"]["layers"].items()}
+    assert found["verify"] == {"ok": True, "faults": [], "errors": errors, "remarks": []}
