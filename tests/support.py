@@ -64,6 +64,19 @@ def bound(tensors): return tensors["weight_scale"] * 0.501
 def validate_hardware(hardware): return [Finding("supported", "runs anywhere")]
 '''
 
+# The toy scheme, which sends its own process a signal at the stack that a file beside it names, once the file is there.
+DEADLY = (
+    TOY.replace("import attrs\n", "import attrs, os, pathlib\n")
+    .replace("def quantize(layer, options):\n", "def quantize(layer, options):\n    die_at(layer.name)\n")
+    .replace("def restore(tensors): return", "def restore(tensors):\n    die_at('restore')\n    return")
+) + '''
+def die_at(place):
+    order = pathlib.Path(__file__).with_name("die")
+    where, number = order.read_text().split("|") if order.exists() else ("", 0)
+    if place == where:
+        os.kill(os.getpid(), int(number))
+'''  # fmt: skip
+
 
 def llama_tensors(seed: int = 0, config: Mapping[str, Any] = LLAMA) -> dict[str, torch.Tensor]:
     """Made-up weights of a Llama of that config, by name, bfloat16."""
@@ -139,6 +152,11 @@ def install_toy(folder: Path) -> Path:
     return install(folder, "bitpress-scheme-toy", TOY, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n")
 
 
+def install_deadly(folder: Path) -> Path:
+    """The scheme `toy`, which dies where the file `die` beside it says: "STACK|SIGNAL"."""
+    return install(folder, "bitpress-scheme-toy", DEADLY, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n")
+
+
 @contextlib.contextmanager
 def plugins(folder: Path | None) -> Iterator[None]:
     """Inside the block this process finds the plugins of a folder, as a new process with the folder on its path would."""
@@ -180,13 +198,21 @@ def kit(folder: Path, *arguments: str, where: Path | None = None) -> subprocess.
     return subprocess.CompletedProcess(["pytest", *words, *arguments], int(code), out.getvalue(), "")
 
 
-def process(*arguments: object, path: Path | None = None) -> subprocess.Popen[str]:
-    """The command as users start it, running; `path` is a folder of plugins."""
+def process(*arguments: object, path: Path | None = None, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """The command as users start it, running; `path` is a folder of plugins, `launcher` what starts it in Python's place."""
     environment = dict(os.environ)
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
-    words = [sys.executable, "-m", "bitpress", *map(str, arguments)]
+    words = [sys.executable, *launcher, "-m", "bitpress", *map(str, arguments)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def torchrun(count: int, *arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in so many processes, which torchrun starts and looks after."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    running = process(*arguments, path=path, launcher=launcher)
+    out, err = running.communicate(timeout=600)
+    return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
 
 def bitpress(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from support import TOY, command, files_of, install, llama_tensors, plugins, process, refusal, write_model
+from support import TOY, command, files_of, install, install_deadly, llama_tensors, plugins, process, refusal, write_model
 
 import bitpress
 from bitpress import VerificationError, chain, stream
@@ -20,24 +20,12 @@ from bitpress.checkpoint.header import read_header
 from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.writer import RUN, OutputFolder
 
-# The toy scheme, which sends its own process a signal at the stack that a file beside it names, once the file is there.
-DEADLY = (
-    TOY.replace("import attrs\n", "import attrs, os, pathlib\n")
-    .replace("def quantize(layer, options):\n", "def quantize(layer, options):\n    die_at(layer.name)\n")
-    .replace("def restore(tensors): return", "def restore(tensors):\n    die_at('restore')\n    return")
-) + '''
-def die_at(place):
-    order = pathlib.Path(__file__).with_name("die")
-    where, number = order.read_text().split("|") if order.exists() else ("", 0)
-    if place == where:
-        os.kill(os.getpid(), int(number))
-'''  # fmt: skip
 SHARDS = [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
 
 
 @pytest.fixture
 def deadly(tmp_path: Path) -> Path:
-    return install(tmp_path / "deadly", "bitpress-scheme-toy", DEADLY, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n")
+    return install_deadly(tmp_path / "deadly")
 
 
 @pytest.fixture

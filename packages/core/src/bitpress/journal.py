@@ -19,6 +19,7 @@ from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.writer import RUN, OutputFolder, json_text
 from bitpress.errors import CheckpointError, OutputError
 from bitpress.planning import Plan
+from bitpress.ranks import Ranks
 
 TOLD = 3  # differences that an error names
 Stamps = Mapping[str, tuple[int, int] | None]
@@ -44,6 +45,14 @@ def kept(output: OutputFolder, plan: Plan, data: Sequences | None, device: torch
             output.remove([RUN])
         raise
     output.remove([RUN])
+
+
+def agree(ranks: Ranks, plan: Plan, data: Sequences | None, device: torch.device) -> None:
+    """See that all ranks are about to make the same; raises OutputError naming what differs."""
+    first, *others = ranks.gather(json.loads(json.dumps(_parts(plan, data, device))))
+    for rank, parts in enumerate(others, 1):
+        if found := list(differences(first, parts)):
+            raise OutputError(f"rank {rank} would make something else than rank 0: {'; '.join(found[:TOLD])}")
 
 
 def _finished(output: OutputFolder, plan: Plan) -> bool:

@@ -14,6 +14,7 @@ from attrs import field, frozen
 from bitpress.checkpoint.reader import read_json
 from bitpress.checkpoint.writer import json_text
 from bitpress.errors import CheckpointError
+from bitpress.ranks import ALONE, Ranks
 
 NAME = "bitpress.json"
 SELF = "sha256"  # its last key: the digest of the file itself
@@ -152,12 +153,15 @@ def intact(folder: Path) -> bool:
     return hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode() == digest
 
 
-def file_notes(files: Mapping[str, Path], threads: int, digests: bool = True) -> dict[str, FileNote]:
-    """Sizes and, if asked for, digests of files on disk, by the names they were given."""
+def file_notes(files: Mapping[str, Path], threads: int, digests: bool = True, ranks: Ranks = ALONE) -> dict[str, FileNote]:
+    """Sizes and, if asked for, digests of files on disk, by the names they were given; each rank reads its share of them."""
     if not digests:
         return {name: FileNote(file.stat().st_size) for name, file in files.items()}
+    own = ranks.deal(list(files), lambda name: files[name].stat().st_size)
     with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(files, pool.map(_note, files.values()), strict=True))
+        mine = dict(zip(own, pool.map(_note, (files[name] for name in own)), strict=True))
+    found = {name: note for notes in ranks.gather(mine) for name, note in notes.items()}
+    return {name: found[name] for name in files}
 
 
 def _note(file: Path) -> FileNote:

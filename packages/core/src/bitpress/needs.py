@@ -28,7 +28,12 @@ def scratch(work: Plan, tokens: int = Choice().samples * Choice().length) -> int
     return need.held - need.least
 
 
-def disk(work: Plan, tokens: int = 0, max_memory: int | None = None) -> int:
-    """Bytes that a run of the plan needs room for in its output folder, hidden states that do not fit into memory included."""
+def disk(work: Plan, tokens: int = 0, max_memory: int | None = None, ranks: int = 1) -> int:
+    """Bytes that a run of the plan needs room for in its output folder, hidden states that do not fit into memory included.
+
+    Args:
+        tokens: of one rank.
+        max_memory: of one rank.
+    """
     limit = None if max_memory is None else max_memory - CALIBRATED_RUNTIME
-    return sum(work.sizes.values()) + (estimate(work, tokens).spilled(limit) if tokens else 0)
+    return sum(work.sizes.values()) + (ranks * estimate(work, tokens).spilled(limit) if tokens else 0)

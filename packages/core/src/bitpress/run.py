@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from bitpress.manifest import FileNote, LayerNote, Manifest
 from bitpress.needs import disk, memory
 from bitpress.planning import Plan, make_plan
 from bitpress.progress import Progress, Told, quiet
+from bitpress.ranks import ALONE, Ranks
 from bitpress.recipe import Recipe
 from bitpress.schemes import discover
 
@@ -113,11 +116,12 @@ def compress(
 def carry_out(
     job: Job, out: str | Path, device: str = "cpu", threads: int | None = None, max_memory: int | None = None,
     verify: bool = True, max_kl: float | None = None, trust_remote_code: bool = False, progress: Progress = quiet,
+    ranks: Ranks = ALONE,
 ) -> Manifest:  # fmt: skip
-    """`compress` for a job that was prepared already."""
-    work, target = job.plan, device_named(device)
-    count = threads or _threads(job, max_memory)
-    tokens = job.data.ids.numel() if job.data else 0
+    """`compress` for a job that was prepared already, on this rank; all return the same."""
+    work, target = job.plan, device_named(ranks.device(device))
+    count = threads or _threads(job, max_memory, ranks)
+    tokens = math.ceil(job.data.ids.numel() / ranks.count) if job.data else 0
     if max_memory is not None and max_memory < (needed := memory(work, count, tokens)):
         raise RecipeError(
             f"the run needs about {needed / 1e6:,.0f} MB of memory, more than the {max_memory / 1e6:,.0f} MB allowed"
@@ -130,11 +134,15 @@ def carry_out(
             raise OutputError(f"{out} is the source or lies inside it; name another folder")
         place = checking.place(work, job.check, max_memory, output.folder) if job.check else None
         notes = [shard.name + NOTES for shard in work.shards]
-        output.prepare([*work.files, *notes], disk(work, tokens, max_memory))
+        if ranks.first:
+            output.prepare([*work.files, *notes], disk(work, tokens, max_memory, ranks.count))
         before = journal.stamps(work.source)
-        with journal.kept(output, work, job.data, target):
-            note = _write(job, output, target, count, max_memory, verify, trust_remote_code, progress, before)
-            if job.check:
+        with journal.kept(output, work, job.data, target) if ranks.first else contextlib.nullcontext():
+            journal.agree(ranks, work, job.data, target)
+            if not output.locked:
+                raise OutputError(f"rank {ranks.rank} does not see {out} as rank 0 has prepared it: all need one file system")
+            note = _write(job, output, target, count, max_memory, verify, trust_remote_code, progress, before, ranks)
+            if job.check and ranks.first:
                 checkpoint = open_checkpoint(output.folder, config=work.config)
                 written = verification.Written(checkpoint, work.recipe, note.layers, note.rescaled)
                 with torch_threads(count):
@@ -142,19 +150,20 @@ def carry_out(
                 checking.limit(found, max_kl, output.folder)
                 note = attrs.evolve(note, check=found)
             journal.check_unchanged(work.source, before)
-            output.text(manifest.NAME, manifest.text(note))
-            output.text("config.json", json_text(work.config))
-            output.remove(notes)
-        return note
+            if ranks.first:
+                output.text(manifest.NAME, manifest.text(note))
+                output.text("config.json", json_text(work.config))
+                output.remove(notes)
+        return ranks.same(note)
 
 
 def _write(
     job: Job, output: OutputFolder, target: torch.device, count: int, max_memory: int | None, verify: bool,
-    trust_remote_code: bool, progress: Progress, before: journal.Stamps,
+    trust_remote_code: bool, progress: Progress, before: journal.Stamps, ranks: Ranks,
 ) -> Manifest:  # fmt: skip
     """Every file but the last two, proved."""
     work = job.plan
-    told = progress("compressing", work.bytes_before)
+    told = progress("compressing", work.bytes_before if job.data else sum(shard.reads for shard in stream.own(work, ranks)))
     blocks: list[BlockNotes] = []
     if job.data:
         limit = None if max_memory is None else max_memory - CALIBRATED_RUNTIME
@@ -162,35 +171,38 @@ def _write(
             blocks = loop.write_shards(work, output, job.data, target, limit, trust_remote_code, told)
     with torch_threads(1):  # tasks run side by side, each on one core: torch's own threads would only wait for each other
         if not job.data:
-            stream.write_shards(work, output, count, target, told)
-        for name in work.source.others:
+            stream.write_shards(work, output, count, target, told, ranks)
+        for name in work.source.others if ranks.first else ():
             if name not in ("config.json", manifest.NAME):
                 output.copy(name, work.source.folder / name)
-        if work.index:
+        if work.index and ranks.first:
             output.text(INDEX, json_text(work.index))
         journal.check_unchanged(work.source, before)  # whose faults would otherwise seem to be the output's
-        note = _note(job, output, count, verify, blocks)
+        ranks.wait()
+        note = _note(job, output, count, verify, blocks, ranks)
         if verify:
-            note = _prove(note, work, output, count, progress("verifying", work.bytes_after))
+            note = _prove(note, work, output, count, progress("verifying", work.bytes_after // ranks.count), ranks)
     return note
 
 
-def _threads(job: Job, max_memory: int | None) -> int:
-    """As many as there are cores, or fewer where memory is short and each thread takes its own."""
-    most = cores()
+def _threads(job: Job, max_memory: int | None, ranks: Ranks = ALONE) -> int:
+    """As many as there are cores for a rank, or fewer where memory is short and each thread takes its own."""
+    most = max(cores() // ranks.beside, 1)
     if job.data or max_memory is None:
         return most
     return next((count for count in range(most, 1, -1) if memory(job.plan, count) <= max_memory), 1)
 
 
-def _note(job: Job, output: OutputFolder, threads: int, digests: bool, found: Sequence[BlockNotes]) -> Manifest:
+def _note(
+    job: Job, output: OutputFolder, threads: int, digests: bool, found: Sequence[BlockNotes], ranks: Ranks
+) -> Manifest:  # fmt: skip
     """The manifest before anything was proved; digests take a pass over every byte and are left out unless asked for."""
     work = job.plan
     config = json_text(work.config).encode()
     written = {name: output.folder / name for name in work.files if name not in ("config.json", manifest.NAME)}
-    files = manifest.file_notes(written, threads, digests)
+    files = manifest.file_notes(written, threads, digests, ranks)
     files["config.json"] = FileNote(len(config), hashlib.sha256(config).hexdigest())
-    inputs = manifest.file_notes({name: work.source.folder / name for name in work.source.headers}, threads, digests)
+    inputs = manifest.file_notes({name: work.source.folder / name for name in work.source.headers}, threads, digests, ranks)
     errors = {name: error for block in found for name, error in block.errors.items()}
     layers = {
         module: LayerNote(
@@ -211,11 +223,11 @@ def _note(job: Job, output: OutputFolder, threads: int, digests: bool, found: Se
     )  # fmt: skip
 
 
-def _prove(note: Manifest, work: Plan, output: OutputFolder, threads: int, done: Told) -> Manifest:
+def _prove(note: Manifest, work: Plan, output: OutputFolder, threads: int, done: Told, ranks: Ranks) -> Manifest:
     """The manifest with every layer's error, measured on the files; raises VerificationError where something is wrong."""
     checkpoint = open_checkpoint(output.folder, config=work.config)
     written = verification.Written(checkpoint, work.recipe, note.layers, note.rescaled)
-    report = verification.verify_tensors(written, work.source, threads, done)
+    report = verification.verify_tensors(written, work.source, threads, done, ranks)
     if report.faults:
         raise VerificationError(f"{output.folder}: the written files are not what was planned; delete the folder", report.faults)
     return attrs.evolve(note, layers={m: attrs.evolve(layer, error=report.errors[m]) for m, layer in note.layers.items()})

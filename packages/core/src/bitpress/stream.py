@@ -17,14 +17,26 @@ from bitpress.errors import CheckpointError
 from bitpress.layer import Layer
 from bitpress.planning import Plan
 from bitpress.progress import Told
+from bitpress.ranks import ALONE, Ranks
 from bitpress.shards import Shard, Stack
 
 
-def write_shards(plan: Plan, output: OutputFolder, threads: int, device: torch.device, progress: Told) -> None:
-    """Write every shard that an earlier run of the same plan has not finished; `progress` is told the source bytes done."""
+def write_shards(
+    plan: Plan, output: OutputFolder, threads: int, device: torch.device, progress: Told, ranks: Ranks = ALONE
+) -> None:
+    """Write this rank's shards, but for those that an earlier run of the same plan has finished.
+
+    Args:
+        progress: is told the source bytes done.
+    """
     with Reader() as reader:
-        for shard in plan.shards:
+        for shard in own(plan, ranks):
             write_shard(shard, output, reader, threads, device, progress)
+
+
+def own(plan: Plan, ranks: Ranks) -> list[Shard]:
+    """The shards that fall to a rank."""
+    return ranks.deal(plan.shards, lambda shard: shard.reads)
 
 
 def write_shard(shard: Shard, output: OutputFolder, reader: Reader, threads: int, device: torch.device, progress: Told) -> None:

@@ -18,6 +18,7 @@ from bitpress.errors import BitpressError, CheckpointError
 from bitpress.manifest import FileNote, LayerNote, Manifest, Rescaled, file_notes
 from bitpress.progress import Told
 from bitpress.quantization import KEY, quantization_config
+from bitpress.ranks import ALONE, Ranks
 from bitpress.recipe import Recipe
 from bitpress.schemes import Step
 
@@ -101,17 +102,23 @@ def verify_files(notes: Mapping[str, FileNote], folder: Path, threads: int) -> I
             yield f"{name}: its bytes are not those that were written (SHA-256 differs)"
 
 
-def verify_tensors(written: Written, source: Checkpoint | None, threads: int, done: Told) -> Report:
+def verify_tensors(
+    written: Written, source: Checkpoint | None, threads: int, done: Told, ranks: Ranks = ALONE
+) -> Report:  # fmt: skip
     """Every planned tensor is there as planned, scales are usable, the config says what is stored, and weights are near the
-    source's where there is a source; `done` is told the bytes of each layer that was read.
+    source's where there is a source; `done` is told the bytes of each layer that was read. Each rank reads its share.
     """
     faults = list(_structure(written, source))
     out = written.checkpoint
     broken = {fault.split(":")[0] for fault in faults}
     modules = [module for module in written.layers if module not in broken]
+    modules = ranks.deal(modules, lambda module: sum(e.nbytes for e in written.entries(module).values() if e))
     errors: dict[str, float] = {}
     with Reader() as reader, ThreadPoolExecutor(threads) as pool:
-        faults += engine_rules.faults(out.config, out.entries, reader.whole)
+        if not ranks.first:
+            faults = []  # what headers show is told once
+        else:
+            faults += engine_rules.faults(out.config, out.entries, reader.whole)
 
         def work(module: str) -> tuple[list[str], float | None]:
             found = _layer(written, module, source, reader)
@@ -123,8 +130,9 @@ def verify_tensors(written: Written, source: Checkpoint | None, threads: int, do
             if error is not None:
                 errors[module] = error
         if source:
-            faults += _copies(written, source, reader)
-    return Report(tuple(faults), errors)
+            faults += _copies(written, source, reader, ranks)
+    theirs = ranks.gather((faults, errors))
+    return Report(tuple(f for found, _ in theirs for f in found), {m: error for _, found in theirs for m, error in found.items()})
 
 
 def written_by(manifest: Manifest, checkpoint: Checkpoint, recipe: Recipe) -> Written:
@@ -199,10 +207,10 @@ def _usable(scale: torch.Tensor) -> bool:
     return bool(((scale > 0) & scale.isfinite()).all())
 
 
-def _copies(written: Written, source: Checkpoint, reader: Reader) -> Sequence[str]:
+def _copies(written: Written, source: Checkpoint, reader: Reader, ranks: Ranks) -> Sequence[str]:
     """Plain tensors whose bytes differ from the source's."""
     faults = []
-    for name, entry in source.entries.items():
+    for name, entry in ranks.deal(list(source.entries.items()), lambda item: item[1].nbytes):
         copy = written.checkpoint.entries.get(name)
         if copy is None or name.removesuffix(".weight") in written.layers:
             continue

@@ -91,6 +91,11 @@ class OutputFolder:
         if free + there < needed:
             raise OutputError(f"{self.folder}: the disk has {free / 1e9:.2f} GB free and the output needs {needed / 1e9:.2f} GB")
 
+    @property
+    def locked(self) -> bool:
+        """Whether a run, this one or another that it belongs to, has prepared the folder and writes into it."""
+        return (self.folder / lock.NAME).exists()
+
     def _refuse_finished(self) -> None:
         """A run that was killed while it tidied up may go on; of one that is over nothing is written again."""
         if (self.folder / "config.json").exists() and not (self.folder / RUN).exists():

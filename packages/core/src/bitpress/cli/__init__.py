@@ -88,22 +88,25 @@ def compress(
 ) -> None:  # fmt: skip
     """Write a smaller model, and prove it."""
     with terminal.uncollected():
-        from bitpress import run, serving
+        from bitpress import launch, run, serving
         from bitpress.calibrate.texts import Choice
 
-    limit = terminal.size(max_memory)
-    job = run.prepare(
-        model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or (),
-        calibration=Choice(calibration, samples, sequence_length, seed), check=check, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    work = job.plan
-    planned.remarks(work, job.warnings, serving.remarks(work))
-    if calibration is not None and job.data is None:
-        print("warning: no step of this recipe needs data: --calibration is not used", file=sys.stderr)
-    with terminal.progress(as_json) as progress:
-        note = run.carry_out(job, out, device, threads, limit, not no_verify, max_kl, trust_remote_code, progress)
-    result = {"before": work.bytes_before, "after": work.bytes_after, "verified": not no_verify, **note.as_json()}
-    terminal.document(result) if as_json else show.summary(note, work, out, verified=not no_verify)
+    with launch.started(device) as ranks:
+        limit = terminal.size(max_memory)
+        job = run.prepare(
+            model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or (),
+            calibration=Choice(calibration, samples, sequence_length, seed), check=check, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        work = job.plan
+        if ranks.first:
+            planned.remarks(work, job.warnings, serving.remarks(work))
+            if calibration is not None and job.data is None:
+                print("warning: no step of this recipe needs data: --calibration is not used", file=sys.stderr)
+        with terminal.progress(as_json or not ranks.first) as progress:
+            note = run.carry_out(job, out, device, threads, limit, not no_verify, max_kl, trust_remote_code, progress, ranks)
+    if ranks.first:
+        result = {"before": work.bytes_before, "after": work.bytes_after, "verified": not no_verify, **note.as_json()}
+        terminal.document(result) if as_json else show.summary(note, work, out, verified=not no_verify)
 
 
 @app.command()

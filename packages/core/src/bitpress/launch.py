@@ -1,0 +1,135 @@
+"""Joining the ranks that torchrun has started, and ending with them: no rank waits for one that is gone.
+
+Every rank is watched by a thread of its own. It sends a beat each second through torch.distributed's store, which torchrun
+keeps; the first rank listens to all others, and they to it. On one machine torchrun itself sees a death at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from attrs import define, field
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from bitpress.errors import VerificationError
+from bitpress.ranks import ALONE, GOES_ON, Ranks
+
+BEAT = 1.0  # seconds between two beats
+LOST = 30  # beats of its own after which a rank takes one for lost that it has not heard in the meantime
+GRACE = 3.0  # seconds: whoever failed tells it first
+PATIENCE = datetime.timedelta(days=30)  # in collectives: others may work for long, and the dead are found otherwise
+STORE = datetime.timedelta(seconds=30)  # for an answer of the store, which is never busy
+
+
+@contextlib.contextmanager
+def started(device: str) -> Iterator[Ranks]:
+    """The ranks of the run, if torchrun has started this process, and until the block ends; otherwise a run of one.
+
+    Of all ranks that fail, the first to do so raises; the others end without a word.
+
+    Args:
+        device: what computes.
+    """
+    if not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # before there are threads: it is waited for by the watch
+    store, rank, count = next(rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+        store=PrefixStore("group", store), rank=rank, world_size=count, timeout=PATIENCE,
+    )  # fmt: skip
+    names = Ranks(rank, count).gather((socket.gethostname(), os.getpid()))
+    here = [i for i, (host, _) in enumerate(names) if host == names[rank][0]]
+    ranks = Ranks(rank, count, len(here), here.index(rank))
+    watch = _Watch(PrefixStore("watch", next(rendezvous("env://"))[0]), ranks, names)
+    watch.start()
+    try:
+        yield ranks
+    except BaseException as e:
+        if not watch.tells():
+            sys.stderr.flush()
+            os._exit(1 if isinstance(e, VerificationError) else 2)
+        watch.over()
+        raise
+    finally:
+        watch.stop()
+    dist.destroy_process_group()
+
+
+@define(eq=False)
+class _Watch:
+    """One rank's watch over the others."""
+
+    store: Store
+    ranks: Ranks
+    names: list[tuple[str, int]]
+    _done: threading.Event = field(factory=threading.Event)
+
+    def start(self) -> None:
+        """Begin, together with all others."""
+        self.store.set_timeout(STORE)
+        self._beat(-1)
+        self.ranks.wait()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def stop(self) -> None:
+        """The run is over for this rank."""
+        self._done.set()
+
+    def tells(self) -> bool:
+        """Whether this rank is the first that has a fault to tell."""
+        try:
+            return bool(self.store.add("told", 1) == 1)
+        except RuntimeError:  # torchrun, which keeps the store, has ended
+            return True
+
+    def over(self) -> None:
+        """Let the others end."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set("over", "")
+
+    def _beat(self, number: int) -> None:
+        self.store.set(f"beat {self.ranks.rank}", str(number))
+
+    def _run(self) -> None:
+        others = [i for i in range(self.ranks.count) if i != self.ranks.rank] if self.ranks.first else [0]
+        heard, silent = dict.fromkeys(others, b""), dict.fromkeys(others, 0)
+        for number in itertools.count():
+            stopped = signal.sigtimedwait([signal.SIGTERM], BEAT)
+            if self._done.is_set():
+                return
+            if stopped:
+                self._end("stopped by torchrun, which says which rank has ended and why")
+            try:
+                self._beat(number)
+                if self.store.check(["over"]):
+                    time.sleep(GRACE)
+                    os._exit(2)
+                beats = {i: self.store.get(f"beat {i}") for i in others}
+            except RuntimeError:
+                self._end("torchrun on the first machine, which all ranks meet through, does not answer any more")
+            for i, beat in beats.items():  # counted in beats of our own: all may be held up together
+                silent[i] = 0 if beat != heard[i] else silent[i] + 1
+                if silent[i] >= LOST:
+                    host, process = self.names[i]
+                    self._end(f"rank {i} (process {process} on {host}) has not been heard of for {LOST} seconds")
+            heard = beats
+
+    def _end(self, fault: str) -> None:
+        """Tell it, and end this process, wherever it waits."""
+        if self.tells():
+            print(f"bitpress: {fault}; {GOES_ON}", file=sys.stderr, flush=True)
+            self.over()
+        os._exit(2)
