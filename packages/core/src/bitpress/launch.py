@@ -76,17 +76,22 @@ class _Watch:
     ranks: Ranks
     names: list[tuple[str, int]]
     _done: threading.Event = field(factory=threading.Event)
+    _thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin, together with all others."""
         self.store.set_timeout(STORE)
         self._beat(-1)
         self.ranks.wait()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """The run is over for this rank."""
         self._done.set()
+        if self._thread is not None and self._thread.ident is not None:
+            signal.pthread_kill(self._thread.ident, signal.SIGTERM)  # which it waits for
+            self._thread.join()  # Python must not end under a thread that talks to the store
 
     def tells(self) -> bool:
         """Whether this rank is the first that has a fault to tell."""

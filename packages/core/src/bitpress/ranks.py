@@ -120,7 +120,7 @@ class Ranks:
                 if stat is None:
                     value = torch.full(shape, 0.0 if merge == "sum" else -torch.inf, dtype=dtype, device=device)
                 else:
-                    value = stat.value.contiguous()
+                    value = stat.value.clone(memory_format=torch.contiguous_format)  # two may be one tensor
                 with _meeting():
                     dist.reduce(value.reshape(-1), owner, dist.ReduceOp.SUM if merge == "sum" else dist.ReduceOp.MAX)
                 if self.rank == owner:

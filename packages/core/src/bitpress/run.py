@@ -168,7 +168,7 @@ def _write(
     if job.data:
         limit = None if max_memory is None else max_memory - CALIBRATED_RUNTIME
         with torch_threads(count):
-            blocks = loop.write_shards(work, output, job.data, target, limit, trust_remote_code, told)
+            blocks = loop.write_shards(work, output, job.data, target, limit, trust_remote_code, told, ranks)
     with torch_threads(1):  # tasks run side by side, each on one core: torch's own threads would only wait for each other
         if not job.data:
             stream.write_shards(work, output, count, target, told, ranks)

@@ -8,10 +8,11 @@ in service. Every eighth batch is run through the source's weights as well, for 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitpress import chain
 from bitpress.calibrate import memory
@@ -25,8 +26,10 @@ from bitpress.calibrate.texts import Sequences
 from bitpress.checkpoint.header import read_header
 from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.writer import OutputFolder
+from bitpress.errors import DataError
 from bitpress.planning import Plan
 from bitpress.progress import Told
+from bitpress.ranks import ALONE, Ranks
 from bitpress.rounding import input_rounding
 from bitpress.shards import Shard
 from bitpress.stream import copy_entry, write_shard
@@ -35,9 +38,12 @@ NOTES = ".notes"  # of a finished block: what the summary tells of it, until the
 
 
 def write_shards(
-    plan: Plan, output: OutputFolder, data: Sequences, device: torch.device, limit: int | None, trust: bool, told: Told
-) -> list[BlockNotes]:
+    plan: Plan, output: OutputFolder, data: Sequences, device: torch.device, limit: int | None, trust: bool, told: Told,
+    ranks: Ranks = ALONE,
+) -> list[BlockNotes]:  # fmt: skip
     """Write every shard that an earlier run of the same plan has not written; returns what is to be told of each block.
+
+    Each rank runs its part of the batches; all of them compress a block together, and the first writes it.
 
     Args:
         limit: bytes of memory beyond what the interpreter takes; None allows half of what is free.
@@ -47,19 +53,20 @@ def write_shards(
         CheckpointError: transformers cannot build the model, or the model makes numbers that are not finite.
     """
     dtype = torch.float32 if device.type == "cpu" else plan.dtype
-    batches = torch.split(data.ids, max(memory.BATCH // data.ids.shape[1], 1))
+    batches = _batches(data.ids, ranks)
+    part = ranks.part(batches)
     notes = []
     with Reader() as reader, torch.no_grad():
         decoder = Decoder(plan.source, plan.container, reader, device, dtype, trust)
         shards = {shard.block: shard for shard in plan.shards if shard.block is not None and shard.block < len(decoder)}
-        for shard in plan.shards:
-            if shard not in shards.values():
-                write_shard(shard, output, reader, 1, device, told)
-        need = memory.estimate(plan, data.ids.numel())
-        allowed = limit if limit is not None else memory.available() // 2
+        for shard in ranks.deal([shard for shard in plan.shards if shard not in shards.values()], lambda shard: shard.reads):
+            write_shard(shard, output, reader, 1, device, told)
+        own = [batches[i] for i in part]
+        need = memory.estimate(plan, sum(batch.numel() for batch in own))
+        allowed = limit if limit is not None else memory.available() // (2 * ranks.beside)
         place = output.folder if need.spilled(allowed) else None
-        recording = record(decoder, batches, device, dtype, place)
-        streams = _streams(plan, recording, place, need.waits(allowed, batches[0].numel()), device)
+        recording = record(decoder, own, device, dtype, place)
+        streams = _streams(plan, recording, part, place, need.waits(allowed, own[0].numel()), device, ranks)
         for index in range(len(decoder)):
             calls, recording.calls[index] = recording.calls[index], []
             streams.enter(decoder.block(index), decoder.block(index) if streams.chosen else None, calls)
@@ -72,21 +79,37 @@ def write_shards(
     return notes
 
 
-def _streams(plan: Plan, recording: Recording, place: Path | None, waiting: int, device: torch.device) -> Streams:
-    """The hidden states to start from, and those of every eighth batch once more where a scheme asks for the source's."""
+def _batches(ids: Tensor, ranks: Ranks) -> Sequence[Tensor]:
+    """All batches: of as many tokens as are run together, or of fewer where there would be none for some rank."""
+    if len(ids) < ranks.count:
+        raise DataError(f"{len(ids)} calibration sequences for {ranks.count} ranks: each needs one; give more, or start fewer")
+    return torch.split(ids, max(min(memory.BATCH // ids.shape[1], len(ids) // ranks.count), 1))
+
+
+def _streams(
+    plan: Plan, recording: Recording, part: range, place: Path | None, waiting: int, device: torch.device, ranks: Ranks
+) -> Streams:
+    """The hidden states to start from, and those of every eighth batch once more where a scheme asks for the source's.
+
+    Args:
+        part: which of all batches these are.
+    """
     wanted = any(step.scheme.wants("observe", "reference") and step.calibrated for step in plan.recipe.all_steps)
-    chosen = range(0, len(recording.hidden), memory.REFERENCE) if wanted else range(0)
+    chosen = [place for place, number in enumerate(part) if wanted and number % memory.REFERENCE == 0]
     reference = States((recording.hidden[i].clone() for i in chosen), place)
-    return Streams(recording.hidden, reference, chosen, waiting, device)
+    return Streams(recording.hidden, reference, chosen, waiting, device, ranks)
 
 
 def _block(plan: Plan, shard: Shard, output: OutputFolder, reader: Reader, streams: Streams, told: Told) -> BlockNotes:
     """Compress one block into its shard, or take up what an earlier run has made of it."""
     prefix, kept = f"{plan.container}.{shard.block}.", output.folder / f"{shard.name}{NOTES}"
-    if output.finished(shard.name, shard.header) and kept.is_file():
+    ranks = streams.ranks
+    if ranks.same(ranks.first and output.finished(shard.name, shard.header) and kept.is_file()):
         _take_up(shard, prefix, output, reader, streams.block)
         told(shard.reads, f"{shard.name}: finished earlier")
         return BlockNotes(**json.loads(kept.read_text()))
+    if not ranks.first:
+        return compress_block(shard, prefix, streams, lambda name, tensor: None, plan.head, told)
     places = {entry.name: entry for entry in shard.header.entries}
     with output.shard(shard.name, shard.header) as writer:
         notes = compress_block(shard, prefix, streams, lambda n, t: writer.write(places[n], t.cpu()), plan.head, told)

@@ -19,9 +19,11 @@ from bitpress.calibrate import folding, memory
 from bitpress.calibrate.sites import Site, in_order
 from bitpress.calibrate.streams import Arrival, Streams
 from bitpress.calibrate.walk import Doors
+from bitpress.checkpoint.reader import DTYPES
 from bitpress.errors import CheckpointError
 from bitpress.layer import Layer, Stat
 from bitpress.progress import Told
+from bitpress.ranks import Ranks
 from bitpress.rounding import input_rounding
 from bitpress.shards import Shard
 
@@ -69,16 +71,20 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
     doors = [Doors(block, entrances, writers) for block in (streams.block, streams.source) if block is not None]
     for site in sites:
         site.round_inputs()  # after doors: a layer's inputs are observed as they come
+    ranks, device = streams.ranks, streams.device
     for number, site in enumerate(sites):
+        owner = number % ranks.count
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             stats, sample = _observe(site, streams.arrivals(number, site.writes)) if site.entrance else (_nothing(site), None)
+            stats, sample = ranks.add_up(stats, owner, device), ranks.any(sample, device)
             layer = Layer(site.stack.name, site.weight, site.stack.dtype)
-            quantised = chain.quantize_whole(layer, site.stack.steps, stats)
-        told_of = dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning)
+            quantised = chain.quantize_whole(layer, site.stack.steps, stats) if owner == ranks.rank else None
+        texts = ranks.gather([str(w.message) for w in caught if w.category is UserWarning])
+        told_of = dict.fromkeys(text for theirs in texts for text in theirs)
         notes.warnings.extend(f"{site.stack.name}: {text}" for text in told_of)
         _note(site, sample, notes)
-        error = _store(site, quantised, sample, write, notes)
+        error = _store(site, quantised, sample, write, notes, ranks, owner)
         told(site.stack.reads, f"{site.stack.name}: error {error:.4f}")
         del stats, layer, quantised, sample
         memory.give_back()
@@ -140,17 +146,29 @@ def _note(site: Site, sample: Tensor | None, notes: BlockNotes) -> None:
             notes.warnings.append(f"{name}: all its weights are zero")
 
 
-def _store(site: Site, quantised: Layer, sample: Tensor | None, write: Write, notes: BlockNotes) -> float:
-    """Write what is stored of every member, let the block compute as it will be served, and return the largest output error."""
+def _store(
+    site: Site, quantised: Layer | None, sample: Tensor | None, write: Write, notes: BlockNotes, ranks: Ranks, owner: int
+) -> float:
+    """Write what is stored of every member, let the block compute as it will be served, and return the largest output error.
+
+    What is stored is what the stack's owner sends to the other ranks, who have no layer.
+    """
     steps = site.stack.steps
-    members = chain.split(quantised, [entry.shape[0] for entry in site.stack.members.values()])
+    heights = [entry.shape[0] for entry in site.stack.members.values()]
+    members = [None for _ in heights] if quantised is None else chain.split(quantised, heights)
     for (name, weight), member in zip(site.weights.items(), members, strict=True):
-        record = chain.record(chain.pack(member, steps), steps)
-        site.stack.check(name, record)
-        for suffix, tensor in record.tensors.items():
+        planned, config = site.stack.stored(name)
+        if member is None:
+            tensors = {n.removeprefix(f"{name}."): weight.new_empty(s, dtype=DTYPES[t]) for n, (t, s) in planned.items()}
+        else:
+            record = chain.record(chain.pack(member, steps), steps)
+            site.stack.check(name, record)
+            tensors = {n: record.tensors[n].to(weight.device) for n in (n.removeprefix(f"{name}.") for n in planned)}
+        tensors = {suffix: ranks.share(tensor, owner) for suffix, tensor in tensors.items()}
+        for suffix, tensor in tensors.items():
             write(f"{name}.{suffix}", tensor)
-        restored = chain.restore(record.tensors, record.config, steps, tuple(weight.shape))
-        if (rounding := input_rounding(record.tensors, record.config, steps)) is not None:
+        restored = chain.restore(tensors, config, steps, tuple(weight.shape))
+        if (rounding := input_rounding(tensors, config, steps)) is not None:
             site.roundings[name] = rounding
         if sample is not None:
             wanted = sample.float() @ weight.float().T
@@ -179,8 +197,10 @@ def _rescale(sites: Sequence[Site], prefix: str, streams: Streams, head: int | N
     for site, stats in zip(numbered, observed, strict=True):
         members = [name.removeprefix(prefix) for name in site.modules]
         made_by = folding.producer(members, shapes, head)
+        stats = streams.ranks.add_up(stats, 0, streams.device)
         layer = Layer(site.stack.name, site.weight, site.stack.dtype)
-        factors = chain.rescale(layer, site.stack.steps, stats) if made_by else None
+        factors = chain.rescale(layer, site.stack.steps, stats) if made_by and streams.ranks.first else None
+        factors = streams.ranks.same(factors)
         if made_by is None:
             notes.warnings.append(f"{site.stack.name}: nothing is known that could take a rescaling of its inputs; not rescaled")
         elif factors is not None and not _fold(members, made_by, factors, streams, prefix, notes):
@@ -196,7 +216,7 @@ def _fold(
     before = call(streams.block, hidden)
     changes = folding.fold(streams.block, members, made_by, factors)
     moved = (call(streams.block, hidden) - before).norm()
-    if not moved <= UNCHANGED * before.norm():
+    if not streams.ranks.same(bool(moved <= UNCHANGED * before.norm())):
         folding.fold(streams.block, members, made_by, 1 / factors)
         return False
     if streams.source is not None:

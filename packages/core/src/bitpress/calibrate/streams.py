@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bitpress.calibrate.recorder import Call
 from bitpress.calibrate.states import States
 from bitpress.calibrate.walk import Course, Walk, course
+from bitpress.ranks import ALONE, Ranks
 
 
 @frozen(eq=False)
@@ -54,13 +55,16 @@ class Streams:
         reference: of the chosen batches, as the source's blocks make them; None where nobody asks for them.
         chosen: which batches these are.
         waiting: how many forwards may wait inside a block; others start anew for every site.
+        ranks: who share all batches; these are one rank's.
     """
 
     def __init__(
-        self, states: States, reference: States | None, chosen: Sequence[int], waiting: int, device: torch.device
-    ) -> None:
+        self, states: States, reference: States | None, chosen: Sequence[int], waiting: int, device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
+        self.ranks = ranks
         self.states, self.reference, self.chosen, self.waiting = states, reference, chosen, waiting
-        self._device = device
+        self.device = device
         self._walks: list[Walk] = []
         self._source_walks: dict[int, Walk] = {}
         self._courses: dict[tuple[object, ...], Course] = {}
@@ -80,14 +84,14 @@ class Streams:
 
     def sample(self) -> tuple[Call, Tensor]:
         """The first batch's call and hidden states."""
-        return self.calls[0], self.states[0].to(self._device)
+        return self.calls[0], self.states[0].to(self.device)
 
     def course(self, names: Sequence[str]) -> Course:
-        """How the first batch comes through the block; blocks that are built alike are asked once."""
+        """How the first rank's first batch comes through the block; blocks that are built alike are asked once."""
         kind = (type(self.block), *names)
         if kind in self._courses:
             return self._courses[kind]
-        found = course(self.block, names, *self.sample())
+        found = self.ranks.same(course(self.block, names, *self.sample()))
         if len(found.called) == len(names):
             self._courses[kind] = found
         return found
@@ -127,9 +131,10 @@ class Streams:
             found = self.reference[place] = walk.output()
             moved += float((self.states[i].to(found.device) - found).square().sum(dtype=torch.float64))
             size += float(found.square().sum(dtype=torch.float64))
+        moved, size = (sum(parts) for parts in zip(*self.ranks.gather((moved, size)), strict=True))
         self._walks, self._source_walks = [], {}
         del self.block, self.source, self.calls
         return math.sqrt(moved / size) if size else None
 
     def _reader(self, states: States, place: int) -> Callable[[], Tensor]:
-        return lambda: states[place].to(self._device)
+        return lambda: states[place].to(self.device)
