@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from support import files_of, install_deadly, llama_tensors, plugins, torchrun, write_model
+import torch
+from calibrated import CONFIG, install_learner, runnable_model
+from support import command, files_of, install_deadly, llama_tensors, plugins, tensors_of, torchrun, write_model
 
 import bitpress
+from bitpress import DataError
+from bitpress.calibrate.loop import _batches
 from bitpress.ranks import Ranks
 
 SHARDS = 5
@@ -122,3 +128,136 @@ def test_bad_input_is_told_once_in_one_line_and_ends_all_ranks(tmp_path: Path, d
     assert cause(found)[1] == 2
     assert found.stderr.count("Traceback") == 1, found.stderr  # torchrun's own
     assert not (tmp_path / "out/config.json").exists()
+
+
+# --- with data ------------------------------------------------------------------------------------------------------------------
+
+# Every rank merges what it has seen; the owner's result is held against that of one process which has seen everything.
+ADDING = """
+import torch, torch.distributed as dist
+from bitpress import chain
+from bitpress.layer import Stat
+from bitpress.ranks import Ranks
+
+dist.init_process_group("gloo")
+rank, count = dist.get_rank(), dist.get_world_size()
+ranks = Ranks(rank, count)
+
+def seen(i):
+    if i == 2:  # no token has come here
+        return {}
+    generator = torch.Generator().manual_seed(i)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    total = torch.tensor(float(i + 1))
+    found = {"tokens": Stat(total, "sum"), "again": Stat(total, "sum"), "gram": Stat(draw(3, 4).T, "sum", rows=True),
+             "most": Stat(draw(5) - 9, "max")}
+    return found | ({"reference": Stat(draw(2, 2), "sum")} if i == 1 else {})
+
+expected = [{}, {}]
+for i in range(count):
+    chain.merge(expected[1], seen(i))
+for owner in range(count):
+    given = [{}, seen(rank)]
+    found = ranks.add_up(given, owner, torch.device("cpu"))
+    if rank != owner:
+        assert found == [{}, {}]
+        continue
+    assert found[0] == {} and found[1].keys() == expected[1].keys(), found
+    for name, stat in expected[1].items():
+        torch.testing.assert_close(found[1][name].value, stat.value)
+        assert (found[1][name].merge, found[1][name].rows) == (stat.merge, stat.rows)
+for dtype in (torch.float8_e4m3fn, torch.uint8, torch.int8, torch.bfloat16, torch.float32):
+    whole = torch.arange(12.).view(3, 4).to(dtype)
+    for source in range(count):
+        given = whole.clone() if rank == source else torch.empty_like(whole)
+        assert torch.equal(ranks.share(given, source).float(), whole.float())
+    assert ranks.share(torch.tensor(float(rank + 1)), count - 1) == count
+found = ranks.any(torch.full((2,), float(rank)) if rank < 2 else None, torch.device("cpu"))
+assert torch.equal(found, torch.full((2,), float(min(count, 2) - 1)))
+assert ranks.any(None, torch.device("cpu")) is None
+assert ranks.same(rank, count - 1) == count - 1
+dist.destroy_process_group()
+"""
+
+
+def test_statistics_of_all_ranks_add_up_to_those_of_one_process(tmp_path: Path) -> None:
+    (tmp_path / "adding.py").write_text(ADDING)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(tmp_path / "adding.py")]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its text, and runs: by one process, by two ranks, and by two of which one died in block 1."""
+    folder = tmp_path_factory.mktemp("ranks")
+    learner = install_learner(folder / "plugins")
+    runnable_model(folder / "model", config=CONFIG | {"num_hidden_layers": 2})
+    deadly = folder / "kill.6"  # the sixth stack is the second of block 1, and the second rank's
+    deadly.write_text("x" * 100)
+    assert command(*words(folder, "alone"), path=learner).returncode == 0
+    found = torchrun(2, *words(folder, "two"), path=learner)
+    assert found.returncode == 0, found.stderr
+    deadly.unlink()
+    found = torchrun(2, *words(folder, "killed"), path=learner)
+    assert found.returncode != 0
+    assert len(told(found)) == 1, found.stderr
+    assert cause(found) == (1, -signal.SIGKILL)
+    return folder
+
+
+def words(folder: Path, out: str) -> list[object]:
+    return [
+        "compress", folder / "model", folder / out, "--scheme", "learner", "--set", f"deadly={folder / 'kill.6'}",
+        "--set", "bits=4", "--calibration", folder / "text.txt", "--samples", "100", "--sequence-length", "48", "--threads", "1",
+    ]  # fmt: skip
+
+
+def test_ranks_see_together_what_one_process_sees(calibrated: Path) -> None:
+    alone, two = (tensors_of(calibrated / name) for name in ("alone", "two"))
+    assert alone.keys() == two.keys()
+    for site in ("q_proj", "k_proj", "v_proj"):  # what comes later depends on roundings, which sums in another order may turn
+        layer = f"model.layers.0.self_attn.{site}"
+        assert torch.equal(alone[f"{layer}.weight"], two[f"{layer}.weight"])
+    for name in ("seen", "weight_scale"):  # and the means of the source's inputs beside them, of every eighth batch
+        layer = f"model.layers.0.self_attn.o_proj.{name}"
+        torch.testing.assert_close(alone[layer], two[layer], rtol=1e-3, atol=1e-2)
+    assert alone["model.layers.0.self_attn.o_proj.seen"][1].norm() > 0.1
+
+
+def test_the_quality_is_that_of_one_process(calibrated: Path) -> None:
+    alone, two = (json.loads((calibrated / name / "bitpress.json").read_text()) for name in ("alone", "two"))
+    assert list(two["blocks"].values()) == pytest.approx(list(alone["blocks"].values()), rel=0.05)
+    for name, layer in two["layers"].items():
+        assert layer["output_error"] == pytest.approx(alone["layers"][name]["output_error"], rel=0.1)
+        assert layer["error"] == pytest.approx(alone["layers"][name]["error"], rel=0.05)
+    with plugins(calibrated / "plugins"):
+        text, model = calibrated / "text.txt", calibrated / "model"
+        kl = [bitpress.eval(calibrated / name, text, model, max_tokens=4096).kl for name in ("alone", "two")]
+    assert kl[1] == pytest.approx(kl[0], rel=0.05)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_calibrated_run_goes_on_from_the_last_finished_block_with_any_number_of_ranks(calibrated: Path, count: int) -> None:
+    shutil.copytree(calibrated / "killed", out := calibrated / f"on-{count}")
+    blocks = {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
+    assert len(blocks) == 2  # what is in no block, and block 0
+    assert not (out / "config.json").exists()
+    found = torchrun(count, *words(calibrated, out.name), path=calibrated / "plugins")
+    assert found.returncode == 0, found.stderr
+    for name, data in blocks.items():
+        assert (out / name).read_bytes() == data
+    if count == 2:  # as if nothing had happened, and as in another run of as many ranks
+        assert files_of(out) == files_of(calibrated / "two")
+    drift = [list(json.loads((f / "bitpress.json").read_text())["blocks"].values()) for f in (out, calibrated / "two")]
+    assert drift[0] == pytest.approx(drift[1], rel=0.05)
+
+
+def test_every_rank_has_a_batch_and_more_ranks_than_sequences_are_refused() -> None:
+    ids = torch.arange(7 * 1000).view(7, 1000)
+    assert [len(batch) for batch in _batches(ids, Ranks())] == [2, 2, 2, 1]
+    for count in range(1, 8):
+        assert torch.equal(torch.cat(list(batches := _batches(ids, Ranks(0, count)))), ids)
+        assert all(len(Ranks(rank, count).part(batches)) for rank in range(count))
+    with pytest.raises(DataError, match="7 calibration sequences for 8 ranks"):
+        _batches(ids, Ranks(0, 8))

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch.distributed as dist
 from attrs import define, field
@@ -27,7 +28,7 @@ from bitpress.ranks import ALONE, GOES_ON, Ranks
 
 BEAT = 1.0  # seconds between two beats
 LOST = 30  # beats of its own after which a rank takes one for lost that it has not heard in the meantime
-GRACE = 3.0  # seconds: whoever failed tells it first
+GRACE = 2.0  # seconds that whoever failed first has to tell it, be that another rank or another thread of this one
 PATIENCE = datetime.timedelta(days=30)  # in collectives: others may work for long, and the dead are found otherwise
 STORE = datetime.timedelta(seconds=30)  # for an answer of the store, which is never busy
 
@@ -59,8 +60,7 @@ def started(device: str) -> Iterator[Ranks]:
         yield ranks
     except BaseException as e:
         if not watch.tells():
-            sys.stderr.flush()
-            os._exit(1 if isinstance(e, VerificationError) else 2)
+            _leave(1 if isinstance(e, VerificationError) else 2)
         watch.over()
         raise
     finally:
@@ -120,8 +120,7 @@ class _Watch:
             try:
                 self._beat(number)
                 if self.store.check(["over"]):
-                    time.sleep(GRACE)
-                    os._exit(2)
+                    _leave()
                 beats = {i: self.store.get(f"beat {i}") for i in others}
             except RuntimeError:
                 self._end("torchrun on the first machine, which all ranks meet through, does not answer any more")
@@ -137,4 +136,11 @@ class _Watch:
         if self.tells():
             print(f"bitpress: {fault}; {GOES_ON}", file=sys.stderr, flush=True)
             self.over()
-        os._exit(2)
+        _leave()
+
+
+def _leave(code: int = 2) -> NoReturn:
+    """End this process without a word, wherever it waits."""
+    time.sleep(GRACE)
+    sys.stderr.flush()
+    os._exit(code)

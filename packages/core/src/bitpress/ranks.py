@@ -97,8 +97,8 @@ class Ranks:
         return tensor
 
     def any(self, tensor: Tensor | None, device: torch.device) -> Tensor | None:
-        """The tensor of the first rank that has one, for all."""
-        for rank, kind in enumerate(self.gather(None if tensor is None else (tensor.shape, tensor.dtype))):
+        """The tensor of the last rank that has one, for all."""
+        for rank, kind in reversed(list(enumerate(self.gather(None if tensor is None else (tensor.shape, tensor.dtype))))):
             if kind is not None:
                 mine = tensor if rank == self.rank else torch.empty(kind[0], dtype=kind[1], device=device)
                 assert mine is not None
