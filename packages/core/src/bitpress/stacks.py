@@ -21,6 +21,7 @@ FUSED: Sequence[Sequence[str]] = (
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )  # what vLLM loads into one weight, in its order of rows
+EXPERT: Sequence[Sequence[str]] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("up_proj", "down_proj"))
 ROUTERS = ("gate", "router", "shared_expert_gate")
 OUTSIDE = re.compile(r"visual|vision|image|audio|speech|mtp|nextn|projector|draft|eagle", re.IGNORECASE)
 NUMBER = re.compile(r"[0-9]{1,6}")  # of a block

@@ -63,13 +63,17 @@ class _StandIn(nn.Module):
 
 
 class _Recorder(_StandIn):
-    """Notes the call and hands the hidden states on unchanged."""
+    """Notes the call and hands the hidden states on unchanged.
 
-    def __init__(self, block: nn.Module, last: bool) -> None:
+    Args:
+        form: makes of hidden states, and of the call with them, what the blocks of this model return.
+    """
+
+    def __init__(self, block: nn.Module, last: bool, form: Callable[[Call, Tensor], Any]) -> None:
         super().__init__(block)
         self.calls: list[Call] = []
         self.hidden: Tensor | None = None
-        self._last = last
+        self._last, self._form = last, form
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Note the call."""
@@ -81,7 +85,7 @@ class _Recorder(_StandIn):
         self.calls.append(_shared(Call(arguments, keywords), self.calls[0] if self.calls else None))
         if self._last:
             raise _LastBlockReached
-        return hidden
+        return self._form(self.calls[-1], hidden)
 
 
 class _Replayer(_StandIn):
@@ -119,7 +123,15 @@ def record(
     decoder: Decoder, batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype, folder: Path | None = None
 ) -> Recording:
     """The recording of all batches (sequences, length) of token ids; hidden states are kept on the CPU, or in a file."""
-    recorders = [_Recorder(block, last=i == len(decoder) - 1) for i, block in enumerate(decoder.blocks)]
+    others: list[tuple[Any, ...] | None] = []  # what blocks return beside the hidden states; None where that is all
+
+    def form(call: Call, given: Tensor) -> Any:
+        if not others:  # asked of the first block, since the model may unpack what it is given
+            found = call.whole(decoder.block(0), given.to(dtype))
+            others.append(tuple(found[1:]) if isinstance(found, tuple) else None)
+        return given if others[0] is None else (given, *others[0])
+
+    recorders = [_Recorder(block, i == len(decoder) - 1, form) for i, block in enumerate(decoder.blocks)]
     hidden = States(folder=folder)
     with decoder.instead_of_blocks(list(recorders)) as model:
         for batch in batches:

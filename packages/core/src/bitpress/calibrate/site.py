@@ -27,6 +27,7 @@ from bitpress.shards import Shard
 
 SAMPLE = 256  # tokens on which a layer's output error is measured
 UNUSABLE = 1e-3  # of a batch's tokens that may be NaN or infinite
+FEW = 64  # tokens: an expert that is sent fewer is compressed as if there were no data
 UNCHANGED = 1e-2  # of a block's output that a fold may seem to move it by, through roundings alone
 
 Write = Callable[[str, Tensor], None]
@@ -41,12 +42,14 @@ class BlockNotes:
         rescaled: by tensor, the exponents of two by which its "columns" and "rows" were multiplied.
         warnings: one line each, naming the layer.
         blocks: by block, ||h - h'|| / ||h'|| of the hidden states after it, h' being the source's.
+        tokens: by layer of an expert, how many tokens were sent to it.
     """
 
     errors: dict[str, float] = field(factory=dict)
     rescaled: dict[str, dict[str, list[int]]] = field(factory=dict)
     warnings: list[str] = field(factory=list)
     blocks: dict[str, float] = field(factory=dict)
+    tokens: dict[str, int] = field(factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -72,12 +75,15 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
     for number, site in enumerate(sites):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            stats, sample = _observe(site, streams.arrivals(number, site.writes)) if site.entrance else (_nothing(site), None)
+            arrivals = streams.arrivals(number, site.writes) if site.entrance else ()
+            stats, sample, tokens = _observe(site, arrivals)
+            if site.routed and tokens < FEW:
+                stats = _nothing(site)
             layer = Layer(site.stack.name, site.weight, site.stack.dtype)
             quantised = chain.quantize_whole(layer, site.stack.steps, stats)
         told_of = dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning)
         notes.warnings.extend(f"{site.stack.name}: {text}" for text in told_of)
-        _note(site, sample, notes)
+        _note(site, tokens, notes)
         error = _store(site, quantised, sample, write, notes)
         told(site.stack.reads, f"{site.stack.name}: error {error:.4f}")
         del stats, layer, quantised, sample
@@ -91,17 +97,19 @@ def _nothing(site: Site) -> list[dict[str, Stat]]:
     return [{} for _ in site.stack.steps]
 
 
-def _observe(site: Site, arrivals: Iterable[Arrival]) -> tuple[list[dict[str, Stat]], Tensor | None]:
-    """Every step's statistics over all batches, and a sample of the inputs (tokens, in)."""
-    stats, sample = _nothing(site), None
+def _observe(site: Site, arrivals: Iterable[Arrival]) -> tuple[list[dict[str, Stat]], Tensor | None, int]:
+    """Every step's statistics over all batches, a sample of the inputs (tokens, in), and the number of tokens."""
+    stats, sample, tokens = _nothing(site), None, 0
     if not site.stack.calibrated:
-        return stats, sample
+        return stats, sample, tokens
     weight = site.weight
+    if site.routed:  # in the source's block the router sends it other tokens
+        arrivals = (Arrival(arrival.inputs) for arrival in arrivals if len(arrival.inputs))
     for arrival in map(functools.partial(_usable, site.stack.name), _joined(arrivals)):
         for step, merged in zip(site.stack.steps, stats, strict=True):
             chain.merge(merged, chain.observe(step, weight, arrival.inputs, arrival.reference, arrival.residual))
-        sample = arrival.inputs[:SAMPLE]
-    return stats, sample
+        sample, tokens = arrival.inputs[:SAMPLE], tokens + len(arrival.inputs)
+    return stats, sample, tokens
 
 
 def _joined(arrivals: Iterable[Arrival]) -> Iterator[Arrival]:
@@ -132,8 +140,10 @@ def _usable(name: str, arrival: Arrival) -> Arrival:
     return arrival.only(good)
 
 
-def _note(site: Site, sample: Tensor | None, notes: BlockNotes) -> None:
-    if site.stack.calibrated and sample is None:
+def _note(site: Site, tokens: int, notes: BlockNotes) -> None:
+    if site.routed and site.stack.calibrated:
+        notes.tokens.update(dict.fromkeys(site.modules, tokens))
+    elif site.stack.calibrated and not tokens:
         notes.warnings.append(f"{site.stack.name}: no token of the calibration data reached it; it was rounded without data")
     for name, weight in site.weights.items():
         if not weight.any():
@@ -171,7 +181,7 @@ def _rescale(sites: Sequence[Site], prefix: str, streams: Streams, head: int | N
         walk = streams.walk(batch)
         for number, site in enumerate(numbered):
             inputs, _ = walk.input(number, keep=number + 1 < len(numbered))  # and then it is over
-            found, _ = _observe(site, [] if inputs is None else [Arrival(inputs)])
+            found, _, _ = _observe(site, [] if inputs is None else [Arrival(inputs)])
             for merged, of_batch in zip(observed[number], found, strict=True):
                 chain.merge(merged, of_batch)
     doors.close()
