@@ -25,8 +25,10 @@ MLA = {
     "head_dim": 16, "num_key_value_heads": 4,
 }  # fmt: skip
 VISION = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
 }  # fmt: skip
+LLAMA4 = {**EXPERTS, "intermediate_size": 32, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_ssm": 128, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2}
 
@@ -44,7 +46,6 @@ class Architecture:
     what: str
     keys: Mapping[str, Any] = {}
     parts: Mapping[str, Mapping[str, Any]] = {}
-    others: Mapping[str, Any] = {}
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -65,12 +66,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "glm4_moe": Architecture("experts, shared experts", DEEPSEEK),
     "gpt_oss": Architecture("fused, interleaved experts with biases", EXPERTS),
     "granitemoe": Architecture("fused experts under names of their own", EXPERTS),
-    "llama4_text": Architecture(
-        "fused, transposed experts", {**EXPERTS, "intermediate_size": 32, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1}
-    ),
+    "llama4_text": Architecture("fused, transposed experts", LLAMA4),
     "llama4": Architecture(
         "fused, transposed experts, vision",
-        {**EXPERTS, "intermediate_size": 32, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1},
+        LLAMA4,
         {"vision_config": {**VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}},
     ),
     "qwen3_next": Architecture(
@@ -105,7 +104,7 @@ def build(model_type: str, folder: Path) -> Path:
     keys = {key: value for key, value in (COMMON | dict(made.keys)).items() if value is not None}
     torch.manual_seed(0)
     if made.parts:
-        config = transformers.AutoConfig.for_model(model_type, text_config=keys, **{k: dict(v) for k, v in made.parts.items()}, **made.others)
+        config = transformers.AutoConfig.for_model(model_type, text_config=keys, **{k: dict(v) for k, v in made.parts.items()})
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     else:
         config = transformers.AutoConfig.for_model(model_type, **keys)

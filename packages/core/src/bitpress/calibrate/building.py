@@ -25,7 +25,8 @@ def build(checkpoint: Checkpoint, trust: bool) -> nn.Module:
         raise CheckpointError(f"{checkpoint.folder}: config.json says {count} blocks, and the files hold fewer tensors than that")
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
-        config.__dict__.pop(KEY, None)  # weights are given as they are computed with
+        for part in (config, config.get_text_config()):
+            part.__dict__.pop(KEY, None)  # weights are given as they are computed with
         with _parameters_on_meta():
             model = _from_config(config, trust)
     except Exception as e:  # whatever its parsers and its models raise for a config that is not what it says
@@ -39,12 +40,14 @@ def _from_config(config: Any, trust: bool) -> nn.Module:
     """The whole of a model that also sees, where the config is one's; its text part alone has other names."""
     import transformers
 
+    seeing: Callable[..., nn.Module] = transformers.AutoModelForImageTextToText.from_config
+    reading: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
     try:
-        return transformers.AutoModelForImageTextToText.from_config(config, trust_remote_code=trust)  # type: ignore[no-any-return]
+        return seeing(config, trust_remote_code=trust)
     except ValueError as e:
         if "Unrecognized configuration class" not in str(e):
             raise
-    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-any-return]
+    return reading(config, trust_remote_code=trust)
 
 
 @contextlib.contextmanager

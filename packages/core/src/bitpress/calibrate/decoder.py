@@ -20,6 +20,7 @@ from bitpress.calibrate.naming import lay_out
 from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import Checkpoint, Reader
 from bitpress.errors import CheckpointError
+from bitpress.source import unfolded
 
 
 class Decoder:
@@ -42,6 +43,7 @@ class Decoder:
         everything: bool = False,
     ) -> None:
         self.model: Any = build(checkpoint, trust)
+        checkpoint = unfolded(checkpoint)  # also of experts that a run leaves as they are
         layout = lay_out(self.model, checkpoint, container, everything)
         self.container, self.blocks = layout.container, layout.blocks
         self._checkpoint, self._reader, self._device, self._dtype = checkpoint, reader, device, dtype
@@ -98,7 +100,9 @@ class Decoder:
         modules = {module: f"{name}.weight" for name, module in self.model.named_modules()}
         head, embeddings = (modules.get(get()) for get in (self.model.get_output_embeddings, self.model.get_input_embeddings))
         tied = self.model.config.get_text_config().tie_word_embeddings
-        return {head: names[embeddings]} if tied and head and embeddings in names and head not in names else {}
+        if not tied or head is None or embeddings is None or embeddings not in names or head in names:
+            return {}
+        return {head: names[embeddings]}
 
     def require(self) -> None:
         """See that the files hold every parameter; raises CheckpointError naming the first that they do not."""

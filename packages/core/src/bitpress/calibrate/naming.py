@@ -9,7 +9,6 @@ from typing import Any
 from attrs import frozen
 from torch import nn
 
-from bitpress import stacks
 from bitpress.calibrate.unfolded import Experts
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.errors import CheckpointError
@@ -75,7 +74,7 @@ def _unfold(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], everything:
             model.set_submodule(name, Experts(name, fused, ordered, everything))
 
 
-def names_in_model(model: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
+def names_in_model(model: Any, tensors: Iterable[str]) -> dict[str, str]:
     """By the name of each tensor of the files, what the model calls it.
 
     An expert's tensors, which the model fuses, are named as if its experts were modules of their own. Left out are tensors that

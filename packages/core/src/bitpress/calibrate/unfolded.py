@@ -16,7 +16,7 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # by expert and name of it
 
 
 class Experts(nn.Module):
-    """In place of a module that computes all experts of a block from fused weights; `experts.0.gate_proj` is a layer of the first.
+    """In place of a module that computes a block's experts from fused weights: `experts.0.gate_proj` is a layer of the first.
 
     Every layer is called in every forward, maybe with no token at all, so that a forward passes all of them.
 
@@ -37,8 +37,8 @@ class Experts(nn.Module):
         if names is None or arguments not in (1, 3) or odd:
             what = ", ".join(odd) or f"layers {', '.join(shapes['0'])}, {arguments} inputs"
             raise CheckpointError(
-                f"{name}: how transformers' {type(fused).__name__} computes is not known ({what}): it cannot be calibrated or run "
-                "yet; schemes and options that need no data can be used"
+                f"{name}: how transformers' {type(fused).__name__} computes is not known ({what}): it cannot be calibrated or "
+                "run yet; schemes and options that need no data can be used"
             )
         self._names, self.everything = names, everything
         self._sorted = arguments == 1  # tokens come in as many equal parts as there are experts, zeros where not meant for one
@@ -46,6 +46,7 @@ class Experts(nn.Module):
             raise CheckpointError(f"{name}: {type(fused).__name__} is given an expert's own tokens only: leave out --all-experts")
         for parameter in list(fused._parameters):
             del fused._parameters[parameter]
+        self._fused: Any
         object.__setattr__(self, "_fused", fused)  # for its activation; not a submodule, for it has no weights any more
         for number, layers in shapes.items():
             expert = nn.ModuleDict()
@@ -81,11 +82,11 @@ class Experts(nn.Module):
         *ups, down = self._names
         outputs = [expert[name](tokens) for name in ups]
         if len(outputs) == 1:
-            return expert[down](self._fused.act_fn(outputs[0]))  # type: ignore[no-any-return, operator, union-attr]
+            return expert[down](self._fused.act_fn(outputs[0]))  # type: ignore[no-any-return]
         if hasattr(self._fused, "_apply_gate"):
-            return expert[down](self._fused._apply_gate(torch.cat(outputs, -1)))  # type: ignore[no-any-return, operator]
+            return expert[down](self._fused._apply_gate(torch.cat(outputs, -1)))  # type: ignore[no-any-return]
         gate, up = outputs
-        return expert[down](up * self._fused.act_fn(gate))  # type: ignore[no-any-return, operator, union-attr]
+        return expert[down](up * self._fused.act_fn(gate))  # type: ignore[no-any-return]
 
 
 def routed(block: nn.Module, layer: str) -> bool:
