@@ -67,7 +67,7 @@ def _unfold(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], everything:
         if place := OF_EXPERT.fullmatch(ours):
             layers.setdefault(place["experts"], {}).setdefault(place["number"], {})[place["leaf"]] = shape
     modules = dict(model.named_modules())
-    for name in layers.keys() & modules.keys():  # the model need not have all blocks of the files
+    for name in [name for name in layers if name in modules]:  # the model need not have all blocks of the files
         fused = modules[name]
         if not isinstance(fused, (nn.ModuleList, nn.Sequential)) and next(fused.parameters(recurse=False), None) is not None:
             ordered = dict(sorted(layers[name].items(), key=lambda item: int(item[0])))

@@ -14,10 +14,11 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from bitpress import chain
+from bitpress import chain, stacks
 from bitpress.calibrate import folding, memory
 from bitpress.calibrate.sites import Site, in_order
 from bitpress.calibrate.streams import Arrival, Streams
+from bitpress.calibrate.tokens import FEW, few
 from bitpress.calibrate.walk import Doors
 from bitpress.errors import CheckpointError
 from bitpress.layer import Layer, Stat
@@ -27,7 +28,6 @@ from bitpress.shards import Shard
 
 SAMPLE = 256  # tokens on which a layer's output error is measured
 UNUSABLE = 1e-3  # of a batch's tokens that may be NaN or infinite
-FEW = 64  # tokens: an expert that is sent fewer is compressed as if there were no data
 UNCHANGED = 1e-2  # of a block's output that a fold may seem to move it by, through roundings alone
 
 Write = Callable[[str, Tensor], None]
@@ -90,6 +90,7 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
         memory.give_back()
     for door in doors:
         door.close()
+    notes.warnings.extend(few(notes.tokens))
     return notes
 
 
@@ -185,16 +186,21 @@ def _rescale(sites: Sequence[Site], prefix: str, streams: Streams, head: int | N
             for merged, of_batch in zip(observed[number], found, strict=True):
                 chain.merge(merged, of_batch)
     doors.close()
-    shapes = {name: tuple(parameter.shape) for name, parameter in streams.block.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in streams.block.named_parameters(remove_duplicate=False)}
+    unknown = []
     for site, stats in zip(numbered, observed, strict=True):
         members = [name.removeprefix(prefix) for name in site.modules]
         made_by = folding.producer(members, shapes, head)
         layer = Layer(site.stack.name, site.weight, site.stack.dtype)
         factors = chain.rescale(layer, site.stack.steps, stats) if made_by else None
         if made_by is None:
-            notes.warnings.append(f"{site.stack.name}: nothing is known that could take a rescaling of its inputs; not rescaled")
+            unknown.append(site.stack.name)
         elif factors is not None and not _fold(members, made_by, factors, streams, prefix, notes):
             notes.warnings.append(f"{site.stack.name}: {made_by.module} feeds more than this; its inputs are not rescaled")
+    for _, alike in itertools.groupby(unknown, lambda name: stacks.PLACE.sub("*", name)):  # experts follow one another
+        first, *more = alike
+        others = f" and {len(more)} like it" if more else ""
+        notes.warnings.append(f"{first}{others}: nothing is known that could take a rescaling of its inputs; not rescaled")
 
 
 def _fold(
