@@ -63,7 +63,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_moe": Architecture("experts, a gated shared one", {**EXPERTS, "shared_expert_intermediate_size": 32}),
     "qwen3_moe": Architecture("experts", EXPERTS),
     "deepseek_v3": Architecture("MLA, experts, shared experts", {**DEEPSEEK, **MLA}),
-    "glm4_moe": Architecture("experts, shared experts", DEEPSEEK),
+    "glm4_moe": Architecture("experts, shared experts", {**DEEPSEEK, "n_group": 1}),
     "gpt_oss": Architecture("fused, interleaved experts with biases", EXPERTS),
     "granitemoe": Architecture("fused experts under names of their own", EXPERTS),
     "llama4_text": Architecture("fused, transposed experts", LLAMA4),

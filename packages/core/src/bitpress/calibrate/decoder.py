@@ -99,7 +99,8 @@ class Decoder:
         """The head's weight by the name of the embeddings' in the files, where they are one."""
         modules = {module: f"{name}.weight" for name, module in self.model.named_modules()}
         head, embeddings = (modules.get(get()) for get in (self.model.get_output_embeddings, self.model.get_input_embeddings))
-        tied = self.model.config.get_text_config().tie_word_embeddings
+        configs = (self.model.config, self.model.config.get_text_config())
+        tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
         if not tied or head is None or embeddings is None or embeddings not in names or head in names:
             return {}
         return {head: names[embeddings]}

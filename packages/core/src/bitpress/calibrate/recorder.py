@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitpress.calibrate.decoder import Decoder
 from bitpress.calibrate.states import States
+from bitpress.errors import CheckpointError
 
 
 @frozen(eq=False)
@@ -114,7 +115,10 @@ def head(decoder: Decoder, wrapped: bool) -> Iterator[Callable[[Tensor], Tensor]
             batch = hidden.unsqueeze(0)
             for replayer in replayers:
                 replayer.output = (batch,) if wrapped else batch
-            return model(inputs_embeds=batch, use_cache=False).logits[0]  # type: ignore[no-any-return]
+            try:
+                return model(inputs_embeds=batch, use_cache=False).logits[0]  # type: ignore[no-any-return]
+            except (AttributeError, TypeError, ValueError) as e:
+                raise CheckpointError(f"transformers' {type(model).__name__} cannot be run on a text alone: {e}") from e
 
         yield logits
 
