@@ -100,13 +100,13 @@ class _Replayer(_StandIn):
 
 
 @contextlib.contextmanager
-def head(decoder: Decoder, wrapped: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+def head(decoder: Decoder, beside: tuple[Any, ...] | None) -> Iterator[Callable[[Tensor], Tensor]]:
     """What the model makes of its last block's outputs: (tokens, channels) -> logits (tokens, vocabulary).
 
     All of the model that follows its blocks is run, whatever it is; tokens must not know each other there.
 
     Args:
-        wrapped: whether the blocks return their output in a tuple.
+        beside: what the blocks return in a tuple with their output; None where that is all.
     """
     replayers = [_Replayer(block) for block in decoder.blocks]
     with decoder.instead_of_blocks(list(replayers)) as model:
@@ -114,7 +114,7 @@ def head(decoder: Decoder, wrapped: bool) -> Iterator[Callable[[Tensor], Tensor]
         def logits(hidden: Tensor) -> Tensor:
             batch = hidden.unsqueeze(0)
             for replayer in replayers:
-                replayer.output = (batch,) if wrapped else batch
+                replayer.output = batch if beside is None else (batch, *beside)
             try:
                 return model(inputs_embeds=batch, use_cache=False).logits[0]  # type: ignore[no-any-return]
             except (AttributeError, TypeError, ValueError) as e:
