@@ -104,7 +104,11 @@ def runnable_model(
     folder: Path, tensors: Mapping[str, torch.Tensor] | None = None, config: Mapping[str, Any] = CONFIG, shards: int = 1
 ) -> Path:
     """A model folder with a tokenizer whose words are w0 ... w95, and a text of them in `text.txt` beside it."""
-    write_model(folder, llama_tensors(config=config) if tensors is None else tensors, config, shards)
+    return with_tokenizer(write_model(folder, llama_tensors(config=config) if tensors is None else tensors, config, shards))
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """A model folder, given a tokenizer whose words are w0 ... w95, and a text of them in `text.txt` beside it."""
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))

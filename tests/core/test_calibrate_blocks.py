@@ -85,7 +85,7 @@ def test_the_head_makes_of_the_last_block_s_outputs_what_the_whole_model_makes(f
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=FLOAT).eval()
     with Reader() as reader, torch.no_grad():
         decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
-        with head(decoder, wrapped=container == "transformer.h") as logits:
+        with head(decoder, () if container == "transformer.h" else None) as logits:
             hidden = last_hidden(folder, container, BATCHES[0]).flatten(0, 1)
             found = torch.cat([logits(piece) for piece in hidden.split(7)])
         expected = model(input_ids=BATCHES[0], use_cache=False).logits.flatten(0, 1)

@@ -205,28 +205,28 @@ def test_any_config_is_understood_or_refused(tmp_path: Path, with_toy: Path, cou
 
 @amounts(15, 1500)
 def test_any_config_makes_a_model_of_transformers_or_is_refused(tmp_path: Path, count: int) -> None:
-    from bitpress.calibrate.decoder import _build
+    from bitpress.calibrate.building import build
 
     model = write_model(tmp_path / "model")
-    _build(open_checkpoint(model), False)  # whose imports take long
+    build(open_checkpoint(model), False)  # whose imports take long
 
     @tried(count)
     @given(st.dictionaries(st.sampled_from([*LLAMA, "rope_scaling", "layer_types"]), JSON, min_size=1, max_size=2))
     def law(changes: dict[str, Any]) -> None:
         (model / "config.json").write_text(json.dumps({**LLAMA, **changes}))
         with only_clear_errors():
-            _build(open_checkpoint(model), False)
+            build(open_checkpoint(model), False)
 
     law()
 
 
 def test_a_config_that_asks_for_a_milliard_blocks_is_refused_at_once(tmp_path: Path) -> None:
-    from bitpress.calibrate.decoder import _build
+    from bitpress.calibrate.building import build
 
     model = write_model(tmp_path / "model", config={**LLAMA})
     (model / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 10**9}))
     with pytest.raises(BitpressError, match="says 1000000000 blocks, and the files hold fewer tensors"):
-        _build(open_checkpoint(model), False)
+        build(open_checkpoint(model), False)
 
 
 PIECES = [

@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -62,7 +63,7 @@ def evaluate(
             drift.append(_distance(runs))
         with contextlib.ExitStack() as stack:
             heads = [
-                stack.enter_context(head(run.decoder, run.wrapped)) for run in (runs[:1] if _one_head(subject, against) else runs)
+                stack.enter_context(head(run.decoder, run.beside)) for run in (runs[:1] if _one_head(subject, against) else runs)
             ]
             sums = _compare(runs, heads * (3 - len(heads)), torch.split(text.targets, len(batches[0])))
     return _figures(sums, text, drift if against else [])
@@ -114,7 +115,7 @@ class _Run:
         self, subject: Subject, batches: Sequence[Tensor], device: torch.device, place: Path | None, trust: bool
     ) -> None:
         self.decoder = Decoder(subject.checkpoint, subject.container, subject.reader, device, torch.float32, trust)
-        self.wrapped = False
+        self.beside: tuple[Any, ...] | None = None
         self._subject, self.device = subject, device
         recording = record(self.decoder, batches, device, torch.float32, place)
         self.states, self._calls = recording.hidden, recording.calls
@@ -129,8 +130,8 @@ class _Run:
         calls, self._calls[index] = self._calls[index], []
         for i, call in enumerate(calls):
             found = call.whole(block, self.states[i].to(self.device))
-            self.wrapped = isinstance(found, tuple)
-            self.states[i] = found[0] if self.wrapped else found
+            self.beside = tuple(found[1:]) if isinstance(found, tuple) else None
+            self.states[i] = found[0] if isinstance(found, tuple) else found
         told(memory.NUMBER * sum(parameter.numel() for parameter in block.parameters()), prefix.removesuffix("."))
 
 

@@ -126,6 +126,7 @@ def _parts(plan: Plan, data: Sequences | None, device: torch.device) -> dict[str
         "config.json": dict(source.config),
         "calibration": data and {
             "text": data.source, "sequences": len(data.ids), "tokens of a sequence": data.ids.shape[1], "seed": data.seed,
+            "all experts": data.all_experts,
             "SHA-256 of the tokens": data.digest, "transformers": importlib.metadata.version("transformers"),
         },
         "device": device.type,

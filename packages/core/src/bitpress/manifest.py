@@ -39,6 +39,7 @@ class LayerNote:
         bits: stored bits per weight, scales included.
         error: ||restored - source|| / ||source||, measured on the written file; None where it was not verified.
         output_error: ||x (W - Q)ᵀ|| / ||x Wᵀ|| on a sample of calibration inputs; None where there were none.
+        tokens: of the calibration data that a router sent to it; None for a layer that all tokens come to.
     """
 
     steps: tuple[str, ...]
@@ -47,6 +48,7 @@ class LayerNote:
     bits: float
     error: float | None = None
     output_error: float | None = None
+    tokens: int | None = None
 
 
 @frozen

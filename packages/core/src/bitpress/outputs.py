@@ -18,6 +18,7 @@ from bitpress.quantization import quantised_already
 from bitpress.report.page import page
 from bitpress.schemes import discover
 from bitpress.served import Subject, plain, served
+from bitpress.source import kept_fused, seen
 
 
 def verify(
@@ -33,7 +34,7 @@ def verify(
         fault = "its bytes are not those that were written (its own SHA-256 differs), and it is what the rest is proved by"
         return verification.Report((f"{manifest.NAME}: {fault}",), {})
     note = read_manifest(folder)
-    source = open_checkpoint(resolve(against)) if against is not None else None
+    source = seen(open_checkpoint(resolve(against))) if against is not None else None
     faults = tuple(verification.verify_files(note.files, folder, count))
     try:
         checkpoint = open_checkpoint(folder)
@@ -41,7 +42,8 @@ def verify(
         return verification.Report((*faults, str(e)), {})
     size = sum(header.nbytes for header in checkpoint.headers.values())
     with torch_threads(1):
-        report = verification.verify_tensors(_written(note, checkpoint), source, count, progress("verifying", size))
+        known = None if source is None else kept_fused(source, note.layers)
+        report = verification.verify_tensors(_written(note, checkpoint), known, count, progress("verifying", size))
     undigested = any(file.sha256 is None for file in note.files.values())
     remarks = (
         ("it was written with --no-verify: there are no digests by which a changed byte would be found",) if undigested else ()
@@ -108,6 +110,7 @@ def _subject(folder: Path, reader: Reader) -> Subject:
     if (folder / manifest.NAME).is_file():
         written = _written(read_manifest(folder), checkpoint)
         return served(written, reader, stacks.container(next(iter(written.layers))), folder)
+    checkpoint = seen(checkpoint)
     if method := quantised_already(checkpoint.config):
         raise CheckpointError(f"{folder} is quantised ({method}), and not by bitpress: only plain models and its own can be run")
     return plain(checkpoint, reader, stacks.container(next(iter(stacks.linear_layers(checkpoint)))))

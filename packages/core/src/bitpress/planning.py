@@ -14,6 +14,7 @@ import torch
 from bitpress import __version__, chain, hardware, manifest, stacks
 from bitpress.checkpoint.header import Entry, index
 from bitpress.checkpoint.reader import INDEX, Checkpoint
+from bitpress.checkpoint.views import View
 from bitpress.checkpoint.writer import json_text
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
 from bitpress.layer import Finding
@@ -21,6 +22,7 @@ from bitpress.quantization import KEY, quantised_already, quantization_config
 from bitpress.recipe import Recipe
 from bitpress.schemes import Step
 from bitpress.shards import Shard, Stack, cut, nbytes
+from bitpress.source import kept_fused, seen
 
 
 @attrs.frozen(eq=False, slots=False)
@@ -82,8 +84,8 @@ class Plan:
 
     @property
     def hidden(self) -> int:
-        """The width of the hidden states: the smallest input of a layer, in any model that is not odd."""
-        return min(stack.shape[1] for stack in self.stacks)
+        """The width of the hidden states: where the config does not say, the smallest input of a layer."""
+        return stacks.hidden_size(self.source.config) or min(stack.shape[1] for stack in self.stacks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,7 +100,8 @@ class Plan:
     def memory(self, threads: int) -> int:
         """Bytes held at most while running, beyond what the interpreter and torch take."""
         largest = max((sum(nbytes(*t) for t in s.stored(m)[0].values()) for s in self.stacks for m in s.members), default=0)
-        return threads * (2 * largest + 10 * 4 * chain.TILE)
+        turned = max((e.stored.nbytes for e in self.source.entries.values() if isinstance(e, View) and e.transposed), default=0)
+        return threads * (2 * largest + 10 * 4 * chain.TILE + 2 * turned)
 
     @cached_property
     def left_alone(self) -> list[tuple[Entry, str]]:
@@ -141,10 +144,19 @@ def make_plan(source: Checkpoint, recipe: Recipe, data: str = "") -> Plan:
         RecipeError: a pattern matches nothing, members of a fused stack get unlike steps, or a scheme needs what is not there.
         ShapeError: a scheme cannot take a layer; the message names the layer and how to leave it out.
     """
+    source = seen(source)
     if method := quantised_already(source.config):
         raise CheckpointError(f"{source.folder} is already quantised ({method}): start from the original, or decompress it first")
     linear = stacks.linear_layers(source)
-    assigned = recipe.assign(list(linear))
+    assigned = recipe.assign([*linear, *(fused.module for fused in source.left)])
+    for fused in source.left:
+        if assigned[fused.module]:
+            raise CheckpointError(
+                f"{source.folder}: the experts {fused.module} cannot be compressed: {fused.why}; "
+                f"--ignore '*.{fused.module.rpartition('.')[2]}' copies them as they are (in a recipe: a rule with `steps = []`)"
+            )
+    for experts in stacks.experts(linear):  # engines read the steps of all from those of the first
+        _agreed(experts, assigned)
     built: dict[str, Stack] = {}  # by the name of the first member
     for modules in stacks.stack(linear):
         steps = _agreed(modules, assigned)
@@ -154,6 +166,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, data: str = "") -> Plan:
         raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
     compressed = {module for stack in built.values() for module in stack.members}
     digest = _digest(source, recipe, data)
+    source = kept_fused(source, compressed)
     plain = tuple(stacks.left_alone(source, compressed))
     quantization_config({m: stack.stored(m)[1] for stack in built.values() for m in stack.members}, plain)  # or there is none
     return Plan(

@@ -51,6 +51,18 @@ def quantization_config(fragments: Mapping[str, Mapping[str, Any] | None], plain
     }
 
 
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text part of a model that has several; empty where it has not."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else {}
+
+
+def table(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says of how the model is quantised; empty where it says nothing."""
+    found = config.get(KEY) or text_part(config).get(KEY)
+    return found if isinstance(found, dict) else {}
+
+
 def quantised_already(config: Mapping[str, Any]) -> str | None:
     """The method by which a model's config says that it is quantised, or None."""
     for table in (config, config.get("text_config")):

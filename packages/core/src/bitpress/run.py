@@ -12,7 +12,7 @@ import attrs
 import torch
 from attrs import frozen
 
-from bitpress import __version__, checking, journal, manifest, recipe, stream, verification
+from bitpress import __version__, checking, journal, manifest, recipe, stacks, stream, verification
 from bitpress.calibrate import loop
 from bitpress.calibrate.loop import NOTES
 from bitpress.calibrate.memory import RUNTIME as CALIBRATED_RUNTIME
@@ -76,15 +76,17 @@ def prepare(
     if not rules.calibrated:
         return Job(work, None, str(model), text)
     data = load(calibration or Choice(), source.folder, source.config, trust_remote_code)
-    return Job(make_plan(source, rules, data.digest), data, str(model), text)
+    if data.all_experts and not any(stacks.experts(stack.members) for stack in work.stacks):
+        raise RecipeError("--all-experts: no experts of this model are compressed; leave it out")
+    return Job(make_plan(source, rules, data.digest + " all experts" * data.all_experts), data, str(model), text)
 
 
 def compress(
     model: str | Path, out: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
     settings: Iterable[str] = (), ignore: Iterable[str] = (), calibration: str | Path | None = None,
-    samples: int = Choice().samples, sequence_length: int = Choice().length, seed: int = 0, device: str = "cpu",
-    threads: int | None = None, max_memory: int | None = None, trust_remote_code: bool = False, verify: bool = True,
-    check: str | Path | None = None, max_kl: float | None = None, progress: Progress = quiet,
+    samples: int = Choice().samples, sequence_length: int = Choice().length, seed: int = 0, all_experts: bool = False,
+    device: str = "cpu", threads: int | None = None, max_memory: int | None = None, trust_remote_code: bool = False,
+    verify: bool = True, check: str | Path | None = None, max_kl: float | None = None, progress: Progress = quiet,
 ) -> Manifest:  # fmt: skip
     """Write a smaller model into the folder `out`, and prove it unless `verify` is off.
 
@@ -94,6 +96,7 @@ def compress(
     Args:
         calibration: a .jsonl, .txt or .parquet file, or a dataset's name; None takes the text that ships with bitpress.
         samples: how many sequences of `sequence_length` tokens are taken of it.
+        all_experts: whether every expert is fitted to all of them, and not to those that its router sends to it.
         device: what computes; the bytes written by schemes that need no data do not depend on `threads`.
         max_memory: bytes; a run that would need more is refused, one that could use more for speed does not.
         trust_remote_code: whether code in the model's folder may run.
@@ -105,7 +108,7 @@ def compress(
         VerificationError: the written files are not what was planned, or predict too badly; `config.json` was not written. After
             the second the shards stay, and the same call with another `max_kl` goes on from them.
     """
-    choice = Choice(None if calibration is None else str(calibration), samples, sequence_length, seed)
+    choice = Choice(None if calibration is None else str(calibration), samples, sequence_length, seed, all_experts)
     job = prepare(
         model, scheme=scheme, recipe_file=recipe_file, settings=settings, ignore=ignore, calibration=choice,
         check=None if check is None else str(check), trust_remote_code=trust_remote_code,
@@ -204,10 +207,11 @@ def _note(
     files["config.json"] = FileNote(len(config), hashlib.sha256(config).hexdigest())
     inputs = manifest.file_notes({name: work.source.folder / name for name in work.source.headers}, threads, digests, ranks)
     errors = {name: error for block in found for name, error in block.errors.items()}
+    tokens = {name: count for block in found for name, count in block.tokens.items()}
     layers = {
         module: LayerNote(
             tuple(s.scheme.name for s in stack.steps), (entry.shape[0], entry.shape[1]), entry.dtype, stack.bits(module),
-            output_error=errors.get(module),
+            output_error=errors.get(module), tokens=tokens.get(module),
         )
         for stack in work.stacks
         for module, entry in stack.members.items()
@@ -215,6 +219,8 @@ def _note(
     schemes = {step.scheme.name: f"{step.scheme.package} {step.scheme.version}" for step in work.recipe.all_steps}
     name = job.model if "/" in job.model and not Path(job.model).exists() else Path(job.model).resolve().name
     data = {"source": job.data.source, "tokens": str(job.data.ids.numel()), "sha256": job.data.digest} if job.data else None
+    if data and job.data and job.data.all_experts:
+        data["experts"] = "every token"
     return Manifest(
         __version__, schemes, work.recipe.as_json(), name, inputs, files, layers, data,
         warnings=tuple(text for block in found for text in block.warnings),

@@ -96,10 +96,9 @@ def cut(source: Checkpoint, built: Mapping[str, Stack], digest: str, by_block: b
     members = {entry.name: module for stack in built.values() for module, entry in stack.members.items()}
     container = stacks.container(next(iter(built)))
     parts: dict[Any, list[Entry]] = {}
-    for header in source.headers.values():
-        for entry in header.entries:
-            part = stacks.block_index(entry.name, container) if by_block else header.raw
-            parts.setdefault(part, []).append(entry)
+    for entry in source.entries.values():
+        part = stacks.block_index(entry.name, container) if by_block else entry.file.name
+        parts.setdefault(part, []).append(entry)
     if by_block:
         parts = dict(sorted(parts.items(), key=lambda item: -1 if item[0] is None else item[0]))
     contents = []

@@ -21,10 +21,13 @@ FUSED: Sequence[Sequence[str]] = (
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )  # what vLLM loads into one weight, in its order of rows
+EXPERT: Sequence[Sequence[str]] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("up_proj", "down_proj"))
 ROUTERS = ("gate", "router", "shared_expert_gate")
 OUTSIDE = re.compile(r"visual|vision|image|audio|speech|mtp|nextn|projector|draft|eagle", re.IGNORECASE)
 NUMBER = re.compile(r"[0-9]{1,6}")  # of a block
 PLACE = re.compile(r"(?<=\.)\d+(?=\.)")
+OF_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>[0-9]{1,6})\.\w+")
+IN_BLOCK = re.compile(rf"\.{NUMBER.pattern}\.[^0-9].*")
 T = TypeVar("T", bound=Hashable)
 BLOCK = re.compile(rf"(?P<container>.+?)\.(?P<index>{NUMBER.pattern})\.(?P<inside>.+)\.weight")
 
@@ -82,6 +85,15 @@ def stack(layers: Mapping[str, Entry]) -> list[tuple[str, ...]]:
     return _grouped(layers, lambda members: len({layers[member].shape[1] for member in members}) == 1)
 
 
+def experts(names: Iterable[str]) -> list[list[str]]:
+    """Module names of the experts of a block together, which engines compute in one kernel."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if place := OF_EXPERT.fullmatch(name):
+            found.setdefault(place["experts"], []).append(name)
+    return list(found.values())
+
+
 def fused(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Module names grouped by what engines make one layer of, told from the names alone."""
     return _grouped(dict.fromkeys(names), lambda members: True)
@@ -134,6 +146,13 @@ def head_size(config: Mapping[str, Any]) -> int | None:
     return None
 
 
+def hidden_size(config: Mapping[str, Any]) -> int | None:
+    """Channels of the hidden states, as far as the config says."""
+    tables = (table for table in (config.get("text_config"), config) if isinstance(table, dict))
+    sizes = (table.get(key) for table in tables for key in ("hidden_size", "n_embd", "d_model"))
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+
+
 def left_alone(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[str]:
     """Modules that a loader might take for linear layers and that stay as they are, in file order, the tied head included."""
     done = set(compressed)
@@ -144,6 +163,8 @@ def left_alone(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[str]:
         experts = leaf != "weight" and len(entry.shape) == 3  # fused expert weights are parameters of the experts' module
         if (matrix or experts) and module not in done:
             plain[module] = None
+            if experts and (place := IN_BLOCK.search(module)):  # engines ask for the experts by names of their own
+                plain[rf"re:.*{re.escape(place[0])}(\..+)?$"] = None
     if not any(module.endswith("lm_head") for module in plain):
         plain["lm_head"] = None
     return list(plain)

@@ -9,26 +9,27 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from bitpress import stacks
+from bitpress.calibrate.building import build
+from bitpress.calibrate.naming import lay_out
 from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import Checkpoint, Reader
 from bitpress.errors import CheckpointError
-from bitpress.quantization import KEY
+from bitpress.source import unfolded
 
 
 class Decoder:
-    """A model whose blocks are handed out one by one.
+    """A model whose blocks are handed out one by one, their layers found by the names that they have in the files.
 
     Args:
         container: the name of the list of blocks, as in the checkpoint: `model.layers`.
         dtype: what the weights are computed with.
+        everything: whether experts compute every token, and not only those that come to them.
     """
 
     def __init__(
@@ -39,23 +40,18 @@ class Decoder:
         device: torch.device,
         dtype: torch.dtype,
         trust: bool = False,
+        everything: bool = False,
     ) -> None:
-        self.model: Any = _build(checkpoint, trust)
-        self.container = container
+        self.model: Any = build(checkpoint, trust)
+        checkpoint = unfolded(checkpoint)  # also of experts that a run leaves as they are
+        layout = lay_out(self.model, checkpoint, container, everything)
+        for parameter in self.model.parameters():  # some models ask for a weight's dtype before they use it
+            parameter.data = parameter.data.to(dtype)
+        self.container, self.blocks = layout.container, layout.blocks
         self._checkpoint, self._reader, self._device, self._dtype = checkpoint, reader, device, dtype
-        try:
-            blocks = self.model.get_submodule(container)
-        except AttributeError:
-            blocks = None
-        if not isinstance(blocks, nn.ModuleList):
-            raise CheckpointError(
-                f"{checkpoint.folder}: transformers' {type(self.model).__name__} has no list of blocks {container!r}, "
-                "under which the files name their layers: this layout cannot be calibrated yet"
-            )
-        self.blocks = list(blocks)
-        self._names = self._head_name()
+        self._names = {**layout.names, **self._tied(layout.names)}
         for name, module in self.model.named_modules():
-            if not name.startswith(container) and next(module.parameters(recurse=False), None) is not None:
+            if not name.startswith(f"{self.container}.") and next(module.parameters(recurse=False), None) is not None:
                 module.register_forward_pre_hook(self._filler(name))
 
     def __len__(self) -> int:
@@ -97,23 +93,19 @@ class Decoder:
                 setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=recurse)):
             owner, _, leaf = name.rpartition(".")
-            entry = self._checkpoint.entries.get(f"{prefix}.{name}")
+            entry = self._checkpoint.entries.get(self._names.get(f"{prefix}.{name}", ""))
             tensor = buffer if entry is None else self._reader.whole(entry).to(buffer.dtype)
             module.get_submodule(owner)._buffers[leaf] = tensor.to(self._device)
 
-    def _head_name(self) -> dict[str, str]:
-        """The head's weight by the name that it has in the files, where that is another: the embeddings', if they are tied, or an
-        older one, which is that of the one tensor of its shape that belongs to nothing else.
-        """
+    def _tied(self, names: Mapping[str, str]) -> dict[str, str]:
+        """The head's weight by the name of the embeddings' in the files, where they are one."""
         modules = {module: f"{name}.weight" for name, module in self.model.named_modules()}
         head, embeddings = (modules.get(get()) for get in (self.model.get_output_embeddings, self.model.get_input_embeddings))
-        if head is None or embeddings is None or head in self._checkpoint.entries:
+        configs = (self.model.config, self.model.config.get_text_config())
+        tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+        if not tied or head is None or embeddings is None or embeddings not in names or head in names:
             return {}
-        if self.model.config.get_text_config().tie_word_embeddings:
-            return {head: embeddings}
-        shape, known = self.model.get_parameter(head).shape, {name for name, _ in self.model.named_parameters()}
-        others = [name for name, entry in self._checkpoint.entries.items() if entry.shape == shape and name not in known]
-        return {head: others[0]} if len(others) == 1 else {}
+        return {head: names[embeddings]}
 
     def require(self) -> None:
         """See that the files hold every parameter; raises CheckpointError naming the first that they do not."""
@@ -125,7 +117,7 @@ class Decoder:
                 self._entry(name, tuple(parameter.shape))
 
     def _entry(self, name: str, shape: tuple[int, ...]) -> Entry:
-        entry = self._checkpoint.entries.get(self._names.get(name, name))
+        entry = self._checkpoint.entries.get(self._names.get(name, ""))
         if entry is None or entry.shape != shape:
             found = "is not in the files" if entry is None else f"has the shape {list(entry.shape)} and not {list(shape)}"
             raise CheckpointError(
@@ -141,49 +133,3 @@ class Decoder:
             place = self._checkpoint.folder
             raise CheckpointError(f"{place}: tensor {name} holds NaN or infinity: the source is damaged; fetch it again")
         return tensor
-
-
-def _build(checkpoint: Checkpoint, trust: bool) -> nn.Module:
-    """The model on the meta device; buffers, which are computed and not stored, are real."""
-    import transformers
-
-    count = stacks.block_count(checkpoint.config)
-    if count is not None and count > len(checkpoint.entries):  # building them would go on for ever
-        raise CheckpointError(f"{checkpoint.folder}: config.json says {count} blocks, and the files hold fewer tensors than that")
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
-        config.__dict__.pop(KEY, None)  # weights are given as they are computed with
-        with _parameters_on_meta():
-            build: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
-            model = build(config, trust_remote_code=trust)
-    except Exception as e:  # whatever its parsers and its models raise for a config that is not what it says
-        text = re.sub(r"\s+", " ", str(e)).strip()
-        hint = "" if trust or "trust_remote_code" not in text else "; --trust-remote-code allows the model's own code"
-        raise CheckpointError(f"{checkpoint.folder}: transformers cannot build the model: {text[:300]}{hint}") from None
-    return model.eval()
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their numbers as soon as they are registered, and none are drawn: no weight is ever in memory."""
-    register, drawing = nn.Module.register_parameter, False
-    names = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
-    initialisers = {name: getattr(nn.init, name) for name in names}
-
-    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(self, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-    def undrawn(initialiser: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """Whoever is imported meanwhile may keep it for good, so that it has to work afterwards."""
-        return lambda tensor, *args, **kwargs: initialiser(tensor, *args, **kwargs) if drawing else tensor
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    for name in names:
-        setattr(nn.init, name, undrawn(initialisers[name]))
-    try:
-        yield
-    finally:
-        drawing = True
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-        for name, function in initialisers.items():
-            setattr(nn.init, name, function)

@@ -37,10 +37,12 @@ def producer(members: Sequence[str], shapes: Mapping[str, tuple[int, ...]], head
     siblings = f"{parent}." if parent else ""
     if leaf in ("q_proj", "qkv_proj", "query_key_value"):
         names = ["input_layernorm"]
-    elif leaf in ("gate_proj", "gate_up_proj", "up_proj", "dense_h_to_4h"):
+    elif leaf in ("gate_proj", "gate_up_proj", "up_proj", "dense_h_to_4h", "w1", "w3"):
+        if any(".experts." in name for name in shapes):
+            return None  # the norm feeds a router and every expert
         names = ["pre_feedforward_layernorm"] if "pre_feedforward_layernorm.weight" in shapes else ["post_attention_layernorm"]
-    elif leaf == "down_proj":
-        names = [f"{siblings}up_proj"]
+    elif leaf in ("down_proj", "w2"):
+        names = [f"{siblings}{'up_proj' if leaf == 'down_proj' else 'w3'}"]
     elif leaf == "o_proj" and head:
         rows = shapes.get(f"{siblings}v_proj.weight", (0,))[0]
         if not rows or width % rows or rows % head:

@@ -57,7 +57,7 @@ def write_shards(
     part = ranks.part(batches)
     notes = []
     with Reader() as reader, torch.no_grad():
-        decoder = Decoder(plan.source, plan.container, reader, device, dtype, trust)
+        decoder = Decoder(plan.source, plan.container, reader, device, dtype, trust, data.all_experts)
         shards = {shard.block: shard for shard in plan.shards if shard.block is not None and shard.block < len(decoder)}
         for shard in ranks.deal([shard for shard in plan.shards if shard not in shards.values()], lambda shard: shard.reads):
             write_shard(shard, output, reader, 1, device, told)
@@ -127,7 +127,7 @@ def _block(plan: Plan, shard: Shard, output: OutputFolder, reader: Reader, strea
 def _take_up(shard: Shard, prefix: str, output: OutputFolder, reader: Reader, block: nn.Module) -> None:
     """Let a block compute with what an earlier run stored of it: its weights, and inputs rounded as they will be served."""
     stored = {entry.name: entry for entry in read_header(output.folder / shard.name).entries}
-    parameters = dict(block.named_parameters())
+    parameters = dict(block.named_parameters(remove_duplicate=False))
     for stack in shard.stacks:
         modules = {module: block.get_submodule(module.removeprefix(prefix)) for module in stack.members}
         site = Site(stack, modules, None, False)

@@ -38,8 +38,8 @@ class Need:
 def estimate(plan: Plan, tokens: int) -> Need:
     """What a run of the plan holds, beyond what the interpreter, torch and transformers take.
 
-    What comes before the blocks, once; later the widest block as it was and as it becomes, the statistics and the solution of its
-    largest site, what is made of a batch, and the hidden states of so many tokens, a share of them twice.
+    What comes before the blocks, and a block, once; later the widest block as it was and as it becomes, the statistics and the
+    solution of its largest site, what is made of a batch, and the hidden states of so many tokens, a share of them twice.
     """
     before = sum(e.numel for s in plan.shards if s.block is None for e in s.copies if "lm_head" not in e.name)
     block = max(
@@ -49,7 +49,7 @@ def estimate(plan: Plan, tokens: int) -> Need:
     )
     site = max(_site(*stack.shape, sum(step.calibrated for step in stack.steps)) for stack in plan.stacks)
     width = max(stack.shape[1] for stack in plan.stacks)
-    least = NUMBER * max(before, 2 * block + site + TEMPORARY * OBSERVED * width)
+    least = NUMBER * max(before + block, 2 * block + site + TEMPORARY * OBSERVED * width)
     states = NUMBER * tokens * plan.hidden * (1 + 1 / REFERENCE)
     return Need(least, int(least + states), NUMBER * (WAITING * plan.hidden + width))
 

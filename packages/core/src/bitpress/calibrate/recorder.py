@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitpress.calibrate.decoder import Decoder
 from bitpress.calibrate.states import States
+from bitpress.errors import CheckpointError
 
 
 @frozen(eq=False)
@@ -63,13 +64,17 @@ class _StandIn(nn.Module):
 
 
 class _Recorder(_StandIn):
-    """Notes the call and hands the hidden states on unchanged."""
+    """Notes the call and hands the hidden states on unchanged.
 
-    def __init__(self, block: nn.Module, last: bool) -> None:
+    Args:
+        form: makes of hidden states, and of the call with them, what the blocks of this model return.
+    """
+
+    def __init__(self, block: nn.Module, last: bool, form: Callable[[Call, Tensor], Any]) -> None:
         super().__init__(block)
         self.calls: list[Call] = []
         self.hidden: Tensor | None = None
-        self._last = last
+        self._last, self._form = last, form
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Note the call."""
@@ -81,7 +86,7 @@ class _Recorder(_StandIn):
         self.calls.append(_shared(Call(arguments, keywords), self.calls[0] if self.calls else None))
         if self._last:
             raise _LastBlockReached
-        return hidden
+        return self._form(self.calls[-1], hidden)
 
 
 class _Replayer(_StandIn):
@@ -95,13 +100,13 @@ class _Replayer(_StandIn):
 
 
 @contextlib.contextmanager
-def head(decoder: Decoder, wrapped: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+def head(decoder: Decoder, beside: tuple[Any, ...] | None) -> Iterator[Callable[[Tensor], Tensor]]:
     """What the model makes of its last block's outputs: (tokens, channels) -> logits (tokens, vocabulary).
 
     All of the model that follows its blocks is run, whatever it is; tokens must not know each other there.
 
     Args:
-        wrapped: whether the blocks return their output in a tuple.
+        beside: what the blocks return in a tuple with their output; None where that is all.
     """
     replayers = [_Replayer(block) for block in decoder.blocks]
     with decoder.instead_of_blocks(list(replayers)) as model:
@@ -109,8 +114,11 @@ def head(decoder: Decoder, wrapped: bool) -> Iterator[Callable[[Tensor], Tensor]
         def logits(hidden: Tensor) -> Tensor:
             batch = hidden.unsqueeze(0)
             for replayer in replayers:
-                replayer.output = (batch,) if wrapped else batch
-            return model(inputs_embeds=batch, use_cache=False).logits[0]  # type: ignore[no-any-return]
+                replayer.output = batch if beside is None else (batch, *beside)
+            try:
+                return model(inputs_embeds=batch, use_cache=False).logits[0]  # type: ignore[no-any-return]
+            except (AttributeError, TypeError, ValueError) as e:
+                raise CheckpointError(f"transformers' {type(model).__name__} cannot be run on a text alone: {e}") from e
 
         yield logits
 
@@ -119,7 +127,15 @@ def record(
     decoder: Decoder, batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype, folder: Path | None = None
 ) -> Recording:
     """The recording of all batches (sequences, length) of token ids; hidden states are kept on the CPU, or in a file."""
-    recorders = [_Recorder(block, last=i == len(decoder) - 1) for i, block in enumerate(decoder.blocks)]
+    others: list[tuple[Any, ...] | None] = []  # what blocks return beside the hidden states; None where that is all
+
+    def form(call: Call, given: Tensor) -> Any:
+        if not others:  # asked of the first block, since the model may unpack what it is given
+            found = call.whole(decoder.block(0), given.to(dtype))
+            others.append(tuple(found[1:]) if isinstance(found, tuple) else None)
+        return given if others[0] is None else (given, *others[0])
+
+    recorders = [_Recorder(block, i == len(decoder) - 1, form) for i, block in enumerate(decoder.blocks)]
     hidden = States(folder=folder)
     with decoder.instead_of_blocks(list(recorders)) as model:
         for batch in batches:

@@ -14,10 +14,11 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from bitpress import chain
+from bitpress import chain, stacks
 from bitpress.calibrate import folding, memory
 from bitpress.calibrate.sites import Site, in_order
 from bitpress.calibrate.streams import Arrival, Streams
+from bitpress.calibrate.tokens import FEW, few
 from bitpress.calibrate.walk import Doors
 from bitpress.checkpoint.reader import DTYPES
 from bitpress.errors import CheckpointError
@@ -43,12 +44,14 @@ class BlockNotes:
         rescaled: by tensor, the exponents of two by which its "columns" and "rows" were multiplied.
         warnings: one line each, naming the layer.
         blocks: by block, ||h - h'|| / ||h'|| of the hidden states after it, h' being the source's.
+        tokens: by layer of an expert, how many tokens were sent to it.
     """
 
     errors: dict[str, float] = field(factory=dict)
     rescaled: dict[str, dict[str, list[int]]] = field(factory=dict)
     warnings: list[str] = field(factory=list)
     blocks: dict[str, float] = field(factory=dict)
+    tokens: dict[str, int] = field(factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -76,20 +79,24 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
         owner = number % ranks.count
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            stats, sample = _observe(site, streams.arrivals(number, site.writes)) if site.entrance else (_nothing(site), None)
-            stats, sample = ranks.add_up(stats, owner, device), ranks.any(sample, device)
+            arrivals = streams.arrivals(number, site.writes) if site.entrance else ()
+            stats, sample, seen = _observe(site, arrivals)
+            stats, sample, tokens = ranks.add_up(stats, owner, device), ranks.any(sample, device), sum(ranks.gather(seen))
+            if site.routed and tokens < FEW:
+                stats = _nothing(site)
             layer = Layer(site.stack.name, site.weight, site.stack.dtype)
             quantised = chain.quantize_whole(layer, site.stack.steps, stats) if owner == ranks.rank else None
         texts = ranks.gather([str(w.message) for w in caught if w.category is UserWarning])
         told_of = dict.fromkeys(text for theirs in texts for text in theirs)
         notes.warnings.extend(f"{site.stack.name}: {text}" for text in told_of)
-        _note(site, sample, notes)
+        _note(site, tokens, notes)
         error = _store(site, quantised, sample, write, notes, ranks, owner)
         told(site.stack.reads, f"{site.stack.name}: error {error:.4f}")
         del stats, layer, quantised, sample
         memory.give_back()
     for door in doors:
         door.close()
+    notes.warnings.extend(few(notes.tokens))
     return notes
 
 
@@ -97,17 +104,19 @@ def _nothing(site: Site) -> list[dict[str, Stat]]:
     return [{} for _ in site.stack.steps]
 
 
-def _observe(site: Site, arrivals: Iterable[Arrival]) -> tuple[list[dict[str, Stat]], Tensor | None]:
-    """Every step's statistics over all batches, and a sample of the inputs (tokens, in)."""
-    stats, sample = _nothing(site), None
+def _observe(site: Site, arrivals: Iterable[Arrival]) -> tuple[list[dict[str, Stat]], Tensor | None, int]:
+    """Every step's statistics over all batches, a sample of the inputs (tokens, in), and the number of tokens."""
+    stats, sample, tokens = _nothing(site), None, 0
     if not site.stack.calibrated:
-        return stats, sample
+        return stats, sample, tokens
     weight = site.weight
+    if site.routed:  # in the source's block the router sends it other tokens
+        arrivals = (Arrival(arrival.inputs) for arrival in arrivals if len(arrival.inputs))
     for arrival in map(functools.partial(_usable, site.stack.name), _joined(arrivals)):
         for step, merged in zip(site.stack.steps, stats, strict=True):
             chain.merge(merged, chain.observe(step, weight, arrival.inputs, arrival.reference, arrival.residual))
-        sample = arrival.inputs[:SAMPLE]
-    return stats, sample
+        sample, tokens = arrival.inputs[:SAMPLE], tokens + len(arrival.inputs)
+    return stats, sample, tokens
 
 
 def _joined(arrivals: Iterable[Arrival]) -> Iterator[Arrival]:
@@ -138,8 +147,10 @@ def _usable(name: str, arrival: Arrival) -> Arrival:
     return arrival.only(good)
 
 
-def _note(site: Site, sample: Tensor | None, notes: BlockNotes) -> None:
-    if site.stack.calibrated and sample is None:
+def _note(site: Site, tokens: int, notes: BlockNotes) -> None:
+    if site.routed and site.stack.calibrated:
+        notes.tokens.update(dict.fromkeys(site.modules, tokens))
+    elif site.stack.calibrated and not tokens:
         notes.warnings.append(f"{site.stack.name}: no token of the calibration data reached it; it was rounded without data")
     for name, weight in site.weights.items():
         if not weight.any():
@@ -189,11 +200,12 @@ def _rescale(sites: Sequence[Site], prefix: str, streams: Streams, head: int | N
         walk = streams.walk(batch)
         for number, site in enumerate(numbered):
             inputs, _ = walk.input(number, keep=number + 1 < len(numbered))  # and then it is over
-            found, _ = _observe(site, [] if inputs is None else [Arrival(inputs)])
+            found, _, _ = _observe(site, [] if inputs is None else [Arrival(inputs)])
             for merged, of_batch in zip(observed[number], found, strict=True):
                 chain.merge(merged, of_batch)
     doors.close()
-    shapes = {name: tuple(parameter.shape) for name, parameter in streams.block.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in streams.block.named_parameters(remove_duplicate=False)}
+    unknown = []
     for site, stats in zip(numbered, observed, strict=True):
         members = [name.removeprefix(prefix) for name in site.modules]
         made_by = folding.producer(members, shapes, head)
@@ -202,9 +214,13 @@ def _rescale(sites: Sequence[Site], prefix: str, streams: Streams, head: int | N
         factors = chain.rescale(layer, site.stack.steps, stats) if made_by and streams.ranks.first else None
         factors = streams.ranks.same(factors)
         if made_by is None:
-            notes.warnings.append(f"{site.stack.name}: nothing is known that could take a rescaling of its inputs; not rescaled")
+            unknown.append(site.stack.name)
         elif factors is not None and not _fold(members, made_by, factors, streams, prefix, notes):
             notes.warnings.append(f"{site.stack.name}: {made_by.module} feeds more than this; its inputs are not rescaled")
+    for _, alike in itertools.groupby(unknown, lambda name: stacks.PLACE.sub("*", name)):  # experts follow one another
+        first, *more = alike
+        others = f" and {len(more)} like it" if more else ""
+        notes.warnings.append(f"{first}{others}: nothing is known that could take a rescaling of its inputs; not rescaled")
 
 
 def _fold(

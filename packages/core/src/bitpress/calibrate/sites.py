@@ -9,6 +9,7 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from bitpress.calibrate.streams import Streams
+from bitpress.calibrate.unfolded import routed
 from bitpress.rounding import Rounding
 from bitpress.shards import Shard, Stack
 
@@ -21,6 +22,7 @@ class Site:
         modules: the stack's layers in the block, by their full names.
         entrance: the layer at which a forward comes to the stack, by its name within the block; None where none does.
         writes: whether its output is added to the residual stream.
+        routed: whether it is given the tokens that a router sends to it, and no others.
         roundings: once the stack has been compressed, what the block makes of the inputs of each layer.
     """
 
@@ -28,6 +30,7 @@ class Site:
     modules: Mapping[str, nn.Module]
     entrance: str | None
     writes: bool
+    routed: bool = False
     roundings: dict[str, Rounding] = field(factory=dict)
 
     @property
@@ -62,5 +65,6 @@ def in_order(shard: Shard, prefix: str, streams: Streams) -> list[Site]:
     for stack in shard.stacks:
         entrance = next((name for name in called if prefix + name in stack.members), None)
         modules = {module: streams.block.get_submodule(module.removeprefix(prefix)) for module in stack.members}
-        found.append(Site(stack, modules, entrance, entrance in course.writers and len(modules) == 1))
+        writes = entrance in course.writers and len(modules) == 1
+        found.append(Site(stack, modules, entrance, writes, entrance is not None and routed(streams.block, entrance)))
     return sorted(found, key=lambda site: called.index(site.entrance) if site.entrance else len(called))

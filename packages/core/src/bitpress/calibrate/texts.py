@@ -30,12 +30,14 @@ class Choice:
         length: tokens in each.
         seed: 0 takes the sequences in the text's own order and reads no further than they need; any other draws them from all
             that the text gives, which reads and tokenises all of it.
+        all_experts: whether every expert is given every token.
     """
 
     source: str | None = None
     samples: int = 256
     length: int = 512
     seed: int = 0
+    all_experts: bool = False
 
 
 @frozen(eq=False)
@@ -48,6 +50,7 @@ class Sequences:
         digest: SHA-256 of shape and ids: the same ids have the same digest, wherever they come from.
         warnings: what the user should know, such as that there was less text than asked for.
         seed: that they were drawn with.
+        all_experts: whether every expert is given all of them.
     """
 
     ids: Tensor
@@ -55,6 +58,7 @@ class Sequences:
     digest: str
     warnings: tuple[str, ...]
     seed: int = 0
+    all_experts: bool = False
 
 
 @frozen(eq=False)
@@ -131,11 +135,11 @@ def load(choice: Choice, folder: Path, config: Mapping[str, Any], trust_remote_c
     ids = packed[: choice.samples].clone()
 
     # the default numbers are nobody's wish, and the text that ships is as long as it is
-    if (count < choice.samples or size < length) and attrs.evolve(choice, seed=0) != Choice():
+    if (count < choice.samples or size < length) and attrs.evolve(choice, seed=0, all_experts=False) != Choice():
         shorter = f", one of {size} tokens" if size < length else ""
         full = 0 if shorter else count
         warnings.append(f"{full} of {choice.samples} sequences of {length} tokens{shorter}: {name} holds {len(tokens):,} tokens")
-    return Sequences(ids, name, _digest(ids), tuple(warnings), choice.seed)
+    return Sequences(ids, name, _digest(ids), tuple(warnings), choice.seed, choice.all_experts)
 
 
 def _tokenise(choice: Choice, wanted: int, tokenizer: Any) -> tuple[Tensor, str]:

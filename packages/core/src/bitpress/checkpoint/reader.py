@@ -15,6 +15,8 @@ import torch
 from attrs import frozen
 
 from bitpress.checkpoint.header import LARGEST, Entry, Header, read_header
+from bitpress.checkpoint.others import other_files
+from bitpress.checkpoint.views import View
 from bitpress.errors import CheckpointError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -65,7 +67,7 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any] | None = None) -> Ch
             entries[entry.name] = entry
     if (folder / INDEX).is_file():
         _check_index(folder, entries)
-    return Checkpoint(folder, config, headers, entries, tuple(_other_files(folder)))
+    return Checkpoint(folder, config, headers, entries, tuple(other_files(folder, WEIGHT_SUFFIXES)))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -132,31 +134,6 @@ def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
             raise CheckpointError(f"{folder}: tensor {tensor} of {entries[tensor].file.name} is not in {INDEX}")
 
 
-def _other_files(folder: Path) -> Iterator[str]:
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__pycache__")))
-        for name in sorted(files):
-            relative = (Path(root) / name).relative_to(folder)
-            if not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES):
-                _check_other(folder, folder / relative)
-                yield relative.as_posix()
-
-
-def _check_other(folder: Path, file: Path) -> None:
-    """A file that will be copied: regular, readable, and not a link to what is no part of the model, such as a private key.
-
-    The Hub's cache keeps a model's files as links into the `blobs` beside its `snapshots`.
-    """
-    if not file.is_file() or not os.access(file, os.R_OK):
-        raise CheckpointError(f"{file}: not a regular file that can be read; mend it or take it away")
-    real, home = file.resolve(), folder.resolve()
-    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
-    if not real.is_relative_to(home) and not real.is_relative_to(blobs):
-        raise CheckpointError(
-            f"{file}: a link that leads out of the model's folder, to {real}; put the file itself there, if it belongs"
-        )
-
-
 class Reader:
     """Reads numbers of a checkpoint's files: explicit reads into fresh memory, never a mapping, so that memory stays bounded
     and a file that shrinks is an error and not a crash. Safe to use from several threads; close it, or use it in `with`.
@@ -165,6 +142,7 @@ class Reader:
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self._turned = threading.local()
 
     def __enter__(self) -> Reader:
         return self
@@ -178,6 +156,8 @@ class Reader:
         """Rows `first` to `last` (exclusive) of a tensor, in its own dtype; all of it for a tensor without axes."""
         if entry.dtype not in DTYPES:
             raise CheckpointError(f"{entry.file}: tensor {entry.name} has the dtype {entry.dtype}, which torch cannot hold")
+        if isinstance(entry, View):
+            return entry.rows(self, first, last, DTYPES[entry.dtype])
         shape = (last - first, *entry.shape[1:]) if entry.shape else ()
         tensor = torch.empty(shape, dtype=DTYPES[entry.dtype])
         row = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else entry.nbytes
@@ -188,8 +168,18 @@ class Reader:
         """All of a tensor, in its own dtype."""
         return self.rows(entry, 0, entry.shape[0] if entry.shape else 1)
 
+    def turned(self, entry: Entry) -> torch.Tensor:
+        """All of a matrix, transposed; a thread's last is kept, since it is asked for in tiles."""
+        if getattr(self._turned, "entry", None) != entry:
+            self._turned.matrix = None  # two would be held otherwise
+            self._turned.entry, self._turned.matrix = entry, self.whole(entry).T
+        return self._turned.matrix  # type: ignore[no-any-return]
+
     def chunks(self, entry: Entry, size: int = 1 << 22) -> Iterator[torch.Tensor]:
         """The bytes of a tensor of any dtype, in order, as uint8 tensors of at most `size`; each is overwritten by the next."""
+        if isinstance(entry, View):
+            yield from torch.split(self.whole(entry).reshape(-1).view(torch.uint8), size)
+            return
         buffer = torch.empty(min(size, entry.nbytes), dtype=torch.uint8)
         for at in range(0, entry.nbytes, size):
             part = buffer[: min(size, entry.nbytes - at)]

@@ -78,6 +78,9 @@ def compress(
     samples: Annotated[int, typer.Option("--samples", help="Sequences taken of them.")] = 256,
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a sequence.")] = 512,
     seed: Annotated[int, typer.Option("--seed", help="0 takes sequences from the start, others draw them.")] = 0,
+    all_experts: Annotated[
+        bool, typer.Option("--all-experts", help="Fit every expert to all tokens, not to those sent to it.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False, device: Device = "cpu", max_memory: MaxMemory = None, threads: Threads = None,
     check: Annotated[
         str | None, typer.Option("--check", metavar="TEXT", help="Compare the result's predictions of a text with its source's.")
@@ -95,7 +98,8 @@ def compress(
         limit = terminal.size(max_memory)
         job = run.prepare(
             model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or (),
-            calibration=Choice(calibration, samples, sequence_length, seed), check=check, trust_remote_code=trust_remote_code,
+            calibration=Choice(calibration, samples, sequence_length, seed, all_experts), check=check,
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
         work = job.plan
         if ranks.first:

@@ -90,6 +90,10 @@ def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
     if note.data:
         hint = "; texts like those the model will serve are better: --calibration FILE" if "ships" in note.data["source"] else ""
         print(f"calibrated on {int(note.data['tokens']):,} tokens of {note.data['source']}{hint}")
+    sent = sorted(layer.tokens for layer in note.layers.values() if layer.tokens is not None)
+    if sent:
+        middle = sent[(len(sent) - 1) // 2]
+        print(f"tokens sent to an expert: {sent[0]:,} to {sent[-1]:,}, to half of them at most {middle:,}")
     measured = {name: layer.output_error for name, layer in note.layers.items() if layer.output_error is not None}
     if measured:
         print("largest relative errors of a layer's output on calibration data:")
