@@ -56,7 +56,7 @@ def write_shards(
     batches = _batches(data.ids, ranks)
     part = ranks.part(batches)
     notes = []
-    with Reader() as reader, torch.no_grad():
+    with Reader() as reader, torch.no_grad(), memory.freed_kept():
         decoder = Decoder(plan.source, plan.container, reader, device, dtype, trust, data.all_experts)
         shards = {shard.block: shard for shard in plan.shards if shard.block is not None and shard.block < len(decoder)}
         for shard in ranks.deal([shard for shard in plan.shards if shard not in shards.values()], lambda shard: shard.reads):
