@@ -165,9 +165,25 @@ def left_alone(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[str]:
             plain[module] = None
             if experts and (place := IN_BLOCK.search(module)):  # engines ask for the experts by names of their own
                 plain[rf"re:.*{re.escape(place[0])}(\..+)?$"] = None
+    several = isinstance(checkpoint.config.get("text_config"), dict)
+    wherever = [pattern for module in plain if several and (pattern := _wherever(module))]
     if not any(module.endswith("lm_head") for module in plain):
         plain["lm_head"] = None
-    return list(plain)
+    return list(plain | dict.fromkeys(wherever))
+
+
+def _wherever(module: str) -> str | None:
+    """A pattern for a module of a model with several parts, whose names begin otherwise in files, transformers and engines: of a
+    part that is not the decoder it names all, and of others what follows from the list of blocks on.
+    """
+    names = module.split(".")
+    if module.startswith("re:"):
+        return None
+    if part := next((name for name in names[:-1] if OUTSIDE.search(name)), None):
+        return rf"re:(.*\.)?{re.escape(part)}\..*"
+    place = IN_BLOCK.search(module)
+    start = module.rfind(".", 0, place.start()) + 1 if place else len(module) - len(names[-1])
+    return rf"re:(.*\.)?{re.escape(module[start:])}$"
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:

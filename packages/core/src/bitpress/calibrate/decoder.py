@@ -63,6 +63,12 @@ class Decoder:
         self._fill(module, f"{self.container}.{index}")
         return module
 
+    def fill_embeddings(self) -> None:
+        """Fill what reads the tokens: some models ask it for its device before they call it."""
+        embeddings = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self._fill(embeddings, name, recurse=False)
+
     @contextlib.contextmanager
     def instead_of_blocks(self, stand_ins: list[nn.Module]) -> Iterator[nn.Module]:
         """The whole model with other modules where its blocks are; what was filled is dropped again afterwards."""

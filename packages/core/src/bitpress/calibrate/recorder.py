@@ -138,6 +138,7 @@ def record(
     recorders = [_Recorder(block, i == len(decoder) - 1, form) for i, block in enumerate(decoder.blocks)]
     hidden = States(folder=folder)
     with decoder.instead_of_blocks(list(recorders)) as model:
+        decoder.fill_embeddings()
         for batch in batches:
             try:
                 model(input_ids=batch.to(device), use_cache=False)

@@ -61,10 +61,13 @@ def in_order(shard: Shard, prefix: str, streams: Streams) -> list[Site]:
     names = [module.removeprefix(prefix) for stack in shard.stacks for module in stack.members]
     course = streams.course(names)
     called = course.called
+    writers = (
+        () if any(routed(streams.block, name) for name in course.writers) else course.writers
+    )  # it may write for some tokens
     found = []
     for stack in shard.stacks:
         entrance = next((name for name in called if prefix + name in stack.members), None)
         modules = {module: streams.block.get_submodule(module.removeprefix(prefix)) for module in stack.members}
-        writes = entrance in course.writers and len(modules) == 1
+        writes = entrance in writers and len(modules) == 1
         found.append(Site(stack, modules, entrance, writes, entrance is not None and routed(streams.block, entrance)))
     return sorted(found, key=lambda site: called.index(site.entrance) if site.entrance else len(called))
