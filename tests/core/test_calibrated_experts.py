@@ -25,8 +25,8 @@ from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.source import seen
 
 FAMILIES = [
-    "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4", "llama4_text", "qwen3_next",
-    "qwen3_vl_moe", "bamba", "mamba2", "falcon_h1", "qwen2_5_vl", "llava", "gemma3",
+    "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4", "llama4_text",
+    "qwen3_next", "qwen3_vl_moe", "bamba", "mamba2", "falcon_h1", "qwen2_5_vl", "llava", "gemma3",
 ]  # fmt: skip
 BATCHES = (torch.arange(72).reshape(2, 3, 12) * 7 % 95 + 1).unbind(0)
 CPU, FLOAT = torch.device("cpu"), torch.float32
