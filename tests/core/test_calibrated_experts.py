@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.source import seen
 
 FAMILIES = [
-    "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4", "llama4_text", "qwen3_next",
-    "qwen3_vl_moe", "bamba", "mamba2", "falcon_h1", "qwen2_5_vl", "llava", "gemma3",
+    "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4", "llama4_text",
+    "qwen3_next", "qwen3_vl_moe", "bamba", "mamba2", "falcon_h1", "qwen2_5_vl", "llava", "gemma3",
 ]  # fmt: skip
 BATCHES = (torch.arange(72).reshape(2, 3, 12) * 7 % 95 + 1).unbind(0)
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -150,6 +151,46 @@ def test_an_expert_with_few_tokens_is_compressed_as_without_data_and_told_of(tmp
             assert (scale > 0).all()
             assert scale.isfinite().all()
     assert json.loads((tmp_path / "o/bitpress.json").read_text())["layers"][f"{EXPERTS}.2.up_proj"]["tokens"] == 0
+
+
+def test_tensors_of_which_transformers_makes_no_module_are_kept(tmp_path: Path, learner: Path) -> None:
+    source = build("deepseek_v3", tmp_path / "m")
+    more = {
+        "model.layers.2.eh_proj.weight": torch.randn(64, 128).bfloat16(),
+        "model.layers.2.mlp.experts.0.gate_proj.weight": torch.randn(32, 64).bfloat16(),
+        "mtp.layers.0.mlp.up_proj.weight": torch.randn(32, 64).bfloat16(),
+    }
+    save_file(tensors_of(source) | more, source / "model.safetensors", metadata={"format": "pt"})
+    with plugins(learner):
+        bitpress.compress(
+            source, tmp_path / "o", scheme="learner", calibration=tmp_path / "text.txt", sequence_length=32, samples=2
+        )
+    found = tensors_of(tmp_path / "o")
+    ignored = json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]["ignore"]
+    for name, tensor in more.items():
+        assert torch.equal(found[name], tensor)
+        assert name.removesuffix(".weight") in ignored
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen2_5_vl", "qwen3_vl_moe", "llava", "gemma3"])
+def test_what_sees_is_copied_and_ignored_under_any_of_its_names(tmp_path: Path, learner: Path, family: str) -> None:
+    source = build(family, tmp_path / "m")
+    with plugins(learner):
+        note = bitpress.compress(
+            source, tmp_path / "o", scheme="learner", calibration=tmp_path / "text.txt", sequence_length=32, samples=2
+        )
+    before, after = tensors_of(source), tensors_of(tmp_path / "o")
+    outside = [name for name in before if not re.search(r"(^|\.)(language_model|model)\.layers\.", name) or "vision" in name]
+    assert len(outside) > 10
+    assert all(torch.equal(after[name], before[name]) for name in outside)
+    ignored = json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]["ignore"]
+    patterns = [pattern.removeprefix("re:") for pattern in ignored if pattern.startswith("re:")]
+    for name in outside:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and before[name].ndim == 2 and "embed" not in module.rpartition(".")[2]:
+            for known in (module, f"model.{module}", module.removeprefix("model."), module.removeprefix("language_model.")):
+                assert any(re.match(pattern, known) for pattern in patterns), known
+    assert not any(re.match(pattern, module) for pattern in patterns for module in note.layers)
 
 
 def test_the_summary_tells_of_tokens(tmp_path: Path, learner: Path) -> None:
