@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from architectures import build
 from calibrated import install_learner
 from safetensors.torch import save_file
-from support import command, plugins, refusal, tensors_of
+from support import command, files_of, plugins, refusal, tensors_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import bitpress
 from bitpress import stacks
+from bitpress.calibrate import loop
 from bitpress.calibrate.decoder import Decoder
 from bitpress.calibrate.recorder import record
 from bitpress.calibrate.states import States
@@ -191,6 +194,34 @@ def test_what_sees_is_copied_and_ignored_under_any_of_its_names(tmp_path: Path, 
             for known in (module, f"model.{module}", module.removeprefix("model."), module.removeprefix("language_model.")):
                 assert any(re.match(pattern, known) for pattern in patterns), known
     assert not any(re.match(pattern, module) for pattern in patterns for module in note.layers)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_a_run_that_ended_goes_on_to_the_same_bytes(tmp_path: Path, learner: Path, family: str) -> None:
+    source, block = build(family, tmp_path / "m"), loop._block
+
+    def ended(plan: Any, shard: Any, *others: Any) -> Any:
+        if shard.block == 1:
+            raise KeyboardInterrupt
+        return block(plan, shard, *others)
+
+    def run(out: Path) -> None:
+        bitpress.compress(
+            source,
+            out,
+            scheme="learner",
+            settings=["coarse=0.01"],
+            calibration=tmp_path / "text.txt",
+            sequence_length=32,
+            samples=6,
+        )
+
+    with plugins(learner):
+        run(tmp_path / "whole")
+        with patch.object(loop, "_block", ended), pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "o")
+        run(tmp_path / "o")
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
 
 
 def test_the_summary_tells_of_tokens(tmp_path: Path, learner: Path) -> None:
