@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from architectures import build
 from calibrated import install_learner
 from safetensors.torch import save_file
-from support import command, plugins, refusal, tensors_of
+from support import command, files_of, plugins, refusal, tensors_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import bitpress
 from bitpress import stacks
+from bitpress.calibrate import loop
 from bitpress.calibrate.decoder import Decoder
 from bitpress.calibrate.recorder import record
 from bitpress.calibrate.states import States
@@ -150,6 +154,74 @@ def test_an_expert_with_few_tokens_is_compressed_as_without_data_and_told_of(tmp
             assert (scale > 0).all()
             assert scale.isfinite().all()
     assert json.loads((tmp_path / "o/bitpress.json").read_text())["layers"][f"{EXPERTS}.2.up_proj"]["tokens"] == 0
+
+
+def test_tensors_of_which_transformers_makes_no_module_are_kept(tmp_path: Path, learner: Path) -> None:
+    source = build("deepseek_v3", tmp_path / "m")
+    more = {
+        "model.layers.2.eh_proj.weight": torch.randn(64, 128).bfloat16(),
+        "model.layers.2.mlp.experts.0.gate_proj.weight": torch.randn(32, 64).bfloat16(),
+        "mtp.layers.0.mlp.up_proj.weight": torch.randn(32, 64).bfloat16(),
+    }
+    save_file(tensors_of(source) | more, source / "model.safetensors", metadata={"format": "pt"})
+    with plugins(learner):
+        bitpress.compress(
+            source, tmp_path / "o", scheme="learner", calibration=tmp_path / "text.txt", sequence_length=32, samples=2
+        )
+    found = tensors_of(tmp_path / "o")
+    ignored = json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]["ignore"]
+    for name, tensor in more.items():
+        assert torch.equal(found[name], tensor)
+        assert name.removesuffix(".weight") in ignored
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen2_5_vl", "qwen3_vl_moe", "llava", "gemma3"])
+def test_what_sees_is_copied_and_ignored_under_any_of_its_names(tmp_path: Path, learner: Path, family: str) -> None:
+    source = build(family, tmp_path / "m")
+    with plugins(learner):
+        note = bitpress.compress(
+            source, tmp_path / "o", scheme="learner", calibration=tmp_path / "text.txt", sequence_length=32, samples=2
+        )
+    before, after = tensors_of(source), tensors_of(tmp_path / "o")
+    outside = [name for name in before if not re.search(r"(^|\.)(language_model|model)\.layers\.", name) or "vision" in name]
+    assert len(outside) > 10
+    assert all(torch.equal(after[name], before[name]) for name in outside)
+    ignored = json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]["ignore"]
+    patterns = [pattern.removeprefix("re:") for pattern in ignored if pattern.startswith("re:")]
+    for name in outside:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and before[name].ndim == 2 and "embed" not in module.rpartition(".")[2]:
+            for known in (module, f"model.{module}", module.removeprefix("model."), module.removeprefix("language_model.")):
+                assert any(re.match(pattern, known) for pattern in patterns), known
+    assert not any(re.match(pattern, module) for pattern in patterns for module in note.layers)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_a_run_that_ended_goes_on_to_the_same_bytes(tmp_path: Path, learner: Path, family: str) -> None:
+    source, block = build(family, tmp_path / "m"), loop._block
+
+    def ended(plan: Any, shard: Any, *others: Any) -> Any:
+        if shard.block == 1:
+            raise KeyboardInterrupt
+        return block(plan, shard, *others)
+
+    def run(out: Path) -> None:
+        bitpress.compress(
+            source,
+            out,
+            scheme="learner",
+            settings=["coarse=0.01"],
+            calibration=tmp_path / "text.txt",
+            sequence_length=32,
+            samples=6,
+        )
+
+    with plugins(learner):
+        run(tmp_path / "whole")
+        with patch.object(loop, "_block", ended), pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "o")
+        run(tmp_path / "o")
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
 
 
 def test_the_summary_tells_of_tokens(tmp_path: Path, learner: Path) -> None:

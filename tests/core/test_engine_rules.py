@@ -12,7 +12,7 @@ import torch
 
 from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import NAMES
-from bitpress.engine_rules import faults
+from bitpress.engine_rules import faults, of_experts
 
 BLOCK = "model.layers.0"
 Q, K, UP, DOWN = (f"{BLOCK}.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"))
@@ -156,3 +156,27 @@ def test_a_broken_rule_is_a_fault_that_names_the_place(what: str) -> None:
     said = found(table, tensors)
     assert any(words in fault for fault in said), said
     assert len(said) <= 3
+
+
+def layout(kind: str, strategy: str, inputs: str | None, dynamic: bool = True) -> dict[str, Any]:
+    weights = {"type": kind, "num_bits": 8, "strategy": strategy}
+    return {"weights": weights, "input_activations": inputs and {"strategy": inputs, "dynamic": dynamic}}
+
+
+@pytest.mark.parametrize(
+    ("group", "refused"),
+    [
+        (None, False),
+        (layout("float", "channel", "token"), False),
+        (layout("float", "tensor", "tensor", False), False),
+        (layout("float", "block", "group"), False),
+        (layout("float", "tensor", "token"), True),
+        (layout("float", "channel", "tensor", False), True),
+        (layout("int", "channel", "token"), False),
+        (layout("int", "channel", "tensor", False), True),
+        (layout("int", "tensor", "token"), True),
+        (layout("int", "group", None), False),
+    ],
+)
+def test_layouts_that_kernels_for_experts_do_not_take_are_told(group: dict[str, Any] | None, refused: bool) -> None:
+    assert (of_experts(group) is not None) == refused

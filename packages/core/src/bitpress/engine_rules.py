@@ -58,6 +58,27 @@ def faults(config: Mapping[str, Any], entries: Mapping[str, Entry], read: Read |
     yield from _fused(linear, assigned, groups, read)
 
 
+EXPERTS = {  # by kind of the weights' numbers: strategies of weights and inputs, and whether inputs are scaled as they come
+    ("float", 8): (("tensor", "tensor", False), ("channel", "token", True), ("block", "group", True)),
+    ("int", 8): (("channel", "token", True),),
+}
+
+
+def of_experts(group: Mapping[str, Any] | None) -> str | None:
+    """Why vLLM's kernels for experts do not take a layout that its other layers have; None where they do.
+
+    Args:
+        group: a layer's config fragment.
+    """
+    weights, inputs = (((group or {}).get(key) or {}) for key in ("weights", "input_activations"))
+    known = EXPERTS.get((str(weights.get("type")), int(weights.get("num_bits") or 0)))
+    found = (weights.get("strategy"), inputs.get("strategy"), bool(inputs.get("dynamic")))
+    if known is None or not inputs or found in known:
+        return None
+    told = " or ".join(f"{w} with {'dynamic' if d else 'static'} {i}" for w, i, d in known)
+    return f"vLLM computes experts with {told} scales, and not {found[0]} with {'dynamic' if found[2] else 'static'} {found[1]}"
+
+
 def _table(table: Mapping[str, Any]) -> Iterator[str]:
     if table.get("quant_method") != "compressed-tensors":
         yield f"config.json: quant_method is {table.get('quant_method')!r}, not 'compressed-tensors'"

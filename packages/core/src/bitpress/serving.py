@@ -67,6 +67,8 @@ def _all(plan: Plan, ranks: int) -> Iterator[tuple[str, Finding]]:
     device = hardware.present()
     for stack in plan.stacks:
         for module, entry in stack.members.items():
+            if stacks.OF_EXPERT.fullmatch(module) and (why := engine_rules.of_experts(stack.stored(module)[1])):
+                yield module, Finding("unsupported", why)
             leaf = module.rpartition(".")[2]
             rows, width = entry.shape
             if leaf in KEYS and keys and size and rows == keys * size and keys < ranks:

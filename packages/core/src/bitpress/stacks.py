@@ -20,6 +20,8 @@ FUSED: Sequence[Sequence[str]] = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
 )  # what vLLM loads into one weight, in its order of rows
 EXPERT: Sequence[Sequence[str]] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("up_proj", "down_proj"))
 ROUTERS = ("gate", "router", "shared_expert_gate")

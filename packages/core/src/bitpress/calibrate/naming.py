@@ -9,6 +9,7 @@ from typing import Any
 from attrs import frozen
 from torch import nn
 
+from bitpress import stacks
 from bitpress.calibrate.unfolded import Experts
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.errors import CheckpointError
@@ -53,18 +54,18 @@ def lay_out(model: Any, checkpoint: Checkpoint, container: str, everything: bool
             "under which the files name their layers: this layout cannot be calibrated yet"
         )
     blocks = list(modules[ours].children())
-    for name, end in inside.items():
-        index, theirs = end[1:].partition(".")[::2]
-        known = found[name].removeprefix(f"{ours}.{index}.")
-        if known not in (theirs, found[name]) and int(index) < len(blocks):
-            _make_findable(blocks[int(index)], known.rpartition(".")[0], theirs.rpartition(".")[0])
+    for name in inside:
+        index = stacks.block_index(name, container)
+        known, theirs = found[name].removeprefix(f"{ours}.{index}."), name.removeprefix(f"{container}.{index}.")
+        if known not in (theirs, found[name]) and index is not None and index < len(blocks):
+            _make_findable(blocks[index], known.rpartition(".")[0], theirs.rpartition(".")[0])
     return Layout({ours: name for name, ours in found.items()}, ours, blocks)
 
 
 def _unfold(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], everything: bool) -> None:
     layers: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
     for ours, shape in shapes.items():
-        if place := OF_EXPERT.fullmatch(ours):
+        if (place := OF_EXPERT.fullmatch(ours)) and any(place["leaf"] in leaves for leaves in stacks.EXPERT):
             layers.setdefault(place["experts"], {}).setdefault(place["number"], {})[place["leaf"]] = shape
     modules = dict(model.named_modules())
     for name in [name for name in layers if name in modules]:  # the model need not have all blocks of the files

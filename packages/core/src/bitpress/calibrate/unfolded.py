@@ -26,16 +26,21 @@ class Experts(nn.Module):
         everything: whether each expert computes every token; the output is the same.
 
     Raises:
-        CheckpointError: it computes in a way that is not known here; `name` is named.
+        CheckpointError: it computes in a way that is not known here, or experts are missing; `name` is named.
     """
 
     def __init__(self, name: str, fused: nn.Module, shapes: Shapes, everything: bool = False) -> None:
         super().__init__()
         arguments = len(inspect.signature(type(fused).forward).parameters) - 1
-        names = next((n for n in EXPERT if set(n) == set(shapes["0"])), None)
+        found = list(shapes.values())
+        if list(shapes) != [str(number) for number in range(len(found))] or any(other != found[0] for other in found):
+            raise CheckpointError(
+                f"{name}: the files do not hold all experts in one form, numbered from 0; fetch the model again"
+            )
+        names = next((n for n in EXPERT if set(n) == set(found[0])), None)
         odd = [key for key in ("has_bias", "has_post_expert_norm") if getattr(fused, key, False)]
         if names is None or arguments not in (1, 3) or odd:
-            what = ", ".join(odd) or f"layers {', '.join(shapes['0'])}, {arguments} inputs"
+            what = ", ".join(odd) or f"layers {', '.join(found[0])}, {arguments} inputs"
             raise CheckpointError(
                 f"{name}: how transformers' {type(fused).__name__} computes is not known ({what}): it cannot be calibrated or "
                 "run yet; schemes and options that need no data can be used"
