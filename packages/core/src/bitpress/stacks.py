@@ -202,4 +202,7 @@ def _check(module: str, entry: Entry, bias: Entry | None) -> None:
         raise CheckpointError(f"{entry.file}: tensor {entry.name} is {entry.dtype}: already quantised; start from the original")
     rows, width = entry.shape
     if bias is not None and bias.shape == (width,) and rows != width:
-        raise CheckpointError(f"{entry.file}: layer {module} is stored transposed (in, out), as GPT-2 does: not supported yet")
+        raise CheckpointError(
+            f"{entry.file}: layer {module} is stored transposed (in, out), as GPT-2 does, and engines read no compressed form of "
+            "such layers"
+        )
