@@ -82,8 +82,7 @@ def _cut(module: str, both: Entry, down: Entry, table: Mapping[str, Any]) -> dic
 
 def _sizes(table: Mapping[str, Any]) -> tuple[int, int]:
     """Channels of the hidden states, and of an expert."""
-    hidden, *widths = (table.get(key) for key in ("hidden_size", *WIDTHS))
-    return hidden if isinstance(hidden, int) else 0, next((width for width in widths if isinstance(width, int)), 0)
+    return stacks.hidden_size(table) or 0, next((table[key] for key in WIDTHS if isinstance(table.get(key), int)), 0)
 
 
 def _neither(both: Entry, down: Entry, table: Mapping[str, Any]) -> str:

@@ -54,7 +54,8 @@ def started(device: str) -> Iterator[Ranks]:
     names = Ranks(rank, count).gather((socket.gethostname(), os.getpid()))
     here = [i for i, (host, _) in enumerate(names) if host == names[rank][0]]
     ranks = Ranks(rank, count, len(here), here.index(rank))
-    watch = _Watch(PrefixStore("watch", next(rendezvous("env://"))[0]), ranks, names)
+    own, _, _ = next(rendezvous("env://"))  # a connection that only the watch uses: it must not wait behind a collective's
+    watch = _Watch(PrefixStore("watch", own), ranks, names)
     watch.start()
     try:
         yield ranks

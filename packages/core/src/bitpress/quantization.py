@@ -65,8 +65,6 @@ def table(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def quantised_already(config: Mapping[str, Any]) -> str | None:
     """The method by which a model's config says that it is quantised, or None."""
-    for table in (config, config.get("text_config")):
-        if isinstance(table, dict) and table.get(KEY):
-            method = table[KEY].get("quant_method") if isinstance(table[KEY], dict) else None
-            return str(method or "an unnamed method")
-    return None
+    if not (config.get(KEY) or text_part(config).get(KEY)):
+        return None
+    return str(table(config).get("quant_method") or "an unnamed method")

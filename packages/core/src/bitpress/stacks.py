@@ -26,9 +26,9 @@ FUSED: Sequence[Sequence[str]] = (
 EXPERT: Sequence[Sequence[str]] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("up_proj", "down_proj"))
 ROUTERS = ("gate", "router", "shared_expert_gate")
 OUTSIDE = re.compile(r"visual|vision|image|audio|speech|mtp|nextn|projector|draft|eagle", re.IGNORECASE)
-NUMBER = re.compile(r"[0-9]{1,6}")  # of a block
+NUMBER = re.compile(r"[0-9]{1,6}")  # of a block, or an expert
 PLACE = re.compile(r"(?<=\.)\d+(?=\.)")
-OF_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>[0-9]{1,6})\.\w+")
+OF_EXPERT = re.compile(rf"(?P<experts>.+\.experts)\.(?P<number>{NUMBER.pattern})\.(?P<leaf>\w+)")
 IN_BLOCK = re.compile(rf"\.{NUMBER.pattern}\.[^0-9].*")
 T = TypeVar("T", bound=Hashable)
 BLOCK = re.compile(rf"(?P<container>.+?)\.(?P<index>{NUMBER.pattern})\.(?P<inside>.+)\.weight")

@@ -14,8 +14,6 @@ from bitpress.calibrate.unfolded import Experts
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.errors import CheckpointError
 
-OF_EXPERT = re.compile(r"(?P<experts>.+)\.(?P<inside>(?P<number>[0-9]{1,6})\.(?P<leaf>\w+)\.weight)")
-
 
 @frozen(eq=False)
 class Layout:
@@ -65,7 +63,7 @@ def lay_out(model: Any, checkpoint: Checkpoint, container: str, everything: bool
 def _unfold(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], everything: bool) -> None:
     layers: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
     for ours, shape in shapes.items():
-        if (place := OF_EXPERT.fullmatch(ours)) and any(place["leaf"] in leaves for leaves in stacks.EXPERT):
+        if (place := _of_expert(ours)) and any(place["leaf"] in leaves for leaves in stacks.EXPERT):
             layers.setdefault(place["experts"], {}).setdefault(place["number"], {})[place["leaf"]] = shape
     modules = dict(model.named_modules())
     for name in [name for name in layers if name in modules]:  # the model need not have all blocks of the files
@@ -95,9 +93,14 @@ def names_in_model(model: Any, tensors: Iterable[str]) -> dict[str, str]:
         renamed, converted = rename_source_key(name, renamings, converters, prefix, known)
         if converted is None:
             found[name] = renamed
-        elif ".experts." in name and (place := OF_EXPERT.fullmatch(name)):
-            found[name] = f"{renamed.rpartition('.')[0]}.{place['inside']}"
+        elif place := _of_expert(name):
+            found[name] = f"{renamed.rpartition('.')[0]}.{place['number']}.{place['leaf']}.weight"
     return found
+
+
+def _of_expert(tensor: str) -> re.Match[str] | None:
+    """The place of an expert's weight among the experts of a block."""
+    return stacks.OF_EXPERT.fullmatch(tensor.removesuffix(".weight")) if tensor.endswith(".weight") else None
 
 
 def _make_findable(block: nn.Module, module: str, by: str) -> None:

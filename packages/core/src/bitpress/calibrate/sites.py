@@ -61,9 +61,8 @@ def in_order(shard: Shard, prefix: str, streams: Streams) -> list[Site]:
     names = [module.removeprefix(prefix) for stack in shard.stacks for module in stack.members]
     course = streams.course(names)
     called = course.called
-    writers = (
-        () if any(routed(streams.block, name) for name in course.writers) else course.writers
-    )  # it may write for some tokens
+    some = any(routed(streams.block, name) for name in course.writers)  # then they may write for some tokens only
+    writers = () if some else course.writers
     found = []
     for stack in shard.stacks:
         entrance = next((name for name in called if prefix + name in stack.members), None)
