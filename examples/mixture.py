@@ -33,17 +33,10 @@ def grown() -> MixtralForCausalLM:
     """A Mixtral with tiny-llama's attention, and experts like its MLPs."""
     dense = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama", dtype=torch.float32)
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    more = (
-        "head_dim",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_parameters",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    )
+    more = ("head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "bos_token_id", "eos_token_id")
     config = MixtralConfig(
-        **{key: getattr(dense.config, key) for key in keys + more}, tie_word_embeddings=True, sliding_window=None,
+        **{key: getattr(dense.config, key) for key in (*keys, *more, "pad_token_id")},
+        tie_word_embeddings=True, sliding_window=None,
         num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN, router_aux_loss_coef=0.01, output_router_logits=True,
     )  # fmt: skip
     model = MixtralForCausalLM(config)
