@@ -188,7 +188,7 @@ def _write(
     return note
 
 
-def _threads(job: Job, max_memory: int | None, ranks: Ranks) -> int:
+def _threads(job: Job, max_memory: int | None, ranks: Ranks = ALONE) -> int:
     """As many as there are cores for a rank, or fewer where memory is short and each thread takes its own."""
     most = max(cores() // ranks.beside, 1)
     if job.data or max_memory is None:
