@@ -26,15 +26,33 @@ def resident():
 found = {"without": min(faults() for _ in range(4)), "before": resident()}
 with memory.freed_kept():
     found |= {"within": min(faults() for _ in range(4)), "kept": resident()}  # something small may settle between two
+    memory.give_back(allowed=1 << 40)
+    found |= {"allowed": resident()}
+    memory.give_back(allowed=0)
+    found |= {"refused": resident()}
 found |= {"after": resident()}
 print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
-def test_freed_memory_is_there_for_the_next_tensor_and_the_system_s_again_afterwards() -> None:
+GLIBC = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+
+
+def measured() -> dict[str, int]:
+    """Pages that were faulted in, or that the process holds, by the program's names of them."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    return dict(json.loads(done.stdout))
+
+
+@GLIBC
+def test_freed_memory_is_there_for_the_next_tensor_and_the_system_s_again_afterwards() -> None:
+    found = measured()
     assert found["without"] > PAGES / 2
     assert found["within"] < PAGES / 10
     assert found["kept"] > found["before"] + PAGES / 2 > found["after"]
+
+
+@GLIBC
+def test_freed_memory_is_kept_while_much_more_is_allowed() -> None:
+    found = measured()
+    assert found["allowed"] > found["before"] + PAGES / 2 > found["refused"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -52,6 +53,19 @@ def test_an_asymmetric_grid_is_the_best_of_all_tried(bits: int, group: int, weig
         zero = (lowest - least * ratio / scale + shift).round().clamp(lowest, greatest)
         each.append(cost(weight, numerics.IntegerGrid(scale, zero, bits, group), importance))
     torch.testing.assert_close(found, torch.stack(each).amin(0), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("fit", [numerics.fit_symmetric, numerics.fit_asymmetric])
+def test_looking_beside_the_best_of_few_scales_comes_near_to_trying_all(fit: Callable[..., numerics.IntegerGrid]) -> None:
+    weight, importance = numbers(64, 1024, 0), numbers(1, 1024, 1).square()[0]
+    every = [0.475 + 0.025 * i for i in range(25)]
+    few, finer, many = (
+        cost(weight, fit(weight, importance, 4, 128, ratios, finer=step), importance)
+        for ratios, step in ((every[::2], None), (every[::2], 0.025), (every, None))
+    )
+    assert (finer <= few).all()
+    assert (finer < few).any()
+    assert finer.sum() <= 1.002 * many.sum()
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)

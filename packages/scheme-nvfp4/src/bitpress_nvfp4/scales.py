@@ -7,7 +7,7 @@ that one and the scale of Cook et al., "Four Over Six", arXiv 2512.02010.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from attrs import frozen
@@ -73,7 +73,7 @@ def fit(weight: Tensor, importance: Tensor | None, divisor: Tensor) -> Grid:
     """
     import torch
 
-    def candidates(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def candidates(groups: Tensor) -> Generator[tuple[Tensor, Tensor], object, None]:
         amax = groups.abs().amax(2)  # (out, groups)
         reaching = numerics.encode_e4m3(amax * divisor, amax.new_tensor(numerics.E2M1_MAX)).view(torch.uint8).int()
         for k in NEIGHBOURS:

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # in units of what reaches the largest weight; with few bits, a clipped weight may cost less than a coarse step
-SYMMETRIC = {4: tuple(0.45 + 0.025 * i for i in range(26)), 8: tuple(0.5 + 0.04 * i for i in range(14))}
-ASYMMETRIC = {4: tuple(0.6 + 0.025 * i for i in range(19)), 8: tuple(0.7 + 0.06 * i for i in range(6))}
+SYMMETRIC = {4: tuple(0.475 + 0.05 * i for i in range(13)), 8: tuple(0.5 + 0.04 * i for i in range(14))}
+ASYMMETRIC = {4: tuple(0.6 + 0.05 * i for i in range(10)), 8: tuple(0.7 + 0.06 * i for i in range(6))}
+FINER = {4: 0.025, 8: None}  # with 8 bits what a scale costs depends on where it puts each weight: any may be best
 
 
 def fit(
@@ -25,5 +26,5 @@ def fit(
         importance: (in,) what an error costs in each column; None where all cost the same.
     """
     if symmetric:
-        return numerics.fit_symmetric(weight, importance, bits, group, SYMMETRIC[bits], dtype)
-    return numerics.fit_asymmetric(weight, importance, bits, group, ASYMMETRIC[bits], dtype)
+        return numerics.fit_symmetric(weight, importance, bits, group, SYMMETRIC[bits], dtype, FINER[bits])
+    return numerics.fit_asymmetric(weight, importance, bits, group, ASYMMETRIC[bits], dtype, FINER[bits])

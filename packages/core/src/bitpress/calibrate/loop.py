@@ -66,7 +66,7 @@ def write_shards(
         allowed = limit if limit is not None else memory.available() // (2 * ranks.beside)
         place = output.folder if need.spilled(allowed) else None
         recording = record(decoder, own, device, dtype, place)
-        streams = _streams(plan, recording, part, place, need.waits(allowed, own[0].numel()), device, ranks)
+        streams = _streams(plan, recording, part, place, need.waits(allowed, own[0].numel()), device, ranks, allowed)
         for index in range(len(decoder)):
             calls, recording.calls[index] = recording.calls[index], []
             streams.enter(decoder.block(index), decoder.block(index) if streams.chosen else None, calls)
@@ -75,7 +75,7 @@ def write_shards(
             drift = streams.leave(last=index + 1 == len(decoder))
             if drift is not None and index in shards:
                 notes[-1].blocks[f"{plan.container}.{index}"] = drift
-            memory.give_back()
+            memory.give_back(allowed)
     return notes
 
 
@@ -87,8 +87,9 @@ def _batches(ids: Tensor, ranks: Ranks) -> Sequence[Tensor]:
 
 
 def _streams(
-    plan: Plan, recording: Recording, part: range, place: Path | None, waiting: int, device: torch.device, ranks: Ranks
-) -> Streams:
+    plan: Plan, recording: Recording, part: range, place: Path | None, waiting: int, device: torch.device, ranks: Ranks,
+    allowed: int,
+) -> Streams:  # fmt: skip
     """The hidden states to start from, and those of every eighth batch once more where a scheme asks for the source's.
 
     Args:
@@ -97,7 +98,7 @@ def _streams(
     wanted = any(step.scheme.wants("observe", "reference") and step.calibrated for step in plan.recipe.all_steps)
     chosen = [place for place, number in enumerate(part) if wanted and number % memory.REFERENCE == 0]
     reference = States((recording.hidden[i].clone() for i in chosen), place)
-    return Streams(recording.hidden, reference, chosen, waiting, device, ranks)
+    return Streams(recording.hidden, reference, chosen, waiting, device, ranks, allowed)
 
 
 def _block(plan: Plan, shard: Shard, output: OutputFolder, reader: Reader, streams: Streams, told: Told) -> BlockNotes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,11 +86,21 @@ def freed_kept() -> Iterator[None]:
         give_back()
 
 
-def give_back() -> None:
-    """Let the system have freed memory again, where the C library (glibc) keeps what lies between what is used."""
+def give_back(allowed: int = 0) -> None:
+    """Let the system have freed memory again, where the C library (glibc) keeps what lies between what is used.
+
+    Args:
+        allowed: bytes beyond what the interpreter takes: while less than half of them are taken, nothing is done.
+    """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
+    if hasattr(libc, "malloc_trim") and (not allowed or taken() > RUNTIME + allowed // 2):
         libc.malloc_trim(0)
+
+
+def taken() -> int:
+    """Bytes of memory that this process holds; more than any limit where the system does not say."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.is_file() else sys.maxsize
 
 
 def available() -> int:

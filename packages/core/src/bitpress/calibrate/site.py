@@ -93,7 +93,7 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
         error = _store(site, quantised, sample, write, notes, ranks, owner)
         told(site.stack.reads, f"{site.stack.name}: error {error:.4f}")
         del stats, layer, quantised, sample
-        memory.give_back()
+        memory.give_back(streams.allowed)
     for door in doors:
         door.close()
     notes.warnings.extend(few(notes.tokens))

@@ -56,15 +56,16 @@ class Streams:
         chosen: which batches these are.
         waiting: how many forwards may wait inside a block; others start anew for every site.
         ranks: who share all batches; these are one rank's.
+        allowed: bytes of memory that may be held beyond what the interpreter takes.
     """
 
     def __init__(
         self, states: States, reference: States | None, chosen: Sequence[int], waiting: int, device: torch.device,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = ALONE, allowed: int = 0,
     ) -> None:  # fmt: skip
         self.ranks = ranks
         self.states, self.reference, self.chosen, self.waiting = states, reference, chosen, waiting
-        self.device = device
+        self.device, self.allowed = device, allowed
         self._walks: list[Walk] = []
         self._source_walks: dict[int, Walk] = {}
         self._courses: dict[tuple[object, ...], Course] = {}

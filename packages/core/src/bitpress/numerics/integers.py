@@ -6,7 +6,7 @@ A weight is stored as a code in -2^(b-1) ... 2^(b-1) - 1 and means (code - zero)
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from attrs import frozen
@@ -68,8 +68,9 @@ def decode_integers(codes: Tensor, scale: Tensor, zero: Tensor | None = None) ->
 
 
 def fit_symmetric(
-    weight: Tensor, importance: Tensor | None, bits: int, group: int, ratios: Sequence[float], dtype: torch.dtype = torch.float32
-) -> IntegerGrid:
+    weight: Tensor, importance: Tensor | None, bits: int, group: int, ratios: Sequence[float], dtype: torch.dtype = torch.float32,
+    finer: float | None = None,
+) -> IntegerGrid:  # fmt: skip
     """The grid without zero points that costs the weight least: Σ importance (w - q)².
 
     Args:
@@ -78,39 +79,49 @@ def fit_symmetric(
         group: columns that share a scale; the width is a multiple of it.
         ratios: scales to try, in units of amax / ((2^bits - 1) / 2), the full range of codes.
         dtype: what the scale is stored in; every candidate is rounded to it before it is judged.
+        finer: so much beside the best of them on either side is tried too, for each group by itself.
     """
 
-    def candidates(groups: Tensor) -> Iterator[tuple[Tensor]]:
+    def candidates(groups: Tensor) -> Generator[tuple[Tensor], tuple[Tensor], None]:
         amax = groups.abs().amax(2)  # (out, groups)
         unit = (amax / ((2**bits - 1) / 2)).masked_fill_(amax == 0, 1.0)
         for ratio in ratios:
-            yield (_stored(unit * ratio, bits, dtype),)
+            (best,) = yield (_stored(unit * ratio, bits, dtype),)
+        for step in _beside(finer):
+            yield (_stored(best + unit * step, bits, dtype),)
 
     (scale,) = search(weight, importance, group, candidates, functools.partial(_nearest, bits=bits))
     return IntegerGrid(scale, None, bits, group)
 
 
 def fit_asymmetric(
-    weight: Tensor, importance: Tensor | None, bits: int, group: int, ratios: Sequence[float], dtype: torch.dtype = torch.float32
-) -> IntegerGrid:
+    weight: Tensor, importance: Tensor | None, bits: int, group: int, ratios: Sequence[float], dtype: torch.dtype = torch.float32,
+    finer: float | None = None,
+) -> IntegerGrid:  # fmt: skip
     """The grid with zero points that costs the weight least; 0 is always on it.
 
     As `fit_symmetric`, with ratios in units of (max - min) / (2^bits - 1), and for each the zero point nearest to the range's end
-    and its two neighbours.
+    and its two neighbours; finer scales are tried with the best one's.
     """
     lowest, greatest = limits(bits)
 
-    def candidates(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def candidates(groups: Tensor) -> Generator[tuple[Tensor, Tensor], tuple[Tensor, Tensor], None]:
         least, most = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
         steps = 2**bits - 1
         unit = (most / steps - least / steps).masked_fill_(most == least, 1.0)
         for ratio in ratios:
             scale = _stored(unit * ratio, bits, dtype)
             for shift in (-1, 0, 1):
-                yield scale, (lowest - least / scale * ratio + shift).round_().clamp_(lowest, greatest)
+                best, zero = yield scale, (lowest - least / scale * ratio + shift).round_().clamp_(lowest, greatest)
+        for step in _beside(finer):
+            yield _stored(best + unit * step, bits, dtype), zero
 
     scale, zero = search(weight, importance, group, candidates, functools.partial(_nearest, bits=bits))
     return IntegerGrid(scale, zero, bits, group)
+
+
+def _beside(finer: float | None) -> tuple[float, ...]:
+    return () if finer is None else (-finer, finer)
 
 
 def _nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int) -> Tensor:

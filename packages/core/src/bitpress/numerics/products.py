@@ -17,7 +17,7 @@ from bitpress.numerics.blocks import absmax
 
 STRIPES = 8  # into which a symmetric or triangular product is cut: 9/16 of the whole are computed
 LEAST = 256  # columns of a stripe, or tokens of a product of codes: fewer are slower than what they save
-ROWS = 64  # that are coded at a time: they stay in cache
+ROWS = 64  # that are looked at, or coded, at a time: they stay in cache
 TOKENS = 4096  # that share a channel's scale
 
 
@@ -69,7 +69,7 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 def _coded(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes (tokens, in), and what a code of 1 means in each channel (in,)."""
-    scale = absmax(x, dim=0).squeeze(0).div_(127)
+    scale = functools.reduce(torch.maximum, (absmax(part, dim=0) for part in torch.split(x, ROWS))).squeeze(0).div_(127)
     scale.masked_fill_(scale < torch.finfo(scale.dtype).tiny, 1.0)  # below, a quotient is no longer at most 127
     codes = torch.empty_like(x, dtype=torch.int8)
     for part, place in zip(torch.split(x, ROWS), torch.split(codes, ROWS), strict=True):

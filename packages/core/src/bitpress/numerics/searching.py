@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 CHUNK = 1 << 17  # weights whose candidates are compared at a time: they stay in cache
 
 Parts = tuple[Tensor, ...]  # (out, groups) each; the first is the scale
-Candidates = Callable[[Tensor], Iterator[Parts]]
+Candidates = Callable[[Tensor], Generator[Parts, Any, None]]
 Nearest = Callable[..., Tensor]
 
 
@@ -20,7 +22,7 @@ def search(weight: Tensor, importance: Tensor | None, group: int, candidates: Ca
     Args:
         weight: (out, in) float32, the width a multiple of `group`.
         importance: (in,) what an error costs in each column; None where all cost the same.
-        candidates: given weights (out, groups, group), yields what is tried.
+        candidates: given weights (out, groups, group), yields what is tried, and is sent the best so far.
         nearest: given weights and a candidate's parts (out, groups, 1), the representable numbers nearest to them. Weights and
             scale come multiplied by one power of two.
     """
@@ -39,14 +41,18 @@ def _best(weight: Tensor, importance: Tensor | None, candidates: Candidates, nea
     """Judged near 1, where no square is too large or too small for float32."""
     power = -weight.abs().amax(2).frexp().exponent.clamp(-126, 126)  # (out, groups)
     near = weight.ldexp(power.unsqueeze(2))  # powers of two change no code
-    cost: Tensor | None = None
-    for scale, *others in candidates(weight):
+
+    def costs(scale: Tensor, *others: Tensor) -> Tensor:  # (out, groups)
         error = nearest(near, scale.ldexp(power).unsqueeze(2), *(part.unsqueeze(2) for part in others)).sub_(near).square_()
-        new = (error if importance is None else error.mul_(importance)).sum(2)  # (out, groups)
-        if cost is None:
-            cost, best = new, (scale, *others)
-            continue
-        better = new < cost
-        cost = torch.where(better, new, cost)
-        best = tuple(torch.where(better, part, old) for part, old in zip((scale, *others), best, strict=True))
+        return (error if importance is None else error.mul_(importance)).sum(2)
+
+    tried = candidates(weight)
+    best = next(tried)
+    cost = costs(*best)
+    with contextlib.suppress(StopIteration):
+        while True:
+            candidate = tried.send(best)
+            better = (new := costs(*candidate)) < cost
+            cost = torch.where(better, new, cost)
+            best = tuple(torch.where(better, part, old) for part, old in zip(candidate, best, strict=True))
     return best
