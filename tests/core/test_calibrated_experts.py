@@ -175,6 +175,17 @@ def test_tensors_of_which_transformers_makes_no_module_are_kept(tmp_path: Path, 
         assert name.removesuffix(".weight") in ignored
 
 
+def test_a_config_under_which_the_model_cannot_run_is_told_in_one_line(tmp_path: Path, learner: Path) -> None:
+    source = build("qwen2_5_vl", tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["rope_parameters"]["mrope_section"] = [2, 2, 2]  # of heads that have 8 such channels
+    (source / "config.json").write_text(json.dumps(config))
+    words = ["--scheme", "learner", "--calibration", tmp_path / "text.txt", "--sequence-length", "32", "--samples", "2"]
+    said = refusal("compress", source, tmp_path / "o", *words, path=learner)
+    assert "cannot be run on a text" in said
+    assert "split_with_sizes expects" in said
+
+
 @pytest.mark.parametrize("family", ["llama4", "qwen2_5_vl", "qwen3_vl_moe", "llava", "gemma3"])
 def test_what_sees_is_copied_and_ignored_under_any_of_its_names(tmp_path: Path, learner: Path, family: str) -> None:
     source = build(family, tmp_path / "m")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from bitpress.errors import BitpressError
+from bitpress.errors import BitpressError, first_line
 
 
 def device_named(name: str) -> torch.device:
@@ -20,7 +20,7 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise BitpressError(f"--device {name}: {str(e).splitlines()[0]}") from None
+        raise BitpressError(f"--device {name}: {first_line(e)}") from None
     return device
 
 

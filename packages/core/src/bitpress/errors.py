@@ -50,3 +50,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, cut to its first line."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bitpress.calibrate.decoder import Decoder
 from bitpress.calibrate.states import States
-from bitpress.errors import CheckpointError
+from bitpress.errors import BitpressError, CheckpointError, first_line
 
 
 @frozen(eq=False)
@@ -115,10 +115,8 @@ def head(decoder: Decoder, beside: tuple[Any, ...] | None) -> Iterator[Callable[
             batch = hidden.unsqueeze(0)
             for replayer in replayers:
                 replayer.output = batch if beside is None else (batch, *beside)
-            try:
+            with _running(model):
                 return model(inputs_embeds=batch, use_cache=False).logits[0]  # type: ignore[no-any-return]
-            except (AttributeError, TypeError, ValueError) as e:
-                raise CheckpointError(f"transformers' {type(model).__name__} cannot be run on a text alone: {e}") from e
 
         yield logits
 
@@ -141,12 +139,25 @@ def record(
         decoder.fill_embeddings()
         for batch in batches:
             try:
-                model(input_ids=batch.to(device), use_cache=False)
+                with _running(model):
+                    model(input_ids=batch.to(device), use_cache=False)
             except _LastBlockReached:
                 first = recorders[0].hidden
                 assert first is not None
                 hidden.append(first.to(dtype).cpu())
     return Recording(hidden, [recorder.calls for recorder in recorders])
+
+
+@contextlib.contextmanager
+def _running(model: nn.Module) -> Iterator[None]:
+    """Whatever a model's own code raises is told as the model's fault."""
+    try:
+        yield
+    except (_LastBlockReached, BitpressError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        fact = f"transformers' {type(model).__name__} cannot be run on a text alone, as it and its config.json are"
+        raise CheckpointError(f"{fact} ({first_line(e)})") from e
 
 
 def _shared(call: Call, first: Call | None) -> Call:

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from bitpress.errors import DataError, nearest
+from bitpress.errors import DataError, first_line, nearest
 
 SHIPPED = "the text that ships with bitpress"
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -45,11 +45,6 @@ def read(source: str | None, limit: int | None, render: Render) -> tuple[str, st
     if not text.strip():
         raise DataError(f"{source}: it holds no text")
     return text, name
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of another library says, cut to its first line."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _plain(file: Path, limit: int | None) -> str:

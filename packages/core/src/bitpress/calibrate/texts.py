@@ -13,7 +13,7 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.calibrate import sources
-from bitpress.errors import CheckpointError, DataError
+from bitpress.errors import CheckpointError, DataError, first_line
 
 SHORTEST = 16  # tokens: a lone sequence shorter than this says nothing about a model
 GENEROUS = 16  # characters read per token wanted; a token of prose has three to five
@@ -151,7 +151,7 @@ def _tokenise(choice: Choice, wanted: int, tokenizer: Any) -> tuple[Tensor, str]
         try:
             return str(tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as e:  # templates are programs, and raise what they like
-            raise DataError(f"the tokenizer's chat template does not take these messages ({sources.first_line(e)})") from None
+            raise DataError(f"the tokenizer's chat template does not take these messages ({first_line(e)})") from None
 
     # Where the first tokens are all that is wanted, the beginning of the text is all that is read: a tokenizer hardly looks
     # further than a word ahead, so that they are the same, and nobody waits for gigabytes to be tokenised for them.
@@ -173,7 +173,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as e:  # whatever the parsers of its files raise
         hint = "; if you trust that code, --trust-remote-code runs it" if "trust_remote_code" in str(e) else ""
-        fact = sources.first_line(e)
+        fact = first_line(e)
         raise CheckpointError(f"{folder}: no usable tokenizer, which running the model on text needs ({fact}){hint}") from None
 
 

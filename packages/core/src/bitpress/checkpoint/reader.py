@@ -17,7 +17,7 @@ from attrs import frozen
 from bitpress.checkpoint.header import LARGEST, Entry, Header, read_header
 from bitpress.checkpoint.others import other_files
 from bitpress.checkpoint.views import View
-from bitpress.errors import CheckpointError
+from bitpress.errors import CheckpointError, first_line
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
@@ -218,7 +218,7 @@ def resolve(model: str | Path, fetch: Callable[[str], str] | None = None) -> Pat
     try:
         return Path((fetch or _download)(name))
     except Exception as e:  # the Hub client raises many kinds: network, rights, names
-        raise CheckpointError(f"{name} is no folder, and the Hub did not give it: {str(e).splitlines()[0]}") from None
+        raise CheckpointError(f"{name} is no folder, and the Hub did not give it: {first_line(e)}") from None
 
 
 def _download(name: str) -> str:
