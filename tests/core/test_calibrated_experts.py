@@ -159,9 +159,9 @@ def test_an_expert_with_few_tokens_is_compressed_as_without_data_and_told_of(tmp
 def test_tensors_of_which_transformers_makes_no_module_are_kept(tmp_path: Path, learner: Path) -> None:
     source = build("deepseek_v3", tmp_path / "m")
     more = {
-        "model.layers.2.eh_proj.weight": torch.randn(64, 128).bfloat16(),
-        "model.layers.2.mlp.experts.0.gate_proj.weight": torch.randn(32, 64).bfloat16(),
-        "mtp.layers.0.mlp.up_proj.weight": torch.randn(32, 64).bfloat16(),
+        "model.layers.2.eh_proj.weight": torch.randn(128, 256).bfloat16(),
+        "model.layers.2.mlp.experts.0.gate_proj.weight": torch.randn(64, 128).bfloat16(),
+        "mtp.layers.0.mlp.up_proj.weight": torch.randn(64, 128).bfloat16(),
     }
     save_file(tensors_of(source) | more, source / "model.safetensors", metadata={"format": "pt"})
     with plugins(learner):
@@ -178,7 +178,7 @@ def test_tensors_of_which_transformers_makes_no_module_are_kept(tmp_path: Path, 
 def test_a_config_under_which_the_model_cannot_run_is_told_in_one_line(tmp_path: Path, learner: Path) -> None:
     source = build("qwen2_5_vl", tmp_path / "m")
     config = json.loads((source / "config.json").read_text())
-    config["text_config"]["rope_parameters"]["mrope_section"] = [2, 2, 2]  # of heads that have 8 such channels
+    config["text_config"]["rope_parameters"]["mrope_section"] = [4, 4, 4]  # of heads that have 16 such channels
     (source / "config.json").write_text(json.dumps(config))
     words = ["--scheme", "learner", "--calibration", tmp_path / "text.txt", "--sequence-length", "32", "--samples", "2"]
     said = refusal("compress", source, tmp_path / "o", *words, path=learner)

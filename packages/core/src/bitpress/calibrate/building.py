@@ -16,8 +16,8 @@ from bitpress.errors import CheckpointError
 from bitpress.quantization import KEY
 
 
-def build(checkpoint: Checkpoint, trust: bool) -> nn.Module:
-    """The model on the meta device; buffers, which are computed and not stored, are real."""
+def build(checkpoint: Checkpoint, trust: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model on the meta device; buffers, which are computed and not stored, are real, and of that dtype."""
     import transformers
 
     count = stacks.block_count(checkpoint.config)
@@ -28,7 +28,7 @@ def build(checkpoint: Checkpoint, trust: bool) -> nn.Module:
         for part in (config, config.get_text_config()):
             part.__dict__.pop(KEY, None)  # weights are given as they are computed with
         with _parameters_on_meta():
-            model = _from_config(config, trust)
+            model = _from_config(config, trust, dtype)
     except Exception as e:  # whatever its parsers and its models raise for a config that is not what it says
         text = re.sub(r"\s+", " ", str(e)).strip()
         hint = "" if trust or "trust_remote_code" not in text else "; --trust-remote-code allows the model's own code"
@@ -36,18 +36,18 @@ def build(checkpoint: Checkpoint, trust: bool) -> nn.Module:
     return model.eval()
 
 
-def _from_config(config: Any, trust: bool) -> nn.Module:
+def _from_config(config: Any, trust: bool, dtype: torch.dtype) -> nn.Module:
     """The whole of a model that also sees, where the config is one's; its text part alone has other names."""
     import transformers
 
     seeing: Callable[..., nn.Module] = transformers.AutoModelForImageTextToText.from_config
     reading: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
     try:
-        return seeing(config, trust_remote_code=trust)
+        return seeing(config, trust_remote_code=trust, dtype=dtype)
     except ValueError as e:
         if "Unrecognized configuration class" not in str(e):
             raise
-    return reading(config, trust_remote_code=trust)
+    return reading(config, trust_remote_code=trust, dtype=dtype)
 
 
 @contextlib.contextmanager

@@ -42,11 +42,9 @@ class Decoder:
         trust: bool = False,
         everything: bool = False,
     ) -> None:
-        self.model: Any = build(checkpoint, trust)
+        self.model: Any = build(checkpoint, trust, dtype)
         checkpoint = unfolded(checkpoint)  # also of experts that a run leaves as they are
         layout = lay_out(self.model, checkpoint, container, everything)
-        for parameter in self.model.parameters():  # some models ask for a weight's dtype before they use it
-            parameter.data = parameter.data.to(dtype)
         self.container, self.blocks = layout.container, layout.blocks
         self._checkpoint, self._reader, self._device, self._dtype = checkpoint, reader, device, dtype
         self._names = {**layout.names, **self._tied(layout.names)}
