@@ -21,7 +21,7 @@ DEEPSEEK = {
     "moe_intermediate_size": 64, "num_experts_per_tok": 2, "topk_method": "noaux_tc",
 }  # fmt: skip
 MLA = {
-    "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
+    "q_lora_rank": 64, "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32,
     "head_dim": 32, "num_key_value_heads": 4,
 }  # fmt: skip
 VISION = {
@@ -81,7 +81,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3_next": Architecture(
         "linear attention, experts",
         {**EXPERTS, **HYBRID, "shared_expert_intermediate_size": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-         "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+         "linear_key_head_dim": 128, "linear_value_head_dim": 128},
     ),
     "mamba2": Architecture("state space", {"num_heads": 4, "head_dim": 64, "state_size": 16, "n_groups": 1, "expand": 2}),
     "bamba": Architecture("state space and attention", {**MAMBA, "attn_layer_indices": [1]}),
