@@ -24,7 +24,6 @@ from bitpress.checkpoint.reader import Reader
 from bitpress.errors import CheckpointError, RecipeError
 from bitpress.manifest import Check
 from bitpress.progress import Told
-from bitpress.rounding import hook
 from bitpress.served import Subject
 from bitpress.stacks import block_index
 
@@ -127,13 +126,23 @@ class _Run:
         block = self.decoder.block(index)
         for name, rounding in self._subject.rounding.items():
             if name.startswith(prefix):
-                block.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(hook(rounding))
+                block.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(_rounded(rounding))
         calls, self._calls[index] = self._calls[index], []
         for i, call in enumerate(calls):
             found = call.whole(block, self.states[i].to(self.device))
             self.beside = tuple(found[1:]) if isinstance(found, tuple) else None
             self.states[i] = found[0] if isinstance(found, tuple) else found
         told(memory.NUMBER * sum(parameter.numel() for parameter in block.parameters()), prefix.removesuffix("."))
+
+
+def _rounded(rounding: Logits) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A hook that rounds a layer's inputs."""
+
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs = arguments[0]
+        return (rounding(inputs.flatten(0, -2).float()).view(inputs.shape).to(inputs.dtype), *arguments[1:])
+
+    return hook
 
 
 def _distance(runs: Sequence[_Run]) -> float:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitpress import borders
 from bitpress.errors import SchemeError
@@ -37,16 +37,6 @@ def input_rounding(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | No
         return None
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(INPUTS)}
     return functools.partial(_rounded, scheme, own, config)
-
-
-def hook(rounding: Rounding) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """A forward pre-hook of a module that lets it compute with rounded inputs."""
-
-    def rounded(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        inputs = arguments[0]
-        return (rounding(inputs.flatten(0, -2).float()).view(inputs.shape).to(inputs.dtype), *arguments[1:])
-
-    return rounded
 
 
 def _rounded(scheme: Scheme, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, inputs: Tensor) -> Tensor:

@@ -54,14 +54,14 @@ def estimate(plan: Plan, tokens: int) -> Need:
         for shard in plan.shards
         if shard.block is not None
     )
-    largest = max(site(*stack.shape, sum(step.calibrated for step in stack.steps)) for stack in plan.stacks)
+    site = max(_site(*stack.shape, sum(step.calibrated for step in stack.steps)) for stack in plan.stacks)
     width = max(stack.shape[1] for stack in plan.stacks)
-    least = NUMBER * max(before + block, 2 * block + largest + TEMPORARY * OBSERVED * width)
+    least = NUMBER * max(before + block, 2 * block + site + TEMPORARY * OBSERVED * width)
     states = NUMBER * tokens * plan.hidden * (1 + 1 / REFERENCE)
     return Need(least, int(least + states), NUMBER * (WAITING * plan.hidden + width))
 
 
-def site(rows: int, width: int, steps: int) -> int:
+def _site(rows: int, width: int, steps: int) -> int:
     """Numbers of the statistics and the solution of a stack, of which so many steps look at data."""
     return (3 + 2 * steps) * width * width + 6 * max(steps, 1) * rows * width
 

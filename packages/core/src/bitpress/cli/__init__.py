@@ -10,24 +10,7 @@ import attrs
 import typer
 
 from bitpress import hardware
-from bitpress.cli import planned, searching, show, terminal
-from bitpress.cli.arguments import (
-    Calibration,
-    Device,
-    Ignore,
-    Json,
-    MaxMemory,
-    Model,
-    Out,
-    RecipeFile,
-    Samples,
-    Scheme,
-    Seed,
-    SequenceLength,
-    Set,
-    Threads,
-    TrustRemoteCode,
-)
+from bitpress.cli import planned, show, terminal
 from bitpress.errors import BitpressError, VerificationError
 from bitpress.schemes import discover
 
@@ -36,6 +19,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Makes language models on disk smaller, for vLLM and transformers.",
 )  # fmt: skip
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Scheme = Annotated[str | None, typer.Option("--scheme", metavar="NAME[+NAME]", help="A scheme, or several joined by +.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="A TOML file: which layers get which steps.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="[SCHEME.]OPTION=VALUE", help="Set an option; may be repeated.")]
+Ignore = Annotated[
+    list[str] | None, typer.Option("--ignore", metavar="PATTERN", help="Leave matching layers alone; may be repeated.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Layers worked on side by side (default: one per core).")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code in the model's folder run.")]
+Device = Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="What computes.")]
+MaxMemory = Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="Refuse if more is needed: 4GB.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a Hub name.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that bitpress wrote.")]
 
 
 @app.command()
@@ -74,7 +71,13 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not hold anything else.")],
     scheme: Scheme = None, recipe: RecipeFile = None, settings: Set = None, ignore: Ignore = None,
-    calibration: Calibration = None, samples: Samples = 256, sequence_length: SequenceLength = 512, seed: Seed = 0,
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", metavar="FILE|DATASET", help="Texts like those it will serve: .jsonl, .txt, .parquet."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Sequences taken of them.")] = 256,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a sequence.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", help="0 takes sequences from the start, others draw them.")] = 0,
     all_experts: Annotated[
         bool, typer.Option("--all-experts", help="Fit every expert to all tokens, not to those sent to it.")
     ] = False,
@@ -110,9 +113,6 @@ def compress(
         terminal.document(result) if as_json else show.summary(note, work, out, verified=not no_verify)
 
 
-app.command()(searching.search)
-
-
 @app.command()
 def verify(
     out: Out,
@@ -140,7 +140,7 @@ def evaluate(
     model: Model,
     text: Annotated[str, typer.Option("--text", metavar="FILE", help="What it is judged on: .txt, .jsonl, .parquet.")],
     against: Annotated[str | None, typer.Option("--against", metavar="REFERENCE", help="The model to compare with.")] = None,
-    sequence_length: SequenceLength = 512,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a sequence.")] = 512,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens taken of the text, from its start.")] = 65536,
     trust_remote_code: TrustRemoteCode = False, device: Device = "cpu", max_memory: MaxMemory = None,
     threads: Threads = None, as_json: Json = False,
