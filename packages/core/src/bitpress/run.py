@@ -16,7 +16,7 @@ from bitpress import __version__, checking, journal, manifest, recipe, stacks, s
 from bitpress.calibrate import loop
 from bitpress.calibrate.loop import NOTES
 from bitpress.calibrate.memory import RUNTIME as CALIBRATED_RUNTIME
-from bitpress.calibrate.site import BlockNotes
+from bitpress.calibrate.notes import BlockNotes
 from bitpress.calibrate.texts import Choice, Sequences, Stretch, load
 from bitpress.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, resolve
 from bitpress.checkpoint.writer import OutputFolder, json_text
