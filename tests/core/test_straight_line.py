@@ -176,7 +176,7 @@ steps = []
 match = "*.self_attn.*"
 steps = [{ use = "toy", levels = 7 }]
 [[layers]]
-match = "model.layers.*"
+match = ["model.layers.0.mlp.*", "model.layers.1.mlp.*"]
 steps = ["toy"]
 """
 

@@ -62,10 +62,10 @@ def prepare(
     names = list(dict.fromkeys(schemes))
     if len(names) < 2:
         raise RecipeError(f"--schemes {','.join(names)}: name two or more to choose from ({PLAIN} leaves layers as they are)")
-    if Path(out).exists() or not Path(out).absolute().parent.is_dir():
-        raise OutputError(
-            f"{out}: {'it is there already' if Path(out).exists() else 'its folder is not there'}; name another file"
-        )
+    if Path(out).exists():
+        raise OutputError(f"{out} is there already: name another file (--out)")
+    if not Path(out).absolute().parent.is_dir():
+        raise OutputError(f"{out}: there is no such folder to write it into")
     source, registry = open_checkpoint(resolve(model)), discover()
     table = {"layers": [{"match": "*", "steps": [] if name == PLAIN else name.split("+")} for name in names]}
     rules = recipe.from_json(table, registry, "--schemes", settings).rules
