@@ -10,11 +10,9 @@ from pathlib import Path
 
 import attrs
 import torch
-from attrs import frozen
 
 from bitpress import __version__, checking, journal, manifest, recipe, stacks, stream, verification
 from bitpress.calibrate import loop
-from bitpress.calibrate.loop import NOTES
 from bitpress.calibrate.memory import RUNTIME as CALIBRATED_RUNTIME
 from bitpress.calibrate.notes import BlockNotes
 from bitpress.calibrate.texts import Choice, Sequences, Stretch, load
@@ -22,6 +20,7 @@ from bitpress.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, resol
 from bitpress.checkpoint.writer import OutputFolder, json_text
 from bitpress.compute import cores, device_named, torch_threads
 from bitpress.errors import OutputError, RecipeError, VerificationError
+from bitpress.hardware import Hardware
 from bitpress.manifest import FileNote, LayerNote, Manifest
 from bitpress.needs import disk, memory
 from bitpress.planning import Plan, make_plan
@@ -31,7 +30,7 @@ from bitpress.recipe import Recipe
 from bitpress.schemes import discover
 
 
-@frozen(eq=False)
+@attrs.frozen(eq=False)
 class Job:
     """A plan, the data it is calibrated on where it needs some, the model's name as it was given, and a text to check it on."""
 
@@ -48,7 +47,7 @@ class Job:
 
 def plan(
     model: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
-    settings: Iterable[str] = (), ignore: Iterable[str] = (),
+    settings: Iterable[str] = (), ignore: Iterable[str] = (), device: Hardware | None = None,
 ) -> Plan:  # fmt: skip
     """What `compress` would do, from headers alone.
 
@@ -57,11 +56,12 @@ def plan(
         scheme: a scheme's name, or several joined by `+`; give this or `recipe_file`.
         settings: `[SCHEME.]OPTION=VALUE` texts.
         ignore: patterns of layers to leave alone.
+        device: on which the result is to be served; None: the one present.
 
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
-    return make_plan(*_asked_for(model, scheme, recipe_file, settings, ignore))
+    return make_plan(*_asked_for(model, scheme, recipe_file, settings, ignore), device=device)
 
 
 def prepare(
@@ -136,7 +136,7 @@ def carry_out(
         if output.folder.resolve().is_relative_to(work.source.folder.resolve()):
             raise OutputError(f"{out} is the source or lies inside it; name another folder")
         place = checking.place(work, job.check, max_memory, output.folder) if job.check else None
-        notes = [shard.name + NOTES for shard in work.shards]
+        notes = [shard.name + loop.NOTES for shard in work.shards]
         if ranks.first:
             output.prepare([*work.files, *notes], disk(work, tokens, max_memory, ranks.count))
         before = journal.stamps(work.source)

@@ -59,13 +59,17 @@ def schemes(
 def plan(
     model: Model, scheme: Scheme = None, recipe: RecipeFile = None, settings: Set = None, ignore: Ignore = None,
     ranks: Annotated[int, typer.Option("--tensor-parallel", metavar="N", help="Ranks of the engine that will serve it.")] = 1,
+    device: Annotated[
+        str | None, typer.Option("--hardware", metavar="NAME", help="What will serve it: H100 (default: this machine's).")
+    ] = None,
     threads: Threads = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show what would be done, from headers alone."""
     with terminal.uncollected():
         from bitpress import needs, run, serving
 
-    work = run.plan(model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or ())
+    served = None if device is None else hardware.find(device)
+    work = run.plan(model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or (), device=served)
     found = planned.Needs(needs.memory(work, threads), needs.scratch(work), ranks, tuple(serving.remarks(work, ranks)))
     terminal.document(planned.as_json(work, found)) if as_json else planned.table(work, found)
 
