@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, strategies as st
 
-from bitpress.search.knapsack import Option, choose
+from bitpress.budget.knapsack import Option, choose
 
 OPTIONS = st.builds(Option, st.integers(0, 12), st.sampled_from([0.0, 0.25, 1.0, 3.0]) | st.floats(0, 2))
 UNITS = st.lists(st.lists(OPTIONS, min_size=1, max_size=4), min_size=1, max_size=5)

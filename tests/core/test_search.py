@@ -17,9 +17,9 @@ from calibrated import CONFIG, install_learner, runnable_model
 from support import TOY, bitpress as process, command, install, install_toy, plugins, refusal, write_model
 
 import bitpress
+from bitpress.budget.damage import parts
+from bitpress.budget.search import search
 from bitpress.errors import RecipeError
-from bitpress.search.damage import parts
-from bitpress.search.searching import search
 
 # 4-bit codes, two in a byte: half as large as those of `toy`
 SHORT = (

@@ -128,8 +128,8 @@ def search(
 ) -> None:  # fmt: skip
     """Measure what schemes cost each layer, and write the recipe that costs least in so many bits."""
     with terminal.uncollected():
+        from bitpress.budget import search as searching
         from bitpress.calibrate.texts import Choice
-        from bitpress.search import searching
 
     limit = terminal.size(max_memory)
     job = searching.prepare(

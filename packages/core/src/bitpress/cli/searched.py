@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bitpress.cli.show import table as columns
 
 if TYPE_CHECKING:
-    from bitpress.search.found import Found
+    from bitpress.budget.found import Found
 
 
 def table(found: Found, out: Path) -> None:

@@ -20,6 +20,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from bitpress import chain
+from bitpress.budget.units import Unit
 from bitpress.calibrate import memory
 from bitpress.calibrate.decoder import Decoder
 from bitpress.calibrate.notes import BlockNotes
@@ -39,7 +40,6 @@ from bitpress.layer import Layer
 from bitpress.planning import Plan
 from bitpress.progress import Told
 from bitpress.rounding import input_rounding
-from bitpress.search.units import Unit
 
 JUDGED = 4096  # tokens on which candidates are judged
 TOGETHER = 8  # choices whose predictions are compared with the source's while these are at hand

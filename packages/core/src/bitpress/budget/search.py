@@ -9,6 +9,11 @@ from pathlib import Path
 import torch
 
 from bitpress import evaluate, recipe, served
+from bitpress.budget.damage import Room, measure, parts
+from bitpress.budget.found import Found, Search
+from bitpress.budget.knapsack import Option, choose
+from bitpress.budget.units import Unit, units
+from bitpress.budget.writing import text
 from bitpress.calibrate import memory
 from bitpress.calibrate.decoder import Decoder
 from bitpress.calibrate.texts import Choice, load
@@ -19,11 +24,6 @@ from bitpress.planning import make_plan
 from bitpress.progress import Progress, quiet
 from bitpress.recipe import Recipe, Rule
 from bitpress.schemes import Step, discover
-from bitpress.search.damage import Room, measure, parts
-from bitpress.search.found import Found, Search
-from bitpress.search.knapsack import Option, choose
-from bitpress.search.units import Unit, units
-from bitpress.search.writing import text
 
 PLAIN = "none"  # the candidate that leaves layers as they are
 SHOWN = 0.005  # bits per weight: a budget is kept to the two decimals that tables show

@@ -9,8 +9,8 @@ from typing import Any
 import attrs
 
 from bitpress import __version__
+from bitpress.budget.found import Found
 from bitpress.schemes import Step
-from bitpress.search.found import Found
 
 
 def text(found: Found) -> str:

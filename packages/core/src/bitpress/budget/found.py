@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
+from bitpress.budget.damage import Damages
+from bitpress.budget.units import Unit
 from bitpress.calibrate.texts import Sequences
 from bitpress.planning import Plan
 from bitpress.schemes import Step
-from bitpress.search.damage import Damages
-from bitpress.search.units import Unit
 
 
 @frozen(eq=False)
