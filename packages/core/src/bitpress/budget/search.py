@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def carry_out(
     trust_remote_code: bool = False, progress: Progress = quiet,
 ) -> Found:  # fmt: skip
     """`search` for a job that was prepared already."""
-    target, room, names = device_named(device), _room(job, max_memory), list(job.candidates)
+    target, room, names = device_named(device), _room(job, Path(out).absolute().parent, max_memory), list(job.candidates)
     told = progress("measuring", len(job.plans) * sum(stack.reads for stack in job.plan.stacks))
     with torch_threads(threads or cores()):
         damages = measure(job.plan, job.units, job.data, target, room, trust_remote_code, told)
@@ -115,8 +115,12 @@ def _mixed(units: Sequence[Unit], candidates: Mapping[str, tuple[Step, ...]]) ->
     return Recipe(tuple(Rule(p, steps[i % len(steps)]) for i, unit in enumerate(units) for p in unit.patterns))
 
 
-def _room(job: Search, max_memory: int | None) -> Room:
-    """Where hidden states are kept; raises RecipeError where the limit, in bytes, is too low in any case."""
+def _room(job: Search, folder: Path, max_memory: int | None) -> Room:
+    """Where hidden states are kept: in memory, or in that folder.
+
+    Raises:
+        BitpressError: there is no room for them, or the limit, in bytes, is too low in any case.
+    """
     with Reader() as reader:
         subject = served.plain(job.plan.source, reader, job.plan.container)
         needs = [2 * evaluate.need(subject, None, 0)[0]]  # a block as it was, and as it becomes
@@ -127,8 +131,11 @@ def _room(job: Search, max_memory: int | None) -> Room:
             f"the search needs about {least / 1e6:,.0f} MB of memory, more than the {max_memory / 1e6:,.0f} MB allowed"
         )
     fitted, judged = (ids.numel() for ids in parts(job.data.ids))
-    trials = len(job.plans) * len(job.units)
-    held = least + memory.NUMBER * job.plan.hidden * (fitted + judged * (1 + trials))
+    states = memory.NUMBER * job.plan.hidden * (fitted + judged * (1 + len(job.plans) * len(job.units)))
     allowed = memory.RUNTIME + memory.available() // 2 if max_memory is None else max_memory
-    waiting = max((estimate.waits(allowed - held + estimate.held, memory.BATCH) for estimate in estimates), default=0)
-    return Room(Path(tempfile.gettempdir()) if held > allowed else None, waiting)
+    waiting = max((estimate.waits(allowed - least - states + estimate.held, memory.BATCH) for estimate in estimates), default=0)
+    if least + states <= allowed:
+        return Room(None, waiting)
+    if (free := shutil.disk_usage(folder).free) < states:
+        raise OutputError(f"{folder}: {states / 1e9:.2f} GB of hidden states go there, and {free / 1e9:.2f} GB are free")
+    return Room(folder, waiting)
