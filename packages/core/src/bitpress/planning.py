@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import torch
 
-from bitpress import __version__, chain, manifest, stacks
+from bitpress import __version__, card, chain, manifest, stacks
 from bitpress.checkpoint.header import Entry, index
 from bitpress.checkpoint.reader import INDEX, Checkpoint
 from bitpress.checkpoint.views import View
@@ -119,21 +119,27 @@ class Plan:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """The bytes of every file of the output, exact, but for `bitpress.json`, which holds what is found on the way."""
+        """The bytes of every file of the output, exact, but for those that hold what is found on the way: manifest and card."""
         texts = {"config.json": self.config} | ({INDEX: self.index} if self.index else {})
         sizes = {shard.name: shard.header.nbytes for shard in self.shards}
         sizes |= {name: len(json_text(value).encode()) for name, value in texts.items()}
         return {
-            name: sizes[name] if name in sizes else (self.source.folder / name).stat().st_size
+            name: sizes[name] if name in sizes else (self.source.folder / self.copied[name]).stat().st_size
             for name in self.files
-            if name != manifest.NAME
+            if name not in (manifest.NAME, card.NAME)
         }
 
     @property
     def files(self) -> list[str]:
         """Every file that the output will hold."""
-        own = [shard.name for shard in self.shards] + [manifest.NAME] + ([INDEX] if self.index else [])
-        return own + [name for name in self.source.others if name not in own]
+        own = [shard.name for shard in self.shards] + [manifest.NAME, card.NAME, "config.json"] + ([INDEX] if self.index else [])
+        return own + [name for name in self.copied if name not in own]
+
+    @property
+    def copied(self) -> dict[str, str]:
+        """What the files are called in the source that the output has as they are; its card has another name there."""
+        others = [name for name in self.source.others if name not in ("config.json", manifest.NAME)]
+        return {card.kept(others) if name == card.NAME else name: name for name in others}
 
 
 def make_plan(source: Checkpoint, recipe: Recipe, data: str = "", device: Hardware | None = None) -> Plan:

@@ -51,7 +51,7 @@ def table(work: Plan, needs: Needs) -> None:
     total = sum(work.sizes.values())
     print(f"\n{count} layers compressed, {len(work.left_alone)} tensors copied unchanged")
     print(f"size    {gb(work.bytes_before)} -> {gb(work.bytes_after)} ({work.bytes_before / work.bytes_after:.2f}x smaller)")
-    print(f"output  {total:,} bytes in {len(work.sizes)} files, and bitpress.json")
+    print(f"output  {total:,} bytes in {len(work.sizes)} files; beside them bitpress.json and README.md")
     spilled = f"; with no more than that, {gb(needs.scratch)} of hidden states go to disk" if needs.scratch else ""
     print(f"memory  about {gb(needs.memory)}, torch included{spilled}")
     print(f"data    {'needed: texts like those that it will serve (--calibration)' if work.recipe.calibrated else 'none needed'}")
