@@ -220,7 +220,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_other_ones(tmp_path: Pat
     )
     assert same == first
     changed = {name for name in first if other[name] != first[name]}
-    assert changed == {"bitpress.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert changed == {"bitpress.json", "README.md", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
 
 
 @pytest.mark.parametrize(

@@ -157,3 +157,32 @@ def test_a_device_that_serves_badly_is_a_warning_and_no_refusal(toy: Path, model
         assert done.returncode == 0
         line = f"warning: toy is {finding} on this machine's device: runs anywhere\n"
         assert done.stderr == (line if warned else "")
+
+
+ABOUT = """
+@hookimpl
+def validate_hardware(hardware):
+    good = hardware.capability and hardware.capability >= (9, 0)
+    return [Finding("recommended" if good else "degraded", f"as {hardware.name} goes")]
+
+@hookimpl
+def validate_shape(shape, hardware):
+    return [Finding("unsupported", f"too wide for {hardware.name}")] if shape[1] > 128 else []
+"""
+
+
+def test_a_plan_can_be_made_for_another_device(toy: Path, model: Path) -> None:
+    module = toy / "bitpress_scheme_toy.py"
+    module.write_text(module.read_text().rpartition("@hookimpl")[0] + ABOUT)
+    done = command("plan", model, "--scheme", "toy", "--hardware", "h100", path=toy)
+    assert "device  NVIDIA H100: toy is recommended, as NVIDIA H100 goes\n" in done.stdout
+    assert "down_proj (2 layers): unsupported: too wide for NVIDIA H100\n" in done.stderr
+    assert "degraded" not in done.stderr
+    done = command("plan", model, "--scheme", "toy", "--hardware", "NVIDIA T4", "--json", path=toy)
+    said = json.loads(done.stdout)
+    assert said["device"] == "NVIDIA T4"
+    assert said["hardware"] == [{"scheme": "toy", "level": "degraded", "text": "as NVIDIA T4 goes"}]
+    assert [remark["text"] for remark in said["serving"]] == ["too wide for NVIDIA T4"]
+    done = command("plan", model, "--scheme", "toy", "--hardware", "NVIDIA T4", path=toy)
+    assert "warning: toy is degraded on NVIDIA T4: as NVIDIA T4 goes\n" in done.stderr
+    assert "did you mean 'h100'?" in refusal("plan", model, "--scheme", "toy", "--hardware", "H101", path=toy)

@@ -69,7 +69,7 @@ def test_every_other_file_of_the_source_is_carried_over(tmp_path: Path, with_toy
     before, after = files_of(model), files_of(tmp_path / "out")
     for name in ("tokenizer_config.json", "generation_config.json", "assets/voice.txt"):
         assert after[name] == before[name]
-    ours = {"config.json", "bitpress.json", "model.safetensors.index.json"}
+    ours = {"config.json", "bitpress.json", "README.md", "model.safetensors.index.json"}
     weights = {name for name in after if name.endswith(".safetensors")}
     assert set(after) - weights - ours == set(before) - {".gitattributes"} - {n for n in before if "safetensors" in n} - ours
 
@@ -176,7 +176,7 @@ steps = []
 match = "*.self_attn.*"
 steps = [{ use = "toy", levels = 7 }]
 [[layers]]
-match = "model.layers.*"
+match = ["model.layers.0.mlp.*", "model.layers.1.mlp.*"]
 steps = ["toy"]
 """
 

@@ -42,6 +42,7 @@ ALLOWED = {
     "ranks": VALUES,
     "launch": {"errors", "ranks"},
     "manifest": VALUES | {"checkpoint", "ranks"},
+    "card": {"manifest"},
     "borders": VALUES | {"schemes"},
     "chain": VALUES | {"borders", "schemes"},
     "rounding": VALUES | {"borders", "schemes"},
@@ -57,6 +58,7 @@ BELOW_RUN = set(ALLOWED) | {
     "evaluate",
     "checking",
     "serving",
+    "job",
 }
 
 

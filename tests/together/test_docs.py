@@ -127,7 +127,7 @@ def test_the_tracer_prints_each_hook_call_with_shapes_and_milliseconds(walk: Wal
     ("page", "words"),
     [
         ("first-compression.md", ["verified: 42 layers", "nothing wrong (42 layers compared", "\n()\n"]),
-        ("recipes.md", ["36 layers compressed", "verified: 42 layers"]),
+        ("recipes.md", ["36 layers compressed", "verified: 42 layers", "searched.toml: written"]),
     ],
 )
 def test_a_page_s_commands_run_as_they_are_printed(walk: Walk, page: str, words: list[str]) -> None:

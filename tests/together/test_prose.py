@@ -38,7 +38,7 @@ def test_commands_of_the_readme_exist_with_their_options(command: str) -> None:
 
 def test_every_command_of_the_readme_s_table_of_contents_is_in_the_help() -> None:
     shown = bitpress("--help").stdout
-    for command in ("schemes", "plan", "compress", "verify", "eval", "inspect", "report", "decompress", "new-scheme"):
+    for command in ("schemes", "plan", "compress", "search", "verify", "eval", "inspect", "report", "decompress", "new-scheme"):
         assert re.search(rf"^\W*{command}\b", shown, re.MULTILINE)
 
 

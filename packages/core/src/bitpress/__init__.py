@@ -1,7 +1,7 @@
 """Makes language models on disk smaller, one scheme package at a time.
 
 What plugin authors need (`Layer`, `Record`, `hookimpl`, ...) imports no torch; the functions that do the work (`compress`,
-`plan`, `verify`, `decompress`, `inspect`, `eval`) are imported when they are first used.
+`plan`, `verify`, `decompress`, `inspect`, `eval`, `search`) are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bitpress.layer import Finding, Layer, Record, Stat
 from bitpress.options import Options, option
 
 if TYPE_CHECKING:
+    from bitpress.budget.search import search
     from bitpress.outputs import decompress, evaluate as eval, inspect, verify
     from bitpress.run import compress, plan
 
@@ -52,6 +53,7 @@ __all__ = [
     "inspect",
     "option",
     "plan",
+    "search",
     "verify",
 ]
 
@@ -59,6 +61,7 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(("compress", "plan"), "run"),
     **dict.fromkeys(("decompress", "eval", "inspect", "verify"), "outputs"),
+    "search": "budget.search",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bitpress import chain
+from bitpress import card, chain
 from bitpress.checkpoint.header import Entry, Header, index, lay_out
 from bitpress.checkpoint.reader import DTYPES, INDEX, Reader
 from bitpress.checkpoint.writer import OutputFolder, ShardWriter, json_text
@@ -19,7 +19,8 @@ from bitpress.verification import Written
 def write_dense(written: Written, output: OutputFolder, done: Told) -> None:
     """Write the dense model; shards keep their names and what was in them. `done` is told the bytes of each tensor written."""
     source = written.checkpoint
-    others = [name for name in source.others if name not in (NAME, "config.json")]
+    own = card.original(source.others)  # takes its name again, and the output's is left out
+    others = {card.NAME if name == own else name: name for name in source.others if name not in (NAME, card.NAME, "config.json")}
     parts = {f"{module}.{suffix}": module for module in written.layers for suffix in written.entries(module)}
     headers = {name: _dense(written, header, parts, output.folder / name) for name, header in source.headers.items()}
     several = len(headers) > 1
@@ -30,8 +31,8 @@ def write_dense(written: Written, output: OutputFolder, done: Told) -> None:
                 for place in header.entries:
                     _write(written, place, reader, writer)
                     done(place.nbytes)
-    for name in others:
-        output.copy(name, source.folder / name)
+    for name, origin in others.items():
+        output.copy(name, source.folder / origin)
     if several:
         output.text(INDEX, json_text(index({name: header.entries for name, header in headers.items()})))
     output.text("config.json", json_text({key: value for key, value in source.config.items() if key != KEY}))

@@ -195,8 +195,13 @@ def _compare(runs: Sequence[_Run], heads: Sequence[Logits], targets: Sequence[Te
             p = made[1].float().log_softmax(-1)
             nll_against -= float(p.gather(1, wanted).sum(dtype=torch.float64))
             same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            kl += float(nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(dtype=torch.float64))
+            kl += divergence(p, q)
     return _Sums(nll, nll_against, kl, same)
+
+
+def divergence(expected: Tensor, found: Tensor) -> float:
+    """Σ p (log p - log q) over tokens, of the logarithms (tokens, vocabulary) of what one model expects, and another."""
+    return float(nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(dtype=torch.float64))
 
 
 def _pieces(runs: Sequence[_Run], heads: Sequence[Logits], targets: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:

@@ -11,12 +11,13 @@ from typing import Any
 import attrs
 import torch
 
-from bitpress import __version__, chain, hardware, manifest, stacks
+from bitpress import __version__, card, chain, manifest, stacks
 from bitpress.checkpoint.header import Entry, index
 from bitpress.checkpoint.reader import INDEX, Checkpoint
 from bitpress.checkpoint.views import View
 from bitpress.checkpoint.writer import json_text
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
+from bitpress.hardware import Hardware, present
 from bitpress.layer import Finding
 from bitpress.quantization import KEY, quantised_already, quantization_config
 from bitpress.recipe import Recipe
@@ -33,7 +34,8 @@ class Plan:
         digest: of versions, recipe and the source's headers; the same digest means the same work.
         plain: modules left alone, as the config's `ignore` lists them.
         warnings: what the user should know before starting.
-        findings: per scheme, what it says of the device present.
+        device: on which it is to be served, the one present unless another was named.
+        findings: per scheme, what it says of that device.
     """
 
     source: Checkpoint
@@ -42,6 +44,7 @@ class Plan:
     shards: tuple[Shard, ...]
     plain: tuple[str, ...]
     warnings: tuple[str, ...]
+    device: Hardware
     findings: tuple[tuple[str, Finding], ...]
 
     @cached_property
@@ -116,28 +119,35 @@ class Plan:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """The bytes of every file of the output, exact, but for `bitpress.json`, which holds what is found on the way."""
+        """The bytes of every file of the output, exact, but for those that hold what is found on the way: manifest and card."""
         texts = {"config.json": self.config} | ({INDEX: self.index} if self.index else {})
         sizes = {shard.name: shard.header.nbytes for shard in self.shards}
         sizes |= {name: len(json_text(value).encode()) for name, value in texts.items()}
         return {
-            name: sizes[name] if name in sizes else (self.source.folder / name).stat().st_size
+            name: sizes[name] if name in sizes else (self.source.folder / self.copied[name]).stat().st_size
             for name in self.files
-            if name != manifest.NAME
+            if name not in (manifest.NAME, card.NAME)
         }
 
     @property
     def files(self) -> list[str]:
         """Every file that the output will hold."""
-        own = [shard.name for shard in self.shards] + [manifest.NAME] + ([INDEX] if self.index else [])
-        return own + [name for name in self.source.others if name not in own]
+        own = [shard.name for shard in self.shards] + [manifest.NAME, card.NAME, "config.json"] + ([INDEX] if self.index else [])
+        return own + [name for name in self.copied if name not in own]
+
+    @property
+    def copied(self) -> dict[str, str]:
+        """What the files are called in the source that the output has as they are; its card has another name there."""
+        others = [name for name in self.source.others if name not in ("config.json", manifest.NAME)]
+        return {card.kept(others) if name == card.NAME else name: name for name in others}
 
 
-def make_plan(source: Checkpoint, recipe: Recipe, data: str = "") -> Plan:
+def make_plan(source: Checkpoint, recipe: Recipe, data: str = "", device: Hardware | None = None) -> Plan:
     """The plan of a recipe on a checkpoint.
 
     Args:
         data: the digest of the calibration data, where the recipe needs some.
+        device: on which it is to be served; None: the one present.
 
     Raises:
         CheckpointError: the source is quantised already or has no layers to compress.
@@ -166,7 +176,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, data: str = "") -> Plan:
         raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
     compressed = {module for stack in built.values() for module in stack.members}
     digest = _digest(source, recipe, data)
-    source = kept_fused(source, compressed)
+    source, device = kept_fused(source, compressed), device or present()
     plain = tuple(stacks.left_alone(source, compressed))
     quantization_config({m: stack.stored(m)[1] for stack in built.values() for m in stack.members}, plain)  # or there is none
     return Plan(
@@ -176,7 +186,8 @@ def make_plan(source: Checkpoint, recipe: Recipe, data: str = "") -> Plan:
         tuple(cut(source, built, digest, recipe.calibrated)),
         plain,
         tuple(_warnings(source, recipe, list(linear))),
-        tuple(dict.fromkeys(_findings(recipe))),
+        device,
+        tuple(dict.fromkeys(_findings(recipe, device))),
     )
 
 
@@ -231,8 +242,7 @@ def _warnings(source: Checkpoint, recipe: Recipe, modules: Sequence[str]) -> Ite
         yield f"{len(experts)} tensors hold fused experts ({size:.2f} GB, first: {experts[0].name}); they are copied unchanged"
 
 
-def _findings(recipe: Recipe) -> Iterable[tuple[str, Finding]]:
-    device = hardware.present()
+def _findings(recipe: Recipe, device: Hardware) -> Iterable[tuple[str, Finding]]:
     for step in dict.fromkeys(recipe.all_steps):
         for finding in step.call("validate_hardware", hardware=device) or ():
             if not isinstance(finding, Finding):

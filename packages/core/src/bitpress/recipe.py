@@ -144,18 +144,25 @@ def from_json(
         raise RecipeError(f"{place}: it needs at least one [[layers]] with `match` and `steps`")
     if not isinstance(ignored, list) or not all(isinstance(p, str) for p in ignored):
         raise RecipeError(f"{place}: `ignore` is a list of patterns")
-    parsed = [_rule(layer, f"{place}: [[layers]] number {i}") for i, layer in enumerate(layers, 1)]
+    parsed = [_rules(layer, f"{place}: [[layers]] number {i}") for i, layer in enumerate(layers, 1)]
     values = _settings(settings, list(dict.fromkeys(use for _, steps in parsed for use, _ in steps)), registry)
-    rules = (
-        Rule(match, tuple(registry.get(use).step({**options, **values[use]}) for use, options in steps))
-        for match, steps in parsed
-    )
-    return Recipe(tuple(rules), (*ignored, *ignore))
+    built = [
+        (patterns, tuple(registry.get(use).step({**options, **values[use]}) for use, options in steps))
+        for patterns, steps in parsed
+    ]
+    return Recipe(tuple(Rule(pattern, steps) for patterns, steps in built for pattern in patterns), (*ignored, *ignore))
 
 
-def _rule(layer: Any, place: str) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
-    if not isinstance(layer, dict) or not isinstance(layer.get("match"), str) or not isinstance(layer.get("steps"), list):
-        raise RecipeError(f"{place}: it needs `match` (a pattern) and `steps` (a list of schemes, [] for none)")
+def _rules(layer: Any, place: str) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
+    """A table's patterns, and their steps."""
+    match = layer.get("match") if isinstance(layer, dict) else None
+    patterns = [match] if isinstance(match, str) else match
+    if not isinstance(patterns, list) or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise RecipeError(
+            f"{place}: it needs `match` (a pattern, or a list of them) and `steps` (a list of schemes, [] for none)"
+        )
+    if not isinstance(layer.get("steps"), list):
+        raise RecipeError(f"{place}: it needs `steps` (a list of schemes, [] for none)")
     _known(layer, ("match", "steps"), place)
     steps = []
     for step in layer["steps"]:
@@ -163,7 +170,7 @@ def _rule(layer: Any, place: str) -> tuple[str, list[tuple[str, dict[str, Any]]]
         if not isinstance(options, dict) or not isinstance(options.get("use"), str):
             raise RecipeError(f'{place}: a step is a scheme\'s name or {{ use = "NAME", option = value }}, not {step!r}')
         steps.append((options["use"], {k: v for k, v in options.items() if k != "use"}))
-    return layer["match"], steps
+    return patterns, steps
 
 
 def _known(table: Mapping[str, Any], keys: Sequence[str], place: str) -> None:

@@ -1,4 +1,4 @@
-"""The commands `plan` and `compress` as functions."""
+"""The command `compress` as a function."""
 
 from __future__ import annotations
 
@@ -10,75 +10,24 @@ from pathlib import Path
 
 import attrs
 import torch
-from attrs import frozen
 
-from bitpress import __version__, checking, journal, manifest, recipe, stacks, stream, verification
+from bitpress import __version__, card, checking, journal, manifest, stream, verification
 from bitpress.calibrate import loop
-from bitpress.calibrate.loop import NOTES
 from bitpress.calibrate.memory import RUNTIME as CALIBRATED_RUNTIME
-from bitpress.calibrate.site import BlockNotes
-from bitpress.calibrate.texts import Choice, Sequences, Stretch, load
-from bitpress.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, resolve
+from bitpress.calibrate.notes import BlockNotes
+from bitpress.calibrate.texts import Choice
+from bitpress.checkpoint.reader import INDEX, open_checkpoint
 from bitpress.checkpoint.writer import OutputFolder, json_text
 from bitpress.compute import cores, device_named, torch_threads
 from bitpress.errors import OutputError, RecipeError, VerificationError
+from bitpress.job import Job, named, plan, prepare
 from bitpress.manifest import FileNote, LayerNote, Manifest
 from bitpress.needs import disk, memory
-from bitpress.planning import Plan, make_plan
+from bitpress.planning import Plan
 from bitpress.progress import Progress, Told, quiet
 from bitpress.ranks import ALONE, Ranks
-from bitpress.recipe import Recipe
-from bitpress.schemes import discover
 
-
-@frozen(eq=False)
-class Job:
-    """A plan, the data it is calibrated on where it needs some, the model's name as it was given, and a text to check it on."""
-
-    plan: Plan
-    data: Sequences | None
-    model: str
-    check: Stretch | None = None
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the user should know before starting."""
-        return self.plan.warnings + (self.data.warnings if self.data else ())
-
-
-def plan(
-    model: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
-    settings: Iterable[str] = (), ignore: Iterable[str] = (),
-) -> Plan:  # fmt: skip
-    """What `compress` would do, from headers alone.
-
-    Args:
-        model: a folder, or a Hub name.
-        scheme: a scheme's name, or several joined by `+`; give this or `recipe_file`.
-        settings: `[SCHEME.]OPTION=VALUE` texts.
-        ignore: patterns of layers to leave alone.
-
-    Raises:
-        BitpressError: the model, the recipe, or their combination cannot be carried out.
-    """
-    return make_plan(*_asked_for(model, scheme, recipe_file, settings, ignore))
-
-
-def prepare(
-    model: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
-    settings: Iterable[str] = (), ignore: Iterable[str] = (), calibration: Choice | None = None, check: str | None = None,
-    trust_remote_code: bool = False,
-) -> Job:  # fmt: skip
-    """The plan, the calibration data if the recipe needs some, and the text of `check`; as `plan` otherwise."""
-    source, rules = _asked_for(model, scheme, recipe_file, settings, ignore)
-    work = make_plan(source, rules)  # what headers can refuse is refused before texts are read
-    text = None if check is None else checking.text(work, check, trust_remote_code)
-    if not rules.calibrated:
-        return Job(work, None, str(model), text)
-    data = load(calibration or Choice(), source.folder, source.config, trust_remote_code)
-    if data.all_experts and not any(stacks.experts(stack.members) for stack in work.stacks):
-        raise RecipeError("--all-experts: no experts of this model are compressed; leave it out")
-    return Job(make_plan(source, rules, data.digest + " all experts" * data.all_experts), data, str(model), text)
+__all__ = ["Job", "carry_out", "compress", "plan", "prepare"]
 
 
 def compress(
@@ -136,7 +85,7 @@ def carry_out(
         if output.folder.resolve().is_relative_to(work.source.folder.resolve()):
             raise OutputError(f"{out} is the source or lies inside it; name another folder")
         place = checking.place(work, job.check, max_memory, output.folder) if job.check else None
-        notes = [shard.name + NOTES for shard in work.shards]
+        notes = [shard.name + loop.NOTES for shard in work.shards]
         if ranks.first:
             output.prepare([*work.files, *notes], disk(work, tokens, max_memory, ranks.count))
         before = journal.stamps(work.source)
@@ -154,6 +103,7 @@ def carry_out(
                 note = attrs.evolve(note, check=found)
             journal.check_unchanged(work.source, before)
             if ranks.first:
+                note = _carded(job, note, output)
                 output.text(manifest.NAME, manifest.text(note))
                 output.text("config.json", json_text(work.config))
                 output.remove(notes)
@@ -175,9 +125,8 @@ def _write(
     with torch_threads(1):  # tasks run side by side, each on one core: torch's own threads would only wait for each other
         if not job.data:
             stream.write_shards(work, output, count, target, told, ranks)
-        for name in work.source.others if ranks.first else ():
-            if name not in ("config.json", manifest.NAME):
-                output.copy(name, work.source.folder / name)
+        for name, origin in work.copied.items() if ranks.first else ():
+            output.copy(name, work.source.folder / origin)
         if work.index and ranks.first:
             output.text(INDEX, json_text(work.index))
         journal.check_unchanged(work.source, before)  # whose faults would otherwise seem to be the output's
@@ -186,6 +135,18 @@ def _write(
         if verify:
             note = _prove(note, work, output, count, progress("verifying", work.bytes_after // ranks.count), ranks)
     return note
+
+
+def _carded(job: Job, note: Manifest, output: OutputFolder) -> Manifest:
+    """The manifest with the model card, which is written."""
+    work = job.plan
+    origin = next((name for name, source in work.copied.items() if source == card.NAME), None)
+    made = card.Made(job.command, work.bytes_before, work.bytes_after, work.source.folder, origin)
+    content = card.text(note, made)
+    output.text(card.NAME, content)
+    data = content.encode()
+    files = {**note.files, card.NAME: FileNote(len(data), hashlib.sha256(data).hexdigest())}
+    return attrs.evolve(note, files=files)
 
 
 def _threads(job: Job, max_memory: int | None, ranks: Ranks = ALONE) -> int:
@@ -202,7 +163,7 @@ def _note(
     """The manifest before anything was proved; digests take a pass over every byte and are left out unless asked for."""
     work = job.plan
     config = json_text(work.config).encode()
-    written = {name: output.folder / name for name in work.files if name not in ("config.json", manifest.NAME)}
+    written = {name: output.folder / name for name in work.files if name not in ("config.json", manifest.NAME, card.NAME)}
     files = manifest.file_notes(written, threads, digests, ranks)
     files["config.json"] = FileNote(len(config), hashlib.sha256(config).hexdigest())
     inputs = manifest.file_notes({name: work.source.folder / name for name in work.source.headers}, threads, digests, ranks)
@@ -217,12 +178,11 @@ def _note(
         for module, entry in stack.members.items()
     }  # fmt: skip
     schemes = {step.scheme.name: f"{step.scheme.package} {step.scheme.version}" for step in work.recipe.all_steps}
-    name = job.model if "/" in job.model and not Path(job.model).exists() else Path(job.model).resolve().name
     data = {"source": job.data.source, "tokens": str(job.data.ids.numel()), "sha256": job.data.digest} if job.data else None
     if data and job.data and job.data.all_experts:
         data["experts"] = "every token"
     return Manifest(
-        __version__, schemes, work.recipe.as_json(), name, inputs, files, layers, data,
+        __version__, schemes, work.recipe.as_json(), named(job.model), inputs, files, layers, data,
         warnings=tuple(text for block in found for text in block.warnings),
         rescaled={tensor: change for block in found for tensor, change in block.rescaled.items()},
         blocks={name: error for block in found for name, error in block.blocks.items()},
@@ -237,14 +197,3 @@ def _prove(note: Manifest, work: Plan, output: OutputFolder, threads: int, done:
     if report.faults:
         raise VerificationError(f"{output.folder}: the written files are not what was planned; delete the folder", report.faults)
     return attrs.evolve(note, layers={m: attrs.evolve(layer, error=report.errors[m]) for m, layer in note.layers.items()})
-
-
-def _asked_for(
-    model: str | Path, scheme: str | None, recipe_file: str | Path | None, settings: Iterable[str], ignore: Iterable[str]
-) -> tuple[Checkpoint, Recipe]:
-    if (scheme is None) == (recipe_file is None):
-        raise RecipeError("give either a scheme or a recipe file")
-    source, registry = open_checkpoint(resolve(model)), discover()
-    if scheme is not None:
-        return source, recipe.from_scheme(scheme, registry, settings, ignore)
-    return source, recipe.from_file(Path(recipe_file or ""), registry, settings, ignore)

@@ -7,8 +7,9 @@ from typing import Any
 
 from attrs import frozen
 
-from bitpress import engine_rules, hardware, stacks
+from bitpress import engine_rules, stacks
 from bitpress.errors import RecipeError
+from bitpress.hardware import Hardware
 from bitpress.layer import Finding
 from bitpress.planning import Plan
 from bitpress.shards import Stack
@@ -64,7 +65,6 @@ def _all(plan: Plan, ranks: int) -> Iterator[tuple[str, Finding]]:
     if heads and heads % ranks:
         yield "the model", Finding("unsupported", f"{heads} attention heads cannot be shared by {ranks} ranks")
     keys, size = _count(plan.source.config, "num_key_value_heads"), stacks.head_size(plan.source.config)
-    device = hardware.present()
     for stack in plan.stacks:
         for module, entry in stack.members.items():
             if stacks.OF_EXPERT.fullmatch(module) and (why := engine_rules.of_experts(stack.stored(module)[1])):
@@ -79,10 +79,10 @@ def _all(plan: Plan, ranks: int) -> Iterator[tuple[str, Finding]]:
                 yield module, Finding("unsupported", f"{whole} {cut} cannot be shared by {ranks} ranks")
                 continue
             shape = (rows // ranks if cut == "rows" else rows, width // ranks if cut == "columns" else width)
-            yield from ((module, finding) for finding in _said(stack, shape, cut, device))
+            yield from ((module, finding) for finding in _said(stack, shape, cut, plan.device))
 
 
-def _said(stack: Stack, shape: tuple[int, int], cut: str | None, device: hardware.Hardware) -> Iterator[Finding]:
+def _said(stack: Stack, shape: tuple[int, int], cut: str | None, device: Hardware) -> Iterator[Finding]:
     for step in stack.steps:
         yield from step.call("validate_shape", shape=shape, cut=cut, hardware=device) or ()
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from bitpress import chain
 from bitpress.calibrate import memory
 from bitpress.calibrate.decoder import Decoder
+from bitpress.calibrate.notes import BlockNotes
 from bitpress.calibrate.recorder import Recording, record
-from bitpress.calibrate.site import BlockNotes, compress_block
+from bitpress.calibrate.site import compress_block
 from bitpress.calibrate.sites import Site
 from bitpress.calibrate.states import States
 from bitpress.calibrate.streams import Streams

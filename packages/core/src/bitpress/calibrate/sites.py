@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import field, frozen
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitpress.calibrate.streams import Streams
 from bitpress.calibrate.unfolded import routed
 from bitpress.rounding import Rounding
-from bitpress.shards import Shard, Stack
+from bitpress.shards import Stack
 
 
 @frozen(eq=False)
@@ -56,15 +56,15 @@ class Site:
             module.register_forward_pre_hook(hook)
 
 
-def in_order(shard: Shard, prefix: str, streams: Streams) -> list[Site]:
-    """The block's stacks in the order in which a forward comes to them, those that it does not come to last."""
-    names = [module.removeprefix(prefix) for stack in shard.stacks for module in stack.members]
+def in_order(stacks: Sequence[Stack], prefix: str, streams: Streams) -> list[Site]:
+    """A block's stacks in the order in which a forward comes to them, those that it does not come to last."""
+    names = [module.removeprefix(prefix) for stack in stacks for module in stack.members]
     course = streams.course(names)
     called = course.called
     some = any(routed(streams.block, name) for name in course.writers)  # then they may write for some tokens only
     writers = () if some else course.writers
     found = []
-    for stack in shard.stacks:
+    for stack in stacks:
         entrance = next((name for name in called if prefix + name in stack.members), None)
         modules = {module: streams.block.get_submodule(module.removeprefix(prefix)) for module in stack.members}
         writes = entrance in writers and len(modules) == 1

@@ -39,6 +39,15 @@ class Choice:
     seed: int = 0
     all_experts: bool = False
 
+    @property
+    def words(self) -> dict[str, object]:
+        """Options of a command line that ask for it; files without their folders."""
+        source = self.source if self.source is None or not Path(self.source).is_file() else Path(self.source)
+        return {
+            "--calibration": source, "--samples": self.samples, "--sequence-length": self.length, "--seed": self.seed or None,
+            "--all-experts": self.all_experts,
+        }  # fmt: skip
+
 
 @frozen(eq=False)
 class Sequences:

@@ -51,12 +51,14 @@ def table(work: Plan, needs: Needs) -> None:
     total = sum(work.sizes.values())
     print(f"\n{count} layers compressed, {len(work.left_alone)} tensors copied unchanged")
     print(f"size    {gb(work.bytes_before)} -> {gb(work.bytes_after)} ({work.bytes_before / work.bytes_after:.2f}x smaller)")
-    print(f"output  {total:,} bytes in {len(work.sizes)} files, and bitpress.json")
+    print(f"output  {total:,} bytes in {len(work.sizes)} files; beside them bitpress.json and README.md")
     spilled = f"; with no more than that, {gb(needs.scratch)} of hidden states go to disk" if needs.scratch else ""
     print(f"memory  about {gb(needs.memory)}, torch included{spilled}")
     print(f"data    {'needed: texts like those that it will serve (--calibration)' if work.recipe.calibrated else 'none needed'}")
     for step in {step.scheme.name: step for step in work.recipe.all_steps}.values():
         print(f"serves  {step.scheme.name}: {serves(step, KNOWN)}")
+    for name, finding in work.findings if work.device in KNOWN else ():
+        print(f"device  {work.device.name}: {name} is {finding.level}, {finding.text}")
     remarks(work, work.warnings, needs.remarks)
 
 
@@ -80,7 +82,7 @@ def as_json(work: Plan, needs: Needs) -> dict[str, Any]:
         "shards": [{"name": shard.name, "bytes": shard.header.nbytes} for shard in work.shards], "files": work.sizes,
         "before": work.bytes_before, "after": work.bytes_after, "memory": needs.memory, "scratch": needs.scratch,
         "data": work.recipe.calibrated, "digest": work.digest, "warnings": list(work.warnings),
-        "hardware": [{"scheme": name, **attrs.asdict(f)} for name, f in work.findings],
+        "device": work.device.name, "hardware": [{"scheme": name, **attrs.asdict(f)} for name, f in work.findings],
         "tensor_parallel": needs.ranks,
         "serving": [{"layers": r.layers, "count": r.count, **attrs.asdict(r.finding)} for r in needs.remarks],
     }  # fmt: skip

@@ -11,7 +11,7 @@ import attrs
 
 from bitpress.cli import terminal
 from bitpress.errors import BitpressError
-from bitpress.hardware import Hardware
+from bitpress.hardware import KNOWN, Hardware
 from bitpress.layer import Finding
 from bitpress.options import choices
 from bitpress.schemes import Registry, Step
@@ -166,8 +166,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def unfavourable(work: Plan) -> Sequence[str]:
-    """What this machine's device makes of the schemes, where it is not good news."""
-    return [f"{name} is {f.level} on this machine's device: {f.text}" for name, f in work.findings if f.level not in USABLE]
+    """What the device makes of the schemes, where it is not good news."""
+    place = work.device.name if work.device in KNOWN else "this machine's device"
+    return [f"{name} is {f.level} on {place}: {f.text}" for name, f in work.findings if f.level not in USABLE]
 
 
 def _findings(step: Step, device: Hardware) -> Sequence[Finding]:
