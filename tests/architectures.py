@@ -22,7 +22,7 @@ DEEPSEEK = {
 }  # fmt: skip
 MLA = {
     "q_lora_rank": 64, "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32,
-    "head_dim": 32, "num_key_value_heads": 4,
+    "head_dim": 64, "num_key_value_heads": 4,
 }  # fmt: skip
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
