@@ -129,6 +129,15 @@ def test_people_get_a_table_and_a_file_they_can_read(installed: Path, model: Pat
     assert re.search(r"^# short everywhere: 4\.2\d bits per weight, 0\.\d{6}$", text, re.MULTILINE)
 
 
+def test_one_scheme_with_several_settings_is_several_choices(installed: Path, model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "found.toml"
+    words = ("--budget", "99", "--schemes", "learner:bits=3,learner:bits=7:factors=4 0.5", "--out", recipe)
+    done = command("search", model, *words, "--calibration", model.parent / "text.txt", *TEXT, path=installed)
+    assert done.returncode == 0, done.stderr
+    rules = tomllib.loads(recipe.read_text())["layers"]
+    assert [rule["steps"] for rule in rules] == [[{"use": "learner", "bits": 7, "factors": "4 0.5"}]]
+
+
 def test_with_room_for_it_every_layer_gets_what_costs_least(installed: Path, model: Path, tmp_path: Path) -> None:
     found = search(
         model, tmp_path / "r.toml", schemes=["short", "toy"], budget=99, calibration=model.parent / "text.txt", **CHEAP
@@ -162,6 +171,8 @@ def test_experts_of_a_block_share_one_scheme(installed: Path, tmp_path: Path, fa
         (("--budget", "6", "--schemes", "none,none"), ["--schemes none", "two or more"]),
         (("--budget", "6", "--schemes", "short,nvfp5"), ["no scheme 'nvfp5'"]),
         (("--budget", "6", "--schemes", "short,"), ["no scheme ''"]),
+        (("--budget", "6", "--schemes", "short,toy:levels"), ["--schemes toy:levels", "NAME:OPTION=VALUE"]),
+        (("--budget", "6", "--schemes", "short,toy:level=3"), ["'level'", "levels"]),
         (("--budget", "6", "--schemes", "short,toy", "--set", "levels=3"), ["short and toy both have it"]),
         (("--budget", "6", "--schemes", "short,toy", "--ignore", "*.up_prog"), ["'*.up_prog' matches none"]),
         (("--budget", "6", "--schemes", "short,toy", "--out", "missing/r.toml"), ["missing/r.toml", "no such folder"]),

@@ -65,7 +65,7 @@ def report(out: str | Path, file: str | Path | None = None) -> Path:
     folder = Path(out)
     target = folder.resolve().with_name(f"{folder.resolve().name}.html") if file is None else Path(file)
     content = page(read_manifest(folder), folder.resolve().name)
-    target.write_text(content, encoding="utf-8")
+    OutputFolder(target.absolute().parent).text(target.name, content)
     return target
 
 

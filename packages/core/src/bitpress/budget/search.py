@@ -18,6 +18,7 @@ from bitpress.calibrate import memory
 from bitpress.calibrate.decoder import Decoder
 from bitpress.calibrate.texts import Choice, load
 from bitpress.checkpoint.reader import Reader, open_checkpoint, resolve
+from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compute import cores, device_named, torch_threads
 from bitpress.errors import OutputError, RecipeError
 from bitpress.planning import make_plan
@@ -39,7 +40,8 @@ def search(
     """Measure what each scheme costs each layer, and write the recipe that costs least in a budget into the file `out`.
 
     Args:
-        schemes: to choose from, by name, several steps joined by `+`; "none" leaves layers as they are.
+        schemes: to choose from: NAME, or NAME:OPTION=VALUE:OPTION=VALUE, several steps joined by `+`; "none" leaves layers as
+            they are.
         budget: stored bits per weight of the layers, scales included, to two decimals.
         settings: as for `compress`, whose other arguments mean the same here too.
 
@@ -67,7 +69,7 @@ def prepare(
     if not Path(out).absolute().parent.is_dir():
         raise OutputError(f"{out}: there is no such folder to write it into")
     source, registry = open_checkpoint(resolve(model)), discover()
-    table = {"layers": [{"match": "*", "steps": [] if name == PLAIN else name.split("+")} for name in names]}
+    table = {"layers": [{"match": "*", "steps": _steps(name)} for name in names]}
     rules = recipe.from_json(table, registry, "--schemes", settings).rules
     candidates = {name: rule.steps for name, rule in zip(names, rules, strict=True)}
     plans = {n: make_plan(source, Recipe((Rule("*", steps),), tuple(ignore))) for n, steps in candidates.items() if steps}
@@ -93,8 +95,20 @@ def carry_out(
     options = [[Option(unit.size(name), damages[unit.name, name]) for name in names] for unit in job.units]
     chosen = {unit.name: names[i] for unit, i in zip(job.units, choose(options, job.limit), strict=True)}
     found = Found(job, chosen, damages, parts(job.data.ids)[1].numel())
-    Path(out).write_text(text(found), encoding="utf-8")
+    OutputFolder(Path(out).absolute().parent).text(Path(out).name, text(found))
     return found
+
+
+def _steps(candidate: str) -> list[dict[str, str]]:
+    """The steps of a candidate, as a recipe has them."""
+    steps = []
+    for step in candidate.split("+") if candidate != PLAIN else ():
+        name, *settings = step.split(":")
+        pairs = [setting.partition("=") for setting in settings]
+        if not all(equals for _, equals, _ in pairs):
+            raise RecipeError(f"--schemes {candidate}: options are given as NAME:OPTION=VALUE:OPTION=VALUE")
+        steps.append({"use": name} | {option: value for option, _, value in pairs})
+    return steps
 
 
 def _limit(units: Sequence[Unit], names: Sequence[str], budget: float) -> int:

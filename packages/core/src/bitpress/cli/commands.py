@@ -117,7 +117,8 @@ def compress(
 def search(
     model: Model,
     schemes: Annotated[
-        str, typer.Option("--schemes", metavar="NAME,NAME", help="What each layer may get; none leaves it as it is.")
+        str,
+        typer.Option("--schemes", metavar="NAME,NAME", help="What each layer may get: NAME or NAME:OPTION=VALUE; or none."),
     ],
     budget: Annotated[float, typer.Option("--budget", metavar="BITS", help="Stored bits per weight, on average.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The recipe to write.")] = Path("recipe.toml"),
