@@ -65,10 +65,10 @@ def _sizes(note: Manifest) -> str:
 def _errors(note: Manifest) -> str:
     found = []
     for title, key, text in (
-        ("Error of each layer's weight", "error", "‖restored − source‖ / ‖source‖, measured on the written files."),
+        ("Error of each layer's weight", "error", "|restored − source| / |source|, measured on the written files."),
         (
             "Error of each layer's output", "output_error",
-            "‖x (W − Q)ᵀ‖ / ‖x Wᵀ‖ on calibration inputs: what the error of the weight does to what the layer gives.",
+            "|W x − Q x| / |W x| on calibration inputs: what the error of the weight does to what the layer gives.",
         ),
     ):  # fmt: skip
         points: dict[str, list[tuple[int, float]]] = {}
@@ -87,7 +87,7 @@ def _drift(note: Manifest) -> str:
         drawn["calibration data"] = [(int(name.rpartition(".")[2]), error) for name, error in note.blocks.items()]
     if note.check and note.check.drift:
         drawn["the check's text"] = list(enumerate(note.check.drift))
-    text = "‖h − h′‖ / ‖h′‖ of the hidden states after each block, h′ being the source's: how errors add up on the way."
+    text = "|h − h′| / |h′| of the hidden states after each block, h′ being the source's: how errors add up on the way."
     return _section("How far hidden states drift", charts.by_block(drawn, "relative distance"), text) if drawn else ""
 
 
