@@ -101,6 +101,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma3": Architecture("vision", {}, {"vision_config": VISION}),
 }  # fmt: skip
 
+# those that vLLM 0.32 runs on a CPU; it has no way there for the others, or wants image processors beside them
+SERVED = (
+    "llama", "qwen3", "mistral", "gemma3_text", "granite", "phi3", "gpt_neox", "opt", "falcon", "mixtral", "qwen2_moe",
+    "qwen3_moe", "deepseek_v3", "glm4_moe", "llama4_text", "qwen3_next", "mamba2", "falcon_h1",
+)  # fmt: skip
+
 
 def build(model_type: str, folder: Path) -> Path:
     """The tiny model in a folder, bfloat16, with a tokenizer whose words are w0 ... w95, and a text of them beside it."""

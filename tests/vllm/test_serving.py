@@ -62,14 +62,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def python(request: pytest.FixtureRequest) -> str:
-    """The interpreter with vLLM."""
-    if not (given := request.config.getoption("--vllm-python", None)):
-        pytest.skip("needs --vllm-python PYTHON: tox run -e vllm")
-    return str(given)
-
-
 @functools.cache
 def loss(python: str, model: Path, emulate: bool, folder: Path) -> float:
     """Mean nats for each token of the text's first windows, as vLLM finds them."""
