@@ -15,8 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from bitpress import hookspecs
 from bitpress.cli import app
 
@@ -31,7 +29,7 @@ def pages() -> Mapping[str, str]:
 
 def commands() -> str:
     """What `bitpress --help` and `bitpress COMMAND --help` say."""
-    group: Any = typer.main.get_command(app)
+    group = app
     text = [f"# Commands\n\n{group.help}\n", _table(("option", "what it does"), _options(group))]
     text.append(
         "Exit codes: 0 when all is done, 1 when a check of the result failed, 2 for bad usage or bad input, told in one line, "

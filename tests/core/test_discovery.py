@@ -214,7 +214,7 @@ try:
     bitpress.cli.main()
 except SystemExit as end:
     assert not end.code, end.code
-heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"} & set(sys.modules)
+heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "pydantic"} & set(sys.modules)
 assert not heavy, heavy
 """
 

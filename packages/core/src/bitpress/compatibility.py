@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from importlib import metadata
 from typing import Any
 
-import importlib_metadata
 import pluggy
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -19,8 +19,8 @@ CORE = "bitpress-core"
 
 def version_fault(package: str) -> str | None:
     """What to upgrade where an installed package asks for another core than this one; None where it does not."""
-    here = importlib_metadata.version(CORE)
-    for text in importlib_metadata.requires(package) or ():
+    here = metadata.version(CORE)
+    for text in metadata.requires(package) or ():
         wanted = Requirement(text)
         applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
         if canonicalize_name(wanted.name) != CORE or not applies or wanted.specifier.contains(here, prereleases=True):
@@ -37,7 +37,7 @@ def hook_fault(manager: pluggy.PluginManager, plugin: Any) -> str | None:
     A hook marked `optionalhook=True` may be one that the core does not know.
     """
     upgrade = f"(pip install --upgrade {CORE} if it is new)"
-    here = f"{CORE} {importlib_metadata.version(CORE)} (hooks {hookspecs.VERSION})"
+    here = f"{CORE} {metadata.version(CORE)} (hooks {hookspecs.VERSION})"
     hooks = [name for name in vars(manager.hook) if not name.startswith("_")]
     for name in dir(plugin):
         marks = manager.parse_hookimpl_opts(plugin, name)

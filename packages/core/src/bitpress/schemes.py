@@ -6,10 +6,9 @@ import functools
 import tomllib
 from collections import defaultdict
 from collections.abc import Mapping
-from importlib import resources
+from importlib import metadata, resources
 from typing import Any
 
-import importlib_metadata
 import pluggy
 from attrs import field, frozen
 
@@ -140,10 +139,11 @@ def discover() -> Registry:
     manager = pluggy.PluginManager("bitpress")
     manager.add_hookspecs(hookspecs)
     problems: list[Problem] = []
-    loaded: dict[str, importlib_metadata.EntryPoint] = {}
+    loaded: dict[str, metadata.EntryPoint] = {}
+    installed = metadata.entry_points()
     for group in (EXTENSIONS, SCHEMES):
         named = defaultdict(list)
-        for entry in importlib_metadata.entry_points(group=group):
+        for entry in installed.select(group=group):
             named[entry.name].append(entry)
         for name, entries in sorted(named.items()):
             packages = sorted(_package(e) for e in entries)
@@ -159,7 +159,7 @@ def discover() -> Registry:
     return Registry(schemes, tuple(problems))
 
 
-def _register(manager: pluggy.PluginManager, entry: importlib_metadata.EntryPoint) -> str | None:
+def _register(manager: pluggy.PluginManager, entry: metadata.EntryPoint) -> str | None:
     """Load and register one plugin; returns what is wrong with it, in one line, or None."""
     name = f"{entry.group}:{entry.name}"
     try:
@@ -187,7 +187,7 @@ def _register(manager: pluggy.PluginManager, entry: importlib_metadata.EntryPoin
     return None
 
 
-def _scheme(manager: pluggy.PluginManager, name: str, entry: importlib_metadata.EntryPoint, plugins: Mapping[str, Any]) -> Scheme:
+def _scheme(manager: pluggy.PluginManager, name: str, entry: metadata.EntryPoint, plugins: Mapping[str, Any]) -> Scheme:
     plugin = plugins[name]
     others = [other for n, other in plugins.items() if n != name]
     return Scheme(
@@ -211,7 +211,7 @@ def _hook_names(manager: pluggy.PluginManager) -> list[str]:
     return [name for name in vars(manager.hook) if not name.startswith("_")]
 
 
-def _package(entry: importlib_metadata.EntryPoint) -> str:
+def _package(entry: metadata.EntryPoint) -> str:
     return entry.dist.name if entry.dist else "unknown package"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-import typer
+import click
 
 from bitpress.cli import terminal
 from bitpress.cli.commands import app
@@ -15,10 +15,10 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2, a failed check exit code 1."""
+    code = 0
     try:
-        code = typer.main.get_command(app).main(prog_name="bitpress", standalone_mode=False)
-        if code == 130:  # what typer makes of an interrupt, without a word
-            raise KeyboardInterrupt
+        with app.make_context("bitpress", sys.argv[1:]) as context:
+            app.invoke(context)
     except VerificationError as e:
         for fault in e.faults[:10]:
             print(f"  {terminal.plain(fault)}", file=sys.stderr)
@@ -31,11 +31,11 @@ def main() -> None:
         code = _fail("interrupted; the same command goes on from the finished shards", 130)
     except OSError as e:
         code = _fail(f"{e.filename or 'operating system'}: {e.strerror or e}")
-    except Exception as e:  # typer's own errors, whose classes differ between its versions
-        if not hasattr(e, "format_message"):
-            raise
+    except click.ClickException as e:
         code = _fail(f"{e.format_message()} (bitpress --help)")
-    sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as e:  # after --help
+        code = e.exit_code
+    sys.exit(code)
 
 
 def _fail(message: str, code: int = 2) -> int:

@@ -3,48 +3,41 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import attrs
-import typer
+import click
 
 from bitpress import hardware
-from bitpress.cli import planned, searched, show, terminal
-from bitpress.cli.arguments import (
-    AllExperts,
-    Calibration,
-    Device,
-    Ignore,
-    Json,
-    MaxMemory,
-    Model,
-    Out,
-    RecipeFile,
-    Samples,
-    Scheme,
-    Seed,
-    SequenceLength,
-    Set,
-    Threads,
-    TrustRemoteCode,
-)
+from bitpress.cli import arguments, planned, searched, show, terminal
 from bitpress.errors import VerificationError
 from bitpress.schemes import discover
 
-app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Makes language models on disk smaller, for vLLM and transformers.",
+
+@click.group(
+    cls=arguments.Commands, invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )  # fmt: skip
+@click.option("--version", "show_version", is_flag=True, help="Print the version.")
+@click.pass_context
+def app(context: click.Context, show_version: bool) -> None:
+    """Makes language models on disk smaller, for vLLM and transformers."""
+    if show_version:
+        from bitpress import __version__
+        from bitpress.hookspecs import VERSION
+
+        print(f"bitpress {__version__} (hooks {VERSION})")
+        context.exit()
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
-def schemes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show one scheme's options and hardware.")] = None,
-    device: Annotated[str | None, typer.Option("--device", metavar="NAME", help="Only what concerns one device: A100.")] = None,
-    as_json: Json = False,
-) -> None:
+@arguments.argument("name", "[NAME]", "Show one scheme's options and hardware.", required=False)
+@click.option("--device", metavar="NAME", help="Only what concerns one device: A100.")
+@arguments.as_json
+def schemes(name: str | None, device: str | None, as_json: bool) -> None:
     """List installed schemes, or show one with its options and the hardware it serves on."""
     registry = discover()
     devices = hardware.KNOWN if device is None else (hardware.find(device),)
@@ -56,38 +49,41 @@ def schemes(
 
 
 @app.command()
+@arguments.model
+@arguments.recipe
+@click.option("--tensor-parallel", "ranks", metavar="N", default=1, help="Ranks of the engine that will serve it.")
+@click.option("--hardware", "device", metavar="NAME", help="What will serve it: H100 (default: this machine's).")
+@arguments.threads
+@arguments.as_json
 def plan(
-    model: Model, scheme: Scheme = None, recipe: RecipeFile = None, settings: Set = None, ignore: Ignore = None,
-    ranks: Annotated[int, typer.Option("--tensor-parallel", metavar="N", help="Ranks of the engine that will serve it.")] = 1,
-    device: Annotated[
-        str | None, typer.Option("--hardware", metavar="NAME", help="What will serve it: H100 (default: this machine's).")
-    ] = None,
-    threads: Threads = None, as_json: Json = False,
+    model: str, scheme: str | None, recipe: Path | None, settings: Sequence[str], ignore: Sequence[str], ranks: int,
+    device: str | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what would be done, from headers alone."""
     with terminal.uncollected():
         from bitpress import needs, run, serving
 
     served = None if device is None else hardware.find(device)
-    work = run.plan(model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or (), device=served)
+    work = run.plan(model, scheme=scheme, recipe_file=recipe, settings=settings, ignore=ignore, device=served)
     found = planned.Needs(needs.memory(work, threads), needs.scratch(work), ranks, tuple(serving.remarks(work, ranks)))
     terminal.document(planned.as_json(work, found)) if as_json else planned.table(work, found)
 
 
 @app.command()
+@arguments.model
+@arguments.argument("out", "OUT", "The folder to write; it must not hold anything else.", type=arguments.FILE)
+@arguments.recipe
+@arguments.texts(256)
+@arguments.machine
+@click.option("--check", metavar="TEXT", help="Compare the result's predictions of a text with its source's.")
+@click.option("--max-kl", metavar="X", type=float, help="Exit 1 if they differ by more nats.")
+@click.option("--no-verify", is_flag=True, help="Do not open and prove what was written; no digests.")
+@arguments.as_json
 def compress(
-    model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not hold anything else.")],
-    scheme: Scheme = None, recipe: RecipeFile = None, settings: Set = None, ignore: Ignore = None,
-    calibration: Calibration = None, samples: Samples = 256, sequence_length: SequenceLength = 512, seed: Seed = 0,
-    all_experts: AllExperts = False,
-    trust_remote_code: TrustRemoteCode = False, device: Device = "cpu", max_memory: MaxMemory = None, threads: Threads = None,
-    check: Annotated[
-        str | None, typer.Option("--check", metavar="TEXT", help="Compare the result's predictions of a text with its source's.")
-    ] = None,
-    max_kl: Annotated[float | None, typer.Option("--max-kl", metavar="X", help="Exit 1 if they differ by more nats.")] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open and prove what was written; no digests.")] = False,
-    as_json: Json = False,
+    model: str, out: Path, scheme: str | None, recipe: Path | None, settings: Sequence[str], ignore: Sequence[str],
+    calibration: str | None, samples: int, sequence_length: int, seed: int, all_experts: bool, trust_remote_code: bool,
+    device: str, max_memory: str | None, threads: int | None, check: str | None, max_kl: float | None, no_verify: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Write a smaller model, and prove it."""
     with terminal.uncollected():
@@ -97,7 +93,7 @@ def compress(
     with launch.started(device) as ranks:
         limit = terminal.size(max_memory)
         job = run.prepare(
-            model, scheme=scheme, recipe_file=recipe, settings=settings or (), ignore=ignore or (),
+            model, scheme=scheme, recipe_file=recipe, settings=settings, ignore=ignore,
             calibration=Choice(calibration, samples, sequence_length, seed, all_experts), check=check,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
@@ -114,18 +110,20 @@ def compress(
 
 
 @app.command()
+@arguments.model
+@click.option(
+    "--schemes", metavar="NAME,NAME", required=True, help="What each layer may get: NAME or NAME:OPTION=VALUE; or none."
+)
+@click.option("--budget", metavar="BITS", type=float, required=True, help="Stored bits per weight, on average.")
+@click.option("--out", metavar="FILE", type=arguments.FILE, default="recipe.toml", help="The recipe to write.")
+@arguments.settings
+@arguments.texts(64)
+@arguments.machine
+@arguments.as_json
 def search(
-    model: Model,
-    schemes: Annotated[
-        str,
-        typer.Option("--schemes", metavar="NAME,NAME", help="What each layer may get: NAME or NAME:OPTION=VALUE; or none."),
-    ],
-    budget: Annotated[float, typer.Option("--budget", metavar="BITS", help="Stored bits per weight, on average.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The recipe to write.")] = Path("recipe.toml"),
-    settings: Set = None, ignore: Ignore = None, calibration: Calibration = None, samples: Samples = 64,
-    sequence_length: SequenceLength = 512, seed: Seed = 0, all_experts: AllExperts = False,
-    trust_remote_code: TrustRemoteCode = False, device: Device = "cpu", max_memory: MaxMemory = None, threads: Threads = None,
-    as_json: Json = False,
+    model: str, schemes: str, budget: float, out: Path, settings: Sequence[str], ignore: Sequence[str],
+    calibration: str | None, samples: int, sequence_length: int, seed: int, all_experts: bool, trust_remote_code: bool,
+    device: str, max_memory: str | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure what schemes cost each layer, and write the recipe that costs least in so many bits."""
     with terminal.uncollected():
@@ -134,8 +132,8 @@ def search(
 
     limit = terminal.size(max_memory)
     job = searching.prepare(
-        model, out, schemes=[name.strip() for name in schemes.split(",")], budget=budget, settings=settings or (),
-        ignore=ignore or (), calibration=Choice(calibration, samples, sequence_length, seed, all_experts),
+        model, out, schemes=[name.strip() for name in schemes.split(",")], budget=budget, settings=settings,
+        ignore=ignore, calibration=Choice(calibration, samples, sequence_length, seed, all_experts),
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     show.warn(job.data.warnings)
@@ -145,11 +143,11 @@ def search(
 
 
 @app.command()
-def verify(
-    out: Out,
-    against: Annotated[str | None, typer.Option("--against", metavar="MODEL", help="The source to compare with.")] = None,
-    threads: Threads = None, as_json: Json = False,
-) -> None:  # fmt: skip
+@arguments.out
+@click.option("--against", metavar="MODEL", help="The source to compare with.")
+@arguments.threads
+@arguments.as_json
+def verify(out: Path, against: str | None, threads: int | None, as_json: bool) -> None:
     """Open an output again and prove its files; exit 1 if something is wrong."""
     with terminal.uncollected():
         from bitpress import outputs
@@ -167,14 +165,16 @@ def verify(
 
 
 @app.command("eval")
+@arguments.model
+@click.option("--text", metavar="FILE", required=True, help="What it is judged on: .txt, .jsonl, .parquet.")
+@click.option("--against", metavar="REFERENCE", help="The model to compare with.")
+@arguments.sequence_length
+@arguments.number("--max-tokens", "Tokens taken of the text, from its start.", 65536)
+@arguments.machine
+@arguments.as_json
 def evaluate(
-    model: Model,
-    text: Annotated[str, typer.Option("--text", metavar="FILE", help="What it is judged on: .txt, .jsonl, .parquet.")],
-    against: Annotated[str | None, typer.Option("--against", metavar="REFERENCE", help="The model to compare with.")] = None,
-    sequence_length: SequenceLength = 512,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens taken of the text, from its start.")] = 65536,
-    trust_remote_code: TrustRemoteCode = False, device: Device = "cpu", max_memory: MaxMemory = None,
-    threads: Threads = None, as_json: Json = False,
+    model: str, text: str, against: str | None, sequence_length: int, max_tokens: int, trust_remote_code: bool,
+    device: str, max_memory: str | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Perplexity of a model on a text; against another, KL divergence and top-1 agreement."""
     with terminal.uncollected():
@@ -189,7 +189,9 @@ def evaluate(
 
 
 @app.command()
-def inspect(out: Out, as_json: Json = False) -> None:
+@arguments.out
+@arguments.as_json
+def inspect(out: Path, as_json: bool) -> None:
     """Show what is inside an output: schemes, bits per weight, error per layer."""
     with terminal.uncollected():
         from bitpress import outputs
@@ -199,10 +201,9 @@ def inspect(out: Out, as_json: Json = False) -> None:
 
 
 @app.command()
-def report(
-    out: Out,
-    file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="The page (default: OUT.html beside OUT).")] = None,
-) -> None:
+@arguments.out
+@click.option("--html", "file", metavar="FILE", type=arguments.FILE, help="The page (default: OUT.html beside OUT).")
+def report(out: Path, file: Path | None) -> None:
     """Write one HTML page about an output: sizes, errors, where it serves, what it was made from."""
     with terminal.uncollected():
         from bitpress import outputs
@@ -211,9 +212,9 @@ def report(
 
 
 @app.command()
-def decompress(
-    out: Out, dense: Annotated[Path, typer.Argument(metavar="DENSE", help="The folder to write the plain model into.")],
-) -> None:  # fmt: skip
+@arguments.out
+@arguments.argument("dense", "DENSE", "The folder to write the plain model into.", type=arguments.FILE)
+def decompress(out: Path, dense: Path) -> None:
     """Write a plain checkpoint with the weights that an output's loader computes with."""
     with terminal.uncollected():
         from bitpress import outputs
@@ -224,23 +225,10 @@ def decompress(
 
 
 @app.command("new-scheme")
-def new_scheme(name: Annotated[str, typer.Argument(metavar="NAME", help="What `--scheme` will call it.")]) -> None:
+@arguments.argument("name", "NAME", "What `--scheme` will call it.")
+def new_scheme(name: str) -> None:
     """Write a package with a scheme of your own, bitpress-scheme-NAME, to start from."""
     from bitpress import newscheme
 
     folder = newscheme.write(name, Path())
     print(f"{folder}: written; edit {newscheme.module(name)}.py there, and try it: pip install -e '.[test]' && pytest")
-
-
-@app.callback(invoke_without_command=True)
-def version(
-    context: typer.Context, show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
-) -> None:
-    """Print the version, or what there is to run."""
-    if show_version:
-        from bitpress import __version__
-        from bitpress.hookspecs import VERSION
-
-        print(f"bitpress {__version__} (hooks {VERSION})")
-    elif context.invoked_subcommand is None:
-        print(context.get_help())
