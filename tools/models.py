@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from architectures import ARCHITECTURES  # noqa: E402
+from architectures import ARCHITECTURES, SERVED  # noqa: E402
 from matrix import COLUMNS, row  # noqa: E402
 
 PAGE = ROOT / "docs/models.md"
@@ -26,7 +26,8 @@ def lines(model_types: Iterable[str]) -> tuple[list[str], list[str]]:
     for model_type in model_types:
         with tempfile.TemporaryDirectory() as folder:
             found = row(model_type, Path(folder))
-        cells = [f"`{model_type}`", ARCHITECTURES[model_type].what, *map(str, found.values())]
+        served = "runs" if model_type in SERVED else "-"
+        cells = [f"`{model_type}`", ARCHITECTURES[model_type].what, *map(str, found.values()), served]
         rows.append(f"| {' | '.join(cells)} |")
         reasons = dict.fromkeys(outcome.refused for outcome in found.values() if outcome.refused)
         refusals += [f"- `{model_type}`: {reason}" for reason in reasons]
@@ -35,7 +36,7 @@ def lines(model_types: Iterable[str]) -> tuple[list[str], list[str]]:
 
 def written() -> str:
     """What the page has between its marks."""
-    head = ["model type", "what is special", *COLUMNS]
+    head = ["model type", "what is special", *COLUMNS, "in vLLM"]
     rows, refusals = lines(ARCHITECTURES)
     table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows]
     return "\n".join([*table, "", "What is said where one is refused:", "", *refusals, ""])
