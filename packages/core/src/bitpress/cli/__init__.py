@@ -6,11 +6,15 @@ import sys
 
 import typer
 
-from bitpress.cli import terminal
 from bitpress.cli.commands import app
-from bitpress.errors import BitpressError, VerificationError
+from bitpress.errors import BitpressError, VerificationError, first_line, memory_is_full, plain
 
 __all__ = ["app", "main"]
+
+LESS = (
+    "other processes may hold some of it; fewer --threads, with data a smaller --max-memory or --sequence-length, take less, and "
+    "--device cpu takes none; the same command goes on from what is finished"
+)
 
 
 def main() -> None:
@@ -21,7 +25,7 @@ def main() -> None:
             raise KeyboardInterrupt
     except VerificationError as e:
         for fault in e.faults[:10]:
-            print(f"  {terminal.plain(fault)}", file=sys.stderr)
+            print(f"  {plain(fault)}", file=sys.stderr)
         if len(e.faults) > 10:
             print(f"  and {len(e.faults) - 10} more", file=sys.stderr)
         code = _fail(str(e), 1)
@@ -31,13 +35,17 @@ def main() -> None:
         code = _fail("interrupted; the same command goes on from the finished shards", 130)
     except OSError as e:
         code = _fail(f"{e.filename or 'operating system'}: {e.strerror or e}")
-    except Exception as e:  # typer's own errors, whose classes differ between its versions
-        if not hasattr(e, "format_message"):
+    except Exception as e:
+        if memory_is_full(e):
+            fact = ". ".join(first_line(e).split(". ")[:2])
+            code = _fail(f"the device's memory is full ({fact}): {LESS}")
+        elif hasattr(e, "format_message"):  # typer's own errors, whose classes differ between its versions
+            code = _fail(f"{e.format_message()} (bitpress --help)")
+        else:
             raise
-        code = _fail(f"{e.format_message()} (bitpress --help)")
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"bitpress: {terminal.plain(message)}", file=sys.stderr)
+    print(f"bitpress: {plain(message)}", file=sys.stderr)
     return code
