@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+LONGEST = 2000  # characters of a line
+
 
 class BitpressError(Exception):
     """A fault of the input or the surroundings, told in one line; the command line exits with 2."""
@@ -52,6 +54,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def first_line(error: Exception) -> str:
+def memory_is_full(error: BaseException) -> bool:
+    """Whether a device had no memory left for what was asked of it (torch.OutOfMemoryError, known by name: torch is large)."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def plain(text: str) -> str:
+    """One line that a terminal shows and does not obey, whatever names of a stranger's model are in it."""
+    line = " ".join(text.split())
+    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line[:LONGEST])
+    return shown if len(line) <= LONGEST else shown + "..."
+
+
+def first_line(error: BaseException) -> str:
     """What an exception of another library says, cut to its first line."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

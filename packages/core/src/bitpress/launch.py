@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import os
 import signal
 import socket
@@ -23,13 +22,14 @@ from attrs import define, field
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from bitpress.errors import VerificationError
-from bitpress.ranks import ALONE, GOES_ON, Ranks
+from bitpress.errors import VerificationError, first_line, plain
+from bitpress.ranks import ALONE, GOES_ON, RankError, Ranks
 
 BEAT = 1.0  # seconds between two beats
-LOST = 30  # beats of its own after which a rank takes one for lost that it has not heard in the meantime
+LOST = 20  # beats of its own after which a rank takes one for lost that it has not heard in the meantime
 GRACE = 2.0  # seconds that whoever failed first has to tell it, be that another rank or another thread of this one
 PATIENCE = datetime.timedelta(days=30)  # in collectives: others may work for long, and the dead are found otherwise
+UNHEARD = "torchrun on the first machine, which all ranks meet through, does not answer any more"
 STORE = datetime.timedelta(seconds=30)  # for an answer of the store, which is never busy
 
 
@@ -60,9 +60,11 @@ def started(device: str) -> Iterator[Ranks]:
     try:
         yield ranks
     except BaseException as e:
+        if isinstance(e, RankError):
+            watch.find()
         if not watch.tells():
             _leave(1 if isinstance(e, VerificationError) else 2)
-        watch.over()
+        watch.over(first_line(e))
         raise
     finally:
         watch.stop()
@@ -77,22 +79,25 @@ class _Watch:
     ranks: Ranks
     names: list[tuple[str, int]]
     _done: threading.Event = field(factory=threading.Event)
-    _thread: threading.Thread | None = None
+    _rounds: int = 0
+    _threads: list[threading.Thread] = field(factory=list)
 
     def start(self) -> None:
         """Begin, together with all others."""
         self.store.set_timeout(STORE)
         self._beat(-1)
         self.ranks.wait()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._run, self._talk)]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """The run is over for this rank."""
         self._done.set()
-        if self._thread is not None and self._thread.ident is not None:
-            signal.pthread_kill(self._thread.ident, signal.SIGTERM)  # which it waits for
-            self._thread.join()  # Python must not end under a thread that talks to the store
+        if self._threads and self._threads[0].ident is not None:
+            signal.pthread_kill(self._threads[0].ident, signal.SIGTERM)  # which it waits for
+        for thread in self._threads:
+            thread.join(LOST * BEAT)  # Python must not end under a thread that talks to the store
 
     def tells(self) -> bool:
         """Whether this rank is the first that has a fault to tell."""
@@ -101,43 +106,72 @@ class _Watch:
         except RuntimeError:  # torchrun, which keeps the store, has ended
             return True
 
-    def over(self) -> None:
-        """Let the others end."""
+    def find(self) -> None:
+        """Wait until the watch has found which rank it is that does not come any more, which ends this process."""
+        for thread in self._threads:
+            thread.join(2 * LOST * BEAT)
+
+    def over(self, fault: str) -> None:
+        """Let the others end, on other machines with a word."""
         with contextlib.suppress(RuntimeError):
-            self.store.set("over", "")
+            self.store.set("over", f"{self.ranks.rank} {fault}")
+
+    def _repeat(self) -> None:
+        """What another rank has told, where that was on another machine."""
+        rank, _, fault = self.store.get("over").decode().partition(" ")
+        host = self.names[int(rank)][0]
+        if self.ranks.local == 0 and host != self.names[self.ranks.rank][0]:
+            _say(f"rank {rank} on {host}: {plain(fault)}")
 
     def _beat(self, number: int) -> None:
         self.store.set(f"beat {self.ranks.rank}", str(number))
 
     def _run(self) -> None:
-        others = [i for i in range(self.ranks.count) if i != self.ranks.rank] if self.ranks.first else [0]
-        heard, silent = dict.fromkeys(others, b""), dict.fromkeys(others, 0)
-        for number in itertools.count():
+        """Until the run is over: torchrun may stop this process, and the store may be out of reach."""
+        heard, silent = 0, 0
+        while True:
             stopped = signal.sigtimedwait([signal.SIGTERM], BEAT)
             if self._done.is_set():
                 return
             if stopped:
                 self._end("stopped by torchrun, which says which rank has ended and why")
+            heard, silent = self._rounds, (0 if self._rounds != heard else silent + 1)
+            if silent >= LOST:
+                if self.ranks.local == 0:
+                    _say(f"{UNHEARD}; {GOES_ON}")
+                _leave()
+
+    def _talk(self) -> None:
+        """A round each beat: be heard, and see whether the others are. Without a connection it may take for ever."""
+        others = [i for i in range(self.ranks.count) if i != self.ranks.rank] if self.ranks.first else [0]
+        heard, silent = dict.fromkeys(others, b""), dict.fromkeys(others, 0)
+        while not self._done.wait(BEAT):
             try:
-                self._beat(number)
+                self._beat(self._rounds)
                 if self.store.check(["over"]):
+                    self._repeat()
                     _leave()
                 beats = {i: self.store.get(f"beat {i}") for i in others}
             except RuntimeError:
-                self._end("torchrun on the first machine, which all ranks meet through, does not answer any more")
+                self._end(UNHEARD)
             for i, beat in beats.items():  # counted in beats of our own: all may be held up together
                 silent[i] = 0 if beat != heard[i] else silent[i] + 1
                 if silent[i] >= LOST:
                     host, process = self.names[i]
                     self._end(f"rank {i} (process {process} on {host}) has not been heard of for {LOST} seconds")
             heard = beats
+            self._rounds += 1
 
     def _end(self, fault: str) -> None:
         """Tell it, and end this process, wherever it waits."""
         if self.tells():
-            print(f"bitpress: {fault}; {GOES_ON}", file=sys.stderr, flush=True)
-            self.over()
+            _say(f"{fault}; {GOES_ON}")
+            self.over(f"{fault}; {GOES_ON}")
         _leave()
+
+
+def _say(fault: str) -> None:
+    print(f"bitpress: {fault}", file=sys.stderr, flush=True)
 
 
 def _leave(code: int = 2) -> NoReturn:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 
-from bitpress.errors import BitpressError, SchemeError
+from bitpress.errors import BitpressError, SchemeError, memory_is_full
 from bitpress.layer import Stat
 
 Item = TypeVar("Item")
@@ -115,10 +115,11 @@ class Ranks:
         merged = []
         for own, kinds in zip(stats, self._kinds(stats), strict=True):
             found: dict[str, Stat] = {}
-            for name, (shape, dtype, merge, rows) in kinds.items():
+            for name, (shape, dtype, merge, rows, kind) in kinds.items():
                 stat = own.pop(name, None)
                 if stat is None:
-                    value = torch.full(shape, 0.0 if merge == "sum" else -torch.inf, dtype=dtype, device=device)
+                    place = device if kind == device.type else torch.device(kind)  # counts may lie on the CPU
+                    value = torch.full(shape, 0.0 if merge == "sum" else -torch.inf, dtype=dtype, device=place)
                 else:
                     value = stat.value.clone(memory_format=torch.contiguous_format)  # two may be one tensor
                 with _meeting():
@@ -130,7 +131,10 @@ class Ranks:
 
     def _kinds(self, stats: Sequence[dict[str, Stat]]) -> list[dict[str, Any]]:
         """What statistics any rank has, step by step, in one order for all."""
-        mine = [{n: (tuple(s.value.shape), s.value.dtype, s.merge, s.rows) for n, s in own.items()} for own in stats]
+        mine = [
+            {n: (tuple(s.value.shape), s.value.dtype, s.merge, s.rows, s.value.device.type) for n, s in own.items()}
+            for own in stats
+        ]
         union: list[dict[str, Any]] = [{} for _ in stats]
         for theirs in self.gather(mine):
             for known, step in zip(union, theirs, strict=True):
@@ -151,5 +155,7 @@ def _meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
+        if memory_is_full(e):
+            raise
         fact = str(e).splitlines()[0].rpartition("] ")[2]
         raise RankError(f"another rank of the run has ended ({fact}): it, or torchrun, says which and why; {GOES_ON}") from None

@@ -14,7 +14,7 @@ from attrs import field, frozen
 
 from bitpress import hookspecs
 from bitpress.compatibility import hook_fault, version_fault
-from bitpress.errors import BitpressError, RecipeError, SchemeError, nearest
+from bitpress.errors import BitpressError, RecipeError, SchemeError, memory_is_full, nearest
 from bitpress.options import Options, build
 
 SCHEMES, EXTENSIONS = "bitpress.schemes", "bitpress.extensions"
@@ -68,6 +68,8 @@ class Scheme:
             raise
         except (Exception, SystemExit) as e:
             text = str(e).splitlines()[0] if str(e) else "no message"
+            if memory_is_full(e):  # no fault of the scheme's
+                raise
             raise SchemeError(f"{self} failed in {hook}: {type(e).__name__}: {text}") from e
 
     def __str__(self) -> str:

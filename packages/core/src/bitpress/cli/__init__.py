@@ -6,11 +6,15 @@ import sys
 
 import click
 
-from bitpress.cli import terminal
 from bitpress.cli.commands import app
-from bitpress.errors import BitpressError, VerificationError
+from bitpress.errors import BitpressError, VerificationError, first_line, memory_is_full, plain
 
 __all__ = ["app", "main"]
+
+LESS = (
+    "other processes may hold some of it; fewer --threads, with data a smaller --max-memory or --sequence-length, take less, and "
+    "--device cpu takes none; the same command goes on from what is finished"
+)
 
 
 def main() -> None:
@@ -21,7 +25,7 @@ def main() -> None:
             app.invoke(context)
     except VerificationError as e:
         for fault in e.faults[:10]:
-            print(f"  {terminal.plain(fault)}", file=sys.stderr)
+            print(f"  {plain(fault)}", file=sys.stderr)
         if len(e.faults) > 10:
             print(f"  and {len(e.faults) - 10} more", file=sys.stderr)
         code = _fail(str(e), 1)
@@ -35,9 +39,14 @@ def main() -> None:
         code = _fail(f"{e.format_message()} (bitpress --help)")
     except click.exceptions.Exit as e:  # after --help
         code = e.exit_code
+    except Exception as e:
+        if not memory_is_full(e):
+            raise
+        fact = ". ".join(first_line(e).split(". ")[:2])
+        code = _fail(f"the device's memory is full ({fact}): {LESS}")
     sys.exit(code)
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"bitpress: {terminal.plain(message)}", file=sys.stderr)
+    print(f"bitpress: {plain(message)}", file=sys.stderr)
     return code

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from bitpress.cli import terminal
-from bitpress.errors import BitpressError
+from bitpress.errors import BitpressError, plain
 from bitpress.hardware import KNOWN, Hardware
 from bitpress.layer import Finding
 from bitpress.options import choices
@@ -79,7 +78,7 @@ def scheme_json(step: Step, devices: Sequence[Hardware]) -> dict[str, Any]:
 def warn(texts: Iterable[str]) -> None:
     """One line each, on standard error."""
     for text in texts:
-        print(f"warning: {terminal.plain(text)}", file=sys.stderr)
+        print(f"warning: {plain(text)}", file=sys.stderr)
 
 
 def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
@@ -114,7 +113,7 @@ def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
 
 def manifest(note: Manifest) -> None:
     """What is inside an output."""
-    print(terminal.plain(f"from {note.source}, by bitpress {note.bitpress} with {', '.join(note.schemes.values())}"))
+    print(plain(f"from {note.source}, by bitpress {note.bitpress} with {', '.join(note.schemes.values())}"))
     rows = [
         (name, " + ".join(layer.steps), f"{layer.bits:.2f}", _figure(layer.error), _figure(layer.output_error))
         for name, layer in note.layers.items()
@@ -159,7 +158,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for column in table.columns[:-1]:
         column.no_wrap = True
     for row in rows:
-        table.add_row(*(terminal.plain(str(cell)) for cell in row))
+        table.add_row(*(plain(str(cell)) for cell in row))
     console = Console()
     if table.row_count:
         Console(width=None if console.is_terminal else 200, markup=False, highlight=False).print(table)

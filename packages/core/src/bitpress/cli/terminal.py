@@ -13,15 +13,6 @@ from typing import Any
 from bitpress.errors import RecipeError
 from bitpress.progress import Progress, Told, quiet
 
-LONGEST = 2000  # characters of a line
-
-
-def plain(text: str) -> str:
-    """One line that a terminal shows and does not obey, whatever names of a stranger's model are in it."""
-    line = " ".join(text.split())
-    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line[:LONGEST])
-    return shown if len(line) <= LONGEST else shown + "..."
-
 
 def document(value: Any) -> None:
     """One JSON document on standard output."""
