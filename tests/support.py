@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import io
 import json
@@ -133,6 +134,12 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by relative name."""
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def sign(out: Path, note: dict[str, Any]) -> None:
+    """Write a manifest whose own digest agrees with it."""
+    unsigned = json.dumps({**note, "sha256": "0" * 64})
+    (out / "bitpress.json").write_text(unsigned.replace("0" * 64, hashlib.sha256(unsigned.encode()).hexdigest()))
 
 
 def install(folder: Path, name: str, module: str, entry_points: str, version: str = "1.0", requires: Sequence[str] = ()) -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from calibrated import CONFIG, runnable_model
+from hostile import PATIENCE
 from huggingface_hub import ModelCard
 from support import command, files_of, refusal, write_model
 
@@ -70,13 +72,34 @@ def test_without_a_card_there_is_nothing_to_link(with_toy: Path, tmp_path: Path)
     [
         "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: {a: b}\n---\n", "---\nlicense: mit\n", "no front matter",
         "\x00\xff", "---\n---\n", "---\nlicense: !!python/object/apply:os.system ['touch hacked']\n---\n",
+        "---\nlicense: !!timestamp x\n---\n", "---\nlicense: !!bool x\n---\n", f"---\nlicense: 0x{'f' * 9000}\n---\n",
+        '---\nlicense: "a\\x1b[31m"\n---\n', '---\nlicense: ["a\\n---\\n<script>"]\n---\n', f"---\nlicense: {'x' * 999}\n---\n",
+        "---\nlicense: &a [*a]\n---\n", f"---\nlicense: {'[' * 9000}\n---\n", f"---\nlicense: {{{'a: b, ' * 100_000}}}\n---\n",
     ],
 )  # fmt: skip
 def test_front_matter_that_says_nothing_usable_is_left_where_it_is(with_toy: Path, model: Path, tmp_path: Path, own: str) -> None:
     (model / "README.md").write_text(own, encoding="utf-8")
+    began = time.monotonic()
     bitpress.compress(model, tmp_path / "out", scheme="toy")
+    assert time.monotonic() - began < PATIENCE
     assert "license" not in front(tmp_path / "out")
     assert (tmp_path / "out/README.source.md").read_text(encoding="utf-8") == own
+
+
+def test_a_card_that_is_not_unicode_is_kept_as_it_is(with_toy: Path, model: Path, tmp_path: Path) -> None:
+    (model / "README.md").write_bytes(own := bytes(range(256)))
+    bitpress.compress(model, tmp_path / "out", scheme="toy")
+    assert (tmp_path / "out/README.source.md").read_bytes() == own
+
+
+@pytest.mark.parametrize("name", ["README.md", "bitpress.json"])
+def test_a_folder_where_the_output_has_a_file_is_told_before_work_starts(toy: Path, tmp_path: Path, name: str) -> None:
+    model = write_model(tmp_path / "model", shards=2)
+    (model / name).mkdir()
+    (model / name / "notes.txt").write_text("mine")
+    line = refusal("compress", model, tmp_path / "out", "--scheme", "toy", path=toy)
+    assert f"{name} would be a file, and a folder too, with {name}/notes.txt" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_makes_the_same_files_again(toy: Path, tmp_path: Path) -> None:

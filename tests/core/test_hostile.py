@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hostile import JSON, NAMES, NUMBERS, PATIENCE, amounts, only_clear_errors, tried
+from hypothesis import given, strategies as st
 from support import LLAMA, command, llama_tensors, memory_taken, refusal, tensors_of, write_model
 
 import bitpress
@@ -23,43 +23,7 @@ from bitpress.checkpoint.reader import open_checkpoint
 from bitpress.recipe import from_file, from_json
 from bitpress.schemes import discover
 
-PATIENCE = 5.0  # seconds for one input, on a busy machine; none needs a tenth
 WEIGHTS, INDEX, LAYER = "model.safetensors", "model.safetensors.index.json", "model.layers.1.mlp.up_proj"
-
-NAMES = st.sampled_from(
-    ["a", "b", "", "__metadata__", "model.layers.0.mlp.up_proj.weight", "model.layers.²." + "x.weight", "../../x", "/etc/passwd",
-     "\ud800", "\x1b[31m", "\0", "[red]", "model.layers." + "9" * 5000 + ".x.weight", ".1" * 400 + ".weight"]
-)  # fmt: skip
-NUMBERS = st.one_of(
-    st.integers(-2, 100), st.sampled_from([2**31, 2**63, 2**64, 10**30, 10**400, 1.5, True, float("nan"), float("inf")])
-)
-LEAVES = st.one_of(st.none(), NUMBERS, NAMES, st.sampled_from(["F32", "BF16", "F4", "U8", "BF17", "gptq", "llama"]))
-JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=8)
-
-
-def amounts(quick: int, whole: int) -> pytest.MarkDecorator:
-    """How many inputs are tried: few by default, many behind the marker."""
-    return pytest.mark.parametrize("count", [quick, pytest.param(whole, marks=pytest.mark.long)])
-
-
-def tried(count: int) -> Any:
-    """Settings of so many examples, the same ones every time."""
-    slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-    return settings(max_examples=count, derandomize=True, deadline=None, suppress_health_check=slow, database=None)
-
-
-@contextlib.contextmanager
-def only_clear_errors() -> Iterator[None]:
-    """Law of this file: what cannot be read is a BitpressError of one short line, and soon."""
-    began = time.monotonic()
-    try:
-        yield
-    except BitpressError as e:
-        told = str(e)
-    else:
-        told = ""
-    assert len(told) < 3000
-    assert time.monotonic() - began < PATIENCE
 
 
 # --- headers ------------------------------------------------------------------------------------------------------------------
@@ -131,6 +95,19 @@ def test_a_header_made_to_hang_or_to_fill_memory_is_refused_at_once(tmp_path: Pa
     assert time.monotonic() - began < PATIENCE
     assert len(str(refused.value)) < 3000
     assert taken[0] < 12 * len(BOMBS[what])
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_file_that_is_nearly_all_hole_and_claims_a_gigantic_layer_fills_no_memory(tmp_path: Path, toy: Path, rows: int) -> None:
+    model, width = write_model(tmp_path / "model"), 2**33
+    item = {"dtype": "BF16", "shape": [rows, width], "data_offsets": [0, 2 * rows * width]}
+    text = json.dumps({f"{LAYER}.weight": item}).encode()
+    with (model / WEIGHTS).open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + 2 * rows * width)
+    with memory_taken() as taken:
+        assert f"{LAYER}: it is {width} columns wide" in refusal("plan", model, "--scheme", "toy", path=toy)
+    assert taken[0] < 100_000_000
 
 
 def test_names_that_would_be_paths_or_colours_or_markup_are_names_and_nothing_else(tmp_path: Path, toy: Path) -> None:
@@ -227,6 +204,18 @@ def test_a_config_that_asks_for_a_milliard_blocks_is_refused_at_once(tmp_path: P
     (model / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 10**9}))
     with pytest.raises(BitpressError, match="says 1000000000 blocks, and the files hold fewer tensors"):
         build(open_checkpoint(model), False)
+
+
+@pytest.mark.parametrize(
+    "value", ['"\\ud800"', "[" * 200 + "]" * 200], ids=["half of a surrogate pair", "nested more deeply than it could be written"]
+)
+def test_a_config_that_could_not_be_written_again_is_refused_before_work_starts(tmp_path: Path, toy: Path, value: str) -> None:
+    model = write_model(tmp_path / "model")
+    (model / "config.json").write_text(json.dumps(LLAMA)[:-1] + f', "more": {value}}}')
+    assert "config.json: not valid JSON (a text in it" in refusal(
+        "compress", model, tmp_path / "out", "--scheme", "toy", path=toy
+    )
+    assert not (tmp_path / "out").exists()
 
 
 PIECES = [

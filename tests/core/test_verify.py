@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from support import TOY, command, files_of, install, install_toy, llama_tensors, plugins, refusal, write_model
+from support import TOY, command, files_of, install, install_toy, llama_tensors, plugins, refusal, sign, write_model
 
 import bitpress
 
@@ -40,12 +40,6 @@ def copy(made: Path, name: str, to: Path) -> Path:
         (to / file).parent.mkdir(parents=True, exist_ok=True)
         (to / file).write_bytes(data)
     return to
-
-
-def sign(out: Path, note: dict[str, Any]) -> None:
-    """Write a manifest whose own digest agrees with it."""
-    unsigned = json.dumps({**note, "sha256": "0" * 64})
-    (out / "bitpress.json").write_text(unsigned.replace("0" * 64, hashlib.sha256(unsigned.encode()).hexdigest()))
 
 
 def mend_digests(out: Path) -> None:

@@ -18,6 +18,8 @@ from bitpress.manifest import Manifest
 NAME = "README.md"
 KEPT = re.compile(r"README(\.source)+\.md")  # what becomes of the source's own card
 LARGEST = 1 << 20  # bytes of a card whose front matter is read
+FRONT = 1 << 16  # characters of front matter that are read: parsing many takes long
+LONGEST = 200  # characters of a value that is carried over
 ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -91,15 +93,19 @@ def _metadata(file: Path) -> Mapping[str, Any]:
         return {}
     found = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
-        table = yaml.safe_load(found[1]) if found else {}
-    except (yaml.YAMLError, ValueError, RecursionError):  # whatever a stranger has written
+        table = yaml.safe_load(found[1]) if found and len(found[1]) <= FRONT else {}
+    except Exception:  # of any kind: whatever a stranger has written
         return {}
-    plain = (str, bool, int)
     return {
         key: value
         for key, value in (table.items() if isinstance(table, dict) else ())
-        if isinstance(value, plain) or (isinstance(value, list) and all(isinstance(v, plain) for v in value))
+        if _is_plain(value) or (isinstance(value, list) and all(map(_is_plain, value)))
     }
+
+
+def _is_plain(value: Any) -> bool:
+    """A line of text, or true or false."""
+    return isinstance(value, bool) or (isinstance(value, str) and len(value) <= LONGEST and value.isprintable())
 
 
 def _body(note: Manifest, made: Made) -> Iterator[str]:

@@ -11,11 +11,12 @@ import attrs
 import torch
 
 from bitpress import borders
-from bitpress.errors import RecipeError, SchemeError
+from bitpress.errors import RecipeError, SchemeError, ShapeError
 from bitpress.layer import Layer, Record, Stat
 from bitpress.schemes import Step
 
 Stats = Mapping[str, Stat]
+WIDEST = 1 << 20  # columns of a layer: a header may claim any number, and every row block is as wide
 TILE = 1 << 18  # weights of a row tile: its float32 temporaries stay in a core's cache
 
 
@@ -35,12 +36,9 @@ def observe_weights(tiles: Callable[[], Iterator[Layer]], steps: Sequence[Step])
 
 
 def observe(
-    step: Step,
-    weight: torch.Tensor,
-    inputs: torch.Tensor | None = None,
-    reference: torch.Tensor | None = None,
+    step: Step, weight: torch.Tensor, inputs: torch.Tensor | None = None, reference: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-) -> Stats | None:
+) -> Stats | None:  # fmt: skip
     """A step's statistics of one batch, or without inputs of the weight alone."""
     found = step.call("observe", inputs=inputs, reference=reference, residual=residual, weight=weight)
     return borders.stats(step, found, len(weight))
@@ -183,6 +181,8 @@ def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...])
     Raises:
         ShapeError: a scheme cannot take the shape.
     """
+    if width > WIDEST:
+        raise ShapeError(f"it is {width} columns wide, and no layer of a language model has more than {WIDEST}")
     block = row_block(steps)
     heights = [(height, count) for height, count in ((block, rows // block), (rows % block, 1)) if height and count]
     pieces = [(_zeros(height, width, dtype, steps), count) for height, count in heights]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import attrs
-from attrs import field, frozen
+from attrs import field, frozen, validators
 
+from bitpress.checkpoint.header import is_name
 from bitpress.checkpoint.reader import read_json
 from bitpress.checkpoint.writer import json_text
 from bitpress.errors import CheckpointError
 from bitpress.ranks import ALONE, Ranks
+from bitpress.typed import typed
 
 NAME = "bitpress.json"
 SELF = "sha256"  # its last key: the digest of the file itself
@@ -25,8 +28,8 @@ Rescaled = Mapping[str, Sequence[int]]
 class FileNote:
     """Size and SHA-256 of a file; no digest where none was taken."""
 
-    bytes: int
-    sha256: str | None = None
+    bytes: int = field(validator=validators.ge(0))
+    sha256: str | None = field(default=None, validator=validators.optional(validators.matches_re("[0-9a-f]{64}")))
 
 
 @frozen
@@ -43,7 +46,7 @@ class LayerNote:
     """
 
     steps: tuple[str, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, int] = field(validator=validators.deep_iterable(validators.ge(1)))
     dtype: str
     bits: float
     error: float | None = None
@@ -76,6 +79,23 @@ class Check:
     drift: tuple[float, ...] = ()
 
 
+def _known_data(note: Manifest, field: Any, data: Mapping[str, str] | None) -> None:
+    if data is not None and not (data.keys() >= {"source", "tokens"} and re.fullmatch("[0-9]{1,18}", data["tokens"])):
+        raise ValueError("'data' must name its source and the number of tokens")
+
+
+def _within(note: Manifest, field: Any, files: Mapping[str, FileNote]) -> None:
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            raise ValueError(f"{name[:60]!r} is no file of the folder")
+
+
+def _named(note: Manifest, field: Any, layers: Mapping[str, LayerNote]) -> None:
+    for name in layers:
+        if not is_name(name):
+            raise ValueError(f"{name[:60]!r} is no layer's name")
+
+
 @frozen
 class Manifest:
     """What `bitpress.json` holds.
@@ -99,9 +119,9 @@ class Manifest:
     recipe: Mapping[str, Any]
     source: str
     inputs: Mapping[str, FileNote]
-    files: Mapping[str, FileNote]
-    layers: Mapping[str, LayerNote]
-    data: Mapping[str, str] | None = None
+    files: Mapping[str, FileNote] = field(validator=_within)
+    layers: Mapping[str, LayerNote] = field(validator=_named)
+    data: Mapping[str, str] | None = field(default=None, validator=_known_data)
     warnings: tuple[str, ...] = ()
     rescaled: Mapping[str, Rescaled] = field(factory=dict)
     blocks: Mapping[str, float] = field(factory=dict)
@@ -129,15 +149,10 @@ def read_manifest(folder: Path) -> Manifest:
     table = read_json(folder / NAME)
     table.pop(SELF, None)
     try:
-        notes = {key: {n: FileNote(**note) for n, note in table[key].items()} for key in ("inputs", "files")}
-        layers = {
-            name: LayerNote(**{**note, "steps": tuple(note["steps"]), "shape": tuple(note["shape"])})
-            for name, note in table["layers"].items()
-        }
-        check = Check(**{**table["check"], "drift": tuple(table["check"]["drift"])}) if table.get("check") else None
-        return Manifest(**{**table, **notes, "layers": layers, "warnings": tuple(table.get("warnings", ())), "check": check})
-    except (KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{folder / NAME}: it is not what this version writes ({type(e).__name__}: {e})") from None
+        note: Manifest = typed(table, Manifest)
+    except ValueError as e:
+        raise CheckpointError(f"{folder / NAME}: it is not what this version writes ({e!s:.200})") from None
+    return note
 
 
 def text(note: Manifest) -> str:

@@ -11,11 +11,11 @@ from bitpress.checkpoint.reader import Checkpoint, Reader, open_checkpoint, reso
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compute import cores, device_named, torch_threads
 from bitpress.decompression import write_dense
-from bitpress.errors import CheckpointError
+from bitpress.errors import CheckpointError, OutputError
 from bitpress.manifest import Check, Manifest, read_manifest
 from bitpress.progress import Progress, quiet
 from bitpress.quantization import quantised_already
-from bitpress.report.page import page
+from bitpress.report.page import START, page
 from bitpress.schemes import discover
 from bitpress.served import Subject, plain, served
 from bitpress.source import kept_fused, seen
@@ -60,19 +60,27 @@ def report(out: str | Path, file: str | Path | None = None) -> Path:
     """Write one self-contained HTML page about an output; returns where: `file`, or the folder's own name with .html beside it.
 
     Raises:
-        BitpressError: the folder was not written by bitpress, or matplotlib is not installed.
+        BitpressError: the folder was not written by bitpress, matplotlib is not installed, or `file` is there and no page.
     """
     folder = Path(out)
     target = folder.resolve().with_name(f"{folder.resolve().name}.html") if file is None else Path(file)
+    if target.exists() and not _is_page(target):
+        raise OutputError(f"{target} is there and no page: name another file (--html)")
     content = page(read_manifest(folder), folder.resolve().name)
     OutputFolder(target.absolute().parent).text(target.name, content)
     return target
 
 
+def _is_page(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as f:
+        return f.read(len(START)) == START.encode()
+
+
 def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -> None:
     """Write the plain checkpoint that an output's loader computes with."""
-    checkpoint = open_checkpoint(Path(out))
-    written = _written(read_manifest(Path(out)), checkpoint)
+    written = _as_planned(open_checkpoint(Path(out)))
     total = sum(note.shape[0] * note.shape[1] * 2 for note in written.layers.values())
     with torch_threads(1), OutputFolder(Path(dense)) as output:
         write_dense(written, output, progress("decompressing", total))
@@ -108,7 +116,7 @@ def _subject(folder: Path, reader: Reader) -> Subject:
     """A plain model, or one that bitpress wrote, ready to be run."""
     checkpoint = open_checkpoint(folder)
     if (folder / manifest.NAME).is_file():
-        written = _written(read_manifest(folder), checkpoint)
+        written = _as_planned(checkpoint)
         return served(written, reader, stacks.container(next(iter(written.layers))), folder)
     checkpoint = seen(checkpoint)
     if method := quantised_already(checkpoint.config):
@@ -119,3 +127,11 @@ def _subject(folder: Path, reader: Reader) -> Subject:
 def _written(note: Manifest, checkpoint: Checkpoint) -> verification.Written:
     rules = recipe.from_json(note.recipe, discover(), str(checkpoint.folder / manifest.NAME))
     return verification.written_by(note, checkpoint, rules)
+
+
+def _as_planned(checkpoint: Checkpoint) -> verification.Written:
+    """An output whose files hold what its manifest says; raises CheckpointError where headers or config say otherwise."""
+    written = _written(read_manifest(checkpoint.folder), checkpoint)
+    if fault := next(verification.structure(written), None):
+        raise CheckpointError(f"{checkpoint.folder} is not as it was written: {fault} (bitpress verify tells all that is wrong)")
+    return written

@@ -138,19 +138,24 @@ def from_json(
     table: Mapping[str, Any], registry: Registry, place: str, settings: Iterable[str] = (), ignore: Iterable[str] = ()
 ) -> Recipe:
     """The recipe of a table `{"layers": [{"match", "steps"}], "ignore": [...]}`; `place` is named in errors."""
+    found, ignored = parsed(table, place), table.get("ignore", [])
+    values = _settings(settings, list(dict.fromkeys(use for _, steps in found for use, _ in steps)), registry)
+    built = [
+        (patterns, tuple(registry.get(use).step({**options, **values[use]}) for use, options in steps))
+        for patterns, steps in found
+    ]
+    return Recipe(tuple(Rule(pattern, steps) for patterns, steps in built for pattern in patterns), (*ignored, *ignore))
+
+
+def parsed(table: Mapping[str, Any], place: str) -> list[tuple[list[str], list[tuple[str, dict[str, Any]]]]]:
+    """The patterns of every rule, and its steps: each a scheme's name and options, of which nothing is known yet."""
     _known(table, ("layers", "ignore"), place)
     layers, ignored = table.get("layers"), table.get("ignore", [])
     if not isinstance(layers, list) or not layers:
         raise RecipeError(f"{place}: it needs at least one [[layers]] with `match` and `steps`")
     if not isinstance(ignored, list) or not all(isinstance(p, str) for p in ignored):
         raise RecipeError(f"{place}: `ignore` is a list of patterns")
-    parsed = [_rules(layer, f"{place}: [[layers]] number {i}") for i, layer in enumerate(layers, 1)]
-    values = _settings(settings, list(dict.fromkeys(use for _, steps in parsed for use, _ in steps)), registry)
-    built = [
-        (patterns, tuple(registry.get(use).step({**options, **values[use]}) for use, options in steps))
-        for patterns, steps in parsed
-    ]
-    return Recipe(tuple(Rule(pattern, steps) for patterns, steps in built for pattern in patterns), (*ignored, *ignore))
+    return [_rules(layer, f"{place}: [[layers]] number {i}") for i, layer in enumerate(layers, 1)]
 
 
 def _rules(layer: Any, place: str) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:

@@ -137,13 +137,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _encodable(name: str) -> bool:
-    return not any("\ud800" <= sign <= "\udfff" for sign in name)  # halves of a surrogate pair
+def is_name(text: str) -> bool:
+    """Whether a text can be a tensor's name: not endless, and no half of a surrogate pair in it, which no file can hold."""
+    return len(text) <= LONGEST and encodable(text)
+
+
+def encodable(text: str) -> bool:
+    """Whether a text is Unicode: JSON may spell halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _entry(file: Path, name: str, item: Any, data: int) -> Entry:
     """One header item checked on its own: dtype known, shape and offsets whole numbers that agree."""
-    if len(name) > LONGEST or not _encodable(name):
+    if not is_name(name):
         raise CheckpointError(f"{file}: a tensor's name is no name ({name[:60]!r}); fetch the file again")
     try:
         dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from bitpress.checkpoint.header import LARGEST, Entry, Header, read_header
+from bitpress.checkpoint.header import LARGEST, Entry, Header, encodable, read_header
 from bitpress.checkpoint.others import other_files
 from bitpress.checkpoint.views import View
 from bitpress.errors import CheckpointError, first_line
@@ -27,6 +27,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,180}\.safetensors")
+DEEPEST = 100  # of a JSON file: lists and tables within one another
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pkl", ".index.json", ".part",
 )  # fmt: skip
@@ -80,6 +81,8 @@ def read_json(file: Path) -> dict[str, Any]:
         if (size := file.stat().st_size) > LARGEST:
             raise CheckpointError(f"{file}: {size} bytes, and at most {LARGEST} are read; it is not what its name says")
         value = json.loads(file.read_bytes())
+        if not _writable(value):
+            raise ValueError(f"a text in it is not Unicode, or it is nested deeper than {DEEPEST}")
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} is not a model folder: it has no {file.name}") from None
     except OSError as e:
@@ -89,6 +92,16 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: an object is expected, not {type(value).__name__}")
     return value
+
+
+def _writable(value: Any, depth: int = DEEPEST) -> bool:
+    """Whether a JSON value could be written again."""
+    if isinstance(value, str):
+        return encodable(value)
+    if isinstance(value, (dict, list)):
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        return depth > 0 and all(_writable(item, depth - 1) for item in inner)
+    return True
 
 
 def _weight_files(folder: Path) -> list[str]:

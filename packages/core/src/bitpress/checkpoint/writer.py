@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
@@ -74,6 +74,10 @@ class OutputFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"{self.folder} is a file; name a folder that does not exist yet")
         self._refuse_finished()
+        planned = set(planned)
+        for name in planned:
+            if place := next((p for p in PurePosixPath(name).parents if p.as_posix() in planned), None):
+                raise OutputError(f"{self.folder / place} would be a file, and a folder too, with {name}: rename that")
         expected = {name + ending for name in [*planned, RUN, lock.NAME] for ending in ("", ".part")}
         with _told(self.folder):
             if not self.folder.exists():

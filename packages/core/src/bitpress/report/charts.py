@@ -85,5 +85,5 @@ def _matplotlib() -> Any:
     from matplotlib import pyplot
 
     # the same page every time, its words searchable and in its own typeface
-    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bitpress", "font.size": 10.5})
+    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bitpress", "font.size": 10.5, "text.parse_math": False})
     return pyplot

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
-from bitpress import hardware
+from bitpress import hardware, manifest
 from bitpress.errors import BitpressError
 from bitpress.layer import Finding
 from bitpress.manifest import LayerNote, Manifest
+from bitpress.recipe import parsed
 from bitpress.report import charts
 from bitpress.schemes import discover
-from bitpress.stacks import BLOCK
+from bitpress.stacks import BLOCK, NUMBER
 
+INDEX = re.compile(rf"\.({NUMBER.pattern})$")  # of a block
+START = "<!doctype html>"
 WORST = 12  # layers listed; all are in a table that folds out
 Row = Sequence[object]
 
@@ -31,7 +35,7 @@ def page(note: Manifest, name: str) -> str:
     style = resources.files("bitpress.report").joinpath("style.css").read_text()
     title, made = html.escape(name), html.escape(f"{note.source} compressed with {' + '.join(note.schemes)}")
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'{START}\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{style}</style></head>\n'
         f"<body>\n<h1>{title}</h1>\n<p>{made}</p>\n" + "\n".join(filter(None, parts)) + "\n</body></html>\n"
     )
@@ -84,7 +88,7 @@ def _errors(note: Manifest) -> str:
 def _drift(note: Manifest) -> str:
     drawn = {}
     if note.blocks:
-        drawn["calibration data"] = [(int(name.rpartition(".")[2]), error) for name, error in note.blocks.items()]
+        drawn["calibration data"] = [(int(found[1]), error) for n, error in note.blocks.items() if (found := INDEX.search(n))]
     if note.check and note.check.drift:
         drawn["the check's text"] = list(enumerate(note.check.drift))
     text = "|h − h′| / |h′| of the hidden states after each block, h′ being the source's: how errors add up on the way."
@@ -113,16 +117,15 @@ def _worst(note: Manifest) -> str:
 def _hardware(note: Manifest) -> str:
     registry = discover()
     rows: dict[tuple[str, Finding], list[str]] = {}
-    for rule in note.recipe["layers"]:
-        for step in rule["steps"]:
-            values = {key: value for key, value in step.items() if key != "use"}
+    for _, steps in parsed(note.recipe, manifest.NAME):
+        for scheme, values in steps:
             try:
-                made = registry.get(step["use"]).step(values)
+                made = registry.get(scheme).step(values)
                 said = [(d.name, f) for d in hardware.KNOWN for f in list(made.call("validate_hardware", hardware=d) or ())[:1]]
             except BitpressError as e:
                 said = [("all devices", Finding("unsupported", f"not known here: {e}"))]
             for device, finding in said:
-                rows.setdefault((step["use"], finding), []).append(device)
+                rows.setdefault((scheme, finding), []).append(device)
     cells = [
         (html.escape(scheme), f'<span class="{f.level}">{f.level}</span>', html.escape(", ".join(devices)), html.escape(f.text))
         for (scheme, f), devices in rows.items()
