@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 17  # weights whose candidates are compared at a time: they stay in cache
+CHUNK = 1 << 18  # weights whose candidates are compared at a time: they stay near, and calls are few
 
 Parts = tuple[Tensor, ...]  # (out, groups) each; the first is the scale
 Candidates = Callable[[Tensor], Generator[Parts, Any, None]]
@@ -40,10 +40,11 @@ def grouped(x: Tensor, group: int) -> Tensor:
 def _best(weight: Tensor, importance: Tensor | None, candidates: Candidates, nearest: Nearest) -> Parts:
     """Judged near 1, where no square is too large or too small for float32."""
     power = -weight.abs().amax(2).frexp().exponent.clamp(-126, 126)  # (out, groups)
-    near = weight.ldexp(power.unsqueeze(2))  # powers of two change no code
+    factor = torch.ones_like(power, dtype=weight.dtype).ldexp(power)
+    near = weight * factor.unsqueeze(2)  # powers of two change no code
 
     def costs(scale: Tensor, *others: Tensor) -> Tensor:  # (out, groups)
-        error = nearest(near, scale.ldexp(power).unsqueeze(2), *(part.unsqueeze(2) for part in others)).sub_(near).square_()
+        error = nearest(near, (scale * factor).unsqueeze(2), *(part.unsqueeze(2) for part in others)).sub_(near).square_()
         return (error if importance is None else error.mul_(importance)).sum(2)
 
     tried = candidates(weight)
