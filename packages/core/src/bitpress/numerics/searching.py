@@ -29,7 +29,8 @@ def search(weight: Tensor, importance: Tensor | None, group: int, candidates: Ca
     costs = None if importance is None else importance.view(-1, group)
     chunks = torch.split(weight, max(CHUNK // weight.shape[1], 1))
     found = [_best(grouped(chunk, group), costs, candidates, nearest) for chunk in chunks]
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    columns = ([part.T for part in parts] for parts in zip(*found, strict=True))
+    return tuple(torch.cat(parts, dim=1).T for parts in columns)  # each column of groups in one piece: a sweep asks for one
 
 
 def grouped(x: Tensor, group: int) -> Tensor:
