@@ -77,7 +77,9 @@ def main() -> None:
             if why := fault(found["weight"], found["scale"]):
                 raise SystemExit(f"{name}: not the work that was asked for: {why}")
             errors[name] = loss(layer["weight"] - found["weight"], layer["hessian"]) / loss(layer["weight"], layer["hessian"])
-    rows = [{"name": n, "cpu": statistics.median(s), "least": min(s), "most": max(s), "error": errors[n]} for n, s in seconds.items()]
+    rows = [
+        {"name": n, "cpu": statistics.median(s), "least": min(s), "most": max(s), "error": errors[n]} for n, s in seconds.items()
+    ]
     print(f"| {arguments.size} x {arguments.size} | CPU s (median, min-max) | layer error |\n|---|---|---|")
     for row in rows:
         print("| {name} | {cpu:.2f} ({least:.2f}-{most:.2f}) | {error:.6f} |".format(**row))

@@ -4,10 +4,10 @@ import sys
 import time
 
 import torch
-from bitpress_w4a16 import w4a16
 from safetensors.torch import load_file, save_file
 
 from bitpress import Layer, Stat
+from bitpress_w4a16 import w4a16
 
 torch.set_num_threads(1)
 given, out = sys.argv[1:3]
