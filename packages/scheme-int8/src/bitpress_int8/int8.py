@@ -15,7 +15,7 @@ from bitpress_int8 import activations, smoothing
 if TYPE_CHECKING:
     from torch import Tensor
 
-RATIOS = tuple(0.5 + 0.04 * i for i in range(14))  # of scales tried, in units of amax / 127.5
+RATIOS = tuple(0.5 + 0.04 * i for i in reversed(range(14)))  # of scales tried, in units of amax / 127.5
 WHOLE = (127.5 / 127,)  # reaches amax at both ends
 
 
@@ -89,11 +89,16 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
         one = numerics.fit_symmetric(row, None, 8, 1, WHOLE).scale
         return numerics.IntegerGrid(one.expand(len(weight), 1), None, 8, width)
 
-    weight, grid = numerics.feedback(layer, stats, fit)
-    assert isinstance(grid, numerics.IntegerGrid)
+    if "hessian" in stats:
+        weight, grid = numerics.feedback(layer, stats, fit)
+        assert isinstance(grid, numerics.IntegerGrid)
+    else:
+        weight, grid = layer.weight, fit(layer.weight, None)
+    codes = grid.codes(weight)  # (out, in); zeros stay zero, so `keep` holds by itself
     scale = grid.scale if options.weights == "channel" else grid.scale[0, 0]
     static = activations.parts(stats, options.symmetric_activations, options.outliers) if options.activations == "static" else {}
-    return attrs.evolve(layer, weight=weight, codes=grid.codes(weight), parts={"scale": scale, **static})
+    parts = {"scale": scale, **static}
+    return attrs.evolve(layer, weight=lambda: numerics.decode_integers(codes, grid.scale), codes=codes, parts=parts)
 
 
 @hookimpl

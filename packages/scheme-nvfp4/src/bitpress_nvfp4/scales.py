@@ -74,11 +74,13 @@ def fit(weight: Tensor, importance: Tensor | None, divisor: Tensor) -> Grid:
     import torch
 
     def candidates(groups: Tensor) -> Generator[tuple[Tensor, Tensor], object, None]:
-        amax = groups.abs().amax(2)  # (out, groups)
-        reaching = numerics.encode_e4m3(amax * divisor, amax.new_tensor(numerics.E2M1_MAX)).view(torch.uint8).int()
-        for k in NEIGHBOURS:
-            local = (reaching + k).clamp_(SMALLEST, LARGEST).to(torch.uint8).view(torch.float8_e4m3fn)
-            yield numerics.decode_e4m3(local) / divisor, local.view(torch.uint8)
+        amax = numerics.absmax(groups, dim=2).squeeze(2)  # (out, groups)
+        reaching = numerics.encode_e4m3(amax * divisor, amax.new_tensor(numerics.E2M1_MAX)).view(torch.int8)
+        beside = torch.tensor(NEIGHBOURS, dtype=torch.int16, device=amax.device).view(-1, 1, 1)
+        local = (reaching + beside).clamp_(SMALLEST, LARGEST).to(torch.uint8)  # (neighbours, out, groups)
+        scale = numerics.decode_e4m3(local.view(torch.float8_e4m3fn)) / divisor
+        for found in zip(scale, local, strict=True):  # noqa: UP028 (a zip cannot be sent anything)
+            yield found
 
     scale, local = numerics.search(weight, importance, GROUP, candidates, lambda x, scale, _: _nearest(x, scale))
     return Grid(local.view(torch.float8_e4m3fn), scale)

@@ -39,8 +39,8 @@ def decode_e4m3(codes: Tensor) -> Tensor:
     bits = codes.view(torch.int8).to(torch.int16)
     half = (bits << 7).bitwise_and_(-0x4001).view(torch.float16)  # the shift leaves a copy of the sign in bit 14
     numbers = half.float().mul_(256.0)
-    nan = (codes.view(torch.uint8) & 0x7F) == 0x7F
-    return numbers.masked_fill_(nan, torch.nan) if nan.any() else numbers
+    magnitude = codes.view(torch.uint8) & 0x7F
+    return numbers.masked_fill_(magnitude == 0x7F, torch.nan) if magnitude.numel() and magnitude.max() == 0x7F else numbers
 
 
 def e4m3_bound(codes: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from bitpress.numerics.blocks import absmax
 from bitpress.numerics.searching import grouped, search
 
 SMALLEST = torch.finfo(torch.float32).tiny  # of a scale: below it float32 loses bits
@@ -83,10 +84,10 @@ def fit_symmetric(
     """
 
     def candidates(groups: Tensor) -> Generator[tuple[Tensor], tuple[Tensor], None]:
-        amax = groups.abs().amax(2)  # (out, groups)
+        amax = absmax(groups, dim=2).squeeze(2)  # (out, groups)
         unit = (amax / ((2**bits - 1) / 2)).masked_fill_(amax == 0, 1.0)
-        for ratio in ratios:
-            (best,) = yield (_stored(unit * ratio, bits, dtype),)
+        for scale in _stored(unit * unit.new_tensor(ratios).view(-1, 1, 1), bits, dtype):
+            (best,) = yield (scale,)
         for step in _beside(finer):
             yield (_stored(best + unit * step, bits, dtype),)
 
@@ -109,8 +110,7 @@ def fit_asymmetric(
         least, most = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
         steps = 2**bits - 1
         unit = (most / steps - least / steps).masked_fill_(most == least, 1.0)
-        for ratio in ratios:
-            scale = _stored(unit * ratio, bits, dtype)
+        for ratio, scale in zip(ratios, _stored(unit * unit.new_tensor(ratios).view(-1, 1, 1), bits, dtype), strict=True):
             for shift in (-1, 0, 1):
                 best, zero = yield scale, (lowest - least / scale * ratio + shift).round_().clamp_(lowest, greatest)
         for step in _beside(finer):

@@ -25,11 +25,11 @@ def pack_bytes(codes: Tensor, bits: int) -> Tensor:
     >>> pack_bytes(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8), 4)
     tensor([[33, 15]], dtype=torch.uint8)
     """
-    apart = codes.view(len(codes), -1, 8 // bits)
-    found: Tensor = apart[:, :, 0].contiguous()  # (rows, bytes)
-    for place in range(1, apart.shape[2]):
-        found |= apart[:, :, place] << place * bits
-    return found
+    rows, codes = len(codes), codes.reshape(-1)
+    while bits < 8:
+        pairs = codes.view(torch.int16)  # the first code is the low byte
+        codes, bits = (pairs >> 8 - bits).bitwise_or_(pairs).to(torch.uint8), 2 * bits
+    return codes.view(rows, -1)
 
 
 def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
