@@ -117,7 +117,7 @@ def _sent(plan: Plan, shard: Shard) -> Callable[[Entry], float]:
 def _sums(stack: Stack, tokens: float, compared: float) -> float:
     """Operations of the sums over a stack's inputs x: x xᵀ, half of which is a mirror image, and of how far they have drifted."""
     width = stack.shape[1]
-    gram = sum((columns.stop - columns.start) * (width - columns.start) for columns in stripes(width))
+    gram: int = sum((columns.stop - columns.start) * (width - columns.start) for columns in stripes(width))
     return sum(step.calibrated for step in stack.steps) * 2 * (gram * tokens + width**2 * compared)
 
 
