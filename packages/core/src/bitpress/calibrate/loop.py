@@ -59,7 +59,7 @@ def write_shards(
         decoder = Decoder(plan.source, plan.container, reader, device, dtype, trust, data.all_experts)
         shards = {shard.block: shard for shard in plan.shards if shard.block is not None and shard.block < len(decoder)}
         for shard in ranks.deal([shard for shard in plan.shards if shard not in shards.values()], lambda shard: shard.reads):
-            write_shard(shard, output, reader, 1, device, told)
+            write_shard(shard, output, reader, 1, (device,), told)
         own = [batches[i] for i in part]
         need = memory.estimate(plan, sum(batch.numel() for batch in own))
         allowed = limit if limit is not None else memory.available() // (2 * ranks.beside)
