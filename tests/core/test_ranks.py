@@ -17,7 +17,7 @@ from support import command, files_of, install_deadly, llama_tensors, plugins, t
 
 import bitpress
 from bitpress import DataError
-from bitpress.calibrate.loop import _batches
+from bitpress.calibrate.memory import batches
 from bitpress.ranks import Ranks
 
 SHARDS = 5
@@ -255,9 +255,9 @@ def test_a_calibrated_run_goes_on_from_the_last_finished_block_with_any_number_o
 
 def test_every_rank_has_a_batch_and_more_ranks_than_sequences_are_refused() -> None:
     ids = torch.arange(7 * 1000).view(7, 1000)
-    assert [len(batch) for batch in _batches(ids, Ranks())] == [2, 2, 2, 1]
+    assert [len(batch) for batch in batches(ids, 1)] == [2, 2, 2, 1]
     for count in range(1, 8):
-        assert torch.equal(torch.cat(list(batches := _batches(ids, Ranks(0, count)))), ids)
-        assert all(len(Ranks(rank, count).part(batches)) for rank in range(count))
+        assert torch.equal(torch.cat(list(found := batches(ids, count))), ids)
+        assert all(len(Ranks(rank, count).part(found)) for rank in range(count))
     with pytest.raises(DataError, match="7 calibration sequences for 8 ranks"):
-        _batches(ids, Ranks(0, 8))
+        batches(ids, 8)

@@ -66,7 +66,7 @@ def test_the_files_do_not_depend_on_the_order_of_shards(
     with plugins(deadly), Reader() as reader:
         work = bitpress.plan(model, scheme="toy")
         for shard in reversed(work.shards):
-            stream.write_shard(shard, OutputFolder(tmp_path), reader, 2, torch.device("cpu"), lambda done, what="": None)
+            stream.write_shard(shard, OutputFolder(tmp_path), reader, 2, (torch.device("cpu"),), lambda done, what="": None)
     assert {name: (tmp_path / name).read_bytes() for name in SHARDS} == {name: expected[name] for name in SHARDS}
 
 

@@ -163,11 +163,11 @@ def row_block(steps: Sequence[Step]) -> int:
     return math.lcm(*(step.options.row_block for step in steps))
 
 
-def row_tiles(shape: tuple[int, ...], steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
-    """First and last (exclusive) rows of the tiles in which a layer of shape (out, in) is worked on."""
+def row_tiles(shape: tuple[int, ...], steps: Sequence[Step], size: int = TILE) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) rows of the tiles of about so many weights in which a layer of shape (out, in) is worked on."""
     rows, width = shape
     block = row_block(steps)
-    height = max(TILE // max(width, 1) // block, 1) * block
+    height = max(size // max(width, 1) // block, 1) * block
     return ((first, min(first + height, rows)) for first in range(0, rows, height))
 
 

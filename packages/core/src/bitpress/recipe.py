@@ -45,6 +45,11 @@ class Recipe:
         """Whether any step must see the model run on data."""
         return any(step.calibrated for step in self.all_steps)
 
+    @property
+    def compares(self) -> bool:
+        """Whether any step asks what the source makes of the same tokens."""
+        return any(step.calibrated and step.scheme.wants("observe", "reference") for step in self.all_steps)
+
     def assign(self, modules: Sequence[str]) -> Mapping[str, tuple[Step, ...]]:
         """The steps of every module, empty where it is left alone.
 

@@ -18,7 +18,7 @@ from bitpress.calibrate.notes import BlockNotes
 from bitpress.calibrate.texts import Choice
 from bitpress.checkpoint.reader import INDEX, open_checkpoint
 from bitpress.checkpoint.writer import OutputFolder, json_text
-from bitpress.compute import cores, device_named, torch_threads
+from bitpress.compute import cores, devices_named, torch_threads
 from bitpress.errors import OutputError, RecipeError, VerificationError
 from bitpress.job import Job, named, plan, prepare
 from bitpress.manifest import FileNote, LayerNote, Manifest
@@ -71,7 +71,8 @@ def carry_out(
     ranks: Ranks = ALONE,
 ) -> Manifest:  # fmt: skip
     """`compress` for a job that was prepared already, on this rank; all return the same."""
-    work, target = job.plan, device_named(ranks.device(device))
+    work, devices = job.plan, devices_named(ranks.device(device))
+    target = devices[0]
     count = threads or _threads(job, max_memory, ranks)
     tokens = math.ceil(job.data.ids.numel() / ranks.count) if job.data else 0
     if max_memory is not None and max_memory < (needed := memory(work, count, tokens)):
@@ -93,7 +94,7 @@ def carry_out(
             journal.agree(ranks, work, job.data, target)
             if not output.locked:
                 raise OutputError(f"rank {ranks.rank} does not see {out} as rank 0 has prepared it: all need one file system")
-            note = _write(job, output, target, count, max_memory, verify, trust_remote_code, progress, before, ranks)
+            note = _write(job, output, devices, count, max_memory, verify, trust_remote_code, progress, before, ranks)
             if job.check and ranks.first:
                 checkpoint = open_checkpoint(output.folder, config=work.config)
                 written = verification.Written(checkpoint, work.recipe, note.layers, note.rescaled)
@@ -111,7 +112,7 @@ def carry_out(
 
 
 def _write(
-    job: Job, output: OutputFolder, target: torch.device, count: int, max_memory: int | None, verify: bool,
+    job: Job, output: OutputFolder, devices: Sequence[torch.device], count: int, max_memory: int | None, verify: bool,
     trust_remote_code: bool, progress: Progress, before: journal.Stamps, ranks: Ranks,
 ) -> Manifest:  # fmt: skip
     """Every file but the last two, proved."""
@@ -121,10 +122,10 @@ def _write(
     if job.data:
         limit = None if max_memory is None else max_memory - CALIBRATED_RUNTIME
         with torch_threads(count):
-            blocks = loop.write_shards(work, output, job.data, target, limit, trust_remote_code, told, ranks)
+            blocks = loop.write_shards(work, output, job.data, devices[0], limit, trust_remote_code, told, ranks)
     with torch_threads(1):  # tasks run side by side, each on one core: torch's own threads would only wait for each other
         if not job.data:
-            stream.write_shards(work, output, count, target, told, ranks)
+            stream.write_shards(work, output, count, devices, told, ranks)
         for name, origin in work.copied.items() if ranks.first else ():
             output.copy(name, work.source.folder / origin)
         if work.index and ranks.first:

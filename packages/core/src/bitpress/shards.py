@@ -86,9 +86,14 @@ class Shard:
     block: int | None = None
 
     @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The source's tensors that go into it."""
+        return (*(entry for stack in self.stacks for entry in stack.members.values()), *self.copies)
+
+    @property
     def reads(self) -> int:
-        """Bytes of the source's tensors that go into it."""
-        return sum(stack.reads for stack in self.stacks) + sum(entry.nbytes for entry in self.copies)
+        """Their bytes."""
+        return sum(entry.nbytes for entry in self.entries)
 
 
 def cut(source: Checkpoint, built: Mapping[str, Stack], digest: str, by_block: bool) -> Iterable[Shard]:

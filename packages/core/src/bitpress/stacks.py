@@ -155,6 +155,13 @@ def hidden_size(config: Mapping[str, Any]) -> int | None:
     return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
+def experts_of_a_token(config: Mapping[str, Any]) -> int | None:
+    """How many experts of a block compute a token, as far as the config says."""
+    tables = (table for table in (config.get("text_config"), config) if isinstance(table, dict))
+    counts = (table.get("num_experts_per_tok") for table in tables)
+    return next((count for count in counts if isinstance(count, int) and count > 0), None)
+
+
 def left_alone(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[str]:
     """Modules that a loader might take for linear layers and that stay as they are, in file order, the tied head included."""
     done = set(compressed)

@@ -1,10 +1,10 @@
-"""Data-free work: shard by shard, stack by stack, in row tiles that stay in a core's cache."""
+"""Data-free work: shard by shard, stack by stack, in row tiles that stay in a core's cache, or keep a GPU busy."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import torch
@@ -13,6 +13,7 @@ from bitpress import chain
 from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.writer import OutputFolder, ShardWriter
+from bitpress.compute import Turns
 from bitpress.errors import CheckpointError
 from bitpress.layer import Layer
 from bitpress.planning import Plan
@@ -20,18 +21,21 @@ from bitpress.progress import Told
 from bitpress.ranks import ALONE, Ranks
 from bitpress.shards import Shard, Stack
 
+ON_GPU = 1 << 22  # weights of a row tile there, where each step costs the same some microseconds however few they are
+
 
 def write_shards(
-    plan: Plan, output: OutputFolder, threads: int, device: torch.device, progress: Told, ranks: Ranks = ALONE
+    plan: Plan, output: OutputFolder, threads: int, devices: Sequence[torch.device], progress: Told, ranks: Ranks = ALONE
 ) -> None:
     """Write this rank's shards, but for those that an earlier run of the same plan has finished.
 
     Args:
+        devices: which the threads share.
         progress: is told the source bytes done.
     """
-    with Reader() as reader:
+    with Reader(pinned=any(device.type == "cuda" for device in devices)) as reader:
         for shard in own(plan, ranks):
-            write_shard(shard, output, reader, threads, device, progress)
+            write_shard(shard, output, reader, threads, devices, progress)
 
 
 def own(plan: Plan, ranks: Ranks) -> list[Shard]:
@@ -39,13 +43,15 @@ def own(plan: Plan, ranks: Ranks) -> list[Shard]:
     return ranks.deal(plan.shards, lambda shard: shard.reads)
 
 
-def write_shard(shard: Shard, output: OutputFolder, reader: Reader, threads: int, device: torch.device, progress: Told) -> None:
+def write_shard(
+    shard: Shard, output: OutputFolder, reader: Reader, threads: int, devices: Sequence[torch.device], progress: Told
+) -> None:
     """Write a shard unless an earlier run has; its stacks need no data."""
     if output.finished(shard.name, shard.header):
         progress(shard.reads)
         return
     with output.shard(shard.name, shard.header) as writer:
-        _fill(shard, reader, writer, threads, device, progress)
+        _fill(shard, reader, writer, threads, Turns(devices), progress)
 
 
 def compress_stack(stack: Stack, reader: Reader, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
@@ -66,8 +72,9 @@ def compress_stack(stack: Stack, reader: Reader, device: torch.device) -> Iterat
 
 def _tiles(stack: Stack, reader: Reader, device: torch.device, module: str) -> Iterator[Layer]:
     entry = stack.members[module]
-    for first, last in chain.row_tiles(entry.shape, stack.steps):
-        weight = reader.rows(entry, first, last).to(device).float()
+    for first, last in chain.row_tiles(entry.shape, stack.steps, chain.TILE if device.type == "cpu" else ON_GPU):
+        # torch keeps pinned memory from being taken anew until a copy out of it is over
+        weight = reader.rows(entry, first, last).to(device, non_blocking=True).float()
         if not math.isfinite(weight.sum()):  # one cheap pass: a NaN or Inf anywhere makes the sum so
             _refuse_non_finite(entry, first, weight)
         yield Layer(stack.name, weight, stack.dtype)
@@ -84,12 +91,12 @@ def _refuse_non_finite(entry: Entry, first: int, weight: torch.Tensor) -> None:
         )
 
 
-def _fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, device: torch.device, progress: Told) -> None:
+def _fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, turns: Turns, progress: Told) -> None:
     """Write all tensors of a shard, several stacks side by side; the bytes do not depend on who is first."""
     places = {entry.name: entry for entry in shard.header.entries}
 
     def work(stack: Stack) -> None:
-        for name, tensor in compress_stack(stack, reader, device):
+        for name, tensor in compress_stack(stack, reader, turns.device):
             writer.write(places[name], tensor.cpu())
         progress(stack.reads)
 
@@ -97,7 +104,7 @@ def _fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, devic
         copy_entry(entry, places[entry.name], reader, writer)
         progress(entry.nbytes)
 
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(threads, initializer=turns.take)
     try:
         futures = [pool.submit(work, stack) for stack in shard.stacks] + [pool.submit(copy, entry) for entry in shard.copies]
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:

@@ -8,11 +8,10 @@ in service. Every eighth batch is run through the source's weights as well, for 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bitpress import chain
 from bitpress.calibrate import memory
@@ -27,7 +26,6 @@ from bitpress.calibrate.texts import Sequences
 from bitpress.checkpoint.header import read_header
 from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.writer import OutputFolder
-from bitpress.errors import DataError
 from bitpress.planning import Plan
 from bitpress.progress import Told
 from bitpress.ranks import ALONE, Ranks
@@ -54,14 +52,14 @@ def write_shards(
         CheckpointError: transformers cannot build the model, or the model makes numbers that are not finite.
     """
     dtype = torch.float32 if device.type == "cpu" else plan.dtype
-    batches = _batches(data.ids, ranks)
+    batches = memory.batches(data.ids, ranks.count)
     part = ranks.part(batches)
     notes = []
     with Reader() as reader, torch.no_grad(), memory.freed_kept():
         decoder = Decoder(plan.source, plan.container, reader, device, dtype, trust, data.all_experts)
         shards = {shard.block: shard for shard in plan.shards if shard.block is not None and shard.block < len(decoder)}
         for shard in ranks.deal([shard for shard in plan.shards if shard not in shards.values()], lambda shard: shard.reads):
-            write_shard(shard, output, reader, 1, device, told)
+            write_shard(shard, output, reader, 1, (device,), told)
         own = [batches[i] for i in part]
         need = memory.estimate(plan, sum(batch.numel() for batch in own))
         allowed = limit if limit is not None else memory.available() // (2 * ranks.beside)
@@ -80,13 +78,6 @@ def write_shards(
     return notes
 
 
-def _batches(ids: Tensor, ranks: Ranks) -> Sequence[Tensor]:
-    """All batches: of as many tokens as are run together, or of fewer where there would be none for some rank."""
-    if len(ids) < ranks.count:
-        raise DataError(f"{len(ids)} calibration sequences for {ranks.count} ranks: each needs one; give more, or start fewer")
-    return torch.split(ids, max(min(memory.BATCH // ids.shape[1], len(ids) // ranks.count), 1))
-
-
 def _streams(
     plan: Plan, recording: Recording, part: range, place: Path | None, waiting: int, device: torch.device, ranks: Ranks,
     allowed: int,
@@ -96,8 +87,7 @@ def _streams(
     Args:
         part: which of all batches these are.
     """
-    wanted = any(step.scheme.wants("observe", "reference") and step.calibrated for step in plan.recipe.all_steps)
-    chosen = [place for place, number in enumerate(part) if wanted and number % memory.REFERENCE == 0]
+    chosen = [place for place, number in enumerate(part) if plan.recipe.compares and number % memory.REFERENCE == 0]
     reference = States((recording.hidden[i].clone() for i in chosen), place)
     return Streams(recording.hidden, reference, chosen, waiting, device, ranks, allowed)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from attrs import frozen
 
+from bitpress.errors import DataError
 from bitpress.planning import Plan
 
 RUNTIME = 550_000_000  # bytes that Python with torch and transformers takes, their buffers and freed memory
@@ -42,6 +44,13 @@ class Need:
         return max(allowed - self.held, 0) // (self.waiting * tokens)
 
 
+def batches(ids: torch.Tensor, ranks: int) -> Sequence[torch.Tensor]:
+    """All batches: of as many tokens as are run together, or of fewer where there would be none for some rank."""
+    if len(ids) < ranks:
+        raise DataError(f"{len(ids)} calibration sequences for {ranks} ranks: each needs one; give more, or start fewer")
+    return torch.split(ids, max(min(BATCH // ids.shape[1], len(ids) // ranks), 1))
+
+
 def estimate(plan: Plan, tokens: int) -> Need:
     """What a run of the plan holds, beyond what the interpreter, torch and transformers take.
 
@@ -49,11 +58,7 @@ def estimate(plan: Plan, tokens: int) -> Need:
     solution of its largest site, what is made of a batch, and the hidden states of so many tokens, a share of them twice.
     """
     before = sum(e.numel for s in plan.shards if s.block is None for e in s.copies if "lm_head" not in e.name)
-    block = max(
-        sum(e.numel for e in shard.copies) + sum(e.numel for stack in shard.stacks for e in stack.members.values())
-        for shard in plan.shards
-        if shard.block is not None
-    )
+    block = max(sum(e.numel for e in shard.entries) for shard in plan.shards if shard.block is not None)
     site = max(_site(*stack.shape, sum(step.calibrated for step in stack.steps)) for stack in plan.stacks)
     width = max(stack.shape[1] for stack in plan.stacks)
     least = NUMBER * max(before + block, 2 * block + site + TEMPORARY * OBSERVED * width)

@@ -150,9 +150,13 @@ def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
 class Reader:
     """Reads numbers of a checkpoint's files: explicit reads into fresh memory, never a mapping, so that memory stays bounded
     and a file that shrinks is an error and not a crash. Safe to use from several threads; close it, or use it in `with`.
+
+    Args:
+        pinned: whether rows are read into pages that GPUs copy from by themselves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pinned: bool = False) -> None:
+        self._pinned = pinned
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._turned = threading.local()
@@ -172,7 +176,7 @@ class Reader:
         if isinstance(entry, View):
             return entry.rows(self, first, last, DTYPES[entry.dtype])
         shape = (last - first, *entry.shape[1:]) if entry.shape else ()
-        tensor = torch.empty(shape, dtype=DTYPES[entry.dtype])
+        tensor = torch.empty(shape, dtype=DTYPES[entry.dtype], pin_memory=self._pinned)
         row = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else entry.nbytes
         self._fill(entry, first * row, tensor.reshape(-1).view(torch.uint8))
         return tensor

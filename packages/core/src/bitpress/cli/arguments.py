@@ -76,7 +76,7 @@ threads = click.option(
 )
 machine = together(
     click.option("--trust-remote-code", is_flag=True, help="Let code in the model's folder run."),
-    click.option("--device", metavar="cpu|cuda|cuda:N", default="cpu", help="What computes."),
+    click.option("--device", metavar="cpu|cuda|cuda:N", default="cpu", help="What computes; without data, cuda is every GPU."),
     click.option("--max-memory", metavar="SIZE", help="Refuse if more is needed: 4GB."),
     threads,
 )

@@ -53,19 +53,26 @@ def schemes(name: str | None, device: str | None, as_json: bool) -> None:
 @arguments.recipe
 @click.option("--tensor-parallel", "ranks", metavar="N", default=1, help="Ranks of the engine that will serve it.")
 @click.option("--hardware", "device", metavar="NAME", help="What will serve it: H100 (default: this machine's).")
+@click.option(
+    "--world-size", "count", metavar="N", type=click.IntRange(min=1), default=1, help="Processes that torchrun starts to do it."
+)
 @arguments.threads
 @arguments.as_json
 def plan(
     model: str, scheme: str | None, recipe: Path | None, settings: Sequence[str], ignore: Sequence[str], ranks: int,
-    device: str | None, threads: int | None, as_json: bool,
+    device: str | None, count: int, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what would be done, from headers alone."""
     with terminal.uncollected():
-        from bitpress import needs, run, serving
+        from bitpress import compute, forecast, needs, run, serving
 
     served = None if device is None else hardware.find(device)
     work = run.plan(model, scheme=scheme, recipe_file=recipe, settings=settings, ignore=ignore, device=served)
-    found = planned.Needs(needs.memory(work, threads), needs.scratch(work), ranks, tuple(serving.remarks(work, ranks)))
+    shares, threads = forecast.shares(work, count), threads or max(compute.cores() // count, 1)
+    found = planned.Needs(
+        needs.memory(work, threads), needs.scratch(work, max(share.tokens for share in shares)), ranks,
+        tuple(serving.remarks(work, ranks)), tuple(shares), threads,
+    )  # fmt: skip
     terminal.document(planned.as_json(work, found)) if as_json else planned.table(work, found)
 
 

@@ -13,6 +13,7 @@ from bitpress.hardware import KNOWN
 from bitpress.schemes import Step
 
 if TYPE_CHECKING:
+    from bitpress.forecast import Share
     from bitpress.planning import Plan
     from bitpress.serving import Remark
 
@@ -24,16 +25,25 @@ class Needs:
     """What a plan asks for.
 
     Attributes:
-        memory: bytes at least, Python and its libraries included.
-        scratch: bytes on disk beside the output, where there is no more memory than that.
+        memory: bytes of a process at least, Python and its libraries included.
+        scratch: bytes on disk beside the output, where a process has no more memory than that.
         ranks: of the engine that will serve the result.
         remarks: what it will make of the layers.
+        shares: what each process of the run does.
+        threads: of each.
     """
 
     memory: int
     scratch: int
     ranks: int
     remarks: tuple[Remark, ...]
+    shares: tuple[Share, ...]
+    threads: int
+
+    @property
+    def seconds(self) -> float:
+        """Until the last process is done, on CPUs like the one that rates were measured on."""
+        return max(share.core_seconds for share in self.shares) / self.threads
 
 
 def table(work: Plan, needs: Needs) -> None:
@@ -53,13 +63,39 @@ def table(work: Plan, needs: Needs) -> None:
     print(f"size    {gb(work.bytes_before)} -> {gb(work.bytes_after)} ({work.bytes_before / work.bytes_after:.2f}x smaller)")
     print(f"output  {total:,} bytes in {len(work.sizes)} files; beside them bitpress.json and README.md")
     spilled = f"; with no more than that, {gb(needs.scratch)} of hidden states go to disk" if needs.scratch else ""
-    print(f"memory  about {gb(needs.memory)}, torch included{spilled}")
+    each = " each process" if len(needs.shares) > 1 else ""
+    print(f"memory  about {gb(needs.memory)}{each}, torch included{spilled}")
+    _work(needs)
     print(f"data    {'needed: texts like those that it will serve (--calibration)' if work.recipe.calibrated else 'none needed'}")
     for step in {step.scheme.name: step for step in work.recipe.all_steps}.values():
         print(f"serves  {step.scheme.name}: {serves(step, KNOWN)}")
     for name, finding in work.findings if work.device in KNOWN else ():
         print(f"device  {work.device.name}: {name} is {finding.level}, {finding.text}")
     remarks(work, work.warnings, needs.remarks)
+
+
+def _work(needs: Needs) -> None:
+    """The largest share of the work, and the time that it may take."""
+    from bitpress import forecast
+
+    reads, writes, tokens, products, solutions = (
+        max(getattr(share, name) for share in needs.shares) for name in ("reads", "writes", "tokens", "products", "solutions")
+    )
+    who = f"each of {len(needs.shares)} processes at most: " if len(needs.shares) > 1 else ""
+    print(
+        f"work    {who}{gb(reads)} read, {gb(writes)} written"
+        + (f"; {products / 1e12:,.3g} TFLOP on {tokens:,} tokens, {solutions / 1e12:,.3g} to fit layers" if tokens else "")
+    )
+    rates = [f"reads {gb(int(forecast.LOADED))}", f"proves {gb(int(forecast.PROVED))}"]
+    rates += [f"computes {forecast.MULTIPLIED / 1e9:g} GFLOP", f"fits {forecast.SOLVED / 1e9:g}"] if tokens else []
+    threads = f"{needs.threads} thread{'s' * (needs.threads > 1)} each"
+    print(f"time    about {_duration(needs.seconds)} with {threads}, where in a second a core {', '.join(rates)}")
+
+
+def _duration(seconds: float) -> str:
+    units = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    name, size = next((unit for unit in units if seconds >= 2 * unit[1]), units[-1])
+    return f"{seconds / size:.2g} {name}"
 
 
 def as_json(work: Plan, needs: Needs) -> dict[str, Any]:
@@ -83,7 +119,8 @@ def as_json(work: Plan, needs: Needs) -> dict[str, Any]:
         "before": work.bytes_before, "after": work.bytes_after, "memory": needs.memory, "scratch": needs.scratch,
         "data": work.recipe.calibrated, "digest": work.digest, "warnings": list(work.warnings),
         "device": work.device.name, "hardware": [{"scheme": name, **attrs.asdict(f)} for name, f in work.findings],
-        "tensor_parallel": needs.ranks,
+        "tensor_parallel": needs.ranks, "world_size": len(needs.shares), "threads": needs.threads, "seconds": needs.seconds,
+        "ranks": [attrs.asdict(share) for share in needs.shares],
         "serving": [{"layers": r.layers, "count": r.count, **attrs.asdict(r.finding)} for r in needs.remarks],
     }  # fmt: skip
 
