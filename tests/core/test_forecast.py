@@ -105,3 +105,23 @@ def test_what_ranks_do_together_is_what_one_does(tmp_path: Path, with_toy: Path)
         found = forecast.shares(plan, count)
         assert sum(share.reads for share in found) == alone.reads
         assert sum(share.writes for share in found) == alone.writes
+
+
+def test_more_ranks_take_less_time_but_for_fits_which_all_wait_for(tmp_path: Path) -> None:
+    model = runnable_model(tmp_path / "model")
+    with plugins(install_learner(tmp_path / "plugins")):
+        plan = bitpress.plan(model, scheme="learner")
+        found = [forecast.shares(plan, count) for count in (1, 2, 4, 8)]
+    times = [forecast.seconds(shares, 1) for shares in found]
+    fits = [sum(share.solutions for share in shares) for shares in found]
+    assert times == sorted(times, reverse=True)
+    assert fits == pytest.approx([fits[0]] * 4)
+    assert times[-1] > fits[0] / forecast.SOLVED > 0
+    assert forecast.seconds(found[0], 4) == pytest.approx(times[0] / 4)
+
+
+def test_experts_that_few_tokens_reach_are_not_fitted(tmp_path: Path) -> None:
+    with plugins(install_learner(tmp_path / "plugins")):
+        plan = bitpress.plan(build("mixtral", tmp_path / "model"), scheme="learner")
+        few, many = (forecast.shares(plan, 1, Choice(samples=samples, length=32))[0] for samples in (3, 300))
+    assert few.solutions < many.solutions  # of 96 tokens 48 come to each of four experts, and 64 are wanted

@@ -6,7 +6,7 @@ throughout, so that what is counted here says more than the time that is made of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from attrs import frozen
@@ -15,16 +15,17 @@ from bitpress import stacks, stream
 from bitpress.calibrate import memory
 from bitpress.calibrate.texts import Choice
 from bitpress.calibrate.tokens import FEW
-from bitpress.checkpoint.header import Entry
+from bitpress.checkpoint.header import BITS, Entry
+from bitpress.checkpoint.views import View
 from bitpress.numerics.products import stripes
 from bitpress.planning import Plan
 from bitpress.ranks import Ranks
-from bitpress.shards import Shard, Stack
+from bitpress.shards import Shard
 
-LOADED = 0.5e9  # bytes of the source that a core reads and converts in a second
-PROVED = 0.12e9  # bytes of the source that a core proves in a second, digests included
-MULTIPLIED = 70e9  # operations of a core in a second, in products over tokens
-SOLVED = 30e9  # operations of a core in a second, in factors and error feedback
+LOADED = 0.25e9  # bytes of the source that a core reads and converts in a second
+PROVED = 0.075e9  # bytes of the source that a core proves in a second, digests included
+MULTIPLIED = 45e9  # operations of a core in a second, in products over tokens
+SOLVED = 25e9  # operations of a core in a second, in factors and error feedback
 
 
 @frozen
@@ -47,10 +48,11 @@ class Share:
     products: int = 0
     solutions: int = 0
 
-    @property
-    def core_seconds(self) -> float:
-        """Of one core; several threads take at best their share of it."""
-        return self.reads / LOADED + self.proves / PROVED + self.products / MULTIPLIED + self.solutions / SOLVED
+
+def seconds(shares: Sequence[Share], threads: int) -> float:
+    """Until the last rank is done, at best; all of them wait for every solution, which the next layers' inputs depend on."""
+    longest = max(s.reads / LOADED + s.proves / PROVED + s.products / MULTIPLIED for s in shares)
+    return (longest + sum(s.solutions for s in shares) / SOLVED) / threads
 
 
 def shares(plan: Plan, count: int, choice: Choice | None = None) -> list[Share]:
@@ -64,41 +66,55 @@ def shares(plan: Plan, count: int, choice: Choice | None = None) -> list[Share]:
         return [Share(_read(own), sum(shard.header.nbytes for shard in own), proves) for own in dealt]
     choice = choice or Choice()
     batches = memory.batches(torch.zeros(1).expand(choice.samples, choice.length), count)
-    return [_calibrated(plan, ranks, [len(batch) * choice.length for batch in batches], proves) for ranks in everyone]
+    return list(_calibrated(plan, everyone, [len(batch) * choice.length for batch in batches], proves))
 
 
-def _calibrated(plan: Plan, ranks: Ranks, batches: Sequence[int], proves: int) -> Share:
+def _calibrated(plan: Plan, everyone: Sequence[Ranks], batches: Sequence[int], proves: int) -> Iterator[Share]:
     """Every rank reads every block and runs its own batches; the first rank writes, and solutions go round.
 
     Args:
         batches: tokens of each.
     """
-    part = ranks.part(batches)
-    tokens = sum(batches[i] for i in part)
-    compared = sum(batches[i] for i in part if plan.recipe.compares and i % memory.REFERENCE == 0)
     blocks, outside = ([s for s in plan.shards if (s.block is not None) == inside] for inside in (True, False))
-    own = ranks.deal(outside, lambda shard: shard.reads)
     run = [e for shard in outside for e in shard.copies if "lm_head" not in e.name]  # before the blocks; the first of which
-    reads = _read(own) + sum(e.nbytes for e in run) + blocks[0].reads  # is asked once more what it returns
-    reads += _read(blocks) * (2 if compared else 1)
-    if ranks.first:
-        reads, own = reads + sum(e.nbytes for shard in blocks for e in shard.copies), [*own, *blocks]
-    products = solutions = 0.0
+    once, all_blocks = sum(map(_stored, run)) + _read(blocks[:1]), _read(blocks)  # is asked once more what it returns
+    of_token, of_compared, solutions = _operations(plan, blocks, sum(batches), len(everyone))
+    for ranks in everyone:
+        part, own = ranks.part(batches), ranks.deal(outside, lambda shard: shard.reads)
+        tokens = sum(batches[i] for i in part)
+        compared = sum(batches[i] for i in part if plan.recipe.compares and i % memory.REFERENCE == 0)
+        reads = once + all_blocks * (2 if compared else 1) + _read(own)
+        if ranks.first:
+            reads, own = reads + sum(_stored(e) for shard in blocks for e in shard.copies), [*own, *blocks]
+        writes, products = sum(shard.header.nbytes for shard in own), of_token * tokens + of_compared * compared
+        yield Share(reads, writes, proves, tokens, int(products), int(solutions[ranks.rank]))
+
+
+def _operations(plan: Plan, blocks: Sequence[Shard], tokens: int, ranks: int) -> tuple[float, float, list[float]]:
+    """Of each token, of each that is run through the source's weights too, and of the solutions that each rank owns."""
+    of_token, of_compared, solutions = 0.0, 0.0, [0.0] * ranks
     for shard in blocks:
         sent = _sent(plan, shard)
-        matrices = [entry for entry in shard.entries if len(entry.shape) > 1]
-        products += sum(2 * entry.numel * sent(entry) for entry in matrices) * (tokens + compared)
+        forward = sum(2 * entry.numel * sent(entry) for entry in shard.entries if len(entry.shape) > 1)
+        of_token, of_compared = of_token + forward, of_compared + forward
         for number, stack in enumerate(stack for stack in shard.stacks if stack.calibrated):
-            routed = sent(next(iter(stack.members.values())))  # a part of the tokens: what the source sends there differs
-            drifts = plan.recipe.compares and routed == 1
-            products += _sums(stack, routed * tokens, compared if drifts else 0)
-            if number % ranks.count == ranks.rank and routed * sum(batches) >= FEW:
-                solutions += _solution(stack, drifts)
-    return Share(reads, sum(s.header.nbytes for s in own), proves, tokens, int(products), int(solutions))
+            steps, (rows, width) = sum(step.calibrated for step in stack.steps), stack.shape
+            routed = sent(next(iter(stack.members.values())))
+            drifts = plan.recipe.compares and routed == 1  # where a router sends tokens, the source sends others
+            of_token += routed * steps * 2 * sum((c.stop - c.start) * (width - c.start) for c in stripes(width))  # x xᵀ
+            of_compared += drifts * steps * 2 * width * width  # how far x has moved
+            if routed * tokens >= FEW:  # a factor; the columns' sweep and its loss; what makes up for x having moved
+                solutions[number % ranks] += steps * width * width * (width / 3 + (6 if drifts else 2) * rows)
+    return of_token, of_compared, solutions
 
 
 def _read(shards: Sequence[Shard]) -> int:
-    return sum(shard.reads for shard in shards)
+    return sum(_stored(entry) for shard in shards for entry in shard.entries)
+
+
+def _stored(entry: Entry) -> int:
+    """Bytes of a tensor as it lies in its file; scales of a source in FP8 are not counted."""
+    return entry.numel * BITS[entry.stored.dtype if isinstance(entry, View) else entry.dtype] // 8
 
 
 def _sent(plan: Plan, shard: Shard) -> Callable[[Entry], float]:
@@ -112,17 +128,3 @@ def _sent(plan: Plan, shard: Shard) -> Callable[[Entry], float]:
         return min((chosen or experts) / experts, 1.0) if experts else 1.0
 
     return sent
-
-
-def _sums(stack: Stack, tokens: float, compared: float) -> float:
-    """Operations of the sums over a stack's inputs x: x xᵀ, half of which is a mirror image, and of how far they have drifted."""
-    width = stack.shape[1]
-    gram: int = sum((columns.stop - columns.start) * (width - columns.start) for columns in stripes(width))
-    return sum(step.calibrated for step in stack.steps) * 2 * (gram * tokens + width**2 * compared)
-
-
-def _solution(stack: Stack, drifts: bool) -> float:
-    """Operations of a stack's factor and of error feedback: its columns' sweep, its loss, and what makes up for the drift."""
-    rows, width = stack.shape
-    steps = sum(step.calibrated for step in stack.steps)
-    return steps * width * width * (width / 3 + (6 if drifts else 2) * rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class Stack:
         return 8 * sum(nbytes(*t) for t in self.stored(module)[0].values()) / self.members[module].numel
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)
 class Shard:
     """One file of the output: the stacks and plain tensors whose numbers go into it, and its header.
 
@@ -85,12 +86,12 @@ class Shard:
     header: Header
     block: int | None = None
 
-    @property
+    @cached_property
     def entries(self) -> tuple[Entry, ...]:
         """The source's tensors that go into it."""
         return (*(entry for stack in self.stacks for entry in stack.members.values()), *self.copies)
 
-    @property
+    @cached_property
     def reads(self) -> int:
         """Their bytes."""
         return sum(entry.nbytes for entry in self.entries)

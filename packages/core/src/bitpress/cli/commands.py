@@ -71,7 +71,7 @@ def plan(
     shares, threads = forecast.shares(work, count), threads or max(compute.cores() // count, 1)
     found = planned.Needs(
         needs.memory(work, threads), needs.scratch(work, max(share.tokens for share in shares)), ranks,
-        tuple(serving.remarks(work, ranks)), tuple(shares), threads,
+        tuple(serving.remarks(work, ranks)), tuple(shares), threads, forecast.seconds(shares, threads),
     )  # fmt: skip
     terminal.document(planned.as_json(work, found)) if as_json else planned.table(work, found)
 

@@ -31,6 +31,7 @@ class Needs:
         remarks: what it will make of the layers.
         shares: what each process of the run does.
         threads: of each.
+        seconds: until the last of them is done, on CPUs like the one that rates were measured on.
     """
 
     memory: int
@@ -39,11 +40,7 @@ class Needs:
     remarks: tuple[Remark, ...]
     shares: tuple[Share, ...]
     threads: int
-
-    @property
-    def seconds(self) -> float:
-        """Until the last process is done, on CPUs like the one that rates were measured on."""
-        return max(share.core_seconds for share in self.shares) / self.threads
+    seconds: float
 
 
 def table(work: Plan, needs: Needs) -> None:
@@ -78,9 +75,9 @@ def _work(needs: Needs) -> None:
     """The largest share of the work, and the time that it may take."""
     from bitpress import forecast
 
-    reads, writes, tokens, products, solutions = (
-        max(getattr(share, name) for share in needs.shares) for name in ("reads", "writes", "tokens", "products", "solutions")
-    )
+    names = ("reads", "writes", "tokens", "products")
+    reads, writes, tokens, products = (max(getattr(share, name) for share in needs.shares) for name in names)
+    solutions = sum(share.solutions for share in needs.shares)
     who = f"each of {len(needs.shares)} processes at most: " if len(needs.shares) > 1 else ""
     print(
         f"work    {who}{gb(reads)} read, {gb(writes)} written"
