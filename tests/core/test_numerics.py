@@ -152,6 +152,17 @@ def test_the_loss_reported_is_that_of_the_error_under_the_damped_hessian() -> No
     np.testing.assert_allclose(factor.loss(weight - found), expected, rtol=1e-4)
 
 
+def test_a_cost_is_held_against_the_whole_of_what_an_error_costs() -> None:
+    factor = factored(activations(900, 600, 2))  # wide enough to be looked at in parts
+    error = weights(40, 600, 2)
+    costs = factor.loss(error) * torch.logspace(-3, 0.3, 40)  # most of them below, some above
+    costs[7], error[9, 5] = torch.nan, torch.nan
+    expected = costs <= factor.loss(error)
+    assert expected.any()
+    assert not expected.all()
+    assert torch.equal(factor.covers(costs, error), expected)
+
+
 @pytest.mark.parametrize("width", [1, 48])
 def test_inputs_without_correlation_give_rounding_to_nearest(width: int) -> None:
     weight = weights(40, width, 2)

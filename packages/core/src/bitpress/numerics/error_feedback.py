@@ -85,7 +85,7 @@ def feedback(layer: Layer, stats: Mapping[str, Stat], fit: Fit) -> tuple[Tensor,
 
     quantised, cost = sweep(target, factored, project)
     plain = _masked(grid.rounded(target), keep)
-    better = cost <= factored.loss(target - plain)  # clipping can make feedback blow up, to NaN where numbers are huge
+    better = factored.covers(cost, target - plain)  # clipping can make feedback blow up, to NaN where numbers are huge
     return torch.where(better.unsqueeze(1), quantised, plain), grid
 
 

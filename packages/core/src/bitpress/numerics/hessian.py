@@ -53,8 +53,23 @@ class Factor:
         error = error.index_select(1, self.order)
         cost = error.new_zeros(len(error))
         for columns in stripes(error.shape[1]):  # what lies below U's diagonal is zero
-            cost += (error[:, : columns.stop] @ self.unit[: columns.stop, columns]).square_() @ self.variance[columns]
+            cost += self._cost_in(error, columns)
         return cost
+
+    def covers(self, cost: Tensor, error: Tensor) -> Tensor:
+        """Whether a cost (rows,) is at most what an error (rows, in) costs its row; of that no more is taken than tells."""
+        error = error.index_select(1, self.order)
+        found, so_far = torch.zeros_like(cost, dtype=torch.bool), torch.zeros_like(cost)
+        rows = torch.arange(len(cost), device=cost.device)  # of which it is not known yet
+        for columns in stripes(error.shape[1]):
+            so_far += self._cost_in(error, columns)
+            known = cost[rows] <= so_far
+            found[rows] = known
+            rows, error, so_far = rows[~known], error[~known], so_far[~known]
+        return found
+
+    def _cost_in(self, error: Tensor, columns: slice) -> Tensor:
+        return (error[:, : columns.stop] @ self.unit[: columns.stop, columns]).square_() @ self.variance[columns]
 
 
 def factor(hessian: Tensor, tokens: float, together: int = 1) -> Factor | None:

@@ -30,7 +30,7 @@ def search(weight: Tensor, importance: Tensor | None, group: int, candidates: Ca
     costs = None if importance is None else importance.view(-1, group)
     chunks = torch.split(weight, max(CHUNK // weight.shape[1], 1))
     found = [_best(grouped(chunk, group), costs, candidates, nearest) for chunk in chunks]
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    return tuple(torch.cat(parts).T.contiguous().T for parts in zip(*found, strict=True))  # a sweep reads column by column
 
 
 def grouped(x: Tensor, group: int) -> Tensor:

@@ -51,9 +51,10 @@ def sweep(
 def _sweep_rows(
     weight: Tensor, rows: slice, factor: Factor, project: Project, ahead: Ahead | None, span: int
 ) -> tuple[Tensor, Tensor]:
-    source = weight.T[factor.order]  # (in, rows): a column is contiguous
+    source = weight.T.contiguous().index_select(0, factor.order)  # (in, rows): a column is contiguous
     target, error, chosen = source.clone(), torch.empty_like(source), torch.empty_like(source)
-    columns = factor.order.tolist()
+    columns, loss = factor.order.tolist(), weight.new_zeros(len(weight))
+    given, wanted, missed, made = (tensor.unbind() for tensor in (source, target, error, chosen))
 
     whole = max(span, LEAF) if ahead else LEAF  # no product ends inside a span
     for lo, middle, hi in _steps(0, len(columns), whole):
@@ -66,10 +67,10 @@ def _sweep_rows(
                 missing, unit = source[places] - target[places], factor.unit[places, places].T
                 missing = torch.linalg.solve_triangular(unit, missing, upper=False, unitriangular=True)
                 ahead(source[places] - missing, rows, places)
-            chosen[k] = project(target[k], rows, columns[k])
-            torch.sub(source[k], chosen[k], out=error[k])
-            target[k + 1 : hi].addr_(factor.unit[k, k + 1 : hi], error[k])
-    loss = factor.variance @ (target - chosen).square_()
+            made[k].copy_(project(wanted[k], rows, columns[k]))
+            torch.sub(given[k], made[k], out=missed[k])
+            target[k + 1 : hi].addr_(factor.unit[k, k + 1 : hi], missed[k])
+        loss += factor.variance[lo:hi] @ (target[lo:hi] - chosen[lo:hi]).square_()
     return torch.empty_like(chosen).index_copy_(0, factor.order, chosen).T, loss
 
 
