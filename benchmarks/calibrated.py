@@ -1,8 +1,8 @@
-"""Calibrated W4A16 beside llm-compressor's GPTQ: CPU seconds on 8 blocks, peak memory on 24, narrow and wide.
+"""Calibrated W4A16 beside other tools' GPTQ and AutoRound: CPU seconds on 8 blocks, peak memory on 24, narrow and wide.
 
-    python benchmarks/calibrated.py --theirs /path/to/llmcompressor-env/bin/python [--work DIR] [--json FILE]
+    python benchmarks/calibrated.py --peer llm-compressor=/path/to/its/bin/python [--peer auto-round=...] [--peer gptqmodel=...]
 
-The same made-up Llamas and the same tokens of ../shared/calib/calib.jsonl for both, one thread each, in turn. Ours runs whole,
+The same made-up Llamas and the same tokens of ../shared/calib/calib.jsonl for all, one thread each, in turn. Ours runs whole,
 with its verification; twice where memory is looked at: free to use it, and told not to.
 """
 
@@ -19,7 +19,7 @@ from attrs import asdict, frozen
 from measure import run
 
 ROOT = Path(__file__).parents[1]
-PEER = Path(__file__).parent / "peers/llmcompressor_gptq.py"
+PEERS = {"llm-compressor": "llmcompressor_gptq.py", "auto-round": "autoround.py", "gptqmodel": "gptqmodel_gptq.py"}
 TEXTS = ROOT / "../shared/calib/calib.jsonl"
 LENGTH = 512  # tokens of a sequence
 
@@ -40,23 +40,26 @@ CASES = (Case(8, 1024, 2816, 64), Case(24, 1024, 2816, 16, "1.1GB"), Case(24, 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--theirs", required=True, metavar="PYTHON", help="an interpreter with llm-compressor")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"one of {', '.join(PEERS)}, where it is"
+    )
+    parser.add_argument("--cases", type=int, default=len(CASES), help="so many of them")
     parser.add_argument("--work", type=Path, default=Path("bench-output"), help="where models and outputs go")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     found = {}
     print("| blocks, hidden, tokens | | CPU s | wall s | peak MB |\n|---|---|---|---|---|")
-    for case in CASES:
+    for case in CASES[: arguments.cases]:
         source, out = arguments.work / f"llama-{case.blocks}-{case.hidden}", arguments.work / "out"
         models.make(source, case.blocks, case.hidden, case.intermediate, vocabulary=4096)
         for file in (ROOT / "examples/tiny-llama").glob("tokenizer*"):
             shutil.copy(file, source)
         data = ["--calibration", TEXTS, "--samples", case.samples, "--sequence-length", LENGTH]
         ours = [sys.executable, "-m", "bitpress", "compress", source, out, "--scheme", "w4a16", "--threads", 1, *data]
-        commands = {
-            "bitpress": ours,
-            "llm-compressor": [arguments.theirs, PEER, source, out, "W4A16", TEXTS, case.samples, LENGTH],
-        }
+        commands = {"bitpress": ours}
+        for name, python in (peer.split("=", 1) for peer in arguments.peer):
+            script = Path(__file__).parent / "peers" / PEERS[name]
+            commands[name] = [python, script, source, out, "W4A16", TEXTS, case.samples, LENGTH]
         if case.short:
             commands[f"bitpress --max-memory {case.short}"] = [*ours, "--max-memory", case.short]
         tokens = case.samples * LENGTH

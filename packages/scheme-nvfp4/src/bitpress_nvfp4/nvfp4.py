@@ -75,7 +75,7 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
     else:
         weight, grid = layer.weight, fit(layer.weight, None)
     codes = grid.codes(weight)  # (out, in); zeros stay zero, so `keep` holds by itself
-    parts = {"scale": grid.local, "global_scale": divisor}
+    parts = {"scale": grid.local.contiguous(), "global_scale": divisor}
     if options.activations == "quantized":
         parts["input_global_scale"] = activations.global_scale(stats)
     return attrs.evolve(layer, weight=lambda: _decoded(codes, grid.scale), codes=codes, parts=parts)

@@ -112,9 +112,9 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: WeightOnlyOptions
     else:
         weight, grid = layer.weight, fit(layer.weight, awq.importance(stats))
     codes = grid.codes(weight)  # (out, in); 0 is on every grid, so `keep` holds by itself
-    parts = {"scale": grid.scale.to(layer.dtype)}
+    parts = {"scale": grid.scale.to(layer.dtype).contiguous()}
     if grid.zero is not None:
-        parts["zero_point"] = grid.zero.to(torch.int8)
+        parts["zero_point"] = grid.zero.to(torch.int8).contiguous()
     if options.integer_inputs:
         amax = stats["input_amax"].value if "input_amax" in stats else torch.tensor(INT16_STEPS)
         parts["input_scale"] = (amax / INT16_STEPS).masked_fill(amax == 0, 1.0)
