@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,27 @@ def test_forwards_that_do_not_wait_hold_nothing(family: tuple[Path, str], tmp_pa
         for door in doors:
             door.close()
     assert not held
+
+
+def test_a_forward_that_is_given_up_lets_go_of_its_block_at_once(family: tuple[Path, str]) -> None:
+    folder, container = family
+    gc.disable()  # a block may take gigabytes: they cannot wait until garbage is looked for
+    try:
+        with Reader() as reader, torch.no_grad():
+            decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
+            recording = record(decoder, BATCHES, CPU, FLOAT)
+            block, calls = decoder.block(0), recording.calls[0]
+            held = weakref.ref(block)
+            doors = Doors(block, linear_names(block)[:1])
+            streams = Streams(recording.hidden, None, [], 2, CPU)
+            streams.enter(block, None, calls)
+            assert len(list(streams.arrivals(0, False))) == 2  # both wait there
+            doors.close()
+            del block
+            streams.enter(decoder.block(1), None, calls)
+            assert held() is None
+    finally:
+        gc.enable()
 
 
 AFTERWARDS = """

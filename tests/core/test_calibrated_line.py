@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from calibrated import CONFIG, install_learner, runnable_model
 from support import bitpress, command, files_of, llama_tensors, plugins, process, refusal, tensors_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitpress.calibrate.walk import _Forward
+from bitpress.calibrate import walk
+from bitpress.calibrate.decoder import Decoder
 from bitpress.needs import memory
 from bitpress.run import compress, plan
 
@@ -158,18 +161,40 @@ def test_memory_that_is_short_changes_no_byte(tmp_path: Path, learner: Path) -> 
 
 
 def test_where_memory_is_short_no_forward_is_left_waiting(tmp_path: Path, learner: Path) -> None:
-    source, begun, waiting = runnable_model(tmp_path / "m"), _Forward.run, []
+    source, begun, waiting = runnable_model(tmp_path / "m"), walk._forward, []
 
-    def counted(self: _Forward) -> torch.Tensor:
+    def counted(*arguments: Any) -> torch.Tensor:
         waiting.append(waiting[-1] + 1 if waiting else 1)
         try:
-            return begun(self)
+            return begun(*arguments)
         finally:
             waiting.append(waiting[-1] - 1)
 
-    with patch.object(_Forward, "run", counted):
+    with patch.object(walk, "_forward", counted):
         run(source, tmp_path / "o", "factors=2 1", max_memory=memory(plan(source, scheme="learner"), tokens=160 * 48) + 1000)
     assert max(waiting) <= 2  # one, and the source's
+
+
+def test_a_block_s_weights_are_freed_as_soon_as_it_is_left(
+    tmp_path: Path, learner: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled, alive, block = [], [], Decoder.block
+
+    def noted(self: Decoder, index: int) -> torch.nn.Module:
+        alive.append(sum(reference() is not None for reference in filled))
+        found = block(self, index)
+        filled.append(weakref.ref(next(found.parameters())))
+        return found
+
+    monkeypatch.setattr(Decoder, "block", noted)
+    source = runnable_model(tmp_path / "m", config=CONFIG | {"num_hidden_layers": 4})
+    gc.disable()  # a block may take gigabytes: they cannot wait until garbage is looked for
+    try:
+        run(source, tmp_path / "o", "coarse=0.05", samples=16)
+    finally:
+        gc.enable()
+    assert len(filled) > 8
+    assert max(alive) <= 1  # the same block, as it will be compressed and as the source has it
 
 
 @pytest.mark.parametrize("factors", ["4 0.25 1 2 8", "0.3 5"], ids=["powers of two", "others, which are rounded to them"])

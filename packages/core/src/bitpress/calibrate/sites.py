@@ -45,10 +45,11 @@ class Site:
 
     def round_inputs(self) -> None:
         """Let the layers compute with rounded inputs, once it is known how; forwards may be waiting in them by then."""
+        roundings = self.roundings  # and not the site, which holds the modules: a block whose hooks held it would not be freed
         for name, module in self.modules.items():
 
             def hook(module: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> tuple[Tensor, ...]:
-                if (rounding := self.roundings.get(name)) is None:
+                if (rounding := roundings.get(name)) is None:
                     return arguments
                 inputs, *others = arguments
                 return (rounding(inputs.flatten(0, -2)).view_as(inputs).to(inputs.dtype), *others)

@@ -7,6 +7,7 @@ token; not kept, it is run from its start for every site, and holds nothing.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,22 +25,23 @@ MOST = 6  # layers of which some are looked for that add up to what a block does
 
 
 class _Forward(greenlet.greenlet):
-    """A forward of a block.
+    """A forward of a block. Nothing that it runs holds it, so that one that is given up ends, and lets go of the block.
 
     Attributes:
         stream: the block's input and what layers have added to it so far; None where it is not noted.
     """
 
-    def __init__(self, block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool) -> None:
-        super().__init__()
-        self._start, self._streaming = (block, call, hidden), streaming
-        self.stream: Tensor | None = None
+    stream: Tensor | None = None
 
-    def run(self) -> Tensor:
-        block, call, hidden = self._start
-        given = hidden()
-        self.stream = given if self._streaming else None
-        return call(block, given)
+    def __init__(self, block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool) -> None:
+        super().__init__(functools.partial(_forward, block, call, hidden, streaming))
+
+
+def _forward(block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool) -> Tensor:
+    given = hidden()
+    if streaming:
+        greenlet.getcurrent().stream = given  # type: ignore[attr-defined]
+    return call(block, given)
 
 
 class Walk:
