@@ -248,6 +248,21 @@ def test_every_step_is_asked_whether_its_promise_is_kept(made: Path, tmp_path: P
     assert f"{LAYER}: toy: too large" in done.stderr
 
 
+def test_a_bound_that_is_no_number_somewhere_hides_no_damage_elsewhere(made: Path, tmp_path: Path) -> None:
+    sound = 'return tensors["weight_scale"] * 0.501'
+    assert TOY.count(sound) == 1
+    poor = "\n    found = tensors['weight_scale'] * 0.501\n    found[0] = float('nan')\n    return found"  # a tile's first row
+    scheme = TOY.replace(sound, poor)
+    plugin = install(tmp_path / "p", "bitpress-scheme-toy", scheme, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n")
+    out = copy(made, "out", tmp_path / "out")
+    assert command("verify", out, "--against", made / "model", path=plugin).returncode == 0
+    tensors(flip_a_code)(out)
+    mend_digests(out)
+    done = command("verify", out, "--against", made / "model", path=plugin)
+    assert done.returncode == 1
+    assert f"{LAYER}: a stored weight is {FAR}" in done.stderr
+
+
 def test_faults_are_told_as_json_too(made: Path, tmp_path: Path) -> None:
     out = copy(made, "out", tmp_path / "out")
     tensors(flip_a_code)(out)

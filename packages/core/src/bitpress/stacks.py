@@ -150,16 +150,19 @@ def head_size(config: Mapping[str, Any]) -> int | None:
 
 def hidden_size(config: Mapping[str, Any]) -> int | None:
     """Channels of the hidden states, as far as the config says."""
-    tables = (table for table in (config.get("text_config"), config) if isinstance(table, dict))
-    sizes = (table.get(key) for table in tables for key in ("hidden_size", "n_embd", "d_model"))
-    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    return _count(config, "hidden_size", "n_embd", "d_model")
 
 
 def experts_of_a_token(config: Mapping[str, Any]) -> int | None:
     """How many experts of a block compute a token, as far as the config says."""
+    return _count(config, "num_experts_per_tok")
+
+
+def _count(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of these that is a positive number, the text's own config before the whole model's."""
     tables = (table for table in (config.get("text_config"), config) if isinstance(table, dict))
-    counts = (table.get("num_experts_per_tok") for table in tables)
-    return next((count for count in counts if isinstance(count, int) and count > 0), None)
+    found = (table.get(key) for table in tables for key in keys)
+    return next((count for count in found if isinstance(count, int) and count > 0), None)
 
 
 def left_alone(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[str]:
