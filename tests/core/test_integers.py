@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -28,53 +27,53 @@ def cost(weight: torch.Tensor, grid: numerics.IntegerGrid, importance: torch.Ten
     return error.view(len(weight), -1, grid.group).sum(2)
 
 
-@settings(derandomize=True, deadline=None, max_examples=25)
-@given(st.sampled_from([2, 4, 8]), st.sampled_from([8, 24]), st.booleans(), st.integers(0, 1000))
-def test_a_symmetric_grid_is_the_best_of_all_tried(bits: int, group: int, weighted: bool, seed: int) -> None:
-    weight = numbers(6, 48, seed, spread=2)
-    importance = torch.rand(48, generator=torch.Generator().manual_seed(seed)) if weighted else None
-    found = cost(weight, numerics.fit_symmetric(weight, importance, bits, group, RATIOS), importance)
-    each = [cost(weight, numerics.fit_symmetric(weight, None, bits, group, [r]), importance) for r in RATIOS]
-    torch.testing.assert_close(found, torch.stack(each).amin(0), rtol=1e-4, atol=0.0)
+def tried(
+    weight: torch.Tensor, importance: torch.Tensor | None, bits: int, group: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, groups) float64 each: what the best of all that is tried costs a group; what no error in it, squared, is above."""
+    costs, most = [], torch.zeros(len(weight), weight.shape[1] // group)
+    for ratio, shift in itertools.product(RATIOS, (0,) if symmetric else (-1, 0, 1)):
+        one = (numerics.fit_symmetric if symmetric else numerics.fit_asymmetric)(weight, None, bits, group, [1.0])
+        zero = None if one.zero is None else (one.zero + shift).clamp(*numerics.limits(bits))
+        grid = numerics.IntegerGrid(one.scale * ratio, zero, bits, group)
+        costs.append(cost(weight, grid, importance))
+        most = most.maximum((weight - grid.rounded(weight)).abs().view(len(weight), -1, group).amax(2))
+    return torch.stack(costs).amin(0), most.double()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @settings(derandomize=True, deadline=None, max_examples=25)
-@given(st.sampled_from([4, 8]), st.sampled_from([8, 24]), st.booleans(), st.integers(0, 1000))
-def test_an_asymmetric_grid_is_the_best_of_all_tried(bits: int, group: int, weighted: bool, seed: int) -> None:
-    weight = numbers(6, 48, seed, spread=2) + 0.5
-    importance = torch.rand(48, generator=torch.Generator().manual_seed(seed)) if weighted else None
-    found = cost(weight, numerics.fit_asymmetric(weight, importance, bits, group, RATIOS), importance)
+@given(bits=st.sampled_from([2, 4, 8]), group=st.sampled_from([8, 24]), weighted=st.booleans(), seed=st.integers(0, 1000))
+def test_a_grid_is_the_best_of_all_tried_but_for_how_finely_their_costs_are_known(
+    symmetric: bool, bits: int, group: int, weighted: bool, seed: int
+) -> None:
+    weight = numbers(6, 48, seed, spread=2) + (0 if symmetric else 0.5)
+    importance = torch.rand(48, generator=torch.Generator().manual_seed(seed)) if weighted else torch.ones(48)
+    fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
+    found = cost(weight, fit(weight, importance if weighted else None, bits, group, RATIOS), importance)
+    best, most = tried(weight, importance, bits, group, symmetric)
     grouped = weight.view(6, -1, group)
-    least, most = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
-    lowest, greatest = numerics.limits(bits)
-    each = []
-    for ratio, shift in itertools.product(RATIOS, (-1, 0, 1)):
-        scale = (most - least) / (2**bits - 1) * ratio
-        zero = (lowest - least * ratio / scale + shift).round().clamp(lowest, greatest)
-        each.append(cost(weight, numerics.IntegerGrid(scale, zero, bits, group), importance))
-    torch.testing.assert_close(found, torch.stack(each).amin(0), rtol=1e-4, atol=0.0)
+    span = grouped.abs().amax(2) if symmetric else grouped.amax(2).clamp(min=0) - grouped.amin(2).clamp(max=0)
+    # a cost, e², rises by at most 2 e for each unit; so much it may differ from its mean in a place, and two are compared
+    place = 2 * span / (4096 if symmetric else 2048)
+    assert (found <= (best + 2 * most * place * importance.view(-1, group).sum(1)) * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("fit", [numerics.fit_symmetric, numerics.fit_asymmetric])
-def test_looking_beside_the_best_of_few_scales_comes_near_to_trying_all(fit: Callable[..., numerics.IntegerGrid]) -> None:
-    weight, importance = numbers(64, 1024, 0), numbers(1, 1024, 1).square()[0]
-    every = [0.475 + 0.025 * i for i in range(25)]
-    few, finer, many = (
-        cost(weight, fit(weight, importance, 4, 128, ratios, finer=step), importance)
-        for ratios, step in ((every[::2], None), (every[::2], 0.025), (every, None))
-    )
-    assert (finer <= few).all()
-    assert (finer < few).any()
-    assert finer.sum() <= 1.002 * many.sum()
+@pytest.mark.parametrize(("bits", "symmetric", "more"), [(2, True, 1e-4), (4, True, 1e-3), (8, True, 5e-3), (4, False, 3e-3)])
+def test_over_many_groups_the_best_of_all_tried_is_all_but_reached(bits: int, symmetric: bool, more: float) -> None:
+    weight, importance = numbers(256, 1024, 0), numbers(1, 1024, 1).square()[0]
+    fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
+    found = cost(weight, fit(weight, importance, bits, 128, RATIOS), importance).sum()
+    assert found <= tried(weight, importance, bits, 128, symmetric)[0].sum() * (1 + more)
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(st.sampled_from([4, 8]), st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_searched_scales_lose_no_more_than_the_largest_number_s(bits: int, seed: int, dtype: torch.dtype) -> None:
-    weight = numbers(8, 64, seed, spread=1)
+    weight = numbers(64, 256, seed)
     for fit in (numerics.fit_symmetric, numerics.fit_asymmetric):
         searched, plain = (cost(weight, fit(weight, None, bits, 32, ratios, dtype), None) for ratios in ((*RATIOS, 1.0), (1.0,)))
-        assert (searched <= plain * (1 + 1e-5)).all()
+        assert searched.sum() <= plain.sum()
 
 
 @pytest.mark.parametrize(

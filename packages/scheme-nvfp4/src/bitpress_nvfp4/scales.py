@@ -7,7 +7,7 @@ that one and the scale of Cook et al., "Four Over Six", arXiv 2512.02010.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import functools
 from typing import TYPE_CHECKING
 
 from attrs import frozen
@@ -15,12 +15,15 @@ from attrs import frozen
 from bitpress import numerics
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 GROUP = 16
 ROOM = 256.0  # the local scale of the largest group, below E4M3's 448: there are larger ones to try
-NEIGHBOURS = (0, *(k for k in range(-7, 9) if k))  # E4M3 numbers to try, counted from the one that reaches the largest weight
-LARGEST, SMALLEST = 0x7E, 0x01  # E4M3 codes: 448 and 2^-9
+NEIGHBOURS = range(-7, 17)  # E4M3 numbers to try, counted from the power of two below the one that reaches the largest weight
+TOP = 8  # exponent of E4M3's greatest power of two, from which there are but seven numbers, up to 448
+SMALLEST = 2.0**-9  # of E4M3
+SPAN, TOP_SPAN = 12.0, 10.5  # how far groups reach, in units of that power of two; at the top only a scale of 448 is for more
 
 
 @frozen(eq=False)
@@ -73,17 +76,32 @@ def fit(weight: Tensor, importance: Tensor | None, divisor: Tensor) -> Grid:
     """
     import torch
 
-    def candidates(groups: Tensor) -> Generator[tuple[Tensor, Tensor], object, None]:
-        amax = numerics.absmax(groups, dim=2).squeeze(2)  # (out, groups)
-        reaching = numerics.encode_e4m3(amax * divisor, amax.new_tensor(numerics.E2M1_MAX)).view(torch.int8)
-        beside = torch.tensor(NEIGHBOURS, dtype=torch.int16, device=amax.device).view(-1, 1, 1)
-        local = (reaching + beside).clamp_(SMALLEST, LARGEST).to(torch.uint8)  # (neighbours, out, groups)
-        scale = numerics.decode_e4m3(local.view(torch.float8_e4m3fn)) / divisor
-        for found in zip(scale, local, strict=True):  # noqa: UP028 (a zip cannot be sent anything)
-            yield found
+    amax = numerics.absmax(numerics.grouped(weight, GROUP), dim=2).squeeze(2)  # (out, groups)
+    exponent = (amax * divisor / numerics.E2M1_MAX).frexp().exponent.sub_(1).clamp_(-TOP, TOP)
+    top = exponent == TOP
+    span = torch.where(top, TOP_SPAN, SPAN).ldexp(exponent) / divisor
+    best = numerics.search(weight, importance, GROUP, _costs(weight.device), span, top)
+    found = _beside().to(weight.device)[best].ldexp(exponent).clamp_(min=SMALLEST)
+    local = found.to(torch.float8_e4m3fn).T.contiguous().T  # a sweep reads column by column
+    return Grid(local, numerics.decode_e4m3(local) / divisor)
 
-    scale, local = numerics.search(weight, importance, GROUP, candidates, lambda x, scale, _: _nearest(x, scale))
-    return Grid(local.view(torch.float8_e4m3fn), scale)
+
+def _beside() -> Tensor:
+    """E4M3 numbers around 1, as they are around every power of two (NEIGHBOURS,)."""
+    import torch
+
+    return torch.tensor([(1 + k % 8 / 8) * 2.0 ** (k // 8) for k in NEIGHBOURS])
+
+
+@functools.lru_cache
+def _costs(device: torch.device) -> Tensor:
+    """Of weights in units of the span, below the top and at the top: (2, places, NEIGHBOURS)."""
+    import torch
+
+    scale = _beside()
+    below = numerics.costs(lambda x: _nearest(x, scale / SPAN))
+    top = numerics.costs(lambda x: _nearest(x, scale / TOP_SPAN)).where(scale < 2, 2.0)  # no error is as large as the span
+    return torch.stack([below, top]).to(device)
 
 
 def _nearest(x: Tensor, scale: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FEW = 32  # numbers along which loops over floats are slower than those over integers
+
 
 def absmax(x: Tensor, dim: int | None = None) -> Tensor:
     """The largest magnitude along an axis, which is kept with length 1, or of everything, as a tensor without axes.
@@ -14,6 +16,8 @@ def absmax(x: Tensor, dim: int | None = None) -> Tensor:
     """
     if dim is None:
         return x.amax().maximum(-x.amin())
+    if x.shape[dim] < FEW and x.dtype == torch.float32:  # magnitudes are ordered as their bits are
+        return x.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(dim, keepdim=True).view(torch.float32)
     return x.amax(dim, keepdim=True).maximum(-x.amin(dim, keepdim=True))  # twice as fast as abs().amax()
 
 

@@ -6,15 +6,16 @@ A weight is stored as a code in -2^(b-1) ... 2^(b-1) - 1 and means (code - zero)
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.blocks import absmax
-from bitpress.numerics.searching import grouped, search
+from bitpress.numerics.searching import costs, grouped, search
 
+SHIFTS = (-1, 0, 1)  # of a zero point from the one nearest to the end of the range
 SMALLEST = torch.finfo(torch.float32).tiny  # of a scale: below it float32 loses bits
 
 
@@ -69,9 +70,8 @@ def decode_integers(codes: Tensor, scale: Tensor, zero: Tensor | None = None) ->
 
 
 def fit_symmetric(
-    weight: Tensor, importance: Tensor | None, bits: int, group: int, ratios: Sequence[float], dtype: torch.dtype = torch.float32,
-    finer: float | None = None,
-) -> IntegerGrid:  # fmt: skip
+    weight: Tensor, importance: Tensor | None, bits: int, group: int, ratios: Sequence[float], dtype: torch.dtype = torch.float32
+) -> IntegerGrid:
     """The grid without zero points that costs the weight least: Σ importance (w - q)².
 
     Args:
@@ -79,49 +79,59 @@ def fit_symmetric(
         importance: (in,) what an error costs in each column; None where all cost the same.
         group: columns that share a scale; the width is a multiple of it.
         ratios: scales to try, in units of amax / ((2^bits - 1) / 2), the full range of codes.
-        dtype: what the scale is stored in; every candidate is rounded to it before it is judged.
-        finer: so much beside the best of them on either side is tried too, for each group by itself.
+        dtype: what the scale is stored in; costs are those of the scale before.
     """
-
-    def candidates(groups: Tensor) -> Generator[tuple[Tensor], tuple[Tensor], None]:
-        amax = absmax(groups, dim=2).squeeze(2)  # (out, groups)
-        unit = (amax / ((2**bits - 1) / 2)).masked_fill_(amax == 0, 1.0)
-        for scale in _stored(unit * unit.new_tensor(ratios).view(-1, 1, 1), bits, dtype):
-            (best,) = yield (scale,)
-        for step in _beside(finer):
-            yield (_stored(best + unit * step, bits, dtype),)
-
-    (scale,) = search(weight, importance, group, candidates, functools.partial(_nearest, bits=bits))
-    return IntegerGrid(scale, None, bits, group)
+    amax = absmax(grouped(weight, group), dim=2).squeeze(2)  # (out, groups)
+    amax = amax.masked_fill_(amax == 0, 1.0)
+    best = search(weight, importance, group, _symmetric_costs(bits, tuple(ratios), weight.device), amax)
+    scale = amax / ((2**bits - 1) / 2) * amax.new_tensor(ratios)[best]
+    return IntegerGrid(_by_column(_stored(scale, bits, dtype)), None, bits, group)
 
 
 def fit_asymmetric(
-    weight: Tensor, importance: Tensor | None, bits: int, group: int, ratios: Sequence[float], dtype: torch.dtype = torch.float32,
-    finer: float | None = None,
-) -> IntegerGrid:  # fmt: skip
+    weight: Tensor, importance: Tensor | None, bits: int, group: int, ratios: Sequence[float], dtype: torch.dtype = torch.float32
+) -> IntegerGrid:
     """The grid with zero points that costs the weight least; 0 is always on it.
 
     As `fit_symmetric`, with ratios in units of (max - min) / (2^bits - 1), and for each the zero point nearest to the range's end
-    and its two neighbours; finer scales are tried with the best one's.
+    and its two neighbours. With one ratio nothing is searched.
     """
     lowest, greatest = limits(bits)
-
-    def candidates(groups: Tensor) -> Generator[tuple[Tensor, Tensor], tuple[Tensor, Tensor], None]:
-        least, most = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
-        steps = 2**bits - 1
-        unit = (most / steps - least / steps).masked_fill_(most == least, 1.0)
-        for ratio, scale in zip(ratios, _stored(unit * unit.new_tensor(ratios).view(-1, 1, 1), bits, dtype), strict=True):
-            for shift in (-1, 0, 1):
-                best, zero = yield scale, (lowest - least / scale * ratio + shift).round_().clamp_(lowest, greatest)
-        for step in _beside(finer):
-            yield _stored(best + unit * step, bits, dtype), zero
-
-    scale, zero = search(weight, importance, group, candidates, functools.partial(_nearest, bits=bits))
-    return IntegerGrid(scale, zero, bits, group)
+    groups = grouped(weight, group)
+    least, most = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)  # (out, groups)
+    steps = 2**bits - 1
+    unit = (most / steps - least / steps).masked_fill_(most == least, 1.0)
+    zero = (lowest - least / unit).round_().clamp_(lowest, greatest)
+    if len(ratios) > 1:
+        table = _asymmetric_costs(bits, tuple(ratios), weight.device)
+        best = search(weight, importance, group, table, unit * steps, zero - lowest)
+        unit *= unit.new_tensor(ratios)[best // len(SHIFTS)]
+        zero = (zero + best % len(SHIFTS) + SHIFTS[0]).clamp_(lowest, greatest)
+    return IntegerGrid(_by_column(_stored(unit, bits, dtype)), _by_column(zero), bits, group)
 
 
-def _beside(finer: float | None) -> tuple[float, ...]:
-    return () if finer is None else (-finer, finer)
+@functools.lru_cache(maxsize=8)
+def _symmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device) -> Tensor:
+    """Of weights in units of amax: (1, places, ratios)."""
+    scale = torch.tensor(ratios, dtype=torch.float32) / ((2**bits - 1) / 2)
+    return costs(lambda x: _nearest(x, scale, bits=bits)).unsqueeze(0).to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def _asymmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device) -> Tensor:
+    """Of weights in units of max - min, for each zero point: (2^bits, places, ratios · shifts)."""
+    lowest, greatest = limits(bits)
+    scale = torch.tensor(ratios, dtype=torch.float32).repeat_interleave(len(SHIFTS)) / (2**bits - 1)
+    shifts = torch.tensor(SHIFTS).repeat(len(ratios))
+
+    def of(zero: int) -> Tensor:
+        return costs(lambda x: _nearest(x, scale, (shifts + zero).clamp(lowest, greatest), bits=bits), places=1 << 11)
+
+    return torch.stack([of(zero) for zero in range(lowest, greatest + 1)]).to(device)
+
+
+def _by_column(x: Tensor) -> Tensor:
+    return x.T.contiguous().T  # a sweep reads column by column
 
 
 def _nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int) -> Tensor:

@@ -1,76 +1,75 @@
-"""The scale of each group of weights, the one of several candidates that costs the group least."""
+"""The scale of each group of weights, the one of several candidates that costs the group least.
+
+What rounding costs a number depends only on where in its group's span the number lies. So it is worked out beforehand for narrow
+places of the span, all candidates side by side; what each of them costs a group is a sum of such rows, and one pass over the
+weights gives the costs of all.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-CHUNK = 1 << 18  # weights whose candidates are compared at a time: they stay in cache
-NARROW = 16  # weights of a group
-
-Parts = tuple[Tensor, ...]  # (out, groups) each; the first is the scale
-Candidates = Callable[[Tensor], Generator[Parts, Any, None]]
-Nearest = Callable[..., Tensor]
+CHUNK = 1 << 18  # weights that are looked up at a time: they stay in cache
+SAMPLES = 4  # numbers of a place whose costs are averaged
+SHORT = 1 - 2.0**-16  # of the span: its end is still of its last place
 
 
-def search(weight: Tensor, importance: Tensor | None, group: int, candidates: Candidates, nearest: Nearest) -> Parts:
-    """The candidate of every group with the least Σ importance (w - q)²; of equals the first.
+def costs(nearest: Callable[[Tensor], Tensor], places: int = 1 << 12) -> Tensor:
+    """The mean of (x - q)² in each of so many equal places from -1 to 1: (places, candidates) float32.
+
+    Args:
+        nearest: given numbers (count, 1), what each candidate makes of them: (count, candidates).
+    """
+    count = places * SAMPLES
+    x = (torch.arange(1 - count, count, 2) / count).unsqueeze(1)
+    return (nearest(x) - x).square_().view(places, SAMPLES, -1).mean(1)
+
+
+def search(
+    weight: Tensor, importance: Tensor | None, group: int, table: Tensor, span: Tensor, kind: Tensor | None = None
+) -> Tensor:
+    """Which candidate has the least Σ importance (w - q)² in each group: (out, groups) int32.
 
     Args:
         weight: (out, in) float32, the width a multiple of `group`.
         importance: (in,) what an error costs in each column; None where all cost the same.
-        candidates: given weights (out, groups, group), yields what is tried, and is sent the best so far.
-        nearest: given weights and a candidate's parts (out, groups, 1), the representable numbers nearest to them. Weights and
-            scale come multiplied by one power of two.
+        table: (kinds, places, candidates) float32: for each kind of group its own `costs`, of weights in units of the span.
+        span: (out, groups) float32.
+        kind: (out, groups) integers, where there are several.
     """
-    costs = None if importance is None else importance.view(-1, group)
-    chunks = torch.split(weight, max(CHUNK // weight.shape[1], 1))
-    found = [_best(grouped(chunk, group), costs, candidates, nearest) for chunk in chunks]
-    return tuple(torch.cat(parts).T.contiguous().T for parts in zip(*found, strict=True))  # a sweep reads column by column
+    kinds, places, candidates = table.shape
+    if candidates == 1:
+        return torch.zeros_like(span, dtype=torch.int32)
+    start = (torch.zeros_like(span) if kind is None else kind * float(places)).add_(places / 2)
+    height, found = min(max(CHUNK // weight.shape[1], 1), len(weight)), []
+    shares = None if importance is None else (importance / importance.amax()).expand(height, -1).reshape(-1, group)
+    near, index = (weight.new_empty(height, span.shape[1], group, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    for first in range(0, len(weight), height):
+        rows = slice(first, min(first + height, len(weight)))
+        x, at = near[: rows.stop - first], index[: rows.stop - first]
+        torch.div(grouped(weight[rows], group), span[rows].unsqueeze(2), out=x)
+        x.mul_(places / 2 * SHORT).add_(start[rows].unsqueeze(2))
+        at.copy_(x).clamp_(0, kinds * places - 1)  # what is not a number lies somewhere
+        at = at.view(-1, group)
+        share = None if shares is None else shares[: len(at)]
+        found.append(_least(embedding_bag(at, table.view(-1, candidates), mode="sum", per_sample_weights=share)))
+    return torch.cat(found).view_as(span)
+
+
+def _least(x: Tensor) -> Tensor:
+    """Where in each row the least number is, the first of those within 2^-16 of it: (rows, few) -> (rows,) int32.
+
+    None is negative, so that they are ordered as their bits are; the last of these make room for the place. x is lost.
+    """
+    mask = (1 << (x.shape[1] - 1).bit_length()) - 1
+    places = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+    return x.view(torch.int32).bitwise_and_(~mask).bitwise_or_(places).amin(1).bitwise_and_(mask)
 
 
 def grouped(x: Tensor, group: int) -> Tensor:
     """(out, in) -> (out, groups, group)."""
     return x.reshape(len(x), -1, group)
-
-
-def _best(weight: Tensor, importance: Tensor | None, candidates: Candidates, nearest: Nearest) -> Parts:
-    """Judged near 1, where no square is too large or too small for float32.
-
-    What a candidate costs a group's least and greatest weight, it costs the group at least: where that is too much for all groups
-    here, nothing else is looked at.
-    """
-    narrow = weight.shape[2] == NARROW
-    if narrow:  # in memory each place in the groups becomes a row, since loops along a few numbers are slow
-        weight = weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    least, most = weight.amin(2), weight.amax(2)  # (out, groups)
-    power = torch.ones_like(most).ldexp(-most.maximum(-least).frexp().exponent.clamp(-126, 126))
-    near, ends = weight * power.unsqueeze(2), torch.stack([least, most]) * power  # powers of two change no code
-    lowest = None if importance is None else importance.amin(1)
-
-    def errors(x: Tensor, costs: Tensor | None, scale: Tensor, *others: Tensor) -> Tensor:
-        error = nearest(x, scale, *others).sub_(x).square_()
-        return error if costs is None else error.mul_(costs)
-
-    def costs(scale: Tensor, *others: Tensor) -> Tensor:  # (out, groups)
-        error = errors(near, importance, (scale * power).unsqueeze(2), *(part.unsqueeze(2) for part in others))
-        if narrow:
-            error = error[..., : NARROW // 2].add_(error[..., NARROW // 2 :])
-        return error.sum(2)
-
-    tried = candidates(weight)
-    best = next(tried)
-    cost = costs(*best)
-    with contextlib.suppress(StopIteration):
-        while True:
-            candidate = tried.send(best)
-            if not narrow and (errors(ends, lowest, candidate[0] * power, *candidate[1:]).amax(0) >= cost).all():
-                continue
-            better = (new := costs(*candidate)) < cost
-            cost = torch.minimum(new, cost)
-            best = tuple(torch.where(better, part, old) for part, old in zip(candidate, best, strict=True))
-    return best
