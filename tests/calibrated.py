@@ -34,11 +34,11 @@ class Options(bitpress.Options):
 def observe(inputs, reference, residual, weight, options):
     if inputs is None:
         return {"size": Stat(weight.norm() ** 2, "sum")}
-    seen = {"seen": inputs.sum(0), "tokens_seen": torch.tensor(float(len(inputs)))}
+    seen = {"seen": inputs.float().sum(0), "tokens_seen": torch.tensor(float(len(inputs)))}
     if reference is not None:
-        seen |= {"moved": (reference - inputs).sum(0)}
+        seen |= {"moved": (reference.float() - inputs.float()).sum(0)}
     if residual is not None:
-        seen |= {"behind": residual.sum(0)}
+        seen |= {"behind": residual.float().sum(0)}
     return {**{name: Stat(value, "sum") for name, value in seen.items()}, **numerics.moments(inputs, weight, reference, residual)}
 
 @hookimpl

@@ -125,6 +125,19 @@ def test_a_layer_whose_output_is_added_to_the_stream_is_told_how_far_the_stream_
     assert not tensors_of(out)["model.layers.1.mlp.up_proj.behind"].any()
 
 
+@pytest.mark.parametrize(("dtype", "served"), [(torch.bfloat16, True), (torch.float16, False), (torch.float32, False)])
+def test_a_cpu_that_multiplies_bfloat16_runs_models_of_it_as_they_are_served(
+    tmp_path: Path, learner: Path, dtype: torch.dtype, served: bool
+) -> None:
+    source = runnable_model(tmp_path / "m", {name: tensor.to(dtype) for name, tensor in llama_tensors(config=CONFIG).items()})
+    exact, layer = run(source, tmp_path / "exact"), "model.layers.2.mlp.down_proj.seen"
+    with patch("bitpress.calibrate.loop.cpu_has", lambda *names: True):
+        out = run(source, tmp_path / "o")
+    wanted, found = tensors_of(exact)[layer][0], tensors_of(out)[layer][0]
+    assert torch.equal(found, wanted) != served
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_there_is_a_file_for_every_block_and_every_tensor_is_in_one(tmp_path: Path, learner: Path, shards: int) -> None:
     source = runnable_model(tmp_path / "m", shards=shards)

@@ -195,7 +195,7 @@ def test_a_run_is_checked_in_the_same_breath(model: Path, toy: Path, tmp_path: P
     text, out = model.parent / "text.txt", tmp_path / "out"
     done = command("compress", model, out, *CHECK, "--check", text, path=toy)
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(command("eval", out, "--text", text, "--against", model, "--json", path=toy).stdout)
+    found = json.loads(command("eval", out, "--text", text, "--against", model, "--threads", "1", "--json", path=toy).stdout)
     kept = json.loads((out / "bitpress.json").read_text())["check"]
     assert kept["kl"] > 1e-4
     assert kept == {name: found[name] for name in kept}

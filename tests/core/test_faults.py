@@ -88,7 +88,7 @@ CALIBRATED = {
     ),
     "too few factors": ("[:width]", "[:3]", "rescale returned factors of shape [3]", ["--set", "factors=2"]),
     "sums that grow with the batch": (
-        '"seen": inputs.sum(0)', '"seen": inputs.sum(0), "all": inputs.sum(1)', "statistics 'all' of two batches", [],
+        '"seen": inputs.float().sum(0)', '"seen": inputs.sum(0), "all": inputs.sum(1)', "statistics 'all' of two batches", [],
     ),
 }  # fmt: skip
 

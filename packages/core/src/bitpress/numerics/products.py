@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from bitpress.numerics.blocks import absmax
+from bitpress.numerics.instructions import cpu_has
 
 STRIPES = 8  # into which a symmetric or triangular product is cut: 9/16 of the whole are computed
 LEAST = 256  # columns of a stripe, or tokens of a product of codes: fewer are slower than what they save
 ROWS = 64  # that are looked at, or coded, at a time: they stay in cache
 TOKENS = 4096  # that share a channel's scale
+INTEGERS = ("avx512_vnni", "avx_vnni", "amx_int8")  # instructions for sums of 8-bit products
 
 
 def gram(x: Tensor) -> Tensor:
@@ -78,11 +80,4 @@ def _coded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_codes(x: Tensor) -> bool:
-    return x.device.type == "cpu" and len(x) >= LEAST and _fast_integers()
-
-
-@functools.cache
-def _fast_integers() -> bool:
-    """Whether this CPU has instructions for sums of 8-bit products."""
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return x.device.type == "cpu" and len(x) >= LEAST and cpu_has(*INTEGERS)
