@@ -15,7 +15,7 @@ from bitpress_int8 import activations, smoothing
 if TYPE_CHECKING:
     from torch import Tensor
 
-RATIOS = tuple(0.56 + 0.02 * i for i in range(24))  # of scales tried, in units of amax / 127.5
+RATIOS = tuple(1.02 - 0.02 * i for i in range(24))  # of scales tried, in units of amax / 127.5
 WHOLE = (127.5 / 127,)  # reaches amax at both ends
 
 

@@ -1,8 +1,8 @@
 """The two levels of NVFP4's scales: an E4M3 number for every 16 weights, and one float32 divisor for all of a stack.
 
 A weight is e2m1 · local / global. Source: NVIDIA, "Pretraining Large Language Models with NVFP4", arXiv 2509.25149, appendix B,
-which takes the local scale from the group's largest magnitude. Here every E4M3 number within an octave is tried, which contains
-that one and the scale of Cook et al., "Four Over Six", arXiv 2512.02010.
+which takes the local scale from the group's largest magnitude. Here all E4M3 numbers up to an octave away are looked at, among
+them the scale of Cook et al., "Four Over Six", arXiv 2512.02010.
 """
 
 from __future__ import annotations
