@@ -72,7 +72,7 @@ class Pretended(TorchFunctionMode):
             del kwargs["device"]
             return Elsewhere(func(*tree_map(bare, args), **tree_map(bare, kwargs)))
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if name in ("where", "scaled_dot_product_attention") and any(isinstance(x, Elsewhere) for x in tensors):
+        if name in ("where", "scaled_dot_product_attention", "embedding_bag") and any(isinstance(x, Elsewhere) for x in tensors):
             _meet(name, tensors)  # inside, torch makes tensors on the device that it takes them to be on
             return Elsewhere(func(*tree_map(bare, args), **tree_map(bare, kwargs)))
         return func(*args, **kwargs)
