@@ -99,9 +99,9 @@ def _costs(device: torch.device) -> Tensor:
     import torch
 
     scale = _beside()
-    below = numerics.costs(lambda x: _nearest(x, scale / SPAN))
-    top = numerics.costs(lambda x: _nearest(x, scale / TOP_SPAN)).where(scale < 2, 2.0)  # no error is as large as the span
-    return torch.stack([below, top]).to(device)
+    below = numerics.rounding_costs(lambda x: _nearest(x, scale / SPAN))
+    top = numerics.rounding_costs(lambda x: _nearest(x, scale / TOP_SPAN))
+    return torch.stack([below, top.where(scale < 2, 2.0)]).to(device)  # no error is as large as the span
 
 
 def _nearest(x: Tensor, scale: Tensor) -> Tensor:

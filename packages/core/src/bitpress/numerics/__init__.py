@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bitpress.numerics.integers import IntegerGrid, decode_integers, fit_asymmetric, fit_symmetric, limits
     from bitpress.numerics.masked import reconstruct
     from bitpress.numerics.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
-    from bitpress.numerics.searching import costs, grouped, search
+    from bitpress.numerics.searching import grouped, rounding_costs, search
     from bitpress.numerics.sweeping import sweep
 
 _HOME = {
@@ -31,7 +31,7 @@ _HOME = {
     **dict.fromkeys(("IntegerGrid", "decode_integers", "fit_asymmetric", "fit_symmetric", "limits"), "integers"),
     **dict.fromkeys(("E2M1_MAX", "decode_e2m1", "encode_e2m1", "round_e2m1"), "float4"),
     **dict.fromkeys(("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"), "packing"),
-    **dict.fromkeys(("costs", "grouped", "search"), "searching"),
+    **dict.fromkeys(("grouped", "rounding_costs", "search"), "searching"),
     "reconstruct": "masked",
     "sweep": "sweeping",
 }
@@ -47,7 +47,6 @@ __all__ = [
     "clip",
     "clip_by_error",
     "clip_by_share",
-    "costs",
     "decode_e2m1",
     "decode_e4m3",
     "decode_integers",
@@ -69,6 +68,7 @@ __all__ = [
     "pack_words",
     "reconstruct",
     "round_e2m1",
+    "rounding_costs",
     "search",
     "sweep",
     "unpack_bytes",

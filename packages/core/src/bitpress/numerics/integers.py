@@ -13,7 +13,7 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.blocks import absmax
-from bitpress.numerics.searching import costs, grouped, search
+from bitpress.numerics.searching import grouped, rounding_costs, search
 
 SHIFTS = (-1, 0, 1)  # of a zero point from the one nearest to the end of the range
 SMALLEST = torch.finfo(torch.float32).tiny  # of a scale: below it float32 loses bits
@@ -114,7 +114,7 @@ def fit_asymmetric(
 def _symmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device) -> Tensor:
     """Of weights in units of amax: (1, places, ratios)."""
     scale = torch.tensor(ratios, dtype=torch.float32) / ((2**bits - 1) / 2)
-    return costs(lambda x: _nearest(x, scale, bits=bits)).unsqueeze(0).to(device)
+    return rounding_costs(lambda x: _nearest(x, scale, bits=bits)).unsqueeze(0).to(device)
 
 
 @functools.lru_cache(maxsize=8)
@@ -125,7 +125,7 @@ def _asymmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device
     shifts = torch.tensor(SHIFTS).repeat(len(ratios))
 
     def of(zero: int) -> Tensor:
-        return costs(lambda x: _nearest(x, scale, (shifts + zero).clamp(lowest, greatest), bits=bits), places=1 << 11)
+        return rounding_costs(lambda x: _nearest(x, scale, (shifts + zero).clamp(lowest, greatest), bits=bits), places=1 << 11)
 
     return torch.stack([of(zero) for zero in range(lowest, greatest + 1)]).to(device)
 

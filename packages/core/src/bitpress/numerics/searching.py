@@ -18,7 +18,7 @@ SAMPLES = 4  # numbers of a place whose costs are averaged
 SHORT = 1 - 2.0**-16  # of the span: its end is still of its last place
 
 
-def costs(nearest: Callable[[Tensor], Tensor], places: int = 1 << 12) -> Tensor:
+def rounding_costs(nearest: Callable[[Tensor], Tensor], places: int = 1 << 12) -> Tensor:
     """The mean of (x - q)² in each of so many equal places from -1 to 1: (places, candidates) float32.
 
     Args:
@@ -37,7 +37,7 @@ def search(
     Args:
         weight: (out, in) float32, the width a multiple of `group`.
         importance: (in,) what an error costs in each column; None where all cost the same.
-        table: (kinds, places, candidates) float32: for each kind of group its own `costs`, of weights in units of the span.
+        table: (kinds, places, candidates) float32: for each kind of group its `rounding_costs`, weights in units of the span.
         span: (out, groups) float32.
         kind: (out, groups) integers, where there are several.
     """
