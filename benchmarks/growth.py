@@ -92,7 +92,8 @@ def plot(file: Path, everything: Sequence[tuple[Series, Sequence[Point]]]) -> No
         above.plot(sizes, [point.cost.cpu for point in found], "o", color="C0")
         below.plot(sizes, [point.cost.memory for point in found], "o-", color="C1")
         above.set(title=series.title, ylabel="CPU seconds", ylim=(0, None))
-        below.set(xlabel=series.unit, ylabel="peak memory, MB", ylim=(0, None), xlim=(0, None))
+        most = max(point.cost.memory for point in found)
+        below.set(xlabel=series.unit, ylabel="peak memory, MB", ylim=(0, 1.25 * most), xlim=(0, None))
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
 
