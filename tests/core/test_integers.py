@@ -67,6 +67,14 @@ def test_over_many_groups_the_best_of_all_tried_is_all_but_reached(bits: int, sy
     assert found <= tried(weight, importance, bits, 128, symmetric)[0].sum() * (1 + more)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("fit", [numerics.fit_symmetric, numerics.fit_asymmetric])
+def test_where_there_is_one_scale_to_try_it_is_taken(fit, bits: int) -> None:
+    weight = numbers(6, 64, 0)
+    whole, half = (fit(weight, None, bits, 32, (ratio,)) for ratio in (1.0, 0.5))
+    assert torch.equal(half.scale, whole.scale / 2)
+
+
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(st.sampled_from([4, 8]), st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_searched_scales_lose_no_more_than_the_largest_number_s(bits: int, seed: int, dtype: torch.dtype) -> None:

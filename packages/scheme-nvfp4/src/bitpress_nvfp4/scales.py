@@ -82,7 +82,8 @@ def fit(weight: Tensor, importance: Tensor | None, divisor: Tensor) -> Grid:
     span = torch.where(top, TOP_SPAN, SPAN).ldexp(exponent) / divisor
     best = numerics.search(weight, importance, GROUP, _costs(weight.device), span, top)
     found = _beside().to(weight.device)[best].ldexp(exponent).clamp_(min=SMALLEST)
-    local = found.to(torch.float8_e4m3fn).T.contiguous().T  # a sweep reads column by column
+    # the smallest scales of E4M3 lie further apart: there the nearest is taken. A sweep reads column by column
+    local = found.to(torch.float8_e4m3fn).T.contiguous().T
     return Grid(local, numerics.decode_e4m3(local) / divisor)
 
 

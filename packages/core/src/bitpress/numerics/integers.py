@@ -94,7 +94,7 @@ def fit_asymmetric(
     """The grid with zero points that costs the weight least; 0 is always on it.
 
     As `fit_symmetric`, with ratios in units of (max - min) / (2^bits - 1), and for each the zero point nearest to the range's end
-    and its two neighbours. With one ratio nothing is searched.
+    and its two neighbours. A single ratio is taken, with the nearest zero point: nothing is searched.
     """
     lowest, greatest = limits(bits)
     groups = grouped(weight, group)
@@ -102,7 +102,9 @@ def fit_asymmetric(
     steps = 2**bits - 1
     unit = (most / steps - least / steps).masked_fill_(most == least, 1.0)
     zero = (lowest - least / unit).round_().clamp_(lowest, greatest)
-    if len(ratios) > 1:
+    if len(ratios) == 1:
+        unit *= ratios[0]
+    else:
         table = _asymmetric_costs(bits, tuple(ratios), weight.device)
         best = search(weight, importance, group, table, unit * steps, zero - lowest)
         unit *= unit.new_tensor(ratios)[best // len(SHIFTS)]
