@@ -1,9 +1,12 @@
 """Calibrated W4A16 beside other tools' GPTQ and AutoRound: CPU seconds on 8 blocks, peak memory on 24, narrow and wide.
 
-    python benchmarks/calibrated.py --peer llm-compressor=/path/to/its/bin/python [--peer auto-round=...] [--peer gptqmodel=...]
+    python benchmarks/calibrated.py --theirs /path/to/llmcompressor-env/bin/python [--peer auto-round=PYTHON]
+        [--peer gptqmodel=PYTHON] [--case BLOCKS HIDDEN INTERMEDIATE SEQUENCES]
 
 The same made-up Llamas and the same tokens of ../shared/calib/calib.jsonl for all, one thread each, in turn. Ours runs whole,
-with its verification; twice where memory is looked at: free to use it, and told not to.
+with its verification; twice where memory is looked at: free to use it, and told not to. A ratio is printed only where a peer's
+output holds the same tensors in the same dtypes and shapes, and ours is no further from the source in KL divergence. That is
+judged by transformers in the environment of each, ours in llm-compressor's.
 """
 
 from __future__ import annotations
@@ -12,64 +15,101 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import models
+import outputs
 from attrs import asdict, frozen
-from measure import run
+from measure import Cost, row, run, show
 
 ROOT = Path(__file__).parents[1]
-PEERS = {"llm-compressor": "llmcompressor_gptq.py", "auto-round": "autoround.py", "gptqmodel": "gptqmodel_gptq.py"}
+OURS, THEIRS = "bitpress", "llm-compressor"
+PEERS = {THEIRS: "llmcompressor_gptq.py", "auto-round": "autoround.py", "gptqmodel": "gptqmodel_gptq.py"}
 TEXTS = ROOT / "../shared/calib/calib.jsonl"
 LENGTH = 512  # tokens of a sequence
 
 
 @frozen
 class Case:
-    """A model's shape, how many sequences it is calibrated on, and how much memory ours is allowed the second time."""
+    """A model's shape, sequences it is calibrated on, how much memory ours is allowed the second time, and how often all run."""
 
     blocks: int
     hidden: int
     intermediate: int
     samples: int
     short: str | None = None
+    rounds: int = 1
 
 
-CASES = (Case(8, 1024, 2816, 64), Case(24, 1024, 2816, 16, "1.1GB"), Case(24, 2048, 5632, 8, "2.2GB"))
+CASES = (
+    Case(8, 1024, 2816, 64, rounds=3),
+    Case(24, 1024, 2816, 16, short="1.1GB"),
+    Case(24, 2048, 5632, 8, short="2.2GB"),
+)
+COLUMNS = {
+    "bitpress takes": ("ratio", ".2f"),
+    "wall s": ("wall", ".0f"),
+    "peak MB": ("memory", ".0f"),
+    "KL": ("kl", ".5f"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"one of {', '.join(PEERS)}, where it is"
-    )
+    parser.add_argument("--theirs", required=True, metavar="PYTHON", help="an interpreter with llm-compressor")
+    others = ", ".join(list(PEERS)[1:])
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"one with another tool: {others}")
     parser.add_argument("--cases", type=int, default=len(CASES), help="so many of them")
+    shape = ("BLOCKS", "HIDDEN", "INTERMEDIATE", "SEQUENCES")
+    parser.add_argument("--case", type=int, nargs=4, metavar=shape, help="one of your own, in place of them")
+    parser.add_argument("--repeat", type=int, help="rounds of each")
     parser.add_argument("--work", type=Path, default=Path("bench-output"), help="where models and outputs go")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    found = {}
-    print("| blocks, hidden, tokens | | CPU s | wall s | peak MB |\n|---|---|---|---|---|")
-    for case in CASES[: arguments.cases]:
-        source, out = arguments.work / f"llama-{case.blocks}-{case.hidden}", arguments.work / "out"
-        models.make(source, case.blocks, case.hidden, case.intermediate, vocabulary=4096)
-        for file in (ROOT / "examples/tiny-llama").glob("tokenizer*"):
-            shutil.copy(file, source)
-        data = ["--calibration", TEXTS, "--samples", case.samples, "--sequence-length", LENGTH]
-        ours = [sys.executable, "-m", "bitpress", "compress", source, out, "--scheme", "w4a16", "--threads", 1, *data]
-        commands = {"bitpress": ours}
-        for name, python in (peer.split("=", 1) for peer in arguments.peer):
-            script = Path(__file__).parent / "peers" / PEERS[name]
-            commands[name] = [python, script, source, out, "W4A16", TEXTS, case.samples, LENGTH]
-        if case.short:
-            commands[f"bitpress --max-memory {case.short}"] = [*ours, "--max-memory", case.short]
-        tokens = case.samples * LENGTH
-        for name, command in commands.items():
-            shutil.rmtree(out, ignore_errors=True)
-            cost = found[f"{case.blocks} blocks of {case.hidden}, {name}"] = run(command)
-            told = f"{case.blocks}, {case.hidden}, {tokens} | {name} | {cost.cpu:.0f} | {cost.wall:.0f} | {cost.memory:.0f}"
-            print(f"| {told} |", flush=True)
+    peers = {THEIRS: arguments.theirs, **dict(peer.split("=", 1) for peer in arguments.peer)}
+    found = []
+    for case in [Case(*arguments.case)] if arguments.case else CASES[: arguments.cases]:
+        found += measured(case, arguments.repeat or case.rounds, peers, arguments.work)
     if arguments.json:
-        arguments.json.write_text(json.dumps({name: asdict(cost) for name, cost in found.items()}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def measured(case: Case, rounds: int, peers: Mapping[str, str], work: Path) -> list[dict[str, Any]]:
+    """Run all contenders in turn, as often as is wanted, and show what they cost and how far from the source they end."""
+    source = work / f"llama-{case.blocks}-{case.hidden}"
+    models.make(source, case.blocks, case.hidden, case.intermediate)
+    data = ["--calibration", TEXTS, "--samples", case.samples, "--sequence-length", LENGTH]
+    ours = [sys.executable, "-m", "bitpress", "compress", source, work / OURS, "--scheme", "w4a16", "--threads", 1, *data]
+    commands = {OURS: ours}
+    for name, python in peers.items():
+        script = Path(__file__).parent / "peers" / PEERS[name]
+        commands[name] = [python, script, source, work / name, "W4A16", TEXTS, case.samples, LENGTH]
+    if case.short:
+        limited = commands[f"{OURS} --max-memory {case.short}"] = [*ours, "--max-memory", case.short]
+        limited[limited.index(work / OURS)] = work / "limited"
+    costs: dict[str, list[Cost]] = {name: [] for name in commands}
+    for i in range(rounds):
+        for name, command in commands.items():
+            for folder in (work / "limited", work / name):
+                shutil.rmtree(folder, ignore_errors=True)
+            costs[name].append(run(command))
+            print(f"{i + 1}/{rounds} {name}: {costs[name][-1].cpu:.0f} CPU s", file=sys.stderr)
+    rows = {name: row(name, spent) for name, spent in costs.items()}
+    for name, judge in {OURS: peers[THEIRS], **peers}.items():
+        rows[name]["kl"] = outputs.divergence(judge, source, work / name)
+    for name in peers:
+        fault, (mine, other) = outputs.different(work / OURS, work / name), (rows[OURS]["kl"], rows[name]["kl"])
+        if not fault and (mine is None or other is None or mine > other):
+            fault = f"ours may be further from the source, in KL divergence {mine} and {other}"
+        if fault:
+            print(f"{name}: no ratio, the outputs are not the same work: {fault}", file=sys.stderr)
+        else:
+            rows[name]["ratio"] = rows[OURS]["cpu"] / rows[name]["cpu"]
+    print(f"\n{case.blocks} blocks, hidden {case.hidden}, {case.samples * LENGTH:,} tokens\n")
+    show(list(rows.values()), COLUMNS)
+    return [{"case": asdict(case), **found} for found in rows.values()]
 
 
 if __name__ == "__main__":

@@ -12,23 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import models
-import torch
-from attrs import asdict, frozen
-from measure import Cost, run
-from safetensors import safe_open
+import outputs
+from attrs import frozen
+from measure import Cost, row, run, show
 
 PEER = Path(__file__).parent / "peers/llmcompressor_model_free.py"
 OURS = [sys.executable, "-m", "bitpress", "compress"]
-MODEL = "model.safetensors"
 SLACK = 1.0001  # of two errors that are the same but for how ties and scales are rounded
 
 
@@ -65,97 +61,39 @@ def contenders(source: Path, work: Path, theirs: str, cases: Sequence[Case]) -> 
     return found
 
 
-def different(ours: Path, theirs: Path) -> str | None:
-    """What differs between the tensors of two outputs, or None; scales may have another float dtype."""
-    with safe_open(ours / MODEL, "pt") as a, safe_open(theirs / MODEL, "pt") as b:
-        if set(a.keys()) != set(b.keys()):
-            return f"tensors of one only: {sorted(set(a.keys()) ^ set(b.keys()))[:3]}"
-        for name in a.keys():  # noqa: SIM118 (not a dict)
-            x, y = a.get_slice(name), b.get_slice(name)
-            if x.get_shape() != y.get_shape() or (x.get_dtype() != y.get_dtype() and not name.endswith("_scale")):
-                return f"{name}: {x.get_dtype()} {x.get_shape()} and {y.get_dtype()} {y.get_shape()}"
-    return None
-
-
-def error(source: Path, out: Path) -> float:
-    """How far the first rows of all compressed weights together are from the source's, relative to their size."""
-    moved = size = 0.0
-    with safe_open(source / MODEL, "pt") as a, safe_open(out / MODEL, "pt") as b:
-        stored = set(b.keys())
-        for name in a.keys():  # noqa: SIM118 (not a dict)
-            if f"{name}_scale" in stored:
-                weight = a.get_slice(name)[:ROWS].float()
-                tensors = {key: b.get_tensor(name + key) for key in ("", *SUFFIXES) if name + key in stored}
-                height = len(tensors.get("", tensors.get("_packed")))
-                found = decoded({key: t[: -(-ROWS * len(t) // height)] for key, t in tensors.items()})
-                moved += float((found - weight).square().sum(dtype=torch.float64))
-                size += float(weight.square().sum(dtype=torch.float64))
-    return math.sqrt(moved / size)
-
-
-ROWS = 256
-SUFFIXES = ("_packed", "_scale", "_global_scale")
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
-def decoded(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A weight from its stored tensors, by their dtypes: compressed-tensors' layouts, written down once more."""
-    scale = tensors["_scale"].float()
-    if "" in tensors:  # FP8 or INT8
-        numbers = tensors[""].float()
-    elif tensors["_packed"].dtype == torch.uint8:  # two E2M1 numbers in a byte
-        packed, scale = tensors["_packed"].int(), scale / tensors["_global_scale"]
-        numbers = torch.stack([E2M1[packed & 15], E2M1[packed >> 4]], 2).flatten(1)
-    else:  # eight 4-bit integers in a word, 8 added
-        packed = tensors["_packed"]
-        numbers = torch.stack([(packed >> 4 * i & 15) - 8 for i in range(8)], 2).flatten(1).float()
-    for axis in (0, 1):
-        scale = scale.repeat_interleave(-(-numbers.shape[axis] // scale.shape[axis]), axis).narrow(axis, 0, numbers.shape[axis])
-    return numbers * scale
-
-
-def table(costs: Mapping[str, Sequence[Cost]], source: Path, work: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
+def table(
+    costs: Mapping[str, Sequence[Cost]], source: Path, work: Path, judge: str, cases: Sequence[Case]
+) -> list[dict[str, Any]]:
     """A row for each contender, with medians, spread, and ratios where the work is the same."""
-    rows = {}
-    for name, found in costs.items():
-        middle = Cost(*(statistics.median(getattr(c, f) for c in found) for f in ("cpu", "wall", "memory")))
-        spread = [c.cpu for c in found]
-        rows[name] = {"name": name, **asdict(middle), "cpu_min": min(spread), "cpu_max": max(spread)}
+    rows = {name: row(name, found) for name, found in costs.items()}
     for case in cases:
-        ours, peer = work / f"ours-{case.name}", rows[f"llm-compressor {case.theirs}"]
-        peer["error"] = error(source, work / f"theirs-{case.name}")
-        mine, fault = error(source, ours), different(ours, work / f"theirs-{case.name}")
-        if not fault and mine > peer["error"] * SLACK:
-            fault = f"our weights are further from the source's, {mine:.5f} and {peer['error']:.5f}"
-        for row in (rows[f"bitpress {case.name}, --no-verify"], rows[f"bitpress {case.name}, verified"]):
-            moved = sum(f.stat().st_size for folder in (source, ours) for f in folder.glob("*.safetensors")) / 1e9
-            row |= {"wall_of_cp": row["wall"] / rows["cp"]["wall"], "gb_per_cpu_s": moved / row["cpu"], "error": mine}
-            row["above_torch"] = row["memory"] - rows["import torch, ours"]["memory"]
+        ours, theirs, peer = work / f"ours-{case.name}", work / f"theirs-{case.name}", rows[f"llm-compressor {case.theirs}"]
+        peer |= {"error": outputs.error(source, theirs), "kl": outputs.divergence(judge, source, theirs)}
+        mine = {"error": outputs.error(source, ours), "kl": outputs.divergence(judge, source, ours)}
+        fault = outputs.different(ours, theirs)
+        if not fault and mine["error"] > peer["error"] * SLACK:
+            fault = f"our weights are further from the source's, {mine['error']:.5f} and {peer['error']:.5f}"
+        moved = sum(f.stat().st_size for folder in (source, ours) for f in folder.glob("*.safetensors")) / 1e9
+        for found in (rows[f"bitpress {case.name}, --no-verify"], rows[f"bitpress {case.name}, verified"]):
+            found |= {"wall_of_cp": found["wall"] / rows["cp"]["wall"], "gb_per_cpu_s": moved / found["cpu"], **mine}
+            found["above_torch"] = found["memory"] - rows["import torch, ours"]["memory"]
             if fault:
-                print(f"{row['name']}: no ratio, the outputs are not the same work: {fault}", file=sys.stderr)
+                print(f"{found['name']}: no ratio, the outputs are not the same work: {fault}", file=sys.stderr)
             else:
-                row["ratio"] = row["cpu"] / peer["cpu"]
+                found["ratio"] = found["cpu"] / peer["cpu"]
     return list(rows.values())
 
 
 COLUMNS = {
-    "of llm-compressor": ("ratio", ".2f"),
+    "of llm-compressor's": ("ratio", ".2f"),
     "wall s": ("wall", ".2f"),
     "of cp": ("wall_of_cp", ".1f"),
     "peak MB": ("memory", ".0f"),
     "above torch": ("above_torch", ".0f"),
     "GB moved per CPU s": ("gb_per_cpu_s", ".2f"),
     "weight error": ("error", ".5f"),
+    "KL": ("kl", ".5f"),
 }
-
-
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the rows as a Markdown table."""
-    head = ("", "CPU s (median, min-max)", *COLUMNS)
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for row in rows:
-        cells = [format(row[key], form) if key in row else "" for key, form in COLUMNS.values()]
-        print(" | ".join(["| {name} | {cpu:.2f} ({cpu_min:.2f}-{cpu_max:.2f})".format(**row), *cells]) + " |")
 
 
 def main() -> None:
@@ -176,11 +114,11 @@ def main() -> None:
         for name, command in commands.items():
             for folder in {w for w in command if isinstance(w, Path) and w.parent == work and w != source}:
                 shutil.rmtree(folder, ignore_errors=True)
-            (source / MODEL).read_bytes()  # into the page cache
+            (source / "model.safetensors").read_bytes()  # into the page cache
             costs[name].append(run(command))
             print(f"{i + 1}/{arguments.repeat} {name}: {costs[name][-1].cpu:.2f} CPU s", file=sys.stderr)
-    rows = table(costs, source, work, cases)
-    show(rows)
+    rows = table(costs, source, work, arguments.theirs, cases)
+    show(rows, COLUMNS)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

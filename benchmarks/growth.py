@@ -55,9 +55,7 @@ def points(series: Series, work: Path) -> list[Point]:
     for blocks in series.blocks:
         source, out = work / "growing", work / "grown"
         shutil.rmtree(source, ignore_errors=True)
-        models.make(source, blocks, series.hidden, series.intermediate, shards=max(blocks // 4, 1), vocabulary=4096)
-        for file in (ROOT / "examples/tiny-llama").glob("tokenizer*"):
-            shutil.copy(file, source)
+        models.make(source, blocks, series.hidden, series.intermediate, shards=max(blocks // 4, 1))
         shutil.rmtree(out, ignore_errors=True)
         files = list(source.glob("*.safetensors"))
         for file in files:

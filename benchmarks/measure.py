@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from attrs import frozen
+from attrs import asdict, frozen
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
@@ -42,3 +44,19 @@ def run(command: Sequence[object]) -> Cost:
     if done.returncode:
         raise SystemExit(f"{command[0]} failed:\n{done.stderr}")
     return Cost(*json.loads(done.stdout))
+
+
+def row(name: str, costs: Sequence[Cost]) -> dict[str, Any]:
+    """Medians of what one contender cost in all rounds, and between what its CPU seconds lay."""
+    middle = Cost(*(statistics.median(getattr(c, f) for c in costs) for f in ("cpu", "wall", "memory")))
+    spread = [c.cpu for c in costs]
+    return {"name": name, **asdict(middle), "cpu_min": min(spread), "cpu_max": max(spread)}
+
+
+def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> None:
+    """Print rows as a Markdown table: `columns` by heading, each a key of a row and the form of its figure."""
+    head = ("", "CPU s (median, min-max)", *columns)
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for row in rows:
+        cells = [format(row[key], form) if row.get(key) is not None else "" for key, form in columns.values()]
+        print(" | ".join(["| {name} | {cpu:.2f} ({cpu_min:.2f}-{cpu_max:.2f})".format(**row), *cells]) + " |", flush=True)

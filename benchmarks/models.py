@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+TOKENIZER = Path(__file__).parents[1] / "examples/tiny-llama"
+VOCABULARY = 4096  # of its tokenizer
 
-def shapes(blocks: int, hidden: int, intermediate: int, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+
+def shapes(blocks: int, hidden: int, intermediate: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a Llama with grouped-query attention (four query heads to a key head), in file order."""
-    yield "model.embed_tokens.weight", (vocabulary, hidden)
+    yield "model.embed_tokens.weight", (VOCABULARY, hidden)
     for i in range(blocks):
         block = f"model.layers.{i}"
         yield f"{block}.input_layernorm.weight", (hidden,)
@@ -33,7 +37,7 @@ def shapes(blocks: int, hidden: int, intermediate: int, vocabulary: int) -> Iter
         yield f"{block}.mlp.up_proj.weight", (intermediate, hidden)
         yield f"{block}.mlp.down_proj.weight", (hidden, intermediate)
     yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (vocabulary, hidden)
+    yield "lm_head.weight", (VOCABULARY, hidden)
 
 
 def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -43,13 +47,13 @@ def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
 
 
-def make(out: Path, blocks: int, hidden: int, intermediate: int, shards: int = 1, vocabulary: int = 1024) -> None:
-    """Write the model into `out`; nothing is done where the same model is there already."""
+def make(out: Path, blocks: int, hidden: int, intermediate: int, shards: int = 1) -> None:
+    """Write the model into `out`, with tiny-llama's tokenizer; nothing is done where the same model is there already."""
     heads = hidden // 64
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": hidden,
         "intermediate_size": intermediate, "num_hidden_layers": blocks, "num_attention_heads": heads,
-        "num_key_value_heads": heads // 4, "head_dim": 64, "vocab_size": vocabulary, "tie_word_embeddings": False,
+        "num_key_value_heads": heads // 4, "head_dim": 64, "vocab_size": VOCABULARY, "tie_word_embeddings": False,
         "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
     }  # fmt: skip
@@ -57,7 +61,9 @@ def make(out: Path, blocks: int, hidden: int, intermediate: int, shards: int = 1
     if (out / "config.json").is_file() and (out / "config.json").read_text() == text:
         return
     out.mkdir(parents=True, exist_ok=True)
-    everything = list(shapes(blocks, hidden, intermediate, vocabulary))
+    for file in TOKENIZER.glob("tokenizer*"):
+        shutil.copy(file, out)
+    everything = list(shapes(blocks, hidden, intermediate))
     per_shard = math.ceil(len(everything) / shards)
     weight_map = {}
     for i in range(shards):

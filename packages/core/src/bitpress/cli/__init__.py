@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 import click
@@ -20,6 +22,7 @@ LESS = (
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2, a failed check exit code 1."""
     code = 0
+    atexit.register(gc.freeze)  # or all is looked through for garbage once more: half a second where transformers was imported
     try:
         with app.make_context("bitpress", sys.argv[1:]) as context:
             app.invoke(context)
