@@ -83,8 +83,8 @@ def two_files_and_no_index(model: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (everything_is_gone, ["model is not a folder"]),
-        (it_is_a_file, ["model"]),
+        (everything_is_gone, ["model is not a folder", "name one with config.json"]),
+        (it_is_a_file, ["model is not a folder", "name one with config.json"]),
         (no_config, ["not a model folder", "config.json"]),
         (config_is_a_list, ["config.json", "an object is expected"]),
         (config_is_cut_short, ["config.json", "not valid JSON"]),
@@ -160,6 +160,7 @@ RECIPE = '[[layers]]\nmatch = "*"\nsteps = ["toy"]\n'
         (["--scheme", "toy", "--set", "fp8.weights=x"], ["'fp8' is not used here"]),
         (["--scheme", "toy", "--set", "multiple=96"], ["is not a multiple of 96; try multiple=1", "--ignore '*."]),
         (["--scheme", "toy", "--set", "multiple=256"], ["width 128 is not a multiple of 256", "--ignore '*."]),
+        (["--scheme", "toy", "--ignore", "zzz*"], ["'zzz*' matches none of the 14", "like 'model.layers.0.mlp.down_proj'"]),
         (["--scheme", "toy", "--ignore", "*.up_prog"], ["'*.up_prog' matches none of the 14", "did you mean '*.up_proj'?"]),
         (["--scheme", "toy", "--ignore", "*.mpl.*"], ["did you mean '*.mlp.*'?"]),
         (["--scheme", "toy", "--ignore", "model.layer.*"], ["did you mean 'model.layers.*'?"]),

@@ -97,10 +97,14 @@ class Recipe:
         return [r.match for r in self.rules if not any(reason.startswith(f"the rule for {r.match!r}") for reason in used)]
 
 
-def _hint(pattern: str, modules: Iterable[str]) -> str:
-    """The nearest name for a name, and for a pattern the nearest of those that match something, with stars for block numbers."""
+def _hint(pattern: str, modules: Sequence[str]) -> str:
+    """The nearest name for a name, and for a pattern the nearest of those that match something, with stars for block numbers.
+
+    Where none is near, what names look like.
+    """
+    like = f"; their names are like {modules[0]!r}" if modules else ""
     if not any(sign in pattern for sign in "*?["):
-        return nearest(pattern, modules)
+        return nearest(pattern, modules) or like
     known: dict[str, None] = {}
     for name in dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", module) for module in modules):
         words = name.split(".")
@@ -108,7 +112,7 @@ def _hint(pattern: str, modules: Iterable[str]) -> str:
         tails = [".".join(["*", *words[i:]]) for i in range(1, len(words))]
         inner = [f"*.{word}.*" for word in words[1:-1]]
         known |= dict.fromkeys(cut for cut in [name, *heads, *tails, *inner] if "*.*" not in cut)
-    return nearest(pattern, known)
+    return nearest(pattern, known) or like
 
 
 def from_scheme(name: str, registry: Registry, settings: Iterable[str] = (), ignore: Iterable[str] = ()) -> Recipe:

@@ -74,7 +74,7 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any] | None = None) -> Ch
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; raises CheckpointError where it is missing or something else."""
     if not file.parent.is_dir():
-        raise CheckpointError(f"{file.parent} is not a folder")
+        raise CheckpointError(f"{file.parent} is not a folder: name one with {file.name} and safetensors files")
     try:
         if file.exists() and not file.is_file():  # opening a pipe would wait for ever
             raise CheckpointError(f"{file}: not a regular file")
