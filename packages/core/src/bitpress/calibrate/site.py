@@ -53,6 +53,7 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
             if site.routed and tokens < FEW:
                 stats = nothing(site)
             layer = Layer(site.stack.name, site.weight, site.stack.dtype)
+            memory.give_back(streams.allowed)  # what observing took: what comes now is larger, and would not fit into its holes
             quantised = chain.quantize_whole(layer, site.stack.steps, stats) if owner == ranks.rank else None
         texts = ranks.gather([str(w.message) for w in caught if w.category is UserWarning])
         told_of = dict.fromkeys(text for theirs in texts for text in theirs)
