@@ -21,3 +21,5 @@ rounding = AutoRound(
     device_map="cpu", enable_torch_compile=False,
 )  # fmt: skip
 rounding.quantize_and_save(out, format="auto_round")
+for file in Path(out).glob("*/*"):  # it makes a folder of its own there
+    file.rename(Path(out) / file.name)
