@@ -66,3 +66,35 @@ def test_a_run_keeps_to_what_it_said_it_would_need(tmp_path: Path, arguments: li
     assert done.returncode == 0, done.stderr
     assert int(done.stderr.split()[-1]) < need + 1000
     assert (tmp_path / "out/config.json").exists()
+
+
+WATCHED = """
+import ctypes, sys
+from bitpress import chain, cli
+from bitpress.calibrate import memory
+memory.RUNTIME, solve, idle = 0, chain.quantize_whole, [0]  # memory is short from the beginning
+def watched(*arguments):
+    before = memory.taken()
+    ctypes.CDLL(None).malloc_trim(0)
+    idle.append(before - memory.taken())
+    return solve(*arguments)
+chain.quantize_whole = watched
+try:
+    cli.main()
+finally:
+    print(len(idle), max(idle), file=sys.stderr)
+"""
+
+
+def test_where_memory_is_short_a_solution_starts_without_what_observing_took(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = runnable_model(tmp_path / "model", llama_tensors(config=LARGE), LARGE)
+    words = ["compress", model, tmp_path / "out", "--scheme", "w4a16", "--set", "group_size=32", "--max-memory", "600MB"]
+    words += ["--calibration", tmp_path / "text.txt", "--samples", 32, "--sequence-length", 96, "--no-verify"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-c", WATCHED, *words]
+    done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    solved, idle = map(int, done.stderr.split()[-2:])
+    assert solved > 8
+    assert idle < 10_000_000
