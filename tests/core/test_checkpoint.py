@@ -130,6 +130,8 @@ LIES: Mapping[str, tuple[Any, list[str]]] = {
     "an unknown dtype": (lie("b", dtype="BF17"), ["tensor b", "unknown dtype 'BF17'"]),
     "a dtype that is a list": (lie("b", dtype=["BF16"]), ["tensor b", "dtype"]),
     "no dtype": (lie("b", dtype=None), ["tensor b", "no valid"]),
+    "an object for a shape": (lie("b", dtype="U8", shape={}, data_offsets=[64, 65]), ["tensor b", "no valid"]),
+    "an object for offsets": (lie("b", data_offsets={"64": 0, "80": 0}), ["tensor b", "no valid"]),
     "no offsets": (lie("b", data_offsets=None), ["tensor b", "no valid"]),
     "three offsets": (lie("b", data_offsets=[64, 80, 81]), ["tensor b", "no valid"]),
     "offsets back to front": (lie("b", data_offsets=[80, 64]), ["tensor b", "-16 bytes"]),

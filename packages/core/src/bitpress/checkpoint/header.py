@@ -157,7 +157,7 @@ def _entry(file: Path, name: str, item: Any, data: int) -> Entry:
         raise CheckpointError(f"{file}: a tensor's name is no name ({name[:60]!r}); fetch the file again")
     try:
         dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
-        whole = isinstance(dtype, str) and len(shape) <= DIMENSIONS  # first: a copy of a long one would be longer still
+        whole = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= DIMENSIONS  # before it is copied
         whole = whole and all(type(n) is int and 0 <= n < MOST for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         whole, dtype, shape, begin, end = False, None, [], 0, 0
