@@ -81,19 +81,16 @@ def measured(case: Case, rounds: int, peers: Mapping[str, str], work: Path) -> l
     source = work / f"llama-{case.blocks}-{case.hidden}"
     models.make(source, case.blocks, case.hidden, case.intermediate)
     data = ["--calibration", TEXTS, "--samples", case.samples, "--sequence-length", LENGTH]
-    ours = [sys.executable, "-m", "bitpress", "compress", source, work / OURS, "--scheme", "w4a16", "--threads", 1, *data]
-    commands = {OURS: ours}
+    limits = {OURS: [], **({f"{OURS} --max-memory {case.short}": ["--max-memory", case.short]} if case.short else {})}
+    ours = [sys.executable, "-m", "bitpress", "compress", source]
+    commands = {n: [*ours, work / n, "--scheme", "w4a16", "--threads", 1, *data, *limit] for n, limit in limits.items()}
     for name, python in peers.items():
         script = Path(__file__).parent / "peers" / PEERS[name]
         commands[name] = [python, script, source, work / name, "W4A16", TEXTS, case.samples, LENGTH]
-    if case.short:
-        limited = commands[f"{OURS} --max-memory {case.short}"] = [*ours, "--max-memory", case.short]
-        limited[limited.index(work / OURS)] = work / "limited"
     costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for i in range(rounds):
         for name, command in commands.items():
-            for folder in (work / "limited", work / name):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(work / name, ignore_errors=True)
             costs[name].append(run(command))
             print(f"{i + 1}/{rounds} {name}: {costs[name][-1].cpu:.0f} CPU s", file=sys.stderr)
     rows = {name: row(name, spent) for name, spent in costs.items()}

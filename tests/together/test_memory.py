@@ -41,9 +41,14 @@ LARGE = CONFIG | {
 
 def limited(limit: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The command where the system gives no more than the limit, less the share of the interpreter and its libraries."""
-    words = [sys.executable, "-c", LIMITED, limit, *arguments, "--max-memory", f"{limit / 1e6}MB"]
+    return python(LIMITED, limit, *arguments, "--max-memory", f"{limit / 1e6}MB")
+
+
+def python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own."""
+    words = [sys.executable, "-c", script, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +96,7 @@ def test_where_memory_is_short_a_solution_starts_without_what_observing_took(tmp
     model = runnable_model(tmp_path / "model", llama_tensors(config=LARGE), LARGE)
     words = ["compress", model, tmp_path / "out", "--scheme", "w4a16", "--set", "group_size=32", "--max-memory", "600MB"]
     words += ["--calibration", tmp_path / "text.txt", "--samples", 32, "--sequence-length", 96, "--no-verify"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-c", WATCHED, *words]
-    done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, check=False)
+    done = python(WATCHED, *words)
     assert done.returncode == 0, done.stderr
     solved, idle = map(int, done.stderr.split()[-2:])
     assert solved > 8

@@ -22,7 +22,7 @@ LESS = (
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2, a failed check exit code 1."""
     code = 0
-    atexit.register(gc.freeze)  # or all is looked through for garbage once more: half a second where transformers was imported
+    atexit.register(gc.freeze)  # or all is looked through for garbage once more: 0.2 s and more where transformers was imported
     try:
         with app.make_context("bitpress", sys.argv[1:]) as context:
             app.invoke(context)
