@@ -1,12 +1,15 @@
-"""Calibrated W4A16 beside other tools' GPTQ and AutoRound: CPU seconds on 8 blocks, peak memory on 24, narrow and wide.
+"""Calibrated W4A16 beside other tools' GPTQ and AutoRound: CPU seconds on 8 blocks, peak memory on
+24, narrow and wide.
 
-    python benchmarks/calibrated.py --theirs /path/to/llmcompressor-env/bin/python [--peer auto-round=PYTHON]
+    python benchmarks/calibrated.py --theirs /path/to/llmcompressor-env/bin/python [--peer
+    auto-round=PYTHON]
         [--peer gptqmodel=PYTHON] [--case BLOCKS HIDDEN INTERMEDIATE SEQUENCES]
 
-The same made-up Llamas and the same tokens of ../shared/calib/calib.jsonl for all, one thread each, in turn. Ours runs whole,
-with its verification; twice where memory is looked at: free to use it, and told not to. A ratio is printed only where a peer's
-output holds the same tensors in the same dtypes and shapes, and ours is no further from the source in KL divergence. That is
-judged by transformers in the environment of each, ours in llm-compressor's.
+The same made-up Llamas and the same tokens of ../shared/calib/calib.jsonl for all, one thread each,
+in turn. Ours runs whole, with its verification; twice where memory is looked at: free to use it,
+and told not to. A ratio is printed only where a peer's output holds the same tensors in the same
+dtypes and shapes, and ours is no further from the source in KL divergence. That is judged by
+transformers in the environment of each, ours in llm-compressor's.
 """
 
 from __future__ import annotations
@@ -26,14 +29,21 @@ from measure import Cost, row, run, show
 
 ROOT = Path(__file__).parents[1]
 OURS, THEIRS = "bitpress", "llm-compressor"
-PEERS = {THEIRS: "llmcompressor_gptq.py", "auto-round": "autoround.py", "gptqmodel": "gptqmodel_gptq.py"}
+PEERS = {
+    THEIRS: "llmcompressor_gptq.py",
+    "auto-round": "autoround.py",
+    "gptqmodel": "gptqmodel_gptq.py",
+}
 TEXTS = ROOT / "../shared/calib/calib.jsonl"
-LENGTH = 512  # tokens of a sequence
+# tokens of a sequence
+LENGTH = 512
 
 
 @frozen
 class Case:
-    """A model's shape, sequences it is calibrated on, how much memory ours is allowed the second time, and how often all run."""
+    """A model's shape, sequences it is calibrated on, how much memory ours is allowed the second
+    time, and how often all run.
+    """
 
     blocks: int
     hidden: int
@@ -58,14 +68,26 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--theirs", required=True, metavar="PYTHON", help="an interpreter with llm-compressor")
+    parser.add_argument(
+        "--theirs", required=True, metavar="PYTHON", help="an interpreter with llm-compressor"
+    )
     others = ", ".join(list(PEERS)[1:])
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"one with another tool: {others}")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help=f"one with another tool: {others}",
+    )
     parser.add_argument("--cases", type=int, default=len(CASES), help="so many of them")
     shape = ("BLOCKS", "HIDDEN", "INTERMEDIATE", "SEQUENCES")
-    parser.add_argument("--case", type=int, nargs=4, metavar=shape, help="one of your own, in place of them")
+    parser.add_argument(
+        "--case", type=int, nargs=4, metavar=shape, help="one of your own, in place of them"
+    )
     parser.add_argument("--repeat", type=int, help="rounds of each")
-    parser.add_argument("--work", type=Path, default=Path("bench-output"), help="where models and outputs go")
+    parser.add_argument(
+        "--work", type=Path, default=Path("bench-output"), help="where models and outputs go"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     peers = {THEIRS: arguments.theirs, **dict(peer.split("=", 1) for peer in arguments.peer)}
@@ -77,13 +99,25 @@ def main() -> None:
 
 
 def measured(case: Case, rounds: int, peers: Mapping[str, str], work: Path) -> list[dict[str, Any]]:
-    """Run all contenders in turn, as often as is wanted, and show what they cost and how far from the source they end."""
+    """Run all contenders in turn, as often as is wanted, and show what they cost and how far from
+    the source they end.
+    """
     source = work / f"llama-{case.blocks}-{case.hidden}"
     models.make(source, case.blocks, case.hidden, case.intermediate)
     data = ["--calibration", TEXTS, "--samples", case.samples, "--sequence-length", LENGTH]
-    limits = {OURS: [], **({f"{OURS} --max-memory {case.short}": ["--max-memory", case.short]} if case.short else {})}
+    limits = {
+        OURS: [],
+        **(
+            {f"{OURS} --max-memory {case.short}": ["--max-memory", case.short]}
+            if case.short
+            else {}
+        ),
+    }
     ours = [sys.executable, "-m", "bitpress", "compress", source]
-    commands = {n: [*ours, work / n, "--scheme", "w4a16", "--threads", 1, *data, *limit] for n, limit in limits.items()}
+    commands = {
+        n: [*ours, work / n, "--scheme", "w4a16", "--threads", 1, *data, *limit]
+        for n, limit in limits.items()
+    }
     for name, python in peers.items():
         script = Path(__file__).parent / "peers" / PEERS[name]
         commands[name] = [python, script, source, work / name, "W4A16", TEXTS, case.samples, LENGTH]
@@ -97,7 +131,10 @@ def measured(case: Case, rounds: int, peers: Mapping[str, str], work: Path) -> l
     for name, judge in {OURS: peers[THEIRS], **peers}.items():
         rows[name]["kl"] = outputs.divergence(judge, source, work / name)
     for name in peers:
-        fault, (mine, other) = outputs.different(work / OURS, work / name), (rows[OURS]["kl"], rows[name]["kl"])
+        fault, (mine, other) = (
+            outputs.different(work / OURS, work / name),
+            (rows[OURS]["kl"], rows[name]["kl"]),
+        )
         if not fault and (mine is None or other is None or mine > other):
             fault = f"ours may be further from the source, in KL divergence {mine} and {other}"
         if fault:

@@ -1,11 +1,13 @@
 """Data-free schemes beside llm-compressor's model-free path and `cp`, on the same files, in turn.
 
-    python benchmarks/data_free.py --theirs /path/to/llmcompressor-env/bin/python [--work DIR] [--blocks N] [--only FORMAT ...]
+    python benchmarks/data_free.py --theirs /path/to/llmcompressor-env/bin/python [--work DIR]
+    [--blocks N] [--only FORMAT ...]
 
-Every contender is a process of its own with one thread, reading from a warm page cache. CPU seconds (user and system) are
-the main figure, since they depend least on what else the machine does. Ratios are printed only between outputs that hold the
-same work: the same tensors in the same dtypes and shapes, and weights no further from the source's than llm-compressor's are.
-Theirs rounds with the scale of the largest magnitude, as ours does for FP8; for integers and FP4 ours searches each scale.
+Every contender is a process of its own with one thread, reading from a warm page cache. CPU seconds
+(user and system) are the main figure, since they depend least on what else the machine does. Ratios
+are printed only between outputs that hold the same work: the same tensors in the same dtypes and
+shapes, and weights no further from the source's than llm-compressor's are. Theirs rounds with the
+scale of the largest magnitude, as ours does for FP8; for integers and FP4 ours searches each scale.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from measure import Cost, row, run, show
 
 PEER = Path(__file__).parent / "peers/llmcompressor_model_free.py"
 OURS = [sys.executable, "-m", "bitpress", "compress"]
-SLACK = 1.0001  # of two errors that are the same but for how ties and scales are rounded
+# of two errors that are the same but for how ties and scales are rounded
+SLACK = 1.0001
 
 
 @frozen
@@ -42,11 +45,17 @@ CASES = (
     Case("fp8-block", ("--scheme", "fp8-block"), "FP8_BLOCK"),
     Case("int8-rtn", ("--scheme", "int8", "--set", "algorithm=rtn"), "W8A8"),
     Case("w4a16-rtn", ("--scheme", "w4a16", "--set", "algorithm=rtn"), "W4A16"),
-    Case("nvfp4a16-rtn", ("--scheme", "nvfp4", "--set", "algorithm=rtn", "--set", "activations=float"), "NVFP4A16"),
+    Case(
+        "nvfp4a16-rtn",
+        ("--scheme", "nvfp4", "--set", "algorithm=rtn", "--set", "activations=float"),
+        "NVFP4A16",
+    ),
 )
 
 
-def contenders(source: Path, work: Path, theirs: str, cases: Sequence[Case]) -> dict[str, list[object]]:
+def contenders(
+    source: Path, work: Path, theirs: str, cases: Sequence[Case]
+) -> dict[str, list[object]]:
     """Commands by what they do."""
     found: dict[str, list[object]] = {
         "import torch, ours": [sys.executable, "-c", "import torch"],
@@ -55,9 +64,26 @@ def contenders(source: Path, work: Path, theirs: str, cases: Sequence[Case]) -> 
     }
     for case in cases:
         arguments = [*case.ours, "--threads", "1"]
-        found[f"bitpress {case.name}, --no-verify"] = [*OURS, source, work / f"ours-{case.name}", *arguments, "--no-verify"]
-        found[f"bitpress {case.name}, verified"] = [*OURS, source, work / f"proved-{case.name}", *arguments]
-        found[f"llm-compressor {case.theirs}"] = [theirs, PEER, source, work / f"theirs-{case.name}", case.theirs]
+        found[f"bitpress {case.name}, --no-verify"] = [
+            *OURS,
+            source,
+            work / f"ours-{case.name}",
+            *arguments,
+            "--no-verify",
+        ]
+        found[f"bitpress {case.name}, verified"] = [
+            *OURS,
+            source,
+            work / f"proved-{case.name}",
+            *arguments,
+        ]
+        found[f"llm-compressor {case.theirs}"] = [
+            theirs,
+            PEER,
+            source,
+            work / f"theirs-{case.name}",
+            case.theirs,
+        ]
     return found
 
 
@@ -67,18 +93,41 @@ def table(
     """A row for each contender, with medians, spread, and ratios where the work is the same."""
     rows = {name: row(name, found) for name, found in costs.items()}
     for case in cases:
-        ours, theirs, peer = work / f"ours-{case.name}", work / f"theirs-{case.name}", rows[f"llm-compressor {case.theirs}"]
-        peer |= {"error": outputs.error(source, theirs), "kl": outputs.divergence(judge, source, theirs)}
+        ours, theirs, peer = (
+            work / f"ours-{case.name}",
+            work / f"theirs-{case.name}",
+            rows[f"llm-compressor {case.theirs}"],
+        )
+        peer |= {
+            "error": outputs.error(source, theirs),
+            "kl": outputs.divergence(judge, source, theirs),
+        }
         mine = {"error": outputs.error(source, ours), "kl": outputs.divergence(judge, source, ours)}
         fault = outputs.different(ours, theirs)
         if not fault and mine["error"] > peer["error"] * SLACK:
-            fault = f"our weights are further from the source's, {mine['error']:.5f} and {peer['error']:.5f}"
-        moved = sum(f.stat().st_size for folder in (source, ours) for f in folder.glob("*.safetensors")) / 1e9
-        for found in (rows[f"bitpress {case.name}, --no-verify"], rows[f"bitpress {case.name}, verified"]):
-            found |= {"wall_of_cp": found["wall"] / rows["cp"]["wall"], "gb_per_cpu_s": moved / found["cpu"], **mine}
+            fault = (
+                f"our weights are further from the source's, {mine['error']:.5f} and "
+                f"{peer['error']:.5f}"
+            )
+        moved = (
+            sum(f.stat().st_size for folder in (source, ours) for f in folder.glob("*.safetensors"))
+            / 1e9
+        )
+        for found in (
+            rows[f"bitpress {case.name}, --no-verify"],
+            rows[f"bitpress {case.name}, verified"],
+        ):
+            found |= {
+                "wall_of_cp": found["wall"] / rows["cp"]["wall"],
+                "gb_per_cpu_s": moved / found["cpu"],
+                **mine,
+            }
             found["above_torch"] = found["memory"] - rows["import torch, ours"]["memory"]
             if fault:
-                print(f"{found['name']}: no ratio, the outputs are not the same work: {fault}", file=sys.stderr)
+                print(
+                    f"{found['name']}: no ratio, the outputs are not the same work: {fault}",
+                    file=sys.stderr,
+                )
             else:
                 found["ratio"] = found["cpu"] / peer["cpu"]
     return list(rows.values())
@@ -98,10 +147,18 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--theirs", required=True, metavar="PYTHON", help="an interpreter with llm-compressor")
-    parser.add_argument("--work", type=Path, default=Path("bench-output"), help="where the model and the outputs go")
-    parser.add_argument("--blocks", type=int, default=8, help="of the model, which has 0.12 GB in each")
-    parser.add_argument("--only", nargs="*", metavar="FORMAT", default=[case.name for case in CASES])
+    parser.add_argument(
+        "--theirs", required=True, metavar="PYTHON", help="an interpreter with llm-compressor"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("bench-output"), help="where the model and the outputs go"
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=8, help="of the model, which has 0.12 GB in each"
+    )
+    parser.add_argument(
+        "--only", nargs="*", metavar="FORMAT", default=[case.name for case in CASES]
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the rows here too")
     arguments = parser.parse_args()
@@ -112,11 +169,17 @@ def main() -> None:
     costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for i in range(arguments.repeat):
         for name, command in commands.items():
-            for folder in {w for w in command if isinstance(w, Path) and w.parent == work and w != source}:
+            for folder in {
+                w for w in command if isinstance(w, Path) and w.parent == work and w != source
+            }:
                 shutil.rmtree(folder, ignore_errors=True)
-            (source / "model.safetensors").read_bytes()  # into the page cache
+            # into the page cache
+            (source / "model.safetensors").read_bytes()
             costs[name].append(run(command))
-            print(f"{i + 1}/{arguments.repeat} {name}: {costs[name][-1].cpu:.2f} CPU s", file=sys.stderr)
+            print(
+                f"{i + 1}/{arguments.repeat} {name}: {costs[name][-1].cpu:.2f} CPU s",
+                file=sys.stderr,
+            )
     rows = table(costs, source, work, arguments.theirs, cases)
     show(rows, COLUMNS)
     if arguments.json:

@@ -1,9 +1,11 @@
-"""What work costs as it grows: data-free FP8 from 0.25 to 4 GB, calibrated W4A16 from 2 to 16 blocks; table and plot.
+"""What work costs as it grows: data-free FP8 from 0.25 to 4 GB, calibrated W4A16 from 2 to 16
+blocks; table and plot.
 
     python benchmarks/growth.py [--work DIR] [--plot docs/growth.svg] [--json FILE]
 
-Made-up Llamas in shards of about 0.5 GB, one thread, without verification, from a warm page cache; each model is deleted once it
-is measured. A straight line through the first and the last figure says what the ones between should be.
+Made-up Llamas in shards of about 0.5 GB, one thread, without verification, from a warm page cache;
+each model is deleted once it is measured. A straight line through the first and the last figure
+says what the ones between should be.
 """
 
 from __future__ import annotations
@@ -60,10 +62,22 @@ def points(series: Series, work: Path) -> list[Point]:
         files = list(source.glob("*.safetensors"))
         for file in files:
             with file.open("rb") as opened:
-                while opened.read(1 << 24):  # into the page cache
+                # into the page cache
+                while opened.read(1 << 24):
                     pass
         size = sum(file.stat().st_size for file in files) / 1e9 if series.unit == "GB" else blocks
-        command = [sys.executable, "-m", "bitpress", "compress", source, out, *series.arguments, "--threads", 1, "--no-verify"]
+        command = [
+            sys.executable,
+            "-m",
+            "bitpress",
+            "compress",
+            source,
+            out,
+            *series.arguments,
+            "--threads",
+            1,
+            "--no-verify",
+        ]
         found.append(Point(size, run(command)))
         shutil.rmtree(source)
         shutil.rmtree(out)
@@ -73,17 +87,22 @@ def points(series: Series, work: Path) -> list[Point]:
 def straight(found: Sequence[Point], size: float) -> float:
     """CPU seconds at a size, on the line through the first and the last point."""
     first, last = found[0], found[-1]
-    return first.cost.cpu + (last.cost.cpu - first.cost.cpu) * (size - first.size) / (last.size - first.size)
+    return first.cost.cpu + (last.cost.cpu - first.cost.cpu) * (size - first.size) / (
+        last.size - first.size
+    )
 
 
 def plot(file: Path, everything: Sequence[tuple[Series, Sequence[Point]]]) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "bitpress"  # the same figures give the same file
+    # the same figures give the same file
+    matplotlib.rcParams["svg.hashsalt"] = "bitpress"
     from matplotlib import pyplot
 
-    figure, places = pyplot.subplots(2, len(everything), figsize=(8, 5), sharex="col", squeeze=False)
+    figure, places = pyplot.subplots(
+        2, len(everything), figsize=(8, 5), sharex="col", squeeze=False
+    )
     for (series, found), above, below in zip(everything, *places, strict=True):
         sizes = [point.size for point in found]
         above.plot(sizes, [straight(found, size) for size in sizes], color="0.8")
@@ -91,14 +110,18 @@ def plot(file: Path, everything: Sequence[tuple[Series, Sequence[Point]]]) -> No
         below.plot(sizes, [point.cost.memory for point in found], "o-", color="C1")
         above.set(title=series.title, ylabel="CPU seconds", ylim=(0, None))
         most = max(point.cost.memory for point in found)
-        below.set(xlabel=series.unit, ylabel="peak memory, MB", ylim=(0, 1.25 * most), xlim=(0, None))
+        below.set(
+            xlabel=series.unit, ylabel="peak memory, MB", ylim=(0, 1.25 * most), xlim=(0, None)
+        )
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("bench-output"), help="where models and outputs go")
+    parser.add_argument(
+        "--work", type=Path, default=Path("bench-output"), help="where models and outputs go"
+    )
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/growth.svg")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
@@ -109,11 +132,17 @@ def main() -> None:
         for point in everything[-1][1]:
             line, cost = straight(everything[-1][1], point.size), point.cost
             size = f"{point.size:.2f}" if series.unit == "GB" else f"{point.size}"
-            told = f"{series.title} | {size} {series.unit} | {cost.cpu:.1f} | {line:.1f} | {cost.wall:.1f} | {cost.memory:.0f}"
+            told = (
+                f"{series.title} | {size} {series.unit} | {cost.cpu:.1f} | {line:.1f} | "
+                f"{cost.wall:.1f} | {cost.memory:.0f}"
+            )
             print(f"| {told} |", flush=True)
     plot(arguments.plot, everything)
     if arguments.json:
-        found = {series.title: [{"size": p.size, **asdict(p.cost)} for p in points_] for series, points_ in everything}
+        found = {
+            series.title: [{"size": p.size, **asdict(p.cost)} for p in points_]
+            for series, points_ in everything
+        }
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 
 

@@ -12,7 +12,13 @@ from typing import Any
 
 from attrs import asdict, frozen
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
+}
 
 
 @frozen
@@ -32,8 +38,10 @@ _, status, usage = os.wait4(process.pid, 0)
 wall = time.perf_counter() - start
 print(json.dumps([usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1024]))
 sys.exit(os.waitstatus_to_exitcode(status))
-"""  # a process of its own: the peak that a child reports starts at its parent's size
-TOUCH = "b'1' * (4 << 30)"  # a virtual machine pays for free memory when it is first used: let nobody measured pay for it
+# a process of its own: the peak that a child reports starts at its parent's size
+"""
+# a virtual machine pays for free memory when it is first used: let nobody measured pay for it
+TOUCH = "b'1' * (4 << 30)"
 
 
 def run(command: Sequence[object]) -> Cost:
@@ -48,15 +56,26 @@ def run(command: Sequence[object]) -> Cost:
 
 def row(name: str, costs: Sequence[Cost]) -> dict[str, Any]:
     """Medians of what one contender cost in all rounds, and between what its CPU seconds lay."""
-    middle = Cost(*(statistics.median(getattr(c, f) for c in costs) for f in ("cpu", "wall", "memory")))
+    middle = Cost(
+        *(statistics.median(getattr(c, f) for c in costs) for f in ("cpu", "wall", "memory"))
+    )
     spread = [c.cpu for c in costs]
     return {"name": name, **asdict(middle), "cpu_min": min(spread), "cpu_max": max(spread)}
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> None:
-    """Print rows as a Markdown table: `columns` by heading, each a key of a row and the form of its figure."""
+    """Print rows as a Markdown table: `columns` by heading, each a key of a row and the form of its
+    figure.
+    """
     head = ("", "CPU s (median, min-max)", *columns)
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for row in rows:
-        cells = [format(row[key], form) if row.get(key) is not None else "" for key, form in columns.values()]
-        print(" | ".join(["| {name} | {cpu:.2f} ({cpu_min:.2f}-{cpu_max:.2f})".format(**row), *cells]) + " |", flush=True)
+        cells = [
+            format(row[key], form) if row.get(key) is not None else ""
+            for key, form in columns.values()
+        ]
+        print(
+            " | ".join(["| {name} | {cpu:.2f} ({cpu_min:.2f}-{cpu_max:.2f})".format(**row), *cells])
+            + " |",
+            flush=True,
+        )

@@ -2,7 +2,8 @@
 
     python benchmarks/models.py OUT --blocks 8 --hidden 2048 --intermediate 8192 --shards 1
 
-The numbers are drawn from a normal distribution with one seed per tensor, so that the same flags give the same bytes.
+The numbers are drawn from a normal distribution with one seed per tensor, so that the same flags
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import torch
 from safetensors.torch import save_file
 
 TOKENIZER = Path(__file__).parents[1] / "examples/tiny-llama"
-VOCABULARY = 4096  # of its tokenizer
+# of its tokenizer
+VOCABULARY = 4096
 
 
 def shapes(blocks: int, hidden: int, intermediate: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a Llama with grouped-query attention (four query heads to a key head), in file order."""
+    """Names and shapes of a Llama with grouped-query attention (four query heads to a key head), in
+    file order.
+    """
     yield "model.embed_tokens.weight", (VOCABULARY, hidden)
     for i in range(blocks):
         block = f"model.layers.{i}"
@@ -48,15 +52,29 @@ def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def make(out: Path, blocks: int, hidden: int, intermediate: int, shards: int = 1) -> None:
-    """Write the model into `out`, with tiny-llama's tokenizer; nothing is done where the same model is there already."""
+    """Write the model into `out`, with tiny-llama's tokenizer; nothing is done where the same model
+    is there already.
+    """
     heads = hidden // 64
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_hidden_layers": blocks, "num_attention_heads": heads,
-        "num_key_value_heads": heads // 4, "head_dim": 64, "vocab_size": VOCABULARY, "tie_word_embeddings": False,
-        "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 4,
+        "head_dim": 64,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-    }  # fmt: skip
+    }
     text = json.dumps(config, indent=2)
     if (out / "config.json").is_file() and (out / "config.json").read_text() == text:
         return
@@ -67,12 +85,19 @@ def make(out: Path, blocks: int, hidden: int, intermediate: int, shards: int = 1
     per_shard = math.ceil(len(everything) / shards)
     weight_map = {}
     for i in range(shards):
-        file = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: draw(name, shape) for name, shape in everything[i * per_shard : (i + 1) * per_shard]}
+        file = (
+            "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        )
+        part = {
+            name: draw(name, shape)
+            for name, shape in everything[i * per_shard : (i + 1) * per_shard]
+        }
         save_file(part, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     if shards > 1:
-        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (out / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     (out / "config.json").write_text(text)
 
 

@@ -1,10 +1,12 @@
-"""Searched recipes beside one scheme everywhere and beside plain mixes of the same size, on tiny-llama.
+"""Searched recipes beside one scheme everywhere and beside plain mixes of the same size, on
+tiny-llama.
 
     python benchmarks/searched.py [--work DIR] [--json FILE]
 
-Recipes are searched on 64 sequences of ../shared/calib/calib.jsonl and all results calibrated on the same; KL divergence from the
-source is measured on the first 16,384 tokens of ../shared/eval/heldout.txt. A plain mix fills the budget with the better scheme
-in an order that people take: first blocks first, last blocks first, attention first, or as the dice fall.
+Recipes are searched on 64 sequences of ../shared/calib/calib.jsonl and all results calibrated on
+the same; KL divergence from the source is measured on the first 16,384 tokens of
+../shared/eval/heldout.txt. A plain mix fills the budget with the better scheme in an order that
+people take: first blocks first, last blocks first, attention first, or as the dice fall.
 """
 
 from __future__ import annotations
@@ -22,13 +24,19 @@ from attrs import asdict, frozen
 import bitpress
 
 SHARED = Path(__file__).parents[2] / "shared"
-MODEL, TEXTS, HELDOUT = SHARED / "models/tiny-llama", SHARED / "calib/calib.jsonl", SHARED / "eval/heldout.txt"
+MODEL, TEXTS, HELDOUT = (
+    SHARED / "models/tiny-llama",
+    SHARED / "calib/calib.jsonl",
+    SHARED / "eval/heldout.txt",
+)
 DATA: dict[str, Any] = {"calibration": TEXTS, "samples": 64, "threads": 1}
 
 
 @frozen
 class Case:
-    """What is searched, and what is as large: schemes everywhere, and with `mixes` two schemes mixed without looking."""
+    """What is searched, and what is as large: schemes everywhere, and with `mixes` two schemes
+    mixed without looking.
+    """
 
     schemes: tuple[str, ...]
     budget: float
@@ -64,12 +72,19 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(exist_ok=True)
     rows = []
-    print("| schemes, budget | choice | bits per weight | expected KL | KL | top-1 |\n|---|---|---|---|---|---|")
+    print(
+        "| schemes, budget | choice | bits per weight | expected KL | KL | top-1 "
+        "|\n|---|---|---|---|---|---|"
+    )
     for case in CASES:
         for row in figures(case, arguments.work):
             rows.append(row)
             expected = "" if row.expected is None else f"{row.expected:.5f}"
-            print(f"| {row.case} | {row.choice} | {row.bits:.2f} | {expected} | {row.kl:.5f} | {row.top1:.2%} |", flush=True)
+            print(
+                f"| {row.case} | {row.choice} | {row.bits:.2f} | {expected} | {row.kl:.5f} | "
+                f"{row.top1:.2%} |",
+                flush=True,
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
 
@@ -81,22 +96,40 @@ def figures(case: Case, work: Path) -> Iterator[Row]:
     found = bitpress.search(MODEL, recipe, schemes=case.schemes, budget=case.budget, **DATA)
     yield measured(name, "searched", work, found.damage(), recipe_file=recipe)
     for scheme, settings in case.uniform:
-        expected = found.damage(found.everywhere(scheme)) if scheme in case.schemes and not settings else None
-        yield measured(name, " ".join([scheme, *settings, "everywhere"]), work, expected, scheme=scheme, settings=settings)
+        expected = (
+            found.damage(found.everywhere(scheme))
+            if scheme in case.schemes and not settings
+            else None
+        )
+        yield measured(
+            name,
+            " ".join([scheme, *settings, "everywhere"]),
+            work,
+            expected,
+            scheme=scheme,
+            settings=settings,
+        )
     for mix, chosen in mixes(found) if case.mixes else ():
         recipe.write_text(text(found, chosen))
         yield measured(name, mix, work, found.damage(chosen), recipe_file=recipe)
 
 
 def mixes(found: Any) -> Iterator[tuple[str, dict[str, str]]]:
-    """The small scheme, and the large one wherever there is still room for it, in several orders."""
-    small, large = sorted(found.search.candidates, key=lambda name: found.bits(found.everywhere(name)))
+    """The small scheme, and the large one wherever there is still room for it, in several
+    orders.
+    """
+    small, large = sorted(
+        found.search.candidates, key=lambda name: found.bits(found.everywhere(name))
+    )
     blocks = list(found.search.units)
     orders: dict[str, Sequence[Any]] = {
         f"{large} in the first blocks": blocks,
         f"{large} in the last blocks": blocks[::-1],
         f"{large} in the attention": sorted(blocks, key=lambda unit: "attn" not in unit.name),
-        **{f"{large} anywhere, draw {i}": random.Random(i).sample(blocks, len(blocks)) for i in (1, 2)},
+        **{
+            f"{large} anywhere, draw {i}": random.Random(i).sample(blocks, len(blocks))
+            for i in (1, 2)
+        },
     }
     for name, order in orders.items():
         chosen = dict(found.everywhere(small))
@@ -109,7 +142,10 @@ def mixes(found: Any) -> Iterator[tuple[str, dict[str, str]]]:
 def text(found: Any, chosen: dict[str, str]) -> str:
     """A choice as a recipe."""
     rule = "[[layers]]\nmatch = {}\nsteps = {}\n"
-    return "\n".join(rule.format(json.dumps(u.patterns), json.dumps([chosen[u.name]])) for u in found.search.units)
+    return "\n".join(
+        rule.format(json.dumps(u.patterns), json.dumps([chosen[u.name]]))
+        for u in found.search.units
+    )
 
 
 def measured(case: str, choice: str, work: Path, expected: float | None, **what: Any) -> Row:

@@ -1,10 +1,13 @@
-"""The GPTQ solve of one layer beside llm-compressor's: same weight, same Hessian, one thread, a process each.
+"""The GPTQ solve of one layer beside llm-compressor's: same weight, same Hessian, one thread, a
+process each.
 
-    python benchmarks/solve.py --theirs /path/to/llmcompressor-env/bin/python [--work DIR] [--size N] [--repeat N] [--json FILE]
+    python benchmarks/solve.py --theirs /path/to/llmcompressor-env/bin/python [--work DIR] [--size
+    N] [--repeat N] [--json FILE]
 
-Counted is the solve alone: from the Hessian to 4-bit codes in groups of 128 (factorisation, scales, sweep), by each process
-itself. Layer error is tr((W - Q) H (W - Q)^T) / tr(W H W^T), taken here of the numbers that both wrote, of which is shown first
-that they are what 4 bits in groups of 128 can hold. The ratio is printed only where our error is no higher.
+Counted is the solve alone: from the Hessian to 4-bit codes in groups of 128 (factorisation, scales,
+sweep), by each process itself. Layer error is tr((W - Q) H (W - Q)^T) / tr(W H W^T), taken here of
+the numbers that both wrote, of which is shown first that they are what 4 bits in groups of 128 can
+hold. The ratio is printed only where our error is no higher.
 """
 
 from __future__ import annotations
@@ -25,14 +28,19 @@ BITS, GROUP = 4, 128
 
 
 def make(file: Path, size: int) -> None:
-    """A weight, and the Hessian of inputs (4 tokens a channel) whose channels differ in size and go together, as a model's do."""
+    """A weight, and the Hessian of inputs (4 tokens a channel) whose channels differ in size and go
+    together, as a model's do.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=generator) * 0.02
     spread = torch.randn(size, generator=generator).exp_()
     mixing = torch.randn(size // 8, size, generator=generator) / (size // 8) ** 0.5
     tokens, hessian = 4 * size, torch.zeros(size, size)
     for _ in range(0, tokens, size):
-        inputs = torch.randn(size, size // 8, generator=generator) @ mixing + torch.randn(size, size, generator=generator) / 2
+        inputs = (
+            torch.randn(size, size // 8, generator=generator) @ mixing
+            + torch.randn(size, size, generator=generator) / 2
+        )
         inputs *= spread
         hessian.addmm_(inputs.T, inputs)
     save_file({"weight": weight, "hessian": hessian, "tokens": torch.tensor(float(tokens))}, file)
@@ -41,7 +49,10 @@ def make(file: Path, size: int) -> None:
 def fault(weight: torch.Tensor, scale: torch.Tensor) -> str | None:
     """Why these numbers are not `BITS` bits in groups of `GROUP`, or None."""
     if list(scale.shape) != [len(weight), weight.shape[1] // GROUP]:
-        return f"scales of shape {list(scale.shape)} for a weight of {list(weight.shape)} in groups of {GROUP}"
+        return (
+            f"scales of shape {list(scale.shape)} for a weight of {list(weight.shape)} in "
+            f"groups of {GROUP}"
+        )
     codes = weight.view(len(weight), -1, GROUP) / scale.unsqueeze(2)
     if not torch.allclose(codes, codes.round(), atol=2**-6, rtol=0):
         return "its numbers are no multiples of their scales"
@@ -52,14 +63,21 @@ def fault(weight: torch.Tensor, scale: torch.Tensor) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--theirs", required=True, metavar="PYTHON", help="an interpreter with llm-compressor")
-    parser.add_argument("--work", type=Path, default=Path("bench-output"), help="where the layer and the results go")
+    parser.add_argument(
+        "--theirs", required=True, metavar="PYTHON", help="an interpreter with llm-compressor"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("bench-output"), help="where the layer and the results go"
+    )
     parser.add_argument("--size", type=int, default=4096, help="rows and columns")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    given, out = arguments.work / f"layer-{arguments.size}.safetensors", arguments.work / "solved.safetensors"
+    given, out = (
+        arguments.work / f"layer-{arguments.size}.safetensors",
+        arguments.work / "solved.safetensors",
+    )
     make(given, arguments.size)
     layer = load_file(given)
     commands = {
@@ -71,16 +89,30 @@ def main() -> None:
     for _ in range(arguments.repeat):
         for name, command in commands.items():
             words = [*map(str, command), str(given), str(out), str(BITS), str(GROUP)]
-            done = subprocess.run(words, env=ENVIRONMENT, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                words, env=ENVIRONMENT, check=True, stdout=subprocess.PIPE, text=True
+            )
             seconds[name].append(float(done.stdout.splitlines()[-1]))
             found = load_file(out)
             if why := fault(found["weight"], found["scale"]):
                 raise SystemExit(f"{name}: not the work that was asked for: {why}")
-            errors[name] = loss(layer["weight"] - found["weight"], layer["hessian"]) / loss(layer["weight"], layer["hessian"])
+            errors[name] = loss(layer["weight"] - found["weight"], layer["hessian"]) / loss(
+                layer["weight"], layer["hessian"]
+            )
     rows = [
-        {"name": n, "cpu": statistics.median(s), "least": min(s), "most": max(s), "error": errors[n]} for n, s in seconds.items()
+        {
+            "name": n,
+            "cpu": statistics.median(s),
+            "least": min(s),
+            "most": max(s),
+            "error": errors[n],
+        }
+        for n, s in seconds.items()
     ]
-    print(f"| {arguments.size} x {arguments.size} | CPU s (median, min-max) | layer error |\n|---|---|---|")
+    print(
+        f"| {arguments.size} x {arguments.size} | CPU s (median, min-max) | layer error "
+        "|\n|---|---|---|"
+    )
     for row in rows:
         print("| {name} | {cpu:.2f} ({least:.2f}-{most:.2f}) | {error:.6f} |".format(**row))
     if errors["bitpress"] > errors["llm-compressor"]:

@@ -2,8 +2,8 @@
 
     python examples/demo.py [OUT]
 
-Perplexity is computed by transformers, which reads the compressed files through compressed-tensors, as a user of the result
-would.
+Perplexity is computed by transformers, which reads the compressed files through compressed-tensors,
+as a user of the result would.
 """
 
 from __future__ import annotations
@@ -19,26 +19,41 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
-WINDOW = 512  # tokens
+# tokens
+WINDOW = 512
 
 
 def perplexity(model: Path, text: str) -> float:
-    """The exponential of the mean loss over the text's tokens, in windows that do not overlap, computed in float32."""
-    ids = torch.tensor(AutoTokenizer.from_pretrained(model)(text, verbose=False)["input_ids"])  # (tokens,)
+    """The exponential of the mean loss over the text's tokens, in windows that do not overlap,
+    computed in float32.
+    """
+    ids = torch.tensor(
+        AutoTokenizer.from_pretrained(model)(text, verbose=False)["input_ids"]
+    )  # (tokens,)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     loss, count = 0.0, 0
     with torch.inference_mode():
         for at in range(0, len(ids) - 1, WINDOW):
             window, target = ids[at : at + WINDOW], ids[at + 1 : at + WINDOW + 1]
-            logits = network(window[: len(target)].unsqueeze(0), use_cache=False).logits[0]  # (tokens, vocabulary)
-            loss += torch.nn.functional.cross_entropy(logits.float(), target, reduction="sum").item()
+            logits = network(window[: len(target)].unsqueeze(0), use_cache=False).logits[
+                0
+            ]  # (tokens, vocabulary)
+            loss += torch.nn.functional.cross_entropy(
+                logits.float(), target, reduction="sum"
+            ).item()
             count += len(target)
     return math.exp(loss / count)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", nargs="?", type=Path, default=Path("demo-output"), help="a folder for the result; made anew")
+    parser.add_argument(
+        "out",
+        nargs="?",
+        type=Path,
+        default=Path("demo-output"),
+        help="a folder for the result; made anew",
+    )
     out = parser.parse_args().out / "tiny-llama-fp8"
     shutil.rmtree(out, ignore_errors=True)
     source = HERE / "tiny-llama"

@@ -1,9 +1,11 @@
-"""Make a small mixture of experts, compress it, and hold its perplexity to the bounds that the dense model keeps.
+"""Make a small mixture of experts, compress it, and hold its perplexity to the bounds that the
+dense model keeps.
 
     python examples/mixture.py [OUT] [--tokens 100000]
 
-The mixture grows out of tiny-llama: every block's MLP is copied into four experts, slightly changed, with a new router, and the
-whole is trained on the text that ships with bitpress, so that its experts become unlike. On one core that takes some minutes.
+The mixture grows out of tiny-llama: every block's MLP is copied into four experts, slightly
+changed, with a new router, and the whole is trained on the text that ships with bitpress, so that
+its experts become unlike. On one core that takes some minutes.
 """
 
 from __future__ import annotations
@@ -22,29 +24,58 @@ import bitpress
 
 HERE = Path(__file__).parent
 EXPERTS, CHOSEN = 4, 2
-LENGTH, BATCH = 128, 8  # tokens of a sequence, sequences of a step
+# tokens of a sequence, sequences of a step
+LENGTH, BATCH = 128, 8
 RATE = 3e-4
-SPREAD = 0.1  # of the weights' own size, by which experts differ at first
-# the most that log-perplexity may rise, in nats per token: a little over what other tools lose on the dense tiny-llama
+# of the weights' own size, by which experts differ at first
+SPREAD = 0.1
+# the most that log-perplexity may rise, in nats per token: a little over what other tools lose on
+# the dense tiny-llama
 BOUNDS = {"fp8": 0.005, "w4a16": 0.010, "nvfp4": 0.025}
 
 
 def grown() -> MixtralForCausalLM:
     """A Mixtral with tiny-llama's attention, and experts like its MLPs."""
     dense = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama", dtype=torch.float32)
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    more = ("head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "bos_token_id", "eos_token_id")
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    more = (
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_parameters",
+        "bos_token_id",
+        "eos_token_id",
+    )
     config = MixtralConfig(
         **{key: getattr(dense.config, key) for key in (*keys, *more, "pad_token_id")},
-        tie_word_embeddings=True, sliding_window=None,
-        num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN, router_aux_loss_coef=0.01, output_router_logits=True,
-    )  # fmt: skip
+        tie_word_embeddings=True,
+        sliding_window=None,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        router_aux_loss_coef=0.01,
+        output_router_logits=True,
+    )
     model = MixtralForCausalLM(config)
     weights = dense.state_dict()
-    model.load_state_dict({name: tensor for name, tensor in weights.items() if ".mlp." not in name}, strict=False)
+    model.load_state_dict(
+        {name: tensor for name, tensor in weights.items() if ".mlp." not in name}, strict=False
+    )
     for index, block in enumerate(model.model.layers):
-        gate, up, down = (weights[f"model.layers.{index}.mlp.{leaf}_proj.weight"] for leaf in ("gate", "up", "down"))
-        for fused, weight in ((block.mlp.experts.gate_up_proj, torch.cat([gate, up])), (block.mlp.experts.down_proj, down)):
+        gate, up, down = (
+            weights[f"model.layers.{index}.mlp.{leaf}_proj.weight"]
+            for leaf in ("gate", "up", "down")
+        )
+        for fused, weight in (
+            (block.mlp.experts.gate_up_proj, torch.cat([gate, up])),
+            (block.mlp.experts.down_proj, down),
+        ):
             noise = torch.randn(fused.shape) * weight.std() * SPREAD
             fused.data.copy_(weight + noise)
     return model
@@ -54,7 +85,9 @@ def train(model: MixtralForCausalLM, ids: torch.Tensor, tokens: int) -> None:
     """So many tokens of a text, once or more often, in sequences drawn anew each time."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     steps = tokens // (LENGTH * BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps + 1, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, RATE, total_steps=steps + 1, pct_start=0.1
+    )
     for step in range(steps):
         starts = torch.randint(len(ids) - LENGTH, (BATCH,)).tolist()
         batch = torch.stack([ids[start : start + LENGTH] for start in starts])
@@ -70,23 +103,36 @@ def train(model: MixtralForCausalLM, ids: torch.Tensor, tokens: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", nargs="?", type=Path, default=Path("mixture-output"), help="a folder for the results; made anew")
+    parser.add_argument(
+        "out",
+        nargs="?",
+        type=Path,
+        default=Path("mixture-output"),
+        help="a folder for the results; made anew",
+    )
     parser.add_argument("--tokens", type=int, default=100_000, help="to train on")
     arguments = parser.parse_args()
     shutil.rmtree(arguments.out, ignore_errors=True)
     source = arguments.out / "tiny-mixtral"
     torch.manual_seed(0)
     tokenizer, model = AutoTokenizer.from_pretrained(HERE / "tiny-llama"), grown()
-    text = lzma.decompress(resources.files("bitpress.calibrate").joinpath("default.txt.xz").read_bytes()).decode()
+    text = lzma.decompress(
+        resources.files("bitpress.calibrate").joinpath("default.txt.xz").read_bytes()
+    ).decode()
     train(model, torch.tensor(tokenizer(text, verbose=False)["input_ids"]), arguments.tokens)
     model.config.output_router_logits = False
     model.bfloat16().save_pretrained(source)
     tokenizer.save_pretrained(source)
 
-    print(f"\n{'scheme':8}{'weight files':>14}{'perplexity':>12}{'rise':>10}{'bound':>8}{'KL':>10}{'tokens to an expert':>22}")
+    print(
+        f"\n{'scheme':8}{'weight files':>14}{'perplexity':>12}{'rise':>10}{'bound':>8}{'KL':>10}"
+        f"{'tokens to an expert':>22}"
+    )
     missed = []
     for scheme, bound in BOUNDS.items():
-        note = bitpress.compress(source, arguments.out / scheme, scheme=scheme, samples=96, check=HERE / "chapters.txt")
+        note = bitpress.compress(
+            source, arguments.out / scheme, scheme=scheme, samples=96, check=HERE / "chapters.txt"
+        )
         size = sum(file.bytes for name, file in note.files.items() if name.endswith(".safetensors"))
         sent = [layer.tokens for layer in note.layers.values() if layer.tokens is not None]
         range_of = f"{min(sent):,} to {max(sent):,}" if sent else "-"

@@ -1,4 +1,6 @@
-"""A made-up model that can be run, texts for it, and a scheme that looks at inputs: for tests of the calibrated line."""
+"""A made-up model that can be run, texts for it, and a scheme that looks at inputs: for tests of
+the calibrated line.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import torch
 from support import LLAMA, install, llama_tensors, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-# int8 codes by error feedback; beside them it stores sums over its inputs, and over how far they and the stream have moved
+# int8 codes by error feedback; beside them it stores sums over its inputs, and over how far they
+# and the stream have moved
 LEARNER = '''
 """Toy integers that look at their inputs, for tests."""
 import os, pathlib, signal, warnings
@@ -25,7 +28,9 @@ class Options(bitpress.Options):
     bits: int = option(8, "of a code")
     coarse: float = option(0.0, "inputs are rounded to multiples of it")
     factors: str = option("", "rescale by these powers of two, repeated")
-    deadly: str = option("", "a file: each layer adds a letter, and the process dies where it holds as many as its name says")
+    deadly: str = option(
+        "", "a file: each layer adds a letter; at as many as its name says the process dies"
+    )
 
     @property
     def rescales(self): return bool(self.factors)
@@ -39,7 +44,8 @@ def observe(inputs, reference, residual, weight, options):
         seen |= {"moved": (reference.float() - inputs.float()).sum(0)}
     if residual is not None:
         seen |= {"behind": residual.float().sum(0)}
-    return {**{name: Stat(value, "sum") for name, value in seen.items()}, **numerics.moments(inputs, weight, reference, residual)}
+    moments = numerics.moments(inputs, weight, reference, residual)
+    return {**{name: Stat(value, "sum") for name, value in seen.items()}, **moments}
 
 @hookimpl
 def rescale(layer, stats, options):
@@ -55,21 +61,25 @@ def quantize(layer, stats, options):
         if len(file.read_text()) == int(file.suffix[1:]):
             os.kill(os.getpid(), signal.SIGKILL if "kill" in file.name else signal.SIGINT)
     out, width = layer.weight.shape
-    fit = lambda w, importance: numerics.fit_symmetric(w, importance, options.bits, width, [0.9, 1.0])
+    shrink = [0.9, 1.0]
+    fit = lambda w, importance: numerics.fit_symmetric(w, importance, options.bits, width, shrink)
     weight, grid = numerics.feedback(layer, stats, fit)
     zeros = torch.zeros(width)
     value = lambda name: stats[name].value if name in stats else zeros
     seen = torch.stack([value("seen"), value("moved")]).expand(out, 2, width)
     return attrs.evolve(layer, weight=weight, codes=grid.codes(weight), parts={
-        "scale": grid.scale, "seen": seen, "behind": stats["behind"].value if "behind" in stats else torch.zeros(out)})
+        "scale": grid.scale, "seen": seen,
+        "behind": stats["behind"].value if "behind" in stats else torch.zeros(out)})
 
 @hookimpl
 def serialize(layer, options):
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"], "seen": layer.parts["seen"][0].contiguous(),
+    tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"],
+               "seen": layer.parts["seen"][0].contiguous(),
                "behind": layer.parts["behind"].contiguous()}
     inputs = {"step": options.coarse} if options.coarse else None
-    return Record(tensors, {"format": "int-quantized", "weights": weights, "input_activations": inputs})
+    config = {"format": "int-quantized", "weights": weights, "input_activations": inputs}
+    return Record(tensors, config)
 
 @hookimpl
 def quantize_inputs(inputs, config):
@@ -97,18 +107,34 @@ def tokenizer_folder(folder: Path) -> Path:
 
 def install_learner(folder: Path) -> Path:
     """The scheme `learner`, found once `folder` is on the path."""
-    return install(folder, "bitpress-scheme-learner", LEARNER, "[bitpress.schemes]\nlearner = bitpress_scheme_learner\n")
+    return install(
+        folder,
+        "bitpress-scheme-learner",
+        LEARNER,
+        "[bitpress.schemes]\nlearner = bitpress_scheme_learner\n",
+    )
 
 
 def runnable_model(
-    folder: Path, tensors: Mapping[str, torch.Tensor] | None = None, config: Mapping[str, Any] = CONFIG, shards: int = 1
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    config: Mapping[str, Any] = CONFIG,
+    shards: int = 1,
 ) -> Path:
-    """A model folder with a tokenizer whose words are w0 ... w95, and a text of them in `text.txt` beside it."""
-    return with_tokenizer(write_model(folder, llama_tensors(config=config) if tensors is None else tensors, config, shards))
+    """A model folder with a tokenizer whose words are w0 ... w95, and a text of them in `text.txt`
+    beside it.
+    """
+    return with_tokenizer(
+        write_model(
+            folder, llama_tensors(config=config) if tensors is None else tensors, config, shards
+        )
+    )
 
 
 def with_tokenizer(folder: Path) -> Path:
-    """A model folder, given a tokenizer whose words are w0 ... w95, and a text of them in `text.txt` beside it."""
+    """A model folder, given a tokenizer whose words are w0 ... w95, and a text of them in
+    `text.txt` beside it.
+    """
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))

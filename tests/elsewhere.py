@@ -1,7 +1,9 @@
-"""A GPU that is not there: its tensors say that they lie on it, hold their numbers on the CPU, and meet none that lies elsewhere.
+"""A GPU that is not there: its tensors say that they lie on it, hold their numbers on the CPU, and
+meet none that lies elsewhere.
 
-What must not happen on a GPU, and goes unseen on a CPU, is an error here: a product of tensors on two devices, a result left on
-the host, numbers read as an array. What a GPU computes, and how fast, is not shown.
+What must not happen on a GPU, and goes unseen on a CPU, is an error here: a product of tensors on
+two devices, a result left on the host, numbers read as an array. What a GPU computes, and how fast,
+is not shown.
 """
 
 from __future__ import annotations
@@ -15,18 +17,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
-BOTH = ("copy_", "index", "index_put_")  # what takes tensors of both devices
+# what takes tensors of both devices
+BOTH = ("copy_", "index", "index_put_")
 
 
 class Elsewhere(Tensor):
-    """A tensor on the GPU. To torch's own code, which has no GPU to ask, it is one on the meta device."""
+    """A tensor on the GPU. To torch's own code, which has no GPU to ask, it is one on the meta
+    device.
+    """
 
     inner: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Elsewhere:
         made = Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device="meta"
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device="meta",
         )
         made.inner = inner
         return made
@@ -46,17 +56,22 @@ class Elsewhere(Tensor):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if name not in BOTH:
             _meet(name, tensors)
-        known = {id(x.inner): x for x in tensors if isinstance(x, Elsewhere)}  # what is changed in place stays what it was
+        # what is changed in place stays what it was
+        known = {id(x.inner): x for x in tensors if isinstance(x, Elsewhere)}
         found = func(*tree_map(bare, args), **tree_map(bare, kwargs))
         if name == "copy_" and not isinstance(args[0], Elsewhere):
             return args[0]
-        return tree_map(lambda x: known.get(id(x), Elsewhere(x)) if isinstance(x, Tensor) else x, found)
+        return tree_map(
+            lambda x: known.get(id(x), Elsewhere(x)) if isinstance(x, Tensor) else x, found
+        )
 
 
 class Pretended(TorchFunctionMode):
     """While it lasts, this thread has a GPU."""
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         kwargs.pop("pin_memory", None)
         here = bool(args) and isinstance(args[0], Elsewhere)
@@ -72,8 +87,11 @@ class Pretended(TorchFunctionMode):
             del kwargs["device"]
             return Elsewhere(func(*tree_map(bare, args), **tree_map(bare, kwargs)))
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if name in ("where", "scaled_dot_product_attention", "embedding_bag") and any(isinstance(x, Elsewhere) for x in tensors):
-            _meet(name, tensors)  # inside, torch makes tensors on the device that it takes them to be on
+        if name in ("where", "scaled_dot_product_attention", "embedding_bag") and any(
+            isinstance(x, Elsewhere) for x in tensors
+        ):
+            # inside, torch makes tensors on the device that it takes them to be on
+            _meet(name, tensors)
             return Elsewhere(func(*tree_map(bare, args), **tree_map(bare, kwargs)))
         return func(*args, **kwargs)
 
@@ -87,12 +105,23 @@ def _meet(name: str, tensors: Sequence[Tensor]) -> None:
     """Raise where tensors of two devices would; one number may lie anywhere."""
     for x in tensors:
         if x.ndim and not isinstance(x, Elsewhere):
-            raise RuntimeError(f"{name}: expected all tensors to be on one device, but found {x.device} beside {GPU}")
+            raise RuntimeError(
+                f"{name}: expected all tensors to be on one device, but found {x.device} beside "
+                f"{GPU}"
+            )
 
 
 def _moved(x: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    places = [a.device if isinstance(a, Tensor) else a for a in (*args, kwargs.pop("device", None)) if not _is_plain(a)]
-    kinds = [a.dtype if isinstance(a, Tensor) else a for a in args if _is_plain(a) or isinstance(a, Tensor)]
+    places = [
+        a.device if isinstance(a, Tensor) else a
+        for a in (*args, kwargs.pop("device", None))
+        if not _is_plain(a)
+    ]
+    kinds = [
+        a.dtype if isinstance(a, Tensor) else a
+        for a in args
+        if _is_plain(a) or isinstance(a, Tensor)
+    ]
     kwargs.pop("non_blocking", None)
     inner = bare(x)
     changed = inner.to(*kinds, **kwargs) if kinds or kwargs else inner

@@ -1,4 +1,6 @@
-"""Every architecture through every kind of scheme: what comes of it, in the words of docs/models.md."""
+"""Every architecture through every kind of scheme: what comes of it, in the words of
+docs/models.md.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,13 @@ class Column:
 COLUMNS: Mapping[str, Column] = {
     "fp8": Column("fp8", (), 0.04),
     "w4a16, rtn": Column("w4a16", ("algorithm=rtn", "group_size=32"), 0.13),
-    "w4a16, gptq": Column("w4a16", ("algorithm=gptq", "group_size=32"), 0.25),  # moves weights to make up for others
+    # moves weights to make up for others
+    "w4a16, gptq": Column("w4a16", ("algorithm=gptq", "group_size=32"), 0.25),
     "nvfp4": Column("nvfp4", (), 0.25, torch.bfloat16),
 }
-FAR = 0.5  # of the logits' norm, from the source's: what a loader that reads other weights exceeds, and 4 bits do not
+# of the logits' norm, from the source's: what a loader that reads other weights exceeds, and 4 bits
+# do not
+FAR = 0.5
 TOKENS = torch.arange(96).reshape(4, 24) * 7 % 95 + 1
 
 
@@ -58,13 +63,15 @@ class Outcome:
 
 
 def outcome(source: Path, out: Path, column: Column, before: Tensor | None) -> Outcome:
-    """Compress, prove, restore and load; raises AssertionError where a layer is further from its source than it may be.
+    """Compress, prove, restore and load; raises AssertionError where a layer is further from its
+    source than it may be.
 
     Args:
         before: the source's logits; None where transformers cannot run it.
     """
     text = source.parent / "text.txt"
     try:
+        # whose files are read back, and every weight held against the source's
         note = bitpress.compress(
             source,
             out,
@@ -74,11 +81,13 @@ def outcome(source: Path, out: Path, column: Column, before: Tensor | None) -> O
             samples=12,
             sequence_length=32,
             threads=1,
-        )  # whose files are read back, and every weight held against the source's
+        )
     except BitpressError as e:
         return Outcome(str(e).replace(str(source), "MODEL"))
     errors = {name: layer.error for name, layer in note.layers.items()}
-    far = {name: error for name, error in errors.items() if error is None or not error <= column.most}
+    far = {
+        name: error for name, error in errors.items() if error is None or not error <= column.most
+    }
     assert not far, far
     return Outcome(None, before is not None and _near(out, before, column.dtype))
 
@@ -115,4 +124,6 @@ def row(model_type: str, folder: Path) -> dict[str, Outcome]:
     """The outcome of every column."""
     source = build(model_type, folder / "model")
     before = logits(source)
-    return {name: outcome(source, folder / name, column, before) for name, column in COLUMNS.items()}
+    return {
+        name: outcome(source, folder / name, column, before) for name, column in COLUMNS.items()
+    }

@@ -1,4 +1,5 @@
-"""Write the table of docs/models.md: tiny models of every architecture, taken through every kind of scheme.
+"""Write the table of docs/models.md: tiny models of every architecture, taken through every kind of
+scheme.
 
 python tools/models.py          (tox run -e pages has all schemes installed; it takes half a minute)
 """
@@ -17,7 +18,10 @@ from architectures import ARCHITECTURES, SERVED  # noqa: E402
 from matrix import COLUMNS, row  # noqa: E402
 
 PAGE = ROOT / "docs/models.md"
-BEGIN, END = "<!-- written by tools/models.py: do not edit, run it -->\n", "<!-- end of what is written -->\n"
+BEGIN, END = (
+    "<!-- written by tools/models.py: do not edit, run it -->\n",
+    "<!-- end of what is written -->\n",
+)
 
 
 def lines(model_types: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -27,7 +31,12 @@ def lines(model_types: Iterable[str]) -> tuple[list[str], list[str]]:
         with tempfile.TemporaryDirectory() as folder:
             found = row(model_type, Path(folder))
         served = "runs" if model_type in SERVED else "-"
-        cells = [f"`{model_type}`", ARCHITECTURES[model_type].what, *map(str, found.values()), served]
+        cells = [
+            f"`{model_type}`",
+            ARCHITECTURES[model_type].what,
+            *map(str, found.values()),
+            served,
+        ]
         rows.append(f"| {' | '.join(cells)} |")
         reasons = dict.fromkeys(outcome.refused for outcome in found.values() if outcome.refused)
         refusals += [f"- `{model_type}`: {reason}" for reason in reasons]
@@ -44,4 +53,6 @@ def written() -> str:
 
 if __name__ == "__main__":
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n" + written() + "\n" + END + rest.partition(END)[2], encoding="utf-8")
+    PAGE.write_text(
+        before + BEGIN + "\n" + written() + "\n" + END + rest.partition(END)[2], encoding="utf-8"
+    )

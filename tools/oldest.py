@@ -1,7 +1,8 @@
-"""Run each scheme through the conformance kit of the oldest core that its package allows (tox run -e oldest).
+"""Run each scheme through the conformance kit of the oldest core that its package allows (tox run
+-e oldest).
 
-The released cores are this repository's tags `core-vX.Y.Z`. Where none that a package allows is older than today's core, there is
-nothing to run that `tox run -e scheme-NAME` does not run.
+The released cores are this repository's tags `core-vX.Y.Z`. Where none that a package allows is
+older than today's core, there is nothing to run that `tox run -e scheme-NAME` does not run.
 """
 
 from __future__ import annotations
@@ -42,14 +43,29 @@ def main() -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     for package in sorted((ROOT / "packages").glob("scheme-*")):
         table = project(package)
-        (wanted,) = [r for r in map(Requirement, table["dependencies"]) if r.name == "bitpress-core"]
-        oldest = next((version for version in cores if version in wanted.specifier and version < today), None)
+        (wanted,) = [
+            r for r in map(Requirement, table["dependencies"]) if r.name == "bitpress-core"
+        ]
+        oldest = next(
+            (version for version in cores if version in wanted.specifier and version < today), None
+        )
         if oldest is None:
-            print(f"{package.name}: no released core that bitpress-core{wanted.specifier} allows is older than today's, {today}")
+            print(
+                f"{package.name}: no released core that bitpress-core{wanted.specifier} allows is "
+                f"older than today's, {today}"
+            )
             continue
         print(f"{package.name}: bitpress-core {oldest}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            words = ["git", "-C", str(ROOT), "archive", f"--output={folder}/core.zip", f"core-v{oldest}", "packages/core"]
+            words = [
+                "git",
+                "-C",
+                str(ROOT),
+                "archive",
+                f"--output={folder}/core.zip",
+                f"core-v{oldest}",
+                "packages/core",
+            ]
             subprocess.run(words, check=True)
             shutil.unpack_archive(f"{folder}/core.zip", folder)
             subprocess.run([*pip, f"{folder}/packages/core[conformance]", str(package)], check=True)

@@ -1,4 +1,5 @@
-"""Write the pages of docs/reference that say what the code says: its commands, its hooks, the schemes that are installed.
+"""Write the pages of docs/reference that say what the code says: its commands, its hooks, the
+schemes that are installed.
 
 python tools/pages.py          (tox run -e pages has all schemes installed)
 """
@@ -24,7 +25,11 @@ NOTE = "<!-- written by tools/pages.py from the code: do not edit, run it -->\n\
 
 def pages() -> Mapping[str, str]:
     """Every generated page: its name, and its text."""
-    return {"commands.md": NOTE + commands(), "hooks.md": NOTE + hooks(), "schemes.md": NOTE + schemes()}
+    return {
+        "commands.md": NOTE + commands(),
+        "hooks.md": NOTE + hooks(),
+        "schemes.md": NOTE + schemes(),
+    }
 
 
 def commands() -> str:
@@ -32,13 +37,21 @@ def commands() -> str:
     group = app
     text = [f"# Commands\n\n{group.help}\n", _table(("option", "what it does"), _options(group))]
     text.append(
-        "Exit codes: 0 when all is done, 1 when a check of the result failed, 2 for bad usage or bad input, told in one line, "
+        "Exit codes: 0 when all is done, 1 when a check of the result failed, 2 for bad usage or "
+        "bad input, told in one line, "
         "130 when interrupted.\n"
     )
     for name, command in group.commands.items():
         arguments = [_metavar(p) for p in command.params if p.param_type_name == "argument"]
-        text.append(f"## {name}\n\n{command.help}\n\n```\n{' '.join(['bitpress', name, *arguments])} [OPTIONS]\n```\n")
-        rows = [(f"`{_metavar(p)}`", p.help or "") for p in command.params if p.param_type_name == "argument"]
+        text.append(
+            f"## {name}\n\n{command.help}\n\n```\n{' '.join(['bitpress', name, *arguments])} "
+            "[OPTIONS]\n```\n"
+        )
+        rows = [
+            (f"`{_metavar(p)}`", p.help or "")
+            for p in command.params
+            if p.param_type_name == "argument"
+        ]
         text.append(_table(("argument or option", "what it is"), [*rows, *_options(command)]))
     return "\n".join(text)
 
@@ -47,14 +60,21 @@ def hooks() -> str:
     """The docstrings of `hookspecs`."""
     tree = ast.parse(inspect.getsource(hookspecs))
     text = [
-        f"# Hooks\n\nVersion {hookspecs.VERSION}: the version of bitpress-core that last changed a hook.\n",
+        f"# Hooks\n\nVersion {hookspecs.VERSION}: the version of bitpress-core that last changed a "
+        "hook.\n",
         _markdown(ast.get_docstring(tree) or ""),
     ]
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             arguments = "".join(f"    {ast.unparse(argument)},\n" for argument in node.args.args)
-            signature = f"def {node.name}(\n{arguments}) -> {ast.unparse(node.returns or ast.Constant(None))}"
-            text.append(f"## {node.name}\n\n```python\n{signature}\n```\n\n{_markdown(ast.get_docstring(node) or '')}")
+            signature = (
+                f"def {node.name}(\n{arguments}) -> "
+                f"{ast.unparse(node.returns or ast.Constant(None))}"
+            )
+            text.append(
+                f"## {node.name}\n\n```python\n{signature}\n```\n\n"
+                f"{_markdown(ast.get_docstring(node) or '')}"
+            )
     return "\n".join(text)
 
 
@@ -62,12 +82,23 @@ def schemes() -> str:
     """What `bitpress schemes` says of every scheme."""
     words = [sys.executable, "-m", "bitpress", "schemes", "--json"]
     found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-    text = ["# Installed schemes\n\nAll that this repository has, as `bitpress schemes NAME` shows them.\n"]
+    text = [
+        "# Installed schemes\n\nAll that this repository has, as `bitpress schemes NAME` shows "
+        "them.\n"
+    ]
     for scheme in found["schemes"]:
-        data = "needed with the default options" if scheme["data"] else "none with the default options"
+        data = (
+            "needed with the default options" if scheme["data"] else "none with the default options"
+        )
         bits = "" if scheme["bits"] is None else f"Bits per code: {scheme['bits']:g}. "
-        text.append(f"## {scheme['name']}\n\n{scheme['summary']}\n\nPackage: `{scheme['package']}`. {bits}Data: {data}.\n")
-        rows = [(f"`{n}`", o["values"], f"`{json.dumps(o['default'])}`", o["help"]) for n, o in scheme["options"].items()]
+        text.append(
+            f"## {scheme['name']}\n\n{scheme['summary']}\n\nPackage: `{scheme['package']}`. "
+            f"{bits}Data: {data}.\n"
+        )
+        rows = [
+            (f"`{n}`", o["values"], f"`{json.dumps(o['default'])}`", o["help"])
+            for n, o in scheme["options"].items()
+        ]
         text.append(_table(("option", "values", "default", "what it sets"), rows))
         grouped: dict[tuple[str, str], list[str]] = {}
         for finding in scheme["hardware"]:
@@ -81,7 +112,11 @@ def _options(command: Any) -> Iterator[tuple[str, str]]:
     for parameter in command.params:
         if parameter.param_type_name == "option":
             names = ", ".join(f"`{name}`" for name in parameter.opts)
-            default = parameter.default if isinstance(parameter.default, (int, str)) and not parameter.is_flag else None
+            default = (
+                parameter.default
+                if isinstance(parameter.default, (int, str)) and not parameter.is_flag
+                else None
+            )
             value = "" if parameter.is_flag else f" `{_metavar(parameter)}`"
             end = "" if default is None else f" Default: `{default}`."
             end += " Required." if parameter.required else ""
@@ -89,16 +124,23 @@ def _options(command: Any) -> Iterator[tuple[str, str]]:
 
 
 def _metavar(parameter: Any) -> str:
-    return str(parameter.metavar or "N")  # what names none is a whole number
+    # what names none is a whole number
+    return str(parameter.metavar or "N")
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [
+        head,
+        ("---",) * len(head),
+        *([cell.replace("|", "\\|") for cell in row] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _markdown(docstring: str) -> str:
-    """A docstring whose sections (`Args:`, ...) are lists and bold words, and whose lines that belong together are one."""
+    """A docstring whose sections (`Args:`, ...) are lists and bold words, and whose lines that
+    belong together are one.
+    """
     lines: list[str] = []
     section = ""
     for line in docstring.splitlines():

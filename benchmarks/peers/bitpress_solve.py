@@ -1,4 +1,6 @@
-"""Our GPTQ solve of one layer: python bitpress_solve.py GIVEN OUT BITS GROUP; the last line printed is its CPU seconds."""
+"""Our GPTQ solve of one layer: python bitpress_solve.py GIVEN OUT BITS GROUP; the last line printed
+is its CPU seconds.
+"""
 
 import sys
 import time

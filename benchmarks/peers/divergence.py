@@ -1,7 +1,8 @@
-"""How far an output's predictions are from its source's, through transformers: python divergence.py SOURCE OUT TEXT TOKENS.
+"""How far an output's predictions are from its source's, through transformers: python divergence.py
+SOURCE OUT TEXT TOKENS.
 
-Run in the environment that wrote OUT, or another whose transformers reads it. The last line printed is the KL divergence from the
-source, mean over the first tokens of a text, in nats a token.
+Run in the environment that wrote OUT, or another whose transformers reads it. The last line printed
+is the KL divergence from the source, mean over the first tokens of a text, in nats a token.
 """
 
 import sys
@@ -13,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
 source, out, text = sys.argv[1:4]
 tokens = int(sys.argv[4])
-dtype = torch.bfloat16 if "nvfp4" in (Path(out) / "config.json").read_text() else torch.float32  # it runs in no other
-ids = AutoTokenizer.from_pretrained(source)(Path(text).read_text(), verbose=False, return_tensors="pt")["input_ids"][:, :tokens]
+# it runs in no other
+dtype = torch.bfloat16 if "nvfp4" in (Path(out) / "config.json").read_text() else torch.float32
+ids = AutoTokenizer.from_pretrained(source)(
+    Path(text).read_text(), verbose=False, return_tensors="pt"
+)["input_ids"][:, :tokens]
 
 
 def predicted(model: str, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""llm-compressor's GPTQ, in its own environment: python llmcompressor_gptq.py MODEL OUT SCHEME TEXTS SAMPLES LENGTH."""
+"""llm-compressor's GPTQ, in its own environment: python llmcompressor_gptq.py MODEL OUT SCHEME
+TEXTS SAMPLES LENGTH.
+"""
 
 import json
 import sys
@@ -17,7 +19,10 @@ samples, length = map(int, sys.argv[5:])
 tokenizer = AutoTokenizer.from_pretrained(source)
 text = "\n".join(json.loads(line)["text"] for line in Path(texts).read_text().splitlines())
 ids = tokenizer(text, verbose=False)["input_ids"][: samples * length]
-data = {"input_ids": [ids[i * length : (i + 1) * length] for i in range(samples)], "attention_mask": [[1] * length] * samples}
+data = {
+    "input_ids": [ids[i * length : (i + 1) * length] for i in range(samples)],
+    "attention_mask": [[1] * length] * samples,
+}
 model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
 oneshot(
     model=model,

@@ -1,4 +1,6 @@
-"""llm-compressor's path without calibration, in its own environment: python llmcompressor_model_free.py MODEL OUT SCHEME."""
+"""llm-compressor's path without calibration, in its own environment: python
+llmcompressor_model_free.py MODEL OUT SCHEME.
+"""
 
 import sys
 
@@ -9,5 +11,10 @@ from llmcompressor import model_free_ptq  # noqa: E402
 
 model, out, scheme = sys.argv[1:]
 model_free_ptq(
-    model_stub=model, save_directory=out, scheme=scheme, ignore=["lm_head", "re:.*embed.*"], max_workers=1, device="cpu"
+    model_stub=model,
+    save_directory=out,
+    scheme=scheme,
+    ignore=["lm_head", "re:.*embed.*"],
+    max_workers=1,
+    device="cpu",
 )

@@ -19,14 +19,27 @@ torch.set_grad_enabled(False)
 given, out = sys.argv[1:3]
 bits, group = map(int, sys.argv[3:])
 layer = load_file(given)
-args = QuantizationArgs(num_bits=bits, strategy="group", group_size=group, symmetric=True, actorder=ActivationOrdering.STATIC)
-module = initialize_quantized_linear(layer["weight"], QuantizationScheme(targets=["Linear"], weights=args), "cpu")
-hessians, tokens = {module: 2 * layer["hessian"]}, {module: layer["tokens"]}  # their Hessian is of inputs times the root of 2
+args = QuantizationArgs(
+    num_bits=bits,
+    strategy="group",
+    group_size=group,
+    symmetric=True,
+    actorder=ActivationOrdering.STATIC,
+)
+module = initialize_quantized_linear(
+    layer["weight"], QuantizationScheme(targets=["Linear"], weights=args), "cpu"
+)
+# their Hessian is of inputs times the root of 2
+hessians, tokens = {module: 2 * layer["hessian"]}, {module: layer["tokens"]}
 start = time.process_time()
 initialize_observer(module, "weight")
 observe([module], base_name="weight")
-weights, hessians, scale, zero, globals_ = prepare_batch([module], [module.weight_observer.get_qparams()], hessians, tokens)
-found, _, fallback = quantize_weight(weights, hessians, scale, zero, globals_, args, blocksize=128, percdamp=0.01)
+weights, hessians, scale, zero, globals_ = prepare_batch(
+    [module], [module.weight_observer.get_qparams()], hessians, tokens
+)
+found, _, fallback = quantize_weight(
+    weights, hessians, scale, zero, globals_, args, blocksize=128, percdamp=0.01
+)
 spent = time.process_time() - start
 assert not fallback.any()
 save_file({"weight": found[0].contiguous(), "scale": scale[0].contiguous()}, out)

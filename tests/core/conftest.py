@@ -24,5 +24,7 @@ def with_toy(toy: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def forwards_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibration computes alike on every CPU, so that it can be held to what the whole model computes in float32."""
+    """Calibration computes alike on every CPU, so that it can be held to what the whole model
+    computes in float32.
+    """
     monkeypatch.setattr("bitpress.calibrate.loop.BFLOAT16", ())

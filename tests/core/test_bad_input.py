@@ -16,7 +16,9 @@ from support import LLAMA, files_of, llama_tensors, refusal, write_model
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
 
-def compress_refused(model: Path, toy: Path, *words: str, arguments: tuple[object, ...] = ("--scheme", "toy")) -> None:
+def compress_refused(
+    model: Path, toy: Path, *words: str, arguments: tuple[object, ...] = ("--scheme", "toy")
+) -> None:
     """Law of this file: refused with all words in the line, and no output folder is made."""
     out = model.parent / "out"
     line = refusal("compress", model, out, *arguments, path=toy)
@@ -25,7 +27,8 @@ def compress_refused(model: Path, toy: Path, *words: str, arguments: tuple[objec
     assert not out.exists()
 
 
-# --- the model folder ---------------------------------------------------------------------------------------------------------
+# --- the model folder
+# ----------------------------------------------------------------------
 
 
 def no_config(model: Path) -> None:
@@ -45,12 +48,16 @@ def config_is_not_text(model: Path) -> None:
 
 
 def config_is_quantised(model: Path) -> None:
-    (model / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": {"quant_method": "gptq"}}))
+    (model / "config.json").write_text(
+        json.dumps({**LLAMA, "quantization_config": {"quant_method": "gptq"}})
+    )
 
 
 def weights_are_fp8(model: Path) -> None:
     tensors = llama_tensors()
-    save_file({**tensors, LAYER: tensors[LAYER].to(torch.float8_e4m3fn)}, model / "model.safetensors")
+    save_file(
+        {**tensors, LAYER: tensors[LAYER].to(torch.float8_e4m3fn)}, model / "model.safetensors"
+    )
 
 
 def weights_are_pickled(model: Path) -> None:
@@ -92,13 +99,18 @@ def two_files_and_no_index(model: Path) -> None:
         (config_is_quantised, ["already quantised (gptq)", "start from the original"]),
         (weights_are_fp8, [LAYER, "F8_E4M3", "already quantised"]),
         (weights_are_pickled, ["pytorch_model.bin", "from_pretrained", "save_pretrained"]),
-        (weights_are_cut_short, ["model.safetensors", "400000 bytes", "cut short", "fetch it again"]),
+        (
+            weights_are_cut_short,
+            ["model.safetensors", "400000 bytes", "cut short", "fetch it again"],
+        ),
         (nothing_but_a_config, ["no safetensors files"]),
         (two_files_and_no_index, ["2 safetensors files", "model.safetensors.index.json"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_a_damaged_model_folder_is_refused(tmp_path: Path, toy: Path, damage: Callable[[Path], None], words: list[str]) -> None:
+def test_a_damaged_model_folder_is_refused(
+    tmp_path: Path, toy: Path, damage: Callable[[Path], None], words: list[str]
+) -> None:
     model = write_model(tmp_path / "model")
     damage(model)
     compress_refused(model, toy, *words)
@@ -117,7 +129,9 @@ SECOND = "model-00002-of-00003.safetensors"
         (17, ["17", "not a file of this folder"]),
     ],
 )
-def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, toy: Path, place: object, words: list[str]) -> None:
+def test_an_index_that_points_elsewhere_is_refused(
+    tmp_path: Path, toy: Path, place: object, words: list[str]
+) -> None:
     model = write_model(tmp_path / "model", shards=3)
     shutil.copy(model / SECOND, tmp_path / "elsewhere.safetensors")
     index = json.loads((model / "model.safetensors.index.json").read_text())
@@ -134,15 +148,25 @@ def test_a_missing_shard_is_named(tmp_path: Path, toy: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_a_number_that_is_not_finite_is_named_with_its_place(tmp_path: Path, toy: Path, number: float) -> None:
+def test_a_number_that_is_not_finite_is_named_with_its_place(
+    tmp_path: Path, toy: Path, number: float
+) -> None:
     tensors = llama_tensors()
     tensors[LAYER][3, 5] = number
-    line = refusal("compress", write_model(tmp_path / "model", tensors), tmp_path / "out", "--scheme", "toy", path=toy)
+    line = refusal(
+        "compress",
+        write_model(tmp_path / "model", tensors),
+        tmp_path / "out",
+        "--scheme",
+        "toy",
+        path=toy,
+    )
     assert f"tensor {LAYER} has {number} at row 3, column 5" in line
     assert files_of(tmp_path / "out") == {}
 
 
-# --- what is asked for --------------------------------------------------------------------------------------------------------
+# --- what is asked for
+# ----------------------------------------------------------------------
 
 RECIPE = '[[layers]]\nmatch = "*"\nsteps = ["toy"]\n'
 
@@ -151,20 +175,38 @@ RECIPE = '[[layers]]\nmatch = "*"\nsteps = ["toy"]\n'
     ("arguments", "words"),
     [
         (["--scheme", "fp8"], ["fp8 is not installed", "pip install bitpress-scheme-fp8"]),
-        (["--scheme", "fp9"], ["no scheme 'fp9'", "did you mean 'fp8'", "pip install bitpress-scheme-fp8"]),
+        (
+            ["--scheme", "fp9"],
+            ["no scheme 'fp9'", "did you mean 'fp8'", "pip install bitpress-scheme-fp8"],
+        ),
         (["--scheme", "tou"], ["no scheme 'tou'", "did you mean 'toy'"]),
         (["--scheme", "toy+toy"], ["toy cannot follow a step that stores codes"]),
         (["--scheme", "toy", "--set", "level=3"], ["no option 'level'", "did you mean 'levels'"]),
         (["--scheme", "toy", "--set", "levels=many"], ["levels", "'many'", "whole number"]),
         (["--scheme", "toy", "--set", "levels"], ["--set levels", "OPTION=VALUE"]),
         (["--scheme", "toy", "--set", "fp8.weights=x"], ["'fp8' is not used here"]),
-        (["--scheme", "toy", "--set", "multiple=96"], ["is not a multiple of 96; try multiple=1", "--ignore '*."]),
-        (["--scheme", "toy", "--set", "multiple=256"], ["width 128 is not a multiple of 256", "--ignore '*."]),
-        (["--scheme", "toy", "--ignore", "zzz*"], ["'zzz*' matches none of the 14", "like 'model.layers.0.mlp.down_proj'"]),
-        (["--scheme", "toy", "--ignore", "*.up_prog"], ["'*.up_prog' matches none of the 14", "did you mean '*.up_proj'?"]),
+        (
+            ["--scheme", "toy", "--set", "multiple=96"],
+            ["is not a multiple of 96; try multiple=1", "--ignore '*."],
+        ),
+        (
+            ["--scheme", "toy", "--set", "multiple=256"],
+            ["width 128 is not a multiple of 256", "--ignore '*."],
+        ),
+        (
+            ["--scheme", "toy", "--ignore", "zzz*"],
+            ["'zzz*' matches none of the 14", "like 'model.layers.0.mlp.down_proj'"],
+        ),
+        (
+            ["--scheme", "toy", "--ignore", "*.up_prog"],
+            ["'*.up_prog' matches none of the 14", "did you mean '*.up_proj'?"],
+        ),
         (["--scheme", "toy", "--ignore", "*.mpl.*"], ["did you mean '*.mlp.*'?"]),
         (["--scheme", "toy", "--ignore", "model.layer.*"], ["did you mean 'model.layers.*'?"]),
-        (["--scheme", "toy", "--ignore", "model.layers.1.mlp.up"], ["did you mean 'model.layers.1.mlp.up_proj'?"]),
+        (
+            ["--scheme", "toy", "--ignore", "model.layers.1.mlp.up"],
+            ["did you mean 'model.layers.1.mlp.up_proj'?"],
+        ),
         (["--scheme", "toy", "--ignore", "*"], ["leaves every layer alone"]),
         (["--scheme", "toy", "--recipe", "r.toml"], ["either a scheme or a recipe"]),
         ([], ["either a scheme or a recipe"]),
@@ -175,9 +217,15 @@ RECIPE = '[[layers]]\nmatch = "*"\nsteps = ["toy"]\n'
         (["--scheme", "toy", "--threads", "0"], ["--threads"]),
         (["--shceme", "toy"], ["--shceme"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) and (not value or value[0].startswith("--")) else "",
+    ids=lambda value: (
+        " ".join(value)
+        if isinstance(value, list) and (not value or value[0].startswith("--"))
+        else ""
+    ),
 )
-def test_what_cannot_be_done_is_refused(tmp_path: Path, toy: Path, arguments: list[str], words: list[str]) -> None:
+def test_what_cannot_be_done_is_refused(
+    tmp_path: Path, toy: Path, arguments: list[str], words: list[str]
+) -> None:
     compress_refused(write_model(tmp_path / "model"), toy, *words, arguments=tuple(arguments))
 
 
@@ -189,16 +237,30 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path, toy: Path, arguments: li
         (RECIPE.replace("match", "macth"), ["number 1", "`match`"]),
         (RECIPE.replace('"*"', "[]"), ["number 1", "`match`"]),
         (RECIPE.replace('"*"', '["*", 3]'), ["number 1", "`match`"]),
-        (RECIPE.replace('"*"', '["*", "*.up_prog"]'), ["'*.up_prog' matches none", "did you mean '*.up_proj'?"]),
+        (
+            RECIPE.replace('"*"', '["*", "*.up_prog"]'),
+            ["'*.up_prog' matches none", "did you mean '*.up_proj'?"],
+        ),
         (RECIPE + "ignored = []\n", ["unknown key 'ignored'"]),
         (RECIPE.replace('["toy"]', '"toy"'), ["number 1", "`steps`"]),
         (RECIPE.replace('["toy"]', "[3]"), ["a step is a scheme's name", "3"]),
-        (RECIPE.replace('["toy"]', '[{ use = "toy", levles = 3 }]'), ["no option 'levles'", "did you mean 'levels'"]),
-        (RECIPE.replace('"*"', '"*.up_prog"'), ["'*.up_prog' matches none", "did you mean '*.up_proj'?"]),
-        (RECIPE.replace('"*"', '"*.q_proj"'), ["q_proj", "k_proj", "are one layer in serving engines"]),
+        (
+            RECIPE.replace('["toy"]', '[{ use = "toy", levles = 3 }]'),
+            ["no option 'levles'", "did you mean 'levels'"],
+        ),
+        (
+            RECIPE.replace('"*"', '"*.up_prog"'),
+            ["'*.up_prog' matches none", "did you mean '*.up_proj'?"],
+        ),
+        (
+            RECIPE.replace('"*"', '"*.q_proj"'),
+            ["q_proj", "k_proj", "are one layer in serving engines"],
+        ),
     ],
 )
-def test_a_recipe_that_cannot_be_carried_out_is_refused(tmp_path: Path, toy: Path, text: str, words: list[str]) -> None:
+def test_a_recipe_that_cannot_be_carried_out_is_refused(
+    tmp_path: Path, toy: Path, text: str, words: list[str]
+) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     model = write_model(tmp_path / "model")
     compress_refused(model, toy, *words, arguments=("--recipe", tmp_path / "recipe.toml"))

@@ -1,4 +1,6 @@
-"""Running any decoder block by block, with its weights read when they are needed, gives what the whole model gives."""
+"""Running any decoder block by block, with its weights read when they are needed, gives what the
+whole model gives.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,19 @@ from bitpress.calibrate.walk import Doors, course
 from bitpress.checkpoint.reader import Reader, open_checkpoint
 
 COMMON = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 96, "head_dim": 8, "pad_token_id": 0, "max_position_embeddings": 64,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # by what is special: the container of the blocks, and the config's own keys
+# by what is special: the container of the blocks, and the config's own keys
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("model.layers", {}),
     "qwen3": ("model.layers", {}),
     "mistral": ("model.layers", {"sliding_window": 4}),
@@ -35,16 +45,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # by what is special: the c
     "phi3": ("model.layers", {}),
     "gpt_neox": ("gpt_neox.layers", {}),
     "olmo2": ("model.layers", {}),
-    "falcon": ("transformer.h", {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon": (
+        "transformer.h",
+        {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
     "granite": ("model.layers", {}),
     "opt": ("model.decoder.layers", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
 }
-BATCHES = (torch.arange(72).reshape(2, 3, 12) * 7 % 95 + 1).unbind(0)  # two batches of three sequences of twelve tokens
+# two batches of three sequences of twelve tokens
+BATCHES = (torch.arange(72).reshape(2, 3, 12) * 7 % 95 + 1).unbind(0)
 CPU, FLOAT = torch.device("cpu"), torch.float32
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     """A made-up model on disk, and the name of its list of blocks."""
     container, extra = FAMILIES[request.param]
     torch.manual_seed(0)
@@ -52,7 +68,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **keys))
     folder = tmp_path_factory.mktemp(request.param)
     for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape)  # so that norms and biases are not all alike
+        # so that norms and biases are not all alike
+        parameter.data += 0.05 * torch.randn(parameter.shape)
     model.save_pretrained(folder)
     return folder, container
 
@@ -60,14 +77,18 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def last_hidden(folder: Path, container: str, batch: Tensor) -> Tensor:
     """What the last block of the whole model returns."""
     model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=FLOAT).eval(), []
-    model.get_submodule(container)[-1].register_forward_hook(lambda module, arguments, output: seen.append(output))
+    model.get_submodule(container)[-1].register_forward_hook(
+        lambda module, arguments, output: seen.append(output)
+    )
     with torch.no_grad():
         model(input_ids=batch, use_cache=False)
     return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
 
 
 @pytest.mark.parametrize("spilled", [False, True], ids=["in memory", "on disk"])
-def test_blocks_run_alone_give_what_the_whole_model_gives(family: tuple[Path, str], tmp_path: Path, spilled: bool) -> None:
+def test_blocks_run_alone_give_what_the_whole_model_gives(
+    family: tuple[Path, str], tmp_path: Path, spilled: bool
+) -> None:
     folder, container = family
     with Reader() as reader, torch.no_grad():
         decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
@@ -81,7 +102,9 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(family: tuple[Path, st
         assert torch.equal(states[i], last_hidden(folder, container, batch))
 
 
-def test_the_head_makes_of_the_last_block_s_outputs_what_the_whole_model_makes(family: tuple[Path, str]) -> None:
+def test_the_head_makes_of_the_last_block_s_outputs_what_the_whole_model_makes(
+    family: tuple[Path, str],
+) -> None:
     folder, container = family
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=FLOAT).eval()
     with Reader() as reader, torch.no_grad():
@@ -97,7 +120,9 @@ def linear_names(block: nn.Module) -> list[str]:
     return [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
 
 
-def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees(family: tuple[Path, str]) -> None:
+def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees(
+    family: tuple[Path, str],
+) -> None:
     folder, container = family
     with Reader() as reader, torch.no_grad():
         decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
@@ -107,10 +132,15 @@ def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees
         assert set(names) == set(linear_names(block))
         doors = Doors(block, names)
         seen: dict[int, list[Tensor | None]] = {}
-        for waiting in (2, 1, 0):  # of two batches
+        # of two batches
+        for waiting in (2, 1, 0):
             streams = Streams(States(list(recording.hidden)), States([]), [], waiting, CPU)
             streams.enter(block, None, calls)
-            inputs = [found.inputs for site in range(len(names)) for found in streams.arrivals(site, False)]
+            inputs = [
+                found.inputs
+                for site in range(len(names))
+                for found in streams.arrivals(site, False)
+            ]
             streams.leave()
             seen[waiting] = [*inputs, streams.states[0], streams.states[1]]
         doors.close()
@@ -120,7 +150,9 @@ def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees
         assert torch.equal(both, none)
 
 
-def test_a_waiting_forward_goes_on_with_the_weights_that_a_layer_has_by_then(family: tuple[Path, str]) -> None:
+def test_a_waiting_forward_goes_on_with_the_weights_that_a_layer_has_by_then(
+    family: tuple[Path, str],
+) -> None:
     folder, container = family
     with Reader() as reader, torch.no_grad():
         decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
@@ -154,14 +186,18 @@ def test_no_weight_is_in_memory_before_it_is_needed(family: tuple[Path, str]) ->
         assert all(parameter.is_meta for parameter in decoder.model.parameters())
 
 
-def test_hidden_states_that_go_to_disk_are_not_held_while_others_are_recorded(family: tuple[Path, str], tmp_path: Path) -> None:
+def test_hidden_states_that_go_to_disk_are_not_held_while_others_are_recorded(
+    family: tuple[Path, str], tmp_path: Path
+) -> None:
     folder, container = family
     shape = (*BATCHES[0].shape, COMMON["hidden_size"])
     with Reader() as reader, torch.no_grad():
         decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
         recording = record(decoder, BATCHES, CPU, FLOAT, tmp_path)
         gc.collect()
-        held = [o for o in gc.get_objects() if type(o) is Tensor and o.shape == shape and not o.is_meta]
+        held = [
+            o for o in gc.get_objects() if type(o) is Tensor and o.shape == shape and not o.is_meta
+        ]
     assert len(recording.hidden) == len(BATCHES)
     assert not held
 
@@ -181,7 +217,9 @@ def test_forwards_that_do_not_wait_hold_nothing(family: tuple[Path, str], tmp_pa
         assert all(arrival.residual is not None for arrival in streams.arrivals(site, True))
         gc.collect()
         size = recording.hidden[0].numel()
-        held = [o for o in gc.get_objects() if type(o) is Tensor and o.numel() == size and not o.is_meta]
+        held = [
+            o for o in gc.get_objects() if type(o) is Tensor and o.numel() == size and not o.is_meta
+        ]
         for door in doors:
             door.close()
     assert not held
@@ -189,7 +227,8 @@ def test_forwards_that_do_not_wait_hold_nothing(family: tuple[Path, str], tmp_pa
 
 def test_a_forward_that_is_given_up_lets_go_of_its_block_at_once(family: tuple[Path, str]) -> None:
     folder, container = family
-    gc.disable()  # a block may take gigabytes: they cannot wait until garbage is looked for
+    # a block may take gigabytes: they cannot wait until garbage is looked for
+    gc.disable()
     try:
         with Reader() as reader, torch.no_grad():
             decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
@@ -199,7 +238,8 @@ def test_a_forward_that_is_given_up_lets_go_of_its_block_at_once(family: tuple[P
             doors = Doors(block, linear_names(block)[:1])
             streams = Streams(recording.hidden, None, [], 2, CPU)
             streams.enter(block, None, calls)
-            assert len(list(streams.arrivals(0, False))) == 2  # both wait there
+            # both wait there
+            assert len(list(streams.arrivals(0, False))) == 2
             doors.close()
             del block
             streams.enter(decoder.block(1), None, calls)
@@ -213,7 +253,8 @@ import sys, torch, transformers
 from pathlib import Path
 from bitpress.calibrate.decoder import Decoder
 from bitpress.checkpoint.reader import Reader, open_checkpoint
-decoder = Decoder(open_checkpoint(Path(sys.argv[1])), "model.layers", Reader(), torch.device("cpu"), torch.float32)
+checkpoint, cpu = open_checkpoint(Path(sys.argv[1])), torch.device("cpu")
+decoder = Decoder(checkpoint, "model.layers", Reader(), cpu, torch.float32)
 config = transformers.AutoConfig.for_model("gemma2", **eval(sys.argv[2]))
 model = transformers.AutoModelForCausalLM.from_config(config)
 print(model.model.layers[0].mlp.up_proj.weight.std().item())
@@ -221,26 +262,41 @@ print(model.model.layers[0].mlp.up_proj.weight.std().item())
 
 
 def test_models_that_a_program_builds_afterwards_are_initialised_as_ever(tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON)).save_pretrained(tmp_path / "m")
-    done = subprocess.run(
-        [sys.executable, "-c", AFTERWARDS, tmp_path / "m", repr(COMMON)], capture_output=True, text=True, check=True
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON)).save_pretrained(
+        tmp_path / "m"
     )
-    assert 0.01 < float(done.stdout) < 0.04  # the config's 0.02
+    done = subprocess.run(
+        [sys.executable, "-c", AFTERWARDS, tmp_path / "m", repr(COMMON)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # the config's 0.02
+    assert 0.01 < float(done.stdout) < 0.04
 
 
-WRITERS = {  # norms between a layer and the stream, or a factor, make it none
-    "gemma2": set(), "gemma3_text": set(), "olmo2": set(), "gpt_neox": {"attention.dense", "mlp.dense_4h_to_h"},
-    "falcon": {"self_attention.dense", "mlp.dense_4h_to_h"}, "opt": {"self_attn.out_proj", "fc2"},
-}  # fmt: skip
+# norms between a layer and the stream, or a factor, make it none
+WRITERS = {
+    "gemma2": set(),
+    "gemma3_text": set(),
+    "olmo2": set(),
+    "gpt_neox": {"attention.dense", "mlp.dense_4h_to_h"},
+    "falcon": {"self_attention.dense", "mlp.dense_4h_to_h"},
+    "opt": {"self_attn.out_proj", "fc2"},
+}
 
 
-def test_the_layers_whose_outputs_a_block_adds_to_its_input_are_found(family: tuple[Path, str]) -> None:
+def test_the_layers_whose_outputs_a_block_adds_to_its_input_are_found(
+    family: tuple[Path, str],
+) -> None:
     folder, container = family
     with Reader() as reader, torch.no_grad():
         decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
         recording = record(decoder, BATCHES, CPU, FLOAT)
         for index in range(2):
             block = decoder.block(index)
-            found = course(block, linear_names(block), recording.calls[index][0], recording.hidden[0])
+            found = course(
+                block, linear_names(block), recording.calls[index][0], recording.hidden[0]
+            )
             kind = AutoConfig.from_pretrained(folder).model_type
             assert set(found.writers) == WRITERS.get(kind, {"self_attn.o_proj", "mlp.down_proj"})

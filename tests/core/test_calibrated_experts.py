@@ -1,4 +1,6 @@
-"""Experts are fitted to the tokens that their router sends them, counted, and compressed as without data where these are few."""
+"""Experts are fitted to the tokens that their router sends them, counted, and compressed as without
+data where these are few.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,24 @@ from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.source import seen
 
 FAMILIES = [
-    "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4", "llama4_text",
-    "qwen3_next", "qwen3_vl_moe", "bamba", "mamba2", "falcon_h1", "qwen2_5_vl", "llava", "gemma3",
-]  # fmt: skip
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "llama4",
+    "llama4_text",
+    "qwen3_next",
+    "qwen3_vl_moe",
+    "bamba",
+    "mamba2",
+    "falcon_h1",
+    "qwen2_5_vl",
+    "llava",
+    "gemma3",
+]
 BATCHES = (torch.arange(72).reshape(2, 3, 12) * 7 % 95 + 1).unbind(0)
 CPU, FLOAT = torch.device("cpu"), torch.float32
 
@@ -65,9 +82,12 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(tmp_path: Path, family
             streams.leave()
         model, outputs = whole(folder), []
 
-        def stop(module: torch.nn.Module, arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        def stop(
+            module: torch.nn.Module, arguments: object, output: Tensor | tuple[Tensor, ...]
+        ) -> None:
             outputs.append(output[0] if isinstance(output, tuple) else output)
-            raise LastBlockReached  # what follows fails in transformers 5.24's Llama 4 without an image
+            # what follows fails in transformers 5.24's Llama 4 without an image
+            raise LastBlockReached
 
         model.get_submodule(decoder.container)[-1].register_forward_hook(stop)
         for i, batch in enumerate(BATCHES):
@@ -81,23 +101,36 @@ def learner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install_learner(tmp_path_factory.mktemp("plugins"))
 
 
-ONLY = '[[layers]]\nmatch = "*.layers.1.mlp.experts.*"\nsteps = ["learner"]\n'  # what comes before them stays as it was
+# what comes before them stays as it was
+ONLY = '[[layers]]\nmatch = "*.layers.1.mlp.experts.*"\nsteps = ["learner"]\n'
 EXPERTS = "model.layers.1.mlp.experts"
 
 
-def compress(source: Path, out: Path, learner: Path, samples: int = 8, **options: bool) -> bitpress.Manifest:
+def compress(
+    source: Path, out: Path, learner: Path, samples: int = 8, **options: bool
+) -> bitpress.Manifest:
     rules = out.parent / "rules.toml"
     rules.write_text(ONLY)
     with plugins(learner):
         return bitpress.compress(
-            source, out, recipe_file=rules, calibration=source.parent / "text.txt", samples=samples, sequence_length=32, **options
+            source,
+            out,
+            recipe_file=rules,
+            calibration=source.parent / "text.txt",
+            samples=samples,
+            sequence_length=32,
+            **options,
         )
 
 
 def sent(folder: Path, samples: int) -> tuple[Tensor, list[Tensor]]:
-    """All tokens that come to the last block's experts, and each expert's, by transformers' own router."""
+    """All tokens that come to the last block's experts, and each expert's, by transformers' own
+    router.
+    """
     model, calls = whole(folder), []
-    model.get_submodule(EXPERTS).register_forward_pre_hook(lambda module, arguments: calls.append(arguments))
+    model.get_submodule(EXPERTS).register_forward_pre_hook(
+        lambda module, arguments: calls.append(arguments)
+    )
     ids = load(Choice(str(folder.parent / "text.txt"), samples, 32), folder, {}).ids
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
@@ -106,23 +139,32 @@ def sent(folder: Path, samples: int) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_an_expert_sees_the_tokens_that_the_router_sends_it(tmp_path: Path, learner: Path, family: str) -> None:
+def test_an_expert_sees_the_tokens_that_the_router_sends_it(
+    tmp_path: Path, learner: Path, family: str
+) -> None:
     source = build(family, tmp_path / "m")
     note, (_, expected) = compress(source, tmp_path / "o", learner), sent(source, 8)
     found = tensors_of(tmp_path / "o")
     for e, tokens in enumerate(expected):
         assert note.layers[f"{EXPERTS}.{e}.gate_proj"].tokens == len(tokens)
         if len(tokens) >= 64:
-            torch.testing.assert_close(found[f"{EXPERTS}.{e}.up_proj.seen"][0], tokens.sum(0), rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(
+                found[f"{EXPERTS}.{e}.up_proj.seen"][0], tokens.sum(0), rtol=1e-4, atol=1e-3
+            )
     assert max(map(len, expected)) >= 64
 
 
 def test_every_expert_may_see_all_tokens(tmp_path: Path, learner: Path) -> None:
     source = build("qwen3_moe", tmp_path / "m")
-    note, (tokens, _) = compress(source, tmp_path / "o", learner, samples=2, all_experts=True), sent(source, 2)
+    note, (tokens, _) = (
+        compress(source, tmp_path / "o", learner, samples=2, all_experts=True),
+        sent(source, 2),
+    )
     found = tensors_of(tmp_path / "o")
     for e in range(4):
-        torch.testing.assert_close(found[f"{EXPERTS}.{e}.gate_proj.seen"][0], tokens.sum(0), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            found[f"{EXPERTS}.{e}.gate_proj.seen"][0], tokens.sum(0), rtol=1e-4, atol=1e-3
+        )
     assert note.data is not None
     assert note.data["experts"] == "every token"
     assert not note.warnings
@@ -136,7 +178,9 @@ def never_sent(source: Path, expert: int) -> None:
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_an_expert_with_few_tokens_is_compressed_as_without_data_and_told_of(tmp_path: Path, learner: Path) -> None:
+def test_an_expert_with_few_tokens_is_compressed_as_without_data_and_told_of(
+    tmp_path: Path, learner: Path
+) -> None:
     source = build("glm4_moe", tmp_path / "m")
     never_sent(source, 2)
     note = compress(source, tmp_path / "o", learner, samples=3)
@@ -144,7 +188,9 @@ def test_an_expert_with_few_tokens_is_compressed_as_without_data_and_told_of(tmp
     assert few[2] == 0
     assert any(0 < (count or 0) < 64 for count in few.values())
     short = [e for e, count in few.items() if count is not None and count < 64]
-    assert f"{EXPERTS}: {len(short)} of 4 experts were sent fewer than 64 tokens" in note.warnings[0]
+    assert (
+        f"{EXPERTS}: {len(short)} of 4 experts were sent fewer than 64 tokens" in note.warnings[0]
+    )
     assert "2 (0 tokens)" in note.warnings[0]
     found = tensors_of(tmp_path / "o")
     for e in range(4):
@@ -153,10 +199,17 @@ def test_an_expert_with_few_tokens_is_compressed_as_without_data_and_told_of(tmp
             scale = found[f"{EXPERTS}.{e}.{leaf}.weight_scale"]
             assert (scale > 0).all()
             assert scale.isfinite().all()
-    assert json.loads((tmp_path / "o/bitpress.json").read_text())["layers"][f"{EXPERTS}.2.up_proj"]["tokens"] == 0
+    assert (
+        json.loads((tmp_path / "o/bitpress.json").read_text())["layers"][f"{EXPERTS}.2.up_proj"][
+            "tokens"
+        ]
+        == 0
+    )
 
 
-def test_tensors_of_which_transformers_makes_no_module_are_kept(tmp_path: Path, learner: Path) -> None:
+def test_tensors_of_which_transformers_makes_no_module_are_kept(
+    tmp_path: Path, learner: Path
+) -> None:
     source = build("deepseek_v3", tmp_path / "m")
     more = {
         "model.layers.2.eh_proj.weight": torch.randn(128, 256).bfloat16(),
@@ -166,7 +219,12 @@ def test_tensors_of_which_transformers_makes_no_module_are_kept(tmp_path: Path, 
     save_file(tensors_of(source) | more, source / "model.safetensors", metadata={"format": "pt"})
     with plugins(learner):
         bitpress.compress(
-            source, tmp_path / "o", scheme="learner", calibration=tmp_path / "text.txt", sequence_length=32, samples=2
+            source,
+            tmp_path / "o",
+            scheme="learner",
+            calibration=tmp_path / "text.txt",
+            sequence_length=32,
+            samples=2,
         )
     found = tensors_of(tmp_path / "o")
     ignored = json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]["ignore"]
@@ -175,26 +233,49 @@ def test_tensors_of_which_transformers_makes_no_module_are_kept(tmp_path: Path, 
         assert name.removesuffix(".weight") in ignored
 
 
-def test_a_config_under_which_the_model_cannot_run_is_told_in_one_line(tmp_path: Path, learner: Path) -> None:
+def test_a_config_under_which_the_model_cannot_run_is_told_in_one_line(
+    tmp_path: Path, learner: Path
+) -> None:
     source = build("qwen2_5_vl", tmp_path / "m")
     config = json.loads((source / "config.json").read_text())
-    config["text_config"]["rope_parameters"]["mrope_section"] = [4, 4, 4]  # of heads that have 16 such channels
+    # of heads that have 16 such channels
+    config["text_config"]["rope_parameters"]["mrope_section"] = [4, 4, 4]
     (source / "config.json").write_text(json.dumps(config))
-    words = ["--scheme", "learner", "--calibration", tmp_path / "text.txt", "--sequence-length", "32", "--samples", "2"]
+    words = [
+        "--scheme",
+        "learner",
+        "--calibration",
+        tmp_path / "text.txt",
+        "--sequence-length",
+        "32",
+        "--samples",
+        "2",
+    ]
     said = refusal("compress", source, tmp_path / "o", *words, path=learner)
     assert "cannot be run on a text" in said
     assert "split_with_sizes expects" in said
 
 
 @pytest.mark.parametrize("family", ["llama4", "qwen2_5_vl", "qwen3_vl_moe", "llava", "gemma3"])
-def test_what_sees_is_copied_and_ignored_under_any_of_its_names(tmp_path: Path, learner: Path, family: str) -> None:
+def test_what_sees_is_copied_and_ignored_under_any_of_its_names(
+    tmp_path: Path, learner: Path, family: str
+) -> None:
     source = build(family, tmp_path / "m")
     with plugins(learner):
         note = bitpress.compress(
-            source, tmp_path / "o", scheme="learner", calibration=tmp_path / "text.txt", sequence_length=32, samples=2
+            source,
+            tmp_path / "o",
+            scheme="learner",
+            calibration=tmp_path / "text.txt",
+            sequence_length=32,
+            samples=2,
         )
     before, after = tensors_of(source), tensors_of(tmp_path / "o")
-    outside = [name for name in before if not re.search(r"(^|\.)(language_model|model)\.layers\.", name) or "vision" in name]
+    outside = [
+        name
+        for name in before
+        if not re.search(r"(^|\.)(language_model|model)\.layers\.", name) or "vision" in name
+    ]
     assert len(outside) > 10
     assert all(torch.equal(after[name], before[name]) for name in outside)
     ignored = json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]["ignore"]
@@ -202,13 +283,20 @@ def test_what_sees_is_copied_and_ignored_under_any_of_its_names(tmp_path: Path, 
     for name in outside:
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and before[name].ndim == 2 and "embed" not in module.rpartition(".")[2]:
-            for known in (module, f"model.{module}", module.removeprefix("model."), module.removeprefix("language_model.")):
+            for known in (
+                module,
+                f"model.{module}",
+                module.removeprefix("model."),
+                module.removeprefix("language_model."),
+            ):
                 assert any(re.match(pattern, known) for pattern in patterns), known
     assert not any(re.match(pattern, module) for pattern in patterns for module in note.layers)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4"])
-def test_a_run_that_ended_goes_on_to_the_same_bytes(tmp_path: Path, learner: Path, family: str) -> None:
+def test_a_run_that_ended_goes_on_to_the_same_bytes(
+    tmp_path: Path, learner: Path, family: str
+) -> None:
     source, block = build(family, tmp_path / "m"), loop._block
 
     def ended(plan: Any, shard: Any, *others: Any) -> Any:
@@ -238,17 +326,32 @@ def test_a_run_that_ended_goes_on_to_the_same_bytes(tmp_path: Path, learner: Pat
 def test_the_summary_tells_of_tokens(tmp_path: Path, learner: Path) -> None:
     source = build("mixtral", tmp_path / "m")
     found = command(
-        "compress", source, tmp_path / "o", "--scheme", "learner", "--calibration", tmp_path / "text.txt", "--samples", 2,
-        "--sequence-length", 32, path=learner,
-    )  # fmt: skip
+        "compress",
+        source,
+        tmp_path / "o",
+        "--scheme",
+        "learner",
+        "--calibration",
+        tmp_path / "text.txt",
+        "--samples",
+        2,
+        "--sequence-length",
+        32,
+        path=learner,
+    )
     assert "tokens sent to an expert: " in found.stdout
     assert "experts were sent fewer than 64 tokens" in found.stderr
 
 
 @pytest.mark.parametrize(
-    ("family", "words"), [("qwen3", "no experts of this model"), ("llama4", "is given an expert's own tokens only")]
+    ("family", "words"),
+    [("qwen3", "no experts of this model"), ("llama4", "is given an expert's own tokens only")],
 )
-def test_where_experts_cannot_be_given_all_tokens_that_is_said(tmp_path: Path, learner: Path, family: str, words: str) -> None:
+def test_where_experts_cannot_be_given_all_tokens_that_is_said(
+    tmp_path: Path, learner: Path, family: str, words: str
+) -> None:
     source = build(family, tmp_path / "m")
     arguments = ("--calibration", tmp_path / "text.txt", "--sequence-length", 32, "--all-experts")
-    assert words in refusal("compress", source, tmp_path / "o", "--scheme", "learner", *arguments, path=learner)
+    assert words in refusal(
+        "compress", source, tmp_path / "o", "--scheme", "learner", *arguments, path=learner
+    )

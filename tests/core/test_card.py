@@ -1,4 +1,6 @@
-"""The model card of an output: front matter that the Hub reads, the command, and the figures of `bitpress.json`."""
+"""The model card of an output: front matter that the Hub reads, the command, and the figures of
+`bitpress.json`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from support import command, files_of, refusal, write_model
 
 import bitpress
 
-OWN = "---\nlicense: other\nlicense_name: my-licence\nlicense_link: LICENSE\nlanguage: [en, de]\ntags: [mine]\n---\n# Mine\n"
+OWN = (
+    "---\nlicense: other\nlicense_name: my-licence\nlicense_link: LICENSE\nlanguage: [en, "
+    "de]\ntags: [mine]\n---\n# Mine\n"
+)
 
 
 @pytest.fixture
@@ -38,11 +43,18 @@ def test_the_hub_finds_base_licence_and_tags(with_toy: Path, model: Path, tmp_pa
     data = ModelCard.load(tmp_path / "out/README.md", ignore_metadata_errors=False).data
     assert data.base_model == "model"
     assert data.base_model_relation == "quantized"
-    assert (data.license, data.license_name, data.license_link, data.language) == ("other", "my-licence", "LICENSE", ["en", "de"])
+    assert (data.license, data.license_name, data.license_link, data.language) == (
+        "other",
+        "my-licence",
+        "LICENSE",
+        ["en", "de"],
+    )
     assert data.tags == ["bitpress", "compressed-tensors", "toy"]
 
 
-def test_the_source_s_card_is_kept_linked_and_given_back(with_toy: Path, model: Path, tmp_path: Path) -> None:
+def test_the_source_s_card_is_kept_linked_and_given_back(
+    with_toy: Path, model: Path, tmp_path: Path
+) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
     bitpress.compress(model, out, scheme="toy")
     assert (out / "README.source.md").read_text() == OWN
@@ -52,7 +64,9 @@ def test_the_source_s_card_is_kept_linked_and_given_back(with_toy: Path, model: 
     assert not (dense / "README.source.md").exists()
 
 
-def test_a_file_of_that_name_is_not_written_over(with_toy: Path, model: Path, tmp_path: Path) -> None:
+def test_a_file_of_that_name_is_not_written_over(
+    with_toy: Path, model: Path, tmp_path: Path
+) -> None:
     (model / "README.source.md").write_text("of an earlier model")
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     bitpress.decompress(tmp_path / "out", tmp_path / "dense")
@@ -70,14 +84,28 @@ def test_without_a_card_there_is_nothing_to_link(with_toy: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "own",
     [
-        "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: {a: b}\n---\n", "---\nlicense: mit\n", "no front matter",
-        "\x00\xff", "---\n---\n", "---\nlicense: !!python/object/apply:os.system ['touch hacked']\n---\n",
-        "---\nlicense: !!timestamp x\n---\n", "---\nlicense: !!bool x\n---\n", f"---\nlicense: 0x{'f' * 9000}\n---\n",
-        '---\nlicense: "a\\x1b[31m"\n---\n', '---\nlicense: ["a\\n---\\n<script>"]\n---\n', f"---\nlicense: {'x' * 999}\n---\n",
-        "---\nlicense: &a [*a]\n---\n", f"---\nlicense: {'[' * 9000}\n---\n", f"---\nlicense: {{{'a: b, ' * 100_000}}}\n---\n",
+        "---\nlicense: [\n---\n",
+        "---\n- a\n---\n",
+        "---\nlicense: {a: b}\n---\n",
+        "---\nlicense: mit\n",
+        "no front matter",
+        "\x00\xff",
+        "---\n---\n",
+        "---\nlicense: !!python/object/apply:os.system ['touch hacked']\n---\n",
+        "---\nlicense: !!timestamp x\n---\n",
+        "---\nlicense: !!bool x\n---\n",
+        f"---\nlicense: 0x{'f' * 9000}\n---\n",
+        '---\nlicense: "a\\x1b[31m"\n---\n',
+        '---\nlicense: ["a\\n---\\n<script>"]\n---\n',
+        f"---\nlicense: {'x' * 999}\n---\n",
+        "---\nlicense: &a [*a]\n---\n",
+        f"---\nlicense: {'[' * 9000}\n---\n",
+        f"---\nlicense: {{{'a: b, ' * 100_000}}}\n---\n",
     ],
-)  # fmt: skip
-def test_front_matter_that_says_nothing_usable_is_left_where_it_is(with_toy: Path, model: Path, tmp_path: Path, own: str) -> None:
+)
+def test_front_matter_that_says_nothing_usable_is_left_where_it_is(
+    with_toy: Path, model: Path, tmp_path: Path, own: str
+) -> None:
     (model / "README.md").write_text(own, encoding="utf-8")
     began = time.monotonic()
     bitpress.compress(model, tmp_path / "out", scheme="toy")
@@ -86,14 +114,18 @@ def test_front_matter_that_says_nothing_usable_is_left_where_it_is(with_toy: Pat
     assert (tmp_path / "out/README.source.md").read_text(encoding="utf-8") == own
 
 
-def test_a_card_that_is_not_unicode_is_kept_as_it_is(with_toy: Path, model: Path, tmp_path: Path) -> None:
+def test_a_card_that_is_not_unicode_is_kept_as_it_is(
+    with_toy: Path, model: Path, tmp_path: Path
+) -> None:
     (model / "README.md").write_bytes(own := bytes(range(256)))
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     assert (tmp_path / "out/README.source.md").read_bytes() == own
 
 
 @pytest.mark.parametrize("name", ["README.md", "bitpress.json"])
-def test_a_folder_where_the_output_has_a_file_is_told_before_work_starts(toy: Path, tmp_path: Path, name: str) -> None:
+def test_a_folder_where_the_output_has_a_file_is_told_before_work_starts(
+    toy: Path, tmp_path: Path, name: str
+) -> None:
     model = write_model(tmp_path / "model", shards=2)
     (model / name).mkdir()
     (model / name / "notes.txt").write_text("mine")
@@ -104,11 +136,27 @@ def test_a_folder_where_the_output_has_a_file_is_told_before_work_starts(toy: Pa
 
 def test_the_command_makes_the_same_files_again(toy: Path, tmp_path: Path) -> None:
     model = runnable_model(tmp_path / "model", config=CONFIG | {"num_hidden_layers": 1})
-    words = ["--scheme", "toy", "--set", "levels=15", "--ignore", "*.mlp.*", "--check", model.parent / "text.txt"]
-    assert command("compress", model, tmp_path / "out", *words, "--threads", "1", path=toy).returncode == 0
+    words = [
+        "--scheme",
+        "toy",
+        "--set",
+        "levels=15",
+        "--ignore",
+        "*.mlp.*",
+        "--check",
+        model.parent / "text.txt",
+    ]
+    assert (
+        command("compress", model, tmp_path / "out", *words, "--threads", "1", path=toy).returncode
+        == 0
+    )
     card = (tmp_path / "out/README.md").read_text()
     line = next(line for line in card.splitlines() if line.startswith("bitpress compress"))
-    assert line == "bitpress compress model OUT --scheme toy --set levels=15 --ignore '*.mlp.*' --check text.txt"
+    assert (
+        line
+        == "bitpress compress model OUT --scheme toy --set levels=15 --ignore '*.mlp.*' --check "
+        "text.txt"
+    )
     places = {"model": model, "OUT": tmp_path / "again", "text.txt": model.parent / "text.txt"}
     again = [places.get(word, word) for word in shlex.split(line)[1:]]
     assert command(*again, "--threads", "1", path=toy).returncode == 0
@@ -117,7 +165,9 @@ def test_the_command_makes_the_same_files_again(toy: Path, tmp_path: Path) -> No
 
 def test_the_figures_are_those_of_the_manifest(with_toy: Path, tmp_path: Path) -> None:
     model = runnable_model(tmp_path / "model", config=CONFIG | {"num_hidden_layers": 1})
-    note = bitpress.compress(model, tmp_path / "out", scheme="toy", check=model.parent / "text.txt", threads=1)
+    note = bitpress.compress(
+        model, tmp_path / "out", scheme="toy", check=model.parent / "text.txt", threads=1
+    )
     card = (tmp_path / "out/README.md").read_text()
     assert note.check is not None
     worst = max(layer.error or 0 for layer in note.layers.values())
@@ -130,7 +180,9 @@ def test_the_figures_are_those_of_the_manifest(with_toy: Path, tmp_path: Path) -
         assert figure in card, figure
 
 
-def test_its_bytes_are_proved_like_those_of_every_file(toy: Path, model: Path, tmp_path: Path) -> None:
+def test_its_bytes_are_proved_like_those_of_every_file(
+    toy: Path, model: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     command("compress", model, out, "--scheme", "toy", path=toy)
     assert command("verify", out, path=toy).returncode == 0

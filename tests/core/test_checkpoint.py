@@ -1,4 +1,6 @@
-"""safetensors files are read and written as the safetensors library does, and a header is believed in nothing unchecked."""
+"""safetensors files are read and written as the safetensors library does, and a header is believed
+in nothing unchecked.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from bitpress.checkpoint.writer import OutputFolder
 
 KINDS = sorted(DTYPES.values(), key=str)
 tensors = st.dictionaries(
-    st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(lambda name: name != "__metadata__"),
+    st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
+        lambda name: name != "__metadata__"
+    ),
     st.tuples(st.sampled_from(KINDS), st.lists(st.integers(0, 5), max_size=3)),
     max_size=8,
 )
@@ -30,7 +34,9 @@ tensors = st.dictionaries(
 
 def numbers(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
     """Any bits at all, but for booleans, which have two."""
-    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (*shape, dtype.itemsize), dtype=torch.uint8)
+    raw = torch.randint(
+        0, 2 if dtype == torch.bool else 256, (*shape, dtype.itemsize), dtype=torch.uint8
+    )
     return raw.view(dtype).reshape(shape)
 
 
@@ -43,10 +49,18 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 def test_a_file_written_here_is_what_the_library_reads(
     tmp_path_factory: pytest.TempPathFactory, kinds: Any, metadata: dict[str, str]
 ) -> None:
-    folder, given_ = tmp_path_factory.mktemp("file"), {name: numbers(*kind) for name, kind in kinds.items()}
-    header = lay_out(folder / "f", [(name, NAMES[t.dtype], tuple(t.shape)) for name, t in given_.items()], metadata)
+    folder, given_ = (
+        tmp_path_factory.mktemp("file"),
+        {name: numbers(*kind) for name, kind in kinds.items()},
+    )
+    header = lay_out(
+        folder / "f",
+        [(name, NAMES[t.dtype], tuple(t.shape)) for name, t in given_.items()],
+        metadata,
+    )
     with OutputFolder(folder).shard("f", header) as writer:
-        for entry in reversed(header.entries):  # in any order
+        # in any order
+        for entry in reversed(header.entries):
             writer.write(entry, given_[entry.name])
     assert (folder / "f").stat().st_size == header.nbytes
     assert read_header(folder / "f") == header
@@ -61,8 +75,13 @@ def test_a_file_written_here_is_what_the_library_reads(
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(tensors)
-def test_a_file_written_by_the_library_is_read_here(tmp_path_factory: pytest.TempPathFactory, kinds: Any) -> None:
-    file, given_ = tmp_path_factory.mktemp("file") / "f", {name: numbers(*kind) for name, kind in kinds.items()}
+def test_a_file_written_by_the_library_is_read_here(
+    tmp_path_factory: pytest.TempPathFactory, kinds: Any
+) -> None:
+    file, given_ = (
+        tmp_path_factory.mktemp("file") / "f",
+        {name: numbers(*kind) for name, kind in kinds.items()},
+    )
     save_file(given_, file, metadata={"format": "pt"})
     header = read_header(file)
     assert header.metadata == {"format": "pt"}
@@ -71,7 +90,10 @@ def test_a_file_written_by_the_library_is_read_here(tmp_path_factory: pytest.Tem
     with Reader() as reader:
         for entry in header.entries:
             found = reader.whole(entry)
-            assert (found.dtype, found.shape) == (given_[entry.name].dtype, given_[entry.name].shape)
+            assert (found.dtype, found.shape) == (
+                given_[entry.name].dtype,
+                given_[entry.name].shape,
+            )
             assert torch.equal(raw(found), raw(given_[entry.name]))
 
 
@@ -90,13 +112,19 @@ def test_rows_are_written_alone(tmp_path: Path) -> None:
     header = lay_out(tmp_path / "f", [("weight", "F32", (40, 7)), ("a", "F64", (3,))], {})
     with OutputFolder(tmp_path).shard("f", header) as writer:
         for first in (30, 0, 10, 20):
-            writer.write_rows(next(e for e in header.entries if e.name == "weight"), first, weight[first : first + 10])
+            writer.write_rows(
+                next(e for e in header.entries if e.name == "weight"),
+                first,
+                weight[first : first + 10],
+            )
     assert torch.equal(load_file(tmp_path / "f")["weight"], weight)
 
 
-# --- headers that lie ---------------------------------------------------------------------------------------------------------
+# --- headers that lie
+# ----------------------------------------------------------------------
 
-SOUND = {  # 16 numbers of 4 bytes, then 8 of 2
+# 16 numbers of 4 bytes, then 8 of 2
+SOUND = {
     "a": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]},
     "b": {"dtype": "BF16", "shape": [8], "data_offsets": [64, 80]},
 }
@@ -130,7 +158,10 @@ LIES: Mapping[str, tuple[Any, list[str]]] = {
     "an unknown dtype": (lie("b", dtype="BF17"), ["tensor b", "unknown dtype 'BF17'"]),
     "a dtype that is a list": (lie("b", dtype=["BF16"]), ["tensor b", "dtype"]),
     "no dtype": (lie("b", dtype=None), ["tensor b", "no valid"]),
-    "an object for a shape": (lie("b", dtype="U8", shape={}, data_offsets=[64, 65]), ["tensor b", "no valid"]),
+    "an object for a shape": (
+        lie("b", dtype="U8", shape={}, data_offsets=[64, 65]),
+        ["tensor b", "no valid"],
+    ),
     "an object for offsets": (lie("b", data_offsets={"64": 0, "80": 0}), ["tensor b", "no valid"]),
     "no offsets": (lie("b", data_offsets=None), ["tensor b", "no valid"]),
     "three offsets": (lie("b", data_offsets=[64, 80, 81]), ["tensor b", "no valid"]),
@@ -151,7 +182,9 @@ LIES: Mapping[str, tuple[Any, list[str]]] = {
 
 
 @pytest.mark.parametrize("what", LIES)
-def test_a_header_that_lies_is_refused_naming_the_file_and_the_tensor(tmp_path: Path, what: str) -> None:
+def test_a_header_that_lies_is_refused_naming_the_file_and_the_tensor(
+    tmp_path: Path, what: str
+) -> None:
     header, words = LIES[what]
     with pytest.raises(CheckpointError) as refusal:
         read_header(write(tmp_path / "some.safetensors", header))
@@ -161,10 +194,14 @@ def test_a_header_that_lies_is_refused_naming_the_file_and_the_tensor(tmp_path: 
 
 
 @pytest.mark.parametrize("length", [81 + len(json.dumps(SOUND)), 2**32, 2**63, 2**64 - 1])
-def test_a_header_longer_than_the_file_is_refused_without_reading_it(tmp_path: Path, length: int) -> None:
+def test_a_header_longer_than_the_file_is_refused_without_reading_it(
+    tmp_path: Path, length: int
+) -> None:
     file = write(tmp_path / "some.safetensors", SOUND)
     file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
-    with pytest.raises(CheckpointError, match=r"some\.safetensors: cut short or not a safetensors file"):
+    with pytest.raises(
+        CheckpointError, match=r"some\.safetensors: cut short or not a safetensors file"
+    ):
         read_header(file)
 
 
@@ -175,11 +212,14 @@ def test_the_stump_of_a_file_is_refused(tmp_path: Path, size: int) -> None:
         read_header(tmp_path / "some.safetensors")
 
 
-# --- folders ------------------------------------------------------------------------------------------------------------------
+# --- folders
+# ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_folder_s_inventory_is_every_tensor_and_every_other_file(tmp_path: Path, shards: int) -> None:
+def test_a_folder_s_inventory_is_every_tensor_and_every_other_file(
+    tmp_path: Path, shards: int
+) -> None:
     folder = write_model(tmp_path / "m", shards=shards)
     (folder / "sub").mkdir()
     (folder / "sub/chat_template.jinja").write_text("hello")
@@ -198,7 +238,9 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     held = load_file(first) | load_file(second)
     for file in (first, second):
         save_file({**load_file(file), name: held[name]}, file)
-    with pytest.raises(CheckpointError, match=f"tensor {name} is in {first.name} and in {second.name}"):
+    with pytest.raises(
+        CheckpointError, match=f"tensor {name} is in {first.name} and in {second.name}"
+    ):
         open_checkpoint(folder)
 
 
@@ -207,7 +249,9 @@ def test_a_tensor_that_the_index_forgets_is_refused(tmp_path: Path) -> None:
     table = json.loads((folder / "model.safetensors.index.json").read_text())
     del table["weight_map"]["lm_head.weight"]
     (folder / "model.safetensors.index.json").write_text(json.dumps(table))
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight .* is not in model\.safetensors\.index\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight .* is not in model\.safetensors\.index\.json"
+    ):
         open_checkpoint(folder)
 
 
@@ -222,7 +266,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path: Path) -> None:
 def test_an_index_maps_every_tensor_to_its_file_and_counts_bytes(tmp_path: Path) -> None:
     a = lay_out(tmp_path / "a", [("x", "F32", (2, 3))], {}).entries
     b = lay_out(tmp_path / "b", [("y", "BF16", (5,)), ("z", "U8", (1,))], {}).entries
-    assert index({"a": a, "b": b}) == {"metadata": {"total_size": 35}, "weight_map": {"x": "a", "y": "b", "z": "b"}}
+    assert index({"a": a, "b": b}) == {
+        "metadata": {"total_size": 35},
+        "weight_map": {"x": "a", "y": "b", "z": "b"},
+    }
 
 
 def test_a_name_of_the_hub_is_fetched_and_a_folder_is_not(tmp_path: Path) -> None:
@@ -242,5 +289,7 @@ def test_a_name_that_the_hub_does_not_give_is_told_in_one_line() -> None:
     def fetch(name: str) -> str:
         raise OSError("no route\nto the hub")
 
-    with pytest.raises(CheckpointError, match=r"some/model is no folder, and the Hub did not give it: no route$"):
+    with pytest.raises(
+        CheckpointError, match=r"some/model is no folder, and the Hub did not give it: no route$"
+    ):
         resolve("some/model", fetch)

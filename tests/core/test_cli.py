@@ -10,7 +10,11 @@ import pytest
 from support import bitpress, command, files_of, refusal, write_model
 
 LAYERS = [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("mlp.down_proj", "self_attn.o_proj")]
-STACKS = [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("mlp.[gate_proj, up_proj]", "self_attn.[q_proj, k_proj, v_proj]")]
+STACKS = [
+    f"model.layers.{i}.{n}"
+    for i in (0, 1)
+    for n in ("mlp.[gate_proj, up_proj]", "self_attn.[q_proj, k_proj, v_proj]")
+]
 
 
 @pytest.fixture
@@ -32,7 +36,17 @@ def test_the_version_is_the_package_s() -> None:
 def test_help_lists_the_commands(words: list[str]) -> None:
     done = command(*words)
     assert done.returncode == 0
-    for name in ("schemes", "plan", "compress", "verify", "eval", "inspect", "report", "decompress", "new-scheme"):
+    for name in (
+        "schemes",
+        "plan",
+        "compress",
+        "verify",
+        "eval",
+        "inspect",
+        "report",
+        "decompress",
+        "new-scheme",
+    ):
         assert f" {name} " in done.stdout
 
 
@@ -54,22 +68,47 @@ def test_bad_usage_is_one_line_with_exit_code_2(words: list[str], told: str) -> 
 def test_without_schemes_the_list_says_where_they_come_from() -> None:
     done = command("schemes")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "no schemes are installed; each is a package of its own: pip install bitpress-scheme-NAME\n"
+    assert (
+        done.stdout == "no schemes are installed; each is a package of its own: pip install "
+        "bitpress-scheme-NAME\n"
+    )
 
 
 def test_the_list_of_schemes_says_what_each_needs_and_where_it_serves(toy: Path) -> None:
     head, row = [
-        line.split("  ") for line in command("schemes", path=toy).stdout.splitlines() if "toy" in line or "scheme" in line
+        line.split("  ")
+        for line in command("schemes", path=toy).stdout.splitlines()
+        if "toy" in line or "scheme" in line
     ]
-    assert [cell.strip() for cell in head if cell.strip()] == ["scheme", "package", "bits", "data", "serves on", "what it does"]
+    assert [cell.strip() for cell in head if cell.strip()] == [
+        "scheme",
+        "package",
+        "bits",
+        "data",
+        "serves on",
+        "what it does",
+    ]
     assert [cell.strip() for cell in row if cell.strip()] == [
-        "toy", "bitpress-scheme-toy 1.0", "8", "none", "NVIDIA 6.0+, AMD, Intel, Google, CPU", "Toy integers, for tests.",
-    ]  # fmt: skip
+        "toy",
+        "bitpress-scheme-toy 1.0",
+        "8",
+        "none",
+        "NVIDIA 6.0+, AMD, Intel, Google, CPU",
+        "Toy integers, for tests.",
+    ]
 
 
 def test_one_scheme_is_shown_with_its_options_and_a_named_device(toy: Path) -> None:
     shown = command("schemes", "toy", "--device", "nvidia a100", path=toy).stdout
-    for words in ("levels", "whole number", "127", "the largest code", "supported", "runs anywhere", "NVIDIA A100"):
+    for words in (
+        "levels",
+        "whole number",
+        "127",
+        "the largest code",
+        "supported",
+        "runs anywhere",
+        "NVIDIA A100",
+    ):
         assert words in shown
     assert "H100" not in shown
 
@@ -77,16 +116,27 @@ def test_one_scheme_is_shown_with_its_options_and_a_named_device(toy: Path) -> N
 def test_the_schemes_as_json(toy: Path) -> None:
     found = json.loads(command("schemes", "--json", "--device", "A100", path=toy).stdout)
     expected = {
-        "name": "toy", "package": "bitpress-scheme-toy", "version": "1.0", "summary": "Toy integers, for tests.", "bits": 8,
+        "name": "toy",
+        "package": "bitpress-scheme-toy",
+        "version": "1.0",
+        "summary": "Toy integers, for tests.",
+        "bits": 8,
         "data": False,
         "options": {
             "levels": {"values": "whole number", "default": 127, "help": "the largest code"},
-            "multiple": {"values": "whole number", "default": 1, "help": "what the width must be a multiple of"},
+            "multiple": {
+                "values": "whole number",
+                "default": 1,
+                "help": "what the width must be a multiple of",
+            },
         },
         "hardware": [{"device": "NVIDIA A100", "level": "supported", "text": "runs anywhere"}],
-    }  # fmt: skip
+    }
     assert found == {"schemes": [expected], "problems": []}
-    assert json.loads(command("schemes", "toy", "--json", "--device", "A100", path=toy).stdout) == expected
+    assert (
+        json.loads(command("schemes", "toy", "--json", "--device", "A100", path=toy).stdout)
+        == expected
+    )
 
 
 def test_a_plan_shows_stacks_sizes_and_memory_and_writes_nothing(toy: Path, model: Path) -> None:
@@ -101,14 +151,22 @@ def test_a_plan_shows_stacks_sizes_and_memory_and_writes_nothing(toy: Path, mode
 
 
 def test_a_plan_as_json_names_every_layer_and_every_byte(toy: Path, model: Path) -> None:
-    found = json.loads(command("plan", model, "--scheme", "toy", "--set", "levels=7", "--json", path=toy).stdout)
+    found = json.loads(
+        command("plan", model, "--scheme", "toy", "--set", "levels=7", "--json", path=toy).stdout
+    )
     assert len(found["layers"]) == 14
     assert {layer["stack"] for layer in found["layers"]} == {*LAYERS, *STACKS}
     assert found["layers"][0] == {
-        "name": "model.layers.0.mlp.down_proj", "steps": [{"use": "toy", "levels": 7, "multiple": 1}],
-        "stack": "model.layers.0.mlp.down_proj", "shape": [128, 256], "bits": 8.125, "reason": "the rule for '*'",
-    }  # fmt: skip
-    assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= set(found["copied"])
+        "name": "model.layers.0.mlp.down_proj",
+        "steps": [{"use": "toy", "levels": 7, "multiple": 1}],
+        "stack": "model.layers.0.mlp.down_proj",
+        "shape": [128, 256],
+        "bits": 8.125,
+        "reason": "the rule for '*'",
+    }
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= set(
+        found["copied"]
+    )
     assert found["before"] == (model / "model.safetensors").stat().st_size
     assert found["after"] == sum(shard["bytes"] for shard in found["shards"])
     assert found["warnings"] == []
@@ -121,16 +179,21 @@ def test_compress_says_how_much_smaller_how_near_and_how_to_serve(toy: Path, mod
     assert "0.71 MB -> 0.39 MB (1.81x smaller), 8.22 bits per weight" in done.stdout
     assert "verified: 14 layers read back and compared with the source" in done.stdout
     assert done.stdout.endswith(f"serve it: vllm serve {model.parent / 'out'}\n")
-    other = command("compress", model, model.parent / "unproved", "--scheme", "toy", "--no-verify", path=toy)
+    other = command(
+        "compress", model, model.parent / "unproved", "--scheme", "toy", "--no-verify", path=toy
+    )
     assert "not verified (--no-verify)" in other.stdout
 
 
 def test_inspect_shows_every_layer_with_bits_and_error(toy: Path, model: Path) -> None:
     out = model.parent / "out"
     command("compress", model, out, "--scheme", "toy", path=toy)
-    done = command("inspect", out)  # which needs no scheme
+    # which needs no scheme
+    done = command("inspect", out)
     assert done.returncode == 0
-    assert done.stdout.startswith(f"from model, by bitpress {version('bitpress-core')} with bitpress-scheme-toy 1.0\n")
+    assert done.stdout.startswith(
+        f"from model, by bitpress {version('bitpress-core')} with bitpress-scheme-toy 1.0\n"
+    )
     note = json.loads(command("inspect", out, "--json").stdout)
     assert note["bits"] == pytest.approx(8.225)
     for name, layer in note["layers"].items():
@@ -147,9 +210,12 @@ def test_decompress_says_where_it_wrote(toy: Path, model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("finding", "warned"), [("recommended", False), ("supported", False), ("degraded", True), ("unsupported", True)]
+    ("finding", "warned"),
+    [("recommended", False), ("supported", False), ("degraded", True), ("unsupported", True)],
 )
-def test_a_device_that_serves_badly_is_a_warning_and_no_refusal(toy: Path, model: Path, finding: str, warned: bool) -> None:
+def test_a_device_that_serves_badly_is_a_warning_and_no_refusal(
+    toy: Path, model: Path, finding: str, warned: bool
+) -> None:
     module = toy / "bitpress_scheme_toy.py"
     module.write_text(module.read_text().replace('"supported", "runs', f'"{finding}", "runs'))
     for words in (["plan", model], ["compress", model, model.parent / "out"]):
@@ -185,4 +251,6 @@ def test_a_plan_can_be_made_for_another_device(toy: Path, model: Path) -> None:
     assert [remark["text"] for remark in said["serving"]] == ["too wide for NVIDIA T4"]
     done = command("plan", model, "--scheme", "toy", "--hardware", "NVIDIA T4", path=toy)
     assert "warning: toy is degraded on NVIDIA T4: as NVIDIA T4 goes\n" in done.stderr
-    assert "did you mean 'h100'?" in refusal("plan", model, "--scheme", "toy", "--hardware", "H101", path=toy)
+    assert "did you mean 'h100'?" in refusal(
+        "plan", model, "--scheme", "toy", "--hardware", "H101", path=toy
+    )

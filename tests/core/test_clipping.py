@@ -26,14 +26,18 @@ def test_magnitudes_are_counted_eight_to_the_octave(dtype: torch.dtype) -> None:
 
 
 def test_zeros_are_not_counted_and_the_ends_catch_what_lies_beyond() -> None:
-    counts = numerics.magnitudes(torch.tensor([0.0, -0.0, 2.0 ** (LOWEST - 9), 2.0 ** (HIGHEST + 9), -3e38]))
+    counts = numerics.magnitudes(
+        torch.tensor([0.0, -0.0, 2.0 ** (LOWEST - 9), 2.0 ** (HIGHEST + 9), -3e38])
+    )
     assert counts.sum() == 3
     assert (counts[0], counts[-1]) == (1, 2)
 
 
 def test_halves_add_up_to_the_whole() -> None:
     x = long_tailed(1000)
-    assert torch.equal(sum(numerics.magnitudes(half) for half in x.chunk(2)), numerics.magnitudes(x))
+    assert torch.equal(
+        sum(numerics.magnitudes(half) for half in x.chunk(2)), numerics.magnitudes(x)
+    )
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.999, 0.9999])
@@ -52,7 +56,9 @@ def test_a_clip_never_lies_beyond_the_largest_number() -> None:
 def test_the_median_ignores_zeros() -> None:
     x = torch.cat([torch.zeros(1000), long_tailed(1001).abs()])
     median = x[1000:].median()
-    assert median <= numerics.middle_magnitude(numerics.magnitudes(x)) <= median * 2 ** (1 / 8) * 1.001
+    assert (
+        median <= numerics.middle_magnitude(numerics.magnitudes(x)) <= median * 2 ** (1 / 8) * 1.001
+    )
 
 
 @pytest.mark.parametrize("steps", [7.5, 127.5])
@@ -61,7 +67,9 @@ def test_a_clip_by_error_is_as_good_as_the_best_found_by_trying(steps: float) ->
 
     def cost(clip: torch.Tensor) -> float:
         unit = clip / steps
-        return float(((x / unit).round().clamp(-steps - 0.5, steps - 0.5) * unit - x).square().mean())
+        return float(
+            ((x / unit).round().clamp(-steps - 0.5, steps - 0.5) * unit - x).square().mean()
+        )
 
     clip = numerics.clip_by_error(numerics.magnitudes(x), x.abs().amax(), lambda m, c: c / steps)
     best = min(cost(x.abs().amax() * ratio) for ratio in torch.linspace(0.02, 1.0, 200))

@@ -1,4 +1,6 @@
-"""A plugin and a core of different ages: what does not fit is told at discovery, with what to upgrade; the others work."""
+"""A plugin and a core of different ages: what does not fit is told at discovery, with what to
+upgrade; the others work.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from bitpress.schemes import discover
 
 HERE = version("bitpress-core")
 OTHER = "[bitpress.schemes]\nother = bitpress_scheme_other\n"
-SIGNATURES = {  # of the hooks of each version
+# of the hooks of each version
+SIGNATURES = {
     "0.1": {
         "observe": "inputs reference residual weight options",
         "rescale": "layer stats options",
@@ -43,7 +46,8 @@ def test_hooks_change_only_with_their_version() -> None:
     assert command("--version").stdout == f"bitpress {HERE} (hooks {hookspecs.VERSION})\n"
 
 
-REQUIREMENTS = {  # what the package requires: what is said
+# what the package requires: what is said
+REQUIREMENTS = {
     "bitpress-core>=99": "pip install --upgrade bitpress-core",
     "bitpress_core ~= 99.1": "pip install --upgrade bitpress-core",
     "bitpress-core==99.*": "pip install --upgrade bitpress-core",
@@ -53,16 +57,28 @@ REQUIREMENTS = {  # what the package requires: what is said
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS)
-def test_a_package_for_another_core_is_reported_and_never_imported(tmp_path: Path, requirement: str) -> None:
+def test_a_package_for_another_core_is_reported_and_never_imported(
+    tmp_path: Path, requirement: str
+) -> None:
     folder = install_toy(tmp_path / "p")
-    install(folder, "bitpress-scheme-other", "raise SystemExit('imported')", OTHER, requires=["attrs", requirement])
+    install(
+        folder,
+        "bitpress-scheme-other",
+        "raise SystemExit('imported')",
+        OTHER,
+        requires=["attrs", requirement],
+    )
     done = command("schemes", path=folder)
     assert done.returncode == 0
     assert "bitpress-scheme-toy 1.0" in done.stdout
     (line,) = done.stderr.splitlines()
-    assert line.startswith("problem: other of bitpress-scheme-other cannot be used: it needs bitpress-core ")
+    assert line.startswith(
+        "problem: other of bitpress-scheme-other cannot be used: it needs bitpress-core "
+    )
     assert line.endswith(f" and this is {HERE}: {REQUIREMENTS[requirement]}")
-    assert REQUIREMENTS[requirement] in refusal("plan", write_model(tmp_path / "m"), "--scheme", "other", path=folder)
+    assert REQUIREMENTS[requirement] in refusal(
+        "plan", write_model(tmp_path / "m"), "--scheme", "other", path=folder
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,26 +95,39 @@ def test_a_package_that_allows_this_core_is_used(tmp_path: Path, requirement: st
         assert (list(discover().schemes), discover().problems) == (["other"], ())
 
 
-LATER = {  # what the plugin has that this core lacks: (sound source, what stands there, what is said)
+# what the plugin has that this core lacks: (sound source, what stands there, what is said)
+LATER = {
     "an argument": (
-        "def quantize(layer, options)", "def quantize(layer, zest, options)",
-        f"quantize asks for 'zest', which bitpress-core {HERE} (hooks {hookspecs.VERSION}) does not give "
+        "def quantize(layer, options)",
+        "def quantize(layer, zest, options)",
+        f"quantize asks for 'zest', which bitpress-core {HERE} (hooks {hookspecs.VERSION}) does "
+        "not give "
         "(pip install --upgrade bitpress-core if it is new)",
     ),
-    "an argument, misspelt": ("def quantize(layer, options)", "def quantize(layer, option)", "not give; did you mean 'options'?"),
+    "an argument, misspelt": (
+        "def quantize(layer, options)",
+        "def quantize(layer, option)",
+        "not give; did you mean 'options'?",
+    ),
     "a hook": (
-        "@hookimpl\ndef restore", "@hookimpl\ndef moonwalk(layer): pass\n\n@hookimpl\ndef restore",
-        f"unknown hook 'moonwalk', which bitpress-core {HERE} (hooks {hookspecs.VERSION}) does not have "
+        "@hookimpl\ndef restore",
+        "@hookimpl\ndef moonwalk(layer): pass\n\n@hookimpl\ndef restore",
+        f"unknown hook 'moonwalk', which bitpress-core {HERE} (hooks {hookspecs.VERSION}) does not "
+        "have "
         "(pip install --upgrade bitpress-core if it is new)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", LATER)
-def test_a_plugin_that_asks_for_more_than_the_core_gives_is_reported(tmp_path: Path, what: str) -> None:
+def test_a_plugin_that_asks_for_more_than_the_core_gives_is_reported(
+    tmp_path: Path, what: str
+) -> None:
     sound, later, words = LATER[what]
     assert sound in TOY
-    folder = install(install_toy(tmp_path / "p"), "bitpress-scheme-other", TOY.replace(sound, later), OTHER)
+    folder = install(
+        install_toy(tmp_path / "p"), "bitpress-scheme-other", TOY.replace(sound, later), OTHER
+    )
     with plugins(folder):
         assert list(discover().schemes) == ["toy"]
         assert words in discover().problems[0].text
@@ -113,14 +142,28 @@ def test_a_hook_of_a_later_core_may_be_marked_optional(tmp_path: Path) -> None:
 def test_a_hook_may_take_fewer_arguments_or_none(tmp_path: Path) -> None:
     module = TOY.replace("def validate_hardware(hardware)", "def validate_hardware()")
     assert module != TOY
-    done = command("schemes", "other", "--device", "H100", path=install(tmp_path, "bitpress-scheme-other", module, OTHER))
+    done = command(
+        "schemes",
+        "other",
+        "--device",
+        "H100",
+        path=install(tmp_path, "bitpress-scheme-other", module, OTHER),
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "runs anywhere" in done.stdout
 
 
-def test_an_extension_for_a_later_core_is_reported_and_schemes_work_without_it(tmp_path: Path) -> None:
+def test_an_extension_for_a_later_core_is_reported_and_schemes_work_without_it(
+    tmp_path: Path,
+) -> None:
     entry = "[bitpress.extensions]\ntrace = bitpress_trace\n"
-    folder = install(install_toy(tmp_path / "p"), "bitpress-trace", "raise SystemExit", entry, requires=["bitpress-core>=99"])
+    folder = install(
+        install_toy(tmp_path / "p"),
+        "bitpress-trace",
+        "raise SystemExit",
+        entry,
+        requires=["bitpress-core>=99"],
+    )
     with plugins(folder):
         assert list(discover().schemes) == ["toy"]
         assert "pip install --upgrade bitpress-core" in discover().problems[0].text

@@ -1,4 +1,5 @@
-"""One process with several devices: its threads take them in turn, and what they write does not depend on how many there are.
+"""One process with several devices: its threads take them in turn, and what they write does not
+depend on how many there are.
 
 No GPU is needed, and none was ever seen: devices are the CPU under several numbers.
 """
@@ -26,18 +27,24 @@ CPUS = tuple(torch.device("cpu", number) for number in range(3))
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("cuda", [0, 1, 2]), ("cuda:1", [1])])
-def test_cuda_is_every_gpu_and_a_number_is_one(monkeypatch: pytest.MonkeyPatch, name: str, numbers: list[int]) -> None:
+def test_cuda_is_every_gpu_and_a_number_is_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, numbers: list[int]
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(compute, "device_named", torch.device)  # which would look for them
+    # which would look for them
+    monkeypatch.setattr(compute, "device_named", torch.device)
     assert devices_named(name) == tuple(torch.device("cuda", number) for number in numbers)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 7])
-def test_each_thread_keeps_a_device_and_devices_have_as_many_threads_as_one_another(threads: int) -> None:
+def test_each_thread_keeps_a_device_and_devices_have_as_many_threads_as_one_another(
+    threads: int,
+) -> None:
     turns, meet = Turns(CPUS), threading.Barrier(threads)
 
     def work(_: int) -> tuple[int, torch.device]:
-        meet.wait(60)  # no thread works twice before all have worked once
+        # no thread works twice before all have worked once
+        meet.wait(60)
         return threading.get_ident(), turns.device
 
     with ThreadPoolExecutor(threads, initializer=turns.take) as pool:
@@ -55,11 +62,19 @@ def test_every_device_has_stacks_and_the_bytes_are_those_of_one(
 ) -> None:
     model = write_model(tmp_path / "model", shards=2)
     bitpress.compress(model, tmp_path / "one", scheme="toy", threads=1)
-    used, number, meet, compress_stack = set(), itertools.count(), threading.Barrier(len(CPUS)), stream.compress_stack
+    used, number, meet, compress_stack = (
+        set(),
+        itertools.count(),
+        threading.Barrier(len(CPUS)),
+        stream.compress_stack,
+    )
 
-    def on(stack: Stack, reader: Reader, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    def on(
+        stack: Stack, reader: Reader, device: torch.device
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         if next(number) < len(CPUS):
-            meet.wait(60)  # or one thread might be done before another has begun
+            # or one thread might be done before another has begun
+            meet.wait(60)
         used.add(device)
         yield from compress_stack(stack, reader, device)
 
@@ -70,7 +85,9 @@ def test_every_device_has_stacks_and_the_bytes_are_those_of_one(
     assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
 
 
-def test_tiles_of_any_size_give_the_same_bytes(tmp_path: Path, with_toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_any_size_give_the_same_bytes(
+    tmp_path: Path, with_toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, found = write_model(tmp_path / "model"), []
     for size in (1, 1000, 1 << 18, stream.ON_GPU):
         monkeypatch.setattr("bitpress.chain.TILE", size)

@@ -1,4 +1,6 @@
-"""Schemes are found by their entry points: a broken one is reported and harms nobody, and none reaches its neighbour."""
+"""Schemes are found by their entry points: a broken one is reported and harms nobody, and none
+reaches its neighbour.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +18,55 @@ from bitpress.schemes import Registry, discover
 
 SCHEME = "import attrs, bitpress\nfrom bitpress import hookimpl, option\n"
 QUANTIZE = "@hookimpl\ndef quantize(layer): return layer\n"
-BROKEN = {  # what is wrong: (the module, what is reported)
-    "it raises when imported": ("raise RuntimeError('needs a moon\\nin phase')", ["RuntimeError: needs a moon in phase"]),
+# what is wrong: (the module, what is reported)
+BROKEN = {
+    "it raises when imported": (
+        "raise RuntimeError('needs a moon\\nin phase')",
+        ["RuntimeError: needs a moon in phase"],
+    ),
     "it imports what is not there": ("import moonlight", ["ModuleNotFoundError", "moonlight"]),
     "it is no Python": ("def quantize(:", ["SyntaxError"]),
     "it ends the process": ("raise SystemExit(3)", ["SystemExit: 3"]),
-    "it has no hooks": (SCHEME + "def quantize(layer): return layer\n", ["no function is marked @bitpress.hookimpl"]),
-    "a hook is misspelt": (SCHEME + QUANTIZE.replace("quantize", "quantise"), ["quantise", "unknown hook"]),
-    "a hook is misspelt beside good ones": (
-        SCHEME + QUANTIZE + "@hookimpl\ndef serialise(layer): pass\n", ["serialise", "unknown hook"],
+    "it has no hooks": (
+        SCHEME + "def quantize(layer): return layer\n",
+        ["no function is marked @bitpress.hookimpl"],
     ),
-    "an argument is misspelt": (SCHEME + QUANTIZE.replace("(layer)", "(layer, option)"), ["quantize", "option"]),
-    "its options are no options": (SCHEME + QUANTIZE + "Options = dict\n", ["Options is not a subclass of bitpress.Options"]),
-    "its options are a value": (SCHEME + QUANTIZE + "Options = 3\n", ["Options is not a subclass of bitpress.Options"]),
+    "a hook is misspelt": (
+        SCHEME + QUANTIZE.replace("quantize", "quantise"),
+        ["quantise", "unknown hook"],
+    ),
+    "a hook is misspelt beside good ones": (
+        SCHEME + QUANTIZE + "@hookimpl\ndef serialise(layer): pass\n",
+        ["serialise", "unknown hook"],
+    ),
+    "an argument is misspelt": (
+        SCHEME + QUANTIZE.replace("(layer)", "(layer, option)"),
+        ["quantize", "option"],
+    ),
+    "its options are no options": (
+        SCHEME + QUANTIZE + "Options = dict\n",
+        ["Options is not a subclass of bitpress.Options"],
+    ),
+    "its options are a value": (
+        SCHEME + QUANTIZE + "Options = 3\n",
+        ["Options is not a subclass of bitpress.Options"],
+    ),
     "an option has no default": (
-        SCHEME + QUANTIZE + "@attrs.frozen\nclass Options(bitpress.Options):\n    size: int\n", ["size"],
+        SCHEME + QUANTIZE + "@attrs.frozen\nclass Options(bitpress.Options):\n    size: int\n",
+        ["size"],
     ),
     "an option's default is refused by its own check": (
         SCHEME + QUANTIZE + "@attrs.frozen\nclass Options(bitpress.Options):\n"
-        "    size: int = option(3, '', validator=attrs.validators.lt(2))\n", ["size"],
+        "    size: int = option(3, '', validator=attrs.validators.lt(2))\n",
+        ["size"],
     ),
     "an option's type is unknown": (
-        SCHEME + QUANTIZE + "@attrs.frozen\nclass Options(bitpress.Options):\n    size: 'Moon' = option(3, '')\n", ["Moon"],
+        SCHEME
+        + QUANTIZE
+        + "@attrs.frozen\nclass Options(bitpress.Options):\n    size: 'Moon' = option(3, '')\n",
+        ["Moon"],
     ),
-}  # fmt: skip
+}
 
 
 def install_scheme(folder: Path, name: str, module: str) -> Path:
@@ -78,7 +105,9 @@ def test_a_broken_plugin_is_reported_and_the_others_keep_working(tmp_path: Path,
     [("no_such_module", "no_such_module"), ("bitpress_scheme_toy:missing", "missing")],
     ids=["the module is missing", "the object is missing"],
 )
-def test_an_entry_point_that_leads_nowhere_is_reported(tmp_path: Path, entry: str, word: str) -> None:
+def test_an_entry_point_that_leads_nowhere_is_reported(
+    tmp_path: Path, entry: str, word: str
+) -> None:
     install_toy(tmp_path / "p")
     registry = found(install(tmp_path / "p", "stray", "", f"[bitpress.schemes]\nstray = {entry}\n"))
     assert list(registry.schemes) == ["toy"]
@@ -87,14 +116,21 @@ def test_an_entry_point_that_leads_nowhere_is_reported(tmp_path: Path, entry: st
 
 def test_two_packages_with_one_name_are_reported_and_neither_is_used(tmp_path: Path) -> None:
     folder = install_scheme(install_toy(tmp_path / "p"), "other", TOY)
-    registry = found(install(folder, "a-second-toy", TOY, "[bitpress.schemes]\ntoy = a_second_toy\n"))
+    registry = found(
+        install(folder, "a-second-toy", TOY, "[bitpress.schemes]\ntoy = a_second_toy\n")
+    )
     assert list(registry.schemes) == ["other"]
     (problem,) = registry.problems
-    assert problem.text == "a-second-toy and bitpress-scheme-toy provide the same name; uninstall one of them"
+    assert (
+        problem.text
+        == "a-second-toy and bitpress-scheme-toy provide the same name; uninstall one of them"
+    )
 
 
 def test_a_scheme_that_fails_to_judge_a_device_is_listed_and_says_so(tmp_path: Path) -> None:
-    silly = TOY.replace('return [Finding("supported"', 'raise ValueError("no idea"); [Finding("supported"')
+    silly = TOY.replace(
+        'return [Finding("supported"', 'raise ValueError("no idea"); [Finding("supported"'
+    )
     folder = install_scheme(install_toy(tmp_path / "p"), "silly", silly)
     done = command("schemes", path=folder)
     assert (done.returncode, done.stderr) == (0, "")
@@ -103,14 +139,18 @@ def test_a_scheme_that_fails_to_judge_a_device_is_listed_and_says_so(tmp_path: P
     assert "ValueError: no idea" in command("schemes", "silly", path=folder).stdout
 
 
-# --- neighbours and extensions ------------------------------------------------------------------------------------------------
+# --- neighbours and extensions
+# ----------------------------------------------------------------------
 
 GREEDY = (
     TOY.replace('"""Toy integers, for tests."""', '"""Wants to be called first, always."""')
     .replace("@hookimpl\n", "@hookimpl(tryfirst=True)\n")
     .replace("    scale =", "    raise RuntimeError('a neighbour was called')\n    scale =")
 )
-WRAPPER = "\n@hookimpl(wrapper=True)\ndef pack(layer):\n    raise RuntimeError('a neighbour was called')\n    yield\n"
+WRAPPER = (
+    "\n@hookimpl(wrapper=True)\ndef pack(layer):\n    raise RuntimeError('a neighbour was "
+    "called')\n    yield\n"
+)
 
 
 @pytest.mark.parametrize("module", [GREEDY, TOY + WRAPPER], ids=["first", "wrapper"])
@@ -118,7 +158,9 @@ def test_a_hook_never_reaches_a_neighbour(tmp_path: Path, module: str) -> None:
     model = write_model(tmp_path / "m")
     with plugins(install_toy(tmp_path / "alone")):
         bitpress.compress(model, tmp_path / "expected", scheme="toy")
-    folder = install_scheme(install_scheme(install_toy(tmp_path / "p"), "aaa", module), "zzz", module)
+    folder = install_scheme(
+        install_scheme(install_toy(tmp_path / "p"), "aaa", module), "zzz", module
+    )
     with plugins(folder):
         assert list(discover().schemes) == ["aaa", "toy", "zzz"]
         bitpress.compress(model, tmp_path / "out", scheme="toy")
@@ -140,7 +182,10 @@ def quantize(layer, options):
 
 
 def test_an_extension_wraps_every_scheme_and_changes_no_byte(tmp_path: Path) -> None:
-    model, folder = write_model(tmp_path / "m"), install_scheme(install_toy(tmp_path / "p"), "other", TOY)
+    model, folder = (
+        write_model(tmp_path / "m"),
+        install_scheme(install_toy(tmp_path / "p"), "other", TOY),
+    )
     with plugins(folder):
         bitpress.compress(model, tmp_path / "expected", scheme="toy")
     install(folder, "bitpress-trace", TRACE, "[bitpress.extensions]\ntrace = bitpress_trace\n")
@@ -162,26 +207,53 @@ def test_an_extension_wraps_every_scheme_and_changes_no_byte(tmp_path: Path) -> 
     ],
     ids=["it fails at import", "it answers in a scheme's place"],
 )
-def test_a_broken_extension_is_reported_and_schemes_work_without_it(tmp_path: Path, module: str, word: str) -> None:
-    install(install_toy(tmp_path / "p"), "bitpress-trace", module, "[bitpress.extensions]\ntrace = bitpress_trace\n")
+def test_a_broken_extension_is_reported_and_schemes_work_without_it(
+    tmp_path: Path, module: str, word: str
+) -> None:
+    install(
+        install_toy(tmp_path / "p"),
+        "bitpress-trace",
+        module,
+        "[bitpress.extensions]\ntrace = bitpress_trace\n",
+    )
     registry = found(tmp_path / "p")
     assert list(registry.schemes) == ["toy"]
     assert word in registry.problems[0].text
 
 
-# --- hooks that break their contract while a run is on ------------------------------------------------------------------------
+# --- hooks that break their contract while a run is on
+# ----------------------------------------------------------------------
 
-RETURN = 'return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), parts={"scale": scale})'
+RETURN = (
+    'return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), parts={"scale": scale})'
+)
 FAILING = {  # (what stands there, what instead, what is said)
-    "raises": (RETURN, "raise KeyError('moon')", ["scheme toy (bitpress-scheme-toy 1.0) failed in quantize: KeyError: 'moon'"]),
-    "returns no layer": (RETURN, "return {'weight': codes}", ["quantize returned dict, not a Layer"]),
-    "returns no record": ("return Record({", "return dict({", ["scheme toy (bitpress-scheme-toy 1.0)", "serialize"]),
+    "raises": (
+        RETURN,
+        "raise KeyError('moon')",
+        ["scheme toy (bitpress-scheme-toy 1.0) failed in quantize: KeyError: 'moon'"],
+    ),
+    "returns no layer": (
+        RETURN,
+        "return {'weight': codes}",
+        ["quantize returned dict, not a Layer"],
+    ),
+    "returns no record": (
+        "return Record({",
+        "return dict({",
+        ["scheme toy (bitpress-scheme-toy 1.0)", "serialize"],
+    ),
     "stores what it did not plan": (
-        'Record({"weight": layer.codes', 'Record({"weight": layer.codes.short() if layer.codes.any() else layer.codes',
+        'Record({"weight": layer.codes',
+        'Record({"weight": layer.codes.short() if layer.codes.any() else layer.codes',
         ["layer model.layers.0", "I16", "planned was", "I8"],
     ),
-    "serialises nothing": ("@hookimpl\ndef serialize", "def serialize", ["none of the schemes toy has a `serialize` hook"]),
-}  # fmt: skip
+    "serialises nothing": (
+        "@hookimpl\ndef serialize",
+        "def serialize",
+        ["none of the schemes toy has a `serialize` hook"],
+    ),
+}
 
 
 @pytest.mark.parametrize("what", FAILING)
@@ -189,7 +261,9 @@ def test_a_hook_that_breaks_its_contract_is_told_in_one_line(tmp_path: Path, wha
     sound, broken, words = FAILING[what]
     assert sound in TOY
     folder = install_scheme(tmp_path / "p", "toy", TOY.replace(sound, broken))
-    said = refusal("compress", write_model(tmp_path / "m"), tmp_path / "out", "--scheme", "toy", path=folder)
+    said = refusal(
+        "compress", write_model(tmp_path / "m"), tmp_path / "out", "--scheme", "toy", path=folder
+    )
     for word in words:
         assert word in said
     assert files_of(tmp_path / "out") == {}
@@ -200,11 +274,14 @@ def test_a_hook_gets_only_the_arguments_it_names(with_toy: Path) -> None:
 
     layer = Layer("layer", torch.ones(2, 4), torch.bfloat16)
     step = discover().get("toy").step({"levels": 3})
-    assert step.call("quantize", layer=layer, stats={}).codes.tolist() == [[3] * 4] * 2  # the toy names no `stats`
-    assert step.call("pack", layer=layer) is None  # and leaves this hook out
+    # the toy names no `stats`
+    assert step.call("quantize", layer=layer, stats={}).codes.tolist() == [[3] * 4] * 2
+    # and leaves this hook out
+    assert step.call("pack", layer=layer) is None
 
 
-# --- a quick answer -----------------------------------------------------------------------------------------------------------
+# --- a quick answer
+# ----------------------------------------------------------------------
 
 LIGHT = """
 import sys
@@ -214,15 +291,30 @@ try:
     bitpress.cli.main()
 except SystemExit as end:
     assert not end.code, end.code
-heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "pydantic"} & set(sys.modules)
+heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "pydantic"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """
 
 
 @pytest.mark.parametrize(
-    "words", ["", "--help", "--version", "schemes", "schemes --json", "schemes toy --device H100", "compress --help"]
+    "words",
+    [
+        "",
+        "--help",
+        "--version",
+        "schemes",
+        "schemes --json",
+        "schemes toy --device H100",
+        "compress --help",
+    ],
 )
 def test_what_does_no_work_imports_no_torch(toy: Path, words: str) -> None:
-    done = subprocess.run([sys.executable, "-c", LIGHT, toy, *words.split()], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, toy, *words.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -1,4 +1,6 @@
-"""What a layer is changed by before it is rounded, so that it makes up for what the layers before it have moved."""
+"""What a layer is changed by before it is rounded, so that it makes up for what the layers before
+it have moved.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def corrected(
-    weight: torch.Tensor, now: torch.Tensor, before: torch.Tensor, residual: torch.Tensor | None = None
+    weight: torch.Tensor,
+    now: torch.Tensor,
+    before: torch.Tensor,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     stats = numerics.moments(now, weight, before, residual)
     factor = numerics.factor(stats["hessian"].value, len(now))
@@ -32,14 +37,18 @@ def corrected(
 @pytest.mark.parametrize("streams", [False, True])
 def test_of_much_data_the_correction_is_the_least_squares_solution(streams: bool) -> None:
     weight, x = draw(ROWS, WIDTH, seed=1), draw(20_000, WIDTH, seed=2)
-    now = x + 0.3 * x.roll(1, 1)  # as compressed layers before make it
+    # as compressed layers before make it
+    now = x + 0.3 * x.roll(1, 1)
     residual = 0.5 * x @ draw(WIDTH, ROWS, seed=3) if streams else None
     wanted = (x @ weight.T + (0 if residual is None else residual)).double().numpy()
     least = np.linalg.lstsq(now.double().numpy(), wanted, rcond=None)[0].T
     found = corrected(weight, now, x, residual)
-    np.testing.assert_allclose(found.numpy(), least, atol=0.02)  # the damping, and 8-bit sums
+    # the damping, and 8-bit sums
+    np.testing.assert_allclose(found.numpy(), least, atol=0.02)
     missing = x @ weight.T - now @ weight.T + (0 if residual is None else residual)
-    assert (x @ weight.T + (0 if residual is None else residual) - now @ found.T).norm() < 0.02 * missing.norm()
+    assert (
+        x @ weight.T + (0 if residual is None else residual) - now @ found.T
+    ).norm() < 0.02 * missing.norm()
 
 
 @pytest.mark.parametrize("tokens", [8, 100, 3000])
@@ -57,16 +66,23 @@ def test_a_correction_generalises_better_shrunk_than_not() -> None:
     residual = x @ true + 3 * draw(len(x), ROWS, seed=5)
     unshrunk = np.linalg.lstsq(x.double().numpy(), residual.double().numpy(), rcond=None)[0]
     found = (corrected(weight, x, x, residual) - weight).T
-    assert (fresh @ (found - true)).norm() < 0.9 * (fresh @ (torch.tensor(unshrunk).float() - true)).norm()
+    assert (fresh @ (found - true)).norm() < 0.9 * (
+        fresh @ (torch.tensor(unshrunk).float() - true)
+    ).norm()
 
 
 def test_batches_add_up_to_the_same_correction() -> None:
     weight, x = draw(ROWS, WIDTH, seed=1), draw(10 * SAMPLED, WIDTH, seed=2)
     now, residual = x + 0.1 * draw(len(x), WIDTH, seed=3), draw(len(x), ROWS, seed=4)
     whole = numerics.moments(now, weight, x, residual)
-    halves = [numerics.moments(now[part], weight, x[part], residual[part]) for part in (slice(0, 40), slice(40, None))]
+    halves = [
+        numerics.moments(now[part], weight, x[part], residual[part])
+        for part in (slice(0, 40), slice(40, None))
+    ]
     for name, stat in whole.items():
-        torch.testing.assert_close((halves[0][name] | halves[1][name]).value, stat.value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            (halves[0][name] | halves[1][name]).value, stat.value, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_numbers_too_large_for_float32_move_nothing() -> None:
@@ -86,9 +102,11 @@ def test_nothing_is_held_once_a_weight_has_been_rounded() -> None:
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     layer = Layer("layer", weight, torch.bfloat16)
-    numerics.feedback(layer, stats, fit)  # what is made once and kept is there by now
+    # what is made once and kept is there by now
+    numerics.feedback(layer, stats, fit)
     gc.collect()
-    gc.disable()  # what refers to itself in a circle stays until it is looked for, and these are large
+    # what refers to itself in a circle stays until it is looked for, and these are large
+    gc.disable()
     try:
         before = tensors()
         numerics.feedback(layer, stats, fit)
@@ -97,9 +115,15 @@ def test_nothing_is_held_once_a_weight_has_been_rounded() -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0], ids=["tokens like the others", "tokens that are larger than the others"])
+@pytest.mark.parametrize(
+    "scale", [1.0, 4.0], ids=["tokens like the others", "tokens that are larger than the others"]
+)
 def test_a_correction_never_takes_away_more_than_is_missing(scale: float) -> None:
-    weight, x, others = draw(ROWS, WIDTH, seed=1), scale * draw(4000, WIDTH, seed=2), draw(40_000, WIDTH, seed=4)
+    weight, x, others = (
+        draw(ROWS, WIDTH, seed=1),
+        scale * draw(4000, WIDTH, seed=2),
+        draw(40_000, WIDTH, seed=4),
+    )
     now = x + 0.3 * x.roll(1, 1)
     of_reference, of_others = numerics.moments(now, weight, x), numerics.moments(others, weight)
     stats = of_reference | {name: of_reference[name] | stat for name, stat in of_others.items()}

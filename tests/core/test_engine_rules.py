@@ -15,14 +15,26 @@ from bitpress.checkpoint.reader import NAMES
 from bitpress.engine_rules import faults, of_experts
 
 BLOCK = "model.layers.0"
-Q, K, UP, DOWN = (f"{BLOCK}.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"))
+Q, K, UP, DOWN = (
+    f"{BLOCK}.{name}"
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+)
 Tensors = dict[str, torch.Tensor]
 Table = dict[str, Any]
 
 
 def found(table: Table, tensors: Tensors) -> list[str]:
-    entries = {name: Entry(name, NAMES[t.dtype], tuple(t.shape), Path("f"), 0) for name, t in tensors.items()}
-    return list(faults({} if not table else {"quantization_config": table}, entries, lambda entry: tensors[entry.name]))
+    entries = {
+        name: Entry(name, NAMES[t.dtype], tuple(t.shape), Path("f"), 0)
+        for name, t in tensors.items()
+    }
+    return list(
+        faults(
+            {} if not table else {"quantization_config": table},
+            entries,
+            lambda entry: tensors[entry.name],
+        )
+    )
 
 
 def per_tensor() -> tuple[Table, Tensors]:
@@ -36,20 +48,43 @@ def per_tensor() -> tuple[Table, Tensors]:
         tensors[f"{module}.weight"] = torch.zeros(8, 4, dtype=torch.int8)
         tensors[f"{module}.weight_scale"] = tensors[f"{module}.input_scale"] = torch.tensor([0.5])
     args = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
-    group = {"targets": ["Linear"], "format": "int-quantized", "weights": args, "input_activations": dict(args)}
-    table = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": "int-quantized"}
+    group = {
+        "targets": ["Linear"],
+        "format": "int-quantized",
+        "weights": args,
+        "input_activations": dict(args),
+    }
+    table = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "int-quantized",
+    }
     return {**table, "ignore": ["lm_head", DOWN], "config_groups": {"group_0": group}}, tensors
 
 
 def packed() -> tuple[Table, Tensors]:
     """One layer in 4-bit words of groups of 32 with zero points."""
     table, _ = per_tensor()
-    args = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32, "dynamic": False}
-    table["config_groups"]["group_0"] = {"targets": [UP], "format": "pack-quantized", "weights": args, "input_activations": None}
+    args = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": 32,
+        "dynamic": False,
+    }
+    table["config_groups"]["group_0"] = {
+        "targets": [UP],
+        "format": "pack-quantized",
+        "weights": args,
+        "input_activations": None,
+    }
     tensors: Tensors = {
-        f"{UP}.weight_packed": torch.zeros(8, 8, dtype=torch.int32), f"{UP}.weight_scale": torch.ones(8, 2),
-        f"{UP}.weight_shape": torch.tensor([8, 64]), f"{UP}.weight_zero_point": torch.zeros(1, 2, dtype=torch.int32),
-    }  # fmt: skip
+        f"{UP}.weight_packed": torch.zeros(8, 8, dtype=torch.int32),
+        f"{UP}.weight_scale": torch.ones(8, 2),
+        f"{UP}.weight_shape": torch.tensor([8, 64]),
+        f"{UP}.weight_zero_point": torch.zeros(1, 2, dtype=torch.int32),
+    }
     return {**table, "format": "pack-quantized", "ignore": ["lm_head"]}, tensors
 
 
@@ -70,12 +105,17 @@ def group(change: Callable[[Table], Any]) -> Callable[[Table, Tensors], None]:
 
 
 def stored(name: str, tensor: torch.Tensor | None) -> Callable[[Table, Tensors], None]:
-    return lambda table, tensors: tensors.pop(name) if tensor is None else tensors.update({name: tensor})  # type: ignore[return-value]
+    return lambda table, tensors: (
+        tensors.pop(name) if tensor is None else tensors.update({name: tensor})
+    )  # type: ignore[return-value]
 
 
 def second_group(table: Table, tensors: Tensors) -> None:
     one = table["config_groups"]["group_0"]
-    table["config_groups"] = {"group_0": {**one, "targets": [Q]}, "group_1": {**copy.deepcopy(one), "targets": [K]}}
+    table["config_groups"] = {
+        "group_0": {**one, "targets": [Q]},
+        "group_1": {**copy.deepcopy(one), "targets": [K]},
+    }
 
 
 def ignored(pattern: str) -> Callable[[Table, Tensors], None]:
@@ -92,51 +132,111 @@ def same_group_again(table: Table, tensors: Tensors) -> None:
 
 
 BROKEN = {  # (what is broken, how, words of the fault)
-    "another method": (per_tensor, lambda t, _: t.update(quant_method="fp8"), "quant_method is 'fp8'"),
+    "another method": (
+        per_tensor,
+        lambda t, _: t.update(quant_method="fp8"),
+        "quant_method is 'fp8'",
+    ),
     "no status": (per_tensor, lambda t, _: t.pop("quantization_status"), "random weights"),
     "no groups": (per_tensor, lambda t, _: t.update(config_groups={}), "no config_groups"),
     "no config": (per_tensor, lambda t, _: t.clear(), "it has no quantization_config"),
     "another format": (per_tensor, lambda t, _: t.update(format="dense"), "its format is 'dense'"),
-    "a plain layer is not ignored": (per_tensor, lambda t, _: t["ignore"].remove(DOWN), f"{DOWN}: it is stored as it was"),
+    "a plain layer is not ignored": (
+        per_tensor,
+        lambda t, _: t["ignore"].remove(DOWN),
+        f"{DOWN}: it is stored as it was",
+    ),
     "a compressed layer is ignored": (per_tensor, ignored(K), f"{K}: it is compressed, and none"),
     "a layer is in two groups": (
-        per_tensor, same_group_again, f"{Q}: it is compressed, and 2",
+        per_tensor,
+        same_group_again,
+        f"{Q}: it is compressed, and 2",
     ),
-    "a pattern ignores nothing": (per_tensor, ignored("re:.*gate$"), "ignores re:.*gate$, which is not there"),
-    "a target is nothing": (packed, group(lambda g: g["targets"].append("model.x")), "group_0 targets model.x"),
+    "a pattern ignores nothing": (
+        per_tensor,
+        ignored("re:.*gate$"),
+        "ignores re:.*gate$, which is not there",
+    ),
+    "a target is nothing": (
+        packed,
+        group(lambda g: g["targets"].append("model.x")),
+        "group_0 targets model.x",
+    ),
     "fused layers in two groups": (per_tensor, second_group, f"{Q}: engines fuse it with {K}"),
     "half of a fused layer is plain": (
-        per_tensor, half_plain, "engines fuse it with",
+        per_tensor,
+        half_plain,
+        "engines fuse it with",
     ),
     "fused layers with two scales": (
-        per_tensor, stored(f"{K}.weight_scale", torch.tensor([0.25])), f"{K}: its weight_scale is not that of {Q}",
+        per_tensor,
+        stored(f"{K}.weight_scale", torch.tensor([0.25])),
+        f"{K}: its weight_scale is not that of {Q}",
     ),
     "fused layers with two input scales": (
-        per_tensor, stored(f"{K}.input_scale", torch.tensor([0.25])), f"{K}: its input_scale is not that of {Q}",
+        per_tensor,
+        stored(f"{K}.input_scale", torch.tensor([0.25])),
+        f"{K}: its input_scale is not that of {Q}",
     ),
-    "no static scale": (per_tensor, stored(f"{Q}.input_scale", None), f"{Q}: input_scale is missing"),
+    "no static scale": (
+        per_tensor,
+        stored(f"{Q}.input_scale", None),
+        f"{Q}: input_scale is missing",
+    ),
     "a static scale beside dynamic inputs": (
-        per_tensor, group(lambda g: g["input_activations"].update(strategy="token", dynamic=True)), f"{Q}: input_scale is there",
+        per_tensor,
+        group(lambda g: g["input_activations"].update(strategy="token", dynamic=True)),
+        f"{Q}: input_scale is there",
     ),
     "a zero point of symmetric inputs": (
-        per_tensor, stored(f"{Q}.input_zero_point", torch.tensor([0], dtype=torch.int8)), f"{Q}: input_zero_point is there",
+        per_tensor,
+        stored(f"{Q}.input_zero_point", torch.tensor([0], dtype=torch.int8)),
+        f"{Q}: input_zero_point is there",
     ),
-    "a zero point of symmetric weights": (packed, group(lambda g: g["weights"].update(symmetric=True)), "zero_point is there"),
-    "no zero point": (packed, stored(f"{UP}.weight_zero_point", None), f"{UP}: weight_zero_point is missing"),
+    "a zero point of symmetric weights": (
+        packed,
+        group(lambda g: g["weights"].update(symmetric=True)),
+        "zero_point is there",
+    ),
+    "no zero point": (
+        packed,
+        stored(f"{UP}.weight_zero_point", None),
+        f"{UP}: weight_zero_point is missing",
+    ),
     "no shape": (packed, stored(f"{UP}.weight_shape", None), f"{UP}: weight_shape is missing"),
-    "another shape": (packed, stored(f"{UP}.weight_shape", torch.tensor([8, 72])), f"{UP}: weight_shape says [8, 72]"),
-    "a ragged group": (packed, group(lambda g: g["weights"].update(group_size=48)), "64 columns are no multiple"),
-    "too few scales": (packed, stored(f"{UP}.weight_scale", torch.ones(8, 1)), f"{UP}: weight_scale is [8, 1]"),
-    "no codes": (packed, stored(f"{UP}.weight_packed", None), f"{UP}: there are no codes"),
-    "too few block scales": (blocks, stored(f"{Q}.weight_scale", torch.ones(1, 1)), f"{Q}: weight_scale is [1, 1]"),
-    "a block across fused layers": (
-        blocks, lambda _, x: x.update({f"{Q}.weight": torch.zeros(6, 4, dtype=torch.int8)}), f"{Q}: 6 rows are no multiple of 4",
+    "another shape": (
+        packed,
+        stored(f"{UP}.weight_shape", torch.tensor([8, 72])),
+        f"{UP}: weight_shape says [8, 72]",
     ),
-}  # fmt: skip
+    "a ragged group": (
+        packed,
+        group(lambda g: g["weights"].update(group_size=48)),
+        "64 columns are no multiple",
+    ),
+    "too few scales": (
+        packed,
+        stored(f"{UP}.weight_scale", torch.ones(8, 1)),
+        f"{UP}: weight_scale is [8, 1]",
+    ),
+    "no codes": (packed, stored(f"{UP}.weight_packed", None), f"{UP}: there are no codes"),
+    "too few block scales": (
+        blocks,
+        stored(f"{Q}.weight_scale", torch.ones(1, 1)),
+        f"{Q}: weight_scale is [1, 1]",
+    ),
+    "a block across fused layers": (
+        blocks,
+        lambda _, x: x.update({f"{Q}.weight": torch.zeros(6, 4, dtype=torch.int8)}),
+        f"{Q}: 6 rows are no multiple of 4",
+    ),
+}
 
 
 @pytest.mark.parametrize("good", [per_tensor, packed, blocks])
-def test_a_checkpoint_that_keeps_the_rules_has_no_fault(good: Callable[[], tuple[Table, Tensors]]) -> None:
+def test_a_checkpoint_that_keeps_the_rules_has_no_fault(
+    good: Callable[[], tuple[Table, Tensors]],
+) -> None:
     assert found(*good()) == []
 
 
@@ -160,7 +260,10 @@ def test_a_broken_rule_is_a_fault_that_names_the_place(what: str) -> None:
 
 def layout(kind: str, strategy: str, inputs: str | None, dynamic: bool = True) -> dict[str, Any]:
     weights = {"type": kind, "num_bits": 8, "strategy": strategy}
-    return {"weights": weights, "input_activations": inputs and {"strategy": inputs, "dynamic": dynamic}}
+    return {
+        "weights": weights,
+        "input_activations": inputs and {"strategy": inputs, "dynamic": dynamic},
+    }
 
 
 @pytest.mark.parametrize(
@@ -178,5 +281,7 @@ def layout(kind: str, strategy: str, inputs: str | None, dynamic: bool = True) -
         (layout("int", "group", None), False),
     ],
 )
-def test_layouts_that_kernels_for_experts_do_not_take_are_told(group: dict[str, Any] | None, refused: bool) -> None:
+def test_layouts_that_kernels_for_experts_do_not_take_are_told(
+    group: dict[str, Any] | None, refused: bool
+) -> None:
     assert (of_experts(group) is not None) == refused

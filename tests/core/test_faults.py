@@ -1,4 +1,6 @@
-"""What fails during a run, plugin or disk, is named; nothing wrong reaches a file, and what was finished is kept."""
+"""What fails during a run, plugin or disk, is named; nothing wrong reaches a file, and what was
+finished is kept.
+"""
 
 from __future__ import annotations
 
@@ -13,46 +15,107 @@ from calibrated import LEARNER, runnable_model
 from support import TOY, command, files_of, install, install_toy, refusal, write_model
 
 ENTRY = "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n"
-GIVEN = 'return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), parts={"scale": scale})'
+GIVEN = (
+    'return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), parts={"scale": scale})'
+)
 STORED = next(line.strip() for line in TOY.splitlines() if "return Record(" in line)
 RESTORED = 'return tensors["weight"].float() * tensors["weight_scale"]'
-BROKEN = {  # what stands there, what stands there instead, what is said
+# what stands there, what stands there instead, what is said
+BROKEN = {
     "quantize raises": (GIVEN, "raise KeyError('moon')", "failed in quantize: KeyError: 'moon'"),
-    "quantize raises what has several lines": (GIVEN, "raise KeyError('moon\\nand stars')", "failed in quantize: KeyError"),
-    "quantize ends the process": (GIVEN, "raise SystemExit(0)", "failed in quantize: SystemExit: 0"),
-    "quantize turns the weight": (GIVEN, GIVEN.replace("codes * scale,", "(codes * scale).T,"), "quantize made a weight of ["),
-    "quantize drops a column": (GIVEN, GIVEN.replace("codes * scale,", "(codes * scale)[:, 1:],"), "quantize made a weight of"),
-    "quantize makes halves": (GIVEN, GIVEN.replace("codes * scale,", "(codes * scale).half(),"), "torch.float16"),
-    "quantize makes a list": (GIVEN, GIVEN.replace("codes * scale,", "[1],"), "quantize made weight a list, not a tensor"),
-    "quantize drops a row of codes": (GIVEN, GIVEN.replace("codes.char()", "codes.char()[1:]"), "quantize made codes of shape"),
-    "quantize makes too many scales": (GIVEN, GIVEN.replace("{", "{'x': scale.repeat(2, 1), "), "quantize made x of shape"),
-    "quantize makes a scale that is a number": (GIVEN, GIVEN.replace("{", "{'x': 1.0, "), "quantize made x a float"),
-    "pack drops a row": (
-        "@hookimpl\ndef serialize", "@hookimpl\ndef pack(layer): return attrs.evolve(layer, codes=layer.codes[1:])\n@hookimpl\n"
-        "def serialize", "pack made codes of shape",
+    "quantize raises what has several lines": (
+        GIVEN,
+        "raise KeyError('moon\\nand stars')",
+        "failed in quantize: KeyError",
     ),
-    "serialize stores a number": (STORED, STORED.replace("layer.codes", "3"), "serialize made weight a int, not a tensor"),
+    "quantize ends the process": (
+        GIVEN,
+        "raise SystemExit(0)",
+        "failed in quantize: SystemExit: 0",
+    ),
+    "quantize turns the weight": (
+        GIVEN,
+        GIVEN.replace("codes * scale,", "(codes * scale).T,"),
+        "quantize made a weight of [",
+    ),
+    "quantize drops a column": (
+        GIVEN,
+        GIVEN.replace("codes * scale,", "(codes * scale)[:, 1:],"),
+        "quantize made a weight of",
+    ),
+    "quantize makes halves": (
+        GIVEN,
+        GIVEN.replace("codes * scale,", "(codes * scale).half(),"),
+        "torch.float16",
+    ),
+    "quantize makes a list": (
+        GIVEN,
+        GIVEN.replace("codes * scale,", "[1],"),
+        "quantize made weight a list, not a tensor",
+    ),
+    "quantize drops a row of codes": (
+        GIVEN,
+        GIVEN.replace("codes.char()", "codes.char()[1:]"),
+        "quantize made codes of shape",
+    ),
+    "quantize makes too many scales": (
+        GIVEN,
+        GIVEN.replace("{", "{'x': scale.repeat(2, 1), "),
+        "quantize made x of shape",
+    ),
+    "quantize makes a scale that is a number": (
+        GIVEN,
+        GIVEN.replace("{", "{'x': 1.0, "),
+        "quantize made x a float",
+    ),
+    "pack drops a row": (
+        "@hookimpl\ndef serialize",
+        "@hookimpl\ndef pack(layer): return attrs.evolve(layer, codes=layer.codes[1:])\n@hookimpl\n"
+        "def serialize",
+        "pack made codes of shape",
+    ),
+    "serialize stores a number": (
+        STORED,
+        STORED.replace("layer.codes", "3"),
+        "serialize made weight a int, not a tensor",
+    ),
     "serialize stores nothing": (STORED, "return Record({}, None)", "a Record without tensors"),
-    "serialize's config is not JSON": (STORED, STORED.replace("weights}", "{1, 2}}"), "a config that is not JSON"),
+    "serialize's config is not JSON": (
+        STORED,
+        STORED.replace("weights}", "{1, 2}}"),
+        "a config that is not JSON",
+    ),
     "observe returns a number": (
-        "@hookimpl\ndef serialize", "@hookimpl\ndef observe(weight): return {'size': 3}\n@hookimpl\ndef serialize",
+        "@hookimpl\ndef serialize",
+        "@hookimpl\ndef observe(weight): return {'size': 3}\n@hookimpl\ndef serialize",
         "observe returned dict, not Stats by name",
     ),
     "observe claims rows that it has not": (
         "@hookimpl\ndef serialize",
-        "@hookimpl\ndef observe(weight): return {'size': bitpress.Stat(weight.sum(), 'sum', True)}\n@hookimpl\ndef serialize",
+        "@hookimpl\ndef observe(weight): return {'size': bitpress.Stat(weight.sum(), 'sum', "
+        "True)}\n@hookimpl\ndef serialize",
         "observe made size of shape [] for",
     ),
-    "validate_hardware returns a text": ('[Finding("supported", "runs anywhere")]', '["fine"]', "validate_hardware returned"),
-}  # fmt: skip
+    "validate_hardware returns a text": (
+        '[Finding("supported", "runs anywhere")]',
+        '["fine"]',
+        "validate_hardware returned",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_hook_that_gives_back_what_it_must_not_is_caught_at_the_border(tmp_path: Path, what: str) -> None:
+def test_a_hook_that_gives_back_what_it_must_not_is_caught_at_the_border(
+    tmp_path: Path, what: str
+) -> None:
     sound, broken, words = BROKEN[what]
     assert sound in TOY
-    path = install(tmp_path / "plugins", "bitpress-scheme-toy", TOY.replace(sound, broken), ENTRY, "1.4")
-    line = refusal("compress", write_model(tmp_path / "model"), tmp_path / "out", "--scheme", "toy", path=path)
+    path = install(
+        tmp_path / "plugins", "bitpress-scheme-toy", TOY.replace(sound, broken), ENTRY, "1.4"
+    )
+    line = refusal(
+        "compress", write_model(tmp_path / "model"), tmp_path / "out", "--scheme", "toy", path=path
+    )
     assert "scheme toy (bitpress-scheme-toy 1.4)" in line
     assert words in line
     assert not (tmp_path / "out").exists() or files_of(tmp_path / "out") == {}
@@ -61,17 +124,23 @@ def test_a_hook_that_gives_back_what_it_must_not_is_caught_at_the_border(tmp_pat
 def test_a_hook_that_goes_wrong_on_real_numbers_only_is_caught_too(tmp_path: Path) -> None:
     late = GIVEN.replace("codes * scale,", "(codes * scale)[:, int(codes.any()):],")
     path = install(tmp_path / "plugins", "bitpress-scheme-toy", TOY.replace(GIVEN, late), ENTRY)
-    line = refusal("compress", write_model(tmp_path / "model"), tmp_path / "out", "--scheme", "toy", path=path)
+    line = refusal(
+        "compress", write_model(tmp_path / "model"), tmp_path / "out", "--scheme", "toy", path=path
+    )
     assert "quantize made a weight of" in line
     assert files_of(tmp_path / "out") == {}
 
 
 @pytest.mark.parametrize(
-    "wrong", [f"{RESTORED[:-1]}][1:]", f"return ({RESTORED[7:]}).T", "return [1.0]"], ids=["a row less", "turned", "no tensor"]
+    "wrong",
+    [f"{RESTORED[:-1]}][1:]", f"return ({RESTORED[7:]}).T", "return [1.0]"],
+    ids=["a row less", "turned", "no tensor"],
 )
 def test_a_restore_of_another_shape_is_a_fault_of_every_layer(tmp_path: Path, wrong: str) -> None:
     path = install(tmp_path / "plugins", "bitpress-scheme-toy", TOY.replace(RESTORED, wrong), ENTRY)
-    found = command("compress", write_model(tmp_path / "model"), tmp_path / "out", "--scheme", "toy", path=path)
+    found = command(
+        "compress", write_model(tmp_path / "model"), tmp_path / "out", "--scheme", "toy", path=path
+    )
     assert found.returncode == 1
     assert "scheme toy (bitpress-scheme-toy 1.0)" in found.stderr
     assert "restore" in found.stderr
@@ -80,25 +149,42 @@ def test_a_restore_of_another_shape_is_a_fault_of_every_layer(tmp_path: Path, wr
 
 CALIBRATED = {
     "inputs rounded to another shape": (
-        "return (inputs / step).round() * step", "return inputs[1:]", "quantize_inputs returned the shape",
+        "return (inputs / step).round() * step",
+        "return inputs[1:]",
+        "quantize_inputs returned the shape",
         ["--set", "coarse=0.5"],
     ),
     "factors that are not positive": (
-        "return factors.repeat", "return -factors.repeat", "rescale returned factors", ["--set", "factors=2"],
+        "return factors.repeat",
+        "return -factors.repeat",
+        "rescale returned factors",
+        ["--set", "factors=2"],
     ),
-    "too few factors": ("[:width]", "[:3]", "rescale returned factors of shape [3]", ["--set", "factors=2"]),
+    "too few factors": (
+        "[:width]",
+        "[:3]",
+        "rescale returned factors of shape [3]",
+        ["--set", "factors=2"],
+    ),
     "sums that grow with the batch": (
-        '"seen": inputs.float().sum(0)', '"seen": inputs.sum(0), "all": inputs.sum(1)', "statistics 'all' of two batches", [],
+        '"seen": inputs.float().sum(0)',
+        '"seen": inputs.sum(0), "all": inputs.sum(1)',
+        "statistics 'all' of two batches",
+        [],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", CALIBRATED)
-def test_a_calibrated_hook_that_breaks_its_contract_is_caught_at_the_border(tmp_path: Path, what: str) -> None:
+def test_a_calibrated_hook_that_breaks_its_contract_is_caught_at_the_border(
+    tmp_path: Path, what: str
+) -> None:
     sound, broken, words, arguments = CALIBRATED[what]
     assert sound in LEARNER
     entry = "[bitpress.schemes]\nlearner = bitpress_scheme_learner\n"
-    path = install(tmp_path / "plugins", "bitpress-scheme-learner", LEARNER.replace(sound, broken), entry)
+    path = install(
+        tmp_path / "plugins", "bitpress-scheme-learner", LEARNER.replace(sound, broken), entry
+    )
     model = runnable_model(tmp_path / "model")
     words_ = [
         "--scheme",
@@ -116,21 +202,30 @@ def test_a_calibrated_hook_that_breaks_its_contract_is_caught_at_the_border(tmp_
     assert not (tmp_path / "out/config.json").exists()
 
 
-# --- others' work is kept, whatever fails -------------------------------------------------------------------------------------
+# --- others' work is kept, whatever fails
+# ----------------------------------------------------------------------
 
 THIRD = "model-00003-of-00004.safetensors"
 
 
-def test_what_was_finished_before_a_plugin_failed_is_kept_and_not_made_again(tmp_path: Path) -> None:
+def test_what_was_finished_before_a_plugin_failed_is_kept_and_not_made_again(
+    tmp_path: Path,
+) -> None:
     failing = TOY.replace(
         "    scale = layer",
-        "    if layer.name.endswith('1.mlp.down_proj') and mended(): raise ValueError('no')\n    scale = layer",
+        "    if layer.name.endswith('1.mlp.down_proj') and mended(): raise ValueError('no')\n    "
+        "scale = layer",
     )
-    failing += "\nimport pathlib\ndef mended(): return not pathlib.Path(__file__).with_name('mended').exists()\n"
+    failing += (
+        "\nimport pathlib\ndef mended(): return not "
+        "pathlib.Path(__file__).with_name('mended').exists()\n"
+    )
     path = install(tmp_path / "plugins", "bitpress-scheme-toy", failing, ENTRY)
     model, out = write_model(tmp_path / "model", shards=4), tmp_path / "out"
     words = ["compress", model, out, "--scheme", "toy"]
-    assert "scheme toy (bitpress-scheme-toy 1.0) failed in quantize: ValueError: no" in refusal(*words, path=path)
+    assert "scheme toy (bitpress-scheme-toy 1.0) failed in quantize: ValueError: no" in refusal(
+        *words, path=path
+    )
     kept = {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
     assert kept
     (path / "mended").touch()
@@ -156,10 +251,26 @@ def test_a_disk_that_is_full_in_the_middle_of_a_shard_is_told_and_the_run_goes_o
     tmp_path: Path, toy: Path, writes: int
 ) -> None:
     model, out = write_model(tmp_path / "model", shards=4), tmp_path / "out"
-    assert command("compress", model, tmp_path / "whole", "--scheme", "toy", path=toy).returncode == 0
-    arguments = [sys.executable, "-c", FULL, writes, "compress", model, out, "--scheme", "toy", "--threads", 1]
+    assert (
+        command("compress", model, tmp_path / "whole", "--scheme", "toy", path=toy).returncode == 0
+    )
+    arguments = [
+        sys.executable,
+        "-c",
+        FULL,
+        writes,
+        "compress",
+        model,
+        out,
+        "--scheme",
+        "toy",
+        "--threads",
+        1,
+    ]
     with patch.dict("os.environ", {"PYTHONPATH": ":".join([str(toy), *sys.path])}):
-        found = subprocess.run(list(map(str, arguments)), capture_output=True, check=False, text=True)
+        found = subprocess.run(
+            list(map(str, arguments)), capture_output=True, check=False, text=True
+        )
     assert found.returncode == 2
     assert "the disk is full; make room and run the same command again" in found.stderr
     assert len(found.stderr.splitlines()) == 1
@@ -173,7 +284,8 @@ def test_an_output_that_cannot_be_written_is_told_before_work_starts(tmp_path: P
     out = tmp_path / "locked"
     out.mkdir()
     mounted = False
-    if os.geteuid() == 0:  # whom no permission stops
+    # whom no permission stops
+    if os.geteuid() == 0:
         mounted = not subprocess.run(
             ["mount", "-t", "tmpfs", "-o", "ro", "none", out], capture_output=True, check=False
         ).returncode
@@ -184,7 +296,9 @@ def test_an_output_that_cannot_be_written_is_told_before_work_starts(tmp_path: P
     model = write_model(tmp_path / "model")
     try:
         for place in (out, out / "below"):
-            line = refusal("compress", model, place, "--scheme", "toy", path=install_toy(tmp_path / "p"))
+            line = refusal(
+                "compress", model, place, "--scheme", "toy", path=install_toy(tmp_path / "p")
+            )
             assert str(place) in line
             assert "permission" in line or "Read-only" in line
     finally:

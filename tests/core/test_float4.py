@@ -14,7 +14,8 @@ TABLE = torch.tensor([*NUMBERS, *(-n for n in NUMBERS)])
 def test_every_number_has_its_code() -> None:
     codes = torch.arange(16, dtype=torch.uint8)
     assert torch.equal(numerics.decode_e2m1(codes), TABLE)
-    assert torch.equal(numerics.encode_e2m1(TABLE), codes.masked_fill(codes == 8, 0))  # zero has one sign
+    # zero has one sign
+    assert torch.equal(numerics.encode_e2m1(TABLE), codes.masked_fill(codes == 8, 0))
 
 
 def test_rounding_finds_the_nearest_of_all() -> None:
@@ -27,7 +28,19 @@ def test_rounding_finds_the_nearest_of_all() -> None:
 
 @pytest.mark.parametrize(
     ("x", "nearest"),
-    [(0.25, 0), (0.75, 1), (1.25, 1), (1.75, 2), (2.5, 2), (3.5, 4), (5.0, 4), (5.01, 6), (1e30, 6), (-5.0, -4), (-0.3, -0.5)],
+    [
+        (0.25, 0),
+        (0.75, 1),
+        (1.25, 1),
+        (1.75, 2),
+        (2.5, 2),
+        (3.5, 4),
+        (5.0, 4),
+        (5.01, 6),
+        (1e30, 6),
+        (-5.0, -4),
+        (-0.3, -0.5),
+    ],
 )
 def test_ties_go_to_the_even_code_and_what_is_too_large_to_six(x: float, nearest: float) -> None:
     assert numerics.round_e2m1(torch.tensor([x])).item() == nearest

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-PAGES = (48 << 20) // os.sysconf("SC_PAGE_SIZE")  # of a tensor that is larger than what glibc keeps by itself
+# of a tensor that is larger than what glibc keeps by itself
+PAGES = (48 << 20) // os.sysconf("SC_PAGE_SIZE")
 PROGRAM = """
 import json, pathlib, resource, torch
 from bitpress.calibrate import memory
@@ -25,7 +26,8 @@ def resident():
 
 found = {"without": min(faults() for _ in range(4)), "before": resident()}
 with memory.freed_kept():
-    found |= {"within": min(faults() for _ in range(4)), "kept": resident()}  # something small may settle between two
+    # something small may settle between two
+    found |= {"within": min(faults() for _ in range(4)), "kept": resident()}
     memory.give_back(allowed=1 << 40)
     found |= {"allowed": resident()}
     memory.give_back(allowed=0)
@@ -35,12 +37,16 @@ print(json.dumps(found))
 """
 
 
-GLIBC = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+GLIBC = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc"
+)
 
 
 def measured() -> dict[str, int]:
     """Pages that were faulted in, or that the process holds, by the program's names of them."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+    )
     return dict(json.loads(done.stdout))
 
 

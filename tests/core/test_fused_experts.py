@@ -1,4 +1,6 @@
-"""Experts in one tensor are cut into the layers that engines read, where shape and config leave no doubt how, or named."""
+"""Experts in one tensor are cut into the layers that engines read, where shape and config leave no
+doubt how, or named.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from support import LLAMA, command, files_of, install_toy, llama_tensors, plugins, refusal, tensors_of, write_model
+from support import (
+    LLAMA,
+    command,
+    files_of,
+    install_toy,
+    llama_tensors,
+    plugins,
+    refusal,
+    tensors_of,
+    write_model,
+)
 
 import bitpress
 
 EXPERTS, HIDDEN, WIDE = 3, 128, 32
-CONFIG = LLAMA | {"num_local_experts": EXPERTS, "moe_intermediate_size": WIDE, "num_hidden_layers": 1}
+CONFIG = LLAMA | {
+    "num_local_experts": EXPERTS,
+    "moe_intermediate_size": WIDE,
+    "num_hidden_layers": 1,
+}
 MODULE = "model.layers.0.mlp.experts"
 
 
@@ -22,7 +38,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install_toy(tmp_path_factory.mktemp("plugins"))
 
 
-def tensors(transposed: bool, extra: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def tensors(
+    transposed: bool, extra: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """A block's attention, and its experts' weights, (out, in) or (in, out), in two tensors."""
     generator = torch.Generator().manual_seed(1)
     both = torch.randn(EXPERTS, 2 * WIDE, HIDDEN, generator=generator).bfloat16()
@@ -76,40 +94,69 @@ def test_experts_of_which_none_is_compressed_stay_fused(tmp_path: Path, toy: Pat
     source = write_model(tmp_path / "m", tensors(True), config("llama4_text"))
     with plugins(toy):
         bitpress.compress(source, tmp_path / "o", scheme="toy", ignore=["*.experts.*"])
-        ignored = bitpress.plan(source, scheme="toy", ignore=["*.experts.*"]).config["quantization_config"]["ignore"]
+        ignored = bitpress.plan(source, scheme="toy", ignore=["*.experts.*"]).config[
+            "quantization_config"
+        ]["ignore"]
     for name in (f"{MODULE}.gate_up_proj", f"{MODULE}.down_proj"):
         assert torch.equal(tensors_of(tmp_path / "o")[name], tensors_of(source)[name])
-    assert {MODULE, r"re:.*\.0\.mlp\.experts(\..+)?$"} <= set(ignored)  # engines ask for the experts by other names
+    # engines ask for the experts by other names
+    assert {MODULE, r"re:.*\.0\.mlp\.experts(\..+)?$"} <= set(ignored)
     assert command("verify", tmp_path / "o", "--against", source, path=toy).returncode == 0
 
 
 NEITHER = {f"{MODULE}.gate_up_proj": torch.zeros(EXPERTS, HIDDEN, WIDE).bfloat16()}
 REFUSED = {
     "one way in one, the other in the other": (
-        "llama4_text", {f"{MODULE}.down_proj": torch.zeros(EXPERTS, HIDDEN, WIDE).bfloat16()}, {}, ["neither", "[3, 128, 64]"],
+        "llama4_text",
+        {f"{MODULE}.down_proj": torch.zeros(EXPERTS, HIDDEN, WIDE).bfloat16()},
+        {},
+        ["neither", "[3, 128, 64]"],
     ),
-    "shapes that the config does not explain": ("llama4_text", NEITHER, {}, [f"{MODULE}.gate_up_proj", "[3, 128, 32]"]),
-    "a config without a width": ("llama4_text", {}, {"moe_intermediate_size": None, "intermediate_size": None}, ["0 of an"]),
+    "shapes that the config does not explain": (
+        "llama4_text",
+        NEITHER,
+        {},
+        [f"{MODULE}.gate_up_proj", "[3, 128, 32]"],
+    ),
+    "a config without a width": (
+        "llama4_text",
+        {},
+        {"moe_intermediate_size": None, "intermediate_size": None},
+        ["0 of an"],
+    ),
     "gpt-oss": ("gpt_oss", {}, {}, ["gpt-oss's experts", "interleaved"]),
     "a model that nobody knows": ("novel_moe", {}, {}, ["no engine is known", "'novel_moe'"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_cut_is_refused_by_name_and_can_be_left_out(tmp_path: Path, toy: Path, case: str) -> None:
+def test_what_cannot_be_cut_is_refused_by_name_and_can_be_left_out(
+    tmp_path: Path, toy: Path, case: str
+) -> None:
     model_type, extra, keys, words = REFUSED[case]
     source = write_model(tmp_path / "m", tensors(True, extra), config(model_type, **keys))
     line = refusal("plan", source, "--scheme", "toy", path=toy)
     assert all(word in line for word in [MODULE, "--ignore '*.experts'", *words]), line
-    assert command("compress", source, tmp_path / "o", "--scheme", "toy", "--ignore", "*.experts", path=toy).returncode == 0
+    assert (
+        command(
+            "compress", source, tmp_path / "o", "--scheme", "toy", "--ignore", "*.experts", path=toy
+        ).returncode
+        == 0
+    )
     assert tensors_of(tmp_path / "o")[f"{MODULE}.down_proj"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("pattern", ["*.experts.1.*", "*.experts.*.down_proj", "*.experts.*.gate_proj"])
+@pytest.mark.parametrize(
+    "pattern", ["*.experts.1.*", "*.experts.*.down_proj", "*.experts.*.gate_proj"]
+)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
-def test_experts_of_a_block_share_their_steps(tmp_path: Path, toy: Path, pattern: str, fused: bool) -> None:
+def test_experts_of_a_block_share_their_steps(
+    tmp_path: Path, toy: Path, pattern: str, fused: bool
+) -> None:
     made = (tensors(True), config("llama4_text")) if fused else (one_by_one(), config("qwen3_moe"))
-    line = refusal("plan", write_model(tmp_path / "m", *made), "--scheme", "toy", "--ignore", pattern, path=toy)
+    line = refusal(
+        "plan", write_model(tmp_path / "m", *made), "--scheme", "toy", "--ignore", pattern, path=toy
+    )
     assert f"{MODULE}.0." in line
     assert "must get the same steps" in line
 
@@ -121,4 +168,6 @@ def test_the_result_decompresses_to_layers_of_their_own(tmp_path: Path, toy: Pat
         bitpress.decompress(tmp_path / "o", tmp_path / "dense")
     expected = one_by_one()
     for name, tensor in tensors_of(tmp_path / "dense").items():
-        assert torch.allclose(tensor.float(), expected[name].float(), atol=float(expected[name].abs().max()) / 120), name
+        assert torch.allclose(
+            tensor.float(), expected[name].float(), atol=float(expected[name].abs().max()) / 120
+        ), name

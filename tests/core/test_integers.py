@@ -1,4 +1,6 @@
-"""Integer grids are the best of what is tried, and codes are exactly what they stand for, however large or small the numbers."""
+"""Integer grids are the best of what is tried, and codes are exactly what they stand for, however
+large or small the numbers.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,14 @@ RATIOS = tuple(0.5 + 0.05 * i for i in range(12))
 def numbers(rows: int, width: int, seed: int, spread: float = 0.0) -> torch.Tensor:
     """(rows, width) float32; rows differ by factors of up to 10^spread either way."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, width, generator=generator) * 10 ** (spread * (2 * torch.rand(rows, 1, generator=generator) - 1))
+    return torch.randn(rows, width, generator=generator) * 10 ** (
+        spread * (2 * torch.rand(rows, 1, generator=generator) - 1)
+    )
 
 
-def cost(weight: torch.Tensor, grid: numerics.IntegerGrid, importance: torch.Tensor | None) -> torch.Tensor:
+def cost(
+    weight: torch.Tensor, grid: numerics.IntegerGrid, importance: torch.Tensor | None
+) -> torch.Tensor:
     """(rows, groups) float64: Σ importance (w - q)² of each group."""
     error = (weight.double() - grid.rounded(weight).double()).square()
     error = error if importance is None else error * importance.double()
@@ -30,37 +36,66 @@ def cost(weight: torch.Tensor, grid: numerics.IntegerGrid, importance: torch.Ten
 def tried(
     weight: torch.Tensor, importance: torch.Tensor | None, bits: int, group: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, groups) float64 each: what the best of all that is tried costs a group; what no error in it, squared, is above."""
+    """(rows, groups) float64 each: what the best of all that is tried costs a group; what no error
+    in it, squared, is above.
+    """
     costs, most = [], torch.zeros(len(weight), weight.shape[1] // group)
     for ratio, shift in itertools.product(RATIOS, (0,) if symmetric else (-1, 0, 1)):
-        one = (numerics.fit_symmetric if symmetric else numerics.fit_asymmetric)(weight, None, bits, group, [1.0])
+        one = (numerics.fit_symmetric if symmetric else numerics.fit_asymmetric)(
+            weight, None, bits, group, [1.0]
+        )
         zero = None if one.zero is None else (one.zero + shift).clamp(*numerics.limits(bits))
         grid = numerics.IntegerGrid(one.scale * ratio, zero, bits, group)
         costs.append(cost(weight, grid, importance))
-        most = most.maximum((weight - grid.rounded(weight)).abs().view(len(weight), -1, group).amax(2))
+        most = most.maximum(
+            (weight - grid.rounded(weight)).abs().view(len(weight), -1, group).amax(2)
+        )
     return torch.stack(costs).amin(0), most.double()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @settings(derandomize=True, deadline=None, max_examples=25)
-@given(bits=st.sampled_from([2, 4, 8]), group=st.sampled_from([8, 24]), weighted=st.booleans(), seed=st.integers(0, 1000))
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    group=st.sampled_from([8, 24]),
+    weighted=st.booleans(),
+    seed=st.integers(0, 1000),
+)
 def test_a_grid_is_the_best_of_all_tried_but_for_how_finely_their_costs_are_known(
     symmetric: bool, bits: int, group: int, weighted: bool, seed: int
 ) -> None:
     weight = numbers(6, 48, seed, spread=2) + (0 if symmetric else 0.5)
-    importance = torch.rand(48, generator=torch.Generator().manual_seed(seed)) if weighted else torch.ones(48)
+    importance = (
+        torch.rand(48, generator=torch.Generator().manual_seed(seed))
+        if weighted
+        else torch.ones(48)
+    )
     fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
-    found = cost(weight, fit(weight, importance if weighted else None, bits, group, RATIOS), importance)
+    found = cost(
+        weight, fit(weight, importance if weighted else None, bits, group, RATIOS), importance
+    )
     best, most = tried(weight, importance, bits, group, symmetric)
     grouped = weight.view(6, -1, group)
-    span = grouped.abs().amax(2) if symmetric else grouped.amax(2).clamp(min=0) - grouped.amin(2).clamp(max=0)
-    # a cost, e², rises by at most 2 e for each unit; so much it may differ from its mean in a place, and two are compared
+    span = (
+        grouped.abs().amax(2)
+        if symmetric
+        else grouped.amax(2).clamp(min=0) - grouped.amin(2).clamp(max=0)
+    )
+    # a cost, e², rises by at most 2 e for each unit; so much it may differ from its mean in a
+    # place, and two are compared
     place = 2 * span / (4096 if symmetric else 2048)
-    assert (found <= (best + 2 * most * place * importance.view(-1, group).sum(1)) * (1 + 1e-5)).all()
+    assert (
+        found <= (best + 2 * most * place * importance.view(-1, group).sum(1)) * (1 + 1e-5)
+    ).all()
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "more"), [(2, True, 1e-4), (4, True, 1e-3), (8, True, 5e-3), (4, False, 3e-3)])
-def test_over_many_groups_the_best_of_all_tried_is_all_but_reached(bits: int, symmetric: bool, more: float) -> None:
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "more"),
+    [(2, True, 1e-4), (4, True, 1e-3), (8, True, 5e-3), (4, False, 3e-3)],
+)
+def test_over_many_groups_the_best_of_all_tried_is_all_but_reached(
+    bits: int, symmetric: bool, more: float
+) -> None:
     weight, importance = numbers(256, 1024, 0), numbers(1, 1024, 1).square()[0]
     fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
     found = cost(weight, fit(weight, importance, bits, 128, RATIOS), importance).sum()
@@ -76,11 +111,20 @@ def test_where_there_is_one_scale_to_try_it_is_taken(fit, bits: int) -> None:
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
-@given(st.sampled_from([4, 8]), st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_searched_scales_lose_no_more_than_the_largest_number_s(bits: int, seed: int, dtype: torch.dtype) -> None:
+@given(
+    st.sampled_from([4, 8]),
+    st.integers(0, 1000),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_searched_scales_lose_no_more_than_the_largest_number_s(
+    bits: int, seed: int, dtype: torch.dtype
+) -> None:
     weight = numbers(64, 256, seed)
     for fit in (numerics.fit_symmetric, numerics.fit_asymmetric):
-        searched, plain = (cost(weight, fit(weight, None, bits, 32, ratios, dtype), None) for ratios in ((*RATIOS, 1.0), (1.0,)))
+        searched, plain = (
+            cost(weight, fit(weight, None, bits, 32, ratios, dtype), None)
+            for ratios in ((*RATIOS, 1.0), (1.0,))
+        )
         assert searched.sum() <= plain.sum()
 
 
@@ -94,7 +138,9 @@ def test_four_bits_in_groups_of_128_of_normal_numbers_lose_what_is_computed_for_
 ) -> None:
     weight = numbers(512, 1024, 0)
     grid = numerics.fit_symmetric(weight, None, 4, 128, ratios)
-    assert cost(weight, grid, None).sum().item() / weight.numel() == pytest.approx(error, abs=0.0004)
+    assert cost(weight, grid, None).sum().item() / weight.numel() == pytest.approx(
+        error, abs=0.0004
+    )
 
 
 def test_eight_bits_in_groups_of_128_of_normal_numbers_lose_what_is_computed_for_them() -> None:
@@ -105,9 +151,15 @@ def test_eight_bits_in_groups_of_128_of_normal_numbers_lose_what_is_computed_for
 
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(
-    st.sampled_from([2, 4, 8]), st.sampled_from([8, 32]), st.booleans(), st.integers(0, 1000), st.sampled_from([0.0, 5.0, 30.0])
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([8, 32]),
+    st.booleans(),
+    st.integers(0, 1000),
+    st.sampled_from([0.0, 5.0, 30.0]),
 )
-def test_codes_decode_to_what_was_rounded_to_the_bit(bits: int, group: int, symmetric: bool, seed: int, spread: float) -> None:
+def test_codes_decode_to_what_was_rounded_to_the_bit(
+    bits: int, group: int, symmetric: bool, seed: int, spread: float
+) -> None:
     weight = numbers(7, 64, seed, spread)
     fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
     grid = fit(weight, None, bits, group, RATIOS, torch.bfloat16)
@@ -144,7 +196,8 @@ def test_scales_are_positive_and_numbers_finite_at_the_ends_of_the_range(
 
 
 def test_small_float16_scales_are_subnormal_numbers_rather_than_too_large() -> None:
-    weight = numbers(16, 32, 3) * 2e-5  # scales near 6e-6; float16's least normal number is 6.1e-5
+    # scales near 6e-6; float16's least normal number is 6.1e-5
+    weight = numbers(16, 32, 3) * 2e-5
     grid = numerics.fit_symmetric(weight, None, 4, 32, (1.0,), torch.float16)
     error = (grid.rounded(weight) - weight).norm() / weight.norm()
     assert error < 0.2
@@ -152,17 +205,28 @@ def test_small_float16_scales_are_subnormal_numbers_rather_than_too_large() -> N
 
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(st.sampled_from([2, 4, 8]), st.integers(1, 9), st.integers(1, 70), st.integers(0, 1000))
-def test_packed_words_are_little_endian_streams_of_codes(bits: int, rows: int, count: int, seed: int) -> None:
+def test_packed_words_are_little_endian_streams_of_codes(
+    bits: int, rows: int, count: int, seed: int
+) -> None:
     low, high = numerics.limits(bits)
-    codes = torch.randint(low, high + 1, (rows, count), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    codes = torch.randint(
+        low,
+        high + 1,
+        (rows, count),
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.int8,
+    )
     words = numerics.pack_words(codes, bits)
     assert words.dtype == torch.int32
     assert words.shape == (rows, -(-count * bits // 32))
     for row, line in zip(codes.tolist(), words.tolist(), strict=True):
         stream = sum((code - low) << i * bits for i, code in enumerate(row))
-        assert [word & 0xFFFFFFFF for word in line] == [stream >> 32 * i & 0xFFFFFFFF for i in range(len(line))]
+        assert [word & 0xFFFFFFFF for word in line] == [
+            stream >> 32 * i & 0xFFFFFFFF for i in range(len(line))
+        ]
     assert torch.equal(numerics.unpack_words(words, bits, count), codes)
-    transposed = numerics.pack_words(codes.T, bits)  # strides do not matter
+    # strides do not matter
+    transposed = numerics.pack_words(codes.T, bits)
     assert torch.equal(numerics.unpack_words(transposed.T.contiguous().T, bits, rows), codes.T)
 
 

@@ -11,7 +11,9 @@ from hypothesis import given, strategies as st
 
 from bitpress.budget.knapsack import Option, choose
 
-OPTIONS = st.builds(Option, st.integers(0, 12), st.sampled_from([0.0, 0.25, 1.0, 3.0]) | st.floats(0, 2))
+OPTIONS = st.builds(
+    Option, st.integers(0, 12), st.sampled_from([0.0, 0.25, 1.0, 3.0]) | st.floats(0, 2)
+)
 UNITS = st.lists(st.lists(OPTIONS, min_size=1, max_size=4), min_size=1, max_size=5)
 
 
@@ -24,15 +26,21 @@ def damage(units: Sequence[Sequence[Option]], chosen: Sequence[int]) -> float:
 
 
 @given(UNITS, st.integers(0, 50))
-def test_no_choice_that_keeps_to_the_limit_has_less_damage(units: list[list[Option]], limit: int) -> None:
-    fitting = [c for c in itertools.product(*(range(len(u)) for u in units)) if size(units, c) <= limit]
+def test_no_choice_that_keeps_to_the_limit_has_less_damage(
+    units: list[list[Option]], limit: int
+) -> None:
+    fitting = [
+        c for c in itertools.product(*(range(len(u)) for u in units)) if size(units, c) <= limit
+    ]
     if not fitting:
         with pytest.raises(ValueError, match="no choice"):
             choose(units, limit)
         return
     chosen = choose(units, limit)
     assert size(units, chosen) <= limit
-    assert damage(units, chosen) == pytest.approx(min(damage(units, c) for c in fitting), rel=1e-9, abs=1e-12)
+    assert damage(units, chosen) == pytest.approx(
+        min(damage(units, c) for c in fitting), rel=1e-9, abs=1e-12
+    )
 
 
 def by_table(units: Sequence[Sequence[Option]], limit: int) -> float:
@@ -40,7 +48,10 @@ def by_table(units: Sequence[Sequence[Option]], limit: int) -> float:
     least = [0.0] * (limit + 1)
     for options in units:
         least = [
-            min((least[s - o.size] + o.damage for o in options if o.size <= s), default=float("inf")) for s in range(limit + 1)
+            min(
+                (least[s - o.size] + o.damage for o in options if o.size <= s), default=float("inf")
+            )
+            for s in range(limit + 1)
         ]
     return least[limit]
 
@@ -49,9 +60,15 @@ def by_table(units: Sequence[Sequence[Option]], limit: int) -> float:
 def test_of_the_units_of_a_large_model_too(share: float) -> None:
     draw = random.Random(0)
     units = []
-    for rows in draw.choices([3, 4, 11, 14], k=160):  # 40 blocks of 4 stacks
+    # 40 blocks of 4 stacks
+    for rows in draw.choices([3, 4, 11, 14], k=160):
         lost = draw.lognormvariate(0, 1.5)
-        units.append([Option(rows * bits, lost * draw.lognormvariate(0, 0.3) / 256**bits) for bits in (1, 2, 4)])
+        units.append(
+            [
+                Option(rows * bits, lost * draw.lognormvariate(0, 0.3) / 256**bits)
+                for bits in (1, 2, 4)
+            ]
+        )
     least, most = (sum(ends(o.size for o in u) for u in units) for ends in (min, max))
     limit = int(least + share * (most - least))
     chosen = choose(units, limit)

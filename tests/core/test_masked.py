@@ -1,4 +1,6 @@
-"""The best weights on given places, and what a step after another aims at, held against least squares in float64."""
+"""The best weights on given places, and what a step after another aims at, held against least
+squares in float64.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def inputs(width: int, tokens: int = 600, seed: int = 1) -> torch.Tensor:
     """(tokens, in): alike in parts, unlike in size."""
-    mixed = draw(tokens, width, seed=seed) @ (torch.eye(width) + draw(width, width, seed=seed + 1) / width**0.5)
+    mixed = draw(tokens, width, seed=seed) @ (
+        torch.eye(width) + draw(width, width, seed=seed + 1) / width**0.5
+    )
     return mixed * (draw(width, seed=seed + 2) * 0.7).exp()
 
 
@@ -34,7 +38,9 @@ def damped(factor: numerics.Factor, width: int) -> NDArray[np.float64]:
     return factor.multiply(torch.eye(width)).double().numpy()
 
 
-def least_squares(target: torch.Tensor, hessian: NDArray[np.float64], keep: torch.Tensor) -> NDArray[np.float64]:
+def least_squares(
+    target: torch.Tensor, hessian: NDArray[np.float64], keep: torch.Tensor
+) -> NDArray[np.float64]:
     """The least (t - q) H (t - q)ᵀ on each row's support, solved by itself."""
     found = np.zeros(target.shape)
     for row, (t, mask) in enumerate(zip(target.double().numpy(), keep.numpy(), strict=True)):
@@ -47,9 +53,10 @@ def test_multiplying_is_the_inverse_of_solving() -> None:
     factor, left = factored(x), draw(7, 300, seed=3)
     hessian = (x.double().T @ x.double()).numpy() / len(x)
     np.testing.assert_allclose(
-        factor.multiply(left).numpy(), left.double().numpy() @ (hessian + np.diag(factor.diagonal.numpy() - hessian.diagonal())),
+        factor.multiply(left).numpy(),
+        left.double().numpy() @ (hessian + np.diag(factor.diagonal.numpy() - hessian.diagonal())),
         atol=1e-4 * hessian.diagonal().max(),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(factor.solve(factor.multiply(left)), left, rtol=1e-2, atol=1e-2)
 
 
@@ -97,24 +104,32 @@ def test_rows_of_any_size_stay_finite_and_a_finished_one_stays(size: float) -> N
 
 @pytest.mark.parametrize("span", [4, LEAF, 4 * LEAF])
 @pytest.mark.parametrize("width", [40, 200, 256])
-def test_a_choice_is_made_on_what_would_be_best_after_the_columns_before_it(width: int, span: int) -> None:
+def test_a_choice_is_made_on_what_would_be_best_after_the_columns_before_it(
+    width: int, span: int
+) -> None:
     x, weight = inputs(width), draw(9, width, seed=8)
     factor, seen = factored(x), {}
 
     def ahead(free: torch.Tensor, rows: slice, places: slice) -> None:
         seen[places.start] = (places, free.clone())
 
-    found, _ = numerics.sweep(weight, factor, lambda target, rows, column: target.round(), ahead, span)
+    found, _ = numerics.sweep(
+        weight, factor, lambda target, rows, column: target.round(), ahead, span
+    )
     assert list(seen) == list(range(0, width, span))
     error, hessian = (weight - found)[:, factor.order].double().numpy(), damped(factor, width)
     hessian = hessian[np.ix_(factor.order, factor.order)]
-    for start, (places, free) in seen.items():  # the least of e H eᵀ where the first columns' errors are what they are
+    # the least of e H eᵀ where the first columns' errors are what they are
+    for start, (places, free) in seen.items():
         best = -error[:, :start] @ hessian[:start, start:] @ np.linalg.inv(hessian[start:, start:])
-        expected = weight[:, factor.order][:, places].double().numpy() - best[:, : places.stop - start]
+        expected = (
+            weight[:, factor.order][:, places].double().numpy() - best[:, : places.stop - start]
+        )
         np.testing.assert_allclose(free.T.numpy(), expected, atol=2e-3)
 
 
-# --- a step after another -----------------------------------------------------------------------------------------------------
+# --- a step after another
+# ----------------------------------------------------------------------
 
 
 def fine(weight: torch.Tensor, importance: torch.Tensor | None) -> numerics.IntegerGrid:
@@ -123,7 +138,9 @@ def fine(weight: torch.Tensor, importance: torch.Tensor | None) -> numerics.Inte
 
 
 def stats_of(weight: torch.Tensor, moved: float = 0.2) -> tuple[dict[str, Stat], torch.Tensor]:
-    """Statistics of a layer whose inputs have drifted, and the damped H's factor's least squares target."""
+    """Statistics of a layer whose inputs have drifted, and the damped H's factor's least squares
+    target.
+    """
     before = inputs(64, 4000)
     now = before + moved * before.roll(1, 1)
     stats = numerics.moments(now, weight, before)
@@ -135,7 +152,8 @@ def stats_of(weight: torch.Tensor, moved: float = 0.2) -> tuple[dict[str, Stat],
 def test_a_later_step_does_not_make_up_again_for_what_an_earlier_one_did() -> None:
     weight = draw(20, 64, seed=9)
     stats, wanted = stats_of(weight)
-    corrected = Layer("layer", wanted, torch.bfloat16, source=weight)  # by a step that could store any number
+    # by a step that could store any number
+    corrected = Layer("layer", wanted, torch.bfloat16, source=weight)
     found, _ = numerics.feedback(corrected, stats, fine)
     assert (wanted - weight).norm() > 0.1 * weight.norm()
     assert (found - wanted).norm() < 0.02 * wanted.norm()
@@ -150,7 +168,8 @@ def test_on_a_mask_the_aim_is_the_best_that_the_mask_allows() -> None:
     assert factor is not None
     keep = draw(20, 64, seed=10) > 0
     best = torch.tensor(least_squares(wanted, damped(factor, 64), keep)).float()
-    masked = Layer("layer", weight * keep, torch.bfloat16, keep, source=weight)  # by a step that looked at no data
+    # by a step that looked at no data
+    masked = Layer("layer", weight * keep, torch.bfloat16, keep, source=weight)
     found, _ = numerics.feedback(masked, stats, fine)
     assert not found[~keep].any()
     losses = [factor.loss(wanted - q).sum() for q in (weight * keep, found, best)]

@@ -1,4 +1,6 @@
-"""`bitpress new-scheme` writes a whole package that installs, is listed, keeps every law, and is short."""
+"""`bitpress new-scheme` writes a whole package that installs, is listed, keeps every law, and is
+short.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         done = command("new-scheme", "my-ternary")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("bitpress-scheme-my-ternary: written; edit bitpress_my_ternary.py there")
+    assert done.stdout.startswith(
+        "bitpress-scheme-my-ternary: written; edit bitpress_my_ternary.py there"
+    )
     return folder / "bitpress-scheme-my-ternary"
 
 
@@ -28,14 +32,33 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that pip installed it into."""
     target = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+    ]
     subprocess.run([*pip, str(target), str(written)], check=True)
     return target
 
 
 def test_it_is_a_package_of_at_most_60_lines(written: Path) -> None:
-    files = {file.relative_to(written).as_posix(): file.read_text() for file in written.rglob("*") if file.is_file()}
-    assert set(files) == {"README.md", "bitpress_my_ternary.py", "pyproject.toml", "tests/test_bitpress_my_ternary.py"}
+    files = {
+        file.relative_to(written).as_posix(): file.read_text()
+        for file in written.rglob("*")
+        if file.is_file()
+    }
+    assert set(files) == {
+        "README.md",
+        "bitpress_my_ternary.py",
+        "pyproject.toml",
+        "tests/test_bitpress_my_ternary.py",
+    }
     assert sum(len(text.splitlines()) for text in files.values()) <= 60
     assert f'"bitpress-core>={VERSION},<1"' in files["pyproject.toml"]
 

@@ -1,4 +1,6 @@
-"""Error feedback, held against GPTQ as first published, in float64, and on tiny problems against every choice there is."""
+"""Error feedback, held against GPTQ as first published, in float64, and on tiny problems against
+every choice there is.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ RATIOS = (0.7, 0.8, 0.9, 1.0)
 def activations(tokens: int, width: int, seed: int, outlier: float = 8.0) -> torch.Tensor:
     """(tokens, in) float32, channels alike in parts and unlike in size."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(tokens, width, generator=generator) @ torch.randn(width, width, generator=generator) / width**0.5
+    mixed = (
+        torch.randn(tokens, width, generator=generator)
+        @ torch.randn(width, width, generator=generator)
+        / width**0.5
+    )
     mixed[:, :: max(width // 4, 1)] *= outlier
     return mixed + 0.3 * torch.randn(tokens, width, generator=generator)
 
@@ -69,7 +75,9 @@ def damped(factor: numerics.Factor) -> Array:
 
 
 def gptq(weight: torch.Tensor, hessian: Array, order: Array, grid: numerics.IntegerGrid) -> Array:
-    """Frantar et al., arXiv 2210.17323, algorithm 1: the Cholesky factor of the inverse, column by column."""
+    """Frantar et al., arXiv 2210.17323, algorithm 1: the Cholesky factor of the inverse, column by
+    column.
+    """
     inverse = np.linalg.inv(hessian[np.ix_(order, order)])
     upper = np.linalg.cholesky(inverse).T
     w, scale = weight.double().numpy()[:, order], grid.scale.double().numpy()
@@ -89,12 +97,17 @@ def test_the_sweep_is_gptq_as_first_published(rows: int, width: int, seed: int) 
     grid = four_bits(weight, factor.diagonal)
     found, loss = numerics.sweep(weight, factor, grid.nearest)
     hessian = (x.double().T @ x.double()).numpy() / len(x)
-    hessian += np.eye(width) * max(0.001, min(0.1 * width / len(x), 1.0)) * hessian.diagonal().mean()
+    hessian += (
+        np.eye(width) * max(0.001, min(0.1 * width / len(x), 1.0)) * hessian.diagonal().mean()
+    )
     expected = gptq(weight, hessian, factor.order.numpy(), grid)
     different = ~np.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-9).all(1)
-    assert different.sum() <= max(1, 0.001 * weight.numel())  # a tie broken the other way changes what follows it in the row
+    # a tie broken the other way changes what follows it in the row
+    assert different.sum() <= max(1, 0.001 * weight.numel())
     if not different.any():
-        np.testing.assert_allclose(loss.sum(), rounding_loss(weight - torch.tensor(expected), hessian).sum(), rtol=1e-4)
+        np.testing.assert_allclose(
+            loss.sum(), rounding_loss(weight - torch.tensor(expected), hessian).sum(), rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(("rows", "width"), [(96, 256), (1100, 128), (24, 512)])
@@ -105,11 +118,15 @@ def test_large_sweeps_are_gptq_but_for_ties(rows: int, width: int) -> None:
     found, loss = numerics.sweep(weight, factor, grid.nearest)
     expected = gptq(weight, damped(factor), factor.order.numpy(), grid)
     assert np.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-9).mean() >= 0.999
-    np.testing.assert_allclose(loss.sum(), rounding_loss(weight - torch.tensor(expected), damped(factor)).sum(), rtol=1e-4)
+    np.testing.assert_allclose(
+        loss.sum(), rounding_loss(weight - torch.tensor(expected), damped(factor)).sum(), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("width", [2, 3])
-def test_each_column_takes_the_best_number_there_is_if_later_ones_could_be_anything(width: int) -> None:
+def test_each_column_takes_the_best_number_there_is_if_later_ones_could_be_anything(
+    width: int,
+) -> None:
     weight, x = weights(20, width, 7), activations(50, width, 7)
     factor = factored(x)
     hessian, order = damped(factor), factor.order.tolist()
@@ -138,7 +155,9 @@ def test_no_choice_of_two_bits_beats_feedback_by_much() -> None:
     grid = numerics.fit_symmetric(weight, None, 2, 3, (1.0,))
     _, loss = numerics.sweep(weight, factor, grid.nearest)
     every = torch.tensor(list(itertools.product(range(-2, 2), repeat=3))).float()  # (64, in)
-    best = torch.stack([factor.loss(row - every * s).min() for row, s in zip(weight, grid.scale, strict=True)])
+    best = torch.stack(
+        [factor.loss(row - every * s).min() for row, s in zip(weight, grid.scale, strict=True)]
+    )
     assert (loss >= best * (1 - 1e-4)).all()
     assert loss.sum() <= 2 * best.sum()
 
@@ -153,9 +172,11 @@ def test_the_loss_reported_is_that_of_the_error_under_the_damped_hessian() -> No
 
 
 def test_a_cost_is_held_against_the_whole_of_what_an_error_costs() -> None:
-    factor = factored(activations(900, 600, 2))  # wide enough to be looked at in parts
+    # wide enough to be looked at in parts
+    factor = factored(activations(900, 600, 2))
     error = weights(40, 600, 2)
-    costs = factor.loss(error) * torch.logspace(-3, 0.3, 40)  # most of them below, some above
+    # most of them below, some above
+    costs = factor.loss(error) * torch.logspace(-3, 0.3, 40)
     costs[7], error[9, 5] = torch.nan, torch.nan
     expected = costs <= factor.loss(error)
     assert expected.any()
@@ -166,7 +187,10 @@ def test_a_cost_is_held_against_the_whole_of_what_an_error_costs() -> None:
 @pytest.mark.parametrize("width", [1, 48])
 def test_inputs_without_correlation_give_rounding_to_nearest(width: int) -> None:
     weight = weights(40, width, 2)
-    stats = {"hessian": Stat(100 * torch.eye(width), "sum"), "tokens": Stat(torch.tensor(100.0), "sum")}
+    stats = {
+        "hessian": Stat(100 * torch.eye(width), "sum"),
+        "tokens": Stat(torch.tensor(100.0), "sum"),
+    }
     found, _ = feedback(weight, stats, four_bits)
     assert torch.equal(found, nearest(weight))
 
@@ -193,7 +217,9 @@ def test_rows_too_large_for_their_loss_stay_finite_and_leave_others_alone(size: 
 
 @pytest.mark.parametrize("tokens", [1, 5, 63])
 def test_fewer_tokens_than_columns_still_give_numbers(tokens: int) -> None:
-    found, _ = feedback(weights(20, 64, 4), numerics.moments(activations(tokens, 64, 4), torch.empty(0)), four_bits)
+    found, _ = feedback(
+        weights(20, 64, 4), numerics.moments(activations(tokens, 64, 4), torch.empty(0)), four_bits
+    )
     assert found.isfinite().all()
     assert found.any()
 
@@ -226,25 +252,37 @@ def test_without_statistics_the_layer_is_rounded_and_nothing_is_said() -> None:
 
 
 def stacked_and_alone(heights: tuple[int, ...], moved: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows rounded as one weight, and each part of them by itself, where the source's inputs are so much larger."""
+    """Rows rounded as one weight, and each part of them by itself, where the source's inputs are so
+    much larger.
+    """
     x, weight = activations(500, 96, 8), weights(96, 96, 8)
     stats = numerics.moments(x, weight, x * moved if moved != 1 else None)
     whole, _ = feedback(weight, stats, four_bits)
     tiles = [slice(sum(heights[:i]), sum(heights[: i + 1])) for i in range(len(heights))]
     own = [{name: stat.of(tile) for name, stat in stats.items()} for tile in tiles]
-    alone = [feedback(weight[tile], of_tile, four_bits)[0] for tile, of_tile in zip(tiles, own, strict=True)]
+    alone = [
+        feedback(weight[tile], of_tile, four_bits)[0]
+        for tile, of_tile in zip(tiles, own, strict=True)
+    ]
     return whole, torch.cat(alone)
 
 
-@pytest.mark.parametrize(("heights", "moved"), [((40, 8, 48), 1), ((1, 5, 90), 1), ((64, 32), 1), ((64, 32), 1.01)])
-def test_stacked_rows_are_those_rows_alone_to_the_bit(heights: tuple[int, ...], moved: float) -> None:
+@pytest.mark.parametrize(
+    ("heights", "moved"), [((40, 8, 48), 1), ((1, 5, 90), 1), ((64, 32), 1), ((64, 32), 1.01)]
+)
+def test_stacked_rows_are_those_rows_alone_to_the_bit(
+    heights: tuple[int, ...], moved: float
+) -> None:
     whole, alone = stacked_and_alone(heights, moved)
     assert torch.equal(alone, whole)
 
 
-# a product with a few rows may be summed in another order than one with many, which depends on the CPU
+# a product with a few rows may be summed in another order than one with many, which depends on the
+# CPU
 @pytest.mark.parametrize("heights", [(40, 8, 48), (1, 5, 90)])
-def test_stacked_rows_make_up_for_drift_as_those_rows_alone_but_for_rounding(heights: tuple[int, ...]) -> None:
+def test_stacked_rows_make_up_for_drift_as_those_rows_alone_but_for_rounding(
+    heights: tuple[int, ...],
+) -> None:
     whole, alone = stacked_and_alone(heights, 1.01)
     assert not torch.equal(whole, stacked_and_alone(heights, 1)[0])
     torch.testing.assert_close(alone, whole, rtol=1e-5, atol=0)
@@ -254,7 +292,9 @@ def test_zeros_and_masked_positions_stay_zero_and_the_others_make_up_for_it() ->
     weight, x = weights(24, 64, 9), activations(400, 64, 9)
     keep = torch.rand(24, 64, generator=torch.Generator().manual_seed(9)) < 0.5
     for masked in ((weight * keep, None), (weight * keep, keep)):
-        found, grid = feedback(masked[0], numerics.moments(x, masked[0], x * 1.02), four_bits, masked[1])
+        found, grid = feedback(
+            masked[0], numerics.moments(x, masked[0], x * 1.02), four_bits, masked[1]
+        )
         assert not found[~keep].any()
         factor = factored(x)
         plain = grid.rounded(weight * keep)

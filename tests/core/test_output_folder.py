@@ -13,7 +13,9 @@ import pytest
 from support import command, files_of, refusal, write_model
 
 
-def test_an_output_folder_with_something_else_in_it_is_left_as_it_was(tmp_path: Path, toy: Path) -> None:
+def test_an_output_folder_with_something_else_in_it_is_left_as_it_was(
+    tmp_path: Path, toy: Path
+) -> None:
     model, out = write_model(tmp_path / "model"), tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
@@ -21,7 +23,9 @@ def test_an_output_folder_with_something_else_in_it_is_left_as_it_was(tmp_path: 
     assert files_of(out) == {"thesis.txt": b"mine"}
 
 
-def test_a_finished_output_a_file_and_the_source_itself_are_not_written_over(tmp_path: Path, toy: Path) -> None:
+def test_a_finished_output_a_file_and_the_source_itself_are_not_written_over(
+    tmp_path: Path, toy: Path
+) -> None:
     model, out = write_model(tmp_path / "model"), tmp_path / "out"
     before = files_of(model)
     assert command("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
@@ -40,15 +44,20 @@ def test_a_finished_output_a_file_and_the_source_itself_are_not_written_over(tmp
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="making a small disk needs root")
-def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path: Path, toy: Path) -> None:
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path, toy: Path
+) -> None:
     model, disk = write_model(tmp_path / "model", shards=3), tmp_path / "disk"
     out = disk / "out"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"no small disk can be made here: {mounted.stderr.decode().strip()}")
     try:
-        # room for one of three shards; the check of the space is passed, as where another program fills the disk meanwhile
+        # room for one of three shards; the check of the space is passed, as where another program
+        # fills the disk meanwhile
         (disk / "hog").write_bytes(b"x" * 1_800_000)
         assert "disk has" in refusal("compress", model, out, "--scheme", "toy", path=toy)
         with patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=10**9)):

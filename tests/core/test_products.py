@@ -12,7 +12,10 @@ from bitpress.numerics.products import TOKENS, cross, gram, stripes
 def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
     """(tokens, in) float32, channels of unlike size."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, width, generator=generator) * (torch.randn(width, generator=generator) * 3).exp()
+    return (
+        torch.randn(tokens, width, generator=generator)
+        * (torch.randn(width, generator=generator) * 3).exp()
+    )
 
 
 def off_by(found: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -28,8 +31,12 @@ def by_codes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return bool(request.param)
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (7, 300), (100, 700), (TOKENS + 33, 40), (300, 2100)])
-def test_a_gram_matrix_is_the_whole_product_and_symmetric(by_codes: bool, tokens: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "width"), [(1, 1), (7, 300), (100, 700), (TOKENS + 33, 40), (300, 2100)]
+)
+def test_a_gram_matrix_is_the_whole_product_and_symmetric(
+    by_codes: bool, tokens: int, width: int
+) -> None:
     x = inputs(tokens, width)
     found = gram(x)
     assert torch.equal(found, found.T)
@@ -38,8 +45,12 @@ def test_a_gram_matrix_is_the_whole_product_and_symmetric(by_codes: bool, tokens
         assert off_by(found, x, x).max() < 1e-3
 
 
-@pytest.mark.parametrize(("tokens", "left", "right"), [(1, 3, 2), (300, 5, 70), (TOKENS + 1, 33, 8)])
-def test_a_cross_product_is_that_of_two_kinds_of_channels(by_codes: bool, tokens: int, left: int, right: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "left", "right"), [(1, 3, 2), (300, 5, 70), (TOKENS + 1, 33, 8)]
+)
+def test_a_cross_product_is_that_of_two_kinds_of_channels(
+    by_codes: bool, tokens: int, left: int, right: int
+) -> None:
     a, b = inputs(tokens, left), inputs(tokens, right, 1)
     assert off_by(cross(a, b), a, b).max() < (1.5e-2 if by_codes else 1e-5)
 
@@ -47,13 +58,16 @@ def test_a_cross_product_is_that_of_two_kinds_of_channels(by_codes: bool, tokens
 def test_codes_are_multiplied_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_by_codes", lambda x: True)
     x = torch.randint(-127, 128, (500, 64), generator=torch.Generator().manual_seed(0)).float()
-    x[0] = 127  # so that a code means itself
+    # so that a code means itself
+    x[0] = 127
     assert torch.equal(gram(x).double(), x.double().T @ x.double())
     y = x[:, :7].clone()
     assert torch.equal(cross(x, y).double(), x.double().T @ y.double())
 
 
-def test_one_token_that_holds_all_of_a_channel_adds_no_more_than_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_token_that_holds_all_of_a_channel_adds_no_more_than_is_promised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(products, "_by_codes", lambda x: True)
     x = inputs(TOKENS, 8)
     x[5] = 1e4 * x.abs().amax()

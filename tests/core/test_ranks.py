@@ -1,4 +1,6 @@
-"""One run in several processes that torchrun has started: the bytes of one process, whoever dies on the way."""
+"""One run in several processes that torchrun has started: the bytes of one process, whoever dies on
+the way.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from calibrated import CONFIG, install_learner, runnable_model
-from support import command, files_of, install_deadly, llama_tensors, plugins, tensors_of, torchrun, write_model
+from support import (
+    command,
+    files_of,
+    install_deadly,
+    llama_tensors,
+    plugins,
+    tensors_of,
+    torchrun,
+    write_model,
+)
 
 import bitpress
 from bitpress import DataError
@@ -55,13 +66,17 @@ def cause(found: subprocess.CompletedProcess[str]) -> tuple[int, int]:
     return int(rank[1]), int(code[1])
 
 
-# --- how work is dealt ----------------------------------------------------------------------------------------------------------
+# --- how work is dealt
+# ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_every_item_falls_to_one_rank_and_none_has_much_more_than_another(count: int) -> None:
     sizes = [5, 9, 1, 1, 30, 2, 8, 8, 8, 3, 0]
-    shares = [Ranks(rank, count).deal(list(enumerate(sizes)), lambda item: item[1]) for rank in range(count)]
+    shares = [
+        Ranks(rank, count).deal(list(enumerate(sizes)), lambda item: item[1])
+        for rank in range(count)
+    ]
     assert sorted(item for share in shares for item in share) == list(enumerate(sizes))
     assert all(share == sorted(share) for share in shares)
     loads = [sum(size for _, size in share) for share in shares]
@@ -75,17 +90,21 @@ def test_neighbours_stay_together_and_parts_are_as_even_as_can_be(count: int) ->
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-# --- without data ---------------------------------------------------------------------------------------------------------------
+# --- without data
+# ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_several_processes_write_the_bytes_of_one_and_one_of_them_speaks(
     tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes], count: int
 ) -> None:
-    found = torchrun(count, "compress", model, tmp_path / "out", "--scheme", "toy", "--json", path=deadly)
+    found = torchrun(
+        count, "compress", model, tmp_path / "out", "--scheme", "toy", "--json", path=deadly
+    )
     assert found.returncode == 0, found.stderr
     assert files_of(tmp_path / "out") == expected
-    assert json.loads(found.stdout)["verified"] is True  # one document
+    # one document
+    assert json.loads(found.stdout)["verified"] is True
 
 
 def test_a_rank_that_is_killed_ends_the_run_which_goes_on_with_another_number_of_ranks(
@@ -111,7 +130,9 @@ def test_a_rank_that_is_killed_ends_the_run_which_goes_on_with_another_number_of
 
 
 @pytest.mark.parametrize("fault", ["seen by all ranks, in the headers", "seen by one, in a number"])
-def test_bad_input_is_told_once_in_one_line_and_ends_all_ranks(tmp_path: Path, deadly: Path, fault: str) -> None:
+def test_bad_input_is_told_once_in_one_line_and_ends_all_ranks(
+    tmp_path: Path, deadly: Path, fault: str
+) -> None:
     tensors = llama_tensors()
     words = "model.layers.1.mlp.down_proj"
     if "headers" in fault:
@@ -126,13 +147,16 @@ def test_bad_input_is_told_once_in_one_line_and_ends_all_ranks(tmp_path: Path, d
     assert len(told(found)) == 1, found.stderr
     assert words in told(found)[0]
     assert cause(found)[1] == 2
-    assert found.stderr.count("Traceback") == 1, found.stderr  # torchrun's own
+    # torchrun's own
+    assert found.stderr.count("Traceback") == 1, found.stderr
     assert not (tmp_path / "out/config.json").exists()
 
 
-# --- with data ------------------------------------------------------------------------------------------------------------------
+# --- with data
+# ----------------------------------------------------------------------
 
-# Every rank merges what it has seen; the owner's result is held against that of one process which has seen everything.
+# Every rank merges what it has seen; the owner's result is held against that of one process which
+# has seen everything.
 ADDING = """
 import torch, torch.distributed as dist
 from bitpress import chain
@@ -149,7 +173,8 @@ def seen(i):
     generator = torch.Generator().manual_seed(i)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     total = torch.tensor(float(i + 1))
-    found = {"tokens": Stat(total, "sum"), "again": Stat(total, "sum"), "gram": Stat(draw(3, 4).T, "sum", rows=True),
+    found = {"tokens": Stat(total, "sum"), "again": Stat(total, "sum"),
+             "gram": Stat(draw(3, 4).T, "sum", rows=True),
              "most": Stat(draw(5) - 9, "max")}
     return found | ({"reference": Stat(draw(2, 2), "sum")} if i == 1 else {})
 
@@ -182,18 +207,29 @@ dist.destroy_process_group()
 
 def test_statistics_of_all_ranks_add_up_to_those_of_one_process(tmp_path: Path) -> None:
     (tmp_path / "adding.py").write_text(ADDING)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(tmp_path / "adding.py")]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "3",
+        str(tmp_path / "adding.py"),
+    ]
     found = subprocess.run(words, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
 
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, its text, and runs: by one process, by two ranks, and by two of which one died in block 1."""
+    """A folder with a model, its text, and runs: by one process, by two ranks, and by two of which
+    one died in block 1.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     learner = install_learner(folder / "plugins")
     runnable_model(folder / "model", config=CONFIG | {"num_hidden_layers": 2})
-    deadly = folder / "kill.6"  # the sixth stack is the second of block 1, and the second rank's
+    # the sixth stack is the second of block 1, and the second rank's
+    deadly = folder / "kill.6"
     deadly.write_text("x" * 100)
     assert command(*words(folder, "alone"), path=learner).returncode == 0
     found = torchrun(2, *words(folder, "two"), path=learner)
@@ -208,48 +244,79 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(folder: Path, out: str) -> list[object]:
     return [
-        "compress", folder / "model", folder / out, "--scheme", "learner", "--set", f"deadly={folder / 'kill.6'}",
-        "--set", "bits=4", "--calibration", folder / "text.txt", "--samples", "100", "--sequence-length", "48", "--threads", "1",
-    ]  # fmt: skip
+        "compress",
+        folder / "model",
+        folder / out,
+        "--scheme",
+        "learner",
+        "--set",
+        f"deadly={folder / 'kill.6'}",
+        "--set",
+        "bits=4",
+        "--calibration",
+        folder / "text.txt",
+        "--samples",
+        "100",
+        "--sequence-length",
+        "48",
+        "--threads",
+        "1",
+    ]
 
 
 def test_ranks_see_together_what_one_process_sees(calibrated: Path) -> None:
     alone, two = (tensors_of(calibrated / name) for name in ("alone", "two"))
     assert alone.keys() == two.keys()
-    for site in ("q_proj", "k_proj", "v_proj"):  # what comes later depends on roundings, which sums in another order may turn
+    # what comes later depends on roundings, which sums in another order may turn
+    for site in ("q_proj", "k_proj", "v_proj"):
         layer = f"model.layers.0.self_attn.{site}"
         assert torch.equal(alone[f"{layer}.weight"], two[f"{layer}.weight"])
-    for name in ("seen", "weight_scale"):  # and the means of the source's inputs beside them, of every eighth batch
+    # and the means of the source's inputs beside them, of every eighth batch
+    for name in ("seen", "weight_scale"):
         layer = f"model.layers.0.self_attn.o_proj.{name}"
         torch.testing.assert_close(alone[layer], two[layer], rtol=1e-3, atol=1e-2)
     assert alone["model.layers.0.self_attn.o_proj.seen"][1].norm() > 0.1
 
 
 def test_the_quality_is_that_of_one_process(calibrated: Path) -> None:
-    alone, two = (json.loads((calibrated / name / "bitpress.json").read_text()) for name in ("alone", "two"))
+    alone, two = (
+        json.loads((calibrated / name / "bitpress.json").read_text()) for name in ("alone", "two")
+    )
     assert list(two["blocks"].values()) == pytest.approx(list(alone["blocks"].values()), rel=0.05)
     for name, layer in two["layers"].items():
-        assert layer["output_error"] == pytest.approx(alone["layers"][name]["output_error"], rel=0.1)
+        assert layer["output_error"] == pytest.approx(
+            alone["layers"][name]["output_error"], rel=0.1
+        )
         assert layer["error"] == pytest.approx(alone["layers"][name]["error"], rel=0.05)
     with plugins(calibrated / "plugins"):
         text, model = calibrated / "text.txt", calibrated / "model"
-        kl = [bitpress.eval(calibrated / name, text, model, max_tokens=4096).kl for name in ("alone", "two")]
+        kl = [
+            bitpress.eval(calibrated / name, text, model, max_tokens=4096).kl
+            for name in ("alone", "two")
+        ]
     assert kl[1] == pytest.approx(kl[0], rel=0.05)
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_calibrated_run_goes_on_from_the_last_finished_block_with_any_number_of_ranks(calibrated: Path, count: int) -> None:
+def test_a_calibrated_run_goes_on_from_the_last_finished_block_with_any_number_of_ranks(
+    calibrated: Path, count: int
+) -> None:
     shutil.copytree(calibrated / "killed", out := calibrated / f"on-{count}")
     blocks = {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
-    assert len(blocks) == 2  # what is in no block, and block 0
+    # what is in no block, and block 0
+    assert len(blocks) == 2
     assert not (out / "config.json").exists()
     found = torchrun(count, *words(calibrated, out.name), path=calibrated / "plugins")
     assert found.returncode == 0, found.stderr
     for name, data in blocks.items():
         assert (out / name).read_bytes() == data
-    if count == 2:  # as if nothing had happened, and as in another run of as many ranks
+    # as if nothing had happened, and as in another run of as many ranks
+    if count == 2:
         assert files_of(out) == files_of(calibrated / "two")
-    drift = [list(json.loads((f / "bitpress.json").read_text())["blocks"].values()) for f in (out, calibrated / "two")]
+    drift = [
+        list(json.loads((f / "bitpress.json").read_text())["blocks"].values())
+        for f in (out, calibrated / "two")
+    ]
     assert drift[0] == pytest.approx(drift[1], rel=0.05)
 
 

@@ -1,4 +1,6 @@
-"""A report is one page that needs nothing else, says what the manifest says, and is drawn for light and dark."""
+"""A report is one page that needs nothing else, says what the manifest says, and is drawn for light
+and dark.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def page(made: Path, tmp_path: Path) -> str:
     done = command("report", made / "out", "--html", tmp_path / "page.html", path=made / "plugins")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'page.html'}: written\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"{tmp_path / 'page.html'}: written\n",
+        "",
+    )
     return (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
@@ -45,7 +51,9 @@ def test_the_page_holds_every_figure_of_the_manifest(made: Path, page: str) -> N
         "runs anywhere",
     ):
         assert words in page
-    assert all(file["sha256"] in page for file in (*note["inputs"].values(), *note["files"].values()))
+    assert all(
+        file["sha256"] in page for file in (*note["inputs"].values(), *note["files"].values())
+    )
 
 
 def test_the_page_needs_nothing_but_itself(page: str) -> None:
@@ -56,11 +64,17 @@ def test_the_page_needs_nothing_but_itself(page: str) -> None:
 
 def test_charts_are_drawings_in_colours_that_both_light_and_dark_define(page: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(drawings) == 3  # sizes, errors, and how far hidden states drift
+    # sizes, errors, and how far hidden states drift
+    assert len(drawings) == 3
     for drawing in drawings:
         ElementTree.fromstring(drawing)
-        assert not re.search(r"#(?:[0-9a-f]{6})\b", re.sub(r'(?:id|href)="[^"]*"|url\([^)]*\)', "", drawing))
-    light, dark = (set(re.findall(r"(--[\w-]+):", root)) for root in re.findall(r":root \{(.*?)\}", page, re.DOTALL))
+        assert not re.search(
+            r"#(?:[0-9a-f]{6})\b", re.sub(r'(?:id|href)="[^"]*"|url\([^)]*\)', "", drawing)
+        )
+    light, dark = (
+        set(re.findall(r"(--[\w-]+):", root))
+        for root in re.findall(r":root \{(.*?)\}", page, re.DOTALL)
+    )
     assert set(re.findall(r"var\((--[\w-]+)\)", page)) <= light
     assert light == dark
     assert "prefers-color-scheme: dark" in page
@@ -68,7 +82,9 @@ def test_charts_are_drawings_in_colours_that_both_light_and_dark_define(page: st
 
 def test_words_are_text_that_can_be_searched(page: str) -> None:
     words = set(re.findall(r"<text[^>]*>([^<]*)</text>", page))
-    assert {"down_proj", "q_proj", "decoder block", "source", "result"} <= {word.strip() for word in words}
+    assert {"down_proj", "q_proj", "decoder block", "source", "result"} <= {
+        word.strip() for word in words
+    }
 
 
 def test_the_same_output_gives_the_same_page(made: Path, page: str, tmp_path: Path) -> None:
@@ -92,12 +108,18 @@ def test_names_are_written_out_and_not_obeyed(made: Path) -> None:
 
 def test_a_scheme_that_is_not_installed_costs_only_its_hardware(made: Path, tmp_path: Path) -> None:
     assert command("report", made / "out", "--html", tmp_path / "page.html").returncode == 0
-    assert "not known here: no scheme &#x27;toy&#x27;" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "not known here: no scheme &#x27;toy&#x27;" in (tmp_path / "page.html").read_text(
+        encoding="utf-8"
+    )
 
 
-def test_without_matplotlib_it_says_what_to_install(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_it_says_what_to_install(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install 'bitpress-core[report]'" in refusal("report", made / "out", "--html", tmp_path / "page.html")
+    assert "pip install 'bitpress-core[report]'" in refusal(
+        "report", made / "out", "--html", tmp_path / "page.html"
+    )
     assert not (tmp_path / "page.html").exists()
 
 

@@ -1,4 +1,6 @@
-"""The same bytes whoever computes them and however often the run is killed; and nothing looks finished before it is."""
+"""The same bytes whoever computes them and however often the run is killed; and nothing looks
+finished before it is.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from support import TOY, command, files_of, install, install_deadly, llama_tensors, plugins, process, refusal, write_model
+from support import (
+    TOY,
+    command,
+    files_of,
+    install,
+    install_deadly,
+    llama_tensors,
+    plugins,
+    process,
+    refusal,
+    write_model,
+)
 
 import bitpress
 from bitpress import VerificationError, chain, stream
@@ -66,11 +79,21 @@ def test_the_files_do_not_depend_on_the_order_of_shards(
     with plugins(deadly), Reader() as reader:
         work = bitpress.plan(model, scheme="toy")
         for shard in reversed(work.shards):
-            stream.write_shard(shard, OutputFolder(tmp_path), reader, 2, (torch.device("cpu"),), lambda done, what="": None)
-    assert {name: (tmp_path / name).read_bytes() for name in SHARDS} == {name: expected[name] for name in SHARDS}
+            stream.write_shard(
+                shard,
+                OutputFolder(tmp_path),
+                reader,
+                2,
+                (torch.device("cpu"),),
+                lambda done, what="": None,
+            )
+    assert {name: (tmp_path / name).read_bytes() for name in SHARDS} == {
+        name: expected[name] for name in SHARDS
+    }
 
 
-PLACES = {  # where a run dies: (stack, finished shards)
+# where a run dies: (stack, finished shards)
+PLACES = {
     "in the first shard": ("model.layers.1.mlp.[gate_proj, up_proj]", 0),
     "in the second shard": ("model.layers.0.mlp.down_proj", 1),
     "in the last shard": ("model.layers.1.self_attn.o_proj", 3),
@@ -87,9 +110,17 @@ DEATHS = [
 ]
 
 
-@pytest.mark.parametrize(("place", "kind", "threads"), DEATHS, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(
+    ("place", "kind", "threads"), DEATHS, ids=lambda value: getattr(value, "name", str(value))
+)
 def test_a_run_that_was_killed_goes_on_from_the_finished_shards_to_the_same_bytes(
-    tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes], place: str, kind: signal.Signals, threads: int
+    tmp_path: Path,
+    model: Path,
+    deadly: Path,
+    expected: dict[str, bytes],
+    place: str,
+    kind: signal.Signals,
+    threads: int,
 ) -> None:
     out, (where, finished) = tmp_path / "out", PLACES[place]
     (deadly / "die").write_text(f"{where}|{int(kind)}")
@@ -110,7 +141,9 @@ def test_a_run_that_was_killed_goes_on_from_the_finished_shards_to_the_same_byte
     assert files_of(out) == expected
     for name, before in shards.items():
         after = (out / name).stat()
-        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "a finished shard was written again"
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), (
+            "a finished shard was written again"
+        )
 
 
 RENAME_KILLS = """
@@ -133,7 +166,10 @@ def test_until_every_other_file_has_its_name_the_folder_is_no_model(
     out = tmp_path / "out"
     words = [sys.executable, "-c", RENAME_KILLS, renames, "compress", model, out, "--scheme", "toy"]
     with patch.dict("os.environ", {"PYTHONPATH": ":".join([str(deadly), *sys.path])}):
-        assert subprocess.run(list(map(str, words)), capture_output=True, check=False).returncode == -signal.SIGKILL
+        assert (
+            subprocess.run(list(map(str, words)), capture_output=True, check=False).returncode
+            == -signal.SIGKILL
+        )
     left = [name for name in files_of(out) if not name.endswith((".part", lock.NAME))]
     assert len(left) == renames
     assert "config.json" not in left
@@ -145,7 +181,12 @@ def test_until_every_other_file_has_its_name_the_folder_is_no_model(
 
 def test_a_result_that_fails_its_proof_gets_no_config(tmp_path: Path, model: Path) -> None:
     liar = TOY.replace('tensors["weight"].float()', 'tensors["weight"].float() * 2')
-    install(tmp_path / "liar", "bitpress-scheme-toy", liar, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n")
+    install(
+        tmp_path / "liar",
+        "bitpress-scheme-toy",
+        liar,
+        "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
+    )
     with plugins(tmp_path / "liar"), pytest.raises(VerificationError) as refusal:
         bitpress.compress(model, tmp_path / "out", scheme="toy")
     assert len(refusal.value.faults) == 14
@@ -153,7 +194,9 @@ def test_a_result_that_fails_its_proof_gets_no_config(tmp_path: Path, model: Pat
     assert not (tmp_path / "out/config.json").exists()
 
 
-def test_a_shard_of_another_run_is_not_taken_for_one_s_own(tmp_path: Path, model: Path, deadly: Path) -> None:
+def test_a_shard_of_another_run_is_not_taken_for_one_s_own(
+    tmp_path: Path, model: Path, deadly: Path
+) -> None:
     out = tmp_path / "out"
     with plugins(deadly):
         bitpress.compress(model, out, scheme="toy")
@@ -162,12 +205,20 @@ def test_a_shard_of_another_run_is_not_taken_for_one_s_own(tmp_path: Path, model
             file.unlink()
     line = refusal("compress", model, out, "--scheme", "toy", "--set", "levels=7", path=deadly)
     assert SHARDS[0] in line
-    assert "left by another run (recipe, versions or source differ); delete the folder first" in line
+    assert (
+        "left by another run (recipe, versions or source differ); delete the folder first" in line
+    )
 
 
 def test_the_digest_of_a_plan_tells_apart_what_would_be_written_otherwise(tmp_path: Path) -> None:
     def digest(folder: str, version: str = "1.0", seed: int = 0, **arguments: object) -> str:
-        install(tmp_path / f"p{version}", "bitpress-scheme-toy", TOY, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n", version)
+        install(
+            tmp_path / f"p{version}",
+            "bitpress-scheme-toy",
+            TOY,
+            "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
+            version,
+        )
         tensors = llama_tensors(seed) if seed < 2 else llama_tensors() | {"more": torch.zeros(2)}
         if not (tmp_path / folder).exists():
             write_model(tmp_path / folder, tensors)

@@ -1,4 +1,6 @@
-"""`search` writes the recipe that costs least in a budget, by what each choice alone does to the model's predictions."""
+"""`search` writes the recipe that costs least in a budget, by what each choice alone does to the
+model's predictions.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ import pytest
 import torch
 from architectures import build
 from calibrated import CONFIG, install_learner, runnable_model
-from support import TOY, bitpress as process, command, install, install_toy, plugins, refusal, write_model
+from support import (
+    TOY,
+    bitpress as process,
+    command,
+    install,
+    install_toy,
+    plugins,
+    refusal,
+    write_model,
+)
 
 import bitpress
 from bitpress.budget.damage import parts
@@ -25,9 +36,15 @@ from bitpress.errors import RecipeError
 SHORT = (
     TOY.replace("import bitpress\n", "import bitpress\nfrom bitpress import numerics\n")
     .replace("option(127,", "option(7,")
-    .replace('"weight": layer.codes,', '"weight_packed": numerics.pack_bytes((layer.codes + 8).byte(), 4),')
+    .replace(
+        '"weight": layer.codes,',
+        '"weight_packed": numerics.pack_bytes((layer.codes + 8).byte(), 4),',
+    )
     .replace('"num_bits": 8', '"num_bits": 4')
-    .replace('tensors["weight"].float()', '(numerics.unpack_bytes(tensors["weight_packed"], 4).float() - 8)')
+    .replace(
+        'tensors["weight"].float()',
+        '(numerics.unpack_bytes(tensors["weight_packed"], 4).float() - 8)',
+    )
 )
 TEXT = ("--samples", "16", "--sequence-length", "64", "--threads", "1")
 CHEAP = {"samples": 16, "sequence_length": 64, "threads": 1}
@@ -36,7 +53,12 @@ CHEAP = {"samples": 16, "sequence_length": 64, "threads": 1}
 @pytest.fixture
 def installed(tmp_path: Path) -> Iterator[Path]:
     folder = install_learner(install_toy(tmp_path / "plugins"))
-    install(folder, "bitpress-scheme-short", SHORT, "[bitpress.schemes]\nshort = bitpress_scheme_short\n")
+    install(
+        folder,
+        "bitpress-scheme-short",
+        SHORT,
+        "[bitpress.schemes]\nshort = bitpress_scheme_short\n",
+    )
     with plugins(folder):
         yield folder
 
@@ -52,7 +74,11 @@ def words(sequences: torch.Tensor) -> str:
 
 @pytest.mark.parametrize(
     ("scheme", "settings"),
-    [("short", []), ("learner", ["bits=3", "coarse=0.5"]), ("learner", ["bits=3", "factors=4 0.5"])],
+    [
+        ("short", []),
+        ("learner", ["bits=3", "coarse=0.5"]),
+        ("learner", ["bits=3", "factors=4 0.5"]),
+    ],
     ids=["without data", "calibrated, inputs rounded", "rescaled"],
 )
 @pytest.mark.parametrize("layer", ["self_attn.o_proj", "mlp.down_proj"])
@@ -62,23 +88,35 @@ def test_a_damage_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
     text = model.parent / "text.txt"
     asked = {"schemes": [scheme, "none"], "budget": 200, "settings": settings, "calibration": text}
     found = search(model, tmp_path / "r.toml", **asked, **CHEAP)
-    fitted, judged = parts(torch.tensor([int(word[1:]) for word in text.read_text().split()[: 16 * 64]]).view(16, 64))
+    fitted, judged = parts(
+        torch.tensor([int(word[1:]) for word in text.read_text().split()[: 16 * 64]]).view(16, 64)
+    )
     (tmp_path / "fitted.txt").write_text(words(fitted))
     (tmp_path / "judged.txt").write_text(words(judged) + " w0")
     name = f"model.layers.0.{layer}"
     (tmp_path / "one.toml").write_text(f'[[layers]]\nmatch = "{name}"\nsteps = ["{scheme}"]\n')
     bitpress.compress(
-        model, tmp_path / "out", recipe_file=tmp_path / "one.toml", settings=settings, calibration=tmp_path / "fitted.txt",
-        samples=len(fitted), sequence_length=64, threads=1,
-    )  # fmt: skip
-    wanted = bitpress.eval(tmp_path / "out", tmp_path / "judged.txt", model, sequence_length=64, threads=1).kl
+        model,
+        tmp_path / "out",
+        recipe_file=tmp_path / "one.toml",
+        settings=settings,
+        calibration=tmp_path / "fitted.txt",
+        samples=len(fitted),
+        sequence_length=64,
+        threads=1,
+    )
+    wanted = bitpress.eval(
+        tmp_path / "out", tmp_path / "judged.txt", model, sequence_length=64, threads=1
+    ).kl
     assert wanted is not None
     assert wanted > 1e-6
     assert found.damages[name, scheme] == pytest.approx(wanted, rel=1e-3)
     assert found.damages[name, "none"] == 0
 
 
-@pytest.mark.parametrize(("count", "length"), [(1, 64), (2, 64), (5, 512), (64, 512), (1000, 512), (3, 8192)])
+@pytest.mark.parametrize(
+    ("count", "length"), [(1, 64), (2, 64), (5, 512), (64, 512), (1000, 512), (3, 8192)]
+)
 def test_no_sequence_that_candidates_are_fitted_to_judges_them(count: int, length: int) -> None:
     ids = torch.arange(count)[:, None].expand(count, length)
     fitted, judged = (set(part[:, 0].tolist()) for part in parts(ids))
@@ -88,29 +126,66 @@ def test_no_sequence_that_candidates_are_fitted_to_judges_them(count: int, lengt
     assert count < 3 or max(judged) - min(judged) >= min(len(judged), count) - 1
 
 
-def test_the_recipe_keeps_to_the_budget_and_is_carried_out_as_it_stands(installed: Path, model: Path, tmp_path: Path) -> None:
+def test_the_recipe_keeps_to_the_budget_and_is_carried_out_as_it_stands(
+    installed: Path, model: Path, tmp_path: Path
+) -> None:
     recipe, text = tmp_path / "found.toml", model.parent / "text.txt"
-    words = ("--budget", "6", "--schemes", "short, toy", "--out", recipe, "--calibration", text, *TEXT)
+    words = (
+        "--budget",
+        "6",
+        "--schemes",
+        "short, toy",
+        "--out",
+        recipe,
+        "--calibration",
+        text,
+        *TEXT,
+    )
     done = process("search", model, *words, "--json", path=installed)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert {layer["chosen"] for layer in said["layers"]} == {"short", "toy"}
     plan = bitpress.plan(model, recipe_file=recipe)
     got = {module: stack.steps[0].scheme.name for stack in plan.stacks for module in stack.members}
-    assert got == {module: layer["chosen"] for layer in said["layers"] for module in layer["modules"]}
+    assert got == {
+        module: layer["chosen"] for layer in said["layers"] for module in layer["modules"]
+    }
     stored = sum(layer["candidates"][layer["chosen"]]["bytes"] for layer in said["layers"])
-    assert 8 * stored == sum(stack.bits(m) * e.numel for stack in plan.stacks for m, e in stack.members.items())
-    assert said["bits"] == 8 * stored / sum(e.numel for stack in plan.stacks for e in stack.members.values()) <= 6.005
+    assert 8 * stored == sum(
+        stack.bits(m) * e.numel for stack in plan.stacks for m, e in stack.members.items()
+    )
+    assert (
+        said["bits"]
+        == 8 * stored / sum(e.numel for stack in plan.stacks for e in stack.members.values())
+        <= 6.005
+    )
     note = bitpress.compress(model, tmp_path / "out", recipe_file=recipe, threads=1)
     assert round(note.bits, 6) == round(said["bits"], 6)
-    assert said["kl"] == pytest.approx(sum(layer["candidates"][layer["chosen"]]["kl"] for layer in said["layers"]))
+    assert said["kl"] == pytest.approx(
+        sum(layer["candidates"][layer["chosen"]]["kl"] for layer in said["layers"])
+    )
     assert said["everywhere"]["toy"]["kl"] < said["kl"] < said["everywhere"]["short"]["kl"]
 
 
-def test_people_get_a_table_and_a_file_they_can_read(installed: Path, model: Path, tmp_path: Path) -> None:
+def test_people_get_a_table_and_a_file_they_can_read(
+    installed: Path, model: Path, tmp_path: Path
+) -> None:
     recipe = tmp_path / "found.toml"
-    words = ("--budget", "6", "--schemes", "short,toy,none", "--set", "short.levels=5", "--ignore", "*.1.mlp.*", "--out", recipe)
-    done = command("search", model, *words, "--calibration", model.parent / "text.txt", *TEXT, path=installed)
+    words = (
+        "--budget",
+        "6",
+        "--schemes",
+        "short,toy,none",
+        "--set",
+        "short.levels=5",
+        "--ignore",
+        "*.1.mlp.*",
+        "--out",
+        recipe,
+    )
+    done = command(
+        "search", model, *words, "--calibration", model.parent / "text.txt", *TEXT, path=installed
+    )
     assert done.returncode == 0, done.stderr
     for part in (
         "model.layers.0.self_attn.[q_proj, k_proj, v_proj]",
@@ -129,20 +204,43 @@ def test_people_get_a_table_and_a_file_they_can_read(installed: Path, model: Pat
     assert re.search(r"^# short everywhere: 4\.2\d bits per weight, 0\.\d{6}$", text, re.MULTILINE)
 
 
-def test_one_scheme_with_several_settings_is_several_choices(installed: Path, model: Path, tmp_path: Path) -> None:
+def test_one_scheme_with_several_settings_is_several_choices(
+    installed: Path, model: Path, tmp_path: Path
+) -> None:
     recipe = tmp_path / "found.toml"
-    words = ("--budget", "99", "--schemes", "learner:bits=3,learner:bits=7:factors=4 0.5", "--out", recipe)
-    done = command("search", model, *words, "--calibration", model.parent / "text.txt", *TEXT, path=installed)
+    words = (
+        "--budget",
+        "99",
+        "--schemes",
+        "learner:bits=3,learner:bits=7:factors=4 0.5",
+        "--out",
+        recipe,
+    )
+    done = command(
+        "search", model, *words, "--calibration", model.parent / "text.txt", *TEXT, path=installed
+    )
     assert done.returncode == 0, done.stderr
     rules = tomllib.loads(recipe.read_text())["layers"]
-    assert [rule["steps"] for rule in rules] == [[{"use": "learner", "bits": 7, "factors": "4 0.5"}]]
+    assert [rule["steps"] for rule in rules] == [
+        [{"use": "learner", "bits": 7, "factors": "4 0.5"}]
+    ]
 
 
-def test_with_room_for_it_every_layer_gets_what_costs_least(installed: Path, model: Path, tmp_path: Path) -> None:
+def test_with_room_for_it_every_layer_gets_what_costs_least(
+    installed: Path, model: Path, tmp_path: Path
+) -> None:
     found = search(
-        model, tmp_path / "r.toml", schemes=["short", "toy"], budget=99, calibration=model.parent / "text.txt", **CHEAP
+        model,
+        tmp_path / "r.toml",
+        schemes=["short", "toy"],
+        budget=99,
+        calibration=model.parent / "text.txt",
+        **CHEAP,
     )
-    least = {u.name: min(("short", "toy"), key=lambda n: found.damages[u.name, n]) for u in found.search.units}
+    least = {
+        u.name: min(("short", "toy"), key=lambda n: found.damages[u.name, n])
+        for u in found.search.units
+    }
     assert found.chosen == least
 
 
@@ -151,38 +249,73 @@ def test_experts_of_a_block_share_one_scheme(installed: Path, tmp_path: Path, fa
     source = build(family, tmp_path / "m")
     text = source.parent / "text.txt"
     found = search(
-        source, tmp_path / "r.toml", schemes=["short", "toy"], budget=6.5, calibration=text, samples=8, sequence_length=32,
+        source,
+        tmp_path / "r.toml",
+        schemes=["short", "toy"],
+        budget=6.5,
+        calibration=text,
+        samples=8,
+        sequence_length=32,
         threads=1,
-    )  # fmt: skip
-    experts = [unit for unit in found.search.units if len(unit.modules) == 12]  # of 4 experts 3 layers each
+    )
+    # of 4 experts 3 layers each
+    experts = [unit for unit in found.search.units if len(unit.modules) == 12]
     assert [unit.block for unit in experts] == [0, 1]
     assert all(len(unit.patterns) == 1 for unit in experts)
     assert all(found.damages[unit.name, "short"] > 0 for unit in experts)
     plan = bitpress.plan(source, recipe_file=tmp_path / "r.toml")
-    assert {m for stack in plan.stacks for m in stack.members} == {m for unit in found.search.units for m in unit.modules}
+    assert {m for stack in plan.stacks for m in stack.members} == {
+        m for unit in found.search.units for m in unit.modules
+    }
 
 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("--budget", "4", "--schemes", "short,toy"), ["--budget 4", "from 4.22 to 8.22 bits per weight"]),
+        (
+            ("--budget", "4", "--schemes", "short,toy"),
+            ["--budget 4", "from 4.22 to 8.22 bits per weight"],
+        ),
         (("--budget", "nan", "--schemes", "short,toy"), ["--budget nan", "from 4.22 to 8.22"]),
         (("--budget", "6", "--schemes", "short"), ["--schemes short", "two or more"]),
         (("--budget", "6", "--schemes", "none,none"), ["--schemes none", "two or more"]),
         (("--budget", "6", "--schemes", "short,nvfp5"), ["no scheme 'nvfp5'"]),
         (("--budget", "6", "--schemes", "short,"), ["no scheme ''"]),
-        (("--budget", "6", "--schemes", "short,toy:levels"), ["--schemes toy:levels", "NAME:OPTION=VALUE"]),
+        (
+            ("--budget", "6", "--schemes", "short,toy:levels"),
+            ["--schemes toy:levels", "NAME:OPTION=VALUE"],
+        ),
         (("--budget", "6", "--schemes", "short,toy:level=3"), ["'level'", "levels"]),
-        (("--budget", "6", "--schemes", "short,toy", "--set", "levels=3"), ["short and toy both have it"]),
-        (("--budget", "6", "--schemes", "short,toy", "--ignore", "*.up_prog"), ["'*.up_prog' matches none"]),
-        (("--budget", "6", "--schemes", "short,toy", "--out", "missing/r.toml"), ["missing/r.toml", "no such folder"]),
+        (
+            ("--budget", "6", "--schemes", "short,toy", "--set", "levels=3"),
+            ["short and toy both have it"],
+        ),
+        (
+            ("--budget", "6", "--schemes", "short,toy", "--ignore", "*.up_prog"),
+            ["'*.up_prog' matches none"],
+        ),
+        (
+            ("--budget", "6", "--schemes", "short,toy", "--out", "missing/r.toml"),
+            ["missing/r.toml", "no such folder"],
+        ),
         (("--budget", "6", "--schemes", "short,toy", "--out", "."), ["is there already"]),
-        (("--budget", "6", "--schemes", "short,toy", "--max-memory", "1MB"), ["search needs about", "1 MB allowed"]),
-        (("--budget", "6", "--schemes", "short,toy", "--calibration", "missing.txt"), ["missing.txt", "no such file"]),
+        (
+            ("--budget", "6", "--schemes", "short,toy", "--max-memory", "1MB"),
+            ["search needs about", "1 MB allowed"],
+        ),
+        (
+            ("--budget", "6", "--schemes", "short,toy", "--calibration", "missing.txt"),
+            ["missing.txt", "no such file"],
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_one_line(
-    installed: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], parts: list[str]
+    installed: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    parts: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     line = refusal("search", model, *words, path=installed)
@@ -191,15 +324,25 @@ def test_what_cannot_be_searched_is_refused_in_one_line(
 
 
 def test_a_budget_is_refused_from_headers_alone(installed: Path, tmp_path: Path) -> None:
-    write_model(tmp_path / "bare")  # without a tokenizer nothing could be run
-    assert "--budget 4" in refusal("search", tmp_path / "bare", "--budget", "4", "--schemes", "short,toy", path=installed)
+    # without a tokenizer nothing could be run
+    write_model(tmp_path / "bare")
+    assert "--budget 4" in refusal(
+        "search", tmp_path / "bare", "--budget", "4", "--schemes", "short,toy", path=installed
+    )
 
 
 def test_memory_that_is_short_changes_nothing(installed: Path, model: Path, tmp_path: Path) -> None:
-    given = {"schemes": ["learner", "toy"], "budget": 99, "calibration": model.parent / "text.txt", **CHEAP}
+    given = {
+        "schemes": ["learner", "toy"],
+        "budget": 99,
+        "calibration": model.parent / "text.txt",
+        **CHEAP,
+    }
     with pytest.raises(RecipeError, match="the search needs about") as refused:
         search(model, tmp_path / "r.toml", max_memory=1, **given)
-    least = 1_000_000 * (1 + int(re.findall(r"about ([\d,]+) MB", str(refused.value))[0].replace(",", "")))
+    least = 1_000_000 * (
+        1 + int(re.findall(r"about ([\d,]+) MB", str(refused.value))[0].replace(",", ""))
+    )
     with patch.object(tempfile, "TemporaryFile", wraps=tempfile.TemporaryFile) as files:
         held = search(model, tmp_path / "held.toml", **given)
         assert not files.called

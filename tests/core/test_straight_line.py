@@ -10,14 +10,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from support import LLAMA, TOY, command, files_of, install, llama_tensors, plugins, tensors_of, write_model
+from support import (
+    LLAMA,
+    TOY,
+    command,
+    files_of,
+    install,
+    llama_tensors,
+    plugins,
+    tensors_of,
+    write_model,
+)
 
 import bitpress
 from bitpress.checkpoint.header import read_header
 
 TIED = LLAMA | {"tie_word_embeddings": True}
 LAYERS = {n.removesuffix(".weight") for n in llama_tensors() if "_proj" in n}
-UNKNOWN = {  # tensors that the core has no idea of
+# tensors that the core has no idea of
+UNKNOWN = {
     "model.layers.2.eh_proj.weight": torch.randn(16, 32).bfloat16(),
     "model.layers.2.self_attn.q_proj.weight": torch.randn(16, 16).bfloat16(),
     "mtp.layers.0.mlp.up_proj.weight": torch.randn(16, 16),
@@ -38,7 +49,10 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-@pytest.fixture(params=[(1, LLAMA), (3, LLAMA), (1, TIED), (7, TIED)], ids=["one file", "3 shards", "tied", "tied, 7 shards"])
+@pytest.fixture(
+    params=[(1, LLAMA), (3, LLAMA), (1, TIED), (7, TIED)],
+    ids=["one file", "3 shards", "tied", "tied, 7 shards"],
+)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     shards, config = request.param
     folder = write_model(tmp_path / "model", llama_tensors(config=config) | UNKNOWN, config, shards)
@@ -49,11 +63,15 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_tensor_of_the_source_arrives_compressed_or_byte_for_byte(tmp_path: Path, with_toy: Path, model: Path) -> None:
+def test_every_tensor_of_the_source_arrives_compressed_or_byte_for_byte(
+    tmp_path: Path, with_toy: Path, model: Path
+) -> None:
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     before, after = tensors_of(model), tensors_of(tmp_path / "out")
     copied = {name for name in before if name.removesuffix(".weight") not in LAYERS}
-    assert after.keys() == copied | {f"{layer}.{suffix}" for layer in LAYERS for suffix in ("weight", "weight_scale")}
+    assert after.keys() == copied | {
+        f"{layer}.{suffix}" for layer in LAYERS for suffix in ("weight", "weight_scale")
+    }
     assert copied >= UNKNOWN.keys()
     for name in copied:
         assert (after[name].dtype, after[name].shape) == (before[name].dtype, before[name].shape)
@@ -61,22 +79,33 @@ def test_every_tensor_of_the_source_arrives_compressed_or_byte_for_byte(tmp_path
     for layer in LAYERS:
         restored = after[f"{layer}.weight"] * after[f"{layer}.weight_scale"]
         assert after[f"{layer}.weight"].dtype == torch.int8
-        assert (restored - before[f"{layer}.weight"].float()).abs().max() <= after[f"{layer}.weight_scale"].max() * 0.501
+        assert (restored - before[f"{layer}.weight"].float()).abs().max() <= after[
+            f"{layer}.weight_scale"
+        ].max() * 0.501
 
 
-def test_every_other_file_of_the_source_is_carried_over(tmp_path: Path, with_toy: Path, model: Path) -> None:
+def test_every_other_file_of_the_source_is_carried_over(
+    tmp_path: Path, with_toy: Path, model: Path
+) -> None:
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     before, after = files_of(model), files_of(tmp_path / "out")
     for name in ("tokenizer_config.json", "generation_config.json", "assets/voice.txt"):
         assert after[name] == before[name]
     ours = {"config.json", "bitpress.json", "README.md", "model.safetensors.index.json"}
     weights = {name for name in after if name.endswith(".safetensors")}
-    assert set(after) - weights - ours == set(before) - {".gitattributes"} - {n for n in before if "safetensors" in n} - ours
+    assert (
+        set(after) - weights - ours
+        == set(before) - {".gitattributes"} - {n for n in before if "safetensors" in n} - ours
+    )
 
 
-def test_the_config_gains_the_quantisation_and_nothing_else(tmp_path: Path, with_toy: Path, model: Path) -> None:
+def test_the_config_gains_the_quantisation_and_nothing_else(
+    tmp_path: Path, with_toy: Path, model: Path
+) -> None:
     bitpress.compress(model, tmp_path / "out", scheme="toy")
-    before, after = (json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "out"))
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "out")
+    )
     quantised = after.pop("quantization_config")
     assert after == before
     assert quantised["quant_method"] == "compressed-tensors"
@@ -89,10 +118,14 @@ def test_the_config_gains_the_quantisation_and_nothing_else(tmp_path: Path, with
             "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
         }
     ]
-    assert {"lm_head", "visual.blocks.0.attn.qkv", "mtp.layers.0.mlp.up_proj"} <= set(quantised["ignore"])
+    assert {"lm_head", "visual.blocks.0.attn.qkv", "mtp.layers.0.mlp.up_proj"} <= set(
+        quantised["ignore"]
+    )
 
 
-def test_the_index_names_the_file_of_every_tensor(tmp_path: Path, with_toy: Path, model: Path) -> None:
+def test_the_index_names_the_file_of_every_tensor(
+    tmp_path: Path, with_toy: Path, model: Path
+) -> None:
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     held = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
@@ -105,7 +138,9 @@ def test_the_index_names_the_file_of_every_tensor(tmp_path: Path, with_toy: Path
     else:
         table = json.loads(index.read_text())
         assert table["weight_map"] == held
-        assert table["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(tmp_path / "out").values())
+        assert table["metadata"]["total_size"] == sum(
+            t.nbytes for t in tensors_of(tmp_path / "out").values()
+        )
 
 
 def test_the_plan_is_exactly_what_is_written(tmp_path: Path, with_toy: Path, model: Path) -> None:
@@ -113,15 +148,21 @@ def test_the_plan_is_exactly_what_is_written(tmp_path: Path, with_toy: Path, mod
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     written = files_of(tmp_path / "out")
     assert sorted(plan.files) == sorted(written)
-    assert plan.bytes_before == sum(len(data) for name, data in files_of(model).items() if name.endswith(".safetensors"))
-    assert plan.bytes_after == sum(len(data) for name, data in written.items() if name.endswith(".safetensors"))
+    assert plan.bytes_before == sum(
+        len(data) for name, data in files_of(model).items() if name.endswith(".safetensors")
+    )
+    assert plan.bytes_after == sum(
+        len(data) for name, data in written.items() if name.endswith(".safetensors")
+    )
     for shard in plan.shards:
         assert shard.header.nbytes == len(written[shard.name])
         assert read_header(tmp_path / "out" / shard.name).raw == shard.header.raw
     assert json.loads(written["config.json"]) == plan.config
 
 
-def test_the_manifest_holds_sizes_digests_bits_and_errors(tmp_path: Path, with_toy: Path, model: Path) -> None:
+def test_the_manifest_holds_sizes_digests_bits_and_errors(
+    tmp_path: Path, with_toy: Path, model: Path
+) -> None:
     bitpress.compress(model, tmp_path / "out", scheme="toy", settings=["levels=63"])
     note = json.loads((tmp_path / "out/bitpress.json").read_text())
     for key, folder, names in (
@@ -131,7 +172,10 @@ def test_the_manifest_holds_sizes_digests_bits_and_errors(tmp_path: Path, with_t
         assert note[key].keys() == names
         for name in names:
             data = (folder / name).read_bytes()
-            assert note[key][name] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            assert note[key][name] == {
+                "bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
     assert note["schemes"] == {"toy": "bitpress-scheme-toy 1.0"}
     assert note["recipe"]["layers"][0]["steps"] == [{"use": "toy", "levels": 63, "multiple": 1}]
     assert note["source"] == "model"
@@ -141,31 +185,48 @@ def test_the_manifest_holds_sizes_digests_bits_and_errors(tmp_path: Path, with_t
         weight = before[f"{layer}.weight"].float()
         restored = after[f"{layer}.weight"] * after[f"{layer}.weight_scale"]
         assert found["bits"] == 8 + 32 / weight.shape[1]
-        assert found["error"] == pytest.approx(((restored - weight).norm() / weight.norm()).item(), rel=1e-5)
+        assert found["error"] == pytest.approx(
+            ((restored - weight).norm() / weight.norm()).item(), rel=1e-5
+        )
 
 
-def test_without_verification_the_weights_are_the_same_and_no_error_is_claimed(tmp_path: Path, with_toy: Path) -> None:
+def test_without_verification_the_weights_are_the_same_and_no_error_is_claimed(
+    tmp_path: Path, with_toy: Path
+) -> None:
     model = write_model(tmp_path / "model")
     bitpress.compress(model, tmp_path / "proved", scheme="toy")
     note = bitpress.compress(model, tmp_path / "out", scheme="toy", verify=False)
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "proved/model.safetensors").read_bytes()
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (
+        tmp_path / "proved/model.safetensors"
+    ).read_bytes()
     assert {layer.error for layer in note.layers.values()} == {None}
 
 
-def test_decompressing_gives_the_restored_weights_in_the_source_s_dtype(tmp_path: Path, with_toy: Path, model: Path) -> None:
+def test_decompressing_gives_the_restored_weights_in_the_source_s_dtype(
+    tmp_path: Path, with_toy: Path, model: Path
+) -> None:
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     bitpress.decompress(tmp_path / "out", tmp_path / "dense")
-    before, small, dense = (tensors_of(folder) for folder in (model, tmp_path / "out", tmp_path / "dense"))
+    before, small, dense = (
+        tensors_of(folder) for folder in (model, tmp_path / "out", tmp_path / "dense")
+    )
     assert dense.keys() == before.keys()
     for name, tensor in dense.items():
         layer = name.removesuffix(".weight")
         restored = small[name] * small[f"{layer}.weight_scale"] if layer in LAYERS else before[name]
         assert tensor.dtype == before[name].dtype
         assert torch.equal(raw(tensor), raw(restored.to(tensor.dtype))), name
-    others = {name for name in files_of(model) if "safetensors" not in name and name != ".gitattributes"}
-    assert {n: d for n, d in files_of(tmp_path / "dense").items() if "safetensors" not in n}.keys() == others
-    assert json.loads((tmp_path / "dense/config.json").read_text()) == json.loads((model / "config.json").read_text())
-    bitpress.compress(tmp_path / "dense", tmp_path / "again", scheme="toy")  # it is a model folder like any other
+    others = {
+        name for name in files_of(model) if "safetensors" not in name and name != ".gitattributes"
+    }
+    assert {
+        n: d for n, d in files_of(tmp_path / "dense").items() if "safetensors" not in n
+    }.keys() == others
+    assert json.loads((tmp_path / "dense/config.json").read_text()) == json.loads(
+        (model / "config.json").read_text()
+    )
+    # it is a model folder like any other
+    bitpress.compress(tmp_path / "dense", tmp_path / "again", scheme="toy")
 
 
 RECIPE = """
@@ -185,26 +246,40 @@ steps = ["toy"]
     ("ignore", "settings", "expected"),
     [
         ([], [], {"0.self_attn": None, "1.self_attn": 7, "0.mlp": 127, "1.mlp": 127}),
-        (["*.layers.1.mlp.*"], [], {"0.self_attn": None, "1.self_attn": 7, "0.mlp": 127, "1.mlp": None}),
+        (
+            ["*.layers.1.mlp.*"],
+            [],
+            {"0.self_attn": None, "1.self_attn": 7, "0.mlp": 127, "1.mlp": None},
+        ),
         ([], ["levels=31"], {"0.self_attn": None, "1.self_attn": 31, "0.mlp": 31, "1.mlp": 31}),
     ],
     ids=["as it stands", "with --ignore", "with --set"],
 )
 def test_of_a_recipe_the_first_rule_that_matches_counts(
-    tmp_path: Path, with_toy: Path, ignore: list[str], settings: list[str], expected: dict[str, int | None]
+    tmp_path: Path,
+    with_toy: Path,
+    ignore: list[str],
+    settings: list[str],
+    expected: dict[str, int | None],
 ) -> None:
     model, out = write_model(tmp_path / "model"), tmp_path / "out"
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    bitpress.compress(model, out, recipe_file=tmp_path / "recipe.toml", ignore=ignore, settings=settings)
+    bitpress.compress(
+        model, out, recipe_file=tmp_path / "recipe.toml", ignore=ignore, settings=settings
+    )
     before, after = tensors_of(model), tensors_of(out)
     for layer in LAYERS:
         levels = expected[".".join(layer.split(".")[2:4])]
         found = after[f"{layer}.weight"]
         assert (f"{layer}.weight_scale" in after) == (levels is not None)
-        assert found.abs().max() == levels if levels else torch.equal(found, before[f"{layer}.weight"])
+        assert (
+            found.abs().max() == levels if levels else torch.equal(found, before[f"{layer}.weight"])
+        )
 
 
-OBSERVE = "def observe(weight): return {'amax': bitpress.Stat(weight.abs().amax(), 'max')}\n@hookimpl\n"
+OBSERVE = (
+    "def observe(weight): return {'amax': bitpress.Stat(weight.abs().amax(), 'max')}\n@hookimpl\n"
+)
 SHARED = (
     TOY.replace('"channel"', '"tensor"')
     .replace("def quantize(layer, options)", OBSERVE + "def quantize(layer, stats, options)")
@@ -215,30 +290,49 @@ SHARED = (
 
 @pytest.mark.parametrize("shards", [1, 3], ids=["in one file", "in different files"])
 def test_a_statistic_of_the_weights_covers_a_whole_stack(tmp_path: Path, shards: int) -> None:
-    install(tmp_path / "p", "bitpress-scheme-toy", SHARED, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n")
+    install(
+        tmp_path / "p",
+        "bitpress-scheme-toy",
+        SHARED,
+        "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
+    )
     source = llama_tensors()
     with plugins(tmp_path / "p"):
-        bitpress.compress(write_model(tmp_path / "model", shards=shards), tmp_path / "out", scheme="toy")
+        bitpress.compress(
+            write_model(tmp_path / "model", shards=shards), tmp_path / "out", scheme="toy"
+        )
     found = tensors_of(tmp_path / "out")
-    for members in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+    for members in (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    ):
         names = [f"model.layers.1.{member}" for member in members]
         largest = max(source[f"{name}.weight"].float().abs().max() for name in names)
-        assert all(torch.equal(found[f"{name}.weight_scale"], (largest / 127).reshape(1)) for name in names)
+        assert all(
+            torch.equal(found[f"{name}.weight_scale"], (largest / 127).reshape(1)) for name in names
+        )
 
 
 def test_json_is_one_document_and_nothing_else(tmp_path: Path, toy: Path) -> None:
     model, out = write_model(tmp_path / "model"), tmp_path / "out"
     runs: dict[str, list[Any]] = {
-        "plan": [model, "--scheme", "toy"], "compress": [model, out, "--scheme", "toy"], "inspect": [out],
-        "verify": [out, "--against", model], "schemes": [],
-    }  # fmt: skip
+        "plan": [model, "--scheme", "toy"],
+        "compress": [model, out, "--scheme", "toy"],
+        "inspect": [out],
+        "verify": [out, "--against", model],
+        "schemes": [],
+    }
     found = {}
     for name, arguments in runs.items():
         done = command(name, *arguments, "--json", path=toy)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads(done.stdout)
     assert found["compress"]["verified"] is True
-    assert found["compress"]["after"] == found["plan"]["after"] == (out / "model.safetensors").stat().st_size
+    assert (
+        found["compress"]["after"]
+        == found["plan"]["after"]
+        == (out / "model.safetensors").stat().st_size
+    )
     assert found["inspect"]["layers"] == found["compress"]["layers"]
     errors = {n: e["error"] for n, e in found["inspect"]["layers"].items()}
     assert found["verify"] == {"ok": True, "faults": [], "errors": errors, "remarks": []}

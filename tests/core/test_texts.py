@@ -18,9 +18,14 @@ from bitpress import DataError
 from bitpress.calibrate.texts import Choice, Sequences, load
 
 TEXTS = [
-    f"On day {i} the ship's {word} was seen at noon, {i * 7} miles from land.\n" for i in range(40) for word in ("mast", "boat")
+    f"On day {i} the ship's {word} was seen at noon, {i * 7} miles from land.\n"
+    for i in range(40)
+    for word in ("mast", "boat")
 ]
-CHATS = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Noted."}] for text in TEXTS]
+CHATS = [
+    [{"role": "user", "content": text}, {"role": "assistant", "content": "Noted."}]
+    for text in TEXTS
+]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 
 
@@ -42,7 +47,9 @@ def json_lines(file: Path, column: str = "text", values: Sequence[Any] = TEXTS) 
 
 def parquet(file: Path, column: str = "text", values: Sequence[Any] = TEXTS) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"id": range(len(values)), column: values}), file)
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.table({"id": range(len(values)), column: values}), file
+    )
     return file
 
 
@@ -55,11 +62,14 @@ def tokens_of(text: str, special: bool = True) -> list[int]:
     return AutoTokenizer.from_pretrained(TINY)(text, add_special_tokens=special)["input_ids"]
 
 
-def loaded(model: Path, source: object, samples: int = 10_000, length: int = 32, seed: int = 0) -> Sequences:
+def loaded(
+    model: Path, source: object, samples: int = 10_000, length: int = 32, seed: int = 0
+) -> Sequences:
     return load(Choice(str(source), samples, length, seed), model, CONFIG)
 
 
-# --- packing ------------------------------------------------------------------------------------------------------------------
+# --- packing
+# ----------------------------------------------------------------------
 
 
 def test_packing_loses_and_repeats_no_token(model: Path, tmp_path: Path) -> None:
@@ -71,7 +81,9 @@ def test_packing_loses_and_repeats_no_token(model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("write", [json_lines, parquet])
-def test_every_kind_of_file_gives_the_same_tokens(model: Path, tmp_path: Path, write: Callable[[Path], Path]) -> None:
+def test_every_kind_of_file_gives_the_same_tokens(
+    model: Path, tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
     kind = write.__name__.replace("json_lines", "jsonl")
     found = loaded(model, write(tmp_path / f"a.{kind}"))
     same = loaded(model, plain(tmp_path / "a.txt"))
@@ -84,7 +96,10 @@ def test_every_kind_of_file_gives_the_same_tokens(model: Path, tmp_path: Path, w
 def test_where_few_are_wanted_the_beginning_is_read_and_gives_the_same(
     model: Path, tmp_path: Path, write: Callable[[Path], Path]
 ) -> None:
-    file = write(tmp_path / ("a" + {"json_lines": ".jsonl", "plain": ".txt", "parquet": ".parquet"}[write.__name__]))
+    file = write(
+        tmp_path
+        / ("a" + {"json_lines": ".jsonl", "plain": ".txt", "parquet": ".parquet"}[write.__name__])
+    )
     assert torch.equal(loaded(model, file, samples=2).ids, loaded(model, file).ids[:2])
 
 
@@ -96,7 +111,9 @@ def test_lines_that_are_not_needed_are_not_read(model: Path, tmp_path: Path) -> 
         loaded(model, file, samples=2, seed=1)
 
 
-def test_text_of_uncommonly_long_tokens_is_read_as_far_as_needed(model: Path, tmp_path: Path) -> None:
+def test_text_of_uncommonly_long_tokens_is_read_as_far_as_needed(
+    model: Path, tmp_path: Path
+) -> None:
     (model / "tokenizer.json").write_text(word_tokenizer(200))
     (tmp_path / "a.txt").write_text(" ".join(["x" * 200] * 500))
     found = load(Choice(str(tmp_path / "a.txt"), 4, 16), model, {})
@@ -112,7 +129,9 @@ def word_tokenizer(width: int) -> str:
     return tokenizer.to_str()
 
 
-def test_the_same_choice_gives_the_same_and_another_seed_another_draw_of_the_same_sequences(model: Path, tmp_path: Path) -> None:
+def test_the_same_choice_gives_the_same_and_another_seed_another_draw_of_the_same_sequences(
+    model: Path, tmp_path: Path
+) -> None:
     file = json_lines(tmp_path / "a.jsonl")
     everything = {tuple(row) for row in loaded(model, file).ids.tolist()}
     draws = [loaded(model, file, samples=8, seed=seed) for seed in (0, 0, 1, 1, 2)]
@@ -131,29 +150,40 @@ def test_the_digest_depends_on_the_shape(model: Path, tmp_path: Path) -> None:
     assert one.digest != other.digest
 
 
-# --- chats --------------------------------------------------------------------------------------------------------------------
+# --- chats
+# ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("write", [json_lines, parquet])
-def test_chats_go_through_the_template(model: Path, tmp_path: Path, write: Callable[..., Path]) -> None:
+def test_chats_go_through_the_template(
+    model: Path, tmp_path: Path, write: Callable[..., Path]
+) -> None:
     give_template(model)
-    found = loaded(model, write(tmp_path / ("a.jsonl" if write is json_lines else "a.parquet"), "messages", CHATS))
+    found = loaded(
+        model,
+        write(tmp_path / ("a.jsonl" if write is json_lines else "a.parquet"), "messages", CHATS),
+    )
     rendered = "\n".join(f"<s>[user] {text}[assistant] Noted." for text in TEXTS)
     assert found.ids.flatten().tolist() == tokens_of(rendered, special=False)[: found.ids.numel()]
 
 
 def test_a_chat_without_a_template_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 1: a chat, and the model's tokenizer has no chat template"):
+    with pytest.raises(
+        DataError, match="line 1: a chat, and the model's tokenizer has no chat template"
+    ):
         loaded(model, json_lines(tmp_path / "a.jsonl", "messages", CHATS))
 
 
 def test_a_template_that_refuses_is_quoted(model: Path, tmp_path: Path) -> None:
     give_template(model, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"line 1: the tokenizer's chat template .* \(roles must alternate\)"):
+    with pytest.raises(
+        DataError, match=r"line 1: the tokenizer's chat template .* \(roles must alternate\)"
+    ):
         loaded(model, json_lines(tmp_path / "a.jsonl", "messages", CHATS))
 
 
-# --- how much there is --------------------------------------------------------------------------------------------------------
+# --- how much there is
+# ----------------------------------------------------------------------
 
 
 def test_the_default_text_needs_nothing(model: Path) -> None:
@@ -176,18 +206,25 @@ def test_less_than_one_sequence_is_one_shorter_sequence(model: Path, tmp_path: P
     count = len(tokens_of(TEXTS[0] + "\n" + TEXTS[1]))
     found = loaded(model, json_lines(tmp_path / "a.jsonl", values=TEXTS[:2]), samples=4, length=100)
     assert found.ids.shape == (1, count)
-    assert found.warnings == (f"0 of 4 sequences of 100 tokens, one of {count} tokens: a.jsonl holds {count} tokens",)
+    assert found.warnings == (
+        f"0 of 4 sequences of 100 tokens, one of {count} tokens: a.jsonl holds {count} tokens",
+    )
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_length_beyond_the_model_s_is_cut_with_a_warning(model: Path, tmp_path: Path, nested: bool) -> None:
+def test_a_length_beyond_the_model_s_is_cut_with_a_warning(
+    model: Path, tmp_path: Path, nested: bool
+) -> None:
     config = {"text_config": CONFIG} if nested else CONFIG
     found = load(Choice(str(json_lines(tmp_path / "a.jsonl")), 2, 4096), model, config)
     assert found.ids.shape == (2, 128)
-    assert found.warnings == ("sequences of 4096 tokens cut to 128, the model's max_position_embeddings",)
+    assert found.warnings == (
+        "sequences of 4096 tokens cut to 128, the model's max_position_embeddings",
+    )
 
 
-# --- parquet and datasets -----------------------------------------------------------------------------------------------------
+# --- parquet and datasets
+# ----------------------------------------------------------------------
 
 
 def test_a_parquet_file_without_texts_is_refused(model: Path, tmp_path: Path) -> None:
@@ -200,10 +237,14 @@ def test_a_parquet_file_without_texts_is_refused(model: Path, tmp_path: Path) ->
         loaded(model, tmp_path / "a.parquet")
 
 
-def test_a_dataset_is_streamed_by_name_and_subset(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_is_streamed_by_name_and_subset(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def load_dataset(name: str, subset: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
+    def load_dataset(
+        name: str, subset: str | None, *, split: str, streaming: bool
+    ) -> list[dict[str, str]]:
         asked.append((name, subset, split, streaming))
         if name == "gone":
             raise ConnectionError("Couldn't reach the Hub\nmore of it")
@@ -214,5 +255,7 @@ def test_a_dataset_is_streamed_by_name_and_subset(model: Path, tmp_path: Path, m
     assert asked == [("someone/texts", "small", "train", True)]
     assert found.source == "someone/texts:small"
     assert torch.equal(found.ids, loaded(model, plain(tmp_path / "a.txt")).ids)
-    with pytest.raises(DataError, match=r"gone: it is neither a file nor a dataset .* \(Couldn't reach the Hub\)$"):
+    with pytest.raises(
+        DataError, match=r"gone: it is neither a file nor a dataset .* \(Couldn't reach the Hub\)$"
+    ):
         loaded(model, "gone")

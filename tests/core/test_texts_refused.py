@@ -1,4 +1,6 @@
-"""Texts, numbers and tokenizers that cannot be used are refused in one line that says where and what."""
+"""Texts, numbers and tokenizers that cannot be used are refused in one line that says where and
+what.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ REFUSED_FILES = [
 
 
 @pytest.mark.parametrize(("name", "content", "expected"), REFUSED_FILES)
-def test_a_file_that_holds_no_texts_is_refused(model: Path, tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+def test_a_file_that_holds_no_texts_is_refused(
+    model: Path, tmp_path: Path, name: str, content: bytes, expected: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=expected) as refusal:
         load(Choice(str(tmp_path / name)), model, CONFIG)
@@ -62,7 +66,10 @@ def sparse(file: Path, begin: bytes, size: int) -> Path:
 
 def test_a_line_of_a_gigabyte_is_refused_without_reading_it(model: Path, tmp_path: Path) -> None:
     file = sparse(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "', 1 << 30)
-    with memory_taken() as taken, pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than 67,108,864 bytes"):
+    with (
+        memory_taken() as taken,
+        pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than 67,108,864 bytes"),
+    ):
         load(Choice(str(file)), model, CONFIG)
     assert taken[0] < 300e6
 
@@ -76,10 +83,15 @@ def test_a_gigabyte_of_nothing_fills_no_memory(model: Path, tmp_path: Path, seed
     assert taken[0] < 900e6
 
 
-def test_one_text_longer_than_is_wanted_is_tokenised_no_further(model: Path, tmp_path: Path) -> None:
+def test_one_text_longer_than_is_wanted_is_tokenised_no_further(
+    model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "some words " * 1_000_000}))
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "some words " * 100}))
-    long, short = (load(Choice(str(tmp_path / f"{name}.jsonl"), 2, 32), model, CONFIG) for name in ("long", "short"))
+    long, short = (
+        load(Choice(str(tmp_path / f"{name}.jsonl"), 2, 32), model, CONFIG)
+        for name in ("long", "short")
+    )
     assert long.digest == short.digest
 
 
@@ -123,15 +135,25 @@ def test_any_bytes_are_texts_or_refused_in_one_line(model: Path, tmp_path: Path)
             assert len(told.splitlines()) == 1
 
 
-def test_a_file_that_is_not_there_is_said_with_the_nearest_name(model: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_said_with_the_nearest_name(
+    model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "texts.jsonl").touch()
     with pytest.raises(DataError, match=r"there is no such file; did you mean 'texts.jsonl'\?"):
         load(Choice(str(tmp_path / "text.jsonl")), model, CONFIG)
 
 
-@pytest.mark.parametrize(("module", "source", "extra"), [("pyarrow", "a.parquet", "parquet"), ("datasets", "a/name", "datasets")])
+@pytest.mark.parametrize(
+    ("module", "source", "extra"),
+    [("pyarrow", "a.parquet", "parquet"), ("datasets", "a/name", "datasets")],
+)
 def test_a_missing_library_is_said_with_the_extra_that_brings_it(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, source: str, extra: str
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    source: str,
+    extra: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.parquet").touch()
@@ -149,7 +171,9 @@ def test_numbers_that_cannot_be_are_refused(model: Path, wrong: dict[str, int]) 
 @pytest.mark.parametrize("content", [None, "{", '{"version": "1.0"}'])
 def test_a_folder_without_a_usable_tokenizer_is_refused(model: Path, content: str | None) -> None:
     (model / "config.json").write_text('{"model_type": "llama"}')
-    (model / "tokenizer.json").unlink() if content is None else (model / "tokenizer.json").write_text(content)
+    (model / "tokenizer.json").unlink() if content is None else (
+        model / "tokenizer.json"
+    ).write_text(content)
     with pytest.raises(CheckpointError, match="no usable tokenizer") as refusal:
         load(Choice(), model, CONFIG)
     assert len(str(refusal.value).splitlines()) == 1

@@ -1,4 +1,6 @@
-"""An output is opened again and proved: every damage is found and named with exit code 1, and a sound one is passed."""
+"""An output is opened again and proved: every damage is found and named with exit code 1, and a
+sound one is passed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from support import TOY, command, files_of, install, install_toy, llama_tensors, plugins, refusal, sign, write_model
+from support import (
+    TOY,
+    command,
+    files_of,
+    install,
+    install_toy,
+    llama_tensors,
+    plugins,
+    refusal,
+    sign,
+    write_model,
+)
 
 import bitpress
 
@@ -25,12 +38,24 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `plugins`, `model`, its output `out`, and `sharded`, the output of the same in two shards."""
+    """A folder with `plugins`, `model`, its output `out`, and `sharded`, the output of the same in
+    two shards.
+    """
     folder = tmp_path_factory.mktemp("made")
     tensors = {**llama_tensors(), LAYER + ".bias": torch.ones(256).bfloat16()}
     with plugins(install_toy(folder / "plugins")):
-        bitpress.compress(write_model(folder / "model", tensors), folder / "out", scheme="toy", ignore=["*.o_proj"])
-        bitpress.compress(write_model(folder / "m2", tensors, shards=2), folder / "sharded", scheme="toy", ignore=["*.o_proj"])
+        bitpress.compress(
+            write_model(folder / "model", tensors),
+            folder / "out",
+            scheme="toy",
+            ignore=["*.o_proj"],
+        )
+        bitpress.compress(
+            write_model(folder / "m2", tensors, shards=2),
+            folder / "sharded",
+            scheme="toy",
+            ignore=["*.o_proj"],
+        )
     return folder
 
 
@@ -43,10 +68,15 @@ def copy(made: Path, name: str, to: Path) -> Path:
 
 
 def mend_digests(out: Path) -> None:
-    """Write the sizes and digests of the files as they are into the manifest, as one who hides a damage would."""
+    """Write the sizes and digests of the files as they are into the manifest, as one who hides a
+    damage would.
+    """
     note = json.loads((out / "bitpress.json").read_text())
     found = {name: data for name, data in files_of(out).items() if name != "bitpress.json"}
-    note["files"] = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in found.items()}
+    note["files"] = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in found.items()
+    }
     sign(out, note)
 
 
@@ -99,7 +129,8 @@ def widen_a_scale(found: dict[str, torch.Tensor]) -> None:
 
 FAR, SCALE = "further from the source's than rounding can move it", "zero, infinite or NaN"
 CONFIG = "config.json: its quantization_config does not describe what is stored"
-FORGED = {  # damages whose digests are mended: found by looking at what is stored. (damage, what is named)
+# damages whose digests are mended: found by looking at what is stored. (damage, what is named)
+FORGED = {
     "a code is off by two": (tensors(flip_a_code), [LAYER, FAR]),
     "two rows are swapped": (tensors(swap_two_rows), [LAYER, FAR]),
     "a scale is doubled": (tensors(lambda t: t[f"{LAYER}.weight_scale"][7].mul_(2)), [LAYER, FAR]),
@@ -107,36 +138,82 @@ FORGED = {  # damages whose digests are mended: found by looking at what is stor
     "a scale is NaN": (scale(torch.nan), [LAYER, "weight_scale", SCALE]),
     "a scale is infinite": (scale(torch.inf), [LAYER, "weight_scale", SCALE]),
     "a scale is negative": (scale(-1), [LAYER, "weight_scale", "scale"]),
-    "the codes are gone": (tensors(lambda t: t.pop(f"{LAYER}.weight")), [f"{LAYER}.weight is missing"]),
-    "the scale is gone": (tensors(lambda t: t.pop(f"{LAYER}.weight_scale")), [f"{LAYER}.weight_scale is missing"]),
-    "a row is missing": (tensors(cut_a_row), [f"{LAYER}.weight is I8 [255, 128], planned was I8 [256, 128]"]),
-    "a scale has another dtype": (tensors(widen_a_scale), [f"{LAYER}.weight_scale is F64 [256, 1], planned was F32"]),
-    "a zero point was added": (tensors(lambda t: t.update({f"{LAYER}.weight_zero_point": torch.ones(1)})), ["not planned"]),
-    "a stranger was added": (tensors(lambda t: t.update(stranger=torch.ones(1))), ["stranger", "not planned"]),
-    "a copied tensor differs": (tensors(lambda t: t[NORM][5].add_(1)), [NORM, "differs from the source's"]),
-    "a copied tensor has another dtype": (tensors(lambda t: t.update({NORM: t[NORM].float()})), [NORM, "differs"]),
-    "a copied tensor is gone": (tensors(lambda t: t.pop(NORM)), [NORM, "the source's tensor is missing"]),
-    "a layer that was left alone differs": (
-        tensors(lambda t: t["model.layers.0.self_attn.o_proj.weight"][0].zero_()), ["o_proj.weight", "differs"],
+    "the codes are gone": (
+        tensors(lambda t: t.pop(f"{LAYER}.weight")),
+        [f"{LAYER}.weight is missing"],
     ),
-    "the bias of a layer differs": (tensors(lambda t: t[f"{LAYER}.bias"].zero_()), [f"{LAYER}.bias", "differs"]),
-    "the bias of a layer is gone": (tensors(lambda t: t.pop(f"{LAYER}.bias")), [f"{LAYER}.bias", "missing"]),
+    "the scale is gone": (
+        tensors(lambda t: t.pop(f"{LAYER}.weight_scale")),
+        [f"{LAYER}.weight_scale is missing"],
+    ),
+    "a row is missing": (
+        tensors(cut_a_row),
+        [f"{LAYER}.weight is I8 [255, 128], planned was I8 [256, 128]"],
+    ),
+    "a scale has another dtype": (
+        tensors(widen_a_scale),
+        [f"{LAYER}.weight_scale is F64 [256, 1], planned was F32"],
+    ),
+    "a zero point was added": (
+        tensors(lambda t: t.update({f"{LAYER}.weight_zero_point": torch.ones(1)})),
+        ["not planned"],
+    ),
+    "a stranger was added": (
+        tensors(lambda t: t.update(stranger=torch.ones(1))),
+        ["stranger", "not planned"],
+    ),
+    "a copied tensor differs": (
+        tensors(lambda t: t[NORM][5].add_(1)),
+        [NORM, "differs from the source's"],
+    ),
+    "a copied tensor has another dtype": (
+        tensors(lambda t: t.update({NORM: t[NORM].float()})),
+        [NORM, "differs"],
+    ),
+    "a copied tensor is gone": (
+        tensors(lambda t: t.pop(NORM)),
+        [NORM, "the source's tensor is missing"],
+    ),
+    "a layer that was left alone differs": (
+        tensors(lambda t: t["model.layers.0.self_attn.o_proj.weight"][0].zero_()),
+        ["o_proj.weight", "differs"],
+    ),
+    "the bias of a layer differs": (
+        tensors(lambda t: t[f"{LAYER}.bias"].zero_()),
+        [f"{LAYER}.bias", "differs"],
+    ),
+    "the bias of a layer is gone": (
+        tensors(lambda t: t.pop(f"{LAYER}.bias")),
+        [f"{LAYER}.bias", "missing"],
+    ),
     "the config says other bits": (
-        quantised(lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=4)), [CONFIG],
+        quantised(lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=4)),
+        [CONFIG],
     ),
     "the config ignores too little": (quantised(lambda q: q["ignore"].pop()), [CONFIG]),
-    "the config ignores a compressed layer": (quantised(lambda q: q["ignore"].append(LAYER)), [CONFIG]),
+    "the config ignores a compressed layer": (
+        quantised(lambda q: q["ignore"].append(LAYER)),
+        [CONFIG],
+    ),
     "the config has no status": (quantised(lambda q: q.pop("quantization_status")), [CONFIG]),
-    "the config says nothing": (table("config.json", lambda c: c.pop("quantization_config")), [CONFIG]),
+    "the config says nothing": (
+        table("config.json", lambda c: c.pop("quantization_config")),
+        [CONFIG],
+    ),
     "the config is gone": (lambda out: (out / "config.json").unlink(), ["config.json"]),
-    "the config is no JSON": (lambda out: (out / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
+    "the config is no JSON": (
+        lambda out: (out / "config.json").write_text("{"),
+        ["config.json", "not valid JSON"],
+    ),
     "the weights are gone": (lambda out: (out / FILE).unlink(), ["safetensors"]),
     "the weights are cut short": (lambda out: os.truncate(out / FILE, 9000), [FILE, "cut short"]),
-}  # fmt: skip
+}
 
 
 def found_at_fault(made: Path, out: Path, *arguments: object) -> str:
-    """What `verify` says: exit code 1, the faults and a last line with their number on standard error."""
+    """What `verify` says: exit code 1, the faults and a last line with their number on standard
+    error.
+    """
     done = command("verify", out, *arguments, path=made / "plugins")
     assert done.returncode == 1, (done.stdout, done.stderr)
     assert done.stdout == ""
@@ -145,7 +222,9 @@ def found_at_fault(made: Path, out: Path, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("what", FORGED)
-def test_a_damage_is_found_in_what_is_stored_even_where_the_digests_agree(made: Path, tmp_path: Path, what: str) -> None:
+def test_a_damage_is_found_in_what_is_stored_even_where_the_digests_agree(
+    made: Path, tmp_path: Path, what: str
+) -> None:
     damage, words = FORGED[what]
     out = copy(made, "out", tmp_path / "out")
     damage(out)
@@ -161,29 +240,54 @@ def zero_a_byte(out: Path) -> None:
     (out / FILE).write_bytes(data)
 
 
-CHANGED = {  # damages of files, found without the source: (which output, damage, what is named)
+# damages of files, found without the source: (which output, damage, what is named)
+CHANGED = {
     "a bit of a weight": ("out", zero_a_byte, [FILE, "SHA-256 differs"]),
     "a scale": ("out", scale(1), [FILE]),
     "a key of the config that says nothing of weights": (
-        "out", table("config.json", lambda c: c.update(rope_theta=1.0)), ["config.json"],
+        "out",
+        table("config.json", lambda c: c.update(rope_theta=1.0)),
+        ["config.json"],
     ),
-    "another file": ("out", lambda out: (out / "tokenizer_config.json").write_text('{"made": "UP"}'), ["tokenizer_config.json"]),
-    "another file is gone": ("out", lambda out: (out / "tokenizer_config.json").unlink(), ["tokenizer_config.json", "missing"]),
+    "another file": (
+        "out",
+        lambda out: (out / "tokenizer_config.json").write_text('{"made": "UP"}'),
+        ["tokenizer_config.json"],
+    ),
+    "another file is gone": (
+        "out",
+        lambda out: (out / "tokenizer_config.json").unlink(),
+        ["tokenizer_config.json", "missing"],
+    ),
     "weights were added": (
-        "out", lambda out: save_file({"x": torch.ones(1)}, out / "adapter.safetensors"), ["adapter.safetensors", "not written"],
+        "out",
+        lambda out: save_file({"x": torch.ones(1)}, out / "adapter.safetensors"),
+        ["adapter.safetensors", "not written"],
     ),
-    "a shard is gone": ("sharded", lambda out: (out / "model-00002-of-00002.safetensors").unlink(), ["model-00002", "missing"]),
+    "a shard is gone": (
+        "sharded",
+        lambda out: (out / "model-00002-of-00002.safetensors").unlink(),
+        ["model-00002", "missing"],
+    ),
     "shards changed places": (
         "sharded",
-        lambda out: (out / "model-00002-of-00002.safetensors").rename(out / "model-00001-of-00002.safetensors"),
+        lambda out: (out / "model-00002-of-00002.safetensors").rename(
+            out / "model-00001-of-00002.safetensors"
+        ),
         ["model-00001-of-00002.safetensors", "missing"],
     ),
     "the index is gone": ("sharded", lambda out: (out / INDEX).unlink(), [INDEX, "missing"]),
     "the index points elsewhere": (
-        "sharded", table(INDEX, lambda i: i["weight_map"].update({NORM: "model-00009-of-00002.safetensors"})), [INDEX],
+        "sharded",
+        table(INDEX, lambda i: i["weight_map"].update({NORM: "model-00009-of-00002.safetensors"})),
+        [INDEX],
     ),
-    "the index forgets a tensor": ("sharded", table(INDEX, lambda i: i["weight_map"].pop(NORM)), [NORM, "not in"]),
-}  # fmt: skip
+    "the index forgets a tensor": (
+        "sharded",
+        table(INDEX, lambda i: i["weight_map"].pop(NORM)),
+        [NORM, "not in"],
+    ),
+}
 
 
 @pytest.mark.parametrize("what", CHANGED)
@@ -197,15 +301,21 @@ def test_a_changed_file_is_found_without_the_source(made: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["out", "sharded"])
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
-def test_a_change_of_any_byte_of_any_file_is_found(made: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
+def test_a_change_of_any_byte_of_any_file_is_found(
+    made: Path, tmp_path: Path, name: str, data: st.DataObject
+) -> None:
     out = tmp_path / "out"
     if not out.exists():
         copy(made, name, out)
     file = out / data.draw(st.sampled_from(sorted(files_of(out))), label="file")
     content = file.read_bytes()
-    place = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(len(content), 4000) - 1), label="byte")
+    place = data.draw(
+        st.integers(0, len(content) - 1) | st.integers(0, min(len(content), 4000) - 1), label="byte"
+    )
     changed = bytearray(content)
     changed[place] ^= data.draw(st.integers(1, 255), label="bits")
     file.write_bytes(changed)
@@ -219,11 +329,18 @@ def test_a_change_of_any_byte_of_any_file_is_found(made: Path, tmp_path: Path, n
 
 def test_a_damaged_manifest_is_a_fault_and_no_bad_input(made: Path, tmp_path: Path) -> None:
     for number, damage in enumerate(
-        (lambda text: text[:-40], lambda text: text.replace("BF16", "bf16"), lambda text: "{}", lambda text: "")
+        (
+            lambda text: text[:-40],
+            lambda text: text.replace("BF16", "bf16"),
+            lambda text: "{}",
+            lambda text: "",
+        )
     ):
         out = copy(made, "out", tmp_path / str(number))
         (out / "bitpress.json").write_text(damage((out / "bitpress.json").read_text()))
-        assert "bitpress.json: its bytes are not those that were written" in found_at_fault(made, out)
+        assert "bitpress.json: its bytes are not those that were written" in found_at_fault(
+            made, out
+        )
 
 
 @pytest.mark.parametrize("name", ["out", "sharded"])
@@ -237,8 +354,16 @@ def test_a_sound_output_is_passed(made: Path, name: str, source: str | None) -> 
 
 
 def test_every_step_is_asked_whether_its_promise_is_kept(made: Path, tmp_path: Path) -> None:
-    check = "@hookimpl\ndef check(weight, options): return 'too large' if weight.abs().amax() > 0.1 * options.levels else None\n"
-    strict = install(tmp_path / "p", "bitpress-scheme-toy", TOY + check, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n")
+    check = (
+        "@hookimpl\ndef check(weight, options): return 'too large' if weight.abs().amax() > "
+        "0.1 * options.levels else None\n"
+    )
+    strict = install(
+        tmp_path / "p",
+        "bitpress-scheme-toy",
+        TOY + check,
+        "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
+    )
     out = copy(made, "out", tmp_path / "out")
     assert command("verify", out, path=strict).returncode == 0
     tensors(lambda t: t[f"{LAYER}.weight_scale"][7].mul_(1000))(out)
@@ -248,12 +373,23 @@ def test_every_step_is_asked_whether_its_promise_is_kept(made: Path, tmp_path: P
     assert f"{LAYER}: toy: too large" in done.stderr
 
 
-def test_a_bound_that_is_no_number_somewhere_hides_no_damage_elsewhere(made: Path, tmp_path: Path) -> None:
+def test_a_bound_that_is_no_number_somewhere_hides_no_damage_elsewhere(
+    made: Path, tmp_path: Path
+) -> None:
     sound = 'return tensors["weight_scale"] * 0.501'
     assert TOY.count(sound) == 1
-    poor = "\n    found = tensors['weight_scale'] * 0.501\n    found[0] = float('nan')\n    return found"  # a tile's first row
+    # a tile's first row
+    poor = (
+        "\n    found = tensors['weight_scale'] * 0.501\n    found[0] = float('nan')\n    return "
+        "found"
+    )
     scheme = TOY.replace(sound, poor)
-    plugin = install(tmp_path / "p", "bitpress-scheme-toy", scheme, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n")
+    plugin = install(
+        tmp_path / "p",
+        "bitpress-scheme-toy",
+        scheme,
+        "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
+    )
     out = copy(made, "out", tmp_path / "out")
     assert command("verify", out, "--against", made / "model", path=plugin).returncode == 0
     tensors(flip_a_code)(out)
@@ -274,7 +410,15 @@ def test_faults_are_told_as_json_too(made: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_written_without_digests_is_said_to_have_none(made: Path, tmp_path: Path) -> None:
-    command("compress", made / "model", tmp_path / "out", "--scheme", "toy", "--no-verify", path=made / "plugins")
+    command(
+        "compress",
+        made / "model",
+        tmp_path / "out",
+        "--scheme",
+        "toy",
+        "--no-verify",
+        path=made / "plugins",
+    )
     done = command("verify", tmp_path / "out", "--json", path=made / "plugins")
     assert done.returncode == 0
     assert "no digests" in done.stderr
@@ -286,7 +430,8 @@ def test_another_model_is_not_taken_for_the_source(made: Path, tmp_path: Path) -
     said = found_at_fault(made, made / "out", "--against", other)
     assert said.count(FAR) > 1
     assert "and 7 more" in said
-    assert said.endswith("17 faults\n")  # 12 layers, the bias, two layers left alone, embedding and head
+    # 12 layers, the bias, two layers left alone, embedding and head
+    assert said.endswith("17 faults\n")
 
 
 def test_what_cannot_be_proved_at_all_is_bad_input(made: Path, tmp_path: Path) -> None:

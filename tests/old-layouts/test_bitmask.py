@@ -1,4 +1,6 @@
-"""compressed-tensors 0.14.0.1, the last that read sparse layouts, decodes what we write (`tox -e old-layouts`)."""
+"""compressed-tensors 0.14.0.1, the last that read sparse layouts, decodes what we write (`tox -e
+old-layouts`).
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,20 @@ from support import tensors_of, write_model
 import bitpress
 
 VERSION = importlib.metadata.version("compressed-tensors")
-pytestmark = pytest.mark.skipif(VERSION != "0.14.0.1", reason=f"compressed-tensors {VERSION} has no sparse layouts")
+pytestmark = pytest.mark.skipif(
+    VERSION != "0.14.0.1", reason=f"compressed-tensors {VERSION} has no sparse layouts"
+)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("settings", [["algorithm=magnitude"], ["sparsity=0.3"], ["sparsity=0.9"]], ids=["2:4", "30 %", "90 %"])
-def test_files_decode_to_the_weights_of_the_dense_layout(tmp_path: Path, settings: list[str], shards: int) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [["algorithm=magnitude"], ["sparsity=0.3"], ["sparsity=0.9"]],
+    ids=["2:4", "30 %", "90 %"],
+)
+def test_files_decode_to_the_weights_of_the_dense_layout(
+    tmp_path: Path, settings: list[str], shards: int
+) -> None:
     from compressed_tensors.compressors import ModelCompressor
     from transformers import AutoConfig
 

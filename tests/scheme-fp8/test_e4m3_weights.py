@@ -18,7 +18,12 @@ from bitpress.schemes import Step, discover
 
 # every finite E4M3 number by its code: sign, 4 bits of exponent with bias 7, 3 of mantissa
 NUMBERS = {
-    code: (-1.0) ** (code >> 7) * (((code & 7) + 8) * 2.0 ** ((code >> 3 & 15) - 10) if code >> 3 & 15 else (code & 7) * 2.0**-9)
+    code: (-1.0) ** (code >> 7)
+    * (
+        ((code & 7) + 8) * 2.0 ** ((code >> 3 & 15) - 10)
+        if code >> 3 & 15
+        else (code & 7) * 2.0**-9
+    )
     for code in range(256)
     if code & 127 != 127
 }
@@ -36,7 +41,9 @@ def stored(weight: torch.Tensor, used: Step) -> Record:
 
 
 def nearest_codes(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The E4M3 code nearest to float32(weight / scale) by looking at all of them; a tie goes to the even code."""
+    """The E4M3 code nearest to float32(weight / scale) by looking at all of them; a tie goes to the
+    even code.
+    """
     quotient = (weight.astype(np.float32) / scale.astype(np.float32)).astype(np.float64)
     distance = np.abs(np.abs(quotient)[..., None] - MAGNITUDES)  # (out, in, 127)
     tie_to_even = np.where(np.arange(127) % 2 == 0, 0.0, 0.25)
@@ -47,22 +54,34 @@ def nearest_codes(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
 def numbers(rows: int, columns: int, seed: int, spread: float = 0.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
-    return (weight * 10 ** (spread * torch.randn(rows, columns, generator=generator))).bfloat16().float()
+    return (
+        (weight * 10 ** (spread * torch.randn(rows, columns, generator=generator)))
+        .bfloat16()
+        .float()
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
-@given(st.integers(1, 40), st.integers(1, 70), st.integers(0, 1000), st.sampled_from([0.0, 1.0, 3.0]))
-def test_a_channel_has_the_scale_amax_over_448_and_the_nearest_codes(rows: int, columns: int, seed: int, spread: float) -> None:
+@given(
+    st.integers(1, 40), st.integers(1, 70), st.integers(0, 1000), st.sampled_from([0.0, 1.0, 3.0])
+)
+def test_a_channel_has_the_scale_amax_over_448_and_the_nearest_codes(
+    rows: int, columns: int, seed: int, spread: float
+) -> None:
     weight = numbers(rows, columns, seed, spread)
     tensors = stored(weight, step("fp8")).tensors
     scale = np.abs(weight.numpy()).max(1, keepdims=True) / np.float32(448)
     np.testing.assert_array_equal(tensors["weight_scale"].numpy(), scale)
-    np.testing.assert_array_equal(tensors["weight"].view(torch.uint8).numpy(), nearest_codes(weight.numpy(), scale))
+    np.testing.assert_array_equal(
+        tensors["weight"].view(torch.uint8).numpy(), nearest_codes(weight.numpy(), scale)
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=15)
 @given(st.integers(1, 300), st.integers(1, 2), st.integers(0, 1000))
-def test_a_tile_of_a_block_has_the_scale_of_its_own_numbers(rows: int, wide: int, seed: int) -> None:
+def test_a_tile_of_a_block_has_the_scale_of_its_own_numbers(
+    rows: int, wide: int, seed: int
+) -> None:
     weight = numbers(rows, 128 * wide, seed, spread=1.0)
     tensors = stored(weight, step("fp8-block")).tensors
     scale, codes = np.empty((-(-rows // 128), wide), np.float32), np.empty(weight.shape, np.uint8)
@@ -75,7 +94,8 @@ def test_a_tile_of_a_block_has_the_scale_of_its_own_numbers(rows: int, wide: int
 
 
 def test_ties_go_to_the_even_code_and_the_largest_number_is_kept() -> None:
-    # scale 1: 448 in each row; 1.0625 lies between 1 and 1.125, 1.1875 between 1.125 and 1.25, 2^-10 between 0 and 2^-9
+    # scale 1: 448 in each row; 1.0625 lies between 1 and 1.125, 1.1875 between 1.125 and 1.25,
+    # 2^-10 between 0 and 2^-9
     weight = torch.tensor([[448.0, 1.0625, 1.1875, 2.0**-10, 3 * 2.0**-10, -1.0625]])
     codes = stored(weight, step("fp8")).tensors["weight"].view(torch.uint8)
     assert [NUMBERS[code] for code in codes[0].tolist()] == [448, 1.0, 1.25, 0.0, 2.0**-8, -1.0]
@@ -92,9 +112,16 @@ def test_ties_go_to_the_even_code_and_the_largest_number_is_kept() -> None:
     ],
     ids=", ".join,
 )
-def test_fused_layers_share_one_scale_per_tensor(tmp_path: Path, shards: int, fused: tuple[str, ...]) -> None:
+def test_fused_layers_share_one_scale_per_tensor(
+    tmp_path: Path, shards: int, fused: tuple[str, ...]
+) -> None:
     source = llama_tensors()
-    compress(write_model(tmp_path / "m", source, shards=shards), tmp_path / "o", scheme="fp8", settings=["weights=tensor"])
+    compress(
+        write_model(tmp_path / "m", source, shards=shards),
+        tmp_path / "o",
+        scheme="fp8",
+        settings=["weights=tensor"],
+    )
     found = tensors_of(tmp_path / "o")
     names = [f"model.layers.1.{member}" for member in fused]
     largest = max(source[f"{name}.weight"].float().abs().max() for name in names)
@@ -109,7 +136,12 @@ COMMON = {"num_bits": 8, "type": "float", "symmetric": True}
     ("used", "weights", "activations", "scale"),
     [
         (("fp8", {}), {"strategy": "channel"}, {"strategy": "token", "dynamic": True}, (256, 1)),
-        (("fp8", {"weights": "tensor"}), {"strategy": "tensor"}, {"strategy": "token", "dynamic": True}, (1,)),
+        (
+            ("fp8", {"weights": "tensor"}),
+            {"strategy": "tensor"},
+            {"strategy": "token", "dynamic": True},
+            (1,),
+        ),
         (
             ("fp8-block", {}),
             {"strategy": "block", "block_structure": [128, 128]},
@@ -140,6 +172,8 @@ def test_restored_weights_are_codes_times_scales_in_float32(tmp_path: Path) -> N
     decompress(tmp_path / "o", tmp_path / "d")
     dense, name = tensors_of(tmp_path / "d"), "model.layers.0.mlp.down_proj"
     scale = found[f"{name}.weight_scale"].repeat_interleave(128, 0).repeat_interleave(128, 1)
-    assert torch.equal(dense[f"{name}.weight"], (found[f"{name}.weight"].float() * scale).bfloat16())
+    assert torch.equal(
+        dense[f"{name}.weight"], (found[f"{name}.weight"].float() * scale).bfloat16()
+    )
     assert dense.keys() == llama_tensors().keys()
     assert LLAMA["hidden_size"] == scale.shape[0]

@@ -1,4 +1,6 @@
-"""Activation scales that `fp8` finds beforehand: what is stored, what outliers do, and when nothing was seen."""
+"""Activation scales that `fp8` finds beforehand: what is stored, what outliers do, and when nothing
+was seen.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def inputs(outlier: float = 4.0, tokens: int = 4000) -> torch.Tensor:
 def stored(this: Step, batches: Sequence[torch.Tensor]) -> Record:
     weight, stats = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)), {}
     for batch in batches:
-        chain.merge(stats, this.call("observe", inputs=batch, reference=None, residual=None, weight=weight))
+        chain.merge(
+            stats, this.call("observe", inputs=batch, reference=None, residual=None, weight=weight)
+        )
     layer = chain.quantize_whole(Layer("layer", weight, torch.bfloat16), [this], [stats])
     return chain.record(chain.pack(layer, [this]), [this])
 
@@ -43,25 +47,40 @@ def test_the_scale_is_the_largest_input_over_448(weights: str) -> None:
     assert record.tensors["weight_scale"].shape == ((8, 1) if weights == "channel" else (1,))
     assert record.config is not None
     assert record.config["input_activations"] == {
-        "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False,
-    }  # fmt: skip
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor",
+        "dynamic": False,
+    }
 
 
 @pytest.mark.parametrize("weights", ["channel", "tensor"])
 def test_weights_are_those_of_dynamic_activations(weights: str) -> None:
-    static, dynamic = stored(step(weights=weights), [inputs()]), stored(step(weights=weights, activations="dynamic"), [])
+    static, dynamic = (
+        stored(step(weights=weights), [inputs()]),
+        stored(step(weights=weights, activations="dynamic"), []),
+    )
     assert static.tensors.keys() - dynamic.tensors.keys() == {"input_scale"}
-    assert all(torch.equal(static.tensors[name].float(), tensor.float()) for name, tensor in dynamic.tensors.items())
+    assert all(
+        torch.equal(static.tensors[name].float(), tensor.float())
+        for name, tensor in dynamic.tensors.items()
+    )
 
 
 @pytest.mark.parametrize("outliers", SCALES)
 def test_a_layer_that_saw_nothing_has_scale_one(outliers: str) -> None:
     assert stored(step(outliers=outliers), []).tensors["input_scale"].tolist() == [1.0]
-    assert stored(step(outliers=outliers), [torch.zeros(5, 16)]).tensors["input_scale"].tolist() == [1.0]
+    assert stored(step(outliers=outliers), [torch.zeros(5, 16)]).tensors[
+        "input_scale"
+    ].tolist() == [1.0]
 
 
 def test_percentile_leaves_one_in_ten_thousand_out() -> None:
-    clip = 448 * stored(step(outliers="percentile"), [inputs(outlier=100)]).tensors["input_scale"].item()
+    clip = (
+        448
+        * stored(step(outliers="percentile"), [inputs(outlier=100)]).tensors["input_scale"].item()
+    )
     assert 3.5 < clip < 4.5
 
 

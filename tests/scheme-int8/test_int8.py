@@ -35,7 +35,9 @@ def stored(used: Step, x: torch.Tensor) -> tuple[Layer, Record]:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_static_scales_cover_what_was_seen(symmetric: bool, outliers: str) -> None:
     x = inputs().abs() if not symmetric else inputs()
-    _, record = stored(step(activations="static", symmetric_activations=symmetric, outliers=outliers), x)
+    _, record = stored(
+        step(activations="static", symmetric_activations=symmetric, outliers=outliers), x
+    )
     scale = record.tensors["input_scale"].item()
     zero = record.tensors["input_zero_point"].item() if not symmetric else 0
     low, high = (-128 - zero) * scale, (127 - zero) * scale
@@ -78,11 +80,19 @@ def test_feedback_costs_the_output_less_than_rounding() -> None:
 @pytest.mark.parametrize(
     ("device", "level"),
     [
-        ("V100", "unsupported"), ("T4", "recommended"), ("A100", "recommended"), ("L40S", "supported"), ("H100", "supported"),
-        ("B200", "degraded"), ("RTX 5090", "degraded"), ("MI250X", "supported"), ("CPU x86", "recommended"),
-        ("CPU Arm", "recommended"), ("Google TPU", "supported"),
+        ("V100", "unsupported"),
+        ("T4", "recommended"),
+        ("A100", "recommended"),
+        ("L40S", "supported"),
+        ("H100", "supported"),
+        ("B200", "degraded"),
+        ("RTX 5090", "degraded"),
+        ("MI250X", "supported"),
+        ("CPU x86", "recommended"),
+        ("CPU Arm", "recommended"),
+        ("Google TPU", "supported"),
     ],
-)  # fmt: skip
+)
 def test_hardware_is_judged_by_what_its_engine_runs(device: str, level: str) -> None:
     assert step().call("validate_hardware", hardware=find(device))[0].level == level
 
@@ -98,7 +108,10 @@ def test_an_outlier_channel_is_smoothed_and_an_even_input_is_left_alone(static: 
 
 
 def test_smoothing_lowers_the_true_error_of_integer_arithmetic() -> None:
-    x, weight = inputs(outlier=60), torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
+    x, weight = (
+        inputs(outlier=60),
+        torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02,
+    )
     s = smoothing.factors(weight, smoothing.observed(x), None, static=False)
     assert s is not None
 
@@ -115,9 +128,14 @@ def test_smoothing_lowers_the_true_error_of_integer_arithmetic() -> None:
 @pytest.mark.parametrize(
     ("options", "needed"),
     [
-        ({}, True), ({"algorithm": "rtn"}, False), ({"algorithm": "rtn", "activations": "static"}, True),
-        ({"algorithm": "rtn", "smoothing": "0.5"}, True), ({"smoothing": "0"}, True),
+        ({}, True),
+        ({"algorithm": "rtn"}, False),
+        ({"algorithm": "rtn", "activations": "static"}, True),
+        ({"algorithm": "rtn", "smoothing": "0.5"}, True),
+        ({"smoothing": "0"}, True),
     ],
-)  # fmt: skip
-def test_data_is_needed_exactly_where_something_looks_at_it(options: dict[str, Any], needed: bool) -> None:
+)
+def test_data_is_needed_exactly_where_something_looks_at_it(
+    options: dict[str, Any], needed: bool
+) -> None:
     assert step(**options).calibrated is needed

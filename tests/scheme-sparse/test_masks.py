@@ -1,4 +1,6 @@
-"""Which weights are kept, and what becomes of them: counted, and held against SparseGPT as first published, in float64."""
+"""Which weights are kept, and what becomes of them: counted, and held against SparseGPT as first
+published, in float64.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ def step(name: str = "sparse-2of4", **options: Any) -> Step:
 
 
 def weights(rows: int, width: int, seed: int = 0) -> torch.Tensor:
-    return (torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 0.02).bfloat16().float()
+    return (
+        (torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 0.02)
+        .bfloat16()
+        .float()
+    )
 
 
 def inputs(width: int, tokens: int = 800, seed: int = 1) -> torch.Tensor:
@@ -35,11 +41,18 @@ def inputs(width: int, tokens: int = 800, seed: int = 1) -> torch.Tensor:
     return mixed * (torch.randn(width, generator=generator) * 0.7).exp()
 
 
-def observed(this: Step, weight: torch.Tensor, x: torch.Tensor, reference: torch.Tensor | None = None) -> Stats:
+def observed(
+    this: Step, weight: torch.Tensor, x: torch.Tensor, reference: torch.Tensor | None = None
+) -> Stats:
     return this.call("observe", inputs=x, reference=reference, residual=None, weight=weight) or {}
 
 
-def pruned(this: Step, weight: torch.Tensor, stats: Stats | None = None, dtype: torch.dtype = torch.bfloat16) -> Layer:
+def pruned(
+    this: Step,
+    weight: torch.Tensor,
+    stats: Stats | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Layer:
     return chain.quantize(Layer("layer", weight, dtype), [this], [stats or {}])
 
 
@@ -47,7 +60,9 @@ def loss(weight: torch.Tensor, found: torch.Tensor, x: torch.Tensor) -> float:
     return float(((weight - found) @ x.T).square().sum())
 
 
-shapes = st.tuples(st.integers(1, 30), st.integers(1, 40), st.sampled_from(ALGORITHMS), st.integers(0, 1000))
+shapes = st.tuples(
+    st.integers(1, 30), st.integers(1, 40), st.sampled_from(ALGORITHMS), st.integers(0, 1000)
+)
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -55,7 +70,11 @@ shapes = st.tuples(st.integers(1, 30), st.integers(1, 40), st.sampled_from(ALGOR
 def test_of_every_four_two_are_kept_whatever_the_numbers(case: Any, kind: str) -> None:
     rows, quads, algorithm, seed = case
     this, weight = step(algorithm=algorithm), weights(rows, 4 * quads, seed)
-    weight = {"all equal": torch.ones_like(weight), "half zeros": weight.clamp(min=0), "all zeros": 0 * weight}.get(kind, weight)
+    weight = {
+        "all equal": torch.ones_like(weight),
+        "half zeros": weight.clamp(min=0),
+        "all zeros": 0 * weight,
+    }.get(kind, weight)
     found = pruned(this, weight, observed(this, weight, inputs(4 * quads, 200)))
     kept = found.keep.view(rows, quads, 4).sum(2)
     assert torch.equal(kept, (weight != 0).view(rows, quads, 4).sum(2).clamp(max=2))
@@ -67,7 +86,10 @@ def test_of_every_four_two_are_kept_whatever_the_numbers(case: Any, kind: str) -
 @given(shapes, st.sampled_from([0.1, 0.5, 0.75, 0.99]))
 def test_of_every_row_the_share_is_met_to_the_weight(case: Any, sparsity: float) -> None:
     rows, width, algorithm, seed = case
-    this, weight = step("sparse", algorithm=algorithm, sparsity=sparsity), weights(rows, width, seed) + 1
+    this, weight = (
+        step("sparse", algorithm=algorithm, sparsity=sparsity),
+        weights(rows, width, seed) + 1,
+    )
     found = pruned(this, weight, observed(this, weight, inputs(width, 200)))
     assert (found.keep.sum(1) == max(width - round(sparsity * width), 1)).all()
     assert not found.weight[~found.keep].any()
@@ -85,8 +107,12 @@ def test_by_magnitude_the_largest_stay_as_they_are(name: str) -> None:
     assert (found.keep.view_as(groups).sum(1) == kept).all()
 
 
-def published(weight: torch.Tensor, hessian: NDArray[np.float64], order: NDArray[np.int64]) -> tuple[Any, Any]:
-    """Frantar & Alistarh, arXiv 2301.00774, algorithm 1 with 2:4 blocks: weights and mask, columns in that order."""
+def published(
+    weight: torch.Tensor, hessian: NDArray[np.float64], order: NDArray[np.int64]
+) -> tuple[Any, Any]:
+    """Frantar & Alistarh, arXiv 2301.00774, algorithm 1 with 2:4 blocks: weights and mask, columns
+    in that order.
+    """
     upper = np.linalg.cholesky(np.linalg.inv(hessian[np.ix_(order, order)])).T
     w = weight.double().numpy()[:, order]
     mask = np.ones_like(w, dtype=bool)
@@ -110,7 +136,8 @@ def test_the_sweep_is_sparsegpt_as_first_published(width: int) -> None:
     keep, found = masks.sparsegpt(weight, factored, torch.ones_like(weight, dtype=torch.bool), 2, 4)
     expected, mask = published(weight, hessian, factored.order.numpy())
     same = (keep.numpy() == mask).all(1)
-    assert same.mean() > 0.9  # a near tie decided the other way changes what follows it in the row
+    # a near tie decided the other way changes what follows it in the row
+    assert same.mean() > 0.9
     np.testing.assert_allclose(found.numpy()[same], expected[same], atol=1e-4 * weight.abs().max())
 
 
@@ -127,7 +154,9 @@ def test_each_algorithm_loses_less_than_the_simpler_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sparse-2of4", "sparse"])
 @pytest.mark.parametrize("algorithm", ["sparsegpt", "wanda"])
-def test_fitting_the_kept_ones_gains_over_the_sweep_and_over_leaving_them(name: str, algorithm: str) -> None:
+def test_fitting_the_kept_ones_gains_over_the_sweep_and_over_leaving_them(
+    name: str, algorithm: str
+) -> None:
     weight, x = weights(64, 128), inputs(128, 3000)
     this = step(name, algorithm=algorithm)
     found = pruned(this, weight, observed(this, weight, x))
@@ -135,7 +164,9 @@ def test_fitting_the_kept_ones_gains_over_the_sweep_and_over_leaving_them(name: 
     if algorithm == "sparsegpt":
         group, kept = (4, 2) if name == "sparse-2of4" else (128, 64)
         factored = numerics.factor(x.T @ x, len(x), group)
-        _, swept = masks.sparsegpt(weight, factored, torch.ones_like(weight, dtype=torch.bool), kept, group)
+        _, swept = masks.sparsegpt(
+            weight, factored, torch.ones_like(weight, dtype=torch.bool), kept, group
+        )
         assert loss(weight, found.weight, x) < 0.9 * loss(weight, swept, x)
 
 
@@ -155,7 +186,8 @@ def test_it_makes_up_for_what_the_layers_before_it_have_moved(algorithm: str) ->
 def test_zeros_have_no_sign() -> None:
     weight = -weights(8, 64).abs()
     weight[0] = -0.0
-    weight[1] = -(2.0**-149)  # rounds to zero in bfloat16
+    # rounds to zero in bfloat16
+    weight[1] = -(2.0**-149)
     for algorithm in ALGORITHMS:
         this = step(algorithm=algorithm)
         found = pruned(this, weight, observed(this, weight, inputs(64))).weight
@@ -175,7 +207,8 @@ def test_statistics_that_are_not_finite_are_warned_of_and_magnitudes_decide(bad:
 
 def test_a_channel_that_was_never_active_keeps_half_of_its_weights() -> None:
     weight, x = weights(200, 64), inputs(64)
-    x[:, 8:16] = 0  # it may speak in service
+    # it may speak in service
+    x[:, 8:16] = 0
     this = step()
     found = pruned(this, weight, observed(this, weight, x)).weight
     assert (found[:, 8:16] != 0).float().mean() == 0.5

@@ -29,7 +29,10 @@ def numbers(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def quantised(
-    weight: torch.Tensor, used: Step, stats: dict[str, Stat] | None = None, dtype: torch.dtype = torch.bfloat16
+    weight: torch.Tensor,
+    used: Step,
+    stats: dict[str, Stat] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Layer:
     return chain.quantize(Layer("layer", weight, dtype), [used], [stats or {}])
 
@@ -40,19 +43,36 @@ def stored(layer: Layer, used: Step) -> Record:
 
 def loaded(record: Record) -> torch.Tensor:
     """The weight as compressed-tensors decodes it, in float32."""
-    group = {"targets": ["Linear"], **{name: value for name, value in record.config.items() if name != "format"}}
-    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
-    parsed = QuantizationConfig.model_validate(config | {"quantization_status": "compressed"}).config_groups["group_0"]
-    tensors = {name: t.float() if name == "weight_scale" else t for name, t in record.tensors.items()}
-    return BaseCompressor.get_value_from_registry("pack-quantized").decompress(tensors, parsed)["weight"]
+    group = {
+        "targets": ["Linear"],
+        **{name: value for name, value in record.config.items() if name != "format"},
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group},
+    }
+    parsed = QuantizationConfig.model_validate(
+        config | {"quantization_status": "compressed"}
+    ).config_groups["group_0"]
+    tensors = {
+        name: t.float() if name == "weight_scale" else t for name, t in record.tensors.items()
+    }
+    return BaseCompressor.get_value_from_registry("pack-quantized").decompress(tensors, parsed)[
+        "weight"
+    ]
 
 
-shapes = st.tuples(st.sampled_from(SCHEMES), st.sampled_from([32, 64, 128, "channel"]), st.booleans())
+shapes = st.tuples(
+    st.sampled_from(SCHEMES), st.sampled_from([32, 64, 128, "channel"]), st.booleans()
+)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(shapes, st.integers(1, 40), st.integers(1, 4), st.integers(1, 70), st.integers(0, 1000))
-def test_restoring_what_is_packed_is_exact(used: Any, rows: int, groups: int, odd: int, seed: int) -> None:
+def test_restoring_what_is_packed_is_exact(
+    used: Any, rows: int, groups: int, odd: int, seed: int
+) -> None:
     name, group, symmetric = used
     width = odd if group == "channel" else group * groups
     this = step(name, group_size=group, symmetric=symmetric)
@@ -69,30 +89,77 @@ def test_words_are_those_of_compressed_tensors_to_the_bit(name: str, symmetric: 
     layer = quantised(numbers(24, 384), this)
     tensors = stored(layer, this).tensors
     assert torch.equal(tensors["weight_packed"], pack_to_int32(layer.codes, bits))
-    assert torch.equal(unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 384))), layer.codes)
+    assert torch.equal(
+        unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 384))), layer.codes
+    )
     if not symmetric:
-        assert torch.equal(tensors["weight_zero_point"], pack_to_int32(layer.parts["zero_point"], bits, packed_dim=0))
+        assert torch.equal(
+            tensors["weight_zero_point"],
+            pack_to_int32(layer.parts["zero_point"], bits, packed_dim=0),
+        )
 
 
 INT = {"type": "int", "dynamic": False}
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, tuple[torch.dtype, tuple[int, ...]]]]] = {
-    "4 bits": ("w4a16", {}, {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 128},
-        {"weight_packed": (torch.int32, (16, 48)), "weight_scale": (torch.bfloat16, (16, 3))}),
-    "8 bits": ("w8a16", {}, {"num_bits": 8, "symmetric": True, "strategy": "group", "group_size": 128},
-        {"weight_packed": (torch.int32, (16, 96)), "weight_scale": (torch.bfloat16, (16, 3))}),
-    "small groups": ("w4a16", {"group_size": 32}, {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 32},
-        {"weight_packed": (torch.int32, (16, 48)), "weight_scale": (torch.bfloat16, (16, 12))}),
-    "channel": ("w4a16", {"group_size": "channel"}, {"num_bits": 4, "symmetric": True, "strategy": "channel"},
-        {"weight_packed": (torch.int32, (16, 48)), "weight_scale": (torch.bfloat16, (16, 1))}),
-    "zero points": ("w4a16", {"symmetric": False},
-        {"num_bits": 4, "symmetric": False, "zp_dtype": "torch.int8", "strategy": "group", "group_size": 128},
-        {"weight_packed": (torch.int32, (16, 48)), "weight_scale": (torch.bfloat16, (16, 3)),
-         "weight_zero_point": (torch.int32, (2, 3))}),
-    "8-bit zero points": ("w8a16", {"symmetric": False},
-        {"num_bits": 8, "symmetric": False, "zp_dtype": "torch.int8", "strategy": "group", "group_size": 128},
-        {"weight_packed": (torch.int32, (16, 96)), "weight_scale": (torch.bfloat16, (16, 3)),
-         "weight_zero_point": (torch.int32, (4, 3))}),
-}  # fmt: skip
+CASES: dict[
+    str, tuple[str, dict[str, Any], dict[str, Any], dict[str, tuple[torch.dtype, tuple[int, ...]]]]
+] = {
+    "4 bits": (
+        "w4a16",
+        {},
+        {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 128},
+        {"weight_packed": (torch.int32, (16, 48)), "weight_scale": (torch.bfloat16, (16, 3))},
+    ),
+    "8 bits": (
+        "w8a16",
+        {},
+        {"num_bits": 8, "symmetric": True, "strategy": "group", "group_size": 128},
+        {"weight_packed": (torch.int32, (16, 96)), "weight_scale": (torch.bfloat16, (16, 3))},
+    ),
+    "small groups": (
+        "w4a16",
+        {"group_size": 32},
+        {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 32},
+        {"weight_packed": (torch.int32, (16, 48)), "weight_scale": (torch.bfloat16, (16, 12))},
+    ),
+    "channel": (
+        "w4a16",
+        {"group_size": "channel"},
+        {"num_bits": 4, "symmetric": True, "strategy": "channel"},
+        {"weight_packed": (torch.int32, (16, 48)), "weight_scale": (torch.bfloat16, (16, 1))},
+    ),
+    "zero points": (
+        "w4a16",
+        {"symmetric": False},
+        {
+            "num_bits": 4,
+            "symmetric": False,
+            "zp_dtype": "torch.int8",
+            "strategy": "group",
+            "group_size": 128,
+        },
+        {
+            "weight_packed": (torch.int32, (16, 48)),
+            "weight_scale": (torch.bfloat16, (16, 3)),
+            "weight_zero_point": (torch.int32, (2, 3)),
+        },
+    ),
+    "8-bit zero points": (
+        "w8a16",
+        {"symmetric": False},
+        {
+            "num_bits": 8,
+            "symmetric": False,
+            "zp_dtype": "torch.int8",
+            "strategy": "group",
+            "group_size": 128,
+        },
+        {
+            "weight_packed": (torch.int32, (16, 96)),
+            "weight_scale": (torch.bfloat16, (16, 3)),
+            "weight_zero_point": (torch.int32, (4, 3)),
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,11 +170,17 @@ def test_the_record_is_what_compressed_tensors_calls_it(case: str) -> None:
     found = {suffix: (t.dtype, tuple(t.shape)) for suffix, t in record.tensors.items()}
     assert found == tensors | {"weight_shape": (torch.int64, (2,))}
     assert record.tensors["weight_shape"].tolist() == [16, 384]
-    assert record.config == {"format": "pack-quantized", "weights": INT | weights, "input_activations": None}
+    assert record.config == {
+        "format": "pack-quantized",
+        "weights": INT | weights,
+        "input_activations": None,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_scales_are_stored_in_the_model_s_own_dtype_and_codes_made_for_them(dtype: torch.dtype) -> None:
+def test_scales_are_stored_in_the_model_s_own_dtype_and_codes_made_for_them(
+    dtype: torch.dtype,
+) -> None:
     this = step("w4a16")
     layer = quantised(numbers(8, 128), this, dtype=dtype)
     record = stored(layer, this)
@@ -139,7 +212,11 @@ def test_16_bit_activations_store_a_scale_from_the_largest_input() -> None:
     stats = this.call("observe", inputs=x, reference=None, residual=None, weight=None)
     record = stored(quantised(numbers(8, 128), this, stats), this)
     assert record.tensors["input_scale"].tolist() == pytest.approx([3 / 32767.5])
-    assert record.config["input_activations"] == INT | {"num_bits": 16, "symmetric": True, "strategy": "tensor"}
+    assert record.config["input_activations"] == INT | {
+        "num_bits": 16,
+        "symmetric": True,
+        "strategy": "tensor",
+    }
     assert loaded(record).shape == (8, 128)
 
 

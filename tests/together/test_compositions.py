@@ -1,4 +1,6 @@
-"""Steps joined by `+`: whatever is pruned first stays zero through every quantising scheme, and nothing is corrected twice."""
+"""Steps joined by `+`: whatever is pruned first stays zero through every quantising scheme, and
+nothing is corrected twice.
+"""
 
 from __future__ import annotations
 
@@ -47,15 +49,24 @@ def steps(first: str, second: str | None = None) -> tuple[Step, ...]:
 
 
 def inputs(moved: float = 0.0, tokens: int = 1500) -> torch.Tensor:
-    """(tokens, in): alike in parts, unlike in size, and how compressed layers before may have moved them."""
+    """(tokens, in): alike in parts, unlike in size, and how compressed layers before may have moved
+    them.
+    """
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(tokens, WIDTH, generator=generator) * (torch.randn(WIDTH, generator=generator) * 0.5).exp()
+    x = (
+        torch.randn(tokens, WIDTH, generator=generator)
+        * (torch.randn(WIDTH, generator=generator) * 0.5).exp()
+    )
     x = x + 0.5 * x @ torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
     return x + moved * x.roll(1, 1)
 
 
 def weights(rows: int, seed: int) -> torch.Tensor:
-    return (torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed)) * 0.02).bfloat16().float()
+    return (
+        (torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed)) * 0.02)
+        .bfloat16()
+        .float()
+    )
 
 
 def taken(used: tuple[Step, ...], weight: torch.Tensor, moved: float) -> list[dict[str, Stat]]:
@@ -66,7 +77,9 @@ def taken(used: tuple[Step, ...], weight: torch.Tensor, moved: float) -> list[di
 
 
 def result(used: tuple[Step, ...], weight: torch.Tensor, moved: float = 0.2) -> Layer:
-    return chain.quantize_whole(Layer("layer", weight, torch.bfloat16), used, taken(used, weight, moved))
+    return chain.quantize_whole(
+        Layer("layer", weight, torch.bfloat16), used, taken(used, weight, moved)
+    )
 
 
 def missing(weight: torch.Tensor, found: torch.Tensor, moved: float = 0.2) -> float:
@@ -76,8 +89,15 @@ def missing(weight: torch.Tensor, found: torch.Tensor, moved: float = 0.2) -> fl
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(st.sampled_from(list(PRUNING)), st.sampled_from(list(QUANTISING)), st.integers(1, 5), st.integers(0, 1000))
-def test_what_is_pruned_stays_zero_and_what_is_stored_comes_back(first: str, second: str, blocks: int, seed: int) -> None:
+@given(
+    st.sampled_from(list(PRUNING)),
+    st.sampled_from(list(QUANTISING)),
+    st.integers(1, 5),
+    st.integers(0, 1000),
+)
+def test_what_is_pruned_stays_zero_and_what_is_stored_comes_back(
+    first: str, second: str, blocks: int, seed: int
+) -> None:
     used, weight = steps(first, second), weights(8 * blocks, seed)
     pruned, layer = result(used[:1], weight), result(used, weight)
     assert torch.equal(layer.keep, pruned.keep)
@@ -90,7 +110,9 @@ def test_what_is_pruned_stays_zero_and_what_is_stored_comes_back(first: str, sec
     planned = chain.describe(*weight.shape, torch.bfloat16, used)
     assert record.config == planned.config
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in record.tensors.items()}
-    assert shapes == {name: (tensor.dtype, tensor.shape) for name, tensor in planned.tensors.items()}
+    assert shapes == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in planned.tensors.items()
+    }
 
 
 def rounded(second: str, weight: torch.Tensor) -> float:
@@ -110,18 +132,24 @@ def test_rounding_afterwards_adds_its_own_error_and_no_other(first: str, second:
 
 
 @pytest.mark.parametrize("second", ["fp8", "fp8 per tensor"])
-def test_after_a_step_with_data_rounding_errors_are_fed_forward_by_a_scheme_that_asks_for_none(second: str) -> None:
+def test_after_a_step_with_data_rounding_errors_are_fed_forward_by_a_scheme_that_asks_for_none(
+    second: str,
+) -> None:
     weight, used = weights(64, 3), steps("2:4", second)
     pruned = result(used[:1], weight)
     rounded = chain.quantize_whole(pruned, used[1:], [{}])
-    pruned_loss, plain, fed = (missing(weight, layer.weight) ** 2 for layer in (pruned, rounded, result(used, weight)))
+    pruned_loss, plain, fed = (
+        missing(weight, layer.weight) ** 2 for layer in (pruned, rounded, result(used, weight))
+    )
     assert fed - pruned_loss < 0.9 * (plain - pruned_loss)
 
 
 @pytest.mark.parametrize("second", ["int8", "w8a16", "w4a16"])
 def test_a_step_with_data_makes_up_for_one_without(second: str) -> None:
     weight = weights(64, 3)
-    alone, both = (missing(weight, result(steps("2:4 by magnitude", s), weight).weight) for s in (None, second))
+    alone, both = (
+        missing(weight, result(steps("2:4 by magnitude", s), weight).weight) for s in (None, second)
+    )
     assert both < 0.8 * alone
 
 
@@ -131,21 +159,41 @@ def test_nothing_follows_a_step_that_stores_codes(tmp_path: Path, order: str) ->
     assert f"{order.partition('+')[2]} cannot follow a step that stores codes already" in line
 
 
-# --- whole runs ---------------------------------------------------------------------------------------------------------------
+# --- whole runs
+# ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["sparse-2of4+fp8", "sparse-2of4+int8", "sparse+w4a16"])
 def test_a_calibrated_composition_is_proved_against_its_source(tmp_path: Path, scheme: str) -> None:
     source, text = runnable_model(tmp_path / "m"), tmp_path / "text.txt"
-    compress(source, tmp_path / "o", scheme=scheme, calibration=text, samples=32, sequence_length=48, threads=1)
+    compress(
+        source,
+        tmp_path / "o",
+        scheme=scheme,
+        calibration=text,
+        samples=32,
+        sequence_length=48,
+        threads=1,
+    )
     assert command("verify", tmp_path / "o", "--against", source).returncode == 0
     note = json.loads(command("inspect", tmp_path / "o", "--json").stdout)
-    assert {tuple(layer["steps"]) for layer in note["layers"].values()} == {tuple(scheme.split("+"))}
+    assert {tuple(layer["steps"]) for layer in note["layers"].values()} == {
+        tuple(scheme.split("+"))
+    }
     used = from_scheme(scheme, discover()).rules[0].steps
-    names, config = tensors_of(tmp_path / "o"), json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]
-    group = {key: value for key, value in config["config_groups"]["group_0"].items() if key != "targets"}
+    names, config = (
+        tensors_of(tmp_path / "o"),
+        json.loads((tmp_path / "o/config.json").read_text())["quantization_config"],
+    )
+    group = {
+        key: value for key, value in config["config_groups"]["group_0"].items() if key != "targets"
+    }
     layer = "model.layers.1.mlp.up_proj"
-    tensors = {name.removeprefix(f"{layer}."): tensor for name, tensor in names.items() if name.startswith(f"{layer}.")}
+    tensors = {
+        name.removeprefix(f"{layer}."): tensor
+        for name, tensor in names.items()
+        if name.startswith(f"{layer}.")
+    }
     zeros = chain.restore(tensors, group, used) == 0
     assert (zeros.sum(1) >= zeros.shape[1] // 2).all()
     assert "sparsity_config" not in config

@@ -30,7 +30,9 @@ def generated() -> dict[str, str]:
 
 @pytest.mark.parametrize("page", ["commands.md", "hooks.md", "schemes.md"])
 def test_generated_pages_are_what_the_code_says_now(page: str) -> None:
-    assert (DOCS / "reference" / page).read_text() == generated()[page], "stale: tox run -e pages writes them"
+    assert (DOCS / "reference" / page).read_text() == generated()[page], (
+        "stale: tox run -e pages writes them"
+    )
     assert set(generated()) == {"commands.md", "hooks.md", "schemes.md"}
 
 
@@ -39,17 +41,26 @@ def test_the_page_for_choosing_names_every_scheme() -> None:
     assert not [name for name in discover().schemes if f"`{name}" not in page]
 
 
-COMMANDS = [  # every command that a page shows
+# every command that a page shows
+COMMANDS = [
     (page.name, *found)
     for page in sorted(DOCS.glob("*.md"))
-    for code in re.findall(r"^```(?:sh)?\n.*?^```|`[^`\n]+`", page.read_text(), re.MULTILINE | re.DOTALL)
+    for code in re.findall(
+        r"^```(?:sh)?\n.*?^```|`[^`\n]+`", page.read_text(), re.MULTILINE | re.DOTALL
+    )
     for found in re.findall(r"(?:^|`)bitpress ([a-z-]+)([^`\n]*)", code, re.MULTILINE)
 ]
 
 
 @pytest.mark.parametrize(("page", "command", "arguments"), COMMANDS)
-def test_commands_that_pages_show_exist_with_their_options(page: str, command: str, arguments: str) -> None:
-    sections = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", generated()["commands.md"], re.MULTILINE | re.DOTALL))
+def test_commands_that_pages_show_exist_with_their_options(
+    page: str, command: str, arguments: str
+) -> None:
+    sections = dict(
+        re.findall(
+            r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", generated()["commands.md"], re.MULTILINE | re.DOTALL
+        )
+    )
     if command.startswith("-"):
         sections[command] = f"`{command}`" if f"`{command}`" in generated()["commands.md"] else ""
     assert sections.get(command), f"{page}: bitpress {command}"
@@ -59,30 +70,46 @@ def test_commands_that_pages_show_exist_with_their_options(page: str, command: s
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment of its own that sees what is installed here: what a page installs into it is gone afterwards."""
+    """An environment of its own that sees what is installed here: what a page installs into it is
+    gone afterwards.
+    """
     home = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
     (site,) = home.glob("lib/*/site-packages")
-    (site / "outer.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    (site / "outer.pth").write_text(
+        f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+    )
     for command in ("bitpress", "pytest"):
         script = home / "bin" / command
         script.write_text(f'#!/bin/sh\nexec {home}/bin/python -m {command} "$@"\n')
         script.chmod(0o755)
+    # 0 is read as: no isolation
     here = {
         "PIP_NO_INDEX": "1",
         "PIP_NO_DEPS": "1",
         "PIP_NO_BUILD_ISOLATION": "0",
         "PIP_QUIET": "1",
-    }  # 0 is read as: no isolation
+    }
     path = os.pathsep.join([str(home / "bin"), os.environ["PATH"]])
-    return {**os.environ, **here, "PATH": path, "MODEL": str(ROOT / "examples/tiny-llama"), "HF_HUB_OFFLINE": "1"}
+    return {
+        **os.environ,
+        **here,
+        "PATH": path,
+        "MODEL": str(ROOT / "examples/tiny-llama"),
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def script(page: str) -> Iterator[str]:
-    """A page as a shell script: blocks with a title are files, other blocks of `sh` and `python` are run, all others are not."""
+    """A page as a shell script: blocks with a title are files, other blocks of `sh` and `python`
+    are run, all others are not.
+    """
     for language, title, code in BLOCK.findall((DOCS / page).read_text()):
         if title:
-            yield f"mkdir -p \"$(dirname '{title}')\"\ncat > '{title}' <<'END OF FILE'\n{code}END OF FILE"
+            yield (
+                f"mkdir -p \"$(dirname '{title}')\"\ncat > '{title}' <<'END OF FILE'\n{code}END "
+                "OF FILE"
+            )
         elif language == "python":
             yield f"python - <<'END OF CODE'\n{code}END OF CODE"
         elif language == "sh":
@@ -91,13 +118,23 @@ def script(page: str) -> Iterator[str]:
 
 @pytest.fixture
 def walk(environment: dict[str, str], tmp_path: Path) -> Walk:
-    """A page walked through by a reader in an empty folder beside the examples; gives what it printed."""
+    """A page walked through by a reader in an empty folder beside the examples; gives what it
+    printed.
+    """
     (tmp_path / "examples").symlink_to(ROOT / "examples")
 
     def run(page: str) -> str:
         lines = "\n".join(["set -eu", *script(page)])
         words = ["sh", "-c", lines]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False)
+        done = subprocess.run(
+            words,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
@@ -106,7 +143,8 @@ def walk(environment: dict[str, str], tmp_path: Path) -> Walk:
 
 def test_the_walk_through_of_a_scheme_of_one_s_own_runs(walk: Walk, tmp_path: Path) -> None:
     said = walk("writing-a-scheme.md")
-    assert len(re.findall(r" \d+ passed, \d+ skipped in ", said)) == 2  # as it was written, and as it was edited
+    # as it was written, and as it was edited
+    assert len(re.findall(r" \d+ passed, \d+ skipped in ", said)) == 2
     assert "ternary (bitpress-scheme-ternary 0.1.0): Whole numbers from -levels to levels" in said
     assert "ternary (bitpress-scheme-ternary 0.1.0): Weights of -1, 0 and 1" in said
     assert "verified: 42 layers read back and compared with the source" in said
@@ -117,7 +155,9 @@ def test_the_walk_through_of_a_scheme_of_one_s_own_runs(walk: Walk, tmp_path: Pa
 def test_the_tracer_prints_each_hook_call_with_shapes_and_milliseconds(walk: Walk) -> None:
     said = walk("extensions.md")
     for hook in ("quantize", "pack", "serialize"):
-        assert re.search(rf"^{hook} +model\.layers\.0\.\S.* \(\d+, \d+\) \d+\.\d\d ms$", said, re.MULTILINE), hook
+        assert re.search(
+            rf"^{hook} +model\.layers\.0\.\S.* \(\d+, \d+\) \d+\.\d\d ms$", said, re.MULTILINE
+        ), hook
     for hook in ("restore", "bound"):
         assert re.search(rf"^{hook} +stored \(\d+, \d+\) \d+\.\d\d ms$", said, re.MULTILINE), hook
     assert "verified: 42 layers" in said
@@ -126,7 +166,10 @@ def test_the_tracer_prints_each_hook_call_with_shapes_and_milliseconds(walk: Wal
 @pytest.mark.parametrize(
     ("page", "words"),
     [
-        ("first-compression.md", ["verified: 42 layers", "nothing wrong (42 layers compared", "\n()\n"]),
+        (
+            "first-compression.md",
+            ["verified: 42 layers", "nothing wrong (42 layers compared", "\n()\n"],
+        ),
         ("recipes.md", ["36 layers compressed", "verified: 42 layers", "searched.toml: written"]),
     ],
 )

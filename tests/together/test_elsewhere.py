@@ -21,12 +21,14 @@ STEPS = {
     f"{name}, {label}": step
     for name in sorted(discover().schemes)
     for label, step in trial.variants(name, (), discover()).items()
-}  # fmt: skip
+}
 TOKENS = 160
 
 
 def everything(step: Step, weight: Tensor, place: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """All tensors that a scheme's hooks give back for a layer whose weight and inputs lie somewhere."""
+    """All tensors that a scheme's hooks give back for a layer whose weight and inputs lie
+    somewhere.
+    """
     draw = torch.Generator().manual_seed(0)
     out, width = weight.shape
     layer, stats = Layer("layer", place(weight), torch.bfloat16), {}
@@ -34,8 +36,13 @@ def everything(step: Step, weight: Tensor, place: Callable[[Tensor], Tensor]) ->
         inputs = torch.randn(TOKENS, width, generator=draw)
         reference = inputs + 0.01 * torch.randn(TOKENS, width, generator=draw)
         residual = torch.randn(TOKENS, out, generator=draw)
-        chain.merge(stats, chain.observe(step, layer.weight, place(inputs), place(reference), place(residual)))
-    chain.merge(stats, chain.observe(step, layer.weight) if step.scheme.wants("observe", "weight") else {})
+        chain.merge(
+            stats,
+            chain.observe(step, layer.weight, place(inputs), place(reference), place(residual)),
+        )
+    chain.merge(
+        stats, chain.observe(step, layer.weight) if step.scheme.wants("observe", "weight") else {}
+    )
     record = chain.record(chain.pack(chain.quantize(layer, [step], [stats]), [step]), [step])
     found = {"restored": chain.restore(record.tensors, record.config, [step], (out, width))}
     if step.rescales and (factors := chain.rescale(layer, [step], [stats])) is not None:
@@ -70,7 +77,9 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = runnable_model(tmp_path_factory.mktemp("elsewhere") / "model", config=CONFIG | {"num_hidden_layers": 2})
+    folder = runnable_model(
+        tmp_path_factory.mktemp("elsewhere") / "model", config=CONFIG | {"num_hidden_layers": 2}
+    )
     (folder.parent / "check.txt").write_text((folder.parent / "text.txt").read_text()[:2000])
     return folder
 
@@ -92,23 +101,42 @@ def threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def taken(self: compute.Turns) -> None:
         take(self)
-        Pretended().__enter__()  # as long as the thread lives
+        # as long as the thread lives
+        Pretended().__enter__()
 
     monkeypatch.setattr(compute.Turns, "take", taken)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_on_a_gpu_is_proved_and_as_good_as_on_the_cpu(model: Path, tmp_path: Path, threads_too: None, name: str) -> None:
+def test_a_run_on_a_gpu_is_proved_and_as_good_as_on_the_cpu(
+    model: Path, tmp_path: Path, threads_too: None, name: str
+) -> None:
     scheme, settings = RUNS[name]
     text = model.parent / "check.txt"
-    given = {"calibration": model.parent / "text.txt", "samples": 12, "sequence_length": 32, "threads": 1}
+    given = {
+        "calibration": model.parent / "text.txt",
+        "samples": 12,
+        "sequence_length": 32,
+        "threads": 1,
+    }
     here = bitpress.compress(model, tmp_path / "cpu", scheme=scheme, settings=settings, **given)
     with Pretended():
-        there = bitpress.compress(model, tmp_path / "gpu", scheme=scheme, settings=settings, device="cuda:0", check=text, **given)
+        there = bitpress.compress(
+            model,
+            tmp_path / "gpu",
+            scheme=scheme,
+            settings=settings,
+            device="cuda:0",
+            check=text,
+            **given,
+        )
     assert there.check is not None
     for module, layer in here.layers.items():
-        assert there.layers[module].error == pytest.approx(layer.error, rel=0.05), module  # blocks run in bfloat16 there
-    assert there.check.kl == pytest.approx(bitpress.eval(tmp_path / "cpu", against=model, text=text).kl, rel=0.3)
+        # blocks run in bfloat16 there
+        assert there.layers[module].error == pytest.approx(layer.error, rel=0.05), module
+    assert there.check.kl == pytest.approx(
+        bitpress.eval(tmp_path / "cpu", against=model, text=text).kl, rel=0.3
+    )
 
 
 def test_tensors_on_two_devices_do_not_meet() -> None:
@@ -116,6 +144,10 @@ def test_tensors_on_two_devices_do_not_meet() -> None:
         x = torch.ones(3).to(GPU)
         assert isinstance(x, Elsewhere)
         assert (x + x).cpu().tolist() == [2.0, 2.0, 2.0]
-        for wrong in (lambda: x + torch.ones(3), lambda: x.numpy(), lambda: torch.where(x > 0, x, torch.ones(3))):
+        for wrong in (
+            lambda: x + torch.ones(3),
+            lambda: x.numpy(),
+            lambda: torch.where(x > 0, x, torch.ones(3)),
+        ):
             with pytest.raises((RuntimeError, TypeError)):
                 wrong()

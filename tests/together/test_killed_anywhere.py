@@ -1,6 +1,8 @@
-"""Killed with SIGKILL at any point whatever, a run goes on to the bytes of one that nothing disturbed; by real schemes.
+"""Killed with SIGKILL at any point whatever, a run goes on to the bytes of one that nothing
+disturbed; by real schemes.
 
-Each run is a fork of one process that has imported everything, so that a hundred deaths take minutes.
+Each run is a fork of one process that has imported everything, so that a hundred deaths take
+minutes.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from support import files_of
 from bitpress.checkpoint import lock
 from bitpress.schemes import discover
 
-# Reads lines `MOMENT|argument|argument|...`: runs the command in a fork that kills itself at that call which opens, writes,
-# syncs, cuts, closes, renames or removes a file (no whole number: after so many seconds; 0: never), and says how it ended, and
-# how many such calls there were.
+# Reads lines `MOMENT|argument|argument|...`: runs the command in a fork that kills itself at that
+# call which opens, writes, syncs, cuts, closes, renames or removes a file (no whole number: after
+# so many seconds; 0: never), and says how it ended, and how many such calls there were.
 STARTER = """
 import os, pathlib, signal, sys, threading
 import torch, transformers
@@ -92,12 +94,19 @@ class Starter:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.log = (folder / "log").open("w")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", STARTER], cwd=folder, env=environment, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.log,
-        )  # fmt: skip
+            [sys.executable, "-c", STARTER],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+        )
 
     def run(self, moment: float, *arguments: str) -> tuple[int, int]:
-        """Exit code, negative for a signal, and how many moments there were, if it came to its end."""
+        """Exit code, negative for a signal, and how many moments there were, if it came to its
+        end.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("|".join([str(moment), *arguments]) + "\n")
@@ -121,14 +130,18 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """A folder's files but that of the lock, which a run may leave behind, unlocked, when it is killed as its very last deed."""
+    """A folder's files but that of the lock, which a run may leave behind, unlocked, when it is
+    killed as its very last deed.
+    """
     found = files_of(folder) if folder.exists() else {}
     return {name: data for name, data in found.items() if name != lock.NAME}
 
 
 @pytest.mark.parametrize("points", [3, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_killed_at_any_point_a_run_goes_on_to_the_same_bytes(starter: Starter, recipe: str, points: int) -> None:
+def test_killed_at_any_point_a_run_goes_on_to_the_same_bytes(
+    starter: Starter, recipe: str, points: int
+) -> None:
     if "sparse" in str(RECIPES[recipe]) and "sparse-2of4" not in discover().schemes:
         pytest.skip("the scheme sparse-2of4 is not installed")
     folder = starter.folder
@@ -142,9 +155,14 @@ def test_killed_at_any_point_a_run_goes_on_to_the_same_bytes(starter: Starter, r
     expected, chance, died = files_of(folder / f"{name}-whole"), random.Random(recipe), 0
     for number in range(points):
         words[2] = f"{name}-{number}"
-        # a call that touches a file, or any time at all; once in a while the run that goes on is killed as well
+        # a call that touches a file, or any time at all; once in a while the run that goes on is
+        # killed as well
         for _ in range(1 + (number % 5 == 4)):
-            moment = float(chance.randint(1, moments)) if number % 2 == 0 else chance.uniform(0, lasts) + 1e-7
+            moment = (
+                float(chance.randint(1, moments))
+                if number % 2 == 0
+                else chance.uniform(0, lasts) + 1e-7
+            )
             code, _ = starter.run(moment, *words)
             assert code in (0, -signal.SIGKILL, -signal.SIGALRM) or (code == 2 and died), (
                 moment,
@@ -152,8 +170,11 @@ def test_killed_at_any_point_a_run_goes_on_to_the_same_bytes(starter: Starter, r
             )
             died += code < 0
             left = outputs(folder / words[2])
-            if "config.json" in left:  # it looks whole, and is
-                assert {name: data for name, data in left.items() if name in expected} == expected, moment
+            # it looks whole, and is
+            if "config.json" in left:
+                assert {
+                    name: data for name, data in left.items() if name in expected
+                } == expected, moment
         if left != expected:
             code, _ = starter.run(0, *words)
             assert code == 0, (moment, (folder / "log").read_text()[-2000:])

@@ -10,7 +10,16 @@ import pytest
 from architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("llama", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "qwen3_next", "gemma3")
+QUICK = (
+    "llama",
+    "gpt2",
+    "mixtral",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4_text",
+    "qwen3_next",
+    "gemma3",
+)
 TOOL: dict[str, Any] = runpy.run_path(str(ROOT / "tools/models.py"))
 PAGE = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 
@@ -24,9 +33,13 @@ def test_the_page_has_every_architecture() -> None:
 @pytest.mark.parametrize("model_type", QUICK)
 def test_the_page_says_what_happens(model_type: str) -> None:
     rows, refusals = TOOL["lines"]([model_type])
-    assert all(line in PAGE.splitlines() for line in rows + refusals), "stale: tox run -e pages writes it"
+    assert all(line in PAGE.splitlines() for line in rows + refusals), (
+        "stale: tox run -e pages writes it"
+    )
 
 
 @pytest.mark.long
 def test_the_whole_page_says_what_happens() -> None:
-    assert TOOL["BEGIN"] + "\n" + TOOL["written"]() + "\n" + TOOL["END"] in PAGE, "stale: tox run -e pages writes it"
+    assert TOOL["BEGIN"] + "\n" + TOOL["written"]() + "\n" + TOOL["END"] in PAGE, (
+        "stale: tox run -e pages writes it"
+    )

@@ -28,7 +28,9 @@ def test_the_readme_lists_the_schemes_that_are_here() -> None:
     assert dict(rows) == {name: scheme.package for name, scheme in discover().schemes.items()}
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"^bitpress ([\w-]+)", README, re.MULTILINE))))
+@pytest.mark.parametrize(
+    "command", sorted(set(re.findall(r"^bitpress ([\w-]+)", README, re.MULTILINE)))
+)
 def test_commands_of_the_readme_exist_with_their_options(command: str) -> None:
     shown = bitpress(command, "--help").stdout
     for line in re.findall(rf"^bitpress {command} (.*)$", README, re.MULTILINE):
@@ -38,7 +40,18 @@ def test_commands_of_the_readme_exist_with_their_options(command: str) -> None:
 
 def test_every_command_of_the_readme_s_table_of_contents_is_in_the_help() -> None:
     shown = bitpress("--help").stdout
-    for command in ("schemes", "plan", "compress", "search", "verify", "eval", "inspect", "report", "decompress", "new-scheme"):
+    for command in (
+        "schemes",
+        "plan",
+        "compress",
+        "search",
+        "verify",
+        "eval",
+        "inspect",
+        "report",
+        "decompress",
+        "new-scheme",
+    ):
         assert re.search(rf"^\W*{command}\b", shown, re.MULTILINE)
 
 
@@ -50,7 +63,9 @@ def test_every_hook_is_specified_with_its_arguments() -> None:
             continue
         function = getattr(hookspecs, name)
         assert function.__doc__, name
-        assert set(function.__annotations__) == {*caller.spec.argnames, "return"}, f"{name} is not fully typed"
+        assert set(function.__annotations__) == {*caller.spec.argnames, "return"}, (
+            f"{name} is not fully typed"
+        )
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
@@ -65,7 +80,10 @@ def test_a_package_has_its_own_version_notes_readme_licence_and_types(package: P
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
 def test_a_package_pins_nothing(package: Path) -> None:
     table = project(package)
-    wanted = [*table["dependencies"], *(d for extra in table.get("optional-dependencies", {}).values() for d in extra)]
+    wanted = [
+        *table["dependencies"],
+        *(d for extra in table.get("optional-dependencies", {}).values() for d in extra),
+    ]
     assert not [requirement for requirement in wanted if "==" in requirement]
     assert table["requires-python"] == ">=3.11"
 

@@ -1,4 +1,6 @@
-"""The option `--vllm-python`: an interpreter that has real vLLM, as `../shared/oracles/install-vllm.sh` makes one."""
+"""The option `--vllm-python`: an interpreter that has real vLLM, as
+`../shared/oracles/install-vllm.sh` makes one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,11 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--vllm-python", metavar="PYTHON", help="an interpreter that has vLLM (tox run -e vllm makes one)")
+    parser.addoption(
+        "--vllm-python",
+        metavar="PYTHON",
+        help="an interpreter that has vLLM (tox run -e vllm makes one)",
+    )
 
 
 @pytest.fixture(scope="session")

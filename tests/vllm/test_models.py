@@ -1,7 +1,9 @@
-"""Real vLLM reads tiny models of many architectures, and what we make of them, and computes with both alike.
+"""Real vLLM reads tiny models of many architectures, and what we make of them, and computes with
+both alike.
 
-Weights are random, so only each token's log probability tells a right file from a wrong one: those of another model have nothing
-to do with the source's. Where vLLM has no kernel for CPUs, plain torch stands in; names, cuts and fusions are vLLM's own.
+Weights are random, so only each token's log probability tells a right file from a wrong one: those
+of another model have nothing to do with the source's. Where vLLM has no kernel for CPUs, plain
+torch stands in; names, cuts and fusions are vLLM's own.
 """
 
 from __future__ import annotations
@@ -25,8 +27,22 @@ JUDGE = Path(__file__).parents[2] / "../shared/oracles/vllm_check.py"
 @functools.cache
 def predicted(python: str, model: Path, emulate: bool) -> Tensor:
     """Log probabilities of the text's tokens, less their mean."""
-    words = [python, JUDGE, model, model.parent / "text.txt", "--tokens", 48, "--max-model-len", 64, "--dump", "--gen", 1]
-    done = subprocess.run([*map(str, words), *["--emulate"] * emulate], capture_output=True, text=True, check=False)
+    words = [
+        python,
+        JUDGE,
+        model,
+        model.parent / "text.txt",
+        "--tokens",
+        48,
+        "--max-model-len",
+        64,
+        "--dump",
+        "--gen",
+        1,
+    ]
+    done = subprocess.run(
+        [*map(str, words), *["--emulate"] * emulate], capture_output=True, text=True, check=False
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["ok"], found.get("error", done.stderr[-2000:])
     logprobs = torch.tensor([float(value) for value in found["logprobs"]])
@@ -41,12 +57,24 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("column", ["fp8", "w4a16, rtn", "nvfp4"])
 @pytest.mark.parametrize("model_type", SERVED)
-def test_vllm_computes_with_it_as_with_the_source(python: str, sources: dict[str, Path], model_type: str, column: str) -> None:
-    source, out, chosen = sources[model_type], sources[model_type].with_name(column), COLUMNS[column]
+def test_vllm_computes_with_it_as_with_the_source(
+    python: str, sources: dict[str, Path], model_type: str, column: str
+) -> None:
+    source, out, chosen = (
+        sources[model_type],
+        sources[model_type].with_name(column),
+        COLUMNS[column],
+    )
     compress(
-        source, out, scheme=chosen.scheme, settings=chosen.settings, calibration=source.parent / "text.txt", samples=12,
-        sequence_length=32, threads=1,
-    )  # fmt: skip
+        source,
+        out,
+        scheme=chosen.scheme,
+        settings=chosen.settings,
+        calibration=source.parent / "text.txt",
+        samples=12,
+        sequence_length=32,
+        threads=1,
+    )
     before, after = predicted(python, source, False), predicted(python, out, True)
     far = float((after - before).norm() / before.norm())
     print(f"\n{model_type}, {column}: {far:.3f}")
@@ -54,5 +82,7 @@ def test_vllm_computes_with_it_as_with_the_source(python: str, sources: dict[str
 
 
 def test_the_judge_tells_one_model_from_another(python: str, sources: dict[str, Path]) -> None:
-    one, other = (predicted(python, sources[model_type], False) for model_type in ("llama", "mixtral"))
+    one, other = (
+        predicted(python, sources[model_type], False) for model_type in ("llama", "mixtral")
+    )
     assert float((one - other).norm() / one.norm()) > 2 * FAR

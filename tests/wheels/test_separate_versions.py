@@ -1,4 +1,6 @@
-"""Packages built as wheels are installed, listed and upgraded each by itself: `tox run -e wheels`."""
+"""Packages built as wheels are installed, listed and upgraded each by itself: `tox run -e
+wheels`.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,29 @@ def project(package: Path) -> dict:
     return tomllib.loads((package / "pyproject.toml").read_text())["project"]
 
 
-SCHEMES = {name for package in PACKAGES for name in project(package)["entry-points"].get("bitpress.schemes", ())}
+SCHEMES = {
+    name
+    for package in PACKAGES
+    for name in project(package)["entry-points"].get("bitpress.schemes", ())
+}
 
 
 def wheels(packages: list[Path], into: Path) -> list[Path]:
     """The packages built, each in an environment of its own, as a release builds them."""
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", into, *packages], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            into,
+            *packages,
+        ],
+        check=True,
+    )
     return sorted(into.glob("*.whl"))
 
 
@@ -40,14 +59,23 @@ class Environment:
         (self.site,) = home.glob("lib/*/site-packages")
 
     def install(self, *what: Path) -> None:
-        subprocess.run([self.home / "bin/python", "-m", "pip", "install", "--quiet", *what], check=True)
+        subprocess.run(
+            [self.home / "bin/python", "-m", "pip", "install", "--quiet", *what], check=True
+        )
 
     def schemes(self) -> dict[str, tuple[str, str]]:
         """Package and version of each scheme that the installed command lists."""
-        done = subprocess.run([self.home / "bin/bitpress", "schemes", "--json"], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [self.home / "bin/bitpress", "schemes", "--json"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         found = json.loads(done.stdout)
         assert found["problems"] == []
-        return {scheme["name"]: (scheme["package"], scheme["version"]) for scheme in found["schemes"]}
+        return {
+            scheme["name"]: (scheme["package"], scheme["version"]) for scheme in found["schemes"]
+        }
 
     def files(self, package: str) -> dict[str, bytes]:
         """What of a package is installed."""
@@ -76,19 +104,39 @@ def test_every_package_builds_a_wheel_of_its_own_version(built: dict[str, Path])
     assert {name: wheel.name.split("-")[1] for name, wheel in built.items()} == names
 
 
-def test_the_core_and_one_scheme_give_exactly_that_scheme(built: dict[str, Path], environment: Environment) -> None:
+def test_the_core_and_one_scheme_give_exactly_that_scheme(
+    built: dict[str, Path], environment: Environment
+) -> None:
     environment.install(built["bitpress-core"], built["bitpress-scheme-nvfp4"])
-    (version,) = {project(package)["version"] for package in PACKAGES if project(package)["name"] == "bitpress-scheme-nvfp4"}
+    (version,) = {
+        project(package)["version"]
+        for package in PACKAGES
+        if project(package)["name"] == "bitpress-scheme-nvfp4"
+    }
     assert environment.schemes() == {"nvfp4": ("bitpress-scheme-nvfp4", version)}
     installed = {path.name.split("-")[0] for path in environment.site.glob("bitpress*.dist-info")}
     assert installed == {"bitpress_core", "bitpress_scheme_nvfp4"}
 
 
-def test_a_scheme_written_and_installed_with_pip_joins_it(environment: Environment, tmp_path: Path) -> None:
-    subprocess.run([environment.home / "bin/bitpress", "new-scheme", "my-own"], cwd=tmp_path, check=True)
+def test_a_scheme_written_and_installed_with_pip_joins_it(
+    environment: Environment, tmp_path: Path
+) -> None:
+    subprocess.run(
+        [environment.home / "bin/bitpress", "new-scheme", "my-own"], cwd=tmp_path, check=True
+    )
     environment.install(tmp_path / "bitpress-scheme-my-own")
     assert set(environment.schemes()) == {"nvfp4", "my-own"}
-    subprocess.run([environment.home / "bin/python", "-m", "pip", "uninstall", "-qy", "bitpress-scheme-my-own"], check=True)
+    subprocess.run(
+        [
+            environment.home / "bin/python",
+            "-m",
+            "pip",
+            "uninstall",
+            "-qy",
+            "bitpress-scheme-my-own",
+        ],
+        check=True,
+    )
 
 
 def test_upgrading_one_scheme_leaves_the_others_and_the_core_untouched(
@@ -100,7 +148,9 @@ def test_upgrading_one_scheme_leaves_the_others_and_the_core_untouched(
     files = {name: environment.files(name) for name in built}
     source = shutil.copytree(ROOT / "packages/scheme-nvfp4", tmp_path / "source")
     table = (source / "pyproject.toml").read_text()
-    (source / "pyproject.toml").write_text(re.sub(r'^version = ".*"$', 'version = "0.99.0"', table, flags=re.MULTILINE))
+    (source / "pyproject.toml").write_text(
+        re.sub(r'^version = ".*"$', 'version = "0.99.0"', table, flags=re.MULTILINE)
+    )
     environment.install(*wheels([source], tmp_path / "dist"))
     assert environment.schemes() == before | {"nvfp4": ("bitpress-scheme-nvfp4", "0.99.0")}
     for name in built:

@@ -1,7 +1,8 @@
 """Makes language models on disk smaller, one scheme package at a time.
 
-What plugin authors need (`Layer`, `Record`, `hookimpl`, ...) imports no torch; the functions that do the work (`compress`,
-`plan`, `verify`, `decompress`, `inspect`, `eval`, `search`) are imported when they are first used.
+What plugin authors need (`Layer`, `Record`, `hookimpl`, ...) imports no torch; the functions that
+do the work (`compress`, `plan`, `verify`, `decompress`, `inspect`, `eval`, `search`) are imported
+when they are first used.
 """
 
 from __future__ import annotations
@@ -67,5 +68,8 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(f"bitpress.{_HOME[name]}"), "evaluate" if name == "eval" else name)
+        return getattr(
+            importlib.import_module(f"bitpress.{_HOME[name]}"),
+            "evaluate" if name == "eval" else name,
+        )
     raise AttributeError(f"module 'bitpress' has no attribute {name!r}")

@@ -1,4 +1,6 @@
-"""What hooks give back, looked at where it comes in: a plugin's fault is told with its name, and reaches no file."""
+"""What hooks give back, looked at where it comes in: a plugin's fault is told with its name, and
+reaches no file.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +26,40 @@ def layer(step: Step, hook: str, found: Any, before: Layer) -> Layer:
         return before
     if not isinstance(found, Layer):
         raise SchemeError(f"{step.scheme}: {hook} returned {type(found).__name__}, not a Layer")
-    given = before._weight  # one that is not computed yet stays so: nobody may want it
-    rows = len(given) if isinstance(given, Tensor) else None if before.codes is None else len(before.codes)
+    # one that is not computed yet stays so: nobody may want it
+    given = before._weight
+    rows = (
+        len(given)
+        if isinstance(given, Tensor)
+        else None
+        if before.codes is None
+        else len(before.codes)
+    )
     if found._weight is not given and not callable(found._weight):
         _tensor(step.scheme, hook, "weight", found._weight)
-        if isinstance(given, Tensor) and (found._weight.shape, found._weight.dtype) != (given.shape, torch.float32):
+        if isinstance(given, Tensor) and (found._weight.shape, found._weight.dtype) != (
+            given.shape,
+            torch.float32,
+        ):
             now = f"{list(found._weight.shape)} {found._weight.dtype}"
-            raise SchemeError(f"{step.scheme}: {hook} made a weight of {now} of {list(given.shape)} torch.float32")
+            raise SchemeError(
+                f"{step.scheme}: {hook} made a weight of {now} of {list(given.shape)} torch.float32"
+            )
     for name, part in found.parts.items():
         _tensor(step.scheme, hook, name, part)
-        if rows is not None and part.ndim and len(part) > rows:  # a row for each of the weight's, or for several
-            raise SchemeError(f"{step.scheme}: {hook} made {name} of shape {list(part.shape)} for {rows} rows")
+        # a row for each of the weight's, or for several
+        if rows is not None and part.ndim and len(part) > rows:
+            raise SchemeError(
+                f"{step.scheme}: {hook} made {name} of shape {list(part.shape)} for {rows} rows"
+            )
     for name, tensor in (("keep", found.keep), ("codes", found.codes)):
         if tensor is not None:
             _tensor(step.scheme, hook, name, tensor)
             if rows is not None and (not tensor.ndim or len(tensor) != rows):
-                raise SchemeError(f"{step.scheme}: {hook} made {name} of shape {list(tensor.shape)} for {rows} rows")
+                raise SchemeError(
+                    f"{step.scheme}: {hook} made {name} of shape {list(tensor.shape)} for {rows} "
+                    "rows"
+                )
     return found
 
 
@@ -48,11 +68,16 @@ def stats(step: Step, found: Any, rows: int) -> Mapping[str, Stat] | None:
     if found is None:
         return None
     if not isinstance(found, Mapping) or not all(isinstance(stat, Stat) for stat in found.values()):
-        raise SchemeError(f"{step.scheme}: observe returned {type(found).__name__}, not Stats by name")
+        raise SchemeError(
+            f"{step.scheme}: observe returned {type(found).__name__}, not Stats by name"
+        )
     for name, stat in found.items():
         _tensor(step.scheme, "observe", name, stat.value)
         if stat.rows and (not stat.value.ndim or len(stat.value) != rows):
-            raise SchemeError(f"{step.scheme}: observe made {name} of shape {list(stat.value.shape)} for {rows} rows")
+            raise SchemeError(
+                f"{step.scheme}: observe made {name} of shape {list(stat.value.shape)} for {rows} "
+                "rows"
+            )
     return found
 
 
@@ -60,7 +85,10 @@ def factors(step: Step, found: Any, width: int) -> Tensor:
     """What `rescale` returned."""
     tensor = torch.as_tensor(found)
     if tuple(tensor.shape) != (width,) or not (tensor.isfinite() & (tensor > 0)).all():
-        raise SchemeError(f"{step.scheme}: rescale returned factors of shape {list(tensor.shape)}, not {width} positive numbers")
+        raise SchemeError(
+            f"{step.scheme}: rescale returned factors of shape {list(tensor.shape)}, not {width} "
+            "positive numbers"
+        )
     return tensor
 
 
@@ -75,19 +103,30 @@ def record(step: Step, found: Any) -> Record:
     try:
         json.dumps(found.config)
     except (TypeError, ValueError, RecursionError) as e:
-        raise SchemeError(f"{step.scheme}: serialize returned a config that is not JSON ({e})") from None
+        raise SchemeError(
+            f"{step.scheme}: serialize returned a config that is not JSON ({e})"
+        ) from None
     return found
 
 
-def restored(scheme: Scheme, hook: str, found: Any, shape: tuple[int, ...] | None, broadcast: bool = False) -> Tensor:
-    """What `restore`, `bound` or `quantize_inputs` returned: of a shape, if one is given, or of one that broadcasts to it."""
+def restored(
+    scheme: Scheme, hook: str, found: Any, shape: tuple[int, ...] | None, broadcast: bool = False
+) -> Tensor:
+    """What `restore`, `bound` or `quantize_inputs` returned: of a shape, if one is given, or of one
+    that broadcasts to it.
+    """
     _tensor(scheme, hook, "its result", found)
     try:
-        fits = shape is None or tuple(found.expand(shape).shape if broadcast else found.shape) == tuple(shape)
+        fits = shape is None or tuple(
+            found.expand(shape).shape if broadcast else found.shape
+        ) == tuple(shape)
     except RuntimeError:
         fits = False
     if not fits:
-        raise SchemeError(f"{scheme}: {hook} returned the shape {list(found.shape)}, expected was {list(shape or ())}")
+        raise SchemeError(
+            f"{scheme}: {hook} returned the shape {list(found.shape)}, expected was "
+            f"{list(shape or ())}"
+        )
     return torch.as_tensor(found)
 
 

@@ -1,4 +1,6 @@
-"""A recipe's steps applied to one layer: a fold over the hooks. No class for any combination of schemes."""
+"""A recipe's steps applied to one layer: a fold over the hooks. No class for any combination of
+schemes.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,18 @@ from bitpress.layer import Layer, Record, Stat
 from bitpress.schemes import Step
 
 Stats = Mapping[str, Stat]
-WIDEST = 1 << 20  # columns of a layer: a header may claim any number, and every row block is as wide
-TILE = 1 << 18  # weights of a row tile: its float32 temporaries stay in a core's cache
+# columns of a layer: a header may claim any number, and every row block is as wide
+WIDEST = 1 << 20
+# weights of a row tile: its float32 temporaries stay in a core's cache
+TILE = 1 << 18
 
 
-def observe_weights(tiles: Callable[[], Iterator[Layer]], steps: Sequence[Step]) -> tuple[Stats, ...]:
-    """Per step, the statistics it takes of the weights alone, merged over row tiles; `tiles` starts a fresh pass over them."""
+def observe_weights(
+    tiles: Callable[[], Iterator[Layer]], steps: Sequence[Step]
+) -> tuple[Stats, ...]:
+    """Per step, the statistics it takes of the weights alone, merged over row tiles; `tiles` starts
+    a fresh pass over them.
+    """
     stats: list[Stats] = []
     for i, step in enumerate(steps):
         merged: dict[str, Stat] = {}
@@ -36,11 +44,16 @@ def observe_weights(tiles: Callable[[], Iterator[Layer]], steps: Sequence[Step])
 
 
 def observe(
-    step: Step, weight: torch.Tensor, inputs: torch.Tensor | None = None, reference: torch.Tensor | None = None,
+    step: Step,
+    weight: torch.Tensor,
+    inputs: torch.Tensor | None = None,
+    reference: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-) -> Stats | None:  # fmt: skip
+) -> Stats | None:
     """A step's statistics of one batch, or without inputs of the weight alone."""
-    found = step.call("observe", inputs=inputs, reference=reference, residual=residual, weight=weight)
+    found = step.call(
+        "observe", inputs=inputs, reference=reference, residual=residual, weight=weight
+    )
     return borders.stats(step, found, len(weight))
 
 
@@ -48,20 +61,32 @@ def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Lay
     """The layer after every step's `quantize`.
 
     Raises:
-        RecipeError: a step follows one whose codes are what is stored, so that its own could not be.
+        RecipeError: a step follows one whose codes are what is stored, so that its own could not
+            be.
     """
     for step, observed in zip(steps, stats, strict=True):
         if layer.codes is not None and step.scheme.has("quantize"):
-            raise RecipeError(f"{step.scheme.name} cannot follow a step that stores codes already: leave one of them out")
-        found = borders.layer(step, "quantize", step.call("quantize", layer=layer, stats=observed), layer)
-        layer = attrs.evolve(found, source=layer.weight) if layer.source is None and found.codes is None else found
+            raise RecipeError(
+                f"{step.scheme.name} cannot follow a step that stores codes already: leave one of "
+                "them out"
+            )
+        found = borders.layer(
+            step, "quantize", step.call("quantize", layer=layer, stats=observed), layer
+        )
+        layer = (
+            attrs.evolve(found, source=layer.weight)
+            if layer.source is None and found.codes is None
+            else found
+        )
     return layer
 
 
 def quantize_whole(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Layer:
-    """The layer, whole, after every step's `quantize`, given statistics of inputs and, taken here, of the weights.
+    """The layer, whole, after every step's `quantize`, given statistics of inputs and, taken here,
+    of the weights.
 
-    A step is given the statistics of those before it too: what one has gathered of inputs, the next need not.
+    A step is given the statistics of those before it too: what one has gathered of inputs, the next
+    need not.
     """
     known: Stats = {}
     for step, observed in zip(steps, stats, strict=True):
@@ -78,20 +103,28 @@ def merge(into: dict[str, Stat], found: Stats | None) -> None:
     for name, stat in (found or {}).items():
         if name in into and into[name].value.shape != stat.value.shape:
             shapes = f"{list(into[name].value.shape)} and {list(stat.value.shape)}"
-            raise SchemeError(f"statistics {name!r} of two batches have the shapes {shapes}, and cannot be added up")
+            raise SchemeError(
+                f"statistics {name!r} of two batches have the shapes {shapes}, and cannot be added "
+                "up"
+            )
         into[name] = into[name] | stat if name in into else stat
 
 
 def rescale(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> torch.Tensor | None:
     """The factors (in,) of the first step that has some; None where none has."""
     for step, observed in zip(steps, stats, strict=True):
-        if step.rescales and (factors := step.call("rescale", layer=layer, stats=observed)) is not None:
+        if (
+            step.rescales
+            and (factors := step.call("rescale", layer=layer, stats=observed)) is not None
+        ):
             return borders.factors(step, factors, layer.weight.shape[1])
     return None
 
 
 def split(layer: Layer, heights: Sequence[int]) -> list[Layer]:
-    """The members of a stack, not yet packed, each with its own rows of everything that has rows."""
+    """The members of a stack, not yet packed, each with its own rows of everything that has
+    rows.
+    """
     total, weight = sum(heights), layer.weight
 
     def rows(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
@@ -100,9 +133,17 @@ def split(layer: Layer, heights: Sequence[int]) -> list[Layer]:
     members, first = [], 0
     for height in heights:
         place = (first, first + height)
-        own: dict[str, Any] = {name: rows(t, *place) for name in ("codes", "keep") if (t := getattr(layer, name)) is not None}
-        parts = {name: rows(part, *place) if part.ndim else part for name, part in layer.parts.items()}
-        members.append(attrs.evolve(layer, weight=rows(weight, *place), source=None, parts=parts, **own))
+        own: dict[str, Any] = {
+            name: rows(t, *place)
+            for name in ("codes", "keep")
+            if (t := getattr(layer, name)) is not None
+        }
+        parts = {
+            name: rows(part, *place) if part.ndim else part for name, part in layer.parts.items()
+        }
+        members.append(
+            attrs.evolve(layer, weight=rows(weight, *place), source=None, parts=parts, **own)
+        )
         first += height
     return members
 
@@ -117,13 +158,15 @@ def pack(layer: Layer, steps: Sequence[Step]) -> Layer:
 def join(tiles: Iterable[Layer], shape: tuple[int, ...]) -> Layer:
     """Packed row tiles of one layer as one, each copied into place as it comes.
 
-    Beside codes, the joined weight has the right shape and is NaN everywhere: nothing that is stored may be taken from it.
+    Beside codes, the joined weight has the right shape and is NaN everywhere: nothing that is
+    stored may be taken from it.
 
     Args:
         shape: (out, in) of the whole layer.
 
     Raises:
-        SchemeError: a part without axes differs between tiles: rows are not independent, as the scheme's options say they are.
+        SchemeError: a part without axes differs between tiles: rows are not independent, as the
+            scheme's options say they are.
     """
     whole: dict[str, Any] = {}
     parts: dict[str, list[torch.Tensor]] = {}
@@ -134,7 +177,9 @@ def join(tiles: Iterable[Layer], shape: tuple[int, ...]) -> Layer:
         for name, piece in (main | {"keep": layer.keep}).items():
             if piece is not None:
                 if name not in whole:
-                    whole[name] = piece if height == shape[0] else piece.new_empty(shape[0], *piece.shape[1:])
+                    whole[name] = (
+                        piece if height == shape[0] else piece.new_empty(shape[0], *piece.shape[1:])
+                    )
                 if whole[name] is not piece:
                     whole[name][at : at + height] = piece
         for name, part in layer.parts.items():
@@ -155,7 +200,9 @@ def record(layer: Layer, steps: Sequence[Step]) -> Record:
     for step in reversed(steps):
         if (found := step.call("serialize", layer=layer)) is not None:
             return borders.record(step, found)
-    raise SchemeError(f"none of the schemes {', '.join(s.scheme.name for s in steps)} has a `serialize` hook")
+    raise SchemeError(
+        f"none of the schemes {', '.join(s.scheme.name for s in steps)} has a `serialize` hook"
+    )
 
 
 def row_block(steps: Sequence[Step]) -> int:
@@ -163,8 +210,12 @@ def row_block(steps: Sequence[Step]) -> int:
     return math.lcm(*(step.options.row_block for step in steps))
 
 
-def row_tiles(shape: tuple[int, ...], steps: Sequence[Step], size: int = TILE) -> Iterator[tuple[int, int]]:
-    """First and last (exclusive) rows of the tiles of about so many weights in which a layer of shape (out, in) is worked on."""
+def row_tiles(
+    shape: tuple[int, ...], steps: Sequence[Step], size: int = TILE
+) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) rows of the tiles of about so many weights in which a layer of
+    shape (out, in) is worked on.
+    """
     rows, width = shape
     block = row_block(steps)
     height = max(size // max(width, 1) // block, 1) * block
@@ -173,23 +224,35 @@ def row_tiles(shape: tuple[int, ...], steps: Sequence[Step], size: int = TILE) -
 
 @functools.lru_cache(maxsize=4096)
 def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...]) -> Record:
-    """The Record of a layer of this shape with the right dtypes and shapes and meaningless numbers, in next to no memory.
+    """The Record of a layer of this shape with the right dtypes and shapes and meaningless numbers,
+    in next to no memory.
 
-    The hooks run on one row block of zeros (and on the rest that does not fill a block); what they return is repeated without
-    being copied. (torch's `meta` device would say the same, at the price of importing sympy and torch's compiler: a second.)
+    The hooks run on one row block of zeros (and on the rest that does not fill a block); what they
+    return is repeated without being copied. (torch's `meta` device would say the same, at the price
+    of importing sympy and torch's compiler: a second.)
 
     Raises:
         ShapeError: a scheme cannot take the shape.
     """
     if width > WIDEST:
-        raise ShapeError(f"it is {width} columns wide, and no layer of a language model has more than {WIDEST}")
+        raise ShapeError(
+            f"it is {width} columns wide, and no layer of a language model has more than {WIDEST}"
+        )
     block = row_block(steps)
-    heights = [(height, count) for height, count in ((block, rows // block), (rows % block, 1)) if height and count]
+    heights = [
+        (height, count)
+        for height, count in ((block, rows // block), (rows % block, 1))
+        if height and count
+    ]
     pieces = [(_zeros(height, width, dtype, steps), count) for height, count in heights]
 
     def repeat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         first = tensors[0]
-        total = sum(len(tensor) * count for tensor, (_, count) in zip(tensors, pieces, strict=True)) if first.ndim else 0
+        total = (
+            sum(len(tensor) * count for tensor, (_, count) in zip(tensors, pieces, strict=True))
+            if first.ndim
+            else 0
+        )
         return first[:1].expand(total, *first.shape[1:]) if first.ndim else first
 
     layer = pieces[0][0]
@@ -201,14 +264,19 @@ def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...])
         if getattr(layer, name) is not None:
             grown[name] = repeat([getattr(piece, name) for piece, _ in pieces])
     found = record(attrs.evolve(layer, **grown), steps)
-    return Record({name: t.new_zeros(()).expand(t.shape) for name, t in found.tensors.items()}, found.config)
+    return Record(
+        {name: t.new_zeros(()).expand(t.shape) for name, t in found.tensors.items()}, found.config
+    )
 
 
 def restore(
-    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step],
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any] | None,
+    steps: Sequence[Step],
     shape: tuple[int, ...] | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """(out, in) float32: the weight that a loader computes with, by the scheme that wrote the tensors.
+) -> torch.Tensor:
+    """(out, in) float32: the weight that a loader computes with, by the scheme that wrote the
+    tensors.
 
     Raises:
         SchemeError: no step can, or it gives a weight of another than the expected shape.
@@ -216,7 +284,9 @@ def restore(
     for step in reversed(steps):
         if (weight := step.scheme.call("restore", tensors=tensors, config=config)) is not None:
             return borders.restored(step.scheme, "restore", weight, shape)
-    raise SchemeError(f"none of the schemes {', '.join(s.scheme.name for s in steps)} can restore what it wrote")
+    raise SchemeError(
+        f"none of the schemes {', '.join(s.scheme.name for s in steps)} can restore what it wrote"
+    )
 
 
 def check(weight: torch.Tensor, steps: Sequence[Step]) -> Iterator[str]:
@@ -227,12 +297,22 @@ def check(weight: torch.Tensor, steps: Sequence[Step]) -> Iterator[str]:
 
 
 def bound(
-    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step],
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any] | None,
+    steps: Sequence[Step],
     shape: tuple[int, ...] | None = None,
-) -> torch.Tensor | None:  # fmt: skip
-    """How far each weight may be from its source; None where a step promises nothing, or several steps moved it."""
-    found = steps[0].scheme.call("bound", tensors=tensors, config=config) if len(steps) == 1 else None
-    return None if found is None else borders.restored(steps[0].scheme, "bound", found, shape, broadcast=True)
+) -> torch.Tensor | None:
+    """How far each weight may be from its source; None where a step promises nothing, or several
+    steps moved it.
+    """
+    found = (
+        steps[0].scheme.call("bound", tensors=tensors, config=config) if len(steps) == 1 else None
+    )
+    return (
+        None
+        if found is None
+        else borders.restored(steps[0].scheme, "bound", found, shape, broadcast=True)
+    )
 
 
 def _zeros(rows: int, width: int, dtype: torch.dtype, steps: Sequence[Step]) -> Layer:
@@ -246,5 +326,8 @@ def _join_part(layer: str, name: str, pieces: Sequence[torch.Tensor]) -> torch.T
     if first.ndim:
         return torch.cat(list(pieces)) if len(pieces) > 1 else first
     if not all(torch.equal(first, piece) for piece in pieces):
-        raise SchemeError(f"{layer}: part {name!r} is one number for the stack, yet row tiles differ; gather it in `observe`")
+        raise SchemeError(
+            f"{layer}: part {name!r} is one number for the stack, yet row tiles differ; gather it "
+            "in `observe`"
+        )
     return first

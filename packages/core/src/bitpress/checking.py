@@ -1,4 +1,6 @@
-"""The check of a run: what was written, run as it will be served, is compared with its source on a text."""
+"""The check of a run: what was written, run as it will be served, is compared with its source on a
+text.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,37 @@ from bitpress.verification import Written
 
 
 def text(plan: Plan, source: str, trust: bool) -> Stretch:
-    """The text, once it is known that the plan's source and its result can be run; raises BitpressError where they cannot."""
+    """The text, once it is known that the plan's source and its result can be run; raises
+    BitpressError where they cannot.
+    """
     for stack in plan.stacks:
         rounding.known(stack.stored(next(iter(stack.members)))[1], stack.steps)
     with Reader() as reader:
-        Decoder(plan.source, plan.container, reader, torch.device("cpu"), torch.float32, trust).require()
-    return stretch(source, evaluate.LENGTH, evaluate.TOKENS, plan.source.folder, plan.source.config, trust)
+        Decoder(
+            plan.source, plan.container, reader, torch.device("cpu"), torch.float32, trust
+        ).require()
+    return stretch(
+        source, evaluate.LENGTH, evaluate.TOKENS, plan.source.folder, plan.source.config, trust
+    )
 
 
 def place(plan: Plan, text: Stretch, limit: int | None, folder: Path) -> Path | None:
-    """Where hidden states will be kept; raises RecipeError where the limit, in bytes, is too low for a check."""
+    """Where hidden states will be kept; raises RecipeError where the limit, in bytes, is too low
+    for a check.
+    """
     with Reader() as reader:
         source = served.plain(plan.source, reader, plan.container)
         return evaluate.spill(source, source, text.inputs.numel(), limit, folder)
 
 
 def check(
-    written: Written, plan: Plan, text: Stretch, device: torch.device, place: Path | None, trust: bool, progress: Progress
+    written: Written,
+    plan: Plan,
+    text: Stretch,
+    device: torch.device,
+    place: Path | None,
+    trust: bool,
+    progress: Progress,
 ) -> Check:
     """The figures."""
     with Reader() as reader:
@@ -48,6 +64,8 @@ def limit(found: Check, most: float | None, folder: Path) -> None:
     """Raise VerificationError where the KL divergence is over a limit in nats per token."""
     if most is not None and found.kl is not None and not found.kl <= most:
         raise VerificationError(
-            f"{folder}: the KL divergence from the source is {found.kl:.6f} nats per token, more than --max-kl {most}; "
-            "config.json is not written; with a higher limit the same command goes on from the finished shards"
+            f"{folder}: the KL divergence from the source is {found.kl:.6f} nats per token, more "
+            f"than --max-kl {most}; "
+            "config.json is not written; with a higher limit the same command goes on from the "
+            "finished shards"
         )

@@ -27,25 +27,36 @@ def device_named(name: str) -> torch.device:
 
 
 def devices_named(name: str) -> tuple[torch.device, ...]:
-    """The devices that share what can be dealt out, `cuda` being all GPUs there are; the first does what cannot."""
+    """The devices that share what can be dealt out, `cuda` being all GPUs there are; the first does
+    what cannot.
+    """
     first = device_named(name)
-    return tuple(device_named(f"cuda:{i}") for i in range(torch.cuda.device_count())) if name == "cuda" else (first,)
+    return (
+        tuple(device_named(f"cuda:{i}") for i in range(torch.cuda.device_count()))
+        if name == "cuda"
+        else (first,)
+    )
 
 
 class Turns:
-    """Devices in turn for the threads of a pool: each thread keeps one, and on a GPU a stream of its own.
+    """Devices in turn for the threads of a pool: each thread keeps one, and on a GPU a stream of
+    its own.
 
-    What a stream is given it does in order, beside what other streams do: one thread's weights are copied while another's are
-    computed with. Nothing that a thread has on a GPU may be given to another thread, whose stream would not wait for it.
+    What a stream is given it does in order, beside what other streams do: one thread's weights are
+    copied while another's are computed with. Nothing that a thread has on a GPU may be given to
+    another thread, whose stream would not wait for it.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._turns, self._thread = itertools.cycle(devices), threading.local()
 
     def take(self) -> None:
-        """Give the calling thread the next device, for as long as it lives: a pool's initializer."""
+        """Give the calling thread the next device, for as long as it lives: a pool's
+        initializer.
+        """
         device = self._thread.device = next(self._turns)
-        if device.type == "cuda":  # both are a thread's own in torch
+        # both are a thread's own in torch
+        if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 

@@ -1,4 +1,6 @@
-"""Back to a plain checkpoint: every layer restored to the dtype it came in, the config without its quantisation."""
+"""Back to a plain checkpoint: every layer restored to the dtype it came in, the config without its
+quantisation.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,31 @@ from bitpress.verification import Written
 
 
 def write_dense(written: Written, output: OutputFolder, done: Told) -> None:
-    """Write the dense model; shards keep their names and what was in them. `done` is told the bytes of each tensor written."""
+    """Write the dense model; shards keep their names and what was in them. `done` is told the bytes
+    of each tensor written.
+    """
     source = written.checkpoint
-    own = card.original(source.others)  # takes its name again, and the output's is left out
-    others = {card.NAME if name == own else name: name for name in source.others if name not in (NAME, card.NAME, "config.json")}
-    parts = {f"{module}.{suffix}": module for module in written.layers for suffix in written.entries(module)}
-    headers = {name: _dense(written, header, parts, output.folder / name) for name, header in source.headers.items()}
+    # takes its name again, and the output's is left out
+    own = card.original(source.others)
+    others = {
+        card.NAME if name == own else name: name
+        for name in source.others
+        if name not in (NAME, card.NAME, "config.json")
+    }
+    parts = {
+        f"{module}.{suffix}": module
+        for module in written.layers
+        for suffix in written.entries(module)
+    }
+    headers = {
+        name: _dense(written, header, parts, output.folder / name)
+        for name, header in source.headers.items()
+    }
     several = len(headers) > 1
-    output.prepare([*headers, *others, *([INDEX] if several else []), "config.json"], sum(h.nbytes for h in headers.values()))
+    output.prepare(
+        [*headers, *others, *([INDEX] if several else []), "config.json"],
+        sum(h.nbytes for h in headers.values()),
+    )
     with Reader() as reader:
         for name, header in headers.items():
             with output.shard(name, header) as writer:
@@ -34,15 +53,26 @@ def write_dense(written: Written, output: OutputFolder, done: Told) -> None:
     for name, origin in others.items():
         output.copy(name, source.folder / origin)
     if several:
-        output.text(INDEX, json_text(index({name: header.entries for name, header in headers.items()})))
-    output.text("config.json", json_text({key: value for key, value in source.config.items() if key != KEY}))
+        output.text(
+            INDEX, json_text(index({name: header.entries for name, header in headers.items()}))
+        )
+    output.text(
+        "config.json", json_text({key: value for key, value in source.config.items() if key != KEY})
+    )
 
 
 def _dense(written: Written, header: Header, parts: Mapping[str, str], file: Path) -> Header:
     """A shard's header with every compressed layer's tensors replaced by its weight."""
-    plain = [(entry.name, entry.dtype, entry.shape) for entry in header.entries if entry.name not in parts]
+    plain = [
+        (entry.name, entry.dtype, entry.shape)
+        for entry in header.entries
+        if entry.name not in parts
+    ]
     layers = dict.fromkeys(parts[entry.name] for entry in header.entries if entry.name in parts)
-    weights = [(f"{module}.weight", written.layers[module].dtype, written.layers[module].shape) for module in layers]
+    weights = [
+        (f"{module}.weight", written.layers[module].dtype, written.layers[module].shape)
+        for module in layers
+    ]
     return lay_out(file, [*plain, *weights], {"format": "pt"})
 
 

@@ -1,11 +1,14 @@
-"""The faults bitpress tells its users about: one line each, naming the place, the fact and the fix."""
+"""The faults bitpress tells its users about: one line each, naming the place, the fact and the
+fix.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-LONGEST = 2000  # characters of a line
+# characters of a line
+LONGEST = 2000
 
 
 class BitpressError(Exception):
@@ -29,7 +32,9 @@ class SchemeError(BitpressError):
 
 
 class ShapeError(BitpressError):
-    """A scheme cannot take a layer of this shape; schemes raise it from `quantize`, and the plan adds the layer's name."""
+    """A scheme cannot take a layer of this shape; schemes raise it from `quantize`, and the plan
+    adds the layer's name.
+    """
 
 
 class OutputError(BitpressError):
@@ -37,7 +42,9 @@ class OutputError(BitpressError):
 
 
 class VerificationError(BitpressError):
-    """What was written is not what was planned, or not good enough; the command line exits with 1."""
+    """What was written is not what was planned, or not good enough; the command line exits with
+    1.
+    """
 
     def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -55,12 +62,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def memory_is_full(error: BaseException) -> bool:
-    """Whether a device had no memory left for what was asked of it (torch.OutOfMemoryError, known by name: torch is large)."""
+    """Whether a device had no memory left for what was asked of it (torch.OutOfMemoryError, known
+    by name: torch is large).
+    """
     return type(error).__name__ == "OutOfMemoryError"
 
 
 def plain(text: str) -> str:
-    """One line that a terminal shows and does not obey, whatever names of a stranger's model are in it."""
+    """One line that a terminal shows and does not obey, whatever names of a stranger's model are in
+    it.
+    """
     line = " ".join(text.split())
     shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line[:LONGEST])
     return shown if len(line) <= LONGEST else shown + "..."

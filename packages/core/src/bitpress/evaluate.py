@@ -1,6 +1,8 @@
-"""How well a model predicts a text, and how far its predictions are from another's: block by block, in bounded memory.
+"""How well a model predicts a text, and how far its predictions are from another's: block by block,
+in bounded memory.
 
-Both models go through their blocks side by side, one block in memory at a time; logits are made for a few tokens at a time.
+Both models go through their blocks side by side, one block in memory at a time; logits are made for
+a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -27,34 +29,48 @@ from bitpress.progress import Told
 from bitpress.served import Subject
 from bitpress.stacks import block_index
 
-LENGTH = 512  # tokens of a sequence, unless told otherwise
-TOKENS = 65536  # taken of a text
-LOGITS = 1 << 23  # numbers that are made at a time, for each model
-HELD = 4  # times as many are held while they are compared
+# tokens of a sequence, unless told otherwise
+LENGTH = 512
+# taken of a text
+TOKENS = 65536
+# numbers that are made at a time, for each model
+LOGITS = 1 << 23
+# times as many are held while they are compared
+HELD = 4
 
 Logits = Callable[[Tensor], Tensor]
 
 
 def evaluate(
-    subject: Subject, against: Subject | None, text: Stretch, device: torch.device, place: Path | None, trust: bool, told: Told
+    subject: Subject,
+    against: Subject | None,
+    text: Stretch,
+    device: torch.device,
+    place: Path | None,
+    trust: bool,
+    told: Told,
 ) -> Check:
     """The figures of a model on a text, and beside another where one is given, computed in float32.
 
-    KL is the mean over tokens of Σ p (log p - log q), p being what the other model expects; top-1 the share of tokens whose most
-    likely successor is the same.
+    KL is the mean over tokens of Σ p (log p - log q), p being what the other model expects; top-1
+    the share of tokens whose most likely successor is the same.
 
     Args:
         place: a folder in which hidden states are kept; None keeps them in memory.
         told: is told the bytes of every tensor of a block.
 
     Raises:
-        CheckpointError: transformers cannot build a model, the two are unlike, or one makes numbers that are not finite.
+        CheckpointError: transformers cannot build a model, the two are unlike, or one makes numbers
+            that are not finite.
     """
     batches = torch.split(text.inputs, max(memory.BATCH // text.inputs.shape[1], 1))
     with torch.no_grad():
         runs = [_Run(s, batches, device, place, trust) for s in (subject, against) if s is not None]
         if len({len(run.decoder) for run in runs}) > 1:
-            raise CheckpointError(f"{subject.checkpoint.folder}: the models have not the same number of blocks: not one's result")
+            raise CheckpointError(
+                f"{subject.checkpoint.folder}: the models have not the same number of blocks: not "
+                "one's result"
+            )
         drift = []
         for index in range(len(runs[0].decoder)):
             for run in runs:
@@ -63,14 +79,19 @@ def evaluate(
             drift.append(_distance(runs))
         with contextlib.ExitStack() as stack:
             heads = [
-                stack.enter_context(head(run.decoder, run.beside)) for run in (runs[:1] if _one_head(subject, against) else runs)
+                stack.enter_context(head(run.decoder, run.beside))
+                for run in (runs[:1] if _one_head(subject, against) else runs)
             ]
-            sums = _compare(runs, heads * (3 - len(heads)), torch.split(text.targets, len(batches[0])))
+            sums = _compare(
+                runs, heads * (3 - len(heads)), torch.split(text.targets, len(batches[0]))
+            )
     return _figures(sums, text, drift if against else [])
 
 
 def need(subject: Subject, against: Subject | None, tokens: int) -> tuple[int, int]:
-    """Bytes that `evaluate` holds with hidden states on disk, and in memory, beyond what the interpreter takes."""
+    """Bytes that `evaluate` holds with hidden states on disk, and in memory, beyond what the
+    interpreter takes.
+    """
     blocks: dict[int, int] = {}
     outside, width, hidden = 0, 1, 1 << 62
     for entry in subject.checkpoint.entries.values():
@@ -87,8 +108,11 @@ def need(subject: Subject, against: Subject | None, tokens: int) -> tuple[int, i
     return least, least + memory.NUMBER * models * tokens * hidden
 
 
-def spill(subject: Subject, against: Subject | None, tokens: int, limit: int | None, folder: Path) -> Path | None:
-    """Where an evaluation keeps its hidden states: in memory (None) where that is allowed, else in a folder.
+def spill(
+    subject: Subject, against: Subject | None, tokens: int, limit: int | None, folder: Path
+) -> Path | None:
+    """Where an evaluation keeps its hidden states: in memory (None) where that is allowed, else in
+    a folder.
 
     Raises:
         RecipeError: the limit, in bytes, is too low for either.
@@ -96,25 +120,39 @@ def spill(subject: Subject, against: Subject | None, tokens: int, limit: int | N
     least, held = (memory.RUNTIME + size for size in need(subject, against, tokens))
     if limit is not None and limit < least:
         raise RecipeError(
-            f"running the model needs about {least / 1e6:,.0f} MB of memory, more than the {limit / 1e6:,.0f} MB allowed"
+            f"running the model needs about {least / 1e6:,.0f} MB of memory, more than the "
+            f"{limit / 1e6:,.0f} MB allowed"
         )
-    return folder if held > (memory.RUNTIME + memory.available() // 2 if limit is None else limit) else None
+    return (
+        folder
+        if held > (memory.RUNTIME + memory.available() // 2 if limit is None else limit)
+        else None
+    )
 
 
 def work(subject: Subject, against: Subject | None) -> int:
     """The bytes that `evaluate` tells of."""
     subjects = [s for s in (subject, against) if s is not None]
     entries = [(e, s.container) for s in subjects for e in s.checkpoint.entries.values()]
-    return memory.NUMBER * sum(e.numel for e, container in entries if block_index(e.name, container) is not None)
+    return memory.NUMBER * sum(
+        e.numel for e, container in entries if block_index(e.name, container) is not None
+    )
 
 
 class _Run:
     """A model on its way through its blocks."""
 
     def __init__(
-        self, subject: Subject, batches: Sequence[Tensor], device: torch.device, place: Path | None, trust: bool
+        self,
+        subject: Subject,
+        batches: Sequence[Tensor],
+        device: torch.device,
+        place: Path | None,
+        trust: bool,
     ) -> None:
-        self.decoder = Decoder(subject.checkpoint, subject.container, subject.reader, device, torch.float32, trust)
+        self.decoder = Decoder(
+            subject.checkpoint, subject.container, subject.reader, device, torch.float32, trust
+        )
         self.beside: tuple[Any, ...] | None = None
         self._subject, self.device = subject, device
         recording = record(self.decoder, batches, device, torch.float32, place)
@@ -126,13 +164,18 @@ class _Run:
         block = self.decoder.block(index)
         for name, rounding in self._subject.rounding.items():
             if name.startswith(prefix):
-                block.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(_rounded(rounding))
+                block.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(
+                    _rounded(rounding)
+                )
         calls, self._calls[index] = self._calls[index], []
         for i, call in enumerate(calls):
             found = call.whole(block, self.states[i].to(self.device))
             self.beside = tuple(found[1:]) if isinstance(found, tuple) else None
             self.states[i] = found[0] if isinstance(found, tuple) else found
-        told(memory.NUMBER * sum(parameter.numel() for parameter in block.parameters()), prefix.removesuffix("."))
+        told(
+            memory.NUMBER * sum(parameter.numel() for parameter in block.parameters()),
+            prefix.removesuffix("."),
+        )
 
 
 def _rounded(rounding: Logits) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -140,7 +183,10 @@ def _rounded(rounding: Logits) -> Callable[[nn.Module, tuple[Tensor, ...]], tupl
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         inputs = arguments[0]
-        return (rounding(inputs.flatten(0, -2).float()).view(inputs.shape).to(inputs.dtype), *arguments[1:])
+        return (
+            rounding(inputs.flatten(0, -2).float()).view(inputs.shape).to(inputs.dtype),
+            *arguments[1:],
+        )
 
     return hook
 
@@ -158,14 +204,22 @@ def _distance(runs: Sequence[_Run]) -> float:
 
 
 def _one_head(subject: Subject, against: Subject | None) -> bool:
-    """Whether all that lies outside the blocks is the same to the byte, so that one copy in memory does for both."""
+    """Whether all that lies outside the blocks is the same to the byte, so that one copy in memory
+    does for both.
+    """
     if against is None:
         return True
     ours, theirs = (
-        {name: e for name, e in s.checkpoint.entries.items() if block_index(name, s.container) is None}
+        {
+            name: e
+            for name, e in s.checkpoint.entries.items()
+            if block_index(name, s.container) is None
+        }
         for s in (subject, against)
     )
-    if {n: (e.dtype, e.shape) for n, e in ours.items()} != {n: (e.dtype, e.shape) for n, e in theirs.items()}:
+    if {n: (e.dtype, e.shape) for n, e in ours.items()} != {
+        n: (e.dtype, e.shape) for n, e in theirs.items()
+    }:
         return False
     with Reader() as reader:
         return all(
@@ -177,7 +231,9 @@ def _one_head(subject: Subject, against: Subject | None) -> bool:
 
 @frozen
 class _Sums:
-    """Over tokens: -log q and -log p of what follows, Σ p (log p - log q), and how often both expect the same."""
+    """Over tokens: -log q and -log p of what follows, Σ p (log p - log q), and how often both
+    expect the same.
+    """
 
     nll: float
     nll_against: float
@@ -200,22 +256,36 @@ def _compare(runs: Sequence[_Run], heads: Sequence[Logits], targets: Sequence[Te
 
 
 def divergence(expected: Tensor, found: Tensor) -> float:
-    """Σ p (log p - log q) over tokens, of the logarithms (tokens, vocabulary) of what one model expects, and another."""
-    return float(nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(dtype=torch.float64))
+    """Σ p (log p - log q) over tokens, of the logarithms (tokens, vocabulary) of what one model
+    expects, and another.
+    """
+    return float(
+        nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(
+            dtype=torch.float64
+        )
+    )
 
 
-def _pieces(runs: Sequence[_Run], heads: Sequence[Logits], targets: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """For a few tokens at a time each model's logits (tokens, vocabulary), and the tokens that follow (tokens, 1)."""
+def _pieces(
+    runs: Sequence[_Run], heads: Sequence[Logits], targets: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """For a few tokens at a time each model's logits (tokens, vocabulary), and the tokens that
+    follow (tokens, 1).
+    """
     count = 1
     for i, batch in enumerate(targets):
         states = [run.states[i].flatten(0, -2) for run in runs]  # (tokens, channels)
         wanted, at = batch.reshape(-1, 1), 0
         while at < len(wanted):
             made = [
-                logits(state[at : at + count].to(run.device)) for logits, state, run in zip(heads, states, runs, strict=False)
+                logits(state[at : at + count].to(run.device))
+                for logits, state, run in zip(heads, states, runs, strict=False)
             ]
             if len({logits.shape[1] for logits in made}) > 1:
-                raise CheckpointError("the models have vocabularies of unlike size: their predictions cannot be compared")
+                raise CheckpointError(
+                    "the models have vocabularies of unlike size: their predictions cannot be "
+                    "compared"
+                )
             yield made, wanted[at : at + count].to(made[0].device)
             at, count = at + count, max(LOGITS // made[0].shape[1], 1)
 
@@ -224,16 +294,24 @@ def _figures(sums: _Sums, text: Stretch, drift: Sequence[float]) -> Check:
     count = text.targets.numel()
     if not math.isfinite(sums.nll + sums.nll_against + sums.kl):
         raise CheckpointError(
-            "the model makes NaN or infinity of this text: its weights are damaged, or the text is none of its kind"
+            "the model makes NaN or infinity of this text: its weights are damaged, or the text is "
+            "none of its kind"
         )
-    found = Check(text.source, text.digest, count, text.inputs.shape[1], _perplexity(sums.nll / count))
+    found = Check(
+        text.source, text.digest, count, text.inputs.shape[1], _perplexity(sums.nll / count)
+    )
     if not drift:
         return found
     return attrs.evolve(
-        found, source_perplexity=_perplexity(sums.nll_against / count), rise=(sums.nll - sums.nll_against) / count,
-        kl=sums.kl / count, top1=sums.same / count, drift=tuple(drift),
-    )  # fmt: skip
+        found,
+        source_perplexity=_perplexity(sums.nll_against / count),
+        rise=(sums.nll - sums.nll_against) / count,
+        kl=sums.kl / count,
+        top1=sums.same / count,
+        drift=tuple(drift),
+    )
 
 
 def _perplexity(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # beyond it no float holds it
+    # beyond it no float holds it
+    return math.exp(min(nats, 700.0))

@@ -20,7 +20,8 @@ class Hardware:
 
     Attributes:
         capability: CUDA compute capability, major and minor; None off NVIDIA.
-        architecture: the LLVM target of an AMD GPU ("gfx942"), or a CPU's instruction set ("x86", "arm").
+        architecture: the LLVM target of an AMD GPU ("gfx942"), or a CPU's instruction set ("x86",
+            "arm").
         amx: whether a CPU has AMX tile instructions, which several engine kernels for CPUs need.
     """
 
@@ -76,7 +77,9 @@ def find(name: str) -> Hardware:
         if wanted in (words, words[1:]):
             return device
     names = [device.name for device in KNOWN]
-    hint = nearest(name.lower(), [n.lower() for n in names] + [n.lower().split(maxsplit=1)[1] for n in names])
+    hint = nearest(
+        name.lower(), [n.lower() for n in names] + [n.lower().split(maxsplit=1)[1] for n in names]
+    )
     raise BitpressError(f"no known device {name!r}{hint} (known: {', '.join(names)})")
 
 
@@ -87,7 +90,9 @@ def present() -> Hardware:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         if torch.version.hip:
-            return Hardware(properties.name, "amd", architecture=properties.gcnArchName.split(":")[0])
+            return Hardware(
+                properties.name, "amd", architecture=properties.gcnArchName.split(":")[0]
+            )
         return Hardware(properties.name, "nvidia", capability=torch.cuda.get_device_capability(0))
     if torch.xpu.is_available():
         return Hardware(torch.xpu.get_device_name(0), "intel")

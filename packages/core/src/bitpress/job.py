@@ -41,9 +41,14 @@ class Job:
 
 
 def plan(
-    model: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
-    settings: Iterable[str] = (), ignore: Iterable[str] = (), device: Hardware | None = None,
-) -> Plan:  # fmt: skip
+    model: str | Path,
+    *,
+    scheme: str | None = None,
+    recipe_file: str | Path | None = None,
+    settings: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    device: Hardware | None = None,
+) -> Plan:
     """What `compress` would do, from headers alone.
 
     Args:
@@ -60,27 +65,46 @@ def plan(
 
 
 def prepare(
-    model: str | Path, *, scheme: str | None = None, recipe_file: str | Path | None = None,
-    settings: Iterable[str] = (), ignore: Iterable[str] = (), calibration: Choice | None = None, check: str | None = None,
+    model: str | Path,
+    *,
+    scheme: str | None = None,
+    recipe_file: str | Path | None = None,
+    settings: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    calibration: Choice | None = None,
+    check: str | None = None,
     trust_remote_code: bool = False,
-) -> Job:  # fmt: skip
-    """The plan, the calibration data if the recipe needs some, and the text of `check`; as `plan` otherwise."""
+) -> Job:
+    """The plan, the calibration data if the recipe needs some, and the text of `check`; as `plan`
+    otherwise.
+    """
     settings, ignore = tuple(settings), tuple(ignore)
     source, rules = _asked_for(model, scheme, recipe_file, settings, ignore)
-    work = make_plan(source, rules)  # what headers can refuse is refused before texts are read
+    # what headers can refuse is refused before texts are read
+    work = make_plan(source, rules)
     text = None if check is None else checking.text(work, check, trust_remote_code)
     chosen = (calibration or Choice()) if rules.calibrated else None
     asked = {
-        "--scheme": scheme, "--recipe": None if recipe_file is None else Path(recipe_file), "--set": settings, "--ignore": ignore,
-        **(chosen.words if chosen else {}), "--check": None if check is None else Path(check),
-    }  # fmt: skip
+        "--scheme": scheme,
+        "--recipe": None if recipe_file is None else Path(recipe_file),
+        "--set": settings,
+        "--ignore": ignore,
+        **(chosen.words if chosen else {}),
+        "--check": None if check is None else Path(check),
+    }
     command = card.command(named(str(model)), asked)
     if chosen is None:
         return Job(work, None, str(model), text, command)
     data = load(chosen, source.folder, source.config, trust_remote_code)
     if data.all_experts and not any(stacks.experts(stack.members) for stack in work.stacks):
         raise RecipeError("--all-experts: no experts of this model are compressed; leave it out")
-    return Job(make_plan(source, rules, data.digest + " all experts" * data.all_experts), data, str(model), text, command)
+    return Job(
+        make_plan(source, rules, data.digest + " all experts" * data.all_experts),
+        data,
+        str(model),
+        text,
+        command,
+    )
 
 
 def named(model: str) -> str:
@@ -89,7 +113,11 @@ def named(model: str) -> str:
 
 
 def _asked_for(
-    model: str | Path, scheme: str | None, recipe_file: str | Path | None, settings: Iterable[str], ignore: Iterable[str]
+    model: str | Path,
+    scheme: str | None,
+    recipe_file: str | Path | None,
+    settings: Iterable[str],
+    ignore: Iterable[str],
 ) -> tuple[Checkpoint, Recipe]:
     if (scheme is None) == (recipe_file is None):
         raise RecipeError("give either a scheme or a recipe file")

@@ -1,4 +1,6 @@
-"""What an unfinished output is made of, kept beside its shards: another run is told what differs, and mixes nothing in."""
+"""What an unfinished output is made of, kept beside its shards: another run is told what differs,
+and mixes nothing in.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,21 @@ from bitpress.errors import CheckpointError, OutputError
 from bitpress.planning import Plan
 from bitpress.ranks import Ranks
 
-TOLD = 3  # differences that an error names
+# differences that an error names
+TOLD = 3
 Stamps = Mapping[str, tuple[int, int] | None]
 
 
 @contextlib.contextmanager
-def kept(output: OutputFolder, plan: Plan, data: Sequences | None, device: torch.device) -> Iterator[None]:
-    """Note what the run is made of, until the block has ended well or leaves no finished shard behind.
+def kept(
+    output: OutputFolder, plan: Plan, data: Sequences | None, device: torch.device
+) -> Iterator[None]:
+    """Note what the run is made of, until the block has ended well or leaves no finished shard
+    behind.
 
     Raises:
-        OutputError: an unfinished run whose shards are in the folder was made of something else; the message names it.
+        OutputError: an unfinished run whose shards are in the folder was made of something else;
+            the message names it.
     """
     now = json.loads(json.dumps(_parts(plan, data, device)))
     text = output.read(RUN)
@@ -52,7 +59,9 @@ def agree(ranks: Ranks, plan: Plan, data: Sequences | None, device: torch.device
     first, *others = ranks.gather(json.loads(json.dumps(_parts(plan, data, device))))
     for rank, parts in enumerate(others, 1):
         if found := list(differences(first, parts)):
-            raise OutputError(f"rank {rank} would make something else than rank 0: {'; '.join(found[:TOLD])}")
+            raise OutputError(
+                f"rank {rank} would make something else than rank 0: {'; '.join(found[:TOLD])}"
+            )
 
 
 def _finished(output: OutputFolder, plan: Plan) -> bool:
@@ -85,7 +94,9 @@ def differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
 
 
 def stamps(source: Checkpoint) -> Stamps:
-    """Size and time of change (ns) of every file of the source as it was when it was opened, or is now if it has no weights."""
+    """Size and time of change (ns) of every file of the source as it was when it was opened, or is
+    now if it has no weights.
+    """
     return {name: header.stamp for name, header in source.headers.items()} | {
         name: _stamp(source, name) for name in source.others
     }
@@ -96,7 +107,8 @@ def check_unchanged(source: Checkpoint, before: Stamps) -> None:
     for name, stamp in before.items():
         if (now := _stamp(source, name)) != stamp:
             raise CheckpointError(
-                f"{source.folder / name}: it {'changed' if now else 'vanished'} during the run, and what was written may hold "
+                f"{source.folder / name}: it {'changed' if now else 'vanished'} during the run, "
+                "and what was written may hold "
                 "some of both states; delete the output and run again"
             )
 
@@ -114,7 +126,10 @@ def _parts(plan: Plan, data: Sequences | None, device: torch.device) -> dict[str
     source = plan.source
     return {
         "bitpress-core": __version__,
-        "scheme": {step.scheme.name: f"{step.scheme.package} {step.scheme.version}" for step in plan.recipe.all_steps},
+        "scheme": {
+            step.scheme.name: f"{step.scheme.package} {step.scheme.version}"
+            for step in plan.recipe.all_steps
+        },
         "recipe": plan.recipe.as_json(),
         "source": {
             name: {
@@ -124,14 +139,19 @@ def _parts(plan: Plan, data: Sequences | None, device: torch.device) -> dict[str
             for name, header in source.headers.items()
         },
         "config.json": dict(source.config),
-        "calibration": data and {
-            "text": data.source, "sequences": len(data.ids), "tokens of a sequence": data.ids.shape[1], "seed": data.seed,
+        "calibration": data
+        and {
+            "text": data.source,
+            "sequences": len(data.ids),
+            "tokens of a sequence": data.ids.shape[1],
+            "seed": data.seed,
             "all experts": data.all_experts,
-            "SHA-256 of the tokens": data.digest, "transformers": importlib.metadata.version("transformers"),
+            "SHA-256 of the tokens": data.digest,
+            "transformers": importlib.metadata.version("transformers"),
         },
         "device": device.type,
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,9 @@
-"""Joining the ranks that torchrun has started, and ending with them: no rank waits for one that is gone.
+"""Joining the ranks that torchrun has started, and ending with them: no rank waits for one that is
+gone.
 
-Every rank is watched by a thread of its own. It sends a beat each second through torch.distributed's store, which torchrun
-keeps; the first rank listens to all others, and they to it. On one machine torchrun itself sees a death at once.
+Every rank is watched by a thread of its own. It sends a beat each second through
+torch.distributed's store, which torchrun keeps; the first rank listens to all others, and they to
+it. On one machine torchrun itself sees a death at once.
 """
 
 from __future__ import annotations
@@ -25,17 +27,24 @@ from torch.distributed.rendezvous import rendezvous
 from bitpress.errors import VerificationError, first_line, plain
 from bitpress.ranks import ALONE, GOES_ON, RankError, Ranks
 
-BEAT = 1.0  # seconds between two beats
-LOST = 20  # beats of its own after which a rank takes one for lost that it has not heard in the meantime
-GRACE = 2.0  # seconds that whoever failed first has to tell it, be that another rank or another thread of this one
-PATIENCE = datetime.timedelta(days=30)  # in collectives: others may work for long, and the dead are found otherwise
+# seconds between two beats
+BEAT = 1.0
+# beats of its own after which a rank takes one for lost that it has not heard in the meantime
+LOST = 20
+# seconds that whoever failed first has to tell it, be that another rank or another thread of this
+# one
+GRACE = 2.0
+# in collectives: others may work for long, and the dead are found otherwise
+PATIENCE = datetime.timedelta(days=30)
 UNHEARD = "torchrun on the first machine, which all ranks meet through, does not answer any more"
-STORE = datetime.timedelta(seconds=30)  # for an answer of the store, which is never busy
+# for an answer of the store, which is never busy
+STORE = datetime.timedelta(seconds=30)
 
 
 @contextlib.contextmanager
 def started(device: str) -> Iterator[Ranks]:
-    """The ranks of the run, if torchrun has started this process, and until the block ends; otherwise a run of one.
+    """The ranks of the run, if torchrun has started this process, and until the block ends;
+    otherwise a run of one.
 
     Of all ranks that fail, the first to do so raises; the others end without a word.
 
@@ -45,16 +54,21 @@ def started(device: str) -> Iterator[Ranks]:
     if not dist.is_torchelastic_launched():
         yield ALONE
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # before there are threads: it is waited for by the watch
+    # before there are threads: it is waited for by the watch
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     store, rank, count = next(rendezvous("env://"))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
-        store=PrefixStore("group", store), rank=rank, world_size=count, timeout=PATIENCE,
-    )  # fmt: skip
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=count,
+        timeout=PATIENCE,
+    )
     names = Ranks(rank, count).gather((socket.gethostname(), os.getpid()))
     here = [i for i, (host, _) in enumerate(names) if host == names[rank][0]]
     ranks = Ranks(rank, count, len(here), here.index(rank))
-    own, _, _ = next(rendezvous("env://"))  # a connection that only the watch uses: it must not wait behind a collective's
+    # a connection that only the watch uses: it must not wait behind a collective's
+    own, _, _ = next(rendezvous("env://"))
     watch = _Watch(PrefixStore("watch", own), ranks, names)
     watch.start()
     try:
@@ -87,7 +101,9 @@ class _Watch:
         self.store.set_timeout(STORE)
         self._beat(-1)
         self.ranks.wait()
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._run, self._talk)]
+        self._threads = [
+            threading.Thread(target=target, daemon=True) for target in (self._run, self._talk)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -95,19 +111,24 @@ class _Watch:
         """The run is over for this rank."""
         self._done.set()
         if self._threads and self._threads[0].ident is not None:
-            signal.pthread_kill(self._threads[0].ident, signal.SIGTERM)  # which it waits for
+            # which it waits for
+            signal.pthread_kill(self._threads[0].ident, signal.SIGTERM)
         for thread in self._threads:
-            thread.join(LOST * BEAT)  # Python must not end under a thread that talks to the store
+            # Python must not end under a thread that talks to the store
+            thread.join(LOST * BEAT)
 
     def tells(self) -> bool:
         """Whether this rank is the first that has a fault to tell."""
         try:
             return bool(self.store.add("told", 1) == 1)
-        except RuntimeError:  # torchrun, which keeps the store, has ended
+        except RuntimeError:
+            # torchrun, which keeps the store, has ended
             return True
 
     def find(self) -> None:
-        """Wait until the watch has found which rank it is that does not come any more, which ends this process."""
+        """Wait until the watch has found which rank it is that does not come any more, which ends
+        this process.
+        """
         for thread in self._threads:
             thread.join(2 * LOST * BEAT)
 
@@ -127,7 +148,9 @@ class _Watch:
         self.store.set(f"beat {self.ranks.rank}", str(number))
 
     def _run(self) -> None:
-        """Until the run is over: torchrun may stop this process, and the store may be out of reach."""
+        """Until the run is over: torchrun may stop this process, and the store may be out of
+        reach.
+        """
         heard, silent = 0, 0
         while True:
             stopped = signal.sigtimedwait([signal.SIGTERM], BEAT)
@@ -142,8 +165,14 @@ class _Watch:
                 _leave()
 
     def _talk(self) -> None:
-        """A round each beat: be heard, and see whether the others are. Without a connection it may take for ever."""
-        others = [i for i in range(self.ranks.count) if i != self.ranks.rank] if self.ranks.first else [0]
+        """A round each beat: be heard, and see whether the others are. Without a connection it may
+        take for ever.
+        """
+        others = (
+            [i for i in range(self.ranks.count) if i != self.ranks.rank]
+            if self.ranks.first
+            else [0]
+        )
         heard, silent = dict.fromkeys(others, b""), dict.fromkeys(others, 0)
         while not self._done.wait(BEAT):
             try:
@@ -154,11 +183,15 @@ class _Watch:
                 beats = {i: self.store.get(f"beat {i}") for i in others}
             except RuntimeError:
                 self._end(UNHEARD)
-            for i, beat in beats.items():  # counted in beats of our own: all may be held up together
+            # counted in beats of our own: all may be held up together
+            for i, beat in beats.items():
                 silent[i] = 0 if beat != heard[i] else silent[i] + 1
                 if silent[i] >= LOST:
                     host, process = self.names[i]
-                    self._end(f"rank {i} (process {process} on {host}) has not been heard of for {LOST} seconds")
+                    self._end(
+                        f"rank {i} (process {process} on {host}) has not been heard of for {LOST} "
+                        "seconds"
+                    )
             heard = beats
             self._rounds += 1
 

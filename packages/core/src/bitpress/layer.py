@@ -1,4 +1,6 @@
-"""The values that hooks receive and return. All are frozen: a hook returns a new one made with `attrs.evolve`."""
+"""The values that hooks receive and return. All are frozen: a hook returns a new one made with
+`attrs.evolve`.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,23 @@ if TYPE_CHECKING:
 
 @frozen(eq=False)
 class Layer:
-    """One linear layer, several stacked by rows because they read the same input, or a tile of whole rows of either.
+    """One linear layer, several stacked by rows because they read the same input, or a tile of
+    whole rows of either.
 
-    `weight` may be given as a function of no arguments: it is called when somebody reads it, and whoever does not pays nothing.
+    `weight` may be given as a function of no arguments: it is called when somebody reads it, and
+    whoever does not pays nothing.
 
     Attributes:
         name: the stack's name, for messages.
         dtype: what the model stores its weights in, and computes in when served.
         keep: (out, in) bool; False must stay zero. None keeps everything.
-        source: (out, in) float32: the weight before any step, with which statistics were taken; None where that is `weight`.
-        codes: what is stored, unpacked, one row per output; after `pack`, packed. None while the weight itself is stored.
-        parts: what is stored beside the codes, by name: "scale" (out, groups), "zero_point", ... The leading axis follows the
-            rows (one entry per row or per `row_block` of them); a part without axes is one number for the whole stack.
+        source: (out, in) float32: the weight before any step, with which statistics were taken;
+            None where that is `weight`.
+        codes: what is stored, unpacked, one row per output; after `pack`, packed. None while the
+            weight itself is stored.
+        parts: what is stored beside the codes, by name: "scale" (out, groups), "zero_point", ...
+            The leading axis follows the rows (one entry per row or per `row_block` of them); a part
+            without axes is one number for the whole stack.
     """
 
     name: str
@@ -38,7 +45,9 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """(out, in) float32: the numbers the served model will compute with, after every step so far."""
+        """(out, in) float32: the numbers the served model will compute with, after every step so
+        far.
+        """
         return self._weight() if callable(self._weight) else self._weight
 
 
@@ -47,7 +56,8 @@ class Stat:
     """A raw sum or maximum over one batch; `a | b` is the same over both, in any order.
 
     Attributes:
-        rows: whether the value's first axis is the weight's rows, so that some of the rows have theirs of it.
+        rows: whether the value's first axis is the weight's rows, so that some of the rows have
+            theirs of it.
     """
 
     value: Tensor
@@ -57,7 +67,9 @@ class Stat:
     def __or__(self, other: Stat) -> Stat:
         if self.merge != other.merge:
             raise ValueError(f"a {self.merge} cannot be merged with a {other.merge}")
-        merged = self.value + other.value if self.merge == "sum" else self.value.maximum(other.value)
+        merged = (
+            self.value + other.value if self.merge == "sum" else self.value.maximum(other.value)
+        )
         return Stat(merged, self.merge, self.rows)
 
     def of(self, rows: slice) -> Stat:
@@ -71,9 +83,9 @@ class Record:
 
     Attributes:
         tensors: by suffix of the module's name: `weight`, `weight_scale`, ...
-        config: the group entry of `quantization_config` that tells a loader how to read them (JSON values: `format`, `weights`,
-            `input_activations`), or its `sparsity_config` (`format`, `sparsity_structure`); None for a plain weight that needs no
-            telling.
+        config: the group entry of `quantization_config` that tells a loader how to read them (JSON
+            values: `format`, `weights`, `input_activations`), or its `sparsity_config` (`format`,
+            `sparsity_structure`); None for a plain weight that needs no telling.
     """
 
     tensors: Mapping[str, Tensor]

@@ -1,4 +1,6 @@
-"""`bitpress.json`: what an output was made from and by, the digest of every file and of itself, and the error of every layer."""
+"""`bitpress.json`: what an output was made from and by, the digest of every file and of itself, and
+the error of every layer.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from bitpress.ranks import ALONE, Ranks
 from bitpress.typed import typed
 
 NAME = "bitpress.json"
-SELF = "sha256"  # its last key: the digest of the file itself
+# its last key: the digest of the file itself
+SELF = "sha256"
 Rescaled = Mapping[str, Sequence[int]]
 
 
@@ -29,7 +32,9 @@ class FileNote:
     """Size and SHA-256 of a file; no digest where none was taken."""
 
     bytes: int = field(validator=validators.ge(0))
-    sha256: str | None = field(default=None, validator=validators.optional(validators.matches_re("[0-9a-f]{64}")))
+    sha256: str | None = field(
+        default=None, validator=validators.optional(validators.matches_re("[0-9a-f]{64}"))
+    )
 
 
 @frozen
@@ -40,9 +45,12 @@ class LayerNote:
         shape: (out, in) of the source's weight.
         dtype: of the source's weight, as safetensors names it.
         bits: stored bits per weight, scales included.
-        error: ||restored - source|| / ||source||, measured on the written file; None where it was not verified.
-        output_error: ||x (W - Q)ᵀ|| / ||x Wᵀ|| on a sample of calibration inputs; None where there were none.
-        tokens: of the calibration data that a router sent to it; None for a layer that all tokens come to.
+        error: ||restored - source|| / ||source||, measured on the written file; None where it was
+            not verified.
+        output_error: ||x (W - Q)ᵀ|| / ||x Wᵀ|| on a sample of calibration inputs; None where there
+            were none.
+        tokens: of the calibration data that a router sent to it; None for a layer that all tokens
+            come to.
     """
 
     steps: tuple[str, ...]
@@ -56,7 +64,8 @@ class LayerNote:
 
 @frozen
 class Check:
-    """How well a model predicts a text, and beside its source where that was run too (None where it was not).
+    """How well a model predicts a text, and beside its source where that was run too (None where it
+    was not).
 
     Attributes:
         sha256: of the tokens.
@@ -80,7 +89,9 @@ class Check:
 
 
 def _known_data(note: Manifest, field: Any, data: Mapping[str, str] | None) -> None:
-    if data is not None and not (data.keys() >= {"source", "tokens"} and re.fullmatch("[0-9]{1,18}", data["tokens"])):
+    if data is not None and not (
+        data.keys() >= {"source", "tokens"} and re.fullmatch("[0-9]{1,18}", data["tokens"])
+    ):
         raise ValueError("'data' must name its source and the number of tokens")
 
 
@@ -108,9 +119,10 @@ class Manifest:
         files: every file of the output but `bitpress.json` itself.
         data: what the run was calibrated on, and its digest; None where it needed no data.
         warnings: what was found on the way, one line each.
-        rescaled: by tensor of the source, the exponents of two by which its "columns" and "rows" were multiplied first.
-        blocks: by decoder block, ||h - h'|| / ||h'|| of the hidden states after it, h' the source's, on the calibration data
-            that the source was run on too; none where it was not.
+        rescaled: by tensor of the source, the exponents of two by which its "columns" and "rows"
+            were multiplied first.
+        blocks: by decoder block, ||h - h'|| / ||h'|| of the hidden states after it, h' the
+            source's, on the calibration data that the source was run on too; none where it was not.
         check: how well it predicts a text; None where that was not asked for.
     """
 
@@ -135,7 +147,9 @@ class Manifest:
     def bits(self) -> float:
         """Mean stored bits per weight of the compressed layers."""
         sizes = {name: note.shape[0] * note.shape[1] for name, note in self.layers.items()}
-        return sum(note.bits * sizes[name] for name, note in self.layers.items()) / max(sum(sizes.values()), 1)
+        return sum(note.bits * sizes[name] for name, note in self.layers.items()) / max(
+            sum(sizes.values()), 1
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -145,18 +159,24 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: there is none, or it is not one.
     """
     if folder.is_dir() and not (folder / NAME).is_file():
-        raise CheckpointError(f"{folder} was not written by bitpress, or not to its end: it has no {NAME}")
+        raise CheckpointError(
+            f"{folder} was not written by bitpress, or not to its end: it has no {NAME}"
+        )
     table = read_json(folder / NAME)
     table.pop(SELF, None)
     try:
         note: Manifest = typed(table, Manifest)
     except ValueError as e:
-        raise CheckpointError(f"{folder / NAME}: it is not what this version writes ({e!s:.200})") from None
+        raise CheckpointError(
+            f"{folder / NAME}: it is not what this version writes ({e!s:.200})"
+        ) from None
     return note
 
 
 def text(note: Manifest) -> str:
-    """The file: the note, and last the SHA-256 of the file itself as it is with zeros in that place."""
+    """The file: the note, and last the SHA-256 of the file itself as it is with zeros in that
+    place.
+    """
     blank = json_text({**note.as_json(), SELF: "0" * 64})
     digest = hashlib.sha256(blank.encode()).hexdigest()
     return digest.join(blank.rsplit("0" * 64, 1))
@@ -165,13 +185,18 @@ def text(note: Manifest) -> str:
 def intact(folder: Path) -> bool:
     """Whether the manifest of a folder is, to the byte, what was written."""
     data = (folder / NAME).read_bytes()
-    at = data.rfind(b'"') - 64  # the last text of the file
+    # the last text of the file
+    at = data.rfind(b'"') - 64
     digest = data[at : at + 64]
     return hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode() == digest
 
 
-def file_notes(files: Mapping[str, Path], threads: int, digests: bool = True, ranks: Ranks = ALONE) -> dict[str, FileNote]:
-    """Sizes and, if asked for, digests of files on disk, by the names they were given; each rank reads its share of them."""
+def file_notes(
+    files: Mapping[str, Path], threads: int, digests: bool = True, ranks: Ranks = ALONE
+) -> dict[str, FileNote]:
+    """Sizes and, if asked for, digests of files on disk, by the names they were given; each rank
+    reads its share of them.
+    """
     if not digests:
         return {name: FileNote(file.stat().st_size) for name, file in files.items()}
     own = ranks.deal(list(files), lambda name: files[name].stat().st_size)

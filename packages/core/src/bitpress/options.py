@@ -1,4 +1,6 @@
-"""What a user may set of a scheme: a frozen attrs class in the plugin, built and checked here from text or TOML values."""
+"""What a user may set of a scheme: a frozen attrs class in the plugin, built and checked here from
+text or TOML values.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from bitpress.errors import RecipeError, nearest
 
 @frozen
 class Options:
-    """Base of every scheme's options. Fields are what users set; the properties below tell the core what follows from them.
+    """Base of every scheme's options. Fields are what users set; the properties below tell the core
+    what follows from them.
 
     >>> @frozen
     ... class MyOptions(Options):
@@ -34,17 +37,23 @@ class Options:
 
     @property
     def rescales(self) -> bool | None:
-        """Whether factors for columns are to be chosen; None: exactly when there is a `rescale` hook."""
+        """Whether factors for columns are to be chosen; None: exactly when there is a `rescale`
+        hook.
+        """
         return None
 
     @property
     def row_block(self) -> int:
-        """How many consecutive rows share numbers (a block scale, a packed word); every member of a stack must divide by it."""
+        """How many consecutive rows share numbers (a block scale, a packed word); every member of a
+        stack must divide by it.
+        """
         return 1
 
 
 def option(default: Any, help: str, **kwargs: Any) -> Any:
-    """A field of an options class: its default, and one line of help that `bitpress schemes NAME` prints."""
+    """A field of an options class: its default, and one line of help that `bitpress schemes NAME`
+    prints.
+    """
     return attrs.field(default=default, metadata={"help": help}, **kwargs)
 
 
@@ -52,7 +61,8 @@ def build(cls: type[Options], values: Mapping[str, Any], scheme: str) -> Options
     """The options of a scheme from a recipe's values or a command line's texts.
 
     Raises:
-        RecipeError: an unknown option, a value of the wrong kind, or one that the scheme's own validator refuses.
+        RecipeError: an unknown option, a value of the wrong kind, or one that the scheme's own
+            validator refuses.
     """
     fields = {f.name: f for f in attrs.fields(cls)}
     hints = get_type_hints(cls)
@@ -60,7 +70,9 @@ def build(cls: type[Options], values: Mapping[str, Any], scheme: str) -> Options
     for name, value in values.items():
         if name not in fields:
             known = ", ".join(fields) or "none"
-            raise RecipeError(f"scheme {scheme}: no option {name!r}{nearest(name, fields)} (its options: {known})")
+            raise RecipeError(
+                f"scheme {scheme}: no option {name!r}{nearest(name, fields)} (its options: {known})"
+            )
         try:
             given[name] = convert(value, hints[name])
         except (ValueError, TypeError) as e:
@@ -72,7 +84,9 @@ def build(cls: type[Options], values: Mapping[str, Any], scheme: str) -> Options
 
 
 def choices(hint: Any) -> str:
-    """How a type reads in a table of options: `channel | tensor`, `number`, `[whole number, ...]`."""
+    """How a type reads in a table of options: `channel | tensor`, `number`, `[whole number,
+    ...]`.
+    """
     origin = get_origin(hint)
     if origin is Literal:
         return " | ".join(str(a) for a in get_args(hint))
@@ -80,11 +94,15 @@ def choices(hint: Any) -> str:
         return " | ".join(choices(a) for a in get_args(hint))
     if origin is tuple:
         return "[" + ", ".join(choices(a) for a in get_args(hint)) + "]"
-    return {bool: "true | false", int: "whole number", float: "number", str: "text"}.get(hint, str(hint))
+    return {bool: "true | false", int: "whole number", float: "number", str: "text"}.get(
+        hint, str(hint)
+    )
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """A TOML value or a command line's text as the annotated type; raises ValueError saying what would fit."""
+    """A TOML value or a command line's text as the annotated type; raises ValueError saying what
+    would fit.
+    """
     origin = get_origin(hint)
     if origin is Literal:
         for choice in get_args(hint):
@@ -115,7 +133,8 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _tuple(value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
-    if isinstance(value, str):  # on a command line: 128,128 or [128, 128]
+    # on a command line: 128,128 or [128, 128]
+    if isinstance(value, str):
         try:
             value = json.loads(value) if value.startswith("[") else value.split(",")
         except RecursionError:

@@ -1,4 +1,6 @@
-"""What a run will do, worked out from headers before a number is read: every stack's steps, every stored byte's place."""
+"""What a run will do, worked out from headers before a number is read: every stack's steps, every
+stored byte's place.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class Plan:
     @cached_property
     def fragments(self) -> dict[str, Mapping[str, Any] | None]:
         """Every compressed module's config fragment."""
-        return {module: stack.stored(module)[1] for stack in self.stacks for module in stack.members}
+        return {
+            module: stack.stored(module)[1] for stack in self.stacks for module in stack.members
+        }
 
     @property
     def config(self) -> dict[str, Any]:
@@ -87,8 +91,12 @@ class Plan:
 
     @property
     def hidden(self) -> int:
-        """The width of the hidden states: where the config does not say, the smallest input of a layer."""
-        return stacks.hidden_size(self.source.config) or min(stack.shape[1] for stack in self.stacks)
+        """The width of the hidden states: where the config does not say, the smallest input of a
+        layer.
+        """
+        return stacks.hidden_size(self.source.config) or min(
+            stack.shape[1] for stack in self.stacks
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,8 +110,22 @@ class Plan:
 
     def memory(self, threads: int) -> int:
         """Bytes held at most while running, beyond what the interpreter and torch take."""
-        largest = max((sum(nbytes(*t) for t in s.stored(m)[0].values()) for s in self.stacks for m in s.members), default=0)
-        turned = max((e.stored.nbytes for e in self.source.entries.values() if isinstance(e, View) and e.transposed), default=0)
+        largest = max(
+            (
+                sum(nbytes(*t) for t in s.stored(m)[0].values())
+                for s in self.stacks
+                for m in s.members
+            ),
+            default=0,
+        )
+        turned = max(
+            (
+                e.stored.nbytes
+                for e in self.source.entries.values()
+                if isinstance(e, View) and e.transposed
+            ),
+            default=0,
+        )
         return threads * (2 * largest + 10 * 4 * chain.TILE + 2 * turned)
 
     @cached_property
@@ -113,18 +135,27 @@ class Plan:
         copies = [entry for shard in self.shards for entry in shard.copies]
         modules = [entry.name.removesuffix(".weight") for entry in copies]
         return [
-            (e, self.recipe.reason(m) if m in linear else stacks.why_plain(e, self.container, self.source.config))
+            (
+                e,
+                self.recipe.reason(m)
+                if m in linear
+                else stacks.why_plain(e, self.container, self.source.config),
+            )
             for e, m in zip(copies, modules, strict=True)
         ]
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """The bytes of every file of the output, exact, but for those that hold what is found on the way: manifest and card."""
+        """The bytes of every file of the output, exact, but for those that hold what is found on
+        the way: manifest and card.
+        """
         texts = {"config.json": self.config} | ({INDEX: self.index} if self.index else {})
         sizes = {shard.name: shard.header.nbytes for shard in self.shards}
         sizes |= {name: len(json_text(value).encode()) for name, value in texts.items()}
         return {
-            name: sizes[name] if name in sizes else (self.source.folder / self.copied[name]).stat().st_size
+            name: sizes[name]
+            if name in sizes
+            else (self.source.folder / self.copied[name]).stat().st_size
             for name in self.files
             if name not in (manifest.NAME, card.NAME)
         }
@@ -132,17 +163,25 @@ class Plan:
     @property
     def files(self) -> list[str]:
         """Every file that the output will hold."""
-        own = [shard.name for shard in self.shards] + [manifest.NAME, card.NAME, "config.json"] + ([INDEX] if self.index else [])
+        own = (
+            [shard.name for shard in self.shards]
+            + [manifest.NAME, card.NAME, "config.json"]
+            + ([INDEX] if self.index else [])
+        )
         return own + [name for name in self.copied if name not in own]
 
     @property
     def copied(self) -> dict[str, str]:
-        """What the files are called in the source that the output has as they are; its card has another name there."""
+        """What the files are called in the source that the output has as they are; its card has
+        another name there.
+        """
         others = [name for name in self.source.others if name not in ("config.json", manifest.NAME)]
         return {card.kept(others) if name == card.NAME else name: name for name in others}
 
 
-def make_plan(source: Checkpoint, recipe: Recipe, data: str = "", device: Hardware | None = None) -> Plan:
+def make_plan(
+    source: Checkpoint, recipe: Recipe, data: str = "", device: Hardware | None = None
+) -> Plan:
     """The plan of a recipe on a checkpoint.
 
     Args:
@@ -151,23 +190,31 @@ def make_plan(source: Checkpoint, recipe: Recipe, data: str = "", device: Hardwa
 
     Raises:
         CheckpointError: the source is quantised already or has no layers to compress.
-        RecipeError: a pattern matches nothing, members of a fused stack get unlike steps, or a scheme needs what is not there.
-        ShapeError: a scheme cannot take a layer; the message names the layer and how to leave it out.
+        RecipeError: a pattern matches nothing, members of a fused stack get unlike steps, or a
+            scheme needs what is not there.
+        ShapeError: a scheme cannot take a layer; the message names the layer and how to leave it
+            out.
     """
     source = seen(source)
     if method := quantised_already(source.config):
-        raise CheckpointError(f"{source.folder} is already quantised ({method}): start from the original, or decompress it first")
+        raise CheckpointError(
+            f"{source.folder} is already quantised ({method}): start from the original, or "
+            "decompress it first"
+        )
     linear = stacks.linear_layers(source)
     assigned = recipe.assign([*linear, *(fused.module for fused in source.left)])
     for fused in source.left:
         if assigned[fused.module]:
             raise CheckpointError(
                 f"{source.folder}: the experts {fused.module} cannot be compressed: {fused.why}; "
-                f"--ignore '*.{fused.module.rpartition('.')[2]}' copies them as they are (in a recipe: a rule with `steps = []`)"
+                f"--ignore '*.{fused.module.rpartition('.')[2]}' copies them as they are (in a "
+                "recipe: a rule with `steps = []`)"
             )
-    for experts in stacks.experts(linear):  # engines read the steps of all from those of the first
+    # engines read the steps of all from those of the first
+    for experts in stacks.experts(linear):
         _agreed(experts, assigned)
-    built: dict[str, Stack] = {}  # by the name of the first member
+    # by the name of the first member
+    built: dict[str, Stack] = {}
     for modules in stacks.stack(linear):
         steps = _agreed(modules, assigned)
         if steps:
@@ -178,7 +225,10 @@ def make_plan(source: Checkpoint, recipe: Recipe, data: str = "", device: Hardwa
     digest = _digest(source, recipe, data)
     source, device = kept_fused(source, compressed), device or present()
     plain = tuple(stacks.left_alone(source, compressed))
-    quantization_config({m: stack.stored(m)[1] for stack in built.values() for m in stack.members}, plain)  # or there is none
+    # or there is none
+    quantization_config(
+        {m: stack.stored(m)[1] for stack in built.values() for m in stack.members}, plain
+    )
     return Plan(
         source,
         recipe,
@@ -195,9 +245,12 @@ def _agreed(modules: Sequence[str], assigned: Mapping[str, tuple[Step, ...]]) ->
     """The one list of steps of a stack's members."""
     first = assigned[modules[0]]
     for module in modules:
-        if [(s.scheme, s.options) for s in assigned[module]] != [(s.scheme, s.options) for s in first]:
+        if [(s.scheme, s.options) for s in assigned[module]] != [
+            (s.scheme, s.options) for s in first
+        ]:
             raise RecipeError(
-                f"layers {modules[0]} and {module} are one layer in serving engines and must get the same steps: "
+                f"layers {modules[0]} and {module} are one layer in serving engines and must get "
+                "the same steps: "
                 "let one pattern match all of them, or none"
             )
     return first
@@ -212,8 +265,10 @@ def _stack(members: Mapping[str, Entry], steps: tuple[Step, ...]) -> Stack:
     for module, entry in members.items():
         if len(members) > 1 and entry.shape[0] % block:
             raise ShapeError(
-                f"layer {module}: {entry.shape[0]} rows are not a multiple of {block}, and engines fuse "
-                f"{', '.join(leaves)} into one layer, where a block of {block} rows would hold rows of two; {way_out}"
+                f"layer {module}: {entry.shape[0]} rows are not a multiple of {block}, and engines "
+                "fuse "
+                f"{', '.join(leaves)} into one layer, where a block of {block} rows would hold "
+                f"rows of two; {way_out}"
             )
         try:
             stack.stored(module)
@@ -228,23 +283,37 @@ def _digest(source: Checkpoint, recipe: Recipe, data: str) -> str:
         "schemes": sorted({str(step.scheme) for step in recipe.all_steps}),
         "recipe": recipe.as_json(),
         "data": data,
-        "source": {name: hashlib.sha256(header.raw).hexdigest() for name, header in source.headers.items()},
+        "source": {
+            name: hashlib.sha256(header.raw).hexdigest() for name, header in source.headers.items()
+        },
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _warnings(source: Checkpoint, recipe: Recipe, modules: Sequence[str]) -> Iterable[str]:
     for pattern in recipe.idle(modules):
-        yield f"the rule for {pattern!r} comes too late: what is before it takes all layers that it matches"
-    experts = [e for e in source.entries.values() if len(e.shape) == 3 and ".experts." in e.name and e.dtype in stacks.FLOATS]
+        yield (
+            f"the rule for {pattern!r} comes too late: what is before it takes all layers that "
+            "it matches"
+        )
+    experts = [
+        e
+        for e in source.entries.values()
+        if len(e.shape) == 3 and ".experts." in e.name and e.dtype in stacks.FLOATS
+    ]
     if experts:
         size = sum(e.nbytes for e in experts) / 1e9
-        yield f"{len(experts)} tensors hold fused experts ({size:.2f} GB, first: {experts[0].name}); they are copied unchanged"
+        yield (
+            f"{len(experts)} tensors hold fused experts ({size:.2f} GB, first: "
+            f"{experts[0].name}); they are copied unchanged"
+        )
 
 
 def _findings(recipe: Recipe, device: Hardware) -> Iterable[tuple[str, Finding]]:
     for step in dict.fromkeys(recipe.all_steps):
         for finding in step.call("validate_hardware", hardware=device) or ():
             if not isinstance(finding, Finding):
-                raise SchemeError(f"{step.scheme}: validate_hardware returned {finding!r:.60}, not Findings")
+                raise SchemeError(
+                    f"{step.scheme}: validate_hardware returned {finding!r:.60}, not Findings"
+                )
             yield step.scheme.name, finding

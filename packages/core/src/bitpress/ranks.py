@@ -1,7 +1,8 @@
-"""The processes that share a run (ranks), on torch.distributed. One process is a run of one rank: the code is the same.
+"""The processes that share a run (ranks), on torch.distributed. One process is a run of one rank:
+the code is the same.
 
-Ranks meet in collectives, all in the same order. A rank that fails does not come to the next meeting; it says why, and whoever
-waits for it is ended (`launch`).
+Ranks meet in collectives, all in the same order. A rank that fails does not come to the next
+meeting; it says why, and whoever waits for it is ended (`launch`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that prepares the output, speaks to the user and writes what all have found."""
+        """Whether it is the one that prepares the output, speaks to the user and writes what all
+        have found.
+        """
         return self.rank == 0
 
     def device(self, name: str) -> str:
@@ -52,7 +55,9 @@ class Ranks:
         return f"cuda:{self.local}" if name == "cuda" and self.count > 1 else name
 
     def deal(self, items: Sequence[Item], size: Callable[[Item], int]) -> list[Item]:
-        """A rank's share of items, in their order: the largest are dealt first, each to the rank that has the least by then."""
+        """A rank's share of items, in their order: the largest are dealt first, each to the rank
+        that has the least by then.
+        """
         loads, own = [0] * self.count, []
         for i in sorted(range(len(items)), key=lambda i: -size(items[i])):
             rank = loads.index(min(loads))
@@ -62,8 +67,12 @@ class Ranks:
         return [items[i] for i in sorted(own)]
 
     def part(self, items: Sequence[Item]) -> range:
-        """Places of a rank's share of items, where neighbours stay together: shares differ by one item at most."""
-        return range(self.rank * len(items) // self.count, (self.rank + 1) * len(items) // self.count)
+        """Places of a rank's share of items, where neighbours stay together: shares differ by one
+        item at most.
+        """
+        return range(
+            self.rank * len(items) // self.count, (self.rank + 1) * len(items) // self.count
+        )
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -93,22 +102,33 @@ class Ranks:
             return tensor
         tensor = tensor.contiguous()
         with _meeting():
-            dist.broadcast(tensor.reshape(-1).view(torch.uint8), source)  # its bytes: not every backend knows every dtype
+            # its bytes: not every backend knows every dtype
+            dist.broadcast(tensor.reshape(-1).view(torch.uint8), source)
         return tensor
 
     def any(self, tensor: Tensor | None, device: torch.device) -> Tensor | None:
         """The tensor of the last rank that has one, for all."""
-        for rank, kind in reversed(list(enumerate(self.gather(None if tensor is None else (tensor.shape, tensor.dtype))))):
+        for rank, kind in reversed(
+            list(enumerate(self.gather(None if tensor is None else (tensor.shape, tensor.dtype))))
+        ):
             if kind is not None:
-                mine = tensor if rank == self.rank else torch.empty(kind[0], dtype=kind[1], device=device)
+                mine = (
+                    tensor
+                    if rank == self.rank
+                    else torch.empty(kind[0], dtype=kind[1], device=device)
+                )
                 assert mine is not None
                 return self.share(mine, rank)
         return None
 
-    def add_up(self, stats: Sequence[dict[str, Stat]], owner: int, device: torch.device) -> list[dict[str, Stat]]:
-        """Statistics of all ranks, merged, for their owner; the others get nothing. What was given is used up.
+    def add_up(
+        self, stats: Sequence[dict[str, Stat]], owner: int, device: torch.device
+    ) -> list[dict[str, Stat]]:
+        """Statistics of all ranks, merged, for their owner; the others get nothing. What was given
+        is used up.
 
-        A rank whose tokens gave none of a kind takes part with zeros, or with what any number is larger than.
+        A rank whose tokens gave none of a kind takes part with zeros, or with what any number is
+        larger than.
         """
         if self.count == 1:
             return list(stats)
@@ -118,12 +138,20 @@ class Ranks:
             for name, (shape, dtype, merge, rows, kind) in kinds.items():
                 stat = own.pop(name, None)
                 if stat is None:
-                    place = device if kind == device.type else torch.device(kind)  # counts may lie on the CPU
-                    value = torch.full(shape, 0.0 if merge == "sum" else -torch.inf, dtype=dtype, device=place)
+                    # counts may lie on the CPU
+                    place = device if kind == device.type else torch.device(kind)
+                    value = torch.full(
+                        shape, 0.0 if merge == "sum" else -torch.inf, dtype=dtype, device=place
+                    )
                 else:
-                    value = stat.value.clone(memory_format=torch.contiguous_format)  # two may be one tensor
+                    # two may be one tensor
+                    value = stat.value.clone(memory_format=torch.contiguous_format)
                 with _meeting():
-                    dist.reduce(value.reshape(-1), owner, dist.ReduceOp.SUM if merge == "sum" else dist.ReduceOp.MAX)
+                    dist.reduce(
+                        value.reshape(-1),
+                        owner,
+                        dist.ReduceOp.SUM if merge == "sum" else dist.ReduceOp.MAX,
+                    )
                 if self.rank == owner:
                     found[name] = Stat(value, merge, rows)
             merged.append(found)
@@ -132,7 +160,10 @@ class Ranks:
     def _kinds(self, stats: Sequence[dict[str, Stat]]) -> list[dict[str, Any]]:
         """What statistics any rank has, step by step, in one order for all."""
         mine = [
-            {n: (tuple(s.value.shape), s.value.dtype, s.merge, s.rows, s.value.device.type) for n, s in own.items()}
+            {
+                n: (tuple(s.value.shape), s.value.dtype, s.merge, s.rows, s.value.device.type)
+                for n, s in own.items()
+            }
             for own in stats
         ]
         union: list[dict[str, Any]] = [{} for _ in stats]
@@ -141,7 +172,8 @@ class Ranks:
                 for name, kind in step.items():
                     if known.setdefault(name, kind) != kind:
                         raise SchemeError(
-                            f"statistics {name!r} of two ranks are {known[name]} and {kind}, and cannot be added up"
+                            f"statistics {name!r} of two ranks are {known[name]} and {kind}, and "
+                            "cannot be added up"
                         )
         return union
 
@@ -158,4 +190,7 @@ def _meeting() -> Iterator[None]:
         if memory_is_full(e):
             raise
         fact = str(e).splitlines()[0].rpartition("] ")[2]
-        raise RankError(f"another rank of the run has ended ({fact}): it, or torchrun, says which and why; {GOES_ON}") from None
+        raise RankError(
+            f"another rank of the run has ended ({fact}): it, or torchrun, says which and why; "
+            f"{GOES_ON}"
+        ) from None

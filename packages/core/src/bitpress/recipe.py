@@ -15,14 +15,19 @@ from attrs import frozen
 from bitpress.errors import RecipeError, nearest
 from bitpress.schemes import Registry, Step
 
-LARGEST = 100_000  # bytes of a recipe
-WIDEST = 4000  # characters of a line
-LONGEST = 1000  # characters of a pattern
+# bytes of a recipe
+LARGEST = 100_000
+# characters of a line
+WIDEST = 4000
+# characters of a pattern
+LONGEST = 1000
 
 
 @frozen
 class Rule:
-    """Layers whose name matches the pattern get these steps, in order; none leaves them as they are."""
+    """Layers whose name matches the pattern get these steps, in order; none leaves them as they
+    are.
+    """
 
     match: str
     steps: tuple[Step, ...]
@@ -30,7 +35,9 @@ class Rule:
 
 @frozen
 class Recipe:
-    """Rules, of which the first that matches a layer counts, and patterns of layers that no rule may touch."""
+    """Rules, of which the first that matches a layer counts, and patterns of layers that no rule
+    may touch.
+    """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
@@ -48,7 +55,9 @@ class Recipe:
     @property
     def compares(self) -> bool:
         """Whether any step asks what the source makes of the same tokens."""
-        return any(step.calibrated and step.scheme.wants("observe", "reference") for step in self.all_steps)
+        return any(
+            step.calibrated and step.scheme.wants("observe", "reference") for step in self.all_steps
+        )
 
     def assign(self, modules: Sequence[str]) -> Mapping[str, tuple[Step, ...]]:
         """The steps of every module, empty where it is left alone.
@@ -59,18 +68,28 @@ class Recipe:
         patterns = [rule.match for rule in self.rules] + list(self.ignore)
         for pattern in patterns:
             if len(pattern) > LONGEST:
-                raise RecipeError(f"the pattern {pattern[:40]!r}... has {len(pattern)} characters; at most {LONGEST} are taken")
+                raise RecipeError(
+                    f"the pattern {pattern[:40]!r}... has {len(pattern)} characters; at most "
+                    f"{LONGEST} are taken"
+                )
             if not any(fnmatchcase(module, pattern) for module in modules):
                 raise RecipeError(
-                    f"the pattern {pattern!r} matches none of the {len(modules)} linear layers{_hint(pattern, modules)} "
-                    "(embeddings, lm_head, norms, routers and vision towers are left alone in any case)"
+                    f"the pattern {pattern!r} matches none of the {len(modules)} linear "
+                    f"layers{_hint(pattern, modules)} "
+                    "(embeddings, lm_head, norms, routers and vision towers are left alone in any "
+                    "case)"
                 )
         return {module: self.steps(module) for module in modules}
 
     def as_json(self) -> dict[str, Any]:
-        """The recipe with every option spelled out, as `bitpress.json` keeps it and `from_json` reads it."""
+        """The recipe with every option spelled out, as `bitpress.json` keeps it and `from_json`
+        reads it.
+        """
         layers = [
-            {"match": rule.match, "steps": [{"use": s.scheme.name, **attrs.asdict(s.options)} for s in rule.steps]}
+            {
+                "match": rule.match,
+                "steps": [{"use": s.scheme.name, **attrs.asdict(s.options)} for s in rule.steps],
+            }
             for rule in self.rules
         ]
         return {"layers": layers, "ignore": list(self.ignore)}
@@ -92,13 +111,20 @@ class Recipe:
         return f"the rule for {rule.match!r}" + ("" if rule.steps else " has no steps")
 
     def idle(self, modules: Sequence[str]) -> list[str]:
-        """Patterns of rules that come too late: other rules, or what is ignored, take all that they match."""
+        """Patterns of rules that come too late: other rules, or what is ignored, take all that they
+        match.
+        """
         used = {self.reason(module) for module in modules}
-        return [r.match for r in self.rules if not any(reason.startswith(f"the rule for {r.match!r}") for reason in used)]
+        return [
+            r.match
+            for r in self.rules
+            if not any(reason.startswith(f"the rule for {r.match!r}") for reason in used)
+        ]
 
 
 def _hint(pattern: str, modules: Sequence[str]) -> str:
-    """The nearest name for a name, and for a pattern the nearest of those that match something, with stars for block numbers.
+    """The nearest name for a name, and for a pattern the nearest of those that match something,
+    with stars for block numbers.
 
     Where none is near, what names look like.
     """
@@ -115,25 +141,34 @@ def _hint(pattern: str, modules: Sequence[str]) -> str:
     return nearest(pattern, known) or like
 
 
-def from_scheme(name: str, registry: Registry, settings: Iterable[str] = (), ignore: Iterable[str] = ()) -> Recipe:
-    """The recipe of `--scheme NAME`, where `+` joins steps from left to right, for every linear layer of the decoder blocks."""
+def from_scheme(
+    name: str, registry: Registry, settings: Iterable[str] = (), ignore: Iterable[str] = ()
+) -> Recipe:
+    """The recipe of `--scheme NAME`, where `+` joins steps from left to right, for every linear
+    layer of the decoder blocks.
+    """
     names = name.split("+")
     values = _settings(settings, names, registry)
     steps = tuple(registry.get(n).step(values[n]) for n in names)
     return Recipe((Rule("*", steps),), tuple(ignore))
 
 
-def from_file(file: Path, registry: Registry, settings: Iterable[str] = (), ignore: Iterable[str] = ()) -> Recipe:
+def from_file(
+    file: Path, registry: Registry, settings: Iterable[str] = (), ignore: Iterable[str] = ()
+) -> Recipe:
     """The recipe of a TOML file; `settings` override its options, `ignore` adds to it.
 
     Raises:
         RecipeError: the file cannot be read, or is not a recipe; the message names the place.
     """
     try:
-        if (file.exists() and not file.is_file()) or (file.exists() and file.stat().st_size > LARGEST):
+        if (file.exists() and not file.is_file()) or (
+            file.exists() and file.stat().st_size > LARGEST
+        ):
             raise RecipeError(f"{file}: a recipe is a regular file of at most {LARGEST} bytes")
         text = file.read_text(encoding="utf-8")
-        if any(len(line) > WIDEST for line in text.splitlines()):  # a key of very many parts takes tomllib very long
+        # a key of very many parts takes tomllib very long
+        if any(len(line) > WIDEST for line in text.splitlines()):
             raise RecipeError(f"{file}: a line has more than {WIDEST} characters; break it")
         table = tomllib.loads(text)
     except OSError as e:
@@ -144,20 +179,38 @@ def from_file(file: Path, registry: Registry, settings: Iterable[str] = (), igno
 
 
 def from_json(
-    table: Mapping[str, Any], registry: Registry, place: str, settings: Iterable[str] = (), ignore: Iterable[str] = ()
+    table: Mapping[str, Any],
+    registry: Registry,
+    place: str,
+    settings: Iterable[str] = (),
+    ignore: Iterable[str] = (),
 ) -> Recipe:
-    """The recipe of a table `{"layers": [{"match", "steps"}], "ignore": [...]}`; `place` is named in errors."""
+    """The recipe of a table `{"layers": [{"match", "steps"}], "ignore": [...]}`; `place` is named
+    in errors.
+    """
     found, ignored = parsed(table, place), table.get("ignore", [])
-    values = _settings(settings, list(dict.fromkeys(use for _, steps in found for use, _ in steps)), registry)
+    values = _settings(
+        settings, list(dict.fromkeys(use for _, steps in found for use, _ in steps)), registry
+    )
     built = [
-        (patterns, tuple(registry.get(use).step({**options, **values[use]}) for use, options in steps))
+        (
+            patterns,
+            tuple(registry.get(use).step({**options, **values[use]}) for use, options in steps),
+        )
         for patterns, steps in found
     ]
-    return Recipe(tuple(Rule(pattern, steps) for patterns, steps in built for pattern in patterns), (*ignored, *ignore))
+    return Recipe(
+        tuple(Rule(pattern, steps) for patterns, steps in built for pattern in patterns),
+        (*ignored, *ignore),
+    )
 
 
-def parsed(table: Mapping[str, Any], place: str) -> list[tuple[list[str], list[tuple[str, dict[str, Any]]]]]:
-    """The patterns of every rule, and its steps: each a scheme's name and options, of which nothing is known yet."""
+def parsed(
+    table: Mapping[str, Any], place: str
+) -> list[tuple[list[str], list[tuple[str, dict[str, Any]]]]]:
+    """The patterns of every rule, and its steps: each a scheme's name and options, of which nothing
+    is known yet.
+    """
     _known(table, ("layers", "ignore"), place)
     layers, ignored = table.get("layers"), table.get("ignore", [])
     if not isinstance(layers, list) or not layers:
@@ -171,9 +224,14 @@ def _rules(layer: Any, place: str) -> tuple[list[str], list[tuple[str, dict[str,
     """A table's patterns, and their steps."""
     match = layer.get("match") if isinstance(layer, dict) else None
     patterns = [match] if isinstance(match, str) else match
-    if not isinstance(patterns, list) or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+    if (
+        not isinstance(patterns, list)
+        or not patterns
+        or not all(isinstance(pattern, str) for pattern in patterns)
+    ):
         raise RecipeError(
-            f"{place}: it needs `match` (a pattern, or a list of them) and `steps` (a list of schemes, [] for none)"
+            f"{place}: it needs `match` (a pattern, or a list of them) and `steps` (a list of "
+            "schemes, [] for none)"
         )
     if not isinstance(layer.get("steps"), list):
         raise RecipeError(f"{place}: it needs `steps` (a list of schemes, [] for none)")
@@ -182,7 +240,10 @@ def _rules(layer: Any, place: str) -> tuple[list[str], list[tuple[str, dict[str,
     for step in layer["steps"]:
         options = {"use": step} if isinstance(step, str) else step
         if not isinstance(options, dict) or not isinstance(options.get("use"), str):
-            raise RecipeError(f'{place}: a step is a scheme\'s name or {{ use = "NAME", option = value }}, not {step!r}')
+            raise RecipeError(
+                f'{place}: a step is a scheme\'s name or {{ use = "NAME", option = value }}, not '
+                f"{step!r}"
+            )
         steps.append((options["use"], {k: v for k, v in options.items() if k != "use"}))
     return patterns, steps
 
@@ -193,18 +254,28 @@ def _known(table: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
             raise RecipeError(f"{place}: unknown key {key!r}{nearest(key, keys)}")
 
 
-def _settings(settings: Iterable[str], names: Sequence[str], registry: Registry) -> dict[str, dict[str, Any]]:
-    """`[SCHEME.]OPTION=VALUE` texts as values by scheme; an option without a scheme goes to the one scheme that has it."""
+def _settings(
+    settings: Iterable[str], names: Sequence[str], registry: Registry
+) -> dict[str, dict[str, Any]]:
+    """`[SCHEME.]OPTION=VALUE` texts as values by scheme; an option without a scheme goes to the one
+    scheme that has it.
+    """
     values: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting in settings:
         target, equals, value = setting.partition("=")
         scheme, dot, option = target.rpartition(".")
         if not equals or not option:
-            raise RecipeError(f"--set {setting}: it should read OPTION=VALUE or SCHEME.OPTION=VALUE")
+            raise RecipeError(
+                f"--set {setting}: it should read OPTION=VALUE or SCHEME.OPTION=VALUE"
+            )
         if dot and scheme not in values:
-            raise RecipeError(f"--set {setting}: the scheme {scheme!r} is not used here{nearest(scheme, names)}")
+            raise RecipeError(
+                f"--set {setting}: the scheme {scheme!r} is not used here{nearest(scheme, names)}"
+            )
         having = [n for n in names if option in attrs.fields_dict(registry.get(n).options_type)]
         if not dot and len(having) > 1:
-            raise RecipeError(f"--set {setting}: {' and '.join(having)} both have it; write {having[0]}.{setting}")
+            raise RecipeError(
+                f"--set {setting}: {' and '.join(having)} both have it; write {having[0]}.{setting}"
+            )
         values[scheme if dot else (having or list(names))[0]][option] = value
     return values

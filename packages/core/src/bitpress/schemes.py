@@ -1,4 +1,6 @@
-"""Installed schemes, found by their entry points; one that is broken is reported and leaves the others working."""
+"""Installed schemes, found by their entry points; one that is broken is reported and leaves the
+others working.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +55,18 @@ class Scheme:
         return self.wants("observe", "inputs")
 
     def step(self, values: Mapping[str, Any] | None = None) -> Step:
-        """The scheme with options, ready to be applied; raises RecipeError for options it does not take."""
+        """The scheme with options, ready to be applied; raises RecipeError for options it does not
+        take.
+        """
         return Step(self, build(self.options_type, values or {}, self.name))
 
     def call(self, hook: str, **arguments: Any) -> Any:
-        """Call one hook of this scheme and of the extensions around it; None where the scheme leaves it out.
+        """Call one hook of this scheme and of the extensions around it; None where the scheme
+        leaves it out.
 
         Raises:
-            SchemeError: the hook raised anything but a BitpressError; the message names scheme, package and version.
+            SchemeError: the hook raised anything but a BitpressError; the message names scheme,
+                package and version.
         """
         try:
             return self._hooks[hook](**arguments)
@@ -68,7 +74,8 @@ class Scheme:
             raise
         except (Exception, SystemExit) as e:
             text = str(e).splitlines()[0] if str(e) else "no message"
-            if memory_is_full(e):  # no fault of the scheme's
+            # no fault of the scheme's
+            if memory_is_full(e):
                 raise
             raise SchemeError(f"{self} failed in {hook}: {type(e).__name__}: {text}") from e
 
@@ -118,13 +125,16 @@ class Registry:
         """The scheme of that name.
 
         Raises:
-            RecipeError: it is not installed (the message names the nearest and the package to install) or it is broken.
+            RecipeError: it is not installed (the message names the nearest and the package to
+                install) or it is broken.
         """
         if name in self.schemes:
             return self.schemes[name]
         for problem in self.problems:
             if problem.name == name:
-                raise RecipeError(f"scheme {name} of {problem.package} cannot be used: {problem.text}")
+                raise RecipeError(
+                    f"scheme {name} of {problem.package} cannot be used: {problem.text}"
+                )
         known = published()
         if name in known:
             raise RecipeError(f"scheme {name} is not installed: pip install {known[name]}")
@@ -165,7 +175,8 @@ def _register(manager: pluggy.PluginManager, entry: metadata.EntryPoint) -> str 
     """Load and register one plugin; returns what is wrong with it, in one line, or None."""
     name = f"{entry.group}:{entry.name}"
     try:
-        if entry.dist and (fault := version_fault(entry.dist.name)):  # before it is imported: it may ask for a later core's names
+        # before it is imported: it may ask for a later core's names
+        if entry.dist and (fault := version_fault(entry.dist.name)):
             return fault
         plugin = entry.load()
         if fault := hook_fault(manager, plugin):
@@ -175,21 +186,29 @@ def _register(manager: pluggy.PluginManager, entry: metadata.EntryPoint) -> str 
         hooks = _implemented(manager, plugin)
         if not hooks:
             raise ValueError("no function is marked @bitpress.hookimpl")
-        answers = [hook for hook, found in hooks.items() if not (found.wrapper or found.hookwrapper)]
+        answers = [
+            hook for hook, found in hooks.items() if not (found.wrapper or found.hookwrapper)
+        ]
         if entry.group == EXTENSIONS and answers:
-            raise ValueError(f"an extension only wraps: mark {answers[0]} with hookimpl(wrapper=True)")
+            raise ValueError(
+                f"an extension only wraps: mark {answers[0]} with hookimpl(wrapper=True)"
+            )
         options_type = getattr(plugin, "Options", Options)
         if not (isinstance(options_type, type) and issubclass(options_type, Options)):
             raise TypeError("Options is not a subclass of bitpress.Options")
-        build(options_type, {}, entry.name)  # the defaults must be a sound choice
-    except (Exception, SystemExit) as e:  # whatever a stranger's module does while it is imported
+        # the defaults must be a sound choice
+        build(options_type, {}, entry.name)
+    except (Exception, SystemExit) as e:
+        # whatever a stranger's module does while it is imported
         if manager.has_plugin(name):
             manager.unregister(name=name)
         return f"{type(e).__name__}: {' '.join(str(e).split())}"
     return None
 
 
-def _scheme(manager: pluggy.PluginManager, name: str, entry: metadata.EntryPoint, plugins: Mapping[str, Any]) -> Scheme:
+def _scheme(
+    manager: pluggy.PluginManager, name: str, entry: metadata.EntryPoint, plugins: Mapping[str, Any]
+) -> Scheme:
     plugin = plugins[name]
     others = [other for n, other in plugins.items() if n != name]
     return Scheme(
@@ -206,7 +225,12 @@ def _scheme(manager: pluggy.PluginManager, name: str, entry: metadata.EntryPoint
 def _implemented(manager: pluggy.PluginManager, plugin: Any) -> dict[str, pluggy.HookImpl]:
     """A plugin's own implementations by hook."""
     callers = manager.get_hookcallers(plugin) or []
-    return {caller.name: found for caller in callers for found in caller.get_hookimpls() if found.plugin is plugin}
+    return {
+        caller.name: found
+        for caller in callers
+        for found in caller.get_hookimpls()
+        if found.plugin is plugin
+    }
 
 
 def _hook_names(manager: pluggy.PluginManager) -> list[str]:

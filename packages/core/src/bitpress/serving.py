@@ -1,4 +1,6 @@
-"""What an engine will make of a plan's layers: the shapes that its ranks hold, told before anything is written."""
+"""What an engine will make of a plan's layers: the shapes that its ranks hold, told before anything
+is written.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,10 @@ ROWS = (
     "w3",
     "dense_h_to_4h",
 )
-COLUMNS = ("o_proj", "down_proj", "w2", "dense_4h_to_h")  # how vLLM cuts layers for tensor parallelism
-KEYS = ("k_proj", "v_proj")  # of which a rank holds at least one head
+# how vLLM cuts layers for tensor parallelism
+COLUMNS = ("o_proj", "down_proj", "w2", "dense_4h_to_h")
+# of which a rank holds at least one head
+KEYS = ("k_proj", "v_proj")
 
 
 @frozen
@@ -46,14 +50,17 @@ class Remark:
 
 
 def remarks(plan: Plan, ranks: int = 1) -> list[Remark]:
-    """What an engine with so many tensor-parallel ranks refuses or does badly, alike layers together.
+    """What an engine with so many tensor-parallel ranks refuses or does badly, alike layers
+    together.
 
     Raises:
         RecipeError: there is no such number of ranks.
     """
     if ranks < 1:
         raise RecipeError(f"--tensor-parallel {ranks}: an engine has at least one rank")
-    return [Remark(name, count, finding) for name, finding, count in stacks.alike(_all(plan, ranks))]
+    return [
+        Remark(name, count, finding) for name, finding, count in stacks.alike(_all(plan, ranks))
+    ]
 
 
 def _all(plan: Plan, ranks: int) -> Iterator[tuple[str, Finding]]:
@@ -63,26 +70,51 @@ def _all(plan: Plan, ranks: int) -> Iterator[tuple[str, Finding]]:
         yield name, Finding("unsupported", text)
     heads = _count(plan.source.config, "num_attention_heads")
     if heads and heads % ranks:
-        yield "the model", Finding("unsupported", f"{heads} attention heads cannot be shared by {ranks} ranks")
-    keys, size = _count(plan.source.config, "num_key_value_heads"), stacks.head_size(plan.source.config)
+        yield (
+            "the model",
+            Finding("unsupported", f"{heads} attention heads cannot be shared by {ranks} ranks"),
+        )
+    keys, size = (
+        _count(plan.source.config, "num_key_value_heads"),
+        stacks.head_size(plan.source.config),
+    )
     for stack in plan.stacks:
         for module, entry in stack.members.items():
-            if stacks.OF_EXPERT.fullmatch(module) and (why := engine_rules.of_experts(stack.stored(module)[1])):
+            if stacks.OF_EXPERT.fullmatch(module) and (
+                why := engine_rules.of_experts(stack.stored(module)[1])
+            ):
                 yield module, Finding("unsupported", why)
             leaf = module.rpartition(".")[2]
             rows, width = entry.shape
             if leaf in KEYS and keys and size and rows == keys * size and keys < ranks:
-                rows = size * ranks  # a head for every rank, some of them the same
-            cut = None if ranks == 1 else "rows" if leaf in ROWS else "columns" if leaf in COLUMNS else None
+                # a head for every rank, some of them the same
+                rows = size * ranks
+            cut = (
+                None
+                if ranks == 1
+                else "rows"
+                if leaf in ROWS
+                else "columns"
+                if leaf in COLUMNS
+                else None
+            )
             whole = {"rows": rows, "columns": width}.get(cut or "", ranks)
             if whole % ranks:
-                yield module, Finding("unsupported", f"{whole} {cut} cannot be shared by {ranks} ranks")
+                yield (
+                    module,
+                    Finding("unsupported", f"{whole} {cut} cannot be shared by {ranks} ranks"),
+                )
                 continue
-            shape = (rows // ranks if cut == "rows" else rows, width // ranks if cut == "columns" else width)
+            shape = (
+                rows // ranks if cut == "rows" else rows,
+                width // ranks if cut == "columns" else width,
+            )
             yield from ((module, finding) for finding in _said(stack, shape, cut, plan.device))
 
 
-def _said(stack: Stack, shape: tuple[int, int], cut: str | None, device: Hardware) -> Iterator[Finding]:
+def _said(
+    stack: Stack, shape: tuple[int, int], cut: str | None, device: Hardware
+) -> Iterator[Finding]:
     for step in stack.steps:
         yield from step.call("validate_shape", shape=shape, cut=cut, hardware=device) or ()
 

@@ -27,7 +27,9 @@ class Stack:
 
     @property
     def name(self) -> str:
-        """The common parent and the members' own names: `model.layers.0.self_attn.[q_proj, k_proj, v_proj]`."""
+        """The common parent and the members' own names: `model.layers.0.self_attn.[q_proj, k_proj,
+        v_proj]`.
+        """
         names = list(self.members)
         if len(names) == 1:
             return names[0]
@@ -42,7 +44,9 @@ class Stack:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of all members together."""
-        return sum(e.shape[0] for e in self.members.values()), next(iter(self.members.values())).shape[1]
+        return sum(e.shape[0] for e in self.members.values()), next(
+            iter(self.members.values())
+        ).shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,30 +58,50 @@ class Stack:
         """Whether a step must see the layers' inputs."""
         return any(step.calibrated for step in self.steps)
 
-    def stored(self, module: str) -> tuple[dict[str, tuple[str, tuple[int, ...]]], Mapping[str, Any] | None]:
-        """Dtype and shape of what is stored of a member, by tensor name, and its config fragment."""
+    def stored(
+        self, module: str
+    ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], Mapping[str, Any] | None]:
+        """Dtype and shape of what is stored of a member, by tensor name, and its config
+        fragment.
+        """
         entry = self.members[module]
         record = chain.describe(*entry.shape, DTYPES[entry.dtype], self.steps)
-        return {f"{module}.{suffix}": (NAMES[t.dtype], tuple(t.shape)) for suffix, t in record.tensors.items()}, record.config
+        return {
+            f"{module}.{suffix}": (NAMES[t.dtype], tuple(t.shape))
+            for suffix, t in record.tensors.items()
+        }, record.config
 
     def check(self, module: str, record: Record) -> None:
-        """Raise SchemeError unless a member's tensors have the names, dtypes and shapes that were planned."""
+        """Raise SchemeError unless a member's tensors have the names, dtypes and shapes that were
+        planned.
+        """
         planned, _ = self.stored(module)
-        found = {f"{module}.{suffix}": (NAMES.get(t.dtype), tuple(t.shape)) for suffix, t in record.tensors.items()}
+        found = {
+            f"{module}.{suffix}": (NAMES.get(t.dtype), tuple(t.shape))
+            for suffix, t in record.tensors.items()
+        }
         if found != planned:
-            raise SchemeError(f"{self.steps[-1].scheme}: layer {module} became {found}, planned was {planned}")
+            raise SchemeError(
+                f"{self.steps[-1].scheme}: layer {module} became {found}, planned was {planned}"
+            )
 
     def bits(self, module: str) -> float:
         """Stored bits per weight of a member, scales included."""
-        return 8 * sum(nbytes(*t) for t in self.stored(module)[0].values()) / self.members[module].numel
+        return (
+            8
+            * sum(nbytes(*t) for t in self.stored(module)[0].values())
+            / self.members[module].numel
+        )
 
 
 @frozen(eq=False, slots=False)
 class Shard:
-    """One file of the output: the stacks and plain tensors whose numbers go into it, and its header.
+    """One file of the output: the stacks and plain tensors whose numbers go into it, and its
+    header.
 
     Attributes:
-        block: in a calibrated run the decoder block that it holds; None for what lies outside the blocks.
+        block: in a calibrated run the decoder block that it holds; None for what lies outside the
+            blocks.
     """
 
     name: str
@@ -97,9 +121,15 @@ class Shard:
         return sum(entry.nbytes for entry in self.entries)
 
 
-def cut(source: Checkpoint, built: Mapping[str, Stack], digest: str, by_block: bool) -> Iterable[Shard]:
-    """Output files that mirror the input's, or one for every decoder block; a stack goes whole into that of its first member."""
-    members = {entry.name: module for stack in built.values() for module, entry in stack.members.items()}
+def cut(
+    source: Checkpoint, built: Mapping[str, Stack], digest: str, by_block: bool
+) -> Iterable[Shard]:
+    """Output files that mirror the input's, or one for every decoder block; a stack goes whole into
+    that of its first member.
+    """
+    members = {
+        entry.name: module for stack in built.values() for module, entry in stack.members.items()
+    }
     container = stacks.container(next(iter(built)))
     parts: dict[Any, list[Entry]] = {}
     for entry in source.entries.values():
@@ -114,10 +144,16 @@ def cut(source: Checkpoint, built: Mapping[str, Stack], digest: str, by_block: b
         if own or copies:
             contents.append((part if by_block else None, own, copies))
     for i, (block, own, copies) in enumerate(contents, 1):
-        name = "model.safetensors" if len(contents) == 1 else f"model-{i:05d}-of-{len(contents):05d}.safetensors"
+        name = (
+            "model.safetensors"
+            if len(contents) == 1
+            else f"model-{i:05d}-of-{len(contents):05d}.safetensors"
+        )
         tensors = [(entry.name, entry.dtype, entry.shape) for entry in copies]
         for stack in own:
-            tensors += [(n, *t) for module in stack.members for n, t in stack.stored(module)[0].items()]
+            tensors += [
+                (n, *t) for module in stack.members for n, t in stack.stored(module)[0].items()
+            ]
         header = lay_out(source.folder / name, tensors, {"format": "pt", "bitpress": digest})
         yield Shard(name, tuple(own), tuple(copies), header, block)
 

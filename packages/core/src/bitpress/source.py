@@ -1,4 +1,6 @@
-"""A model folder as schemes see it: matrices (out, in), one for each linear layer, in whatever form the files hold them."""
+"""A model folder as schemes see it: matrices (out, in), one for each linear layer, in whatever form
+the files hold them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class Source(Checkpoint):
 
 
 def seen(checkpoint: Checkpoint) -> Source:
-    """A checkpoint with views of what its files hold in another form; itself where it has them already.
+    """A checkpoint with views of what its files hold in another form; itself where it has them
+    already.
 
     Raises:
         CheckpointError: it is in FP8, and not as its config says.
@@ -43,16 +46,27 @@ def seen(checkpoint: Checkpoint) -> Source:
 
 
 def unfolded(checkpoint: Checkpoint) -> Source:
-    """A checkpoint with views of the experts in fused tensors, where engines read them one by one."""
+    """A checkpoint with views of the experts in fused tensors, where engines read them one by
+    one.
+    """
     views, left = fused.unfolded(checkpoint)
     entries: dict[str, Entry] = {}
     for name, entry in checkpoint.entries.items():
         entries |= {view.name: view for view in views[name]} if name in views else {name: entry}
-    return Source(checkpoint.folder, checkpoint.config, checkpoint.headers, entries, checkpoint.others, tuple(left))
+    return Source(
+        checkpoint.folder,
+        checkpoint.config,
+        checkpoint.headers,
+        entries,
+        checkpoint.others,
+        tuple(left),
+    )
 
 
 def kept_fused(source: Checkpoint, compressed: Container[str]) -> Checkpoint:
-    """The source with experts fused again of which none is compressed: they are copied as they are."""
+    """The source with experts fused again of which none is compressed: they are copied as they
+    are.
+    """
     entries: dict[str, Entry] = {}
     for name, entry in source.entries.items():
         whole = entry.whole if isinstance(entry, View) else None

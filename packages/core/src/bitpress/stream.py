@@ -1,4 +1,6 @@
-"""Data-free work: shard by shard, stack by stack, in row tiles that stay in a core's cache, or keep a GPU busy."""
+"""Data-free work: shard by shard, stack by stack, in row tiles that stay in a core's cache, or keep
+a GPU busy.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,17 @@ from bitpress.progress import Told
 from bitpress.ranks import ALONE, Ranks
 from bitpress.shards import Shard, Stack
 
-ON_GPU = 1 << 22  # weights of a row tile there, where each step costs the same some microseconds however few they are
+# weights of a row tile there, where each step costs the same some microseconds however few they are
+ON_GPU = 1 << 22
 
 
 def write_shards(
-    plan: Plan, output: OutputFolder, threads: int, devices: Sequence[torch.device], progress: Told, ranks: Ranks = ALONE
+    plan: Plan,
+    output: OutputFolder,
+    threads: int,
+    devices: Sequence[torch.device],
+    progress: Told,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write this rank's shards, but for those that an earlier run of the same plan has finished.
 
@@ -44,7 +52,12 @@ def own(plan: Plan, ranks: Ranks) -> list[Shard]:
 
 
 def write_shard(
-    shard: Shard, output: OutputFolder, reader: Reader, threads: int, devices: Sequence[torch.device], progress: Told
+    shard: Shard,
+    output: OutputFolder,
+    reader: Reader,
+    threads: int,
+    devices: Sequence[torch.device],
+    progress: Told,
 ) -> None:
     """Write a shard unless an earlier run has; its stacks need no data."""
     if output.finished(shard.name, shard.header):
@@ -54,7 +67,9 @@ def write_shard(
         _fill(shard, reader, writer, threads, Turns(devices), progress)
 
 
-def compress_stack(stack: Stack, reader: Reader, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+def compress_stack(
+    stack: Stack, reader: Reader, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The stored tensors of a stack by name, one member after the other.
 
     Raises:
@@ -62,9 +77,14 @@ def compress_stack(stack: Stack, reader: Reader, device: torch.device) -> Iterat
         SchemeError: the scheme returned other tensors than it planned.
     """
     tiles = functools.partial(_tiles, stack, reader, device)
-    stats = chain.observe_weights(lambda: (tile for module in stack.members for tile in tiles(module)), stack.steps)
+    stats = chain.observe_weights(
+        lambda: (tile for module in stack.members for tile in tiles(module)), stack.steps
+    )
     for module in stack.members:
-        packed = (chain.pack(chain.quantize(tile, stack.steps, stats), stack.steps) for tile in tiles(module))
+        packed = (
+            chain.pack(chain.quantize(tile, stack.steps, stats), stack.steps)
+            for tile in tiles(module)
+        )
         record = chain.record(chain.join(packed, stack.members[module].shape), stack.steps)
         stack.check(module, record)
         yield from ((f"{module}.{suffix}", tensor) for suffix, tensor in record.tensors.items())
@@ -72,10 +92,13 @@ def compress_stack(stack: Stack, reader: Reader, device: torch.device) -> Iterat
 
 def _tiles(stack: Stack, reader: Reader, device: torch.device, module: str) -> Iterator[Layer]:
     entry = stack.members[module]
-    for first, last in chain.row_tiles(entry.shape, stack.steps, chain.TILE if device.type == "cpu" else ON_GPU):
+    for first, last in chain.row_tiles(
+        entry.shape, stack.steps, chain.TILE if device.type == "cpu" else ON_GPU
+    ):
         # torch keeps pinned memory from being taken anew until a copy out of it is over
         weight = reader.rows(entry, first, last).to(device, non_blocking=True).float()
-        if not math.isfinite(weight.sum()):  # one cheap pass: a NaN or Inf anywhere makes the sum so
+        # one cheap pass: a NaN or Inf anywhere makes the sum so
+        if not math.isfinite(weight.sum()):
             _refuse_non_finite(entry, first, weight)
         yield Layer(stack.name, weight, stack.dtype)
 
@@ -86,13 +109,18 @@ def _refuse_non_finite(entry: Entry, first: int, weight: torch.Tensor) -> None:
     if len(bad):
         row, column = bad[0].tolist()
         raise CheckpointError(
-            f"{entry.file}: tensor {entry.name} has {weight[row, column].item()} at row {first + row}, column {column}; "
+            f"{entry.file}: tensor {entry.name} has {weight[row, column].item()} at row "
+            f"{first + row}, column {column}; "
             "the source is damaged: fetch it again, or leave the layer out with --ignore"
         )
 
 
-def _fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, turns: Turns, progress: Told) -> None:
-    """Write all tensors of a shard, several stacks side by side; the bytes do not depend on who is first."""
+def _fill(
+    shard: Shard, reader: Reader, writer: ShardWriter, threads: int, turns: Turns, progress: Told
+) -> None:
+    """Write all tensors of a shard, several stacks side by side; the bytes do not depend on who is
+    first.
+    """
     places = {entry.name: entry for entry in shard.header.entries}
 
     def work(stack: Stack) -> None:
@@ -106,7 +134,9 @@ def _fill(shard: Shard, reader: Reader, writer: ShardWriter, threads: int, turns
 
     pool = ThreadPoolExecutor(threads, initializer=turns.take)
     try:
-        futures = [pool.submit(work, stack) for stack in shard.stacks] + [pool.submit(copy, entry) for entry in shard.copies]
+        futures = [pool.submit(work, stack) for stack in shard.stacks] + [
+            pool.submit(copy, entry) for entry in shard.copies
+        ]
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
             future.result()
     finally:

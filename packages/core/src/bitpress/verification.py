@@ -1,4 +1,6 @@
-"""Proof of what was written: the files are opened again and held against the plan, the config and the source."""
+"""Proof of what was written: the files are opened again and held against the plan, the config and
+the source.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from bitpress.schemes import Step
 
 @frozen
 class Report:
-    """What was found: faults, empty if all is well, and the relative error of every layer where there was a source.
+    """What was found: faults, empty if all is well, and the relative error of every layer where
+    there was a source.
 
     Attributes:
         remarks: what could not be proved.
@@ -46,7 +49,9 @@ class Written:
     rescaled: Mapping[str, Rescaled] = field(factory=dict)
 
     def given(self, tensor: torch.Tensor, name: str, first: int = 0) -> torch.Tensor:
-        """The source's numbers, float32, after the factors that the run folded into them; of the rows from `first` on."""
+        """The source's numbers, float32, after the factors that the run folded into them; of the
+        rows from `first` on.
+        """
         tensor, change = tensor.float(), self.rescaled.get(name, {})
         if "columns" in change:
             tensor = tensor * torch.tensor(change["columns"]).exp2()
@@ -69,15 +74,24 @@ class Written:
         """The steps that wrote a layer."""
         return self.recipe.steps(module)
 
-    def tiles(self, module: str, reader: Reader) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
-        """First and last (exclusive) row of each row tile, and the stored tensors cut to it, on which `restore` works."""
+    def tiles(
+        self, module: str, reader: Reader
+    ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
+        """First and last (exclusive) row of each row tile, and the stored tensors cut to it, on
+        which `restore` works.
+        """
         shape, block = self.layers[module].shape, chain.row_block(self.steps(module))
-        entries = {suffix: entry for suffix, entry in self.entries(module).items() if entry is not None}
-        whole = {suffix: tuple(t.shape) for suffix, t in self.planned(module, shape[0]).tensors.items()}
+        entries = {
+            suffix: entry for suffix, entry in self.entries(module).items() if entry is not None
+        }
+        whole = {
+            suffix: tuple(t.shape) for suffix, t in self.planned(module, shape[0]).tensors.items()
+        }
         for first, last in chain.row_tiles(shape, self.steps(module)):
             tensors = {}
             for suffix, tensor in self.planned(module, last - first).tensors.items():
-                if tuple(tensor.shape) == whole[suffix]:  # one tile is all, or the tensor does not follow the rows
+                # one tile is all, or the tensor does not follow the rows
+                if tuple(tensor.shape) == whole[suffix]:
                     tensors[suffix] = reader.whole(entries[suffix])
                 else:
                     start = first // block * self.planned(module, block).tensors[suffix].shape[0]
@@ -104,20 +118,26 @@ def verify_files(notes: Mapping[str, FileNote], folder: Path, threads: int) -> I
 
 def verify_tensors(
     written: Written, source: Checkpoint | None, threads: int, done: Told, ranks: Ranks = ALONE
-) -> Report:  # fmt: skip
-    """Every planned tensor is there as planned, scales are usable, the config says what is stored, and weights are near the
-    source's where there is a source; `done` is told the bytes of each layer that was read. Each rank reads its share.
+) -> Report:
+    """Every planned tensor is there as planned, scales are usable, the config says what is stored,
+    and weights are near the source's where there is a source; `done` is told the bytes of each
+    layer that was read. Each rank reads its share.
     """
     faults = list(structure(written, source))
     out = written.checkpoint
     broken = {fault.split(":")[0] for fault in faults}
     modules = [module for module in written.layers if module not in broken]
-    modules = ranks.deal(modules, lambda module: sum(e.nbytes for e in written.entries(module).values() if e))
+    modules = ranks.deal(
+        modules, lambda module: sum(e.nbytes for e in written.entries(module).values() if e)
+    )
     errors: dict[str, float] = {}
     with Reader() as reader, ThreadPoolExecutor(threads) as pool:
         if not ranks.first:
-            faults = []  # what headers show is told once
-        elif not faults:  # what is not as planned is not looked at again: whatever a stranger has put there would be
+            # what headers show is told once
+            faults = []
+        elif not faults:
+            # what is not as planned is not looked at again: whatever a stranger has put there would
+            # be
             faults += engine_rules.faults(out.config, out.entries, reader.whole)
 
         def work(module: str) -> tuple[list[str], float | None]:
@@ -132,14 +152,19 @@ def verify_tensors(
         if source:
             faults += _copies(written, source, reader, ranks)
     theirs = ranks.gather((faults, errors))
-    return Report(tuple(f for found, _ in theirs for f in found), {m: error for _, found in theirs for m, error in found.items()})
+    return Report(
+        tuple(f for found, _ in theirs for f in found),
+        {m: error for _, found in theirs for m, error in found.items()},
+    )
 
 
 def written_by(manifest: Manifest, checkpoint: Checkpoint, recipe: Recipe) -> Written:
     """An output as its manifest describes it."""
     for module, note in manifest.layers.items():
         if not recipe.steps(module) or note.dtype not in DTYPES:
-            raise CheckpointError(f"{checkpoint.folder}: bitpress.json does not say how layer {module} was written")
+            raise CheckpointError(
+                f"{checkpoint.folder}: bitpress.json does not say how layer {module} was written"
+            )
     return Written(checkpoint, recipe, manifest.layers, manifest.rescaled)
 
 
@@ -157,17 +182,29 @@ def structure(written: Written, source: Checkpoint | None = None) -> Iterator[st
             if entry is None:
                 yield f"{module}: tensor {name} is missing"
             elif (entry.dtype, entry.shape) != planned:
-                yield f"{module}: tensor {name} is {entry.dtype} {list(entry.shape)}, planned was {planned[0]} {list(planned[1])}"
+                yield (
+                    f"{module}: tensor {name} is {entry.dtype} {list(entry.shape)}, planned was "
+                    f"{planned[0]} {list(planned[1])}"
+                )
     if source is not None:
         for module, note in written.layers.items():
             origin = source.entries.get(f"{module}.weight")
             if origin is None or (origin.dtype, origin.shape) != (note.dtype, note.shape):
-                yield f"{module}: the source's weight is not {note.dtype} {list(note.shape)}, of which this was made"
-        copied = {name for name in source.entries if name.removesuffix(".weight") not in written.layers}
-        yield from (f"{name}: the source's tensor is missing" for name in sorted(copied - set(out.entries)))
+                yield (
+                    f"{module}: the source's weight is not {note.dtype} {list(note.shape)}, of "
+                    "which this was made"
+                )
+        copied = {
+            name for name in source.entries if name.removesuffix(".weight") not in written.layers
+        }
+        yield from (
+            f"{name}: the source's tensor is missing" for name in sorted(copied - set(out.entries))
+        )
         expected |= copied
     for name in sorted(set(out.entries) - expected):
-        if source is not None or (name.rpartition(".")[0] in written.layers and not name.endswith(".bias")):
+        if source is not None or (
+            name.rpartition(".")[0] in written.layers and not name.endswith(".bias")
+        ):
             yield f"{name}: the tensor was not planned"
     wanted = quantization_config(fragments, stacks.left_alone(out, written.layers))
     if _in_order(out.config.get(KEY)) != _in_order(wanted):
@@ -175,12 +212,16 @@ def structure(written: Written, source: Checkpoint | None = None) -> Iterator[st
 
 
 def _in_order(table: Any) -> Any:
-    """A config whose ignored layers are in no file's order: files of an output need not follow those of its source."""
+    """A config whose ignored layers are in no file's order: files of an output need not follow
+    those of its source.
+    """
     ignored = table.get("ignore") if isinstance(table, dict) else None
     return {**table, "ignore": sorted(map(str, ignored))} if isinstance(ignored, list) else table
 
 
-def _layer(written: Written, module: str, source: Checkpoint | None, reader: Reader) -> tuple[list[str], float | None]:
+def _layer(
+    written: Written, module: str, source: Checkpoint | None, reader: Reader
+) -> tuple[list[str], float | None]:
     """Faults of one layer's numbers, and its relative error."""
     steps, faults = written.steps(module), set()
     config = written.planned(module, written.layers[module].shape[0]).config
@@ -191,7 +232,9 @@ def _layer(written: Written, module: str, source: Checkpoint | None, reader: Rea
             for suffix, tensor in tensors.items():
                 if "scale" in suffix and tensor.is_floating_point() and not _usable(tensor.float()):
                     faults.add(f"{module}: {suffix} has a scale that is zero, infinite or NaN")
-            weight = chain.restore(tensors, config, steps, (last - first, written.layers[module].shape[1]))
+            weight = chain.restore(
+                tensors, config, steps, (last - first, written.layers[module].shape[1])
+            )
             faults.update(f"{module}: {text}" for text in chain.check(weight, steps))
             if not math.isfinite(weight.sum()) and not weight.isfinite().all():
                 faults.add(f"{module}: the stored weight decodes to NaN or infinity")
@@ -199,9 +242,17 @@ def _layer(written: Written, module: str, source: Checkpoint | None, reader: Rea
                 given = written.given(reader.rows(origin, first, last), origin.name, first)
                 limit = chain.bound(tensors, config, steps, tuple(weight.shape))
                 distance = weight.sub_(given).abs_()
-                # the largest difference is found several times as fast as each is compared, unless one is NaN
-                if limit is not None and not (distance - limit).amax() <= 0 and (distance > limit).any():
-                    faults.add(f"{module}: a stored weight is further from the source's than rounding can move it")
+                # the largest difference is found several times as fast as each is compared, unless
+                # one is NaN
+                if (
+                    limit is not None
+                    and not (distance - limit).amax() <= 0
+                    and (distance > limit).any()
+                ):
+                    faults.add(
+                        f"{module}: a stored weight is further from the source's than rounding can "
+                        "move it"
+                    )
                 moved += float(distance.square().sum(dtype=torch.float64))
                 size += float(given.square().sum(dtype=torch.float64))
     except BitpressError as e:
@@ -223,7 +274,9 @@ def _copies(written: Written, source: Checkpoint, reader: Reader, ranks: Ranks) 
             continue
         same = (copy.dtype, copy.shape) == (entry.dtype, entry.shape)
         if same and name in written.rescaled:
-            same = torch.equal(written.given(reader.whole(entry), name).to(DTYPES[entry.dtype]), reader.whole(copy))
+            same = torch.equal(
+                written.given(reader.whole(entry), name).to(DTYPES[entry.dtype]), reader.whole(copy)
+            )
         elif same:
             same = all(map(torch.equal, reader.chunks(entry), reader.chunks(copy)))
         if not same:

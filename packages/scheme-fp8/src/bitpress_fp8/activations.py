@@ -1,4 +1,6 @@
-"""FP8 activations: a scale that is found before serving, from how large inputs were, and what rounding makes of inputs."""
+"""FP8 activations: a scale that is found before serving, from how large inputs were, and what
+rounding makes of inputs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from bitpress import Stat, numerics
 if TYPE_CHECKING:
     from torch import Tensor
 
-WIDE = 2.0**12  # largest by median: beyond it ordinary numbers come near to E4M3's subnormals
+# largest by median: beyond it ordinary numbers come near to E4M3's subnormals
+WIDE = 2.0**12
 
 
 def observed(inputs: Tensor) -> dict[str, Stat]:
@@ -30,19 +33,26 @@ def scale(stats: Mapping[str, Stat], outliers: str) -> Tensor:
         return torch.tensor(1.0)
     amax, counts = stats["input_amax"].value, stats["input_counts"].value
     if counts.any() and amax > WIDE * numerics.middle_magnitude(counts):
-        warnings.warn("its largest input is over 4,096 times the median; activations=dynamic loses less", stacklevel=2)
+        warnings.warn(
+            "its largest input is over 4,096 times the median; activations=dynamic loses less",
+            stacklevel=2,
+        )
     return numerics.e4m3_scale(numerics.clip(counts, amax, outliers, _step))
 
 
 def _step(magnitude: Tensor, clip: Tensor) -> Tensor:
-    """E4M3's: 2^-3 of the power of two below a number, and 2^-9 among subnormals, in units of the scale."""
+    """E4M3's: 2^-3 of the power of two below a number, and 2^-9 among subnormals, in units of the
+    scale.
+    """
     unit = clip / numerics.E4M3_MAX
     power = (magnitude / unit).log2().floor().clamp(min=-6)
     return (power - 3).exp2() * unit
 
 
 def rounded(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """(tokens, in): the E4M3 numbers nearest to inputs, in units of a static scale or of amax / 448 per token, or per group."""
+    """(tokens, in): the E4M3 numbers nearest to inputs, in units of a static scale or of amax / 448
+    per token, or per group.
+    """
     if "input_scale" in tensors:
         scale = tensors["input_scale"].to(inputs.device).float()
         return numerics.decode_e4m3(numerics.encode_e4m3(inputs, scale)) * scale

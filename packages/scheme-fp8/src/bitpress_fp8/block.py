@@ -20,14 +20,19 @@ BLOCK = (128, 128)
 
 def _only_128(instance: Options, attribute: attrs.Attribute[Any], value: tuple[int, int]) -> None:
     if value != BLOCK:
-        raise ValueError(f"block {list(value)} cannot be served: the engines' kernels read tiles of {list(BLOCK)} only")
+        raise ValueError(
+            f"block {list(value)} cannot be served: the engines' kernels read tiles of "
+            f"{list(BLOCK)} only"
+        )
 
 
 @frozen
 class Options(bitpress.Options):
     """Options of `fp8-block`."""
 
-    block: tuple[int, int] = option(BLOCK, "rows and columns that share a scale", validator=_only_128)
+    block: tuple[int, int] = option(
+        BLOCK, "rows and columns that share a scale", validator=_only_128
+    )
 
     @property
     def bits(self) -> float:
@@ -46,7 +51,8 @@ def quantize(layer: Layer, options: Options) -> Layer:
     out, width = layer.weight.shape
     if width % options.block[1]:
         raise ShapeError(
-            f"width {width} is not a multiple of {options.block[1]}, into which transformers cuts the activations; "
+            f"width {width} is not a multiple of {options.block[1]}, into which transformers cuts "
+            "the activations; "
             "scheme fp8 takes any width"
         )
     scale = numerics.e4m3_scale(numerics.block_absmax(layer.weight, options.block))
@@ -57,7 +63,9 @@ def quantize(layer: Layer, options: Options) -> Layer:
 def serialize(layer: Layer, options: Options) -> Record:
     """`weight` F8_E4M3 (out, in) and `weight_scale` F32 (ceil(out / 128), in / 128)."""
     weights = {"strategy": "block", "block_structure": list(options.block), "dynamic": False}
-    return e4m3.stored(layer, weights, {"strategy": "group", "group_size": options.block[1], "dynamic": True})
+    return e4m3.stored(
+        layer, weights, {"strategy": "group", "group_size": options.block[1], "dynamic": True}
+    )
 
 
 @hookimpl
@@ -73,7 +81,9 @@ def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
 
 
 @hookimpl
-def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+def quantize_inputs(
+    inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Tensor:
     """E4M3 numbers, per token and group of 128."""
     return activations.rounded(inputs, tensors, config)
 
@@ -84,8 +94,18 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     if hardware.vendor != "cpu":
         return facts.gpu_findings(hardware, "FP8 block")
     if hardware.amx:
-        return [Finding("supported", "vLLM's CPU build runs it with AMX tiles; int8 or w4a16 are made for CPUs")]
-    return [Finding("unsupported", "vLLM's CPU kernels for FP8 blocks need AMX tiles; scheme fp8 runs on x86 without them")]
+        return [
+            Finding(
+                "supported",
+                "vLLM's CPU build runs it with AMX tiles; int8 or w4a16 are made for CPUs",
+            )
+        ]
+    return [
+        Finding(
+            "unsupported",
+            "vLLM's CPU kernels for FP8 blocks need AMX tiles; scheme fp8 runs on x86 without them",
+        )
+    ]
 
 
 @hookimpl
@@ -94,7 +114,12 @@ def validate_shape(shape: tuple[int, int], cut: str | None, options: Options) ->
     size, tile = (shape[1], options.block[1]) if cut == "columns" else (shape[0], options.block[0])
     if cut is None or size % tile == 0:
         return []
-    return [Finding("unsupported", f"vLLM refuses parts of {size} {cut}: a rank must hold whole tiles of {tile}")]
+    return [
+        Finding(
+            "unsupported",
+            f"vLLM refuses parts of {size} {cut}: a rank must hold whole tiles of {tile}",
+        )
+    ]
 
 
 def _spread(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:

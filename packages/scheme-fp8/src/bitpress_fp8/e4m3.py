@@ -1,4 +1,6 @@
-"""What both FP8 schemes share: E4M3 codes with scales that multiply, stored as `weight` and `weight_scale`."""
+"""What both FP8 schemes share: E4M3 codes with scales that multiply, stored as `weight` and
+`weight_scale`.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,14 @@ class Grid:
 
     def rounded(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
         """The same for a weight (out, in), or some rows of one."""
-        return numerics.decode_e4m3(numerics.encode_e4m3(weight, self.scale[rows])) * self.scale[rows]
+        return (
+            numerics.decode_e4m3(numerics.encode_e4m3(weight, self.scale[rows])) * self.scale[rows]
+        )
 
 
-def rounded(layer: Layer, scale: Tensor, spread: Tensor, extra: Mapping[str, Tensor] | None = None) -> Layer:
+def rounded(
+    layer: Layer, scale: Tensor, spread: Tensor, extra: Mapping[str, Tensor] | None = None
+) -> Layer:
     """The layer with E4M3 codes.
 
     Args:
@@ -43,21 +49,35 @@ def rounded(layer: Layer, scale: Tensor, spread: Tensor, extra: Mapping[str, Ten
         spread: the same numbers, broadcastable to (out, in).
         extra: what is stored beside them.
     """
-    codes = numerics.encode_e4m3(layer.weight, spread)  # (out, in); zeros stay zero, so `keep` holds by itself
+    codes = numerics.encode_e4m3(
+        layer.weight, spread
+    )  # (out, in); zeros stay zero, so `keep` holds by itself
     return attrs.evolve(
-        layer, weight=lambda: numerics.decode_e4m3(codes) * spread, codes=codes, parts={"scale": scale, **(extra or {})}
+        layer,
+        weight=lambda: numerics.decode_e4m3(codes) * spread,
+        codes=codes,
+        parts={"scale": scale, **(extra or {})},
     )
 
 
 def stored(layer: Layer, weights: Mapping[str, Any], activations: Mapping[str, Any]) -> Record:
-    """Codes and scale as compressed-tensors names them; a scale without axes becomes one of shape (1,)."""
+    """Codes and scale as compressed-tensors names them; a scale without axes becomes one of shape
+    (1,).
+    """
     assert layer.codes is not None
     tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"]}
     if "input_scale" in layer.parts:
         tensors["input_scale"] = layer.parts["input_scale"]
     common = {"num_bits": 8, "type": "float", "symmetric": True}
-    config = {"format": FORMAT, "weights": {**common, **weights}, "input_activations": {**common, **activations}}
-    return Record({name: tensor if tensor.ndim else tensor.reshape(1) for name, tensor in tensors.items()}, config)
+    config = {
+        "format": FORMAT,
+        "weights": {**common, **weights},
+        "input_activations": {**common, **activations},
+    }
+    return Record(
+        {name: tensor if tensor.ndim else tensor.reshape(1) for name, tensor in tensors.items()},
+        config,
+    )
 
 
 def restored(tensors: Mapping[str, Tensor], spread: Tensor) -> Tensor:
@@ -68,6 +88,7 @@ def restored(tensors: Mapping[str, Tensor], spread: Tensor) -> Tensor:
 def bounded(tensors: Mapping[str, Tensor], spread: Tensor) -> Tensor:
     """(out, in) float32: half a step of E4M3 in units of the scale.
 
-    2^-17 of it is added for the float32 roundings of w / scale, code * scale and their difference, each at most 2^-19 of it.
+    2^-17 of it is added for the float32 roundings of w / scale, code * scale and their difference,
+    each at most 2^-19 of it.
     """
     return numerics.e4m3_bound(tensors["weight"]) * spread * (1 + 2.0**-17)

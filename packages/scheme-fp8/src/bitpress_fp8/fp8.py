@@ -1,4 +1,6 @@
-"""FP8 (E4M3) weights per channel or per tensor; FP8 activations scaled per token while serving, or per tensor beforehand."""
+"""FP8 (E4M3) weights per channel or per tensor; FP8 activations scaled per token while serving, or
+per tensor beforehand.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,15 @@ if TYPE_CHECKING:
 class Options(bitpress.Options):
     """Options of `fp8`."""
 
-    weights: Literal["channel", "tensor"] = option("channel", "a scale per output channel, or per tensor (fused layers share it)")
-    activations: Literal["dynamic", "static"] = option("dynamic", "scales per token while serving, or one found on data")
-    outliers: Literal["max", "percentile", "mse"] = option("max", "static: reach the largest, 99.99 %, or what costs least")
+    weights: Literal["channel", "tensor"] = option(
+        "channel", "a scale per output channel, or per tensor (fused layers share it)"
+    )
+    activations: Literal["dynamic", "static"] = option(
+        "dynamic", "scales per token while serving, or one found on data"
+    )
+    outliers: Literal["max", "percentile", "mse"] = option(
+        "max", "static: reach the largest, 99.99 %, or what costs least"
+    )
 
     @property
     def bits(self) -> float:
@@ -37,7 +45,9 @@ class Options(bitpress.Options):
 
 @hookimpl
 def observe(inputs: Tensor | None, weight: Tensor, options: Options) -> Mapping[str, Stat] | None:
-    """Of inputs, how large they are; of weights per tensor, the largest magnitude in the whole stack, which engines fuse."""
+    """Of inputs, how large they are; of weights per tensor, the largest magnitude in the whole
+    stack, which engines fuse.
+    """
     if inputs is not None:
         return activations.observed(inputs) if options.activations == "static" else None
     return {"amax": Stat(numerics.absmax(weight), "max")} if options.weights == "tensor" else None
@@ -51,7 +61,9 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
     """
 
     def fit(weight: Tensor, importance: Tensor | None = None) -> e4m3.Grid:
-        amax = stats["amax"].value if options.weights == "tensor" else numerics.absmax(weight, dim=1)
+        amax = (
+            stats["amax"].value if options.weights == "tensor" else numerics.absmax(weight, dim=1)
+        )
         return e4m3.Grid(numerics.e4m3_scale(amax).expand(len(weight), 1))
 
     if "hessian" in stats:
@@ -61,13 +73,19 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
     else:
         grid = fit(layer.weight)
     scale = grid.scale if options.weights == "channel" else grid.scale[0, 0]
-    extra = {"input_scale": activations.scale(stats, options.outliers)} if options.activations == "static" else {}
+    extra = (
+        {"input_scale": activations.scale(stats, options.outliers)}
+        if options.activations == "static"
+        else {}
+    )
     return e4m3.rounded(layer, scale, scale, extra)
 
 
 @hookimpl
 def serialize(layer: Layer, options: Options) -> Record:
-    """`weight` F8_E4M3 (out, in), `weight_scale` F32 (out, 1) or (1,), and for static activations `input_scale` F32 (1,)."""
+    """`weight` F8_E4M3 (out, in), `weight_scale` F32 (out, 1) or (1,), and for static activations
+    `input_scale` F32 (1,).
+    """
     static = {"strategy": "tensor", "dynamic": False}
     dynamic = {"strategy": "token", "dynamic": True}
     weights = {"strategy": options.weights, "dynamic": False}
@@ -87,20 +105,40 @@ def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
 
 
 @hookimpl
-def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+def quantize_inputs(
+    inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Tensor:
     """E4M3 numbers, per token or with the stored scale."""
     return activations.rounded(inputs, tensors, config)
 
 
 @hookimpl
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
-    """Native from capability 8.9, tuned from 9.0; weight-only below; on CPUs only with a scale per channel."""
+    """Native from capability 8.9, tuned from 9.0; weight-only below; on CPUs only with a scale per
+    channel.
+    """
     if hardware.vendor != "cpu":
         return facts.gpu_findings(hardware, "FP8")
     if options.activations == "static":
-        return [Finding("unsupported", "vLLM's CPU build runs no FP8 with static activation scales; activations=dynamic runs")]
+        return [
+            Finding(
+                "unsupported",
+                "vLLM's CPU build runs no FP8 with static activation scales; activations=dynamic "
+                "runs",
+            )
+        ]
     if options.weights == "channel" and hardware.architecture == "x86":
         return [Finding("supported", "vLLM's CPU build runs it; int8 or w4a16 are made for CPUs")]
     if options.weights == "channel":
-        return [Finding("degraded", "vLLM's CPU build for x86 runs it; on other CPUs this is not established")]
-    return [Finding("unsupported", "vLLM's CPU build lacks the operator for per-tensor scales; weights=channel runs")]
+        return [
+            Finding(
+                "degraded",
+                "vLLM's CPU build for x86 runs it; on other CPUs this is not established",
+            )
+        ]
+    return [
+        Finding(
+            "unsupported",
+            "vLLM's CPU build lacks the operator for per-tensor scales; weights=channel runs",
+        )
+    ]

@@ -1,4 +1,6 @@
-"""Where FP8 checkpoints serve well. Facts: vLLM 0.32 (compressed-tensors schemes and kernel selection)."""
+"""Where FP8 checkpoints serve well. Facts: vLLM 0.32 (compressed-tensors schemes and kernel
+selection).
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,53 @@ def gpu_findings(hardware: Hardware, what: str) -> Sequence[Finding]:
         return _nvidia(hardware, what)
     if hardware.vendor == "amd":
         if hardware.architecture in RECENT_AMD:
-            return [Finding("supported", f"{what} matrix kernels of ROCm (MI300 and later, RDNA 4)")]
-        return [Finding("unsupported", "AMD GPUs before MI300 and RDNA 4 have no FP8; int8 or w4a16 serve there")]
+            return [
+                Finding("supported", f"{what} matrix kernels of ROCm (MI300 and later, RDNA 4)")
+            ]
+        return [
+            Finding(
+                "unsupported",
+                "AMD GPUs before MI300 and RDNA 4 have no FP8; int8 or w4a16 serve there",
+            )
+        ]
     if hardware.vendor == "intel":
-        return [Finding("degraded", "vLLM runs FP8 weights with 16-bit activations on Intel GPUs by default")]
-    return [Finding("unsupported", f"vLLM itself has no FP8 kernels for {hardware.name}; int8 or w4a16 serve more widely")]
+        return [
+            Finding(
+                "degraded", "vLLM runs FP8 weights with 16-bit activations on Intel GPUs by default"
+            )
+        ]
+    return [
+        Finding(
+            "unsupported",
+            f"vLLM itself has no FP8 kernels for {hardware.name}; int8 or w4a16 serve more widely",
+        )
+    ]
 
 
 def _nvidia(hardware: Hardware, what: str) -> Sequence[Finding]:
     capability = hardware.capability or (0, 0)
     if capability >= (9, 0):
-        return [Finding("recommended", f"native FP8 with tuned {what} kernels (capability 9.0 and later)")]
+        return [
+            Finding(
+                "recommended", f"native FP8 with tuned {what} kernels (capability 9.0 and later)"
+            )
+        ]
     if capability >= (8, 9):
-        return [Finding("supported", f"native FP8 (capability 8.9); {what} kernels are tuned for 9.0 and later")]
+        return [
+            Finding(
+                "supported",
+                f"native FP8 (capability 8.9); {what} kernels are tuned for 9.0 and later",
+            )
+        ]
     if capability >= (7, 5):
-        text = "no FP8 arithmetic below capability 8.9: vLLM runs the weights with 16-bit activations, which saves memory only"
+        text = (
+            "no FP8 arithmetic below capability 8.9: vLLM runs the weights with 16-bit "
+            "activations, which saves memory only"
+        )
         return [Finding("degraded", f"{text}; int8 serves better here")]
-    return [Finding("unsupported", "vLLM runs FP8 checkpoints from capability 7.5 on; int8 or w4a16 may serve")]
+    return [
+        Finding(
+            "unsupported",
+            "vLLM runs FP8 checkpoints from capability 7.5 on; int8 or w4a16 may serve",
+        )
+    ]

@@ -1,4 +1,6 @@
-"""INT8 activations: a scale, and a zero point, that are found before serving, and what rounding makes of inputs."""
+"""INT8 activations: a scale, and a zero point, that are found before serving, and what rounding
+makes of inputs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from bitpress import Stat, numerics
 if TYPE_CHECKING:
     from torch import Tensor
 
-STEPS = 127.5  # between zero and the largest number
+# between zero and the largest number
+STEPS = 127.5
 
 
 def observed(inputs: Tensor) -> dict[str, Stat]:
@@ -24,7 +27,9 @@ def observed(inputs: Tensor) -> dict[str, Stat]:
 
 
 def parts(stats: Mapping[str, Stat], symmetric: bool, outliers: str) -> dict[str, Tensor]:
-    """`input_scale`, and `input_zero_point` int8 where it is not symmetric: (code - zero) scale; scale 1 if nothing was seen."""
+    """`input_scale`, and `input_zero_point` int8 where it is not symmetric: (code - zero) scale;
+    scale 1 if nothing was seen.
+    """
     import torch
 
     if "input_max" not in stats:
@@ -32,7 +37,9 @@ def parts(stats: Mapping[str, Stat], symmetric: bool, outliers: str) -> dict[str
     else:
         low, high = -stats["input_min"].value, stats["input_max"].value
         amax = low.abs().maximum(high.abs())
-        clip = numerics.clip(stats["input_counts"].value, amax, outliers, lambda magnitude, clip: clip / STEPS)
+        clip = numerics.clip(
+            stats["input_counts"].value, amax, outliers, lambda magnitude, clip: clip / STEPS
+        )
         low, high = low.maximum(-clip).clamp(max=0), high.minimum(clip).clamp(min=0)
     if symmetric:
         scale = low.abs().maximum(high) / STEPS
@@ -44,17 +51,25 @@ def parts(stats: Mapping[str, Stat], symmetric: bool, outliers: str) -> dict[str
 
 
 def rounded(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """(tokens, in): the integers nearest to inputs times their scale, which is stored, or amax / 127.5 (range / 255) of a token.
+    """(tokens, in): the integers nearest to inputs times their scale, which is stored, or amax /
+    127.5 (range / 255) of a token.
 
     vLLM's kernels take amax / 127 of a token instead, compressed-tensors what is taken here.
     """
     if "input_scale" in tensors:
         scale = tensors["input_scale"].to(inputs.device).float()
-        zero = tensors["input_zero_point"].to(inputs.device).float() if "input_zero_point" in tensors else None
+        zero = (
+            tensors["input_zero_point"].to(inputs.device).float()
+            if "input_zero_point" in tensors
+            else None
+        )
     elif config["input_activations"]["symmetric"]:
         scale, zero = numerics.absmax(inputs, dim=1) / STEPS, None  # (tokens, 1)
     else:
-        low, high = inputs.amin(1, keepdim=True).clamp(max=0), inputs.amax(1, keepdim=True).clamp(min=0)
+        low, high = (
+            inputs.amin(1, keepdim=True).clamp(max=0),
+            inputs.amax(1, keepdim=True).clamp(min=0),
+        )
         scale = (high - low) / (2 * STEPS)
         zero = (-128 - low / scale.masked_fill(scale == 0, 1.0)).round().clamp(-128, 127)
     scale = scale.masked_fill(scale == 0, 1.0)

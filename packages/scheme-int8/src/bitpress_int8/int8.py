@@ -1,4 +1,6 @@
-"""INT8 weights per channel or per tensor, INT8 activations scaled per token while serving, or per tensor beforehand."""
+"""INT8 weights per channel or per tensor, INT8 activations scaled per token while serving, or per
+tensor beforehand.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ from bitpress_int8 import activations, smoothing
 if TYPE_CHECKING:
     from torch import Tensor
 
-RATIOS = tuple(1.02 - 0.02 * i for i in range(24))  # of scales tried, in units of amax / 127.5
-WHOLE = (127.5 / 127,)  # reaches amax at both ends
+# of scales tried, in units of amax / 127.5
+RATIOS = tuple(1.02 - 0.02 * i for i in range(24))
+# reaches amax at both ends
+WHOLE = (127.5 / 127,)
 
 
 def _strength(instance: Options, attribute: attrs.Attribute[Any], value: str | float) -> None:
@@ -28,11 +32,19 @@ def _strength(instance: Options, attribute: attrs.Attribute[Any], value: str | f
 class Options(bitpress.Options):
     """Options of `int8`."""
 
-    algorithm: Literal["gptq", "rtn"] = option("gptq", "errors fed forward on calibration data, or plain rounding")
-    weights: Literal["channel", "tensor"] = option("channel", "a scale per output channel, or per tensor (fused layers share it)")
-    activations: Literal["dynamic", "static"] = option("dynamic", "scales per token while serving, or one found on data")
+    algorithm: Literal["gptq", "rtn"] = option(
+        "gptq", "errors fed forward on calibration data, or plain rounding"
+    )
+    weights: Literal["channel", "tensor"] = option(
+        "channel", "a scale per output channel, or per tensor (fused layers share it)"
+    )
+    activations: Literal["dynamic", "static"] = option(
+        "dynamic", "scales per token while serving, or one found on data"
+    )
     symmetric_activations: bool = option(True, "false: activations have a zero point")
-    outliers: Literal["max", "percentile", "mse"] = option("max", "static: reach the largest, 99.99 %, or what costs least")
+    outliers: Literal["max", "percentile", "mse"] = option(
+        "max", "static: reach the largest, 99.99 %, or what costs least"
+    )
     smoothing: Literal["auto"] | float = option(
         "auto", "SmoothQuant: strength searched, given, or 0 for none", validator=_strength
     )
@@ -57,11 +69,19 @@ class Options(bitpress.Options):
 
 @hookimpl
 def observe(
-    inputs: Tensor | None, reference: Tensor | None, residual: Tensor | None, weight: Tensor, options: Options
+    inputs: Tensor | None,
+    reference: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    options: Options,
 ) -> Mapping[str, Stat] | None:
-    """What GPTQ, SmoothQuant and static scales need of inputs; of weights per tensor, the stack's largest magnitude."""
+    """What GPTQ, SmoothQuant and static scales need of inputs; of weights per tensor, the stack's
+    largest magnitude.
+    """
     if inputs is None:
-        return {"amax": Stat(numerics.absmax(weight), "max")} if options.weights == "tensor" else None
+        return (
+            {"amax": Stat(numerics.absmax(weight), "max")} if options.weights == "tensor" else None
+        )
     found: dict[str, Stat] = {}
     if options.algorithm == "gptq":
         found |= numerics.moments(inputs, weight, reference, residual)
@@ -96,25 +116,47 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
         weight, grid = layer.weight, fit(layer.weight, None)
     codes = grid.codes(weight)  # (out, in); zeros stay zero, so `keep` holds by itself
     scale = grid.scale if options.weights == "channel" else grid.scale[0, 0]
-    static = activations.parts(stats, options.symmetric_activations, options.outliers) if options.activations == "static" else {}
+    static = (
+        activations.parts(stats, options.symmetric_activations, options.outliers)
+        if options.activations == "static"
+        else {}
+    )
     parts = {"scale": scale, **static}
-    return attrs.evolve(layer, weight=lambda: numerics.decode_integers(codes, grid.scale), codes=codes, parts=parts)
+    return attrs.evolve(
+        layer, weight=lambda: numerics.decode_integers(codes, grid.scale), codes=codes, parts=parts
+    )
 
 
 @hookimpl
 def serialize(layer: Layer, options: Options) -> Record:
-    """`weight` I8 (out, in), `weight_scale` F32 (out, 1) or (1,); for static activations `input_scale` and `input_zero_point`."""
+    """`weight` I8 (out, in), `weight_scale` F32 (out, 1) or (1,); for static activations
+    `input_scale` and `input_zero_point`.
+    """
     assert layer.codes is not None
     tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"]}
     tensors |= {name: part for name, part in layer.parts.items() if name.startswith("input_")}
     static = options.activations == "static"
-    inputs: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": options.symmetric_activations, "dynamic": not static}
+    inputs: dict[str, Any] = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": options.symmetric_activations,
+        "dynamic": not static,
+    }
     inputs["strategy"] = "tensor" if static else "token"
     if not options.symmetric_activations:
         inputs["zp_dtype"] = "torch.int8"
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": options.weights, "dynamic": False}
+    weights = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": options.weights,
+        "dynamic": False,
+    }
     config = {"format": "int-quantized", "weights": weights, "input_activations": inputs}
-    return Record({name: tensor if tensor.ndim else tensor.reshape(1) for name, tensor in tensors.items()}, config)
+    return Record(
+        {name: tensor if tensor.ndim else tensor.reshape(1) for name, tensor in tensors.items()},
+        config,
+    )
 
 
 @hookimpl
@@ -124,7 +166,9 @@ def restore(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 @hookimpl
-def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+def quantize_inputs(
+    inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Tensor:
     """Integers, per token or with the stored scale and zero point."""
     return activations.rounded(inputs, tensors, config)
 
@@ -135,13 +179,39 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     if hardware.vendor == "nvidia":
         capability = hardware.capability or (0, 0)
         if capability < (7, 5):
-            return [Finding("unsupported", "vLLM runs INT8 checkpoints from capability 7.5 on; transformers runs them anywhere")]
+            return [
+                Finding(
+                    "unsupported",
+                    "vLLM runs INT8 checkpoints from capability 7.5 on; transformers runs them "
+                    "anywhere",
+                )
+            ]
         if capability < (8, 9):
-            return [Finding("recommended", "INT8 tensor cores, and no FP8 below capability 8.9; best at high throughput")]
+            return [
+                Finding(
+                    "recommended",
+                    "INT8 tensor cores, and no FP8 below capability 8.9; best at high throughput",
+                )
+            ]
         if capability < (10, 0):
-            return [Finding("supported", "INT8 tensor cores; FP8 (scheme fp8) is as fast here and loses less on outliers")]
-        text = "vLLM's CUTLASS kernels refuse INT8 from capability 10.0 on, and are its first choice; fp8 serves better here"
-        return [Finding("degraded", f"{text} (its Triton kernels, with VLLM_DISABLED_KERNELS=CutlassInt8ScaledMMLinearKernel)")]
+            return [
+                Finding(
+                    "supported",
+                    "INT8 tensor cores; FP8 (scheme fp8) is as fast here and loses less on "
+                    "outliers",
+                )
+            ]
+        text = (
+            "vLLM's CUTLASS kernels refuse INT8 from capability 10.0 on, and are its first "
+            "choice; fp8 serves better here"
+        )
+        return [
+            Finding(
+                "degraded",
+                f"{text} (its Triton kernels, with "
+                "VLLM_DISABLED_KERNELS=CutlassInt8ScaledMMLinearKernel)",
+            )
+        ]
     if hardware.vendor == "cpu":
         return [Finding("recommended", "vLLM's CPU build runs every variant with oneDNN")]
     if hardware.vendor == "amd":

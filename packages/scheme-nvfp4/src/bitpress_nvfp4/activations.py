@@ -21,26 +21,37 @@ def global_scale(stats: Mapping[str, Stat]) -> Tensor:
     """2688 / amax, one number; for inputs up to 2688 where nothing was observed."""
     import torch
 
-    amax = stats["input_amax"].value if "input_amax" in stats else torch.tensor(numerics.E4M3_MAX * numerics.E2M1_MAX)
+    amax = (
+        stats["input_amax"].value
+        if "input_amax" in stats
+        else torch.tensor(numerics.E4M3_MAX * numerics.E2M1_MAX)
+    )
     return scales.global_scale(amax, numerics.E4M3_MAX)
 
 
 def served(inputs: Tensor) -> Tensor:
-    """Inputs (tokens, in) as they will be rounded, but that the global scale is not known yet and taken to be 1.
+    """Inputs (tokens, in) as they will be rounded, but that the global scale is not known yet and
+    taken to be 1.
 
-    What it is decides only how local scales round, not how far; nor does a scale leave E4M3's range here.
+    What it is decides only how local scales round, not how far; nor does a scale leave E4M3's range
+    here.
     """
     groups = numerics.grouped(inputs.float(), scales.GROUP)
     amax = groups.abs().amax(2, keepdim=True)
     mantissa, exponent = (amax / numerics.E2M1_MAX).frexp()
-    local = (mantissa * 16).round_().div_(16).ldexp(exponent).masked_fill_(amax == 0, 1.0)  # E4M3 has four significant bits
+    # E4M3 has four significant bits
+    local = (mantissa * 16).round_().div_(16).ldexp(exponent).masked_fill_(amax == 0, 1.0)
     return numerics.round_e2m1(groups / local).mul_(local).view_as(inputs)
 
 
 def rounded(inputs: Tensor, divisor: Tensor) -> Tensor:
-    """Inputs (tokens, in) as they are rounded: local scales from the largest of every 16, with a global scale."""
+    """Inputs (tokens, in) as they are rounded: local scales from the largest of every 16, with a
+    global scale.
+    """
     groups = numerics.grouped(inputs, scales.GROUP)
     amax = groups.abs().amax(2, keepdim=True)
-    local = numerics.decode_e4m3(numerics.encode_e4m3(amax * divisor, amax.new_tensor(numerics.E2M1_MAX)))
+    local = numerics.decode_e4m3(
+        numerics.encode_e4m3(amax * divisor, amax.new_tensor(numerics.E2M1_MAX))
+    )
     scale = local.masked_fill_(local == 0, 0.125) / divisor
     return numerics.round_e2m1(groups / scale).mul_(scale).view_as(inputs)

@@ -1,4 +1,6 @@
-"""FP4 (E2M1) weights in groups of 16 with two levels of scales, activations rounded alike while serving, or left as they are."""
+"""FP4 (E2M1) weights in groups of 16 with two levels of scales, activations rounded alike while
+serving, or left as they are.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 def _only_16(instance: Options, attribute: attrs.Attribute[Any], value: int) -> None:
     if value != scales.GROUP:
         raise ValueError(
-            f"group_size {value}: NVFP4 has a scale for every {scales.GROUP} numbers, by definition, and kernels know no other; "
+            f"group_size {value}: NVFP4 has a scale for every {scales.GROUP} numbers, by "
+            "definition, and kernels know no other; "
             "integer schemes have larger groups"
         )
 
@@ -28,9 +31,15 @@ def _only_16(instance: Options, attribute: attrs.Attribute[Any], value: int) -> 
 class Options(bitpress.Options):
     """Options of `nvfp4`."""
 
-    activations: Literal["quantized", "float"] = option("quantized", "quantized: W4A4, FP4 too; float: weights only (NVFP4A16)")
-    algorithm: Literal["gptq", "rtn"] = option("gptq", "errors fed forward on calibration data, or plain rounding")
-    group_size: int = option(scales.GROUP, "numbers that share a scale: fixed by the format", validator=_only_16)
+    activations: Literal["quantized", "float"] = option(
+        "quantized", "quantized: W4A4, FP4 too; float: weights only (NVFP4A16)"
+    )
+    algorithm: Literal["gptq", "rtn"] = option(
+        "gptq", "errors fed forward on calibration data, or plain rounding"
+    )
+    group_size: int = option(
+        scales.GROUP, "numbers that share a scale: fixed by the format", validator=_only_16
+    )
 
     @property
     def bits(self) -> float:
@@ -45,25 +54,37 @@ class Options(bitpress.Options):
 
 @hookimpl
 def observe(
-    inputs: Tensor | None, reference: Tensor | None, residual: Tensor | None, weight: Tensor, options: Options
+    inputs: Tensor | None,
+    reference: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    options: Options,
 ) -> Mapping[str, Stat] | None:
-    """What GPTQ needs of inputs as they will be served, and the largest of them; of weights the stack's largest magnitude."""
+    """What GPTQ needs of inputs as they will be served, and the largest of them; of weights the
+    stack's largest magnitude.
+    """
     if inputs is None:
         return {"amax": Stat(numerics.absmax(weight), "max")}
     found: dict[str, Stat] = {}
     rounded = options.activations == "quantized"
     if options.algorithm == "gptq":
-        found |= numerics.moments(activations.served(inputs) if rounded else inputs, weight, reference, residual)
+        found |= numerics.moments(
+            activations.served(inputs) if rounded else inputs, weight, reference, residual
+        )
     return found | activations.observed(inputs) if rounded else found
 
 
 @hookimpl
 def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer:
-    """Codes 0 to 15 with scale (out, in / 16) E4M3, and one global scale for the stack; another for inputs that are rounded."""
+    """Codes 0 to 15 with scale (out, in / 16) E4M3, and one global scale for the stack; another for
+    inputs that are rounded.
+    """
     width = layer.weight.shape[1]
     if width % scales.GROUP:
         fitting = max(width // scales.GROUP, 1) * scales.GROUP
-        raise ShapeError(f"width {width} is not a multiple of {scales.GROUP}, NVFP4's group (as {fitting} is)")
+        raise ShapeError(
+            f"width {width} is not a multiple of {scales.GROUP}, NVFP4's group (as {fitting} is)"
+        )
     divisor = scales.global_scale(stats["amax"].value, scales.ROOM)
 
     def fit(weight: Tensor, importance: Tensor | None) -> scales.Grid:
@@ -90,14 +111,30 @@ def pack(layer: Layer) -> Layer:
 
 @hookimpl
 def serialize(layer: Layer, options: Options) -> Record:
-    """`weight_packed`, `weight_scale`, `weight_global_scale` F32 (1,), which divides; as options ask, `input_global_scale`."""
+    """`weight_packed`, `weight_scale`, `weight_global_scale` F32 (1,), which divides; as options
+    ask, `input_global_scale`.
+    """
     assert layer.codes is not None
     tensors = {"weight_packed": layer.codes, "weight_scale": layer.parts["scale"]}
-    tensors |= {f"weight_{n}" if n == "global_scale" else n: p.reshape(1) for n, p in layer.parts.items() if n != "scale"}
-    common = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": scales.GROUP}
+    tensors |= {
+        f"weight_{n}" if n == "global_scale" else n: p.reshape(1)
+        for n, p in layer.parts.items()
+        if n != "scale"
+    }
+    common = {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor_group",
+        "group_size": scales.GROUP,
+    }
     common |= {"scale_dtype": "torch.float8_e4m3fn"}
     inputs = {**common, "dynamic": "local"} if options.activations == "quantized" else None
-    config = {"format": "nvfp4-pack-quantized", "weights": {**common, "dynamic": False}, "input_activations": inputs}
+    config = {
+        "format": "nvfp4-pack-quantized",
+        "weights": {**common, "dynamic": False},
+        "input_activations": inputs,
+    }
     return Record(tensors, config)
 
 
@@ -105,7 +142,9 @@ def serialize(layer: Layer, options: Options) -> Record:
 def restore(tensors: Mapping[str, Tensor]) -> Tensor:
     """Codes times local scales, divided by the global one."""
     codes = numerics.unpack_bytes(tensors["weight_packed"], 4)
-    return _decoded(codes, numerics.decode_e4m3(tensors["weight_scale"]) / tensors["weight_global_scale"])
+    return _decoded(
+        codes, numerics.decode_e4m3(tensors["weight_scale"]) / tensors["weight_global_scale"]
+    )
 
 
 @hookimpl
@@ -121,19 +160,54 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     if hardware.vendor == "nvidia":
         capability = hardware.capability or (0, 0)
         if capability >= (10, 0) and not weights_only:
-            return [Finding("recommended", "FP4 tensor cores (CUTLASS, FlashInfer): weights and activations in 4 bits")]
+            return [
+                Finding(
+                    "recommended",
+                    "FP4 tensor cores (CUTLASS, FlashInfer): weights and activations in 4 bits",
+                )
+            ]
         if capability >= (10, 0):
-            return [Finding("supported", "weights only, 16-bit arithmetic; activations=quantized uses the FP4 tensor cores")]
+            return [
+                Finding(
+                    "supported",
+                    "weights only, 16-bit arithmetic; activations=quantized uses the FP4 tensor "
+                    "cores",
+                )
+            ]
         if capability >= (7, 5) and weights_only:
-            return [Finding("supported", "weights only (Marlin kernels), as intended; w4a16 is as small and as fast here")]
+            return [
+                Finding(
+                    "supported",
+                    "weights only (Marlin kernels), as intended; w4a16 is as small and as fast "
+                    "here",
+                )
+            ]
         if capability >= (7, 5):
-            text = "no FP4 arithmetic before Blackwell (capability 10.0): vLLM leaves activations in 16 bits (Marlin kernels)"
+            text = (
+                "no FP4 arithmetic before Blackwell (capability 10.0): vLLM leaves activations "
+                "in 16 bits (Marlin kernels)"
+            )
             return [Finding("degraded", f"{text}; w4a16 serves as well here")]
-        return [Finding("unsupported", "vLLM runs NVFP4 checkpoints from capability 7.5 on; w4a16 runs in transformers anywhere")]
+        return [
+            Finding(
+                "unsupported",
+                "vLLM runs NVFP4 checkpoints from capability 7.5 on; w4a16 runs in transformers "
+                "anywhere",
+            )
+        ]
     if hardware.vendor == "amd" and not weights_only:
-        return [Finding("degraded", "vLLM emulates NVFP4 on AMD GPUs, slowly; fp8 or w4a16 serve there")]
-    return [Finding("unsupported", f"vLLM has no NVFP4 kernels for {hardware.name}; w4a16 is as small and runs there")]
+        return [
+            Finding("degraded", "vLLM emulates NVFP4 on AMD GPUs, slowly; fp8 or w4a16 serve there")
+        ]
+    return [
+        Finding(
+            "unsupported",
+            f"vLLM has no NVFP4 kernels for {hardware.name}; w4a16 is as small and runs there",
+        )
+    ]
 
 
 def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
-    return (numerics.grouped(numerics.decode_e2m1(codes), scales.GROUP) * scale.unsqueeze(2)).view_as(codes)
+    return (
+        numerics.grouped(numerics.decode_e2m1(codes), scales.GROUP) * scale.unsqueeze(2)
+    ).view_as(codes)

@@ -1,8 +1,10 @@
-"""The two levels of NVFP4's scales: an E4M3 number for every 16 weights, and one float32 divisor for all of a stack.
+"""The two levels of NVFP4's scales: an E4M3 number for every 16 weights, and one float32 divisor
+for all of a stack.
 
-A weight is e2m1 · local / global. Source: NVIDIA, "Pretraining Large Language Models with NVFP4", arXiv 2509.25149, appendix B,
-which takes the local scale from the group's largest magnitude. Here all E4M3 numbers up to an octave away are looked at, among
-them the scale of Cook et al., "Four Over Six", arXiv 2512.02010.
+A weight is e2m1 · local / global. Source: NVIDIA, "Pretraining Large Language Models with NVFP4",
+arXiv 2509.25149, appendix B, which takes the local scale from the group's largest magnitude. Here
+all E4M3 numbers up to an octave away are looked at, among them the scale of Cook et al., "Four Over
+Six", arXiv 2512.02010.
 """
 
 from __future__ import annotations
@@ -19,11 +21,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = 16
-ROOM = 256.0  # the local scale of the largest group, below E4M3's 448: there are larger ones to try
-NEIGHBOURS = range(-7, 17)  # E4M3 numbers to try, counted from the power of two below the one that reaches the largest weight
-TOP = 8  # exponent of E4M3's greatest power of two, from which there are but seven numbers, up to 448
-SMALLEST = 2.0**-9  # of E4M3
-SPAN, TOP_SPAN = 12.0, 10.5  # how far groups reach, in units of that power of two; at the top only a scale of 448 is for more
+# the local scale of the largest group, below E4M3's 448: there are larger ones to try
+ROOM = 256.0
+# E4M3 numbers to try, counted from the power of two below the one that reaches the largest weight
+NEIGHBOURS = range(-7, 17)
+# exponent of E4M3's greatest power of two, from which there are but seven numbers, up to 448
+TOP = 8
+# of E4M3
+SMALLEST = 2.0**-9
+# how far groups reach, in units of that power of two; at the top only a scale of 448 is for more
+SPAN, TOP_SPAN = 12.0, 10.5
 
 
 @frozen(eq=False)
@@ -62,7 +69,8 @@ def global_scale(amax: Tensor, largest: float) -> Tensor:
 
     most = torch.finfo(torch.float32).max
     scale = largest * numerics.E2M1_MAX / amax.float()
-    scale = scale.clamp(numerics.E4M3_MAX * numerics.E2M1_MAX / most * (1 + 2.0**-20), 2.0**126)  # nothing overflows, or is lost
+    # nothing overflows, or is lost
+    scale = scale.clamp(numerics.E4M3_MAX * numerics.E2M1_MAX / most * (1 + 2.0**-20), 2.0**126)
     return scale.masked_fill(amax == 0, 1.0)
 
 
@@ -82,7 +90,8 @@ def fit(weight: Tensor, importance: Tensor | None, divisor: Tensor) -> Grid:
     span = torch.where(top, TOP_SPAN, SPAN).ldexp(exponent) / divisor
     best = numerics.search(weight, importance, GROUP, _costs(weight.device), span, top)
     found = _beside().to(weight.device)[best].ldexp(exponent).clamp_(min=SMALLEST)
-    # the smallest scales of E4M3 lie further apart: there the nearest is taken. A sweep reads column by column
+    # the smallest scales of E4M3 lie further apart: there the nearest is taken. A sweep reads
+    # column by column
     local = found.to(torch.float8_e4m3fn).T.contiguous().T
     return Grid(local, numerics.decode_e4m3(local) / divisor)
 
@@ -102,7 +111,8 @@ def _costs(device: torch.device) -> Tensor:
     scale = _beside()
     below = numerics.rounding_costs(lambda x: _nearest(x, scale / SPAN))
     top = numerics.rounding_costs(lambda x: _nearest(x, scale / TOP_SPAN))
-    return torch.stack([below, top.where(scale < 2, 2.0)]).to(device)  # no error is as large as the span
+    # no error is as large as the span
+    return torch.stack([below, top.where(scale < 2, 2.0)]).to(device)
 
 
 def _nearest(x: Tensor, scale: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Kept weights without the zeros between them, and a bit for each place: as compressed-tensors up to 0.14 reads them.
+"""Kept weights without the zeros between them, and a bit for each place: as compressed-tensors up
+to 0.14 reads them.
 
-Bit i of byte j of a row stands for column 8 j + i. Weights that are kept and happen to be zero are stored like the others, so
-that how many there are is known beforehand.
+Bit i of byte j of a row stands for column 8 j + i. Weights that are kept and happen to be zero are
+stored like the others, so that how many there are is known beforehand.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ def dense(values: Tensor, bits: Tensor, width: int) -> Tensor:
     """The inverse of both: (out, in)."""
     import torch
 
-    mask = (bits.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).flatten(1)[:, :width].bool()
+    mask = (
+        (bits.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1)
+        .flatten(1)[:, :width]
+        .bool()
+    )
     found = values.new_zeros(mask.shape)
     found[mask] = values.flatten()
     return found

@@ -1,4 +1,6 @@
-"""What `sparse-2of4` and `sparse` share: their hooks, which ask the options how many weights of how many are kept."""
+"""What `sparse-2of4` and `sparse` share: their hooks, which ask the options how many weights of how
+many are kept.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ALGORITHM = "sparsegpt: dropped weights made up for one by one; wanda: after all are chosen; magnitude: no data"
-ROWS = 2048  # pruned at a time: they bound what is made of them on the way
+ALGORITHM = (
+    "sparsegpt: dropped weights made up for one by one; wanda: after all are chosen; "
+    "magnitude: no data"
+)
+# pruned at a time: they bound what is made of them on the way
+ROWS = 2048
 LAYOUT = "dense: zeros among the other weights; bitmask: for engines that still read it"
 
 
@@ -35,7 +41,9 @@ class PruningOptions(bitpress.Options):
         return self.algorithm != "magnitude"
 
     def group(self, width: int) -> int:
-        """Columns of which so many are kept; raises ShapeError where they do not divide the width."""
+        """Columns of which so many are kept; raises ShapeError where they do not divide the
+        width.
+        """
         raise NotImplementedError
 
     def kept(self, width: int) -> int:
@@ -50,18 +58,27 @@ class PruningOptions(bitpress.Options):
 
 @hookimpl
 def observe(
-    inputs: Tensor | None, reference: Tensor | None, residual: Tensor | None, weight: Tensor, options: PruningOptions
+    inputs: Tensor | None,
+    reference: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    options: PruningOptions,
 ) -> Mapping[str, Stat] | None:
     """What error feedback needs of inputs."""
-    return numerics.moments(inputs, weight, reference, residual) if inputs is not None and options.calibrated else None
+    return (
+        numerics.moments(inputs, weight, reference, residual)
+        if inputs is not None and options.calibrated
+        else None
+    )
 
 
 @hookimpl
 def quantize(layer: Layer, stats: Mapping[str, Stat], options: PruningOptions) -> Layer:
     """The kept weights, in numbers of the model's dtype, and in `keep` where they are.
 
-    Which are kept is decided on the weight that makes up for what the layers before it have moved. With data, those that are kept
-    are then fitted to it: conjugate gradients find the best numbers for a given mask.
+    Which are kept is decided on the weight that makes up for what the layers before it have moved.
+    With data, those that are kept are then fitted to it: conjugate gradients find the best numbers
+    for a given mask.
     """
     import torch
 
@@ -70,24 +87,33 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: PruningOptions) -
     factored = _factor(stats, options.group(width), options)
     wanted = layer.weight if factored is None else numerics.aim(layer, stats, factored)
     tiles = zip(torch.split(wanted, ROWS), torch.split(allowed, ROWS), strict=True)
-    weight, mask = map(torch.cat, zip(*(_prune(*tile, factored, layer.dtype, options) for tile in tiles), strict=True))
+    weight, mask = map(
+        torch.cat,
+        zip(*(_prune(*tile, factored, layer.dtype, options) for tile in tiles), strict=True),
+    )
     keep = mask & allowed
     if options.layout == "dense":
         return attrs.evolve(layer, weight=weight, keep=keep)
     codes = bitmask.values(weight.to(layer.dtype), mask)
-    return attrs.evolve(layer, weight=weight, keep=keep, codes=codes, parts={"bitmask": bitmask.bits(mask)})
+    return attrs.evolve(
+        layer, weight=weight, keep=keep, codes=codes, parts={"bitmask": bitmask.bits(mask)}
+    )
 
 
 @hookimpl
 def pack(layer: Layer, options: PruningOptions) -> Layer:
     """Where no other step has made codes of them, weights in the model's dtype."""
-    return layer if layer.codes is not None else attrs.evolve(layer, codes=layer.weight.to(layer.dtype))
+    return (
+        layer
+        if layer.codes is not None
+        else attrs.evolve(layer, codes=layer.weight.to(layer.dtype))
+    )
 
 
 @hookimpl
 def serialize(layer: Layer, options: PruningOptions) -> Record:
-    """`weight` (out, in); or as a bitmask `compressed`, `bitmask` U8 (out, ceil(in / 8)), `shape` I64 and, where groups are rows,
-    `row_offsets` I64 (out,).
+    """`weight` (out, in); or as a bitmask `compressed`, `bitmask` U8 (out, ceil(in / 8)), `shape`
+    I64 and, where groups are rows, `row_offsets` I64 (out,).
     """
     import torch
 
@@ -108,7 +134,9 @@ def restore(tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight, zeros included."""
     if "weight" in tensors:
         return tensors["weight"].float()
-    return bitmask.dense(tensors["compressed"], tensors["bitmask"], int(tensors["shape"].flatten()[1])).float()
+    return bitmask.dense(
+        tensors["compressed"], tensors["bitmask"], int(tensors["shape"].flatten()[1])
+    ).float()
 
 
 @hookimpl
@@ -117,19 +145,30 @@ def check(weight: Tensor, options: PruningOptions) -> str | None:
     width = weight.shape[1]
     group, kept = options.group(width), options.kept(width)
     most = int((weight != 0).view(-1, group).sum(1).amax())
-    return f"{most} of {group} neighbours are not zero, where at most {kept} may be" if most > kept else None
+    return (
+        f"{most} of {group} neighbours are not zero, where at most {kept} may be"
+        if most > kept
+        else None
+    )
 
 
 def _prune(
-    wanted: Tensor, allowed: Tensor, factored: numerics.Factor | None, dtype: torch.dtype, options: PruningOptions
+    wanted: Tensor,
+    allowed: Tensor,
+    factored: numerics.Factor | None,
+    dtype: torch.dtype,
+    options: PruningOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Some rows as they will be, and the mask of what is stored, which may hold weights that are zero."""
+    """Some rows as they will be, and the mask of what is stored, which may hold weights that are
+    zero.
+    """
     import torch
 
     width = wanted.shape[1]
     group, kept = options.group(width), options.kept(width)
     power = -wanted.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)  # (rows, 1)
-    near = wanted.ldexp(power)  # near 1, where no square is too large or too small for float32
+    # near 1, where no square is too large or too small for float32
+    near = wanted.ldexp(power)
     if factored is None:
         mask, found = masks.largest(near.abs(), allowed, kept, group), near
     elif options.algorithm == "wanda":
@@ -139,16 +178,27 @@ def _prune(
     if factored is not None:
         found = numerics.reconstruct(found, near, factored, mask & allowed)
     limit = torch.finfo(dtype).max
-    found = torch.where(mask & allowed, found.ldexp(-power), 0.0).clamp_(-limit, limit).to(dtype).float()
-    return torch.where(found == 0, 0.0, found), mask  # no zero has a sign: kernels for sparse weights have stumbled on it
+    found = (
+        torch.where(mask & allowed, found.ldexp(-power), 0.0)
+        .clamp_(-limit, limit)
+        .to(dtype)
+        .float()
+    )
+    # no zero has a sign: kernels for sparse weights have stumbled on it
+    return torch.where(found == 0, 0.0, found), mask
 
 
-def _factor(stats: Mapping[str, Stat], group: int, options: PruningOptions) -> numerics.Factor | None:
+def _factor(
+    stats: Mapping[str, Stat], group: int, options: PruningOptions
+) -> numerics.Factor | None:
     if not options.calibrated or "hessian" not in stats:
         return None
     found = numerics.factor(stats["hessian"].value, stats["tokens"].value.item(), group)
     if found is None:
-        warnings.warn("its calibration statistics are not finite or singular: pruned by magnitude", stacklevel=2)
+        warnings.warn(
+            "its calibration statistics are not finite or singular: pruned by magnitude",
+            stacklevel=2,
+        )
     return found
 
 
@@ -160,8 +210,13 @@ def findings(options: PruningOptions, text: str) -> Sequence[Finding]:
     """
     if options.layout == "bitmask":
         return [Finding("unsupported", f"{text}; layout=dense loads everywhere")]
-    plain = "vLLM has no sparse layout: zeros are stored like other weights, and neither size nor speed changes there"
+    plain = (
+        "vLLM has no sparse layout: zeros are stored like other weights, and neither size nor "
+        "speed changes there"
+    )
     return [
-        Finding("supported", "loads and runs wherever the model itself does, or the scheme that follows"),
+        Finding(
+            "supported", "loads and runs wherever the model itself does, or the scheme that follows"
+        ),
         Finding("degraded", plain),
     ]

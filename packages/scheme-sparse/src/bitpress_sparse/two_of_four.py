@@ -1,4 +1,6 @@
-"""2:4 sparsity: two of every four weights along the input dimension are zero, alone or before a quantising scheme."""
+"""2:4 sparsity: two of every four weights along the input dimension are zero, alone or before a
+quantising scheme.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,27 @@ from collections.abc import Mapping, Sequence
 from attrs import frozen
 
 from bitpress import Finding, Hardware, ShapeError, hookimpl
-from bitpress_sparse.pruning import PruningOptions, check, findings, observe, pack, quantize, restore, serialize
+from bitpress_sparse.pruning import (
+    PruningOptions,
+    check,
+    findings,
+    observe,
+    pack,
+    quantize,
+    restore,
+    serialize,
+)
 
-__all__ = ["Options", "check", "observe", "pack", "quantize", "restore", "serialize", "validate_hardware"]
+__all__ = [
+    "Options",
+    "check",
+    "observe",
+    "pack",
+    "quantize",
+    "restore",
+    "serialize",
+    "validate_hardware",
+]
 
 
 @frozen
@@ -19,7 +39,10 @@ class Options(PruningOptions):
     def group(self, width: int) -> int:
         """Four columns."""
         if width % 4:
-            raise ShapeError(f"width {width} is not a multiple of 4 (as {max(width // 4, 1) * 4} is); scheme sparse takes any")
+            raise ShapeError(
+                f"width {width} is not a multiple of 4 (as {max(width // 4, 1) * 4} is); scheme "
+                "sparse takes any"
+            )
         return 4
 
     def kept(self, width: int) -> int:
@@ -34,9 +57,17 @@ class Options(PruningOptions):
 
 @hookimpl
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
-    """Everywhere; sparse tensor cores take it from capability 8.0 on, in engines that have kernels for them."""
-    found = findings(options, "vLLM reads this layout up to 0.18 (compressed-tensors up to 0.14), later ones refuse it")
+    """Everywhere; sparse tensor cores take it from capability 8.0 on, in engines that have kernels
+    for them.
+    """
+    found = findings(
+        options,
+        "vLLM reads this layout up to 0.18 (compressed-tensors up to 0.14), later ones refuse it",
+    )
     if options.layout == "dense" and (hardware.capability or (0, 0)) >= (9, 0):
-        text = "sparse tensor cores take 2:4 weights, with 8 bits best, in engines that have kernels for them"
+        text = (
+            "sparse tensor cores take 2:4 weights, with 8 bits best, in engines that have "
+            "kernels for them"
+        )
         return [Finding("recommended", text), *found[1:]]
     return found

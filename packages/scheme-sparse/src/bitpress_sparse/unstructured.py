@@ -1,4 +1,6 @@
-"""Unstructured sparsity: a given share of every row's weights is zero, by magnitude without data, or fitted to data."""
+"""Unstructured sparsity: a given share of every row's weights is zero, by magnitude without data,
+or fitted to data.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,28 @@ import attrs
 from attrs import frozen
 
 from bitpress import Finding, Hardware, hookimpl, option
-from bitpress_sparse.pruning import ALGORITHM, PruningOptions, check, findings, observe, pack, quantize, restore, serialize
+from bitpress_sparse.pruning import (
+    ALGORITHM,
+    PruningOptions,
+    check,
+    findings,
+    observe,
+    pack,
+    quantize,
+    restore,
+    serialize,
+)
 
-__all__ = ["Options", "check", "observe", "pack", "quantize", "restore", "serialize", "validate_hardware"]
+__all__ = [
+    "Options",
+    "check",
+    "observe",
+    "pack",
+    "quantize",
+    "restore",
+    "serialize",
+    "validate_hardware",
+]
 
 
 def _share(instance: Options, attribute: attrs.Attribute[Any], value: float) -> None:
@@ -24,7 +45,9 @@ class Options(PruningOptions):
     """Options of `sparse`."""
 
     algorithm: Literal["magnitude", "wanda", "sparsegpt"] = option("magnitude", ALGORITHM)
-    sparsity: float = option(0.5, "the share of every row's weights that becomes zero", validator=_share)
+    sparsity: float = option(
+        0.5, "the share of every row's weights that becomes zero", validator=_share
+    )
 
     def group(self, width: int) -> int:
         """The whole row."""
@@ -43,4 +66,6 @@ class Options(PruningOptions):
 @hookimpl
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
     """Everywhere."""
-    return findings(options, "vLLM does not read this layout; compressed-tensors up to 0.14 decodes it")
+    return findings(
+        options, "vLLM does not read this layout; compressed-tensors up to 0.14 decodes it"
+    )

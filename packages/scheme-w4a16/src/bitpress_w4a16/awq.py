@@ -1,7 +1,8 @@
-"""AWQ: input channels that matter are scaled up before rounding (Lin et al., "AWQ", arXiv 2306.00978, equations 4 and 5).
+"""AWQ: input channels that matter are scaled up before rounding (Lin et al., "AWQ", arXiv
+2306.00978, equations 4 and 5).
 
-The paper runs the block once for each exponent tried. The layer's own error needs no run: with H = E[x xᵀ] it is
-tr((W - Q(W s) / s) H (W - Q(W s) / s)ᵀ).
+The paper runs the block once for each exponent tried. The layer's own error needs no run: with H =
+E[x xᵀ] it is tr((W - Q(W s) / s) H (W - Q(W s) / s)ᵀ).
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXPONENTS = tuple(i / 20 for i in range(20))
-RATIOS = (0.7, 0.8, 0.9, 1.0)  # of scales, while exponents are compared
-ROWS = 256  # on which they are compared
-DAMPING = 0.01  # of the mean, for channels that were hardly active
+# of scales, while exponents are compared
+RATIOS = (0.7, 0.8, 0.9, 1.0)
+# on which they are compared
+ROWS = 256
+# of the mean, for channels that were hardly active
+DAMPING = 0.01
 
 
-def factors(weight: Tensor, stats: Mapping[str, Stat], bits: int, group: int, symmetric: bool) -> Tensor | None:
-    """The factors (in,) of the columns, powers of two: E[x²]^(α/2) with the best α; None where none is better.
+def factors(
+    weight: Tensor, stats: Mapping[str, Stat], bits: int, group: int, symmetric: bool
+) -> Tensor | None:
+    """The factors (in,) of the columns, powers of two: E[x²]^(α/2) with the best α; None where none
+    is better.
 
     Args:
         weight: (out, in) float32.
@@ -32,13 +39,16 @@ def factors(weight: Tensor, stats: Mapping[str, Stat], bits: int, group: int, sy
     costs = importance(stats)
     if costs is None:
         return None
-    sample = weight[torch.linspace(0, len(weight) - 1, min(len(weight), ROWS), device=weight.device).long()]
+    sample = weight[
+        torch.linspace(0, len(weight) - 1, min(len(weight), ROWS), device=weight.device).long()
+    ]
     hessian = stats["hessian"].value / stats["tokens"].value.clamp(min=1)
     tried: dict[tuple[float, ...], float] = {}
     best, least = None, torch.inf
     for alpha in EXPONENTS:
         s = costs.log2().mul(alpha / 2)
-        s = (s - s.mean()).round().exp2()  # as they will be folded
+        # as they will be folded
+        s = (s - s.mean()).round().exp2()
         known = tuple(s.tolist())
         if known in tried:
             continue
@@ -52,11 +62,16 @@ def factors(weight: Tensor, stats: Mapping[str, Stat], bits: int, group: int, sy
 
 
 def importance(stats: Mapping[str, Stat]) -> Tensor | None:
-    """(in,) what an error costs in each column, the damped diagonal of H; None without statistics, or without usable ones."""
+    """(in,) what an error costs in each column, the damped diagonal of H; None without statistics,
+    or without usable ones.
+    """
     if "hessian" not in stats:
         return None
     diagonal = stats["hessian"].value.diagonal() / stats["tokens"].value.clamp(min=1)
     if not diagonal.isfinite().all() or not diagonal.any():
-        warnings.warn("its calibration statistics are not finite, or all zero: rounded without them", stacklevel=2)
+        warnings.warn(
+            "its calibration statistics are not finite, or all zero: rounded without them",
+            stacklevel=2,
+        )
         return None
     return diagonal + DAMPING * diagonal.mean()

@@ -10,14 +10,23 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# in units of what reaches the largest weight; with few bits, a clipped weight may cost less than a coarse step. With 8 and a zero
-# point, where both ends are reached, it never does. Of equals the first is taken, the one that clips least
-SYMMETRIC = {4: tuple(1.08 - 0.02 * i for i in range(32)), 8: tuple(1.02 - 0.02 * i for i in range(24))}
+# in units of what reaches the largest weight; with few bits, a clipped weight may cost less than a
+# coarse step. With 8 and a zero point, where both ends are reached, it never does. Of equals the
+# first is taken, the one that clips least
+SYMMETRIC = {
+    4: tuple(1.08 - 0.02 * i for i in range(32)),
+    8: tuple(1.02 - 0.02 * i for i in range(24)),
+}
 ASYMMETRIC = {4: tuple(1.05 - 0.025 * i for i in range(21)), 8: (1.0,)}
 
 
 def fit(
-    weight: Tensor, importance: Tensor | None, bits: int, group: int, symmetric: bool, dtype: torch.dtype
+    weight: Tensor,
+    importance: Tensor | None,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    dtype: torch.dtype,
 ) -> numerics.IntegerGrid:
     """The grid of the least Σ importance (w - q)², its scales numbers of `dtype`.
 

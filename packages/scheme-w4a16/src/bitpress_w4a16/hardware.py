@@ -1,4 +1,6 @@
-"""Where weight-only integers serve well. Facts: vLLM 0.32 (compressed-tensors schemes and kernel selection)."""
+"""Where weight-only integers serve well. Facts: vLLM 0.32 (compressed-tensors schemes and kernel
+selection).
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,40 @@ def gpu_findings(hardware: Hardware, bits: int, marlin: bool) -> Sequence[Findin
     """What holds for both schemes, on anything but a CPU.
 
     Args:
-        marlin: whether vLLM's Marlin kernels take the weights; they know zero points at 4 bits only.
+        marlin: whether vLLM's Marlin kernels take the weights; they know zero points at 4 bits
+            only.
     """
     if hardware.vendor == "nvidia":
         if (hardware.capability or (0, 0)) < (7, 5):
             return [
-                Finding("unsupported", "vLLM runs weight-only integers from capability 7.5 on; transformers runs them anywhere")
+                Finding(
+                    "unsupported",
+                    "vLLM runs weight-only integers from capability 7.5 on; transformers runs them "
+                    "anywhere",
+                )
             ]
         if marlin:
-            return [Finding("recommended", "Marlin kernels (Machete on 9.0); best for latency at low load")]
-        return [Finding("degraded", "Marlin kernels know no 8-bit zero points, slower ones run; symmetric=true is faster")]
+            return [
+                Finding(
+                    "recommended", "Marlin kernels (Machete on 9.0); best for latency at low load"
+                )
+            ]
+        return [
+            Finding(
+                "degraded",
+                "Marlin kernels know no 8-bit zero points, slower ones run; symmetric=true is "
+                "faster",
+            )
+        ]
     if hardware.vendor == "amd":
         return [Finding("supported", "ROCm, by Triton and ExLlama kernels")]
     if hardware.vendor == "google":
         return [Finding("supported", "by vLLM's TPU plugin, which is released apart from it")]
     if bits == 4:
         return [Finding("supported", "vLLM's kernels for Intel GPUs run 4 bits")]
-    return [Finding("degraded", "whether vLLM's kernels for Intel GPUs run 8 bits is not established; w4a16 runs")]
+    return [
+        Finding(
+            "degraded",
+            "whether vLLM's kernels for Intel GPUs run 8 bits is not established; w4a16 runs",
+        )
+    ]

@@ -1,4 +1,6 @@
-"""4-bit integer weights in groups, activations left as they are: a quarter of the size, best for latency at low load."""
+"""4-bit integer weights in groups, activations left as they are: a quarter of the size, best for
+latency at low load.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,28 @@ from attrs import frozen
 
 from bitpress import Finding, Hardware, hookimpl
 from bitpress_w4a16 import hardware as facts
-from bitpress_w4a16.weight_only import WeightOnlyOptions, observe, pack, quantize, rescale, restore, serialize, validate_shape
+from bitpress_w4a16.weight_only import (
+    WeightOnlyOptions,
+    observe,
+    pack,
+    quantize,
+    rescale,
+    restore,
+    serialize,
+    validate_shape,
+)
 
-__all__ = ["Options", "observe", "pack", "quantize", "rescale", "restore", "serialize", "validate_hardware", "validate_shape"]
+__all__ = [
+    "Options",
+    "observe",
+    "pack",
+    "quantize",
+    "rescale",
+    "restore",
+    "serialize",
+    "validate_hardware",
+    "validate_shape",
+]
 
 
 @frozen
@@ -28,6 +49,16 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     """Nearly everywhere; on CPUs where layers come in multiples of 32."""
     if hardware.vendor == "cpu":
         if hardware.architecture == "x86":
-            return [Finding("recommended", "vLLM's CPU build runs layers whose rows and columns are multiples of 32")]
-        return [Finding("degraded", "vLLM's CPU build for x86 runs it; on other CPUs this is not established")]
+            return [
+                Finding(
+                    "recommended",
+                    "vLLM's CPU build runs layers whose rows and columns are multiples of 32",
+                )
+            ]
+        return [
+            Finding(
+                "degraded",
+                "vLLM's CPU build for x86 runs it; on other CPUs this is not established",
+            )
+        ]
     return facts.gpu_findings(hardware, 4, marlin=True)

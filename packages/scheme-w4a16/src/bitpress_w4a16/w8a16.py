@@ -1,4 +1,6 @@
-"""8-bit integer weights in groups, activations left as they are, or with a static 16-bit integer scale for integer runtimes."""
+"""8-bit integer weights in groups, activations left as they are, or with a static 16-bit integer
+scale for integer runtimes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Options(WeightOnlyOptions):
     """Options of `w8a16`."""
 
     algorithm: Literal["rtn", "gptq", "awq"] = option("rtn", ALGORITHM)
-    activations: Literal["float", "int16"] = option("float", "int16: a static scale found on data; vLLM does not run it")
+    activations: Literal["float", "int16"] = option(
+        "float", "int16: a static scale found on data; vLLM does not run it"
+    )
 
     @property
     def bits(self) -> int:
@@ -59,11 +63,16 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     """GPUs; not vLLM on CPUs, and nowhere in vLLM with 16-bit integer activations."""
     if options.activations == "int16":
         return [
-            Finding("unsupported", "vLLM has no 16-bit integer activations; they are for integer runtimes that read the scale")
+            Finding(
+                "unsupported",
+                "vLLM has no 16-bit integer activations; they are for integer runtimes that read "
+                "the scale",
+            )
         ]
     if hardware.vendor == "cpu":
         text = (
-            "vLLM's CPU kernel for weight-only integers is 4-bit only: w4a16 or int8 run there (transformers runs this anywhere)"
+            "vLLM's CPU kernel for weight-only integers is 4-bit only: w4a16 or int8 run there "
+            "(transformers runs this anywhere)"
         )
         return [Finding("unsupported", text)]
     return facts.gpu_findings(hardware, 8, marlin=options.symmetric)

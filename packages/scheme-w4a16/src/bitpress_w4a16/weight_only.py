@@ -16,10 +16,14 @@ from bitpress_w4a16 import awq, grids
 if TYPE_CHECKING:
     from torch import Tensor
 
-ALGORITHM = "gptq: errors fed forward; awq: salient channels scaled up; rtn: plain rounding, no data"
+ALGORITHM = (
+    "gptq: errors fed forward; awq: salient channels scaled up; rtn: plain rounding, no data"
+)
 SIZES = (128, 64, 32)
-CPU_MULTIPLE = 32  # of rows and columns
-INT16_STEPS = 32767.5  # between zero and the largest number
+# of rows and columns
+CPU_MULTIPLE = 32
+# between zero and the largest number
+INT16_STEPS = 32767.5
 
 
 @frozen
@@ -27,7 +31,9 @@ class WeightOnlyOptions(bitpress.Options):
     """Options of both schemes."""
 
     algorithm: Literal["gptq", "awq", "rtn"] = option("gptq", ALGORITHM)
-    group_size: Literal[128, 64, 32, "channel", "auto"] = option(128, "columns that share a scale; auto: what fits each layer")
+    group_size: Literal[128, 64, 32, "channel", "auto"] = option(
+        128, "columns that share a scale; auto: what fits each layer"
+    )
     symmetric: bool = option(True, "false: groups have a zero point")
 
     @property
@@ -56,7 +62,9 @@ class WeightOnlyOptions(bitpress.Options):
         return 1 if self.symmetric else 32 // self.bits
 
     def group(self, width: int) -> int:
-        """Columns that share a scale in a layer of that width; raises ShapeError where the size does not divide it."""
+        """Columns that share a scale in a layer of that width; raises ShapeError where the size
+        does not divide it.
+        """
         if self.group_size == "channel":
             return width
         fitting = [size for size in SIZES if width % size == 0]
@@ -65,7 +73,8 @@ class WeightOnlyOptions(bitpress.Options):
         if self.group_size not in fitting:
             fits = ", ".join(f"group_size={size}" for size in (*fitting, "channel", "auto"))
             raise ShapeError(
-                f"width {width} is not a multiple of group_size {self.group_size} (as {max(width // 128, 1) * 128} is); "
+                f"width {width} is not a multiple of group_size {self.group_size} (as "
+                f"{max(width // 128, 1) * 128} is); "
                 f"what fits: {fits}"
             )
         return self.group_size
@@ -73,14 +82,20 @@ class WeightOnlyOptions(bitpress.Options):
 
 @hookimpl
 def observe(
-    inputs: Tensor | None, reference: Tensor | None, residual: Tensor | None, weight: Tensor, options: WeightOnlyOptions
+    inputs: Tensor | None,
+    reference: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    options: WeightOnlyOptions,
 ) -> Mapping[str, Stat] | None:
     """What GPTQ and AWQ need of inputs; for integer activations, the largest."""
     if inputs is None:
         return None
     found: dict[str, Stat] = {}
     if options.algorithm != "rtn":
-        found |= numerics.moments(inputs, weight, reference if options.algorithm == "gptq" else None, residual)
+        found |= numerics.moments(
+            inputs, weight, reference if options.algorithm == "gptq" else None, residual
+        )
     if options.integer_inputs:
         found["input_amax"] = Stat(numerics.absmax(inputs.float()), "max")
     return found
@@ -95,13 +110,19 @@ def rescale(layer: Layer, stats: Mapping[str, Stat], options: WeightOnlyOptions)
 
 @hookimpl
 def quantize(layer: Layer, stats: Mapping[str, Stat], options: WeightOnlyOptions) -> Layer:
-    """Codes with scale (out, groups) in the model's dtype and, if asymmetric, zero points (out, groups) int8."""
+    """Codes with scale (out, groups) in the model's dtype and, if asymmetric, zero points (out,
+    groups) int8.
+    """
     import torch
 
     width = layer.weight.shape[1]
     group = options.group(width)
     if options.group_size == "auto" and group != SIZES[0]:
-        warnings.warn(f"group_size=auto: {'channel' if group == width else group}, as {width} columns need it", stacklevel=2)
+        warnings.warn(
+            f"group_size=auto: {'channel' if group == width else group}, as {width} columns need "
+            "it",
+            stacklevel=2,
+        )
 
     def fit(weight: Tensor, importance: Tensor | None) -> numerics.IntegerGrid:
         return grids.fit(weight, importance, options.bits, group, options.symmetric, layer.dtype)
@@ -118,22 +139,33 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: WeightOnlyOptions
     if options.integer_inputs:
         amax = stats["input_amax"].value if "input_amax" in stats else torch.tensor(INT16_STEPS)
         parts["input_scale"] = (amax / INT16_STEPS).masked_fill(amax == 0, 1.0)
-    return attrs.evolve(layer, weight=lambda: numerics.decode_integers(codes, grid.scale, grid.zero), codes=codes, parts=parts)
+    return attrs.evolve(
+        layer,
+        weight=lambda: numerics.decode_integers(codes, grid.scale, grid.zero),
+        codes=codes,
+        parts=parts,
+    )
 
 
 @hookimpl
 def pack(layer: Layer, options: WeightOnlyOptions) -> Layer:
-    """Codes in words along the row: (out, words) int32; zero points in words along the column: (out / row_block, groups)."""
+    """Codes in words along the row: (out, words) int32; zero points in words along the column: (out
+    / row_block, groups).
+    """
     assert layer.codes is not None
     parts = dict(layer.parts)
     if "zero_point" in parts:
-        parts["zero_point"] = numerics.pack_words(parts["zero_point"].T, options.bits).T.contiguous()
+        parts["zero_point"] = numerics.pack_words(
+            parts["zero_point"].T, options.bits
+        ).T.contiguous()
     return attrs.evolve(layer, codes=numerics.pack_words(layer.codes, options.bits), parts=parts)
 
 
 @hookimpl
 def serialize(layer: Layer, options: WeightOnlyOptions) -> Record:
-    """`weight_packed`, `weight_scale`, `weight_shape` I64 (2,); as options ask, `weight_zero_point`, `input_scale` F32 (1,)."""
+    """`weight_packed`, `weight_scale`, `weight_shape` I64 (2,); as options ask,
+    `weight_zero_point`, `input_scale` F32 (1,).
+    """
     import torch
 
     assert layer.codes is not None
@@ -143,17 +175,34 @@ def serialize(layer: Layer, options: WeightOnlyOptions) -> Record:
         "weight_shape": torch.tensor(layer.weight.shape),
     }
     width = layer.weight.shape[1]
-    weights: dict[str, Any] = {"num_bits": options.bits, "type": "int", "symmetric": options.symmetric, "dynamic": False}
+    weights: dict[str, Any] = {
+        "num_bits": options.bits,
+        "type": "int",
+        "symmetric": options.symmetric,
+        "dynamic": False,
+    }
     group = options.group(width)
-    weights |= {"strategy": "channel"} if group == width != options.group_size else {"strategy": "group", "group_size": group}
+    weights |= (
+        {"strategy": "channel"}
+        if group == width != options.group_size
+        else {"strategy": "group", "group_size": group}
+    )
     if not options.symmetric:
         tensors["weight_zero_point"] = layer.parts["zero_point"]
         weights["zp_dtype"] = "torch.int8"
     inputs = None
     if options.integer_inputs:
         tensors["input_scale"] = layer.parts["input_scale"].reshape(1)
-        inputs = {"num_bits": 16, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
-    return Record(tensors, {"format": "pack-quantized", "weights": weights, "input_activations": inputs})
+        inputs = {
+            "num_bits": 16,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "tensor",
+            "dynamic": False,
+        }
+    return Record(
+        tensors, {"format": "pack-quantized", "weights": weights, "input_activations": inputs}
+    )
 
 
 @hookimpl
@@ -177,16 +226,38 @@ def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | N
 
 
 @hookimpl
-def validate_shape(shape: tuple[int, int], cut: str | None, hardware: Hardware, options: WeightOnlyOptions) -> Sequence[Finding]:
-    """Ranks hold whole groups and whole words of zero points; vLLM's CPU kernel takes multiples of 32."""
+def validate_shape(
+    shape: tuple[int, int], cut: str | None, hardware: Hardware, options: WeightOnlyOptions
+) -> Sequence[Finding]:
+    """Ranks hold whole groups and whole words of zero points; vLLM's CPU kernel takes multiples of
+    32.
+    """
     rows, width = shape
     size = options.group_size
     if cut == "columns" and isinstance(size, int) and width % size:
-        return [Finding("unsupported", f"vLLM refuses parts of {width} columns: a rank must hold whole groups of {size}")]
+        return [
+            Finding(
+                "unsupported",
+                f"vLLM refuses parts of {width} columns: a rank must hold whole groups of {size}",
+            )
+        ]
     if cut == "rows" and rows % options.row_block:
         return [
-            Finding("unsupported", f"vLLM refuses parts of {rows} rows: zero points of {options.row_block} rows share a word")
+            Finding(
+                "unsupported",
+                f"vLLM refuses parts of {rows} rows: zero points of {options.row_block} rows share "
+                "a word",
+            )
         ]
-    if hardware.vendor == "cpu" and options.bits == 4 and (rows % CPU_MULTIPLE or width % CPU_MULTIPLE):
-        return [Finding("unsupported", f"vLLM's CPU kernel takes multiples of {CPU_MULTIPLE}, not {rows} x {width}")]
+    if (
+        hardware.vendor == "cpu"
+        and options.bits == 4
+        and (rows % CPU_MULTIPLE or width % CPU_MULTIPLE)
+    ):
+        return [
+            Finding(
+                "unsupported",
+                f"vLLM's CPU kernel takes multiples of {CPU_MULTIPLE}, not {rows} x {width}",
+            )
+        ]
     return []

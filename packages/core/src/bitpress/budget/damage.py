@@ -1,10 +1,12 @@
-"""What each choice costs: the KL divergence that one unit, compressed alone, causes in a model that is otherwise the source.
+"""What each choice costs: the KL divergence that one unit, compressed alone, causes in a model that
+is otherwise the source.
 
-The model is gone through once, one block in memory at a time. Most sequences serve to fit candidates, as in a calibrated run; the
-others, which no candidate has seen, to judge them. In each block every candidate compresses every unit in turn; the hidden states
-that the block then makes of the judged sequences go on through the source's other blocks beside the source's own, and after the
-last one their predictions are compared. That is exact, and takes as many forwards of a block as there are units, candidates and
-blocks after them, for the judged tokens.
+The model is gone through once, one block in memory at a time. Most sequences serve to fit
+candidates, as in a calibrated run; the others, which no candidate has seen, to judge them. In each
+block every candidate compresses every unit in turn; the hidden states that the block then makes of
+the judged sequences go on through the source's other blocks beside the source's own, and after the
+last one their predictions are compared. That is exact, and takes as many forwards of a block as
+there are units, candidates and blocks after them, for the judged tokens.
 """
 
 from __future__ import annotations
@@ -41,10 +43,13 @@ from bitpress.planning import Plan
 from bitpress.progress import Told
 from bitpress.rounding import input_rounding
 
-JUDGED = 4096  # tokens on which candidates are judged
-TOGETHER = 8  # choices whose predictions are compared with the source's while these are at hand
+# tokens on which candidates are judged
+JUDGED = 4096
+# choices whose predictions are compared with the source's while these are at hand
+TOGETHER = 8
 
-Damages = Mapping[tuple[str, str], float]  # by unit and candidate, nats per token
+# by unit and candidate, nats per token
+Damages = Mapping[tuple[str, str], float]
 
 
 @frozen
@@ -61,7 +66,8 @@ class Room:
 
 
 def parts(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The sequences that candidates are fitted to, and those that they are judged on, which are spread over all.
+    """The sequences that candidates are fitted to, and those that they are judged on, which are
+    spread over all.
 
     One alone serves for both.
     """
@@ -72,7 +78,13 @@ def parts(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measure(
-    plan: Plan, units: Sequence[Unit], data: Sequences, device: torch.device, room: Room, trust: bool, told: Told
+    plan: Plan,
+    units: Sequence[Unit],
+    data: Sequences,
+    device: torch.device,
+    room: Room,
+    trust: bool,
+    told: Told,
 ) -> Damages:
     """Every candidate's damage to every unit.
 
@@ -81,14 +93,20 @@ def measure(
         told: is told the bytes of every unit's source, once for each candidate.
 
     Raises:
-        CheckpointError: transformers cannot build the model, or it makes numbers that are not finite.
+        CheckpointError: transformers cannot build the model, or it makes numbers that are not
+            finite.
     """
-    fitted, judged = (torch.split(ids, max(memory.BATCH // ids.shape[1], 1)) for ids in parts(data.ids))
+    fitted, judged = (
+        torch.split(ids, max(memory.BATCH // ids.shape[1], 1)) for ids in parts(data.ids)
+    )
     names = [name for name, stacks in units[0].made.items() if stacks[0].steps]
     if not any(stack.calibrated for name in names for stack in units[0].made[name]):
-        fitted = fitted[:1]  # nothing is fitted to them: one shows how a forward goes
+        # nothing is fitted to them: one shows how a forward goes
+        fitted = fitted[:1]
     with Reader() as reader, torch.no_grad(), memory.freed_kept():
-        decoder = Decoder(plan.source, plan.container, reader, device, torch.float32, trust, data.all_experts)
+        decoder = Decoder(
+            plan.source, plan.container, reader, device, torch.float32, trust, data.all_experts
+        )
         recording = record(decoder, [*fitted, *judged], device, torch.float32, room.place)
         states = recording.hidden
         plain = _Way(states, range(len(fitted), len(states)))
@@ -103,7 +121,9 @@ def measure(
                 way.go(block, judging, device)
             for name in names if own else ():
                 streams.enter(decoder.block(index), None, fitting)
-                for unit in _compressed(own, name, f"{plan.container}.{index}.", streams, plan.head):
+                for unit in _compressed(
+                    own, name, f"{plan.container}.{index}.", streams, plan.head
+                ):
                     trials[unit.name, name] = plain.branch(streams.block, judging, device)
                     told(sum(stack.reads for stack in unit.made[name]), f"{unit.name}: {name}")
             if index + 1 < len(decoder):
@@ -114,9 +134,17 @@ def measure(
         with head(decoder, plain.beside) as logits:
             found = _divergences(logits, plain, list(trials.values()), device)
     if not all(map(math.isfinite, found)):
-        raise CheckpointError(f"{plan.source.folder}: the model makes NaN or infinity of the calibration text; check its weights")
-    measured = {choice: max(kl, 0.0) for choice, kl in zip(trials, found, strict=True)}  # none is below 0 but for roundings
-    return {(unit.name, name): measured.get((unit.name, name), 0.0) for unit in units for name in unit.made}
+        raise CheckpointError(
+            f"{plan.source.folder}: the model makes NaN or infinity of the calibration text; check "
+            "its weights"
+        )
+    # none is below 0 but for roundings
+    measured = {choice: max(kl, 0.0) for choice, kl in zip(trials, found, strict=True)}
+    return {
+        (unit.name, name): measured.get((unit.name, name), 0.0)
+        for unit in units
+        for name in unit.made
+    }
 
 
 class _Way:
@@ -128,7 +156,8 @@ class _Way:
 
     def __init__(self, states: States, places: Sequence[int]) -> None:
         self._states, self._places = states, places
-        self.beside: tuple[Any, ...] | None = None  # what the last block returned with its output
+        # what the last block returned with its output
+        self.beside: tuple[Any, ...] | None = None
 
     def __len__(self) -> int:
         return len(self._places)
@@ -148,15 +177,20 @@ class _Way:
             self._states.append(output.cpu())
         return _Way(self._states, range(first, len(self._states)))
 
-    def _outputs(self, block: nn.Module, calls: Sequence[Call], device: torch.device) -> Iterator[Tensor]:
+    def _outputs(
+        self, block: nn.Module, calls: Sequence[Call], device: torch.device
+    ) -> Iterator[Tensor]:
         for place, call in zip(self._places, calls, strict=True):
             found = call.whole(block, self._states[place].to(device))
             self.beside = tuple(found[1:]) if isinstance(found, tuple) else None
             yield found[0] if isinstance(found, tuple) else found
 
 
-def _compressed(units: Sequence[Unit], candidate: str, prefix: str, streams: Streams, heads: int | None) -> Iterator[Unit]:
-    """One unit after another, while the block computes with it compressed and with all else as the source has it.
+def _compressed(
+    units: Sequence[Unit], candidate: str, prefix: str, streams: Streams, heads: int | None
+) -> Iterator[Unit]:
+    """One unit after another, while the block computes with it compressed and with all else as the
+    source has it.
 
     Args:
         prefix: what the names of the block's tensors begin with.
@@ -175,7 +209,12 @@ def _compressed(units: Sequence[Unit], candidate: str, prefix: str, streams: Str
         waiting.setdefault(unit.name, []).append(_solved(site, number, streams))
         left[unit.name] -= 1
         if not left[unit.name]:
-            before = [(weight, weight.clone()) for s in sites if belongs[s.stack.name] is unit for weight in s.weights.values()]
+            before = [
+                (weight, weight.clone())
+                for s in sites
+                if belongs[s.stack.name] is unit
+                for weight in s.weights.values()
+            ]
             for replace in waiting.pop(unit.name):
                 replace()
             yield unit
@@ -190,13 +229,18 @@ def _solved(site: Site, number: int, streams: Streams) -> Callable[[], None]:
     """Compress a site; what is returned lets the block compute with the result."""
     steps = site.stack.steps
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # `compress` tells of them
+        # `compress` tells of them
+        warnings.simplefilter("ignore", UserWarning)
         stats, _, tokens = observe(site, streams.arrivals(number, False) if site.entrance else ())
         stats = nothing(site) if site.routed and tokens < FEW else stats
-        layer = chain.quantize_whole(Layer(site.stack.name, site.weight, site.stack.dtype), steps, stats)
+        layer = chain.quantize_whole(
+            Layer(site.stack.name, site.weight, site.stack.dtype), steps, stats
+        )
     heights = [entry.shape[0] for entry in site.stack.members.values()]
     made = []
-    for (name, weight), member in zip(site.weights.items(), chain.split(layer, heights), strict=True):
+    for (name, weight), member in zip(
+        site.weights.items(), chain.split(layer, heights), strict=True
+    ):
         stored = chain.record(chain.pack(member, steps), steps)
         restored = chain.restore(stored.tensors, stored.config, steps, tuple(weight.shape))
         made.append((name, weight, restored, input_rounding(stored.tensors, stored.config, steps)))
@@ -210,7 +254,9 @@ def _solved(site: Site, number: int, streams: Streams) -> Callable[[], None]:
     return replace
 
 
-def _divergences(logits: Callable[[Tensor], Tensor], plain: _Way, ways: Sequence[_Way], device: torch.device) -> list[float]:
+def _divergences(
+    logits: Callable[[Tensor], Tensor], plain: _Way, ways: Sequence[_Way], device: torch.device
+) -> list[float]:
     """KL divergence of each way from the plain one, in nats per token."""
     sums, tokens = [0.0] * len(ways), 0
     for batch in range(len(plain)):
@@ -221,8 +267,12 @@ def _divergences(logits: Callable[[Tensor], Tensor], plain: _Way, ways: Sequence
             at, count = 0, 1
             while at < len(source):
                 piece = slice(at, at + count)
-                expected = logits(source[piece].to(device)).float().log_softmax(-1)  # (tokens, vocabulary)
+                expected = (
+                    logits(source[piece].to(device)).float().log_softmax(-1)
+                )  # (tokens, vocabulary)
                 for i, other in enumerate(others, first):
-                    sums[i] += divergence(expected, logits(other[piece].to(device)).float().log_softmax(-1))
+                    sums[i] += divergence(
+                        expected, logits(other[piece].to(device)).float().log_softmax(-1)
+                    )
                 at, count = at + count, max(LOGITS // expected.shape[1], 1)
     return [total / tokens for total in sums]

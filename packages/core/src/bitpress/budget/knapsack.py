@@ -1,7 +1,9 @@
-"""One option of each unit, so that sizes add up to a limit at most and damages to as little as possible.
+"""One option of each unit, so that sizes add up to a limit at most and damages to as little as
+possible.
 
-The multiple-choice knapsack problem, solved exactly: partial choices that another beats in size and damage are dropped
-(Sinha, Zoltners 1979), and those that cannot end better than a choice already known, by Lagrange's bound.
+The multiple-choice knapsack problem, solved exactly: partial choices that another beats in size and
+damage are dropped (Sinha, Zoltners 1979), and those that cannot end better than a choice already
+known, by Lagrange's bound.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from collections.abc import Sequence
 
 from attrs import frozen
 
-ROUNDS = 100  # of halving an interval: beyond what a float holds
-SLACK = 1e-12  # of a damage: sums in another order may differ by it
+# of halving an interval: beyond what a float holds
+ROUNDS = 100
+# of a damage: sums in another order may differ by it
+SLACK = 1e-12
 
 
 @frozen
@@ -38,7 +42,8 @@ def choose(units: Sequence[Sequence[Option]], limit: int) -> list[int]:
     price, best = _price(units, limit)
     _fill(units, best, limit)
     known = sum(options[i].damage for options, i in zip(units, best, strict=True))
-    least = [min(o.damage + price * o.size for o in options) for options in units]  # what units add to Lagrange's bound
+    # what units add to Lagrange's bound
+    least = [min(o.damage + price * o.size for o in options) for options in units]
     room = [min(o.size for o in options) for options in units]
     after, small = sum(least) - price * limit, sum(room)
     partial: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
@@ -59,7 +64,9 @@ def choose(units: Sequence[Sequence[Option]], limit: int) -> list[int]:
 
 
 def _fill(units: Sequence[Sequence[Option]], chosen: list[int], limit: int) -> None:
-    """Change one unit's option after another, the one that saves most of what fits, until none does."""
+    """Change one unit's option after another, the one that saves most of what fits, until none
+    does.
+    """
     left = limit - sum(options[i].size for options, i in zip(units, chosen, strict=True))
     while True:
         swaps = (
@@ -76,10 +83,15 @@ def _fill(units: Sequence[Sequence[Option]], chosen: list[int], limit: int) -> N
 
 
 def _price(units: Sequence[Sequence[Option]], limit: int) -> tuple[float, list[int]]:
-    """The lowest price of a byte at which the options that are then best keep to the limit, and these options."""
+    """The lowest price of a byte at which the options that are then best keep to the limit, and
+    these options.
+    """
 
     def at(price: float) -> list[int]:
-        return [min(range(len(u)), key=lambda i: (u[i].damage + price * u[i].size, u[i].size)) for u in units]
+        return [
+            min(range(len(u)), key=lambda i: (u[i].damage + price * u[i].size, u[i].size))
+            for u in units
+        ]
 
     def fits(chosen: Sequence[int]) -> bool:
         return sum(options[i].size for options, i in zip(units, chosen, strict=True)) <= limit

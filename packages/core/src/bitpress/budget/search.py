@@ -26,44 +26,84 @@ from bitpress.progress import Progress, quiet
 from bitpress.recipe import Recipe, Rule
 from bitpress.schemes import Step, discover
 
-PLAIN = "none"  # the candidate that leaves layers as they are
-SHOWN = 0.005  # bits per weight: a budget is kept to the two decimals that tables show
-SAMPLES = 64  # sequences, unless told otherwise
+# the candidate that leaves layers as they are
+PLAIN = "none"
+# bits per weight: a budget is kept to the two decimals that tables show
+SHOWN = 0.005
+# sequences, unless told otherwise
+SAMPLES = 64
 
 
 def search(
-    model: str | Path, out: str | Path, *, schemes: Sequence[str], budget: float, settings: Iterable[str] = (),
-    ignore: Iterable[str] = (), calibration: str | Path | None = None, samples: int = SAMPLES,
-    sequence_length: int = Choice().length, seed: int = 0, all_experts: bool = False, device: str = "cpu",
-    threads: int | None = None, max_memory: int | None = None, trust_remote_code: bool = False, progress: Progress = quiet,
-) -> Found:  # fmt: skip
-    """Measure what each scheme costs each layer, and write the recipe that costs least in a budget into the file `out`.
+    model: str | Path,
+    out: str | Path,
+    *,
+    schemes: Sequence[str],
+    budget: float,
+    settings: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    calibration: str | Path | None = None,
+    samples: int = SAMPLES,
+    sequence_length: int = Choice().length,
+    seed: int = 0,
+    all_experts: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = quiet,
+) -> Found:
+    """Measure what each scheme costs each layer, and write the recipe that costs least in a budget
+    into the file `out`.
 
     Args:
-        schemes: to choose from: NAME, or NAME:OPTION=VALUE:OPTION=VALUE, several steps joined by `+`; "none" leaves layers as
-            they are.
+        schemes: to choose from: NAME, or NAME:OPTION=VALUE:OPTION=VALUE, several steps joined by
+            `+`; "none" leaves layers as they are.
         budget: stored bits per weight of the layers, scales included, to two decimals.
         settings: as for `compress`, whose other arguments mean the same here too.
 
     Raises:
-        BitpressError: the model, a scheme or the texts cannot be used, no choice keeps to the budget, or `out` is there already.
+        BitpressError: the model, a scheme or the texts cannot be used, no choice keeps to the
+            budget, or `out` is there already.
     """
-    choice = Choice(None if calibration is None else str(calibration), samples, sequence_length, seed, all_experts)
+    choice = Choice(
+        None if calibration is None else str(calibration),
+        samples,
+        sequence_length,
+        seed,
+        all_experts,
+    )
     job = prepare(
-        model, out, schemes=schemes, budget=budget, settings=settings, ignore=ignore, calibration=choice,
+        model,
+        out,
+        schemes=schemes,
+        budget=budget,
+        settings=settings,
+        ignore=ignore,
+        calibration=choice,
         trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    )
     return carry_out(job, out, device, threads, max_memory, trust_remote_code, progress)
 
 
 def prepare(
-    model: str | Path, out: str | Path, *, schemes: Sequence[str], budget: float, settings: Iterable[str] = (),
-    ignore: Iterable[str] = (), calibration: Choice, trust_remote_code: bool = False,
-) -> Search:  # fmt: skip
+    model: str | Path,
+    out: str | Path,
+    *,
+    schemes: Sequence[str],
+    budget: float,
+    settings: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    calibration: Choice,
+    trust_remote_code: bool = False,
+) -> Search:
     """What headers can refuse is refused before texts are read."""
     names = list(dict.fromkeys(schemes))
     if len(names) < 2:
-        raise RecipeError(f"--schemes {','.join(names)}: name two or more to choose from ({PLAIN} leaves layers as they are)")
+        raise RecipeError(
+            f"--schemes {','.join(names)}: name two or more to choose from ({PLAIN} leaves layers "
+            "as they are)"
+        )
     if Path(out).exists():
         raise OutputError(f"{out} is there already: name another file (--out)")
     if not Path(out).absolute().parent.is_dir():
@@ -72,28 +112,53 @@ def prepare(
     table = {"layers": [{"match": "*", "steps": _steps(name)} for name in names]}
     rules = recipe.from_json(table, registry, "--schemes", settings).rules
     candidates = {name: rule.steps for name, rule in zip(names, rules, strict=True)}
-    plans = {n: make_plan(source, Recipe((Rule("*", steps),), tuple(ignore))) for n, steps in candidates.items() if steps}
+    plans = {
+        n: make_plan(source, Recipe((Rule("*", steps),), tuple(ignore)))
+        for n, steps in candidates.items()
+        if steps
+    }
     found = units(plans, [name for name, steps in candidates.items() if not steps])
     limit = _limit(found, names, budget)
-    make_plan(source, _mixed(found, candidates))  # or they cannot lie in one model
+    # or they cannot lie in one model
+    make_plan(source, _mixed(found, candidates))
     work = next(iter(plans.values()))
     with Reader() as reader:
-        Decoder(work.source, work.container, reader, torch.device("cpu"), torch.float32, trust_remote_code).require()
+        Decoder(
+            work.source,
+            work.container,
+            reader,
+            torch.device("cpu"),
+            torch.float32,
+            trust_remote_code,
+        ).require()
     data = load(calibration, source.folder, source.config, trust_remote_code)
     return Search(str(model), candidates, plans, tuple(found), budget, limit, data)
 
 
 def carry_out(
-    job: Search, out: str | Path, device: str = "cpu", threads: int | None = None, max_memory: int | None = None,
-    trust_remote_code: bool = False, progress: Progress = quiet,
-) -> Found:  # fmt: skip
+    job: Search,
+    out: str | Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = quiet,
+) -> Found:
     """`search` for a job that was prepared already."""
-    target, room, names = device_named(device), _room(job, Path(out).absolute().parent, max_memory), list(job.candidates)
+    target, room, names = (
+        device_named(device),
+        _room(job, Path(out).absolute().parent, max_memory),
+        list(job.candidates),
+    )
     told = progress("measuring", len(job.plans) * sum(stack.reads for stack in job.plan.stacks))
     with torch_threads(threads or cores()):
         damages = measure(job.plan, job.units, job.data, target, room, trust_remote_code, told)
-    options = [[Option(unit.size(name), damages[unit.name, name]) for name in names] for unit in job.units]
-    chosen = {unit.name: names[i] for unit, i in zip(job.units, choose(options, job.limit), strict=True)}
+    options = [
+        [Option(unit.size(name), damages[unit.name, name]) for name in names] for unit in job.units
+    ]
+    chosen = {
+        unit.name: names[i] for unit, i in zip(job.units, choose(options, job.limit), strict=True)
+    }
     found = Found(job, chosen, damages, parts(job.data.ids)[1].numel())
     OutputFolder(Path(out).absolute().parent).text(Path(out).name, text(found))
     return found
@@ -106,7 +171,9 @@ def _steps(candidate: str) -> list[dict[str, str]]:
         name, *settings = step.split(":")
         pairs = [setting.partition("=") for setting in settings]
         if not all(equals for _, equals, _ in pairs):
-            raise RecipeError(f"--schemes {candidate}: options are given as NAME:OPTION=VALUE:OPTION=VALUE")
+            raise RecipeError(
+                f"--schemes {candidate}: options are given as NAME:OPTION=VALUE:OPTION=VALUE"
+            )
         steps.append({"use": name} | {option: value for option, _, value in pairs})
     return steps
 
@@ -114,10 +181,13 @@ def _steps(candidate: str) -> list[dict[str, str]]:
 def _limit(units: Sequence[Unit], names: Sequence[str], budget: float) -> int:
     """The bytes of a budget; raises RecipeError where no choice keeps to it."""
     weights = sum(unit.weights for unit in units)
-    least, most = (8 * sum(ends(map(unit.size, names)) for unit in units) / weights for ends in (min, max))
+    least, most = (
+        8 * sum(ends(map(unit.size, names)) for unit in units) / weights for ends in (min, max)
+    )
     if not round(least, 2) <= budget:
         raise RecipeError(
-            f"--budget {budget:g}: {', '.join(names)} take from {least:.2f} to {most:.2f} bits per weight, scales included; give "
+            f"--budget {budget:g}: {', '.join(names)} take from {least:.2f} to {most:.2f} bits per "
+            "weight, scales included; give "
             "more, or a smaller scheme"
         )
     return int((min(budget, most) + SHOWN) * weights / 8)
@@ -126,7 +196,9 @@ def _limit(units: Sequence[Unit], names: Sequence[str], budget: float) -> int:
 def _mixed(units: Sequence[Unit], candidates: Mapping[str, tuple[Step, ...]]) -> Recipe:
     """All candidates in one model, in turn."""
     steps = list(candidates.values())
-    return Recipe(tuple(Rule(p, steps[i % len(steps)]) for i, unit in enumerate(units) for p in unit.patterns))
+    return Recipe(
+        tuple(Rule(p, steps[i % len(steps)]) for i, unit in enumerate(units) for p in unit.patterns)
+    )
 
 
 def _room(job: Search, folder: Path, max_memory: int | None) -> Room:
@@ -137,19 +209,32 @@ def _room(job: Search, folder: Path, max_memory: int | None) -> Room:
     """
     with Reader() as reader:
         subject = served.plain(job.plan.source, reader, job.plan.container)
-        needs = [2 * evaluate.need(subject, None, 0)[0]]  # a block as it was, and as it becomes
+        # a block as it was, and as it becomes
+        needs = [2 * evaluate.need(subject, None, 0)[0]]
     estimates = [memory.estimate(plan, 0) for plan in job.plans.values() if plan.recipe.calibrated]
     least = memory.RUNTIME + max(needs + [estimate.least for estimate in estimates])
     if max_memory is not None and max_memory < least:
         raise RecipeError(
-            f"the search needs about {least / 1e6:,.0f} MB of memory, more than the {max_memory / 1e6:,.0f} MB allowed"
+            f"the search needs about {least / 1e6:,.0f} MB of memory, more than the "
+            f"{max_memory / 1e6:,.0f} MB allowed"
         )
     fitted, judged = (ids.numel() for ids in parts(job.data.ids))
-    states = memory.NUMBER * job.plan.hidden * (fitted + judged * (1 + len(job.plans) * len(job.units)))
+    states = (
+        memory.NUMBER * job.plan.hidden * (fitted + judged * (1 + len(job.plans) * len(job.units)))
+    )
     allowed = memory.RUNTIME + memory.available() // 2 if max_memory is None else max_memory
-    waiting = max((estimate.waits(allowed - least - states + estimate.held, memory.BATCH) for estimate in estimates), default=0)
+    waiting = max(
+        (
+            estimate.waits(allowed - least - states + estimate.held, memory.BATCH)
+            for estimate in estimates
+        ),
+        default=0,
+    )
     if least + states <= allowed:
         return Room(None, waiting)
     if (free := shutil.disk_usage(folder).free) < states:
-        raise OutputError(f"{folder}: {states / 1e9:.2f} GB of hidden states go there, and {free / 1e9:.2f} GB are free")
+        raise OutputError(
+            f"{folder}: {states / 1e9:.2f} GB of hidden states go there, and {free / 1e9:.2f} GB "
+            "are free"
+        )
     return Room(folder, waiting)

@@ -19,7 +19,8 @@ class Unit:
     Attributes:
         patterns: what matches all of them and no other layers, as a recipe takes it.
         block: the number of their decoder block.
-        made: by candidate the stacks that they become; those of one that leaves them as they are have no steps.
+        made: by candidate the stacks that they become; those of one that leaves them as they are
+            have no steps.
     """
 
     name: str
@@ -35,12 +36,18 @@ class Unit:
     @property
     def weights(self) -> int:
         """How many there are."""
-        return sum(entry.numel for stack in next(iter(self.made.values())) for entry in stack.members.values())
+        return sum(
+            entry.numel
+            for stack in next(iter(self.made.values()))
+            for entry in stack.members.values()
+        )
 
     def size(self, candidate: str) -> int:
         """Bytes of all that is stored of them."""
         return sum(
-            sum(nbytes(*t) for t in stack.stored(module)[0].values()) if stack.steps else entry.nbytes
+            sum(nbytes(*t) for t in stack.stored(module)[0].values())
+            if stack.steps
+            else entry.nbytes
             for stack in self.made[candidate]
             for module, entry in stack.members.items()
         )
@@ -54,12 +61,15 @@ def units(plans: Mapping[str, Plan], plain: Sequence[str]) -> list[Unit]:
         plain: candidates that leave layers as they are.
     """
     first = next(iter(plans.values()))
-    found: dict[str, list[str]] = {}  # by unit the first members of its stacks
+    # by unit the first members of its stacks
+    found: dict[str, list[str]] = {}
     for stack in first.stacks:
         head = next(iter(stack.members))
         place = stacks.OF_EXPERT.fullmatch(head)
         found.setdefault(place["experts"] if place else stack.name, []).append(head)
-    by_head = {name: {next(iter(s.members)): s for s in plan.stacks} for name, plan in plans.items()}
+    by_head = {
+        name: {next(iter(s.members)): s for s in plan.stacks} for name, plan in plans.items()
+    }
     own = by_head[next(iter(plans))]
     kept = {head: Stack(stack.members, ()) for head, stack in own.items()}
     by_head |= dict.fromkeys(plain, kept)
@@ -68,7 +78,10 @@ def units(plans: Mapping[str, Plan], plain: Sequence[str]) -> list[Unit]:
             name,
             _patterns(name, [module for head in heads for module in own[head].members]),
             stacks.block_index(heads[0], first.container) or 0,
-            {candidate: tuple(known[head] for head in heads) for candidate, known in by_head.items()},
+            {
+                candidate: tuple(known[head] for head in heads)
+                for candidate, known in by_head.items()
+            },
         )
         for name, heads in found.items()
     ]

@@ -14,7 +14,9 @@ from bitpress.schemes import Step
 
 
 def text(found: Found) -> str:
-    """The TOML file: for each candidate the layers that get it, those that must stay together on one line."""
+    """The TOML file: for each candidate the layers that get it, those that must stay together on
+    one line.
+    """
     return "\n".join(_lines(found)) + "\n"
 
 
@@ -23,21 +25,37 @@ def _lines(found: Found) -> Iterator[str]:
     others = [name for name in search.candidates if name in found.chosen.values()]
     asked = f"--budget {search.budget:g} --schemes {','.join(search.candidates)}"
     yield f"# by bitpress {__version__}: search {_quoted(search.model)} {asked}"
-    yield f"# {found.bits():.2f} bits per weight, expected KL divergence {found.damage():.6f} nats per token"
+    yield (
+        f"# {found.bits():.2f} bits per weight, expected KL divergence {found.damage():.6f} nats "
+        "per token"
+    )
     for name in search.candidates:
         same = found.everywhere(name)
-        yield f"# {name} everywhere: {found.bits(same):.2f} bits per weight, {found.damage(same):.6f}"
+        yield (
+            f"# {name} everywhere: {found.bits(same):.2f} bits per weight, {found.damage(same):.6f}"
+        )
     yield "#"
-    yield f"# What a line costs by itself, in nats per token, stands behind it: measured on {found.tokens:,} tokens of"
-    yield f"# {_quoted(search.data.source)}. A line may be moved to another list; what is on one line must get the same steps."
+    yield (
+        "# What a line costs by itself, in nats per token, stands behind it: measured on "
+        f"{found.tokens:,} tokens of"
+    )
+    yield (
+        f"# {_quoted(search.data.source)}. A line may be moved to another list; what is on one "
+        "line must get the same steps."
+    )
     for name in others:
         yield ""
         yield "[[layers]]"
         yield "match = ["
         for unit in search.units:
             if found.chosen[unit.name] == name:
-                costs = ", ".join(f"{n} {found.damages[unit.name, n]:.6f}" for n in search.candidates)
-                yield f"    {' '.join(f'{_quoted(pattern)},' for pattern in unit.patterns)}  # {costs}"
+                costs = ", ".join(
+                    f"{n} {found.damages[unit.name, n]:.6f}" for n in search.candidates
+                )
+                yield (
+                    f"    {' '.join(f'{_quoted(pattern)},' for pattern in unit.patterns)}  # "
+                    f"{costs}"
+                )
         yield "]"
         yield f"steps = [{', '.join(map(_step, search.candidates[name]))}]"
 
@@ -48,9 +66,14 @@ def _step(step: Step) -> str:
     set_ = {name: value for name, value in options.items() if value != getattr(usual, name)}
     if not set_:
         return _quoted(step.scheme.name)
-    return f"{{ use = {_quoted(step.scheme.name)}, {', '.join(f'{name} = {_quoted(value)}' for name, value in set_.items())} }}"
+    return (
+        f"{{ use = {_quoted(step.scheme.name)}, "
+        f"{', '.join(f'{name} = {_quoted(value)}' for name, value in set_.items())} }}"
+    )
 
 
 def _quoted(value: Any) -> str:
-    """As TOML, which takes JSON's numbers, lists and (but for characters that no name has) strings."""
+    """As TOML, which takes JSON's numbers, lists and (but for characters that no name has)
+    strings.
+    """
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,7 +1,8 @@
-"""A model of any architecture that transformers knows, without its weights: they are read when they are needed.
+"""A model of any architecture that transformers knows, without its weights: they are read when they
+are needed.
 
-The model is built with its parameters on the meta device. What runs before the blocks is filled when it is first called; blocks
-are filled, used and dropped one at a time.
+The model is built with its parameters on the meta device. What runs before the blocks is filled
+when it is first called; blocks are filled, used and dropped one at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from bitpress.source import unfolded
 
 
 class Decoder:
-    """A model whose blocks are handed out one by one, their layers found by the names that they have in the files.
+    """A model whose blocks are handed out one by one, their layers found by the names that they
+    have in the files.
 
     Args:
         container: the name of the list of blocks, as in the checkpoint: `model.layers`.
@@ -43,13 +45,22 @@ class Decoder:
         everything: bool = False,
     ) -> None:
         self.model: Any = build(checkpoint, trust, dtype)
-        checkpoint = unfolded(checkpoint)  # also of experts that a run leaves as they are
+        # also of experts that a run leaves as they are
+        checkpoint = unfolded(checkpoint)
         layout = lay_out(self.model, checkpoint, container, everything)
         self.container, self.blocks = layout.container, layout.blocks
-        self._checkpoint, self._reader, self._device, self._dtype = checkpoint, reader, device, dtype
+        self._checkpoint, self._reader, self._device, self._dtype = (
+            checkpoint,
+            reader,
+            device,
+            dtype,
+        )
         self._names = {**layout.names, **self._tied(layout.names)}
         for name, module in self.model.named_modules():
-            if not name.startswith(f"{self.container}.") and next(module.parameters(recurse=False), None) is not None:
+            if (
+                not name.startswith(f"{self.container}.")
+                and next(module.parameters(recurse=False), None) is not None
+            ):
                 module.register_forward_pre_hook(self._filler(name))
 
     def __len__(self) -> int:
@@ -69,7 +80,9 @@ class Decoder:
 
     @contextlib.contextmanager
     def instead_of_blocks(self, stand_ins: list[nn.Module]) -> Iterator[nn.Module]:
-        """The whole model with other modules where its blocks are; what was filled is dropped again afterwards."""
+        """The whole model with other modules where its blocks are; what was filled is dropped again
+        afterwards.
+        """
         blocks = self.model.get_submodule(self.container)
         assert isinstance(blocks, nn.ModuleList)
         for i, module in enumerate(stand_ins):
@@ -94,7 +107,9 @@ class Decoder:
             if parameter.is_meta:
                 tensor = self._read(f"{prefix}.{name}", tuple(parameter.shape))
                 owner, _, leaf = name.rpartition(".")
-                setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+                setattr(
+                    module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False)
+                )
         for name, buffer in list(module.named_buffers(recurse=recurse)):
             owner, _, leaf = name.rpartition(".")
             entry = self._checkpoint.entries.get(self._names.get(f"{prefix}.{name}", ""))
@@ -104,15 +119,26 @@ class Decoder:
     def _tied(self, names: Mapping[str, str]) -> dict[str, str]:
         """The head's weight by the name of the embeddings' in the files, where they are one."""
         modules = {module: f"{name}.weight" for name, module in self.model.named_modules()}
-        head, embeddings = (modules.get(get()) for get in (self.model.get_output_embeddings, self.model.get_input_embeddings))
+        head, embeddings = (
+            modules.get(get())
+            for get in (self.model.get_output_embeddings, self.model.get_input_embeddings)
+        )
         configs = (self.model.config, self.model.config.get_text_config())
         tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
-        if not tied or head is None or embeddings is None or embeddings not in names or head in names:
+        if (
+            not tied
+            or head is None
+            or embeddings is None
+            or embeddings not in names
+            or head in names
+        ):
             return {}
         return {head: names[embeddings]}
 
     def require(self) -> None:
-        """See that the files hold every parameter; raises CheckpointError naming the first that they do not."""
+        """See that the files hold every parameter; raises CheckpointError naming the first that
+        they do not.
+        """
         for index, block in enumerate(self.blocks):
             for name, parameter in block.named_parameters():
                 self._entry(f"{self.container}.{index}.{name}", tuple(parameter.shape))
@@ -123,10 +149,16 @@ class Decoder:
     def _entry(self, name: str, shape: tuple[int, ...]) -> Entry:
         entry = self._checkpoint.entries.get(self._names.get(name, ""))
         if entry is None or entry.shape != shape:
-            found = "is not in the files" if entry is None else f"has the shape {list(entry.shape)} and not {list(shape)}"
+            found = (
+                "is not in the files"
+                if entry is None
+                else f"has the shape {list(entry.shape)} and not {list(shape)}"
+            )
             raise CheckpointError(
-                f"{self._checkpoint.folder}: tensor {name}, which transformers' {type(self.model).__name__} needs, {found}: "
-                "a model of this layout cannot be run yet; schemes and options that need no data can be used"
+                f"{self._checkpoint.folder}: tensor {name}, which transformers' "
+                f"{type(self.model).__name__} needs, {found}: "
+                "a model of this layout cannot be run yet; schemes and options that need no data "
+                "can be used"
             )
         return entry
 
@@ -135,5 +167,8 @@ class Decoder:
         tensor = self._reader.whole(entry).to(self._device, self._dtype)
         if not math.isfinite(tensor.sum(dtype=torch.float64)):
             place = self._checkpoint.folder
-            raise CheckpointError(f"{place}: tensor {name} holds NaN or infinity: the source is damaged; fetch it again")
+            raise CheckpointError(
+                f"{place}: tensor {name} holds NaN or infinity: the source is damaged; fetch it "
+                "again"
+            )
         return tensor

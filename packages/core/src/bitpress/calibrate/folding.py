@@ -1,6 +1,7 @@
 """Factors for the columns of a layer, their inverse folded into what produces the layer's input.
 
-Factors are powers of two, so that nothing is rounded: the function stays the same to the bit wherever multiplication commutes.
+Factors are powers of two, so that nothing is rounded: the function stays the same to the bit
+wherever multiplication commutes.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ class Producer:
 
     Attributes:
         module: a norm, or a linear layer whose rows are the input's channels.
-        heads: for values that several query heads share, how many consecutive channels make a head and how many heads share it.
+        heads: for values that several query heads share, how many consecutive channels make a head
+            and how many heads share it.
     """
 
     module: str
     heads: tuple[int, int] | None = None
 
 
-def producer(members: Sequence[str], shapes: Mapping[str, tuple[int, ...]], head: int | None) -> Producer | None:
-    """What makes the input of a stack, by the names that decoders give their layers; None where it is not known.
+def producer(
+    members: Sequence[str], shapes: Mapping[str, tuple[int, ...]], head: int | None
+) -> Producer | None:
+    """What makes the input of a stack, by the names that decoders give their layers; None where it
+    is not known.
 
     Args:
         members: names of the stack's layers, relative to their block.
@@ -39,8 +44,13 @@ def producer(members: Sequence[str], shapes: Mapping[str, tuple[int, ...]], head
         names = ["input_layernorm"]
     elif leaf in ("gate_proj", "gate_up_proj", "up_proj", "dense_h_to_4h", "w1", "w3"):
         if any(".experts." in name for name in shapes):
-            return None  # the norm feeds a router and every expert
-        names = ["pre_feedforward_layernorm"] if "pre_feedforward_layernorm.weight" in shapes else ["post_attention_layernorm"]
+            # the norm feeds a router and every expert
+            return None
+        names = (
+            ["pre_feedforward_layernorm"]
+            if "pre_feedforward_layernorm.weight" in shapes
+            else ["post_attention_layernorm"]
+        )
     elif leaf in ("down_proj", "w2"):
         names = [f"{siblings}{'up_proj' if leaf == 'down_proj' else 'w3'}"]
     elif leaf == "o_proj" and head:
@@ -54,7 +64,9 @@ def producer(members: Sequence[str], shapes: Mapping[str, tuple[int, ...]], head
 
 
 def powers_of_two(factors: Tensor, heads: tuple[int, int] | None) -> Tensor:
-    """The nearest powers of two (in,), one for all channels that come from the same row of the producer."""
+    """The nearest powers of two (in,), one for all channels that come from the same row of the
+    producer.
+    """
     exponents = factors.float().clamp(2.0**-14, 2.0**14).log2()
     if heads is not None:
         size, sharing = heads
@@ -65,14 +77,18 @@ def powers_of_two(factors: Tensor, heads: tuple[int, int] | None) -> Tensor:
 
 @frozen(eq=False)
 class Change:
-    """A tensor of the block whose columns or rows were multiplied by powers of two, given as exponents."""
+    """A tensor of the block whose columns or rows were multiplied by powers of two, given as
+    exponents.
+    """
 
     tensor: str
     axis: str
     exponents: list[int]
 
 
-def fold(block: nn.Module, members: Sequence[str], made_by: Producer, factors: Tensor) -> list[Change]:
+def fold(
+    block: nn.Module, members: Sequence[str], made_by: Producer, factors: Tensor
+) -> list[Change]:
     """Multiply the members' columns and divide what the producer makes, in place."""
     columns = [int(e) for e in factors.log2().tolist()]
     for name in members:
@@ -84,5 +100,7 @@ def fold(block: nn.Module, members: Sequence[str], made_by: Producer, factors: T
         rows = factors.view(-1, sharing, size)[:, 0].reshape(-1)
     for leaf, parameter in block.get_submodule(made_by.module).named_parameters(recurse=False):
         parameter.div_(rows if parameter.ndim == 1 else rows.unsqueeze(1))
-        changes.append(Change(f"{made_by.module}.{leaf}", "rows", [-int(e) for e in rows.log2().tolist()]))
+        changes.append(
+            Change(f"{made_by.module}.{leaf}", "rows", [-int(e) for e in rows.log2().tolist()])
+        )
     return changes

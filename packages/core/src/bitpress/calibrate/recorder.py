@@ -1,7 +1,7 @@
 """What every block is called with, noted in one pass through a model whose blocks are stand-ins.
 
-Works for any decoder, since nothing is known of its architecture: the model itself makes its masks, positions and whatever else
-its blocks are given.
+Works for any decoder, since nothing is known of its architecture: the model itself makes its masks,
+positions and whatever else its blocks are given.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class _StandIn(nn.Module):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        object.__setattr__(self, "_block", block)  # not a submodule: it is asked for attributes, never called
+        # not a submodule: it is asked for attributes, never called
+        object.__setattr__(self, "_block", block)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -67,7 +68,8 @@ class _Recorder(_StandIn):
     """Notes the call and hands the hidden states on unchanged.
 
     Args:
-        form: makes of hidden states, and of the call with them, what the blocks of this model return.
+        form: makes of hidden states, and of the call with them, what the blocks of this model
+            return.
     """
 
     def __init__(self, block: nn.Module, last: bool, form: Callable[[Call, Tensor], Any]) -> None:
@@ -101,9 +103,11 @@ class _Replayer(_StandIn):
 
 @contextlib.contextmanager
 def head(decoder: Decoder, beside: tuple[Any, ...] | None) -> Iterator[Callable[[Tensor], Tensor]]:
-    """What the model makes of its last block's outputs: (tokens, channels) -> logits (tokens, vocabulary).
+    """What the model makes of its last block's outputs: (tokens, channels) -> logits (tokens,
+    vocabulary).
 
-    All of the model that follows its blocks is run, whatever it is; tokens must not know each other there.
+    All of the model that follows its blocks is run, whatever it is; tokens must not know each other
+    there.
 
     Args:
         beside: what the blocks return in a tuple with their output; None where that is all.
@@ -122,18 +126,28 @@ def head(decoder: Decoder, beside: tuple[Any, ...] | None) -> Iterator[Callable[
 
 
 def record(
-    decoder: Decoder, batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype, folder: Path | None = None
+    decoder: Decoder,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path | None = None,
 ) -> Recording:
-    """The recording of all batches (sequences, length) of token ids; hidden states are kept on the CPU, or in a file."""
-    others: list[tuple[Any, ...] | None] = []  # what blocks return beside the hidden states; None where that is all
+    """The recording of all batches (sequences, length) of token ids; hidden states are kept on the
+    CPU, or in a file.
+    """
+    # what blocks return beside the hidden states; None where that is all
+    others: list[tuple[Any, ...] | None] = []
 
     def form(call: Call, given: Tensor) -> Any:
-        if not others:  # asked of the first block, since the model may unpack what it is given
+        # asked of the first block, since the model may unpack what it is given
+        if not others:
             found = call.whole(decoder.block(0), given.to(dtype))
             others.append(tuple(found[1:]) if isinstance(found, tuple) else None)
         return given if others[0] is None else (given, *others[0])
 
-    recorders = [_Recorder(block, i == len(decoder) - 1, form) for i, block in enumerate(decoder.blocks)]
+    recorders = [
+        _Recorder(block, i == len(decoder) - 1, form) for i, block in enumerate(decoder.blocks)
+    ]
     hidden = States(folder=folder)
     with decoder.instead_of_blocks(list(recorders)) as model:
         decoder.fill_embeddings()
@@ -156,16 +170,27 @@ def _running(model: nn.Module) -> Iterator[None]:
     except (_LastBlockReached, BitpressError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:
-        fact = f"transformers' {type(model).__name__} cannot be run on a text alone, as it and its config.json are"
+        fact = (
+            f"transformers' {type(model).__name__} cannot be run on a text alone, as it and its "
+            "config.json are"
+        )
         raise CheckpointError(f"{fact} ({first_line(e)})") from e
 
 
 def _shared(call: Call, first: Call | None) -> Call:
-    """The call with every tensor that the first batch's call had too, replaced by that one: masks and positions are kept once."""
+    """The call with every tensor that the first batch's call had too, replaced by that one: masks
+    and positions are kept once.
+    """
     if first is None:
         return call
-    arguments = tuple(_same(a, b) for a, b in zip(call.arguments, _padded(first.arguments, len(call.arguments)), strict=True))
-    return Call(arguments, {name: _same(value, first.keywords.get(name)) for name, value in call.keywords.items()})
+    arguments = tuple(
+        _same(a, b)
+        for a, b in zip(call.arguments, _padded(first.arguments, len(call.arguments)), strict=True)
+    )
+    return Call(
+        arguments,
+        {name: _same(value, first.keywords.get(name)) for name, value in call.keywords.items()},
+    )
 
 
 def _padded(values: Sequence[Any], count: int) -> list[Any]:
@@ -174,7 +199,9 @@ def _padded(values: Sequence[Any], count: int) -> list[Any]:
 
 def _same(value: Any, known: Any) -> Any:
     if isinstance(value, Tensor) and isinstance(known, Tensor):
-        same = value.dtype == known.dtype and value.shape == known.shape and torch.equal(value, known)
+        same = (
+            value.dtype == known.dtype and value.shape == known.shape and torch.equal(value, known)
+        )
         return known if same else value
     if isinstance(value, tuple) and isinstance(known, tuple) and len(value) == len(known):
         return tuple(_same(a, b) for a, b in zip(value, known, strict=True))

@@ -26,8 +26,11 @@ from bitpress.shards import Shard
 Write = Callable[[str, Tensor], None]
 
 
-def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, head: int | None, told: Told) -> BlockNotes:
-    """Compress a block's stacks in the order in which its forward comes to them; the block computes with the result afterwards.
+def compress_block(
+    shard: Shard, prefix: str, streams: Streams, write: Write, head: int | None, told: Told
+) -> BlockNotes:
+    """Compress a block's stacks in the order in which its forward comes to them; the block computes
+    with the result afterwards.
 
     Args:
         prefix: what the names of the block's tensors begin with.
@@ -39,9 +42,14 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
     entrances = [site.entrance for site in sites if site.entrance is not None]
     rescale(sites, prefix, streams, head, notes)
     writers = [site.entrance for site in sites if site.entrance is not None and site.writes]
-    doors = [Doors(block, entrances, writers) for block in (streams.block, streams.source) if block is not None]
+    doors = [
+        Doors(block, entrances, writers)
+        for block in (streams.block, streams.source)
+        if block is not None
+    ]
     for site in sites:
-        site.round_inputs()  # after doors: a layer's inputs are observed as they come
+        # after doors: a layer's inputs are observed as they come
+        site.round_inputs()
     ranks, device = streams.ranks, streams.device
     for number, site in enumerate(sites):
         owner = number % ranks.count
@@ -49,12 +57,21 @@ def compress_block(shard: Shard, prefix: str, streams: Streams, write: Write, he
             warnings.simplefilter("always", UserWarning)
             arrivals = streams.arrivals(number, site.writes) if site.entrance else ()
             stats, sample, seen = observe(site, arrivals)
-            stats, sample, tokens = ranks.add_up(stats, owner, device), ranks.any(sample, device), sum(ranks.gather(seen))
+            stats, sample, tokens = (
+                ranks.add_up(stats, owner, device),
+                ranks.any(sample, device),
+                sum(ranks.gather(seen)),
+            )
             if site.routed and tokens < FEW:
                 stats = nothing(site)
             layer = Layer(site.stack.name, site.weight, site.stack.dtype)
-            memory.give_back(streams.allowed)  # what observing took: what comes now is larger, and would not fit into its holes
-            quantised = chain.quantize_whole(layer, site.stack.steps, stats) if owner == ranks.rank else None
+            # what observing took: what comes now is larger, and would not fit into its holes
+            memory.give_back(streams.allowed)
+            quantised = (
+                chain.quantize_whole(layer, site.stack.steps, stats)
+                if owner == ranks.rank
+                else None
+            )
         texts = ranks.gather([str(w.message) for w in caught if w.category is UserWarning])
         told_of = dict.fromkeys(text for theirs in texts for text in theirs)
         notes.warnings.extend(f"{site.stack.name}: {text}" for text in told_of)
@@ -73,16 +90,26 @@ def _note(site: Site, tokens: int, notes: BlockNotes) -> None:
     if site.routed and site.stack.calibrated:
         notes.tokens.update(dict.fromkeys(site.modules, tokens))
     elif site.stack.calibrated and not tokens:
-        notes.warnings.append(f"{site.stack.name}: no token of the calibration data reached it; it was rounded without data")
+        notes.warnings.append(
+            f"{site.stack.name}: no token of the calibration data reached it; it was rounded "
+            "without data"
+        )
     for name, weight in site.weights.items():
         if not weight.any():
             notes.warnings.append(f"{name}: all its weights are zero")
 
 
 def _store(
-    site: Site, quantised: Layer | None, sample: Tensor | None, write: Write, notes: BlockNotes, ranks: Ranks, owner: int
+    site: Site,
+    quantised: Layer | None,
+    sample: Tensor | None,
+    write: Write,
+    notes: BlockNotes,
+    ranks: Ranks,
+    owner: int,
 ) -> float:
-    """Write what is stored of every member, let the block compute as it will be served, and return the largest output error.
+    """Write what is stored of every member, let the block compute as it will be served, and return
+    the largest output error.
 
     What is stored is what the stack's owner sends to the other ranks, who have no layer.
     """
@@ -92,11 +119,17 @@ def _store(
     for (name, weight), member in zip(site.weights.items(), members, strict=True):
         planned, config = site.stack.stored(name)
         if member is None:
-            tensors = {n.removeprefix(f"{name}."): weight.new_empty(s, dtype=DTYPES[t]) for n, (t, s) in planned.items()}
+            tensors = {
+                n.removeprefix(f"{name}."): weight.new_empty(s, dtype=DTYPES[t])
+                for n, (t, s) in planned.items()
+            }
         else:
             record = chain.record(chain.pack(member, steps), steps)
             site.stack.check(name, record)
-            tensors = {n: record.tensors[n].to(weight.device) for n in (n.removeprefix(f"{name}.") for n in planned)}
+            tensors = {
+                n: record.tensors[n].to(weight.device)
+                for n in (n.removeprefix(f"{name}.") for n in planned)
+            }
         tensors = {suffix: ranks.share(tensor, owner) for suffix, tensor in tensors.items()}
         for suffix, tensor in tensors.items():
             write(f"{name}.{suffix}", tensor)
@@ -106,6 +139,8 @@ def _store(
         if sample is not None:
             wanted = sample.float() @ weight.float().T
             size = float(wanted.norm())
-            notes.errors[name] = float((sample.float() @ restored.T - wanted).norm()) / size if size else 0.0
+            notes.errors[name] = (
+                float((sample.float() @ restored.T - wanted).norm()) / size if size else 0.0
+            )
         weight.copy_(restored)
     return max((notes.errors.get(name, 0.0) for name in site.modules), default=0.0)

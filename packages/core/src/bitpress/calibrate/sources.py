@@ -13,12 +13,16 @@ from bitpress.errors import DataError, first_line, nearest
 
 SHIPPED = "the text that ships with bitpress"
 JSON_LINES = (".jsonl", ".ndjson", ".json")
-LARGEST = 1 << 26  # bytes of a line of a JSON lines file
-LONGEST = 1 << 28  # characters of all texts together; as tokens they take several times the memory
+# bytes of a line of a JSON lines file
+LARGEST = 1 << 26
+# characters of all texts together; as tokens they take several times the memory
+LONGEST = 1 << 28
 SUFFIXES = (*JSON_LINES, ".txt", ".parquet")
 
-Row: TypeAlias = tuple[str, Any]  # what errors call it ("texts.jsonl, line 3"), and the row
-Render: TypeAlias = Callable[[list[Any]], str]  # the messages of a chat as one text
+# what errors call it ("texts.jsonl, line 3"), and the row
+Row: TypeAlias = tuple[str, Any]
+# the messages of a chat as one text
+Render: TypeAlias = Callable[[list[Any]], str]
 
 
 def read(source: str | None, limit: int | None, render: Render) -> tuple[str, str]:
@@ -58,7 +62,10 @@ def _plain(file: Path, limit: int | None) -> str:
 
 def _bounded(text: str, place: str) -> str:
     if len(text) > LONGEST:
-        raise DataError(f"{place}: it holds more than {LONGEST:,} characters, which are to be read whole; give a part of it")
+        raise DataError(
+            f"{place}: it holds more than {LONGEST:,} characters, which are to be read whole; give "
+            "a part of it"
+        )
     return text
 
 
@@ -68,7 +75,9 @@ def _rows(file: Path) -> Iterator[Row]:
         return _json_lines(file)
     if suffix == ".parquet":
         return _parquet(file)
-    raise DataError(f"{file}: texts are read from {', '.join(SUFFIXES)}; if it is plain text, name it .txt")
+    raise DataError(
+        f"{file}: texts are read from {', '.join(SUFFIXES)}; if it is plain text, name it .txt"
+    )
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
@@ -82,9 +91,13 @@ def _json_lines(file: Path) -> Iterator[Row]:
             try:
                 yield place, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as e:
-                raise DataError(f"{place}: it is not UTF-8 text ({e.reason}); save the file as UTF-8") from None
+                raise DataError(
+                    f"{place}: it is not UTF-8 text ({e.reason}); save the file as UTF-8"
+                ) from None
             except (ValueError, RecursionError) as e:
-                raise DataError(f"{place}: not valid JSON ({e}); every line is one object") from None
+                raise DataError(
+                    f"{place}: not valid JSON ({e}); every line is one object"
+                ) from None
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -92,13 +105,17 @@ def _parquet(file: Path) -> Iterator[Row]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise DataError(f"{file}: reading parquet needs pyarrow; pip install 'bitpress-core[parquet]'") from None
+        raise DataError(
+            f"{file}: reading parquet needs pyarrow; pip install 'bitpress-core[parquet]'"
+        ) from None
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             column = next((name for name in ("text", "messages") if name in names), None)
             if column is None:
-                raise DataError(f"{file}: it has no column text or messages, but {', '.join(names) or 'none'}")
+                raise DataError(
+                    f"{file}: it has no column text or messages, but {', '.join(names) or 'none'}"
+                )
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=[column]):
                 for row in batch.to_pylist():
@@ -117,7 +134,8 @@ def _dataset(source: str) -> Iterator[Row]:
         import datasets
     except ImportError:
         raise DataError(
-            f"{source}: there is no such file; if it is the name of a dataset, pip install 'bitpress-core[datasets]' for those"
+            f"{source}: there is no such file; if it is the name of a dataset, pip install "
+            "'bitpress-core[datasets]' for those"
         ) from None
     name, _, subset = source.partition(":")
     try:
@@ -125,13 +143,17 @@ def _dataset(source: str) -> Iterator[Row]:
         rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{source}, row {number}", row
-    except Exception as e:  # the library and the network behind it raise many kinds
-        raise DataError(f"{source}: it is neither a file nor a dataset that can be loaded ({first_line(e)})") from None
+    except Exception as e:
+        # the library and the network behind it raise many kinds
+        raise DataError(
+            f"{source}: it is neither a file nor a dataset that can be loaded ({first_line(e)})"
+        ) from None
 
 
 def _join(rows: Iterable[Row], limit: int | None, render: Render) -> str:
     texts: list[str] = []
-    size, place = -1, ""  # a newline less than there are texts
+    # a newline less than there are texts
+    size, place = -1, ""
     for place, row in rows:
         texts.append(_text(place, row, render))
         size += len(texts[-1]) + 1
@@ -145,10 +167,19 @@ def _text(place: str, row: Any, render: Render) -> str:
     row = row if isinstance(row, Mapping) else {}
     text, messages = row.get("text"), row.get("messages")
     if not isinstance(text, str):
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+        if (
+            not isinstance(messages, list)
+            or not messages
+            or not all(isinstance(m, Mapping) and "role" in m for m in messages)
+        ):
             raise DataError(
-                f'{place}: an object with a "text" or with chat "messages" (each with "role" and "content") is expected'
-                + (f", not one with {', '.join(repr(str(key)[:40]) for key in list(row)[:10])}" if row else "")
+                f'{place}: an object with a "text" or with chat "messages" (each with "role" and '
+                '"content") is expected'
+                + (
+                    f", not one with {', '.join(repr(str(key)[:40]) for key in list(row)[:10])}"
+                    if row
+                    else ""
+                )
             )
         try:
             text = render(messages)
@@ -157,5 +188,7 @@ def _text(place: str, row: Any, render: Render) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise DataError(f"{place}: half of a surrogate pair, which is no character, at {e.start}") from None
+        raise DataError(
+            f"{place}: half of a surrogate pair, which is no character, at {e.start}"
+        ) from None
     return text

@@ -1,4 +1,6 @@
-"""The hidden states between two blocks, one tensor per batch: in memory, or in a file without a name where memory is short."""
+"""The hidden states between two blocks, one tensor per batch: in memory, or in a file without a
+name where memory is short.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""All batches on their way through the blocks: as the compressed model makes them, and some of them as the source does too."""
+"""All batches on their way through the blocks: as the compressed model makes them, and some of them
+as the source does too.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class Arrival:
     Attributes:
         inputs: (tokens, in) as the compressed layers before it make them.
         reference: (tokens, in) as the source makes them; None where it is not asked.
-        residual: (tokens, channels) the source's residual stream less the compressed model's, before what the site adds to it.
+        residual: (tokens, channels) the source's residual stream less the compressed model's,
+            before what the site adds to it.
     """
 
     inputs: Tensor
@@ -37,13 +40,19 @@ class Arrival:
         first = arrivals[0]
         return cls(
             torch.cat([a.inputs for a in arrivals]),
-            None if first.reference is None else torch.cat([a.reference for a in arrivals if a.reference is not None]),
-            None if first.residual is None else torch.cat([a.residual for a in arrivals if a.residual is not None]),
+            None
+            if first.reference is None
+            else torch.cat([a.reference for a in arrivals if a.reference is not None]),
+            None
+            if first.residual is None
+            else torch.cat([a.residual for a in arrivals if a.residual is not None]),
         )
 
     def only(self, chosen: Tensor) -> Arrival:
         """The chosen tokens, (tokens,) bool."""
-        reference, residual = (None if t is None else t[chosen] for t in (self.reference, self.residual))
+        reference, residual = (
+            None if t is None else t[chosen] for t in (self.reference, self.residual)
+        )
         return Arrival(self.inputs[chosen], reference, residual)
 
 
@@ -52,7 +61,8 @@ class Streams:
 
     Args:
         states: of every batch, as the compressed blocks make them.
-        reference: of the chosen batches, as the source's blocks make them; None where nobody asks for them.
+        reference: of the chosen batches, as the source's blocks make them; None where nobody asks
+            for them.
         chosen: which batches these are.
         waiting: how many forwards may wait inside a block; others start anew for every site.
         ranks: who share all batches; these are one rank's.
@@ -60,9 +70,15 @@ class Streams:
     """
 
     def __init__(
-        self, states: States, reference: States | None, chosen: Sequence[int], waiting: int, device: torch.device,
-        ranks: Ranks = ALONE, allowed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        states: States,
+        reference: States | None,
+        chosen: Sequence[int],
+        waiting: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        allowed: int = 0,
+    ) -> None:
         self.ranks = ranks
         self.states, self.reference, self.chosen, self.waiting = states, reference, chosen, waiting
         self.device, self.allowed = device, allowed
@@ -77,7 +93,9 @@ class Streams:
         self._source_walks = {}
         if source is not None and self.reference is not None:
             for place, i in enumerate(self.chosen):
-                self._source_walks[i] = Walk(source, calls[i], self._reader(self.reference, place), streaming=True)
+                self._source_walks[i] = Walk(
+                    source, calls[i], self._reader(self.reference, place), streaming=True
+                )
 
     def walk(self, batch: int, streaming: bool = False) -> Walk:
         """A new walk of a batch through the block."""
@@ -88,7 +106,9 @@ class Streams:
         return self.calls[0], self.states[0].to(self.device)
 
     def course(self, names: Sequence[str]) -> Course:
-        """How the first rank's first batch comes through the block; blocks that are built alike are asked once."""
+        """How the first rank's first batch comes through the block; blocks that are built alike are
+        asked once.
+        """
         kind = (type(self.block), *names)
         if kind in self._courses:
             return self._courses[kind]
@@ -112,14 +132,16 @@ class Streams:
             reference, before = (None, None) if other is None else other.input(site, keep)
             if inputs is None:
                 continue
-            if reference is None or reference.shape != inputs.shape:  # or the source sends other tokens there
+            # or the source sends other tokens there
+            if reference is None or reference.shape != inputs.shape:
                 yield Arrival(inputs)
             else:
                 behind = None if before is None or now is None or not writes else before - now
                 yield Arrival(inputs, reference, behind)
 
     def leave(self, last: bool = False) -> float | None:
-        """Go on to the block's outputs; ||h - h'|| / ||h'|| of the batches whose h' the source makes too, None without such.
+        """Go on to the block's outputs; ||h - h'|| / ||h'|| of the batches whose h' the source
+        makes too, None without such.
 
         Args:
             last: nobody needs the outputs of this block but for that figure.
@@ -130,7 +152,9 @@ class Streams:
         for place, (i, walk) in enumerate(self._source_walks.items()):
             assert self.reference is not None
             found = self.reference[place] = walk.output()
-            moved += float((self.states[i].to(found.device) - found).square().sum(dtype=torch.float64))
+            moved += float(
+                (self.states[i].to(found.device) - found).square().sum(dtype=torch.float64)
+            )
             size += float(found.square().sum(dtype=torch.float64))
         moved, size = (sum(parts) for parts in zip(*self.ranks.gather((moved, size)), strict=True))
         self._walks, self._source_walks = [], {}

@@ -1,4 +1,6 @@
-"""From texts to token sequences: what a model is run on, the same for the same choice, with no padding."""
+"""From texts to token sequences: what a model is run on, the same for the same choice, with no
+padding.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ from torch import Tensor
 from bitpress.calibrate import sources
 from bitpress.errors import CheckpointError, DataError, first_line
 
-SHORTEST = 16  # tokens: a lone sequence shorter than this says nothing about a model
-GENEROUS = 16  # characters read per token wanted; a token of prose has three to five
+# tokens: a lone sequence shorter than this says nothing about a model
+SHORTEST = 16
+# characters read per token wanted; a token of prose has three to five
+GENEROUS = 16
 
 
 @frozen
@@ -24,12 +28,12 @@ class Choice:
     """What a model is to be run on, as asked for.
 
     Attributes:
-        source: a .jsonl, .txt or .parquet file, or a dataset of the `datasets` library as NAME or NAME:SUBSET; None: the text
-            that ships with bitpress.
+        source: a .jsonl, .txt or .parquet file, or a dataset of the `datasets` library as NAME or
+            NAME:SUBSET; None: the text that ships with bitpress.
         samples: how many sequences.
         length: tokens in each.
-        seed: 0 takes the sequences in the text's own order and reads no further than they need; any other draws them from all
-            that the text gives, which reads and tokenises all of it.
+        seed: 0 takes the sequences in the text's own order and reads no further than they need; any
+            other draws them from all that the text gives, which reads and tokenises all of it.
         all_experts: whether every expert is given every token.
     """
 
@@ -42,11 +46,18 @@ class Choice:
     @property
     def words(self) -> dict[str, object]:
         """Options of a command line that ask for it; files without their folders."""
-        source = self.source if self.source is None or not Path(self.source).is_file() else Path(self.source)
+        source = (
+            self.source
+            if self.source is None or not Path(self.source).is_file()
+            else Path(self.source)
+        )
         return {
-            "--calibration": source, "--samples": self.samples, "--sequence-length": self.length, "--seed": self.seed or None,
+            "--calibration": source,
+            "--samples": self.samples,
+            "--sequence-length": self.length,
+            "--seed": self.seed or None,
             "--all-experts": self.all_experts,
-        }  # fmt: skip
+        }
 
 
 @frozen(eq=False)
@@ -56,7 +67,8 @@ class Sequences:
     Attributes:
         ids: (sequences, length) int64.
         source: for people: a file's name, a dataset's, or "the text that ships with bitpress".
-        digest: SHA-256 of shape and ids: the same ids have the same digest, wherever they come from.
+        digest: SHA-256 of shape and ids: the same ids have the same digest, wherever they come
+            from.
         warnings: what the user should know, such as that there was less text than asked for.
         seed: that they were drawn with.
         all_experts: whether every expert is given all of them.
@@ -88,13 +100,20 @@ class Stretch:
 
 
 def stretch(
-    source: str, length: int, most: int, folder: Path, config: Mapping[str, Any], trust_remote_code: bool = False
+    source: str,
+    length: int,
+    most: int,
+    folder: Path,
+    config: Mapping[str, Any],
+    trust_remote_code: bool = False,
 ) -> Stretch:
-    """At most so many tokens of a text, tokenised as `load` does, in sequences of `length` that do not overlap.
+    """At most so many tokens of a text, tokenised as `load` does, in sequences of `length` that do
+    not overlap.
 
     Raises:
         DataError: the numbers are none, or the text cannot be read or is too short.
-        CheckpointError: the folder has no usable tokenizer, or one that does not belong to this config.
+        CheckpointError: the folder has no usable tokenizer, or one that does not belong to this
+            config.
     """
     if length < 1 or most < 1:
         raise DataError(f"{most} tokens in sequences of {length}: both are at least 1")
@@ -103,38 +122,51 @@ def stretch(
     _check_vocabulary(tokens, tokenizer, folder, config)
     tokens = tokens[: most + 1]
     if len(tokens) <= SHORTEST:
-        raise DataError(f"{name}: it gives {len(tokens)} tokens, too few to judge a model by; give a longer text")
+        raise DataError(
+            f"{name}: it gives {len(tokens)} tokens, too few to judge a model by; give a longer "
+            "text"
+        )
     size = min(length, len(tokens) - 1, _number(config, "max_position_embeddings") or length)
     count = (len(tokens) - 1) // size
     inputs, targets = (tokens[start : start + count * size].view(count, size) for start in (0, 1))
     return Stretch(inputs, targets, name, _digest(inputs))
 
 
-def load(choice: Choice, folder: Path, config: Mapping[str, Any], trust_remote_code: bool = False) -> Sequences:
+def load(
+    choice: Choice, folder: Path, config: Mapping[str, Any], trust_remote_code: bool = False
+) -> Sequences:
     """Full sequences of tokens, made by the tokenizer of a model folder from the texts chosen.
 
-    Texts are joined by single newlines and tokenised once, as one string, which is cut into sequences from its start; a last
-    one that is not full is left out. A chat becomes a text through the tokenizer's chat template.
+    Texts are joined by single newlines and tokenised once, as one string, which is cut into
+    sequences from its start; a last one that is not full is left out. A chat becomes a text through
+    the tokenizer's chat template.
 
     Raises:
-        DataError: the choice is none, or the texts cannot be read or are too short for even one short sequence.
-        CheckpointError: the folder has no usable tokenizer, or one that does not belong to this config.
+        DataError: the choice is none, or the texts cannot be read or are too short for even one
+            short sequence.
+        CheckpointError: the folder has no usable tokenizer, or one that does not belong to this
+            config.
     """
     if choice.samples < 1 or choice.length < 1 or not 0 <= choice.seed < 2**63:
         raise DataError(
-            f"{choice.samples} sequences of {choice.length} tokens with seed {choice.seed}: sequences and tokens are at least 1, "
+            f"{choice.samples} sequences of {choice.length} tokens with seed {choice.seed}: "
+            "sequences and tokens are at least 1, "
             "a seed is from 0 to 2**63 - 1"
         )
     warnings = []
     length, most = choice.length, _number(config, "max_position_embeddings")
     if most is not None and length > most:
-        warnings.append(f"sequences of {length} tokens cut to {most}, the model's max_position_embeddings")
+        warnings.append(
+            f"sequences of {length} tokens cut to {most}, the model's max_position_embeddings"
+        )
         length = most
     tokenizer = _tokenizer(folder, trust_remote_code)
     tokens, name = _tokenise(choice, choice.samples * length, tokenizer)
     _check_vocabulary(tokens, tokenizer, folder, config)
     if len(tokens) < min(length, SHORTEST):
-        raise DataError(f"{name}: it gives {len(tokens)} tokens, too few to run a model on; give a longer text")
+        raise DataError(
+            f"{name}: it gives {len(tokens)} tokens, too few to run a model on; give a longer text"
+        )
 
     size = min(length, len(tokens))
     count = len(tokens) // size
@@ -144,26 +176,39 @@ def load(choice: Choice, folder: Path, config: Mapping[str, Any], trust_remote_c
     ids = packed[: choice.samples].clone()
 
     # the default numbers are nobody's wish, and the text that ships is as long as it is
-    if (count < choice.samples or size < length) and attrs.evolve(choice, seed=0, all_experts=False) != Choice():
+    if (count < choice.samples or size < length) and attrs.evolve(
+        choice, seed=0, all_experts=False
+    ) != Choice():
         shorter = f", one of {size} tokens" if size < length else ""
         full = 0 if shorter else count
-        warnings.append(f"{full} of {choice.samples} sequences of {length} tokens{shorter}: {name} holds {len(tokens):,} tokens")
+        warnings.append(
+            f"{full} of {choice.samples} sequences of {length} tokens{shorter}: {name} holds "
+            f"{len(tokens):,} tokens"
+        )
     return Sequences(ids, name, _digest(ids), tuple(warnings), choice.seed, choice.all_experts)
 
 
 def _tokenise(choice: Choice, wanted: int, tokenizer: Any) -> tuple[Tensor, str]:
-    """All tokens of the texts, or with seed 0 at least as many as wanted where there are so many; and the source's name."""
+    """All tokens of the texts, or with seed 0 at least as many as wanted where there are so many;
+    and the source's name.
+    """
 
     def render(messages: list[Any]) -> str:
         if not tokenizer.chat_template:
-            raise DataError("a chat, and the model's tokenizer has no chat template; give it as one text")
+            raise DataError(
+                "a chat, and the model's tokenizer has no chat template; give it as one text"
+            )
         try:
             return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as e:  # templates are programs, and raise what they like
-            raise DataError(f"the tokenizer's chat template does not take these messages ({first_line(e)})") from None
+        except Exception as e:
+            # templates are programs, and raise what they like
+            raise DataError(
+                f"the tokenizer's chat template does not take these messages ({first_line(e)})"
+            ) from None
 
-    # Where the first tokens are all that is wanted, the beginning of the text is all that is read: a tokenizer hardly looks
-    # further than a word ahead, so that they are the same, and nobody waits for gigabytes to be tokenised for them.
+    # Where the first tokens are all that is wanted, the beginning of the text is all that is read:
+    # a tokenizer hardly looks further than a word ahead, so that they are the same, and nobody
+    # waits for gigabytes to be tokenised for them.
     limit = None if choice.seed else GENEROUS * wanted
     while True:
         text, name = sources.read(choice.source, limit, render)
@@ -172,32 +217,47 @@ def _tokenise(choice: Choice, wanted: int, tokenizer: Any) -> tuple[Tensor, str]
         found = tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"]
         if limit is None or len(text) < limit or len(found) >= wanted:
             return torch.tensor(found, dtype=torch.int64), name
-        limit *= GENEROUS  # a text of uncommonly long tokens
+        # a text of uncommonly long tokens
+        limit *= GENEROUS
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as e:  # whatever the parsers of its files raise
-        hint = "; if you trust that code, --trust-remote-code runs it" if "trust_remote_code" in str(e) else ""
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as e:
+        # whatever the parsers of its files raise
+        hint = (
+            "; if you trust that code, --trust-remote-code runs it"
+            if "trust_remote_code" in str(e)
+            else ""
+        )
         fact = first_line(e)
-        raise CheckpointError(f"{folder}: no usable tokenizer, which running the model on text needs ({fact}){hint}") from None
+        raise CheckpointError(
+            f"{folder}: no usable tokenizer, which running the model on text needs ({fact}){hint}"
+        ) from None
 
 
-def _check_vocabulary(tokens: Tensor, tokenizer: Any, folder: Path, config: Mapping[str, Any]) -> None:
+def _check_vocabulary(
+    tokens: Tensor, tokenizer: Any, folder: Path, config: Mapping[str, Any]
+) -> None:
     size = _number(config, "vocab_size")
     if size is not None and len(tokens) and int(tokens.max()) >= size:
         token = int(tokens.max())
         raise CheckpointError(
-            f"{folder}: its tokenizer gives the token id {token} ({tokenizer.convert_ids_to_tokens(token)!r}) and the config's "
+            f"{folder}: its tokenizer gives the token id {token} "
+            f"({tokenizer.convert_ids_to_tokens(token)!r}) and the config's "
             f"vocab_size is {size}; they are not of one model"
         )
 
 
 def _number(config: Mapping[str, Any], key: str) -> int | None:
-    """A count from the config, or from the text part of a multimodal one; None where neither has it."""
+    """A count from the config, or from the text part of a multimodal one; None where neither has
+    it.
+    """
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping) and isinstance(part.get(key), int) and part[key] > 0:
             return int(part[key])
@@ -205,4 +265,6 @@ def _number(config: Mapping[str, Any], key: str) -> int | None:
 
 
 def _digest(ids: Tensor) -> str:
-    return hashlib.sha256(repr(tuple(ids.shape)).encode() + ids.numpy().astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(
+        repr(tuple(ids.shape)).encode() + ids.numpy().astype("<i8").tobytes()
+    ).hexdigest()

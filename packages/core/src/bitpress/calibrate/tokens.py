@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping
 
 from bitpress.stacks import OF_EXPERT
 
-FEW = 64  # an expert that is sent fewer is compressed as if there were no data: second moments of so few say little
-TOLD = 4  # experts that are named
+# an expert that is sent fewer is compressed as if there were no data: second moments of so few say
+# little
+FEW = 64
+# experts that are named
+TOLD = 4
 
 
 def few(tokens: Mapping[str, int]) -> Iterator[str]:
@@ -23,8 +26,12 @@ def few(tokens: Mapping[str, int]) -> Iterator[str]:
     for experts, counts in found.items():
         short = {number: count for number, count in counts.items() if count < FEW}
         if short:
-            names = ", ".join(f"{number} ({count} tokens)" for number, count in list(short.items())[:TOLD])
+            names = ", ".join(
+                f"{number} ({count} tokens)" for number, count in list(short.items())[:TOLD]
+            )
             yield (
-                f"{experts}: {len(short)} of {len(counts)} experts were sent fewer than {FEW} tokens and are compressed as "
-                f"without data: {names}{', ...' if len(short) > TOLD else ''}; give more text, or --all-experts"
+                f"{experts}: {len(short)} of {len(counts)} experts were sent fewer than {FEW} "
+                "tokens and are compressed as "
+                f"without data: {names}{', ...' if len(short) > TOLD else ''}; give more text, or "
+                "--all-experts"
             )

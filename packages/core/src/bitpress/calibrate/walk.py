@@ -1,8 +1,9 @@
 """Forwards of one block that stop before its linear layers and go on when those have been decided.
 
-A forward is a coroutine of its own (greenlet): when a site (layers that read one input) is reached it hands the input out and
-waits. Kept waiting, a block costs one forward however many sites it has, and its waiting forwards hold a few tensors for each
-token; not kept, it is run from its start for every site, and holds nothing.
+A forward is a coroutine of its own (greenlet): when a site (layers that read one input) is reached
+it hands the input out and waits. Kept waiting, a block costs one forward however many sites it has,
+and its waiting forwards hold a few tensors for each token; not kept, it is run from its start for
+every site, and holds nothing.
 """
 
 from __future__ import annotations
@@ -20,20 +21,26 @@ from torch.utils.hooks import RemovableHandle
 
 from bitpress.calibrate.recorder import Call
 
-SAME = 1e-5  # of a block's output: by how much sums in another order may differ
-MOST = 6  # layers of which some are looked for that add up to what a block does
+# of a block's output: by how much sums in another order may differ
+SAME = 1e-5
+# layers of which some are looked for that add up to what a block does
+MOST = 6
 
 
 class _Forward(greenlet.greenlet):
-    """A forward of a block. Nothing that it runs holds it, so that one that is given up ends, and lets go of the block.
+    """A forward of a block. Nothing that it runs holds it, so that one that is given up ends, and
+    lets go of the block.
 
     Attributes:
-        stream: the block's input and what layers have added to it so far; None where it is not noted.
+        stream: the block's input and what layers have added to it so far; None where it is not
+            noted.
     """
 
     stream: Tensor | None = None
 
-    def __init__(self, block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool) -> None:
+    def __init__(
+        self, block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool
+    ) -> None:
         super().__init__(functools.partial(_forward, block, call, hidden, streaming))
 
 
@@ -51,13 +58,16 @@ class Walk:
         streaming: whether what layers add to the block's input is noted on the way.
     """
 
-    def __init__(self, block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool = False) -> None:
+    def __init__(
+        self, block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool = False
+    ) -> None:
         self._start = lambda: _Forward(block, call, hidden, streaming)
         self._run: _Forward | None = None
         self._at: tuple[int, Tensor | None] = (-1, None)
 
     def input(self, site: int, keep: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The input (tokens, in) of a site, sites being asked for in order; None where the forward does not pass it.
+        """The input (tokens, in) of a site, sites being asked for in order; None where the forward
+        does not pass it.
 
         Beside it the residual stream (tokens, channels) by then, if the walk is a streaming one.
 
@@ -88,7 +98,8 @@ class Walk:
 
 
 class Doors:
-    """The places of a block where walks stop: before the first layer of every site; and where they note what is added.
+    """The places of a block where walks stop: before the first layer of every site; and where they
+    note what is added.
 
     Args:
         sites: each site's first layer.
@@ -100,7 +111,9 @@ class Doors:
         main = greenlet.getcurrent()
         for number, name in enumerate(sites):
 
-            def stop(module: nn.Module, arguments: tuple[Tensor, ...], number: int = number) -> None:
+            def stop(
+                module: nn.Module, arguments: tuple[Tensor, ...], number: int = number
+            ) -> None:
                 if greenlet.getcurrent() is not main:
                     main.switch((number, arguments[0].flatten(0, -2)))
 
@@ -117,7 +130,8 @@ class Doors:
 def _add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
     run = greenlet.getcurrent()
     if isinstance(run, _Forward) and run.stream is not None:
-        run.stream = run.stream + output.view_as(run.stream)  # some blocks have laid all tokens in one row
+        # some blocks have laid all tokens in one row
+        run.stream = run.stream + output.view_as(run.stream)
 
 
 @frozen
@@ -126,7 +140,8 @@ class Course:
 
     Attributes:
         called: those of the asked layers that it calls, in the order of their first calls.
-        writers: those of them whose outputs, added to the block's input, make its output; none where it is made otherwise.
+        writers: those of them whose outputs, added to the block's input, make its output; none
+            where it is made otherwise.
     """
 
     called: tuple[str, ...]
@@ -139,8 +154,13 @@ def course(block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor) -
 
     def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            if name not in called:  # some blocks add to an output in place
-                called[name] = output.reshape(hidden.shape).clone() if output.numel() == hidden.numel() else None
+            # some blocks add to an output in place
+            if name not in called:
+                called[name] = (
+                    output.reshape(hidden.shape).clone()
+                    if output.numel() == hidden.numel()
+                    else None
+                )
 
         return hook
 

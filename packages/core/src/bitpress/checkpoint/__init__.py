@@ -1,1 +1,3 @@
-"""Model folders on disk: safetensors headers, reading by rows, and writing that is whole or not there."""
+"""Model folders on disk: safetensors headers, reading by rows, and writing that is whole or not
+there.
+"""

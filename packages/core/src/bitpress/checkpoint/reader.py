@@ -1,4 +1,6 @@
-"""A model folder as it lies on disk: what is in it, known from headers, and its numbers, read by rows."""
+"""A model folder as it lies on disk: what is in it, known from headers, and its numbers, read by
+rows.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,43 @@ from bitpress.checkpoint.views import View
 from bitpress.errors import CheckpointError, first_line
 
 DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-    "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,180}\.safetensors")
-DEEPEST = 100  # of a JSON file: lists and tables within one another
+# of a JSON file: lists and tables within one another
+DEEPEST = 100
 WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pkl", ".index.json", ".part",
-)  # fmt: skip
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".npz",
+    ".pkl",
+    ".index.json",
+    ".part",
+)
 
 
 @frozen(eq=False)
@@ -52,7 +80,8 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, config: Mapping[str, Any] | None = None) -> Checkpoint:
-    """The inventory of a folder, from its headers alone; `config` stands in for a `config.json` that is not written yet.
+    """The inventory of a folder, from its headers alone; `config` stands in for a `config.json`
+    that is not written yet.
 
     Raises:
         CheckpointError: it is not a model folder, or index, headers and files do not agree.
@@ -64,7 +93,10 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any] | None = None) -> Ch
         headers[name] = read_header(folder / name)
         for entry in headers[name].entries:
             if entry.name in entries:
-                raise CheckpointError(f"{folder}: tensor {entry.name} is in {entries[entry.name].file.name} and in {name}")
+                raise CheckpointError(
+                    f"{folder}: tensor {entry.name} is in {entries[entry.name].file.name} and in "
+                    f"{name}"
+                )
             entries[entry.name] = entry
     if (folder / INDEX).is_file():
         _check_index(folder, entries)
@@ -74,17 +106,25 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any] | None = None) -> Ch
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; raises CheckpointError where it is missing or something else."""
     if not file.parent.is_dir():
-        raise CheckpointError(f"{file.parent} is not a folder: name one with {file.name} and safetensors files")
+        raise CheckpointError(
+            f"{file.parent} is not a folder: name one with {file.name} and safetensors files"
+        )
     try:
-        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+        # opening a pipe would wait for ever
+        if file.exists() and not file.is_file():
             raise CheckpointError(f"{file}: not a regular file")
         if (size := file.stat().st_size) > LARGEST:
-            raise CheckpointError(f"{file}: {size} bytes, and at most {LARGEST} are read; it is not what its name says")
+            raise CheckpointError(
+                f"{file}: {size} bytes, and at most {LARGEST} are read; it is not what its name "
+                "says"
+            )
         value = json.loads(file.read_bytes())
         if not _writable(value):
             raise ValueError(f"a text in it is not Unicode, or it is nested deeper than {DEEPEST}")
     except FileNotFoundError:
-        raise CheckpointError(f"{file.parent} is not a model folder: it has no {file.name}") from None
+        raise CheckpointError(
+            f"{file.parent} is not a model folder: it has no {file.name}"
+        ) from None
     except OSError as e:
         raise CheckpointError(f"{file}: {e.strerror or e}") from None
     except (ValueError, RecursionError) as e:
@@ -113,12 +153,19 @@ def _weight_files(folder: Path) -> list[str]:
     if len(files) == 1:
         return files
     if files:
-        raise CheckpointError(f"{folder}: {len(files)} safetensors files and no {INDEX} that says which belong together")
-    pickles = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
+        raise CheckpointError(
+            f"{folder}: {len(files)} safetensors files and no {INDEX} that says which belong "
+            "together"
+        )
+    pickles = sorted(
+        f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern)
+    )
     if pickles:
         raise CheckpointError(
-            f"{folder}: weights only as pickles ({pickles[0]}), which can run code when loaded and are not read; convert them "
-            "where you trust them: transformers' from_pretrained(...).save_pretrained(FOLDER) writes safetensors"
+            f"{folder}: weights only as pickles ({pickles[0]}), which can run code when loaded and "
+            "are not read; convert them "
+            "where you trust them: transformers' from_pretrained(...).save_pretrained(FOLDER) "
+            "writes safetensors"
         )
     raise CheckpointError(f"{folder} is not a model folder: it has no safetensors files")
 
@@ -130,10 +177,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
             raise CheckpointError(
-                f"{folder / INDEX}: tensor {tensor} is said to lie in {str(name)[:200]!r}, not a file of this folder"
+                f"{folder / INDEX}: tensor {tensor} is said to lie in {str(name)[:200]!r}, not a "
+                "file of this folder"
             )
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: shard {name}, named by {INDEX}, is missing; fetch it again")
+            raise CheckpointError(
+                f"{folder}: shard {name}, named by {INDEX}, is missing; fetch it again"
+            )
     return weight_map
 
 
@@ -141,15 +191,20 @@ def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
     weight_map = _weight_map(folder)
     for tensor, name in weight_map.items():
         if tensor not in entries or entries[tensor].file.name != name:
-            raise CheckpointError(f"{folder}: {INDEX} says that tensor {tensor} is in {name}, and it is not there")
+            raise CheckpointError(
+                f"{folder}: {INDEX} says that tensor {tensor} is in {name}, and it is not there"
+            )
     for tensor in entries:
         if tensor not in weight_map:
-            raise CheckpointError(f"{folder}: tensor {tensor} of {entries[tensor].file.name} is not in {INDEX}")
+            raise CheckpointError(
+                f"{folder}: tensor {tensor} of {entries[tensor].file.name} is not in {INDEX}"
+            )
 
 
 class Reader:
-    """Reads numbers of a checkpoint's files: explicit reads into fresh memory, never a mapping, so that memory stays bounded
-    and a file that shrinks is an error and not a crash. Safe to use from several threads; close it, or use it in `with`.
+    """Reads numbers of a checkpoint's files: explicit reads into fresh memory, never a mapping, so
+    that memory stays bounded and a file that shrinks is an error and not a crash. Safe to use from
+    several threads; close it, or use it in `with`.
 
     Args:
         pinned: whether rows are read into pages that GPUs copy from by themselves.
@@ -164,15 +219,25 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
 
     def rows(self, entry: Entry, first: int, last: int) -> torch.Tensor:
-        """Rows `first` to `last` (exclusive) of a tensor, in its own dtype; all of it for a tensor without axes."""
+        """Rows `first` to `last` (exclusive) of a tensor, in its own dtype; all of it for a tensor
+        without axes.
+        """
         if entry.dtype not in DTYPES:
-            raise CheckpointError(f"{entry.file}: tensor {entry.name} has the dtype {entry.dtype}, which torch cannot hold")
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.name} has the dtype {entry.dtype}, which torch "
+                "cannot hold"
+            )
         if isinstance(entry, View):
             return entry.rows(self, first, last, DTYPES[entry.dtype])
         shape = (last - first, *entry.shape[1:]) if entry.shape else ()
@@ -188,12 +253,15 @@ class Reader:
     def turned(self, entry: Entry) -> torch.Tensor:
         """All of a matrix, transposed; a thread's last is kept, since it is asked for in tiles."""
         if getattr(self._turned, "entry", None) != entry:
-            self._turned.matrix = None  # two would be held otherwise
+            # two would be held otherwise
+            self._turned.matrix = None
             self._turned.entry, self._turned.matrix = entry, self.whole(entry).T
         return self._turned.matrix  # type: ignore[no-any-return]
 
     def chunks(self, entry: Entry, size: int = 1 << 22) -> Iterator[torch.Tensor]:
-        """The bytes of a tensor of any dtype, in order, as uint8 tensors of at most `size`; each is overwritten by the next."""
+        """The bytes of a tensor of any dtype, in order, as uint8 tensors of at most `size`; each is
+        overwritten by the next.
+        """
         if isinstance(entry, View):
             yield from torch.split(self.whole(entry).reshape(-1).view(torch.uint8), size)
             return
@@ -210,9 +278,14 @@ class Reader:
             try:
                 count = os.preadv(self._open(entry.file), [view[at:]], entry.start + offset + at)
             except OSError as e:
-                raise CheckpointError(f"{entry.file}: {e.strerror or e} (while reading {entry.name})") from None
+                raise CheckpointError(
+                    f"{entry.file}: {e.strerror or e} (while reading {entry.name})"
+                ) from None
             if count == 0:
-                raise CheckpointError(f"{entry.file}: it ended inside tensor {entry.name}; did it change during the run?")
+                raise CheckpointError(
+                    f"{entry.file}: it ended inside tensor {entry.name}; did it change during the "
+                    "run?"
+                )
             at += count
 
     def _open(self, file: Path) -> int:
@@ -223,7 +296,8 @@ class Reader:
 
 
 def resolve(model: str | Path, fetch: Callable[[str], str] | None = None) -> Path:
-    """The folder of a model: the path itself, or where a Hub name (`organisation/name`) has been downloaded to.
+    """The folder of a model: the path itself, or where a Hub name (`organisation/name`) has been
+    downloaded to.
 
     Raises:
         CheckpointError: neither a folder nor a name that the Hub could resolve.
@@ -234,13 +308,26 @@ def resolve(model: str | Path, fetch: Callable[[str], str] | None = None) -> Pat
         return path
     try:
         return Path((fetch or _download)(name))
-    except Exception as e:  # the Hub client raises many kinds: network, rights, names
-        raise CheckpointError(f"{name} is no folder, and the Hub did not give it: {first_line(e)}") from None
+    except Exception as e:
+        # the Hub client raises many kinds: network, rights, names
+        raise CheckpointError(
+            f"{name} is no folder, and the Hub did not give it: {first_line(e)}"
+        ) from None
 
 
 def _download(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     return snapshot_download(
-        name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "original/*"]
+        name,
+        ignore_patterns=[
+            "*.bin",
+            "*.pt",
+            "*.pth",
+            "*.ckpt",
+            "*.gguf",
+            "*.h5",
+            "*.msgpack",
+            "original/*",
+        ],
     )

@@ -1,4 +1,6 @@
-"""Matrices that files hold in another form: an expert inside one tensor, transposed, or in FP8 with scales. Made while read."""
+"""Matrices that files hold in another form: an expert inside one tensor, transposed, or in FP8 with
+scales. Made while read.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class View(Entry):
     """A matrix (out, in) made of stored tensors; name, dtype and shape are the view's own.
 
     Attributes:
-        stored: the matrix whose numbers it holds some rows of, or columns where that is stored (in, out).
+        stored: the matrix whose numbers it holds some rows of, or columns where that is stored (in,
+            out).
         first: the first of them.
         transposed: whether it is stored (in, out).
         whole: the tensor of which `stored` is a part; None where it is not.
@@ -52,8 +55,13 @@ class View(Entry):
         if self.scale is None:
             return found
         high, wide = self.tile
-        scale = reader.whole(self.scale).float().reshape(-1, self.scale.shape[-1] if len(self.scale.shape) > 1 else 1)
-        if len(scale) > 1:  # some rows have scales of their own
+        scale = (
+            reader.whole(self.scale)
+            .float()
+            .reshape(-1, self.scale.shape[-1] if len(self.scale.shape) > 1 else 1)
+        )
+        # some rows have scales of their own
+        if len(scale) > 1:
             scale = scale.index_select(0, torch.arange(first, last) // high)
         if scale.shape[1] > 1:
             scale = scale.repeat_interleave(wide, 1)[:, : self.shape[1]]
@@ -64,4 +72,6 @@ def part(stored: Entry, number: int) -> Entry:
     """One of the matrices of a tensor (matrices, rows, columns), itself a tensor of the file."""
     shape = stored.shape[1:]
     size = stored.nbytes // stored.shape[0]
-    return Entry(f"{stored.name}[{number}]", stored.dtype, shape, stored.file, stored.start + number * size)
+    return Entry(
+        f"{stored.name}[{number}]", stored.dtype, shape, stored.file, stored.start + number * size
+    )

@@ -1,7 +1,7 @@
 """An output folder: every file under a temporary name until it is whole, `config.json` last.
 
-Until `config.json` is there no loader takes the folder for a model. A finished shard carries the plan's digest in its header:
-the folder itself is the journal from which an interrupted run goes on.
+Until `config.json` is there no loader takes the folder for a model. A finished shard carries the
+plan's digest in its header: the folder itself is the journal from which an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from bitpress.checkpoint import lock
 from bitpress.checkpoint.header import Entry, Header, read_header
 from bitpress.errors import CheckpointError, OutputError
 
-RUN = ".bitpress.run"  # until the run is over: what it is made of
-PIECE = 1 << 20  # bytes of one write: larger ones may get fresh large pages, whose first touch costs more than the copying
+# until the run is over: what it is made of
+RUN = ".bitpress.run"
+# bytes of one write: larger ones may get fresh large pages, whose first touch costs more than the
+# copying
+PIECE = 1 << 20
 
 
 class ShardWriter:
@@ -38,7 +41,10 @@ class ShardWriter:
 
     def write_rows(self, entry: Entry, first: int, rows: torch.Tensor) -> None:
         """Rows of a planned tensor, from row `first` on."""
-        self.write_bytes(entry.start + first * (entry.nbytes // entry.shape[0]), rows.contiguous().reshape(-1).view(torch.uint8))
+        self.write_bytes(
+            entry.start + first * (entry.nbytes // entry.shape[0]),
+            rows.contiguous().reshape(-1).view(torch.uint8),
+        )
 
     def write_bytes(self, at: int, data: torch.Tensor | bytes) -> None:
         """Bytes (uint8) at an absolute place."""
@@ -58,52 +64,80 @@ class OutputFolder:
     def __enter__(self) -> OutputFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._held.close()
 
     def prepare(self, planned: Iterable[str], needed: int) -> None:
-        """Make the folder, or see that it holds nothing but what an interrupted run of the same plan left, and lock it.
+        """Make the folder, or see that it holds nothing but what an interrupted run of the same
+        plan left, and lock it.
 
         Args:
             needed: bytes that the disk must have room for.
 
         Raises:
-            OutputError: it holds something else or a finished output, another run writes into it, it cannot be written, or the
-                disk is too small.
+            OutputError: it holds something else or a finished output, another run writes into it,
+                it cannot be written, or the disk is too small.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"{self.folder} is a file; name a folder that does not exist yet")
         self._refuse_finished()
         planned = set(planned)
         for name in planned:
-            if place := next((p for p in PurePosixPath(name).parents if p.as_posix() in planned), None):
-                raise OutputError(f"{self.folder / place} would be a file, and a folder too, with {name}: rename that")
-        expected = {name + ending for name in [*planned, RUN, lock.NAME] for ending in ("", ".part")}
+            if place := next(
+                (p for p in PurePosixPath(name).parents if p.as_posix() in planned), None
+            ):
+                raise OutputError(
+                    f"{self.folder / place} would be a file, and a folder too, with {name}: rename "
+                    "that"
+                )
+        expected = {
+            name + ending for name in [*planned, RUN, lock.NAME] for ending in ("", ".part")
+        }
         with _told(self.folder):
             if not self.folder.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 _sync_folder(self.folder.parent)
-            strangers = sorted({f.relative_to(self.folder).as_posix() for f in self._present()} - expected)
+            strangers = sorted(
+                {f.relative_to(self.folder).as_posix() for f in self._present()} - expected
+            )
             if strangers:
-                raise OutputError(f"{self.folder} is not empty: it holds {strangers[0]}; name another folder or empty it")
+                raise OutputError(
+                    f"{self.folder} is not empty: it holds {strangers[0]}; name another folder or "
+                    "empty it"
+                )
             if not os.access(self.folder, os.W_OK):
                 raise OutputError(f"{self.folder} cannot be written: no permission")
             self._held.enter_context(lock.locked(self.folder))
-            self._refuse_finished()  # by a run that had the lock until now
+            # by a run that had the lock until now
+            self._refuse_finished()
             there = sum(f.stat().st_size for f in self._present() if f.name != lock.NAME)
             free = shutil.disk_usage(self.folder).free
         if free + there < needed:
-            raise OutputError(f"{self.folder}: the disk has {free / 1e9:.2f} GB free and the output needs {needed / 1e9:.2f} GB")
+            raise OutputError(
+                f"{self.folder}: the disk has {free / 1e9:.2f} GB free and the output needs "
+                f"{needed / 1e9:.2f} GB"
+            )
 
     @property
     def locked(self) -> bool:
-        """Whether a run, this one or another that it belongs to, has prepared the folder and writes into it."""
+        """Whether a run, this one or another that it belongs to, has prepared the folder and writes
+        into it.
+        """
         return (self.folder / lock.NAME).exists()
 
     def _refuse_finished(self) -> None:
-        """A run that was killed while it tidied up may go on; of one that is over nothing is written again."""
+        """A run that was killed while it tidied up may go on; of one that is over nothing is
+        written again.
+        """
         if (self.folder / "config.json").exists() and not (self.folder / RUN).exists():
-            raise OutputError(f"{self.folder} already holds a model; name another folder or delete it")
+            raise OutputError(
+                f"{self.folder} already holds a model; name another folder or delete it"
+            )
 
     def _present(self) -> list[Path]:
         return [f for f in self.folder.rglob("*") if not f.is_dir()]
@@ -133,12 +167,17 @@ class OutputFolder:
         except CheckpointError:
             same = False
         if not same:
-            raise OutputError(f"{file} was left by another run (recipe, versions or source differ); delete the folder first")
+            raise OutputError(
+                f"{file} was left by another run (recipe, versions or source differ); delete the "
+                "folder first"
+            )
         return True
 
     @contextlib.contextmanager
     def shard(self, name: str, header: Header) -> Iterator[ShardWriter]:
-        """A shard's file, header written; it takes its name when the block ends well, and is removed when it does not."""
+        """A shard's file, header written; it takes its name when the block ends well, and is
+        removed when it does not.
+        """
         with self._file(name) as descriptor:
             writer = ShardWriter(descriptor)
             writer.write_bytes(0, header.raw)
@@ -191,7 +230,10 @@ def _told(place: Path) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{place}: the disk is full; make room and run the same command again: finished shards stay") from e
+            raise OutputError(
+                f"{place}: the disk is full; make room and run the same command again: finished "
+                "shards stay"
+            ) from e
         raise OutputError(f"{place}: {e.strerror or e}") from e
 
 

@@ -14,15 +14,19 @@ from bitpress.errors import BitpressError, VerificationError, first_line, memory
 __all__ = ["app", "main"]
 
 LESS = (
-    "other processes may hold some of it; fewer --threads, with data a smaller --max-memory or --sequence-length, take less, and "
+    "other processes may hold some of it; fewer --threads, with data a smaller --max-memory or "
+    "--sequence-length, take less, and "
     "--device cpu takes none; the same command goes on from what is finished"
 )
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one line on standard error and exit code 2, a failed check exit code 1."""
+    """Run a command; a user's mistake is one line on standard error and exit code 2, a failed check
+    exit code 1.
+    """
     code = 0
-    atexit.register(gc.freeze)  # or all is looked through for garbage once more: 0.2 s and more where transformers was imported
+    # or all is looked through for garbage once more: 0.2 s and more where transformers was imported
+    atexit.register(gc.freeze)
     try:
         with app.make_context("bitpress", sys.argv[1:]) as context:
             app.invoke(context)
@@ -40,7 +44,8 @@ def main() -> None:
         code = _fail(f"{e.filename or 'operating system'}: {e.strerror or e}")
     except click.ClickException as e:
         code = _fail(f"{e.format_message()} (bitpress --help)")
-    except click.exceptions.Exit as e:  # after --help
+    except click.exceptions.Exit as e:
+        # after --help
         code = e.exit_code
     except Exception as e:
         if not memory_is_full(e):

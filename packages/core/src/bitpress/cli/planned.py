@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from bitpress.planning import Plan
     from bitpress.serving import Remark
 
-MANY = 200  # stacks; more are shown with stars for their numbers
+# stacks; more are shown with stars for their numbers
+MANY = 200
 
 
 @frozen
@@ -44,26 +45,49 @@ class Needs:
 
 
 def table(work: Plan, needs: Needs) -> None:
-    """What is compressed and what is left alone, and why; sizes before and after, what the run needs, and remarks."""
-    from bitpress.stacks import alike  # it knows torch, which takes a second
+    """What is compressed and what is left alone, and why; sizes before and after, what the run
+    needs, and remarks.
+    """
+    # it knows torch, which takes a second
+    from bitpress.stacks import alike
 
-    said = [(s, (_steps(s.steps), f"{_mean_bits(s):.2f}", work.recipe.reason(next(iter(s.members))))) for s in work.stacks]
-    together = [(name, count, *what) for name, what, count in alike((stack.name, what) for stack, what in said)]
+    said = [
+        (s, (_steps(s.steps), f"{_mean_bits(s):.2f}", work.recipe.reason(next(iter(s.members)))))
+        for s in work.stacks
+    ]
+    together = [
+        (name, count, *what)
+        for name, what, count in alike((stack.name, what) for stack, what in said)
+    ]
     rows = together if len(said) > MANY else [(stack.name, 1, *what) for stack, what in said]
     columns(("layers", "count", "steps", "bits per weight", "why"), rows)
     print()
     plain = alike((entry.name, reason) for entry, reason in work.left_alone)
-    columns(("copied unchanged", "count", "why"), [(name, count, reason) for name, reason, count in plain])
+    columns(
+        ("copied unchanged", "count", "why"),
+        [(name, count, reason) for name, reason, count in plain],
+    )
     count = sum(len(stack.members) for stack in work.stacks)
     total = sum(work.sizes.values())
     print(f"\n{count} layers compressed, {len(work.left_alone)} tensors copied unchanged")
-    print(f"size    {gb(work.bytes_before)} -> {gb(work.bytes_after)} ({work.bytes_before / work.bytes_after:.2f}x smaller)")
-    print(f"output  {total:,} bytes in {len(work.sizes)} files; beside them bitpress.json and README.md")
-    spilled = f"; with no more than that, {gb(needs.scratch)} of hidden states go to disk" if needs.scratch else ""
+    print(
+        f"size    {gb(work.bytes_before)} -> {gb(work.bytes_after)} "
+        f"({work.bytes_before / work.bytes_after:.2f}x smaller)"
+    )
+    print(
+        f"output  {total:,} bytes in {len(work.sizes)} files; beside them bitpress.json and "
+        "README.md"
+    )
+    spilled = (
+        f"; with no more than that, {gb(needs.scratch)} of hidden states go to disk"
+        if needs.scratch
+        else ""
+    )
     each = " each process" if len(needs.shares) > 1 else ""
     print(f"memory  about {gb(needs.memory)}{each}, torch included{spilled}")
     _work(needs)
-    print(f"data    {'needed: texts like those that it will serve (--calibration)' if work.recipe.calibrated else 'none needed'}")
+    data = "needed: texts like those that it will serve (--calibration)"
+    print(f"data    {data if work.recipe.calibrated else 'none needed'}")
     for step in {step.scheme.name: step for step in work.recipe.all_steps}.values():
         print(f"serves  {step.scheme.name}: {serves(step, KNOWN)}")
     for name, finding in work.findings if work.device in KNOWN else ():
@@ -76,17 +100,31 @@ def _work(needs: Needs) -> None:
     from bitpress import forecast
 
     names = ("reads", "writes", "tokens", "products")
-    reads, writes, tokens, products = (max(getattr(share, name) for share in needs.shares) for name in names)
+    reads, writes, tokens, products = (
+        max(getattr(share, name) for share in needs.shares) for name in names
+    )
     solutions = sum(share.solutions for share in needs.shares)
     who = f"each of {len(needs.shares)} processes at most: " if len(needs.shares) > 1 else ""
     print(
         f"work    {who}{gb(reads)} read, {gb(writes)} written"
-        + (f"; {products / 1e12:,.3g} TFLOP on {tokens:,} tokens, {solutions / 1e12:,.3g} to fit layers" if tokens else "")
+        + (
+            f"; {products / 1e12:,.3g} TFLOP on {tokens:,} tokens, {solutions / 1e12:,.3g} to fit "
+            "layers"
+            if tokens
+            else ""
+        )
     )
     rates = [f"reads {gb(int(forecast.LOADED))}", f"proves {gb(int(forecast.PROVED))}"]
-    rates += [f"computes {forecast.MULTIPLIED / 1e9:g} GFLOP", f"fits {forecast.SOLVED / 1e9:g}"] if tokens else []
+    rates += (
+        [f"computes {forecast.MULTIPLIED / 1e9:g} GFLOP", f"fits {forecast.SOLVED / 1e9:g}"]
+        if tokens
+        else []
+    )
     threads = f"{needs.threads} thread{'s' * (needs.threads > 1)} each"
-    print(f"time    about {_duration(needs.seconds)} with {threads}, where in a second a core {', '.join(rates)}")
+    print(
+        f"time    about {_duration(needs.seconds)} with {threads}, where in a second a core "
+        f"{', '.join(rates)}"
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -110,23 +148,41 @@ def as_json(work: Plan, needs: Needs) -> dict[str, Any]:
         for module, entry in stack.members.items()
     ]
     return {
-        "layers": layers, "copied": [entry.name for entry, _ in work.left_alone],
-        "left_alone": [{"name": e.name, "bytes": e.nbytes, "reason": reason} for e, reason in work.left_alone],
-        "shards": [{"name": shard.name, "bytes": shard.header.nbytes} for shard in work.shards], "files": work.sizes,
-        "before": work.bytes_before, "after": work.bytes_after, "memory": needs.memory, "scratch": needs.scratch,
-        "data": work.recipe.calibrated, "digest": work.digest, "warnings": list(work.warnings),
-        "device": work.device.name, "hardware": [{"scheme": name, **attrs.asdict(f)} for name, f in work.findings],
-        "tensor_parallel": needs.ranks, "world_size": len(needs.shares), "threads": needs.threads, "seconds": needs.seconds,
+        "layers": layers,
+        "copied": [entry.name for entry, _ in work.left_alone],
+        "left_alone": [
+            {"name": e.name, "bytes": e.nbytes, "reason": reason} for e, reason in work.left_alone
+        ],
+        "shards": [{"name": shard.name, "bytes": shard.header.nbytes} for shard in work.shards],
+        "files": work.sizes,
+        "before": work.bytes_before,
+        "after": work.bytes_after,
+        "memory": needs.memory,
+        "scratch": needs.scratch,
+        "data": work.recipe.calibrated,
+        "digest": work.digest,
+        "warnings": list(work.warnings),
+        "device": work.device.name,
+        "hardware": [{"scheme": name, **attrs.asdict(f)} for name, f in work.findings],
+        "tensor_parallel": needs.ranks,
+        "world_size": len(needs.shares),
+        "threads": needs.threads,
+        "seconds": needs.seconds,
         "ranks": [attrs.asdict(share) for share in needs.shares],
-        "serving": [{"layers": r.layers, "count": r.count, **attrs.asdict(r.finding)} for r in needs.remarks],
-    }  # fmt: skip
+        "serving": [
+            {"layers": r.layers, "count": r.count, **attrs.asdict(r.finding)} for r in needs.remarks
+        ],
+    }
 
 
 def remarks(work: Plan, warnings: Iterable[str], serving: Iterable[Remark]) -> None:
     """Warnings and unfavourable findings, on standard error."""
     warn(warnings)
     warn(unfavourable(work))
-    said = [(f"{r.layers}{f' ({r.count} layers)' if r.count > 1 else ''}: {r.finding.level}", r.finding) for r in serving]
+    said = [
+        (f"{r.layers}{f' ({r.count} layers)' if r.count > 1 else ''}: {r.finding.level}", r.finding)
+        for r in serving
+    ]
     warn(f"{what}: {finding.text}" for what, finding in said if finding.level not in USABLE)
 
 

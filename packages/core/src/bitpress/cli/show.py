@@ -28,12 +28,27 @@ def registry(found: Registry, devices: Sequence[Hardware]) -> None:
     for scheme in found.schemes.values():
         step = scheme.step()
         data = "needed" if scheme.calibrated(step.options) else "none"
-        rows.append((scheme.name, f"{scheme.package} {scheme.version}", _bits(step), data, serves(step, devices), scheme.summary))
+        rows.append(
+            (
+                scheme.name,
+                f"{scheme.package} {scheme.version}",
+                _bits(step),
+                data,
+                serves(step, devices),
+                scheme.summary,
+            )
+        )
     table(("scheme", "package", "bits", "data", "serves on", "what it does"), rows)
     if not rows:
-        print("no schemes are installed; each is a package of its own: pip install bitpress-scheme-NAME")
+        print(
+            "no schemes are installed; each is a package of its own: pip install "
+            "bitpress-scheme-NAME"
+        )
     for problem in found.problems:
-        print(f"problem: {problem.name} of {problem.package} cannot be used: {problem.text}", file=sys.stderr)
+        print(
+            f"problem: {problem.name} of {problem.package} cannot be used: {problem.text}",
+            file=sys.stderr,
+        )
 
 
 def registry_json(found: Registry, devices: Sequence[Hardware]) -> dict[str, Any]:
@@ -52,7 +67,10 @@ def scheme(step: Step, devices: Sequence[Hardware]) -> None:
     grouped: dict[tuple[str, str], list[str]] = {}
     for finding in value["hardware"]:
         grouped.setdefault((finding["level"], finding["text"]), []).append(finding["device"])
-    table(("level", "what to expect", "devices"), [(*finding, ", ".join(names)) for finding, names in grouped.items()])
+    table(
+        ("level", "what to expect", "devices"),
+        [(*finding, ", ".join(names)) for finding, names in grouped.items()],
+    )
 
 
 def scheme_json(step: Step, devices: Sequence[Hardware]) -> dict[str, Any]:
@@ -68,11 +86,21 @@ def scheme_json(step: Step, devices: Sequence[Hardware]) -> dict[str, Any]:
         }
         for field in attrs.fields(scheme.options_type)
     }
-    findings = [{"device": device.name, **attrs.asdict(finding)} for device in devices for finding in _findings(step, device)]
+    findings = [
+        {"device": device.name, **attrs.asdict(finding)}
+        for device in devices
+        for finding in _findings(step, device)
+    ]
     return {
-        "name": scheme.name, "package": scheme.package, "version": scheme.version, "summary": scheme.summary,
-        "bits": step.options.bits, "data": scheme.calibrated(step.options), "options": options, "hardware": findings,
-    }  # fmt: skip
+        "name": scheme.name,
+        "package": scheme.package,
+        "version": scheme.version,
+        "summary": scheme.summary,
+        "bits": step.options.bits,
+        "data": scheme.calibrated(step.options),
+        "options": options,
+        "hardware": findings,
+    }
 
 
 def warn(texts: Iterable[str]) -> None:
@@ -84,22 +112,42 @@ def warn(texts: Iterable[str]) -> None:
 def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
     """What `compress` did."""
     ratio = work.bytes_before / work.bytes_after
-    print(f"{out}: {gb(work.bytes_before)} -> {gb(work.bytes_after)} ({ratio:.2f}x smaller), {note.bits:.2f} bits per weight")
+    print(
+        f"{out}: {gb(work.bytes_before)} -> {gb(work.bytes_after)} ({ratio:.2f}x smaller), "
+        f"{note.bits:.2f} bits per weight"
+    )
     warn(note.warnings)
     if note.data:
-        hint = "; texts like those the model will serve are better: --calibration FILE" if "ships" in note.data["source"] else ""
+        hint = (
+            "; texts like those the model will serve are better: --calibration FILE"
+            if "ships" in note.data["source"]
+            else ""
+        )
         print(f"calibrated on {int(note.data['tokens']):,} tokens of {note.data['source']}{hint}")
     sent = sorted(layer.tokens for layer in note.layers.values() if layer.tokens is not None)
     if sent:
         middle = sent[(len(sent) - 1) // 2]
-        print(f"tokens sent to an expert: {sent[0]:,} to {sent[-1]:,}, to half of them at most {middle:,}")
-    measured = {name: layer.output_error for name, layer in note.layers.items() if layer.output_error is not None}
+        print(
+            f"tokens sent to an expert: {sent[0]:,} to {sent[-1]:,}, to half of them at most "
+            f"{middle:,}"
+        )
+    measured = {
+        name: layer.output_error
+        for name, layer in note.layers.items()
+        if layer.output_error is not None
+    }
     if measured:
         print("largest relative errors of a layer's output on calibration data:")
-        table(("layer", "output error"), [(n, f"{e:.5f}") for n, e in sorted(measured.items(), key=lambda i: -i[1])[:5]])
+        table(
+            ("layer", "output error"),
+            [(n, f"{e:.5f}") for n, e in sorted(measured.items(), key=lambda i: -i[1])[:5]],
+        )
     if verified:
         worst = sorted(note.layers.items(), key=lambda item: -(item[1].error or 0))[:5]
-        print(f"verified: {len(note.layers)} layers read back and compared with the source; largest relative errors:")
+        print(
+            f"verified: {len(note.layers)} layers read back and compared with the source; largest "
+            "relative errors:"
+        )
         table(("layer", "error"), [(name, f"{layer.error:.5f}") for name, layer in worst])
     else:
         print("not verified (--no-verify)")
@@ -113,18 +161,33 @@ def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
 
 def manifest(note: Manifest) -> None:
     """What is inside an output."""
-    print(plain(f"from {note.source}, by bitpress {note.bitpress} with {', '.join(note.schemes.values())}"))
+    print(
+        plain(
+            f"from {note.source}, by bitpress {note.bitpress} with "
+            f"{', '.join(note.schemes.values())}"
+        )
+    )
     rows = [
-        (name, " + ".join(layer.steps), f"{layer.bits:.2f}", _figure(layer.error), _figure(layer.output_error))
+        (
+            name,
+            " + ".join(layer.steps),
+            f"{layer.bits:.2f}",
+            _figure(layer.error),
+            _figure(layer.output_error),
+        )
         for name, layer in note.layers.items()
     ]
     measured = any(layer.output_error is not None for layer in note.layers.values())
-    head, count = ("layer", "steps", "bits per weight", "relative error", "output error"), 5 if measured else 4
+    head, count = (
+        ("layer", "steps", "bits per weight", "relative error", "output error"),
+        5 if measured else 4,
+    )
     table(head[:count], [row[:count] for row in rows])
     print(f"\n{len(rows)} layers, {note.bits:.2f} bits per weight")
     if note.blocks:
         print(
-            f"hidden states after the last block are {list(note.blocks.values())[-1]:.5f} from the source's on calibration data"
+            f"hidden states after the last block are {list(note.blocks.values())[-1]:.5f} from the "
+            "source's on calibration data"
         )
     if note.check:
         print("checked on ", end="")
@@ -142,7 +205,8 @@ def check(found: Check) -> None:
         print(f"perplexity       {found.perplexity:.4f}")
         return
     print(
-        f"perplexity       {found.perplexity:.4f}, the source's {found.source_perplexity:.4f} ({found.rise:+.6f} nats per token)"
+        f"perplexity       {found.perplexity:.4f}, the source's {found.source_perplexity:.4f} "
+        f"({found.rise:+.6f} nats per token)"
     )
     print(f"KL divergence    {found.kl:.6f} nats per token")
     print(f"top-1 agreement  {found.top1:.3%}")
@@ -161,19 +225,26 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         table.add_row(*(plain(str(cell)) for cell in row))
     console = Console()
     if table.row_count:
-        Console(width=None if console.is_terminal else 200, markup=False, highlight=False).print(table)
+        Console(width=None if console.is_terminal else 200, markup=False, highlight=False).print(
+            table
+        )
 
 
 def unfavourable(work: Plan) -> Sequence[str]:
     """What the device makes of the schemes, where it is not good news."""
     place = work.device.name if work.device in KNOWN else "this machine's device"
-    return [f"{name} is {f.level} on {place}: {f.text}" for name, f in work.findings if f.level not in USABLE]
+    return [
+        f"{name} is {f.level} on {place}: {f.text}"
+        for name, f in work.findings
+        if f.level not in USABLE
+    ]
 
 
 def _findings(step: Step, device: Hardware) -> Sequence[Finding]:
     try:
         found = step.call("validate_hardware", hardware=device)
-    except BitpressError as e:  # one scheme's fault must not hide the others
+    except BitpressError as e:
+        # one scheme's fault must not hide the others
         return [Finding("unsupported", str(e))]
     return found or [Finding("unsupported", "the scheme says nothing about hardware")]
 
@@ -188,7 +259,9 @@ def serves(step: Step, devices: Sequence[Hardware]) -> str:
         count = sum(device.vendor == vendor for device in devices)
         mine = [device for device in usable if device.vendor == vendor]
         if mine and vendor == "nvidia":
-            words.append("NVIDIA {}.{}+".format(*min(device.capability or (0, 0) for device in mine)))
+            words.append(
+                "NVIDIA {}.{}+".format(*min(device.capability or (0, 0) for device in mine))
+            )
         elif mine:
             name = vendor.upper() if vendor in ("amd", "cpu") else vendor.capitalize()
             words.append(name if len(mine) == count else f"some {name}")

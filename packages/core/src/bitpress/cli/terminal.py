@@ -35,7 +35,9 @@ def size(text: str | None) -> int | None:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Imports inside make objects that stay to the end: looking through them for garbage costs a third of importing torch."""
+    """Imports inside make objects that stay to the end: looking through them for garbage costs a
+    third of importing torch.
+    """
     gc.disable()
     try:
         yield
@@ -51,13 +53,26 @@ def progress(silent: bool) -> Iterator[Progress]:
         yield quiet
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress as Bars, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress as Bars,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
     with Bars(*columns, console=Console(stderr=True)) as bars:
 
         def stage(stage: str, total: int) -> Told:
             task = bars.add_task(stage, total=total)
-            return lambda done, what="": bars.update(task, advance=done, description=f"{stage} {what}".strip())
+            return lambda done, what="": bars.update(
+                task, advance=done, description=f"{stage} {what}".strip()
+            )
 
         yield stage

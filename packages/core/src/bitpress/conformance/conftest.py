@@ -25,7 +25,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not config.getoption("--scheme"):
         raise pytest.UsageError("bitpress.conformance needs --scheme NAME")
     try:
-        variants = trial.variants(config.getoption("--scheme"), config.getoption("--set"), discover())
+        variants = trial.variants(
+            config.getoption("--scheme"), config.getoption("--set"), discover()
+        )
     except BitpressError as e:
         raise pytest.UsageError(str(e)) from None
     metafunc.parametrize("step", variants.values(), ids=variants)

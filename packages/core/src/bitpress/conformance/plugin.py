@@ -9,4 +9,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the kit's options."""
     group = parser.getgroup("bitpress", "bitpress.conformance: the laws that every scheme keeps")
     group.addoption("--scheme", metavar="NAME", help="the installed scheme to try")
-    group.addoption("--set", action="append", default=[], metavar="OPTION=VALUE", help="fix an option; may be repeated")
+    group.addoption(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="fix an option; may be repeated",
+    )

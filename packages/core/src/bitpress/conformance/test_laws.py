@@ -19,7 +19,16 @@ from bitpress.layer import Finding, Layer
 from bitpress.schemes import Step
 
 LEVELS = get_args(get_type_hints(Finding)["level"])
-WEIGHTS = ("normal", "zero", "one zero row", "huge", "smallest", "rows of unlike size", "one outlier", "half zeros")
+WEIGHTS = (
+    "normal",
+    "zero",
+    "one zero row",
+    "huge",
+    "smallest",
+    "rows of unlike size",
+    "one outlier",
+    "half zeros",
+)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -29,7 +38,9 @@ def test_stored_bytes_decode_to_the_effective_weight(step: Step, kind: str) -> N
     record = trial.stored(step, layer)
     restored = chain.restore(record.tensors, record.config, [step])
     assert restored.dtype == torch.float32, "`restore` must return float32"
-    assert trial.same(restored, layer.weight), "`restore` of what is stored must be the weight that `quantize` returned, exactly"
+    assert trial.same(restored, layer.weight), (
+        "`restore` of what is stored must be the weight that `quantize` returned, exactly"
+    )
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -38,7 +49,9 @@ def test_the_effective_weight_is_finite_and_keeps_its_shape(step: Step, kind: st
     quantized = trial.quantize(step, weight).weight
     assert quantized.shape == weight.shape, "`quantize` must not change the weight's shape"
     assert quantized.dtype == torch.float32, "`quantize` must return a float32 weight"
-    assert quantized.isfinite().all(), f"`quantize` made NaN or infinity of the finite weight {kind!r}"
+    assert quantized.isfinite().all(), (
+        f"`quantize` made NaN or infinity of the finite weight {kind!r}"
+    )
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -47,26 +60,38 @@ def test_scales_are_finite_and_not_zero(step: Step, kind: str) -> None:
     for name, tensor in record.tensors.items():
         if "scale" in name and tensor.is_floating_point():
             scale = tensor.float()
-            assert (scale.isfinite() & (scale > 0)).all(), f"{name} must be finite and positive for the weight {kind!r}"
+            assert (scale.isfinite() & (scale > 0)).all(), (
+                f"{name} must be finite and positive for the weight {kind!r}"
+            )
 
 
 def test_packing_changes_bits_and_not_the_weight(step: Step) -> None:
     layer = trial.quantize(step, trial.weights(step)["normal"])
-    assert trial.same(chain.pack(layer, [step]).weight, layer.weight), "`pack` must leave `weight` as it is"
+    assert trial.same(chain.pack(layer, [step]).weight, layer.weight), (
+        "`pack` must leave `weight` as it is"
+    )
 
 
 def test_zeros_stay_zero(step: Step) -> None:
     weight = trial.weights(step)["half zeros"]
-    assert (trial.quantize(step, weight).weight[weight == 0] == 0).all(), "`quantize` must leave zeros zero"
+    assert (trial.quantize(step, weight).weight[weight == 0] == 0).all(), (
+        "`quantize` must leave zeros zero"
+    )
 
 
 def test_masked_positions_stay_masked(step: Step) -> None:
     weight = trial.weights(step)["normal"]
     keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
     quantized = trial.quantize(step, weight * keep, keep)
-    assert (quantized.weight[~keep] == 0).all(), "`quantize` must leave the weight zero where `layer.keep` is False"
-    assert quantized.keep is not None, "`quantize` must hand `keep` on: return attrs.evolve(layer, ...)"
-    assert not (quantized.keep & ~keep).any(), "`quantize` must not allow again what `layer.keep` forbids"
+    assert (quantized.weight[~keep] == 0).all(), (
+        "`quantize` must leave the weight zero where `layer.keep` is False"
+    )
+    assert quantized.keep is not None, (
+        "`quantize` must hand `keep` on: return attrs.evolve(layer, ...)"
+    )
+    assert not (quantized.keep & ~keep).any(), (
+        "`quantize` must not allow again what `layer.keep` forbids"
+    )
 
 
 def test_rows_do_not_know_their_neighbours(step: Step) -> None:
@@ -74,11 +99,20 @@ def test_rows_do_not_know_their_neighbours(step: Step) -> None:
     stats = trial.observe(step, weight, [trial.inputs(step)])
     whole = trial.quantize(step, weight, stats=stats)
     tiles = trial.tiles(step, weight, stats, block)
-    told = f"declare how many rows share numbers in `Options.row_block` (now {block}), or gather them in `observe`"
-    assert trial.same(torch.cat([tile.weight for tile in tiles]), whole.weight), f"rows depend on other rows: {told}"
-    joined = chain.record(chain.join([chain.pack(tile, [step]) for tile in tiles], tuple(weight.shape)), [step])
+    told = (
+        f"declare how many rows share numbers in `Options.row_block` (now {block}), or gather "
+        "them in `observe`"
+    )
+    assert trial.same(torch.cat([tile.weight for tile in tiles]), whole.weight), (
+        f"rows depend on other rows: {told}"
+    )
+    joined = chain.record(
+        chain.join([chain.pack(tile, [step]) for tile in tiles], tuple(weight.shape)), [step]
+    )
     for name, tensor in trial.stored(step, whole).tensors.items():
-        assert torch.equal(_bytes(joined.tensors[name]), _bytes(tensor)), f"{name} depends on how rows are tiled: {told}"
+        assert torch.equal(_bytes(joined.tensors[name]), _bytes(tensor)), (
+            f"{name} depends on how rows are tiled: {told}"
+        )
 
 
 def test_hooks_leave_their_arguments_untouched(step: Step) -> None:
@@ -91,16 +125,24 @@ def test_hooks_leave_their_arguments_untouched(step: Step) -> None:
     trial.stored(step, layer)
     assert torch.equal(inputs, trial.inputs(step)), "`observe` changed its inputs"
     for what, tensor in trial.snapshot(step, given, stats):
-        assert torch.equal(tensor, before[what]), f"a hook changed {what} it was given: return new tensors"
-    assert torch.equal(layer.weight, kept), "`pack` or `serialize` changed the layer it was given: return new tensors"
+        assert torch.equal(tensor, before[what]), (
+            f"a hook changed {what} it was given: return new tensors"
+        )
+    assert torch.equal(layer.weight, kept), (
+        "`pack` or `serialize` changed the layer it was given: return new tensors"
+    )
 
 
 def test_the_same_input_gives_the_same_bits(step: Step) -> None:
     weight = trial.weights(step)["normal"]
     first, second = (trial.stored(step, trial.quantize(step, weight)) for _ in range(2))
-    assert first.config == second.config, "the config fragment differs between two runs on one input"
+    assert first.config == second.config, (
+        "the config fragment differs between two runs on one input"
+    )
     for name, tensor in first.tensors.items():
-        assert torch.equal(_bytes(tensor), _bytes(second.tensors[name])), f"{name} differs between two runs on one input"
+        assert torch.equal(_bytes(tensor), _bytes(second.tensors[name])), (
+            f"{name} differs between two runs on one input"
+        )
 
 
 def test_two_half_batches_observed_equal_the_whole(step: Step) -> None:
@@ -132,10 +174,14 @@ def test_shapes_and_dtypes_follow_from_shapes_and_options(step: Step) -> None:
     weight = trial.weights(step)["one zero row"]
     record = trial.stored(step, trial.quantize(step, weight))
     planned = chain.describe(*weight.shape, torch.bfloat16, (step,))
-    assert record.config == json.loads(json.dumps(planned.config)), "the config fragment must not depend on numbers"
+    assert record.config == json.loads(json.dumps(planned.config)), (
+        "the config fragment must not depend on numbers"
+    )
     shapes = {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in record.tensors.items()}
     expected = {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in planned.tensors.items()}
-    assert shapes == expected, "what is stored must follow from shapes and options, not from numbers"
+    assert shapes == expected, (
+        "what is stored must follow from shapes and options, not from numbers"
+    )
 
 
 def test_the_config_is_json(step: Step) -> None:
@@ -143,9 +189,13 @@ def test_the_config_is_json(step: Step) -> None:
     config = chain.describe(*weight.shape, torch.bfloat16, (step,)).config
     if config is None:
         pytest.skip("the scheme stores plain weights")
-    assert json.loads(json.dumps(config)) == config, "the config fragment must hold JSON values only (lists, not tuples)"
+    assert json.loads(json.dumps(config)) == config, (
+        "the config fragment must hold JSON values only (lists, not tuples)"
+    )
     assert isinstance(config.get("format"), str), "the config fragment must name its `format`"
-    described = isinstance(config.get("weights"), dict) or isinstance(config.get("sparsity_structure"), str)
+    described = isinstance(config.get("weights"), dict) or isinstance(
+        config.get("sparsity_structure"), str
+    )
     assert described, "the config fragment must describe its `weights`, or its `sparsity_structure`"
 
 
@@ -155,7 +205,9 @@ def test_every_known_device_gets_an_answer(step: Step, device: Hardware) -> None
     assert findings, f"`validate_hardware` must say something of {device.name}"
     for finding in findings:
         assert isinstance(finding, Finding), "`validate_hardware` must return Findings"
-        assert finding.level in LEVELS, f"the level {finding.level!r} is not one of {', '.join(LEVELS)}"
+        assert finding.level in LEVELS, (
+            f"the level {finding.level!r} is not one of {', '.join(LEVELS)}"
+        )
         assert finding.text, "a Finding needs a text"
         assert "\n" not in finding.text, "a Finding's text is one line"
 
@@ -165,7 +217,9 @@ def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str |
     _needs(step, "validate_shape")
     ask = functools.partial(step.call, "validate_shape", shape=(4096, 4096), cut=cut)
     findings = [finding for device in KNOWN for finding in ask(hardware=device) or ()]
-    assert all(isinstance(finding, Finding) for finding in findings), "`validate_shape` must return Findings"
+    assert all(isinstance(finding, Finding) for finding in findings), (
+        "`validate_shape` must return Findings"
+    )
     assert not [f for f in findings if f.level == "unsupported"], (
         "`validate_shape` refuses 4096 x 4096, which divides by everything"
     )
@@ -175,7 +229,9 @@ def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str |
 def test_its_own_check_passes_what_it_made(step: Step, kind: str) -> None:
     _needs(step, "check")
     found = list(chain.check(trial.quantize(step, trial.weights(step)[kind]).weight, [step]))
-    assert not found, f"`check` finds fault with what `quantize` returned for the weight {kind!r}: {found[0]}"
+    assert not found, (
+        f"`check` finds fault with what `quantize` returned for the weight {kind!r}: {found[0]}"
+    )
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -187,7 +243,9 @@ def test_weights_lie_within_the_bound_of_the_source(step: Step, kind: str) -> No
     limit = chain.bound(record.tensors, record.config, [step])
     if limit is None:
         pytest.skip("no bound for these options")
-    assert ((layer.weight - weight).abs() <= limit).all(), "`bound` is smaller than what `quantize` moved a weight by"
+    assert ((layer.weight - weight).abs() <= limit).all(), (
+        "`bound` is smaller than what `quantize` moved a weight by"
+    )
 
 
 def test_what_the_config_says_of_activations_can_be_computed(step: Step) -> None:
@@ -195,22 +253,34 @@ def test_what_the_config_says_of_activations_can_be_computed(step: Step) -> None
     record = trial.stored(step, layer)
     if not (record.config or {}).get("input_activations"):
         pytest.skip("activations stay as they are")
-    _needs(step, "quantize_inputs", "the config names `input_activations`, and `eval` must know what they become")
+    _needs(
+        step,
+        "quantize_inputs",
+        "the config names `input_activations`, and `eval` must know what they become",
+    )
     inputs = trial.inputs(step).float()
     inputs[5] = 0
     kept, made = inputs.clone(), trial.rounded(step, inputs, record)
     assert torch.equal(inputs, kept), "`quantize_inputs` changed the inputs it was given"
-    assert (made.dtype, made.shape) == (torch.float32, inputs.shape), "`quantize_inputs` must return float32 of the inputs' shape"
+    assert (made.dtype, made.shape) == (torch.float32, inputs.shape), (
+        "`quantize_inputs` must return float32 of the inputs' shape"
+    )
     assert made.isfinite().all(), "`quantize_inputs` made NaN or infinity of finite inputs"
     assert (made[5] == 0).all(), "`quantize_inputs` must leave a token of zeros zero"
-    assert (made - inputs).norm() < inputs.norm() / 2, "`quantize_inputs` must return numbers near to the inputs"
+    assert (made - inputs).norm() < inputs.norm() / 2, (
+        "`quantize_inputs` must return numbers near to the inputs"
+    )
     tokens = torch.cat([trial.rounded(step, token, record) for token in torch.split(inputs, 1)])
-    assert torch.equal(tokens, made), "`quantize_inputs` must not mix tokens: an engine batches them as it likes"
+    assert torch.equal(tokens, made), (
+        "`quantize_inputs` must not mix tokens: an engine batches them as it likes"
+    )
 
 
 def _needs(step: Step, hook: str, must: str | None = None) -> None:
     if not step.scheme.has(hook):
-        (pytest.fail if must else pytest.skip)(f"the scheme has no `{hook}` hook" + (f": {must}" if must else ""))
+        (pytest.fail if must else pytest.skip)(
+            f"the scheme has no `{hook}` hook" + (f": {must}" if must else "")
+        )
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""The laws of what a run does with a scheme: list it, give it stacks, layers without data, columns to rescale."""
+"""The laws of what a run does with a scheme: list it, give it stacks, layers without data, columns
+to rescale.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,19 @@ from bitpress.schemes import Step
 
 
 def test_a_scheme_says_what_it_is_and_what_may_be_set(step: Step) -> None:
-    assert step.scheme.summary, "the plugin needs a docstring: its first line is what `bitpress schemes` shows"
+    assert step.scheme.summary, (
+        "the plugin needs a docstring: its first line is what `bitpress schemes` shows"
+    )
     for field in attrs.fields(step.scheme.options_type):
-        assert field.metadata.get("help"), f"the option {field.name!r} needs a line of help: bitpress.option(default, help)"
+        assert field.metadata.get("help"), (
+            f"the option {field.name!r} needs a line of help: bitpress.option(default, help)"
+        )
     layer = trial.quantize(step, trial.weights(step)["normal"])
-    if layer.codes is not None and layer.codes.dtype != layer.dtype:  # numbers of the model's own are no codes
-        assert step.options.bits, "`Options.bits` must say how many bits a code takes, since codes are stored"
+    # numbers of the model's own are no codes
+    if layer.codes is not None and layer.codes.dtype != layer.dtype:
+        assert step.options.bits, (
+            "`Options.bits` must say how many bits a code takes, since codes are stored"
+        )
 
 
 def test_members_of_a_stack_are_stored_as_their_rows_of_it(step: Step) -> None:
@@ -28,7 +37,10 @@ def test_members_of_a_stack_are_stored_as_their_rows_of_it(step: Step) -> None:
     half = len(layer.weight) // 2
     for member, weight in zip(chain.split(layer, [half, half]), layer.weight.chunk(2), strict=True):
         record = trial.stored(step, member)
-        told = "the leading axis of `codes` and parts must follow the rows: an entry for each row, or each `row_block` of them"
+        told = (
+            "the leading axis of `codes` and parts must follow the rows: an entry for each row, "
+            "or each `row_block` of them"
+        )
         assert trial.same(chain.restore(record.tensors, record.config, [step]), weight), told
 
 
@@ -37,18 +49,35 @@ def test_a_layer_that_never_saw_a_token_is_rounded(step: Step) -> None:
     if not step.calibrated:
         pytest.skip("these options need no data")
     quantized = trial.quantize(step, weight, stats=trial.observe(step, weight, [])).weight
-    assert quantized.isfinite().all(), "`quantize` must round to nearest where `stats` holds nothing of inputs"
-    assert (quantized - weight).norm() < weight.norm(), "`quantize` must round to nearest where `stats` holds nothing of inputs"
+    assert quantized.isfinite().all(), (
+        "`quantize` must round to nearest where `stats` holds nothing of inputs"
+    )
+    assert (quantized - weight).norm() < weight.norm(), (
+        "`quantize` must round to nearest where `stats` holds nothing of inputs"
+    )
 
 
 @pytest.mark.parametrize("kind", ["normal", "zero"])
 def test_factors_for_columns_are_positive(step: Step, kind: str) -> None:
     if not step.rescales:
-        pytest.skip("the scheme has no `rescale` hook" if not step.scheme.has("rescale") else "these options leave columns alone")
+        pytest.skip(
+            "the scheme has no `rescale` hook"
+            if not step.scheme.has("rescale")
+            else "these options leave columns alone"
+        )
     weight, inputs = trial.weights(step)[kind], trial.inputs(step)
-    inputs[:, -1] = 0  # a channel that is never used
-    factors = step.call("rescale", layer=Layer("layer", weight, torch.bfloat16), stats=trial.observe(step, weight, [inputs]))
+    # a channel that is never used
+    inputs[:, -1] = 0
+    factors = step.call(
+        "rescale",
+        layer=Layer("layer", weight, torch.bfloat16),
+        stats=trial.observe(step, weight, [inputs]),
+    )
     if factors is None:
         pytest.skip("the scheme leaves these columns alone")
-    assert factors.shape == weight.shape[1:], "`rescale` must return one factor for each column, or None"
-    assert (factors.isfinite() & (factors > 0)).all(), "`rescale` must return finite positive factors, for unused channels too"
+    assert factors.shape == weight.shape[1:], (
+        "`rescale` must return one factor for each column, or None"
+    )
+    assert (factors.isfinite() & (factors > 0)).all(), (
+        "`rescale` must return finite positive factors, for unused channels too"
+    )

@@ -1,4 +1,6 @@
-"""What the laws try a scheme on: its option variants, awkward weights, and the way from a weight to stored bytes and back."""
+"""What the laws try a scheme on: its option variants, awkward weights, and the way from a weight to
+stored bytes and back.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,17 @@ WIDTHS = (256, 128, 64, 16, 8, 4, 2, 1)
 
 
 def variants(name: str, settings: Sequence[str], registry: Registry) -> dict[str, Step]:
-    """The scheme with its defaults, and with every other listed choice of one option at a time, by what was set."""
+    """The scheme with its defaults, and with every other listed choice of one option at a time, by
+    what was set.
+    """
     scheme = registry.get(name)
     base = attrs.asdict(from_scheme(name, registry, settings).all_steps[0].options)
     found = {"defaults": scheme.step(base)}
     hints = get_type_hints(scheme.options_type)
     for field in attrs.fields(scheme.options_type):
-        fixed = any(setting.partition("=")[0].rpartition(".")[2] == field.name for setting in settings)
+        fixed = any(
+            setting.partition("=")[0].rpartition(".")[2] == field.name for setting in settings
+        )
         for choice in () if fixed else _choices(hints[field.name]):
             if choice != base[field.name] and (step := _step(scheme, {**base, field.name: choice})):
                 found[f"{field.name}={choice}"] = step
@@ -64,10 +70,15 @@ def weights(step: Step) -> dict[str, Tensor]:
     spread = torch.logspace(-30, 30, shape[0]).unsqueeze(1)  # (out, 1)
     zeros = torch.zeros(shape)
     found = {
-        "normal": normal, "zero": zeros, "one zero row": normal.clone(), "huge": normal.sign() * torch.finfo(torch.bfloat16).max,
-        "smallest": normal.sign() * 2.0**-133, "rows of unlike size": normal * spread, "one outlier": normal.clone(),
+        "normal": normal,
+        "zero": zeros,
+        "one zero row": normal.clone(),
+        "huge": normal.sign() * torch.finfo(torch.bfloat16).max,
+        "smallest": normal.sign() * 2.0**-133,
+        "rows of unlike size": normal * spread,
+        "one outlier": normal.clone(),
         "half zeros": normal * (normal > 0),
-    }  # fmt: skip
+    }
     found["one zero row"][0] = 0
     found["one outlier"][-1, -1] = 100
     return {name: weight.bfloat16().float() for name, weight in found.items()}
@@ -89,7 +100,9 @@ def observe(step: Step, weight: Tensor, batches: Sequence[Tensor]) -> Mapping[st
     return merged
 
 
-def quantize(step: Step, weight: Tensor, keep: Tensor | None = None, stats: Mapping[str, Stat] | None = None) -> Layer:
+def quantize(
+    step: Step, weight: Tensor, keep: Tensor | None = None, stats: Mapping[str, Stat] | None = None
+) -> Layer:
     """The layer after the scheme's `quantize`."""
     stats = observe(step, weight, [inputs(step)]) if stats is None else stats
     return chain.quantize(Layer("layer", weight, torch.bfloat16, keep), [step], [stats])
@@ -98,7 +111,10 @@ def quantize(step: Step, weight: Tensor, keep: Tensor | None = None, stats: Mapp
 def tiles(step: Step, weight: Tensor, stats: Mapping[str, Stat], block: int) -> list[Layer]:
     """The layers of so many rows each, quantised by themselves."""
     rows = [slice(first, first + block) for first in range(0, len(weight), block)]
-    return [quantize(step, weight[tile], stats={name: stat.of(tile) for name, stat in stats.items()}) for tile in rows]
+    return [
+        quantize(step, weight[tile], stats={name: stat.of(tile) for name, stat in stats.items()})
+        for tile in rows
+    ]
 
 
 def stored(step: Step, layer: Layer) -> Record:
@@ -109,7 +125,9 @@ def stored(step: Step, layer: Layer) -> Record:
 
 
 def rounded(step: Step, inputs: Tensor, record: Record) -> Tensor:
-    """What a loader computes with in place of inputs (tokens, in), by what is stored of the layer."""
+    """What a loader computes with in place of inputs (tokens, in), by what is stored of the
+    layer.
+    """
     rounding = input_rounding(record.tensors, record.config, [step])
     assert rounding is not None
     return rounding(inputs)

@@ -14,15 +14,22 @@ from bitpress.schemes import discover, published
 
 
 def write(name: str, where: Path) -> Path:
-    """The folder `bitpress-scheme-NAME`, made in `where`: a scheme that keeps every law as it stands.
+    """The folder `bitpress-scheme-NAME`, made in `where`: a scheme that keeps every law as it
+    stands.
 
     Raises:
         RecipeError: the name is no name for a scheme, or another package's scheme has it.
         OutputError: the folder is there already.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise RecipeError(f"{name!r} is no name for a scheme: small letters, digits and single dashes are, such as my-int4")
-    taken = {**published(), **{scheme.name: scheme.package for scheme in discover().schemes.values()}}
+        raise RecipeError(
+            f"{name!r} is no name for a scheme: small letters, digits and single dashes are, such "
+            "as my-int4"
+        )
+    taken = {
+        **published(),
+        **{scheme.name: scheme.package for scheme in discover().schemes.values()},
+    }
     if name in taken:
         raise RecipeError(f"{name} is a scheme of {taken[name]}: take another name")
     folder = where / f"bitpress-scheme-{name}"
@@ -46,5 +53,9 @@ def _files(folder: Traversable, above: str = "") -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for item in sorted(folder.iterdir(), key=lambda item: item.name):
         path = f"{above}{item.name}"
-        found += _files(item, f"{path}/") if item.is_dir() else [(path.removesuffix(".in"), item.read_text(encoding="utf-8"))]
+        found += (
+            _files(item, f"{path}/")
+            if item.is_dir()
+            else [(path.removesuffix(".in"), item.read_text(encoding="utf-8"))]
+        )
     return found

@@ -1,7 +1,7 @@
 """Number formats and roundings for schemes: functions on tensors, torch only.
 
-Importing this package is cheap; torch is imported when a function is first used, so that a scheme's module can say
-`from bitpress import numerics` and still be listed in an instant.
+Importing this package is cheap; torch is imported when a function is first used, so that a scheme's
+module can say `from bitpress import numerics` and still be listed in an instant.
 """
 
 from __future__ import annotations
@@ -11,12 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitpress.numerics.blocks import absmax, block_absmax, expand
-    from bitpress.numerics.clipping import clip, clip_by_error, clip_by_share, magnitudes, middle_magnitude
+    from bitpress.numerics.clipping import (
+        clip,
+        clip_by_error,
+        clip_by_share,
+        magnitudes,
+        middle_magnitude,
+    )
     from bitpress.numerics.error_feedback import Grid, aim, feedback, moments
     from bitpress.numerics.float4 import E2M1_MAX, decode_e2m1, encode_e2m1, round_e2m1
     from bitpress.numerics.float8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
     from bitpress.numerics.hessian import Factor, factor
-    from bitpress.numerics.integers import IntegerGrid, decode_integers, fit_asymmetric, fit_symmetric, limits
+    from bitpress.numerics.integers import (
+        IntegerGrid,
+        decode_integers,
+        fit_asymmetric,
+        fit_symmetric,
+        limits,
+    )
     from bitpress.numerics.masked import reconstruct
     from bitpress.numerics.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
     from bitpress.numerics.searching import grouped, rounding_costs, search
@@ -24,11 +36,17 @@ if TYPE_CHECKING:
 
 _HOME = {
     **dict.fromkeys(("absmax", "block_absmax", "expand"), "blocks"),
-    **dict.fromkeys(("clip", "clip_by_error", "clip_by_share", "magnitudes", "middle_magnitude"), "clipping"),
+    **dict.fromkeys(
+        ("clip", "clip_by_error", "clip_by_share", "magnitudes", "middle_magnitude"), "clipping"
+    ),
     **dict.fromkeys(("Grid", "aim", "feedback", "moments"), "error_feedback"),
-    **dict.fromkeys(("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"), "float8"),
+    **dict.fromkeys(
+        ("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"), "float8"
+    ),
     **dict.fromkeys(("Factor", "factor"), "hessian"),
-    **dict.fromkeys(("IntegerGrid", "decode_integers", "fit_asymmetric", "fit_symmetric", "limits"), "integers"),
+    **dict.fromkeys(
+        ("IntegerGrid", "decode_integers", "fit_asymmetric", "fit_symmetric", "limits"), "integers"
+    ),
     **dict.fromkeys(("E2M1_MAX", "decode_e2m1", "encode_e2m1", "round_e2m1"), "float4"),
     **dict.fromkeys(("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"), "packing"),
     **dict.fromkeys(("grouped", "rounding_costs", "search"), "searching"),

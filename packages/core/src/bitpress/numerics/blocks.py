@@ -1,30 +1,40 @@
-"""Largest magnitudes of rows, tiles of a matrix and whole tensors, and scales spread back over what they cover."""
+"""Largest magnitudes of rows, tiles of a matrix and whole tensors, and scales spread back over what
+they cover.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-FEW = 32  # numbers along which loops over floats are slower than those over integers
+# numbers along which loops over floats are slower than those over integers
+FEW = 32
 
 
 def absmax(x: Tensor, dim: int | None = None) -> Tensor:
-    """The largest magnitude along an axis, which is kept with length 1, or of everything, as a tensor without axes.
+    """The largest magnitude along an axis, which is kept with length 1, or of everything, as a
+    tensor without axes.
 
     >>> absmax(torch.tensor([[1.0, -3.0], [2.0, 0.0]]), dim=1)
     tensor([[3.], [2.]])
     """
     if dim is None:
         return x.amax().maximum(-x.amin())
-    if x.shape[dim] < FEW and x.dtype == torch.float32:  # magnitudes are ordered as their bits are
-        return x.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(dim, keepdim=True).view(torch.float32)
-    return x.amax(dim, keepdim=True).maximum(-x.amin(dim, keepdim=True))  # twice as fast as abs().amax()
+    # magnitudes are ordered as their bits are
+    if x.shape[dim] < FEW and x.dtype == torch.float32:
+        return (
+            x.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(dim, keepdim=True).view(torch.float32)
+        )
+    # twice as fast as abs().amax()
+    return x.amax(dim, keepdim=True).maximum(-x.amin(dim, keepdim=True))
 
 
 def block_absmax(x: Tensor, block: tuple[int, int]) -> Tensor:
-    """The largest magnitude of each tile of a matrix: (out, in) -> (ceil(out / rows), ceil(in / columns)).
+    """The largest magnitude of each tile of a matrix: (out, in) -> (ceil(out / rows), ceil(in /
+    columns)).
 
-    Tiles at the lower and right edge hold what is left; nothing is repeated or padded into them but zeros.
+    Tiles at the lower and right edge hold what is left; nothing is repeated or padded into them but
+    zeros.
     """
     rows, columns = block
     out, width = x.shape

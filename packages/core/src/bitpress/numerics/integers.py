@@ -1,4 +1,5 @@
-"""Integers with a scale, and where they are asymmetric a zero point, per row or per group of columns.
+"""Integers with a scale, and where they are asymmetric a zero point, per row or per group of
+columns.
 
 A weight is stored as a code in -2^(b-1) ... 2^(b-1) - 1 and means (code - zero) * scale.
 """
@@ -15,8 +16,10 @@ from torch import Tensor
 from bitpress.numerics.blocks import absmax
 from bitpress.numerics.searching import grouped, rounding_costs, search
 
-SHIFTS = (-1, 0, 1)  # of a zero point from the one nearest to the end of the range
-SMALLEST = torch.finfo(torch.float32).tiny  # of a scale: below it float32 loses bits
+# of a zero point from the one nearest to the end of the range
+SHIFTS = (-1, 0, 1)
+# of a scale: below it float32 loses bits
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @frozen(eq=False)
@@ -37,12 +40,19 @@ class IntegerGrid:
     def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
         """The representable numbers nearest to targets (rows,) of one column."""
         place = (rows, column // self.group)
-        return _nearest(target, self.scale[place], None if self.zero is None else self.zero[place], bits=self.bits)
+        return _nearest(
+            target,
+            self.scale[place],
+            None if self.zero is None else self.zero[place],
+            bits=self.bits,
+        )
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The same for a whole weight (out, in)."""
         zero = None if self.zero is None else self.zero.unsqueeze(2)
-        return _nearest(grouped(weight, self.group), self.scale.unsqueeze(2), zero, bits=self.bits).view_as(weight)
+        return _nearest(
+            grouped(weight, self.group), self.scale.unsqueeze(2), zero, bits=self.bits
+        ).view_as(weight)
 
     def codes(self, weight: Tensor) -> Tensor:
         """The codes nearest to a weight: (out, in) -> (out, in) int8."""
@@ -62,7 +72,9 @@ def limits(bits: int) -> tuple[int, int]:
 
 
 def decode_integers(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    """(out, in) float32: what codes mean. `scale` and `zero` are (out, groups), the groups of one width."""
+    """(out, in) float32: what codes mean. `scale` and `zero` are (out, groups), the groups of one
+    width.
+    """
     found = grouped(codes.float(), codes.shape[1] // scale.shape[1])
     if zero is not None:
         found = found - zero.float().unsqueeze(2)
@@ -70,7 +82,12 @@ def decode_integers(codes: Tensor, scale: Tensor, zero: Tensor | None = None) ->
 
 
 def fit_symmetric(
-    weight: Tensor, importance: Tensor | None, bits: int, group: int, ratios: Sequence[float], dtype: torch.dtype = torch.float32
+    weight: Tensor,
+    importance: Tensor | None,
+    bits: int,
+    group: int,
+    ratios: Sequence[float],
+    dtype: torch.dtype = torch.float32,
 ) -> IntegerGrid:
     """The grid without zero points that costs the weight least: Σ importance (w - q)².
 
@@ -83,18 +100,26 @@ def fit_symmetric(
     """
     amax = absmax(grouped(weight, group), dim=2).squeeze(2)  # (out, groups)
     amax = amax.masked_fill_(amax == 0, 1.0)
-    best = search(weight, importance, group, _symmetric_costs(bits, tuple(ratios), weight.device), amax)
+    best = search(
+        weight, importance, group, _symmetric_costs(bits, tuple(ratios), weight.device), amax
+    )
     scale = amax / ((2**bits - 1) / 2) * amax.new_tensor(ratios)[best]
     return IntegerGrid(_by_column(_stored(scale, bits, dtype)), None, bits, group)
 
 
 def fit_asymmetric(
-    weight: Tensor, importance: Tensor | None, bits: int, group: int, ratios: Sequence[float], dtype: torch.dtype = torch.float32
+    weight: Tensor,
+    importance: Tensor | None,
+    bits: int,
+    group: int,
+    ratios: Sequence[float],
+    dtype: torch.dtype = torch.float32,
 ) -> IntegerGrid:
     """The grid with zero points that costs the weight least; 0 is always on it.
 
-    As `fit_symmetric`, with ratios in units of (max - min) / (2^bits - 1), and for each the zero point nearest to the range's end
-    and its two neighbours. A single ratio is taken, with the nearest zero point: nothing is searched.
+    As `fit_symmetric`, with ratios in units of (max - min) / (2^bits - 1), and for each the zero
+    point nearest to the range's end and its two neighbours. A single ratio is taken, with the
+    nearest zero point: nothing is searched.
     """
     lowest, greatest = limits(bits)
     groups = grouped(weight, group)
@@ -127,13 +152,17 @@ def _asymmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device
     shifts = torch.tensor(SHIFTS).repeat(len(ratios))
 
     def of(zero: int) -> Tensor:
-        return rounding_costs(lambda x: _nearest(x, scale, (shifts + zero).clamp(lowest, greatest), bits=bits), places=1 << 11)
+        return rounding_costs(
+            lambda x: _nearest(x, scale, (shifts + zero).clamp(lowest, greatest), bits=bits),
+            places=1 << 11,
+        )
 
     return torch.stack([of(zero) for zero in range(lowest, greatest + 1)]).to(device)
 
 
 def _by_column(x: Tensor) -> Tensor:
-    return x.T.contiguous().T  # a sweep reads column by column
+    # a sweep reads column by column
+    return x.T.contiguous().T
 
 
 def _nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int) -> Tensor:
@@ -144,7 +173,9 @@ def _nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int)
 
 
 def _stored(scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """The nearest scale that can be stored and divided by: positive, finite, and so is what codes make of it."""
+    """The nearest scale that can be stored and divided by: positive, finite, and so is what codes
+    make of it.
+    """
     info = torch.finfo(dtype)
     most = min(info.max, torch.finfo(torch.float32).max / 2**bits)
     return scale.clamp_(max(info.smallest_normal * info.eps, SMALLEST), most).to(dtype).float()

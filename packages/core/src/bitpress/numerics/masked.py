@@ -8,14 +8,17 @@ from torch import Tensor
 from bitpress.numerics.hessian import Factor
 from bitpress.numerics.sweeping import ROWS
 
-STEPS = 10  # of conjugate gradients: more gain less than 1 %
+# of conjugate gradients: more gain less than 1 %
+STEPS = 10
 
 
 def reconstruct(weight: Tensor, target: Tensor, factored: Factor, keep: Tensor) -> Tensor:
-    """The weight brought nearer to the least (t - q) H (t - q)ᵀ of each row, among those that are zero where `keep` is False.
+    """The weight brought nearer to the least (t - q) H (t - q)ᵀ of each row, among those that are
+    zero where `keep` is False.
 
-    Conjugate gradients on many rows at once, preconditioned by H's diagonal (Meng et al., "ALPS", arXiv 2406.07831, algorithm
-    2). No step makes a row worse; one whose numbers are too large to be squared stays as it was.
+    Conjugate gradients on many rows at once, preconditioned by H's diagonal (Meng et al., "ALPS",
+    arXiv 2406.07831, algorithm 2). No step makes a row worse; one whose numbers are too large to be
+    squared stays as it was.
 
     Args:
         weight: (out, in) float32, where to begin; what lies outside `keep` is dropped.
@@ -28,13 +31,16 @@ def reconstruct(weight: Tensor, target: Tensor, factored: Factor, keep: Tensor) 
 
 def _solve(start: Tensor, target: Tensor, factored: Factor, keep: Tensor) -> Tensor:
     found, inverse = start.clone(), 1 / factored.diagonal
-    residual = factored.multiply(target - start).mul_(keep)  # (rows, in): half of how the loss falls
+    residual = factored.multiply(target - start).mul_(
+        keep
+    )  # (rows, in): half of how the loss falls
     ahead = residual * inverse
     size = (residual * ahead).sum(1, keepdim=True)  # (rows, 1)
     for _ in range(STEPS):
         product = factored.multiply(ahead).mul_(keep)
         curvature = (ahead * product).sum(1, keepdim=True)
-        length = torch.where(curvature > 0, size / curvature, 0.0)  # a row that has arrived stays
+        # a row that has arrived stays
+        length = torch.where(curvature > 0, size / curvature, 0.0)
         found.addcmul_(length, ahead)
         residual.addcmul_(length, product, value=-1)
         scaled = residual * inverse

@@ -1,1 +1,3 @@
-"""One self-contained HTML page about an output: what it holds, how near it is to its source, where it serves."""
+"""One self-contained HTML page about an output: what it holds, how near it is to its source, where
+it serves.
+"""

@@ -1,4 +1,6 @@
-"""Charts as SVG whose colours are the page's variables, so that one drawing serves light and dark."""
+"""Charts as SVG whose colours are the page's variables, so that one drawing serves light and
+dark.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,18 @@ from typing import Any
 
 from bitpress.errors import BitpressError
 
-SERIES = 8  # colours that the page has for series
-INK, LINE = "#010203", "#010204"  # stand for the page's variables, as the series' colours do
-Points = Mapping[str, Sequence[tuple[int, float]]]  # by series: (block, value)
+# colours that the page has for series
+SERIES = 8
+# stand for the page's variables, as the series' colours do
+INK, LINE = "#010203", "#010204"
+# by series: (block, value)
+Points = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def by_block(points: Points, what: str) -> str:
-    """Dots over the number of the block, a line through each series' means; logarithmic where values differ a lot."""
+    """Dots over the number of the block, a line through each series' means; logarithmic where
+    values differ a lot.
+    """
     plot = _matplotlib()
     figure, axes = plot.subplots(figsize=(9, 3.6), layout="constrained")
     for number, (name, series) in enumerate(points.items()):
@@ -43,7 +50,9 @@ def bars(values: Mapping[str, float], unit: str) -> str:
     plot = _matplotlib()
     figure, axes = plot.subplots(figsize=(9, 0.45 + 0.4 * len(values)), layout="constrained")
     drawn = axes.barh(list(values), list(values.values()), color=_colour(0), height=0.62)
-    axes.bar_label(drawn, fmt=lambda value: f"{value:,.2f} {unit}", padding=6, color=INK, fontsize=10)
+    axes.bar_label(
+        drawn, fmt=lambda value: f"{value:,.2f} {unit}", padding=6, color=INK, fontsize=10
+    )
     axes.invert_yaxis()
     axes.margins(x=0.16)
     axes.xaxis.set_visible(False)
@@ -68,22 +77,38 @@ def _svg(figure: Any, axes: Any, title: str) -> str:
         spine.set_visible(side == "bottom" and axes.xaxis.get_visible())
         spine.set_color(LINE)
     text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Title": title})
+    figure.savefig(
+        text,
+        format="svg",
+        transparent=True,
+        metadata={"Date": None, "Creator": None, "Title": title},
+    )
     _matplotlib().close(figure)
     drawing = text.getvalue()[text.getvalue().index("<svg") :]
     drawing = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", drawing)
     drawing = drawing.replace(INK, "var(--ink)").replace(LINE, "var(--line)")
-    return re.sub(r"#0101(1[0-9a-f])", lambda found: f"var(--series-{int(found[1], 16) - 16})", drawing)
+    return re.sub(
+        r"#0101(1[0-9a-f])", lambda found: f"var(--series-{int(found[1], 16) - 16})", drawing
+    )
 
 
 def _matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise BitpressError("a report needs matplotlib: pip install 'bitpress-core[report]'") from None
+        raise BitpressError(
+            "a report needs matplotlib: pip install 'bitpress-core[report]'"
+        ) from None
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     # the same page every time, its words searchable and in its own typeface
-    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bitpress", "font.size": 10.5, "text.parse_math": False})
+    pyplot.rcParams.update(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "bitpress",
+            "font.size": 10.5,
+            "text.parse_math": False,
+        }
+    )
     return pyplot

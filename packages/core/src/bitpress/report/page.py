@@ -17,9 +17,11 @@ from bitpress.report import charts
 from bitpress.schemes import discover
 from bitpress.stacks import BLOCK, NUMBER
 
-INDEX = re.compile(rf"\.({NUMBER.pattern})$")  # of a block
+# of a block
+INDEX = re.compile(rf"\.({NUMBER.pattern})$")
 START = "<!doctype html>"
-WORST = 12  # layers listed; all are in a table that folds out
+# layers listed; all are in a table that folds out
+WORST = 12
 Row = Sequence[object]
 
 
@@ -30,14 +32,21 @@ def page(note: Manifest, name: str) -> str:
         BitpressError: matplotlib is not installed.
     """
     parts = [
-        make(note) for make in (_tiles, _sizes, _errors, _drift, _worst, _hardware, _settings, _provenance)
-    ]  # fmt: skip
+        make(note)
+        for make in (_tiles, _sizes, _errors, _drift, _worst, _hardware, _settings, _provenance)
+    ]
     style = resources.files("bitpress.report").joinpath("style.css").read_text()
-    title, made = html.escape(name), html.escape(f"{note.source} compressed with {' + '.join(note.schemes)}")
+    title, made = (
+        html.escape(name),
+        html.escape(f"{note.source} compressed with {' + '.join(note.schemes)}"),
+    )
     return (
         f'{START}\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{style}</style></head>\n'
-        f"<body>\n<h1>{title}</h1>\n<p>{made}</p>\n" + "\n".join(filter(None, parts)) + "\n</body></html>\n"
+        '<meta name="viewport" content="width=device-width, '
+        f'initial-scale=1">\n<style>\n{style}</style></head>\n'
+        f"<body>\n<h1>{title}</h1>\n<p>{made}</p>\n"
+        + "\n".join(filter(None, parts))
+        + "\n</body></html>\n"
     )
 
 
@@ -49,32 +58,48 @@ def _tiles(note: Manifest) -> str:
     ]
     errors = [layer.error for layer in note.layers.values() if layer.error is not None]
     tiles.append(
-        (f"{max(errors):.2%}", "largest error of a weight, verified") if errors else ("not verified", "written with --no-verify")
+        (f"{max(errors):.2%}", "largest error of a weight, verified")
+        if errors
+        else ("not verified", "written with --no-verify")
     )
     if note.check and note.check.kl is not None and note.check.top1 is not None:
         tiles += [
             (f"{note.check.kl:.4f}", f"KL divergence, nats per token of {note.check.tokens:,}"),
             (f"{note.check.top1:.1%}", "top-1 agreement with the source"),
-            (f"{note.check.perplexity:.3f}", f"perplexity; the source's {note.check.source_perplexity:.3f}"),
+            (
+                f"{note.check.perplexity:.3f}",
+                f"perplexity; the source's {note.check.source_perplexity:.3f}",
+            ),
         ]
-    cells = "".join(f'<div class="tile"><b>{html.escape(big)}</b><span>{html.escape(small)}</span></div>' for big, small in tiles)
+    cells = "".join(
+        f'<div class="tile"><b>{html.escape(big)}</b><span>{html.escape(small)}</span></div>'
+        for big, small in tiles
+    )
     return f'<div class="tiles">{cells}</div>'
 
 
 def _sizes(note: Manifest) -> str:
     before, after = (size / 1e6 for size in _bytes(note))
-    return _section("Size", charts.bars({"source": before, "result": after}, "MB"), "Weight files on disk.")
+    return _section(
+        "Size", charts.bars({"source": before, "result": after}, "MB"), "Weight files on disk."
+    )
 
 
 def _errors(note: Manifest) -> str:
     found = []
     for title, key, text in (
-        ("Error of each layer's weight", "error", "|restored − source| / |source|, measured on the written files."),
         (
-            "Error of each layer's output", "output_error",
-            "|W x − Q x| / |W x| on calibration inputs: what the error of the weight does to what the layer gives.",
+            "Error of each layer's weight",
+            "error",
+            "|restored − source| / |source|, measured on the written files.",
         ),
-    ):  # fmt: skip
+        (
+            "Error of each layer's output",
+            "output_error",
+            "|W x − Q x| / |W x| on calibration inputs: what the error of the weight does to what "
+            "the layer gives.",
+        ),
+    ):
         points: dict[str, list[tuple[int, float]]] = {}
         for name, layer in note.layers.items():
             place, value = BLOCK.fullmatch(f"{name}.weight"), getattr(layer, key)
@@ -88,11 +113,20 @@ def _errors(note: Manifest) -> str:
 def _drift(note: Manifest) -> str:
     drawn = {}
     if note.blocks:
-        drawn["calibration data"] = [(int(found[1]), error) for n, error in note.blocks.items() if (found := INDEX.search(n))]
+        drawn["calibration data"] = [
+            (int(found[1]), error) for n, error in note.blocks.items() if (found := INDEX.search(n))
+        ]
     if note.check and note.check.drift:
         drawn["the check's text"] = list(enumerate(note.check.drift))
-    text = "|h − h′| / |h′| of the hidden states after each block, h′ being the source's: how errors add up on the way."
-    return _section("How far hidden states drift", charts.by_block(drawn, "relative distance"), text) if drawn else ""
+    text = (
+        "|h − h′| / |h′| of the hidden states after each block, h′ being the source's: how "
+        "errors add up on the way."
+    )
+    return (
+        _section("How far hidden states drift", charts.by_block(drawn, "relative distance"), text)
+        if drawn
+        else ""
+    )
 
 
 def _worst(note: Manifest) -> str:
@@ -110,8 +144,16 @@ def _worst(note: Manifest) -> str:
         for name, n in sorted(note.layers.items(), key=lambda item: -size(item[1]))
     ]
     head = ("layer", "steps", "#bits per weight", "#error", "#output error")
-    every = f"<details><summary>All {len(rows)} layers</summary>{_table(head, rows)}</details>" if len(rows) > WORST else ""
-    return _section("Worst layers", _table(head, rows[:WORST]) + every, "A rule with other steps for these helps most.")
+    every = (
+        f"<details><summary>All {len(rows)} layers</summary>{_table(head, rows)}</details>"
+        if len(rows) > WORST
+        else ""
+    )
+    return _section(
+        "Worst layers",
+        _table(head, rows[:WORST]) + every,
+        "A rule with other steps for these helps most.",
+    )
 
 
 def _hardware(note: Manifest) -> str:
@@ -121,25 +163,43 @@ def _hardware(note: Manifest) -> str:
         for scheme, values in steps:
             try:
                 made = registry.get(scheme).step(values)
-                said = [(d.name, f) for d in hardware.KNOWN for f in list(made.call("validate_hardware", hardware=d) or ())[:1]]
+                said = [
+                    (d.name, f)
+                    for d in hardware.KNOWN
+                    for f in list(made.call("validate_hardware", hardware=d) or ())[:1]
+                ]
             except BitpressError as e:
                 said = [("all devices", Finding("unsupported", f"not known here: {e}"))]
             for device, finding in said:
                 rows.setdefault((scheme, finding), []).append(device)
     cells = [
-        (html.escape(scheme), f'<span class="{f.level}">{f.level}</span>', html.escape(", ".join(devices)), html.escape(f.text))
+        (
+            html.escape(scheme),
+            f'<span class="{f.level}">{f.level}</span>',
+            html.escape(", ".join(devices)),
+            html.escape(f.text),
+        )
         for (scheme, f), devices in rows.items()
     ]
-    return _section("Where it serves", _table(("scheme", "level", "devices", "what to expect"), cells))
+    return _section(
+        "Where it serves", _table(("scheme", "level", "devices", "what to expect"), cells)
+    )
 
 
 def _settings(note: Manifest) -> str:
     recipe = html.escape(json.dumps(note.recipe, indent=2))
     warnings = "".join(f"<li>{html.escape(text)}</li>" for text in note.warnings)
     told = (
-        f"<details><summary>{len(note.warnings)} warnings of the run</summary><ul>{warnings}</ul></details>" if warnings else ""
+        f"<details><summary>{len(note.warnings)} warnings of the "
+        f"run</summary><ul>{warnings}</ul></details>"
+        if warnings
+        else ""
     )
-    return _section("Settings", f"<pre><code>{recipe}</code></pre>{told}", "The recipe, with every option spelled out.")
+    return _section(
+        "Settings",
+        f"<pre><code>{recipe}</code></pre>{told}",
+        "The recipe, with every option spelled out.",
+    )
 
 
 def _provenance(note: Manifest) -> str:
@@ -147,32 +207,58 @@ def _provenance(note: Manifest) -> str:
     if note.data:
         facts["calibrated on"] = f"{int(note.data['tokens']):,} tokens of {note.data['source']}"
     if note.check:
-        facts["checked on"] = f"{note.check.tokens:,} tokens of {note.check.text}, in sequences of {note.check.sequence_length}"
-    made = _table(("", ""), [(html.escape(key), html.escape(value)) for key, value in facts.items()])
+        facts["checked on"] = (
+            f"{note.check.tokens:,} tokens of {note.check.text}, in sequences of "
+            f"{note.check.sequence_length}"
+        )
+    made = _table(
+        ("", ""), [(html.escape(key), html.escape(value)) for key, value in facts.items()]
+    )
     files = [
-        (f"<code>{html.escape(name)}</code>", where, f"{file.bytes:,}", f"<code>{file.sha256 or '-'}</code>")
+        (
+            f"<code>{html.escape(name)}</code>",
+            where,
+            f"{file.bytes:,}",
+            f"<code>{file.sha256 or '-'}</code>",
+        )
         for where, notes in (("source", note.inputs), ("result", note.files))
         for name, file in notes.items()
     ]
     listed = _table(("file", "of", "#bytes", "SHA-256"), files)
-    return _section("Provenance", f"{made}<details><summary>{len(files)} files</summary>{listed}</details>")
+    return _section(
+        "Provenance", f"{made}<details><summary>{len(files)} files</summary>{listed}</details>"
+    )
 
 
 def _section(title: str, content: str, text: str = "") -> str:
     content = f"<figure>{content}</figure>" if content.startswith("<svg") else content
-    return f"<h2>{html.escape(title)}</h2>\n" + (f"<p>{html.escape(text)}</p>\n" if text else "") + content
+    return (
+        f"<h2>{html.escape(title)}</h2>\n"
+        + (f"<p>{html.escape(text)}</p>\n" if text else "")
+        + content
+    )
 
 
 def _table(head: Sequence[str], rows: Iterable[Row]) -> str:
     """Columns whose heads begin with # hold numbers; cells are HTML."""
     kinds = [' class="number"' if name.startswith("#") else "" for name in head]
-    top = "".join(f"<th{kind}>{html.escape(name.lstrip('#'))}</th>" for name, kind in zip(head, kinds, strict=True))
-    body = "".join("<tr>" + "".join(f"<td{k}>{c}</td>" for c, k in zip(row, kinds, strict=True)) + "</tr>\n" for row in rows)
-    return f'<div class="wide"><table>{f"<tr>{top}</tr>" if any(head) else ""}\n{body}</table></div>'
+    top = "".join(
+        f"<th{kind}>{html.escape(name.lstrip('#'))}</th>"
+        for name, kind in zip(head, kinds, strict=True)
+    )
+    body = "".join(
+        "<tr>" + "".join(f"<td{k}>{c}</td>" for c, k in zip(row, kinds, strict=True)) + "</tr>\n"
+        for row in rows
+    )
+    return (
+        f'<div class="wide"><table>{f"<tr>{top}</tr>" if any(head) else ""}\n{body}</table></div>'
+    )
 
 
 def _bytes(note: Manifest) -> tuple[int, int]:
-    return sum(f.bytes for f in note.inputs.values()), sum(f.bytes for n, f in note.files.items() if n.endswith(".safetensors"))
+    return sum(f.bytes for f in note.inputs.values()), sum(
+        f.bytes for n, f in note.files.items() if n.endswith(".safetensors")
+    )
 
 
 def _share(value: float | None) -> str:
