@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitpress.cli import main
-from bitpress.schemes import discover
+from bitpress.schemes.registry import discover
 
 LLAMA: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -218,14 +218,20 @@ def install(
 def install_toy(folder: Path) -> Path:
     """The scheme `toy`, found once `folder` is on the path."""
     return install(
-        folder, "bitpress-scheme-toy", TOY, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n"
+        folder,
+        "bitpress-scheme-toy",
+        TOY,
+        "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
     )
 
 
 def install_deadly(folder: Path) -> Path:
     """The scheme `toy`, which dies where the file `die` beside it says: "STACK|SIGNAL"."""
     return install(
-        folder, "bitpress-scheme-toy", DEADLY, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n"
+        folder,
+        "bitpress-scheme-toy",
+        DEADLY,
+        "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
     )
 
 

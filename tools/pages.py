@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitpress import hookspecs
 from bitpress.cli import app
+from bitpress.schemes import hookspecs
 
 HERE = Path(__file__).parents[1] / "docs/reference"
 NOTE = "<!-- written by tools/pages.py from the code: do not edit, run it -->\n\n"

@@ -27,4 +27,4 @@ def forwards_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration computes alike on every CPU, so that it can be held to what the whole model
     computes in float32.
     """
-    monkeypatch.setattr("bitpress.calibrate.loop.BFLOAT16", ())
+    monkeypatch.setattr("bitpress.compression.calibrated.BFLOAT16", ())

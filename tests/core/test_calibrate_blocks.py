@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitpress.calibrate.decoder import Decoder
-from bitpress.calibrate.recorder import head, record
-from bitpress.calibrate.states import States
-from bitpress.calibrate.streams import Streams
-from bitpress.calibrate.walk import Doors, course
 from bitpress.checkpoint.reader import Reader, open_checkpoint
+from bitpress.compression.calibration.activation_streams import Streams
+from bitpress.compression.calibration.resumable_forward import Doors, course
+from bitpress.modeling.capture import head, record
+from bitpress.modeling.decoder import Decoder
+from bitpress.modeling.hidden_states import States
 
 COMMON = {
     "hidden_size": 32,
@@ -251,7 +251,7 @@ def test_a_forward_that_is_given_up_lets_go_of_its_block_at_once(family: tuple[P
 AFTERWARDS = """
 import sys, torch, transformers
 from pathlib import Path
-from bitpress.calibrate.decoder import Decoder
+from bitpress.modeling.decoder import Decoder
 from bitpress.checkpoint.reader import Reader, open_checkpoint
 checkpoint, cpu = open_checkpoint(Path(sys.argv[1])), torch.device("cpu")
 decoder = Decoder(checkpoint, "model.layers", Reader(), cpu, torch.float32)

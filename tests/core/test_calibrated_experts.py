@@ -20,15 +20,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import bitpress
-from bitpress import stacks
-from bitpress.calibrate import loop
-from bitpress.calibrate.decoder import Decoder
-from bitpress.calibrate.recorder import record
-from bitpress.calibrate.states import States
-from bitpress.calibrate.streams import Streams
-from bitpress.calibrate.texts import Choice, load
+from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.reader import Reader, open_checkpoint
-from bitpress.source import seen
+from bitpress.checkpoint.source import seen
+from bitpress.compression import calibrated
+from bitpress.compression.calibration.activation_streams import Streams
+from bitpress.modeling.capture import record
+from bitpress.modeling.decoder import Decoder
+from bitpress.modeling.hidden_states import States
+from bitpress.modeling.tokens import load
+from bitpress.planning import linear_layers
+from bitpress.planning.calibration_config import CalibrationConfig
 
 FAMILIES = [
     "mixtral",
@@ -72,7 +74,7 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(tmp_path: Path, family
     folder = build(family, tmp_path / "m")
     source = seen(open_checkpoint(folder))
     with Reader() as reader, torch.no_grad():
-        container = stacks.container(next(iter(stacks.linear_layers(source))))
+        container = layer_names.container(next(iter(linear_layers.linear_layers(source))))
         decoder = Decoder(source, container, reader, CPU, FLOAT)
         decoder.require()
         recording = record(decoder, BATCHES, CPU, FLOAT)
@@ -131,7 +133,7 @@ def sent(folder: Path, samples: int) -> tuple[Tensor, list[Tensor]]:
     model.get_submodule(EXPERTS).register_forward_pre_hook(
         lambda module, arguments: calls.append(arguments)
     )
-    ids = load(Choice(str(folder.parent / "text.txt"), samples, 32), folder, {}).ids
+    ids = load(CalibrationConfig(str(folder.parent / "text.txt"), samples, 32), folder, {}).ids
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     hidden, index, _ = calls[0]
@@ -297,7 +299,7 @@ def test_what_sees_is_copied_and_ignored_under_any_of_its_names(
 def test_a_run_that_ended_goes_on_to_the_same_bytes(
     tmp_path: Path, learner: Path, family: str
 ) -> None:
-    source, block = build(family, tmp_path / "m"), loop._block
+    source, block = build(family, tmp_path / "m"), calibrated._block
 
     def ended(plan: Any, shard: Any, *others: Any) -> Any:
         if shard.block == 1:
@@ -317,7 +319,7 @@ def test_a_run_that_ended_goes_on_to_the_same_bytes(
 
     with plugins(learner):
         run(tmp_path / "whole")
-        with patch.object(loop, "_block", ended), pytest.raises(KeyboardInterrupt):
+        with patch.object(calibrated, "_block", ended), pytest.raises(KeyboardInterrupt):
             run(tmp_path / "o")
         run(tmp_path / "o")
     assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")

@@ -28,10 +28,10 @@ from support import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitpress.calibrate import walk
-from bitpress.calibrate.decoder import Decoder
-from bitpress.needs import memory
-from bitpress.run import compress, plan
+from bitpress.api import compress, plan
+from bitpress.compression.calibration import resumable_forward
+from bitpress.modeling.decoder import Decoder
+from bitpress.planning.memory_estimate import estimate_memory
 
 HEAD = ["--scheme", "learner", "--samples", "16", "--sequence-length", "64"]
 ORDER = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -177,7 +177,7 @@ def test_a_cpu_that_multiplies_bfloat16_runs_models_of_it_as_they_are_served(
         {name: tensor.to(dtype) for name, tensor in llama_tensors(config=CONFIG).items()},
     )
     exact, layer = run(source, tmp_path / "exact"), "model.layers.2.mlp.down_proj.seen"
-    with patch("bitpress.calibrate.loop.cpu_has", lambda *names: True):
+    with patch("bitpress.compression.calibrated.cpu_has", lambda *names: True):
         out = run(source, tmp_path / "o")
     wanted, found = tensors_of(exact)[layer][0], tensors_of(out)[layer][0]
     assert torch.equal(found, wanted) != served
@@ -217,14 +217,14 @@ def test_what_was_found_is_kept_beside_the_files(tmp_path: Path, learner: Path) 
 def test_memory_that_is_short_changes_no_byte(tmp_path: Path, learner: Path) -> None:
     source = runnable_model(tmp_path / "m")
     roomy = files_of(run(source, tmp_path / "a"))
-    least = memory(plan(source, scheme="learner"), tokens=160 * 48)
+    least = estimate_memory(plan(source, scheme="learner"), tokens=160 * 48)
     assert files_of(run(source, tmp_path / "b", max_memory=least + 1000)) == roomy
     line = refusal("compress", source, tmp_path / "c", *HEAD, "--max-memory", "500MB", path=learner)
     assert "500 MB allowed" in line
 
 
 def test_where_memory_is_short_no_forward_is_left_waiting(tmp_path: Path, learner: Path) -> None:
-    source, begun, waiting = runnable_model(tmp_path / "m"), walk._forward, []
+    source, begun, waiting = runnable_model(tmp_path / "m"), resumable_forward._forward, []
 
     def counted(*arguments: Any) -> torch.Tensor:
         waiting.append(waiting[-1] + 1 if waiting else 1)
@@ -233,12 +233,12 @@ def test_where_memory_is_short_no_forward_is_left_waiting(tmp_path: Path, learne
         finally:
             waiting.append(waiting[-1] - 1)
 
-    with patch.object(walk, "_forward", counted):
+    with patch.object(resumable_forward, "_forward", counted):
         run(
             source,
             tmp_path / "o",
             "factors=2 1",
-            max_memory=memory(plan(source, scheme="learner"), tokens=160 * 48) + 1000,
+            max_memory=estimate_memory(plan(source, scheme="learner"), tokens=160 * 48) + 1000,
         )
     # one, and the source's
     assert max(waiting) <= 2

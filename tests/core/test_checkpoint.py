@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from support import llama_tensors, write_model
 
 from bitpress import CheckpointError
-from bitpress.checkpoint.header import index, lay_out, read_header
-from bitpress.checkpoint.reader import DTYPES, NAMES, Reader, open_checkpoint, resolve
+from bitpress.checkpoint.hub import resolve
+from bitpress.checkpoint.reader import DTYPES, NAMES, Reader, open_checkpoint
+from bitpress.checkpoint.safetensors import index, lay_out, read_header
 from bitpress.checkpoint.writer import OutputFolder
 
 KINDS = sorted(DTYPES.values(), key=str)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitpress import numerics
-from bitpress.numerics.clipping import HIGHEST, LOWEST
+from bitpress.numerics.histogram import HIGHEST, LOWEST
 
 
 def long_tailed(count: int, seed: int = 0) -> torch.Tensor:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from support import TOY, command, install, install_toy, plugins, refusal, write_model
 
-from bitpress import hookspecs
-from bitpress.schemes import discover
+from bitpress.schemes import hookspecs
+from bitpress.schemes.registry import discover
 
 HERE = version("bitpress-core")
 OTHER = "[bitpress.schemes]\nother = bitpress_scheme_other\n"

@@ -264,7 +264,10 @@ LAWS = {
 def toy(folder: Path, module: str) -> Path:
     """A folder of plugins with a scheme `toy` of that source."""
     return install(
-        folder, "bitpress-scheme-toy", module, "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n"
+        folder,
+        "bitpress-scheme-toy",
+        module,
+        "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
     )
 
 
@@ -326,7 +329,10 @@ def test_every_law_catches_some_scheme() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [((), "needs --scheme NAME"), (("--scheme", "tou"), "no scheme 'tou'; did you mean 'toy'")],
+    [
+        ((), "needs --scheme NAME"),
+        (("--scheme", "tou"), "scheme 'tou' is not installed; did you mean 'toy'"),
+    ],
 )
 def test_the_kit_says_what_it_needs(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     done = kit(toy(tmp_path, TOY), *arguments)

@@ -18,10 +18,11 @@ import torch
 from support import files_of, write_model
 
 import bitpress
-from bitpress import compute, run, stream
 from bitpress.checkpoint.reader import Reader
-from bitpress.compute import Turns, devices_named
-from bitpress.shards import Stack
+from bitpress.compression import data_free, run
+from bitpress.planning.layout import Stack
+from bitpress.runtime import devices
+from bitpress.runtime.devices import Turns, devices_named
 
 CPUS = tuple(torch.device("cpu", number) for number in range(3))
 
@@ -32,7 +33,7 @@ def test_cuda_is_every_gpu_and_a_number_is_one(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     # which would look for them
-    monkeypatch.setattr(compute, "device_named", torch.device)
+    monkeypatch.setattr(devices, "device_named", torch.device)
     assert devices_named(name) == tuple(torch.device("cuda", number) for number in numbers)
 
 
@@ -66,7 +67,7 @@ def test_every_device_has_stacks_and_the_bytes_are_those_of_one(
         set(),
         itertools.count(),
         threading.Barrier(len(CPUS)),
-        stream.compress_stack,
+        data_free.compress_stack,
     )
 
     def on(
@@ -78,7 +79,7 @@ def test_every_device_has_stacks_and_the_bytes_are_those_of_one(
         used.add(device)
         yield from compress_stack(stack, reader, device)
 
-    monkeypatch.setattr(stream, "compress_stack", on)
+    monkeypatch.setattr(data_free, "compress_stack", on)
     monkeypatch.setattr(run, "devices_named", lambda name: CPUS)
     bitpress.compress(model, tmp_path / "three", scheme="toy", threads=len(CPUS))
     assert used == set(CPUS)
@@ -89,8 +90,8 @@ def test_tiles_of_any_size_give_the_same_bytes(
     tmp_path: Path, with_toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, found = write_model(tmp_path / "model"), []
-    for size in (1, 1000, 1 << 18, stream.ON_GPU):
-        monkeypatch.setattr("bitpress.chain.TILE", size)
+    for size in (1, 1000, 1 << 18, data_free.ON_GPU):
+        monkeypatch.setattr("bitpress.schemes.stored_layout.TILE", size)
         bitpress.compress(model, tmp_path / str(size), scheme="toy", threads=1, verify=False)
         found.append(files_of(tmp_path / str(size)))
     assert all(files == found[0] for files in found)

@@ -14,7 +14,7 @@ from support import TOY, command, files_of, install, install_toy, plugins, refus
 
 import bitpress
 from bitpress import Layer
-from bitpress.schemes import Registry, discover
+from bitpress.schemes.registry import Registry, discover
 
 SCHEME = "import attrs, bitpress\nfrom bitpress import hookimpl, option\n"
 QUANTIZE = "@hookimpl\ndef quantize(layer): return layer\n"

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from bitpress import numerics
-from bitpress.layer import Layer
-from bitpress.numerics.error_feedback import ENOUGH, SAMPLED, drift
+from bitpress.numerics.gptq import ENOUGH, SAMPLED, drift
+from bitpress.schemes.values import Layer
 
 WIDTH, ROWS = 24, 10
 

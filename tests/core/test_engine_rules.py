@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import NAMES
-from bitpress.engine_rules import faults, of_experts
+from bitpress.checkpoint.safetensors import Entry
+from bitpress.planning.engine_rules import faults, of_experts
 
 BLOCK = "model.layers.0"
 Q, K, UP, DOWN = (

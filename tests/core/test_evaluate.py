@@ -16,8 +16,8 @@ from support import command, llama_tensors, plugins, refusal, write_model
 from transformers import AutoModelForCausalLM
 
 import bitpress
-from bitpress import evaluate
-from bitpress.calibrate import memory
+from bitpress.modeling import metrics
+from bitpress.runtime import memory
 
 LENGTH, TOKENS = 48, 48 * 20
 
@@ -134,7 +134,7 @@ def test_the_figures_do_not_depend_on_how_much_is_held(
     model: Path, other: Path, monkeypatch: pytest.MonkeyPatch, logits: int, spilled: bool
 ) -> None:
     whole = run(other, model)
-    monkeypatch.setattr(evaluate, "LOGITS", logits)
+    monkeypatch.setattr(metrics, "LOGITS", logits)
     monkeypatch.setattr(memory, "available", lambda: 0 if spilled else 1 << 40)
     found = run(other, model)
     for name in ("perplexity", "source_perplexity", "kl", "top1"):

@@ -14,9 +14,9 @@ from support import TOY, command, install, plugins, torchrun, write_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import bitpress
-from bitpress import forecast, needs
-from bitpress.calibrate.texts import Choice
-from bitpress.numerics import products
+from bitpress.numerics import gram
+from bitpress.planning import memory_estimate, time_estimate
+from bitpress.planning.calibration_config import CalibrationConfig
 
 # Every rank counts the bytes of tensors that it reads and writes, and the most memory that it held,
 # and tells them at its end.
@@ -93,8 +93,8 @@ def test_calibrated_ranks_read_write_and_hold_what_was_planned(
     )
     with plugins(path):
         plan = bitpress.plan(model, scheme="learner")
-        planned = forecast.shares(plan, ranks, Choice(samples=samples, length=48))
-        limit = needs.memory(plan, 1)
+        planned = time_estimate.shares(plan, ranks, CalibrationConfig(samples=samples, length=48))
+        limit = memory_estimate.estimate_memory(plan, 1)
     words = [
         "--scheme",
         "learner",
@@ -125,13 +125,13 @@ def test_operations_on_tokens_are_those_that_torch_counts(
     as small as these.
     """
     # products of codes it does not count
-    monkeypatch.setattr(products, "INTEGERS", ())
+    monkeypatch.setattr(gram, "INTEGERS", ())
     model = (
         runnable_model(tmp_path / "model", config=CONFIG)
         if family == "llama"
         else build(family, tmp_path / "model")
     )
-    choice = Choice(str(tmp_path / "text.txt"), samples=240, length=32)
+    choice = CalibrationConfig(str(tmp_path / "text.txt"), samples=240, length=32)
     with plugins(install_learner(tmp_path / "plugins")):
         plan = bitpress.plan(model, scheme="learner")
         with FlopCounterMode(display=False) as counter:
@@ -145,15 +145,15 @@ def test_operations_on_tokens_are_those_that_torch_counts(
                 threads=1,
                 verify=False,
             )
-    (share,) = forecast.shares(plan, 1, choice)
+    (share,) = time_estimate.shares(plan, 1, choice)
     assert share.products == pytest.approx(counter.get_total_flops(), rel=0.2)
 
 
 def test_what_ranks_do_together_is_what_one_does(tmp_path: Path, with_toy: Path) -> None:
     plan = bitpress.plan(write_model(tmp_path / "model", shards=5), scheme="toy")
-    (alone,) = forecast.shares(plan, 1)
+    (alone,) = time_estimate.shares(plan, 1)
     for count in (2, 3, 8):
-        found = forecast.shares(plan, count)
+        found = time_estimate.shares(plan, count)
         assert sum(share.reads for share in found) == alone.reads
         assert sum(share.writes for share in found) == alone.writes
 
@@ -162,20 +162,21 @@ def test_more_ranks_take_less_time_but_for_fits_which_all_wait_for(tmp_path: Pat
     model = runnable_model(tmp_path / "model")
     with plugins(install_learner(tmp_path / "plugins")):
         plan = bitpress.plan(model, scheme="learner")
-        found = [forecast.shares(plan, count) for count in (1, 2, 4, 8)]
-    times = [forecast.seconds(shares, 1) for shares in found]
+        found = [time_estimate.shares(plan, count) for count in (1, 2, 4, 8)]
+    times = [time_estimate.seconds(shares, 1) for shares in found]
     fits = [sum(share.solutions for share in shares) for shares in found]
     assert times == sorted(times, reverse=True)
     assert fits == pytest.approx([fits[0]] * 4)
-    assert times[-1] > fits[0] / forecast.SOLVED > 0
-    assert forecast.seconds(found[0], 4) == pytest.approx(times[0] / 4)
+    assert times[-1] > fits[0] / time_estimate.SOLVED > 0
+    assert time_estimate.seconds(found[0], 4) == pytest.approx(times[0] / 4)
 
 
 def test_experts_that_few_tokens_reach_are_not_fitted(tmp_path: Path) -> None:
     with plugins(install_learner(tmp_path / "plugins")):
         plan = bitpress.plan(build("mixtral", tmp_path / "model"), scheme="learner")
         few, many = (
-            forecast.shares(plan, 1, Choice(samples=samples, length=32))[0] for samples in (3, 300)
+            time_estimate.shares(plan, 1, CalibrationConfig(samples=samples, length=32))[0]
+            for samples in (3, 300)
         )
     # of 96 tokens 48 come to each of four experts, and 64 are wanted
     assert few.solutions < many.solutions

@@ -24,7 +24,7 @@ from support import (
 from torch import Tensor
 
 import bitpress
-from bitpress.outputs import evaluate
+from bitpress.api import evaluate
 
 KEPT = ("lm_head", "embed", "norm")
 E4M3_MAX = 448

@@ -21,10 +21,10 @@ from support import LLAMA, command, llama_tensors, memory_taken, refusal, tensor
 
 import bitpress
 from bitpress import BitpressError
-from bitpress.checkpoint.header import read_header
 from bitpress.checkpoint.reader import open_checkpoint
-from bitpress.recipe import from_file, from_json
-from bitpress.schemes import discover
+from bitpress.checkpoint.safetensors import read_header
+from bitpress.planning.recipe import from_file, from_json
+from bitpress.schemes.registry import discover
 
 WEIGHTS, INDEX, LAYER = (
     "model.safetensors",
@@ -264,7 +264,7 @@ def test_any_config_is_understood_or_refused(tmp_path: Path, with_toy: Path, cou
 
 @amounts(15, 1500)
 def test_any_config_makes_a_model_of_transformers_or_is_refused(tmp_path: Path, count: int) -> None:
-    from bitpress.calibrate.building import build
+    from bitpress.modeling.build import build
 
     model = write_model(tmp_path / "model")
     # whose imports take long
@@ -285,7 +285,7 @@ def test_any_config_makes_a_model_of_transformers_or_is_refused(tmp_path: Path, 
 
 
 def test_a_config_that_asks_for_a_milliard_blocks_is_refused_at_once(tmp_path: Path) -> None:
-    from bitpress.calibrate.building import build
+    from bitpress.modeling.build import build
 
     model = write_model(tmp_path / "model", config={**LLAMA})
     (model / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 10**9}))

@@ -17,7 +17,7 @@ import bitpress
 
 # beats after which a rank is taken for lost here
 SOON = 3
-SETTING = f"\nimport bitpress.launch\nbitpress.launch.LOST = {SOON}\n"
+SETTING = f"\nimport bitpress.runtime.watchdog\nbitpress.runtime.watchdog.LOST = {SOON}\n"
 WORDS = DEADLY.replace("os.kill(os.getpid(), int(number))", "os.system(number)") + SETTING
 HOSTS = """
 set -e

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, strategies as st
 
-from bitpress.budget.knapsack import Option, choose
+from bitpress.compression.search.allocation import Option, choose
 
 OPTIONS = st.builds(
     Option, st.integers(0, 12), st.sampled_from([0.0, 0.25, 1.0, 3.0]) | st.floats(0, 2)

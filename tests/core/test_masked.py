@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from bitpress import numerics
-from bitpress.layer import Layer, Stat
-from bitpress.numerics.sweeping import LEAF
+from bitpress.numerics.columns import LEAF
+from bitpress.schemes.values import Layer, Stat
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import command, kit, refusal, write_model
 
-from bitpress.hookspecs import VERSION
+from bitpress.schemes.hookspecs import VERSION
 
 
 @pytest.fixture(scope="module")

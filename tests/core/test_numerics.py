@@ -15,8 +15,8 @@ from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 
 from bitpress import numerics
-from bitpress.layer import Layer, Stat
-from bitpress.numerics.error_feedback import Fit, Grid
+from bitpress.numerics.gptq import Fit, Grid
+from bitpress.schemes.values import Layer, Stat
 
 Array = NDArray[np.float64]
 RATIOS = (0.7, 0.8, 0.9, 1.0)

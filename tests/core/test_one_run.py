@@ -33,9 +33,11 @@ from support import (
 )
 
 import bitpress
-from bitpress import OutputError, needs
+from bitpress import OutputError
 from bitpress.checkpoint import lock
 from bitpress.checkpoint.writer import OutputFolder
+from bitpress.compression import run
+from bitpress.planning import memory_estimate
 
 HOLDER = """
 import pathlib, sys, time
@@ -151,7 +153,7 @@ def test_decompress_takes_the_lock_too(tmp_path: Path, toy: Path) -> None:
 
 
 # a run that ends here has finished every shard, and the output is none yet
-HALF_WAY = patch("bitpress.run._prove", side_effect=OutputError("half way"))
+HALF_WAY = patch("bitpress.compression.run._prove", side_effect=OutputError("half way"))
 
 
 def other_weights(model: Path) -> None:
@@ -326,12 +328,12 @@ def test_a_source_that_changes_during_the_run_is_noticed_and_gets_no_config(
 
 def test_a_file_that_vanishes_before_it_is_read_is_named(tmp_path: Path, with_toy: Path) -> None:
     model = write_model(tmp_path / "model", shards=2)
-    job = bitpress.run.prepare(model, scheme="toy")
+    job = run.prepare(model, scheme="toy")
     (model / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(
         bitpress.CheckpointError, match=r"model-00002-of-00002\.safetensors: No such file"
     ):
-        bitpress.run.carry_out(job, tmp_path / "out")
+        run.carry_out(job, tmp_path / "out")
     assert not (tmp_path / "out/config.json").exists()
 
 
@@ -353,8 +355,8 @@ def test_the_room_that_the_plan_needs_is_there_before_the_first_byte(
     (model / "large.txt").write_bytes(b"x" * 100_000)
     with plugins(path):
         work = bitpress.plan(model, scheme="learner" if spill else "toy")
-        short = needs.memory(work, tokens=1024) + 1000 if spill else None
-        needed = needs.disk(work, 1024 if spill else 0, short)
+        short = memory_estimate.estimate_memory(work, tokens=1024) + 1000 if spill else None
+        needed = memory_estimate.estimate_disk(work, 1024 if spill else 0, short)
     assert needed == sum(work.sizes.values()) + (1024 * 128 * 4 * 9 // 8 if spill else 0)
     assert work.sizes["large.txt"] == 100_000
     words = ["compress", model, out, "--scheme", "learner" if spill else "toy"]
@@ -372,12 +374,12 @@ def test_the_room_that_the_plan_needs_is_there_before_the_first_byte(
 def test_a_run_that_is_short_of_memory_takes_as_many_threads_as_fit(
     tmp_path: Path, with_toy: Path
 ) -> None:
-    job = bitpress.run.prepare(write_model(tmp_path / "model"), scheme="toy")
-    with patch("bitpress.run.cores", return_value=64):
+    job = run.prepare(write_model(tmp_path / "model"), scheme="toy")
+    with patch("bitpress.compression.run.cores", return_value=64):
         for count in (1, 3, 64):
-            assert bitpress.run._threads(job, needs.memory(job.plan, count)) == count
-        assert bitpress.run._threads(job, needs.memory(job.plan, 4) - 1) == 3
-        assert bitpress.run._threads(job, None) == 64
+            assert run._threads(job, memory_estimate.estimate_memory(job.plan, count)) == count
+        assert run._threads(job, memory_estimate.estimate_memory(job.plan, 4) - 1) == 3
+        assert run._threads(job, None) == 64
 
 
 def test_an_interrupted_process_leaves_no_lock_and_goes_on(tmp_path: Path) -> None:

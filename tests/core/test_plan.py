@@ -13,8 +13,7 @@ from calibrated import CONFIG, install_learner, runnable_model
 from support import LLAMA, command, files_of, llama_tensors, plugins, refusal, write_model
 
 import bitpress
-from bitpress.card import NAME as CARD
-from bitpress.manifest import NAME
+from bitpress.checkpoint.filenames import MANIFEST, MODEL_CARD as CARD
 
 SHAPED = """
 @hookimpl
@@ -36,7 +35,7 @@ def test_every_file_has_the_size_that_was_planned(
     plan = bitpress.plan(model, scheme="toy", ignore=["*.o_proj"])
     bitpress.compress(model, tmp_path / "out", scheme="toy", ignore=["*.o_proj"])
     written = {name: len(data) for name, data in files_of(tmp_path / "out").items()}
-    del written[NAME], written[CARD]
+    del written[MANIFEST], written[CARD]
     assert plan.sizes == written
 
 
@@ -54,7 +53,9 @@ def test_a_calibrated_run_has_its_files_planned_too(tmp_path: Path) -> None:
             threads=1,
         )
     written = {name: len(data) for name, data in files_of(tmp_path / "out").items()}
-    assert plan.sizes == {name: size for name, size in written.items() if name not in (NAME, CARD)}
+    assert plan.sizes == {
+        name: size for name, size in written.items() if name not in (MANIFEST, CARD)
+    }
 
 
 def test_layers_get_the_steps_that_were_planned_and_every_other_tensor_has_a_reason(
@@ -68,7 +69,7 @@ def test_layers_get_the_steps_that_were_planned_and_every_other_tensor_has_a_rea
     words = [model, "--recipe", recipe, "--ignore", "*.0.mlp.*"]
     found = json.loads(command("plan", *words, "--json", path=toy).stdout)
     assert command("compress", model, tmp_path / "out", *words[1:], path=toy).returncode == 0
-    layers = json.loads((tmp_path / "out" / NAME).read_text())["layers"]
+    layers = json.loads((tmp_path / "out" / MANIFEST).read_text())["layers"]
     assert {layer["name"]: [s["use"] for s in layer["steps"]] for layer in found["layers"]} == {
         n: v["steps"] for n, v in layers.items()
     }

@@ -28,8 +28,8 @@ from support import (
 
 import bitpress
 from bitpress import DataError
-from bitpress.calibrate.memory import batches
-from bitpress.ranks import Ranks
+from bitpress.planning.memory_estimate import batches
+from bitpress.runtime.process_group import Ranks
 
 SHARDS = 5
 
@@ -159,9 +159,10 @@ def test_bad_input_is_told_once_in_one_line_and_ends_all_ranks(
 # has seen everything.
 ADDING = """
 import torch, torch.distributed as dist
-from bitpress import chain
-from bitpress.layer import Stat
-from bitpress.ranks import Ranks
+from bitpress.compression.calibration.statistics import reduce_statistics
+from bitpress.runtime.process_group import Ranks
+from bitpress.schemes import pipeline
+from bitpress.schemes.values import Stat
 
 dist.init_process_group("gloo")
 rank, count = dist.get_rank(), dist.get_world_size()
@@ -180,10 +181,10 @@ def seen(i):
 
 expected = [{}, {}]
 for i in range(count):
-    chain.merge(expected[1], seen(i))
+    pipeline.merge(expected[1], seen(i))
 for owner in range(count):
     given = [{}, seen(rank)]
-    found = ranks.add_up(given, owner, torch.device("cpu"))
+    found = reduce_statistics(ranks, given, owner, torch.device("cpu"))
     if rank != owner:
         assert found == [{}, {}]
         continue

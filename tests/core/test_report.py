@@ -15,7 +15,7 @@ from calibrated import runnable_model
 from support import command, install_toy, plugins, refusal
 
 import bitpress
-from bitpress import manifest
+from bitpress.output import manifest
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_page_goes_beside_the_output_and_leaves_it_proved(made: Path) -> None:
 
 
 def test_names_are_written_out_and_not_obeyed(made: Path) -> None:
-    from bitpress.report.page import page
+    from bitpress.output.report.page import page
 
     shown = page(manifest.read_manifest(made / "out"), "<script>alert(1)</script>")
     assert "<script>" not in shown

@@ -27,11 +27,14 @@ from support import (
 )
 
 import bitpress
-from bitpress import VerificationError, chain, stream
+from bitpress import VerificationError
 from bitpress.checkpoint import lock
-from bitpress.checkpoint.header import read_header
+from bitpress.checkpoint.filenames import RUN_RECORD
 from bitpress.checkpoint.reader import Reader
-from bitpress.checkpoint.writer import RUN, OutputFolder
+from bitpress.checkpoint.safetensors import read_header
+from bitpress.checkpoint.writer import OutputFolder
+from bitpress.compression import data_free
+from bitpress.schemes import stored_layout
 
 SHARDS = [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
 
@@ -67,7 +70,7 @@ def test_the_files_do_not_depend_on_threads(
 def test_the_weights_do_not_depend_on_the_size_of_tiles(
     tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes], tile: int
 ) -> None:
-    with plugins(deadly), patch.object(chain, "TILE", tile):
+    with plugins(deadly), patch.object(stored_layout, "TILE", tile):
         bitpress.compress(model, tmp_path / "out", scheme="toy")
     for name in SHARDS:
         assert (tmp_path / "out" / name).read_bytes() == expected[name]
@@ -79,7 +82,7 @@ def test_the_files_do_not_depend_on_the_order_of_shards(
     with plugins(deadly), Reader() as reader:
         work = bitpress.plan(model, scheme="toy")
         for shard in reversed(work.shards):
-            stream.write_shard(
+            data_free.write_shard(
                 shard,
                 OutputFolder(tmp_path),
                 reader,
@@ -174,7 +177,7 @@ def test_until_every_other_file_has_its_name_the_folder_is_no_model(
     assert len(left) == renames
     assert "config.json" not in left
     if renames == 9:
-        assert {*left, "config.json"} == {*expected, RUN}
+        assert {*left, "config.json"} == {*expected, RUN_RECORD}
     assert command("compress", model, out, "--scheme", "toy", path=deadly).returncode == 0
     assert files_of(out) == expected
 

@@ -28,8 +28,8 @@ from support import (
 )
 
 import bitpress
-from bitpress.budget.damage import parts
-from bitpress.budget.search import search
+from bitpress.api import search
+from bitpress.compression.search.sensitivity import parts
 from bitpress.errors import RecipeError
 
 # 4-bit codes, two in a byte: half as large as those of `toy`
@@ -279,8 +279,8 @@ def test_experts_of_a_block_share_one_scheme(installed: Path, tmp_path: Path, fa
         (("--budget", "nan", "--schemes", "short,toy"), ["--budget nan", "from 4.22 to 8.22"]),
         (("--budget", "6", "--schemes", "short"), ["--schemes short", "two or more"]),
         (("--budget", "6", "--schemes", "none,none"), ["--schemes none", "two or more"]),
-        (("--budget", "6", "--schemes", "short,nvfp5"), ["no scheme 'nvfp5'"]),
-        (("--budget", "6", "--schemes", "short,"), ["no scheme ''"]),
+        (("--budget", "6", "--schemes", "short,nvfp5"), ["scheme 'nvfp5' is not installed"]),
+        (("--budget", "6", "--schemes", "short,"), ["scheme '' is not installed"]),
         (
             ("--budget", "6", "--schemes", "short,toy:levels"),
             ["--schemes toy:levels", "NAME:OPTION=VALUE"],

@@ -12,9 +12,9 @@ import pytest
 from attrs import field, frozen
 
 from bitpress import CheckpointError
-from bitpress.checkpoint.header import Entry
 from bitpress.checkpoint.reader import Checkpoint
-from bitpress.stacks import left_alone, linear_layers, stack
+from bitpress.checkpoint.safetensors import Entry
+from bitpress.planning.linear_layers import left_alone, linear_layers, stack
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -23,7 +23,7 @@ from support import (
 )
 
 import bitpress
-from bitpress.checkpoint.header import read_header
+from bitpress.checkpoint.safetensors import read_header
 
 TIED = LLAMA | {"tie_word_embeddings": True}
 LAYERS = {n.removesuffix(".weight") for n in llama_tensors() if "_proj" in n}

@@ -15,7 +15,8 @@ from calibrated import TINY, TINY_CONFIG as CONFIG, tokenizer_folder
 from transformers import AutoTokenizer
 
 from bitpress import DataError
-from bitpress.calibrate.texts import Choice, Sequences, load
+from bitpress.modeling.tokens import Sequences, load
+from bitpress.planning.calibration_config import CalibrationConfig
 
 TEXTS = [
     f"On day {i} the ship's {word} was seen at noon, {i * 7} miles from land.\n"
@@ -65,7 +66,7 @@ def tokens_of(text: str, special: bool = True) -> list[int]:
 def loaded(
     model: Path, source: object, samples: int = 10_000, length: int = 32, seed: int = 0
 ) -> Sequences:
-    return load(Choice(str(source), samples, length, seed), model, CONFIG)
+    return load(CalibrationConfig(str(source), samples, length, seed), model, CONFIG)
 
 
 # --- packing
@@ -116,7 +117,7 @@ def test_text_of_uncommonly_long_tokens_is_read_as_far_as_needed(
 ) -> None:
     (model / "tokenizer.json").write_text(word_tokenizer(200))
     (tmp_path / "a.txt").write_text(" ".join(["x" * 200] * 500))
-    found = load(Choice(str(tmp_path / "a.txt"), 4, 16), model, {})
+    found = load(CalibrationConfig(str(tmp_path / "a.txt"), 4, 16), model, {})
     assert found.ids.shape == (4, 16)
     assert not found.warnings
 
@@ -187,7 +188,7 @@ def test_a_template_that_refuses_is_quoted(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_default_text_needs_nothing(model: Path) -> None:
-    found = load(Choice(), model, {**CONFIG, "max_position_embeddings": 1024})
+    found = load(CalibrationConfig(), model, {**CONFIG, "max_position_embeddings": 1024})
     assert found.source == "the text that ships with bitpress"
     assert not found.warnings
     assert found.ids.shape[1] == 512
@@ -198,7 +199,7 @@ def test_too_little_is_said_with_how_much_there_was(model: Path, tmp_path: Path)
     count = len(tokens_of("\n".join(TEXTS)))
     [warning] = loaded(model, json_lines(tmp_path / "a.jsonl"), samples=900).warnings
     assert warning == f"{count // 32} of 900 sequences of 32 tokens: a.jsonl holds {count:,} tokens"
-    [warning] = load(Choice(samples=5000, length=64), model, CONFIG).warnings
+    [warning] = load(CalibrationConfig(samples=5000, length=64), model, CONFIG).warnings
     assert "of 5000 sequences of 64 tokens: the text that ships with bitpress holds" in warning
 
 
@@ -216,7 +217,7 @@ def test_a_length_beyond_the_model_s_is_cut_with_a_warning(
     model: Path, tmp_path: Path, nested: bool
 ) -> None:
     config = {"text_config": CONFIG} if nested else CONFIG
-    found = load(Choice(str(json_lines(tmp_path / "a.jsonl")), 2, 4096), model, config)
+    found = load(CalibrationConfig(str(json_lines(tmp_path / "a.jsonl")), 2, 4096), model, config)
     assert found.ids.shape == (2, 128)
     assert found.warnings == (
         "sequences of 4096 tokens cut to 128, the model's max_position_embeddings",

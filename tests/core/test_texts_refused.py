@@ -16,8 +16,9 @@ from calibrated import TINY_CONFIG as CONFIG, tokenizer_folder
 from support import memory_taken
 
 from bitpress import CheckpointError, DataError
-from bitpress.calibrate import sources
-from bitpress.calibrate.texts import Choice, load
+from bitpress.modeling import text_sources
+from bitpress.modeling.tokens import load
+from bitpress.planning.calibration_config import CalibrationConfig
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_a_file_that_holds_no_texts_is_refused(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=expected) as refusal:
-        load(Choice(str(tmp_path / name)), model, CONFIG)
+        load(CalibrationConfig(str(tmp_path / name)), model, CONFIG)
     assert len(str(refusal.value).splitlines()) == 1
 
 
@@ -70,7 +71,7 @@ def test_a_line_of_a_gigabyte_is_refused_without_reading_it(model: Path, tmp_pat
         memory_taken() as taken,
         pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than 67,108,864 bytes"),
     ):
-        load(Choice(str(file)), model, CONFIG)
+        load(CalibrationConfig(str(file)), model, CONFIG)
     assert taken[0] < 300e6
 
 
@@ -79,7 +80,7 @@ def test_a_gigabyte_of_nothing_fills_no_memory(model: Path, tmp_path: Path, seed
     file = sparse(tmp_path / "a.txt", b"", 1 << 30)
     refused = pytest.raises(DataError, match=r"a\.txt: it holds more than 268,435,456 characters")
     with memory_taken() as taken, refused if seed else nullcontext():
-        load(Choice(str(file), 2, 32, seed), model, CONFIG)
+        load(CalibrationConfig(str(file), 2, 32, seed), model, CONFIG)
     assert taken[0] < 900e6
 
 
@@ -89,7 +90,7 @@ def test_one_text_longer_than_is_wanted_is_tokenised_no_further(
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "some words " * 1_000_000}))
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "some words " * 100}))
     long, short = (
-        load(Choice(str(tmp_path / f"{name}.jsonl"), 2, 32), model, CONFIG)
+        load(CalibrationConfig(str(tmp_path / f"{name}.jsonl"), 2, 32), model, CONFIG)
         for name in ("long", "short")
     )
     assert long.digest == short.digest
@@ -107,7 +108,7 @@ def test_one_text_longer_than_is_wanted_is_tokenised_no_further(
 )
 def test_odd_text_is_text(model: Path, tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    assert load(Choice(str(tmp_path / name), 2, 32), model, CONFIG).ids.shape == (2, 32)
+    assert load(CalibrationConfig(str(tmp_path / name), 2, 32), model, CONFIG).ids.shape == (2, 32)
 
 
 def test_any_bytes_are_texts_or_refused_in_one_line(model: Path, tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_any_bytes_are_texts_or_refused_in_one_line(model: Path, tmp_path: Path)
         file = tmp_path / f"a{chance.choice(['.jsonl', '.txt', '.parquet', '.json'])}"
         file.write_bytes(b"".join(chance.choices(pieces, k=number % 12)))
         try:
-            sources.read(str(file), 1000, lambda messages: str(messages))
+            text_sources.read(str(file), 1000, lambda messages: str(messages))
         except DataError as e:
             told = str(e)
             assert len(told.splitlines()) == 1
@@ -140,7 +141,7 @@ def test_a_file_that_is_not_there_is_said_with_the_nearest_name(
 ) -> None:
     (tmp_path / "texts.jsonl").touch()
     with pytest.raises(DataError, match=r"there is no such file; did you mean 'texts.jsonl'\?"):
-        load(Choice(str(tmp_path / "text.jsonl")), model, CONFIG)
+        load(CalibrationConfig(str(tmp_path / "text.jsonl")), model, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -159,13 +160,13 @@ def test_a_missing_library_is_said_with_the_extra_that_brings_it(
     Path("a.parquet").touch()
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=rf"bitpress-core\[{extra}\]"):
-        load(Choice(source), model, CONFIG)
+        load(CalibrationConfig(source), model, CONFIG)
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"length": 0}, {"seed": -1}, {"seed": 2**63}])
 def test_numbers_that_cannot_be_are_refused(model: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(DataError, match="at least 1"):
-        load(Choice(**wrong), model, CONFIG)
+        load(CalibrationConfig(**wrong), model, CONFIG)
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"version": "1.0"}'])
@@ -175,10 +176,10 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(model: Path, content: st
         model / "tokenizer.json"
     ).write_text(content)
     with pytest.raises(CheckpointError, match="no usable tokenizer") as refusal:
-        load(Choice(), model, CONFIG)
+        load(CalibrationConfig(), model, CONFIG)
     assert len(str(refusal.value).splitlines()) == 1
 
 
 def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
     with pytest.raises(CheckpointError, match=r"token id \d+ .* vocab_size is 1000"):
-        load(Choice(), model, {**CONFIG, "vocab_size": 1000})
+        load(CalibrationConfig(), model, {**CONFIG, "vocab_size": 1000})

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from support import LLAMA, llama_tensors, tensors_of, write_model
 
-from bitpress import chain, compress, decompress
-from bitpress.layer import Layer, Record
-from bitpress.schemes import Step, discover
+from bitpress import compress, decompress
+from bitpress.schemes import pipeline
+from bitpress.schemes.registry import Step, discover
+from bitpress.schemes.values import Layer, Record
 
 # every finite E4M3 number by its code: sign, 4 bits of exponent with bias 7, 3 of mantissa
 NUMBERS = {
@@ -36,8 +37,8 @@ def step(name: str, **options: Any) -> Step:
 
 def stored(weight: torch.Tensor, used: Step) -> Record:
     layer = Layer("layer", weight, torch.bfloat16)
-    stats = chain.observe_weights(lambda: iter([layer]), [used])
-    return chain.record(chain.pack(chain.quantize(layer, [used], stats), [used]), [used])
+    stats = pipeline.observe_weights(lambda: iter([layer]), [used])
+    return pipeline.record(pipeline.pack(pipeline.quantize(layer, [used], stats), [used]), [used])
 
 
 def nearest_codes(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from bitpress import chain
-from bitpress.hardware import find
-from bitpress.layer import Layer, Record
-from bitpress.schemes import Step, discover
+from bitpress.schemes import pipeline
+from bitpress.schemes.hardware import find
+from bitpress.schemes.registry import Step, discover
+from bitpress.schemes.values import Layer, Record
 
 SCALES = ["max", "percentile", "mse"]
 
@@ -32,11 +32,11 @@ def inputs(outlier: float = 4.0, tokens: int = 4000) -> torch.Tensor:
 def stored(this: Step, batches: Sequence[torch.Tensor]) -> Record:
     weight, stats = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)), {}
     for batch in batches:
-        chain.merge(
+        pipeline.merge(
             stats, this.call("observe", inputs=batch, reference=None, residual=None, weight=weight)
         )
-    layer = chain.quantize_whole(Layer("layer", weight, torch.bfloat16), [this], [stats])
-    return chain.record(chain.pack(layer, [this]), [this])
+    layer = pipeline.quantize_whole(Layer("layer", weight, torch.bfloat16), [this], [stats])
+    return pipeline.record(pipeline.pack(layer, [this]), [this])
 
 
 @pytest.mark.parametrize("weights", ["channel", "tensor"])

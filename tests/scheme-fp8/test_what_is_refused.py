@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from support import LLAMA, bitpress, refusal, write_model
 
-from bitpress.hardware import KNOWN, find
-from bitpress.schemes import discover
+from bitpress.schemes.hardware import KNOWN, find
+from bitpress.schemes.registry import discover
 
 # down_proj is 192 wide; gate and up have 192 rows and are fused
 NARROW = LLAMA | {"intermediate_size": 192}

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from bitpress import chain
-from bitpress.hardware import find
-from bitpress.layer import Layer, Record
-from bitpress.schemes import Step, discover
+from bitpress.schemes import pipeline
+from bitpress.schemes.hardware import find
+from bitpress.schemes.registry import Step, discover
+from bitpress.schemes.values import Layer, Record
 from bitpress_int8 import smoothing
 
 
@@ -27,8 +27,8 @@ def inputs(outlier: float = 1.0) -> torch.Tensor:
 def stored(used: Step, x: torch.Tensor) -> tuple[Layer, Record]:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
     stats = dict(used.call("observe", inputs=x, reference=x, residual=None, weight=weight) or {})
-    layer = chain.quantize_whole(Layer("layer", weight, torch.bfloat16), [used], [stats])
-    return layer, chain.record(chain.pack(layer, [used]), [used])
+    layer = pipeline.quantize_whole(Layer("layer", weight, torch.bfloat16), [used], [stats])
+    return layer, pipeline.record(pipeline.pack(layer, [used]), [used])
 
 
 @pytest.mark.parametrize("outliers", ["max", "percentile", "mse"])

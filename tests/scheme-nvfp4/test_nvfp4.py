@@ -16,11 +16,12 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings, strategies as st
 from support import LLAMA, refusal, tensors_of, write_model
 
-from bitpress import chain, compress
-from bitpress.hardware import find
-from bitpress.layer import Layer, Record, Stat
-from bitpress.rounding import input_rounding
-from bitpress.schemes import Step, discover
+from bitpress import compress
+from bitpress.schemes import pipeline
+from bitpress.schemes.activation_quantizer import input_rounding
+from bitpress.schemes.hardware import find
+from bitpress.schemes.registry import Step, discover
+from bitpress.schemes.values import Layer, Record, Stat
 
 MAGNITUDES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 # every positive E4M3 number
@@ -52,11 +53,11 @@ def numbers(rows: int, columns: int, seed: int = 0, spread: float = 0.0) -> torc
 
 def quantised(weight: torch.Tensor, used: Step, stats: dict[str, Stat] | None = None) -> Layer:
     layer = Layer("layer", weight, torch.bfloat16)
-    return chain.quantize_whole(layer, [used], [stats or {}])
+    return pipeline.quantize_whole(layer, [used], [stats or {}])
 
 
 def stored(layer: Layer, used: Step) -> Record:
-    return chain.record(chain.pack(layer, [used]), [used])
+    return pipeline.record(pipeline.pack(layer, [used]), [used])
 
 
 def loaded(record: Record) -> torch.Tensor:
@@ -109,7 +110,7 @@ def test_what_is_stored_is_decoded_exactly(
         AWKWARD[kind](numbers(rows, 16 * groups, seed, spread)), this := step(**PLAIN)
     )
     record = stored(layer, this)
-    assert torch.equal(chain.restore(record.tensors, record.config, [this]), layer.weight)
+    assert torch.equal(pipeline.restore(record.tensors, record.config, [this]), layer.weight)
     assert torch.equal(loaded(record), layer.weight.bfloat16())
     assert layer.weight.isfinite().all()
     assert (record.tensors["weight_scale"].float() > 0).all()

@@ -12,10 +12,10 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from support import LLAMA, command, files_of, install_toy, refusal, tensors_of, write_model
 
-from bitpress import chain
-from bitpress.hardware import find
-from bitpress.layer import Layer, Record
-from bitpress.schemes import Step, discover
+from bitpress.schemes import pipeline
+from bitpress.schemes.hardware import find
+from bitpress.schemes.registry import Step, discover
+from bitpress.schemes.values import Layer, Record
 from bitpress_sparse import bitmask
 
 SCHEMES = ("sparse-2of4", "sparse")
@@ -29,8 +29,8 @@ def step(name: str, **options: Any) -> Step:
 def stored(
     this: Step, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Layer, Record]:
-    layer = chain.quantize(Layer("layer", weight, dtype), [this], [{}])
-    return layer, chain.record(chain.pack(layer, [this]), [this])
+    layer = pipeline.quantize(Layer("layer", weight, dtype), [this], [{}])
+    return layer, pipeline.record(pipeline.pack(layer, [this]), [this])
 
 
 def weights(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_restoring_is_exact_in_either_layout(
     for layout in ("dense", "bitmask"):
         this = step(name, layout=layout)
         layer, record = stored(this, weight)
-        assert torch.equal(chain.restore(record.tensors, record.config, [this]), layer.weight)
+        assert torch.equal(pipeline.restore(record.tensors, record.config, [this]), layer.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

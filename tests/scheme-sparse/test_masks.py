@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 
-from bitpress import chain, numerics
-from bitpress.layer import Layer, Stat
-from bitpress.schemes import Step, discover
+from bitpress import numerics
+from bitpress.schemes import pipeline
+from bitpress.schemes.registry import Step, discover
+from bitpress.schemes.values import Layer, Stat
 from bitpress_sparse import masks
 
 ALGORITHMS = ("sparsegpt", "wanda", "magnitude")
@@ -53,7 +54,7 @@ def pruned(
     stats: Stats | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Layer:
-    return chain.quantize(Layer("layer", weight, dtype), [this], [stats or {}])
+    return pipeline.quantize(Layer("layer", weight, dtype), [this], [stats or {}])
 
 
 def loss(weight: torch.Tensor, found: torch.Tensor, x: torch.Tensor) -> float:

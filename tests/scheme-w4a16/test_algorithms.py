@@ -10,10 +10,10 @@ import pytest
 import torch
 from support import LLAMA, bitpress, refusal, write_model
 
-from bitpress import chain
-from bitpress.hardware import find
-from bitpress.layer import Layer, Stat
-from bitpress.schemes import Step, discover
+from bitpress.schemes import pipeline
+from bitpress.schemes.hardware import find
+from bitpress.schemes.registry import Step, discover
+from bitpress.schemes.values import Layer, Stat
 
 WIDTH = 256
 
@@ -47,7 +47,7 @@ def error(
     stats = (
         this.call("observe", inputs=x / s, reference=None, residual=None, weight=weight * s) or {}
     )
-    found = chain.quantize(Layer("layer", weight * s, torch.bfloat16), [this], [stats]).weight
+    found = pipeline.quantize(Layer("layer", weight * s, torch.bfloat16), [this], [stats]).weight
     return float(((x / s) @ found.T - x @ weight.T).norm() / (x @ weight.T).norm())
 
 
@@ -107,8 +107,8 @@ def test_awq_without_usable_statistics_says_so_and_rounds(bad: float) -> None:
     }
     layer = Layer("layer", weights(), torch.bfloat16)
     with pytest.warns(UserWarning, match="rounded without them"):
-        found = chain.quantize(layer, [this], [stats]).weight
-    assert torch.equal(found, chain.quantize(layer, [step(algorithm="rtn")], [{}]).weight)
+        found = pipeline.quantize(layer, [this], [stats]).weight
+    assert torch.equal(found, pipeline.quantize(layer, [step(algorithm="rtn")], [{}]).weight)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,9 @@ def test_auto_takes_the_largest_group_that_fits_and_says_so_where_it_is_not_128(
     )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        record = chain.record(chain.pack(chain.quantize(layer, [this], [{}]), [this]), [this])
+        record = pipeline.record(
+            pipeline.pack(pipeline.quantize(layer, [this], [{}]), [this]), [this]
+        )
     wanted = (
         {"strategy": "channel"}
         if group == "channel"

@@ -11,9 +11,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings, strategies as st
 
-from bitpress import chain
-from bitpress.layer import Layer, Record, Stat
-from bitpress.schemes import Step, discover
+from bitpress.schemes import pipeline
+from bitpress.schemes.registry import Step, discover
+from bitpress.schemes.values import Layer, Record, Stat
 
 SCHEMES = ("w4a16", "w8a16")
 BITS = {"w4a16": 4, "w8a16": 8}
@@ -34,11 +34,11 @@ def quantised(
     stats: dict[str, Stat] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Layer:
-    return chain.quantize(Layer("layer", weight, dtype), [used], [stats or {}])
+    return pipeline.quantize(Layer("layer", weight, dtype), [used], [stats or {}])
 
 
 def stored(layer: Layer, used: Step) -> Record:
-    return chain.record(chain.pack(layer, [used]), [used])
+    return pipeline.record(pipeline.pack(layer, [used]), [used])
 
 
 def loaded(record: Record) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_restoring_what_is_packed_is_exact(
     this = step(name, group_size=group, symmetric=symmetric)
     layer = quantised(numbers(rows, width, seed), this)
     record = stored(layer, this)
-    assert torch.equal(chain.restore(record.tensors, record.config, [this]), layer.weight)
+    assert torch.equal(pipeline.restore(record.tensors, record.config, [this]), layer.weight)
     assert torch.equal(loaded(record), layer.weight)
 
 

@@ -14,11 +14,12 @@ from calibrated import runnable_model
 from hypothesis import given, settings, strategies as st
 from support import LLAMA, command, refusal, tensors_of, write_model
 
-from bitpress import chain, compress
+from bitpress import compress
 from bitpress.checkpoint.reader import open_checkpoint
-from bitpress.layer import Layer, Stat
-from bitpress.recipe import from_scheme
-from bitpress.schemes import Step, discover
+from bitpress.planning.recipe import from_scheme
+from bitpress.schemes import pipeline, stored_layout
+from bitpress.schemes.registry import Step, discover
+from bitpress.schemes.values import Layer, Stat
 
 PRUNING = {
     "2:4": ("sparse-2of4", {}),
@@ -72,12 +73,12 @@ def weights(rows: int, seed: int) -> torch.Tensor:
 def taken(used: tuple[Step, ...], weight: torch.Tensor, moved: float) -> list[dict[str, Stat]]:
     """Every step's statistics, as a run takes them: of the source's weight, all at once."""
     now, before = inputs(moved), inputs()
-    found = [chain.observe(s, weight, now, before) if s.calibrated else None for s in used]
+    found = [pipeline.observe(s, weight, now, before) if s.calibrated else None for s in used]
     return [dict(stats or {}) for stats in found]
 
 
 def result(used: tuple[Step, ...], weight: torch.Tensor, moved: float = 0.2) -> Layer:
-    return chain.quantize_whole(
+    return pipeline.quantize_whole(
         Layer("layer", weight, torch.bfloat16), used, taken(used, weight, moved)
     )
 
@@ -102,12 +103,12 @@ def test_what_is_pruned_stays_zero_and_what_is_stored_comes_back(
     pruned, layer = result(used[:1], weight), result(used, weight)
     assert torch.equal(layer.keep, pruned.keep)
     assert not layer.weight[~pruned.keep].any()
-    assert list(chain.check(layer.weight, used)) == []
-    record = chain.record(chain.join([chain.pack(layer, used)], tuple(weight.shape)), used)
-    restored = chain.restore(record.tensors, record.config, used)
+    assert list(pipeline.check(layer.weight, used)) == []
+    record = pipeline.record(pipeline.join([pipeline.pack(layer, used)], tuple(weight.shape)), used)
+    restored = pipeline.restore(record.tensors, record.config, used)
     assert torch.equal(restored, layer.weight)
     assert not torch.signbit(restored[~pruned.keep]).any()
-    planned = chain.describe(*weight.shape, torch.bfloat16, used)
+    planned = stored_layout.describe(*weight.shape, torch.bfloat16, used)
     assert record.config == planned.config
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in record.tensors.items()}
     assert shapes == {
@@ -137,7 +138,7 @@ def test_after_a_step_with_data_rounding_errors_are_fed_forward_by_a_scheme_that
 ) -> None:
     weight, used = weights(64, 3), steps("2:4", second)
     pruned = result(used[:1], weight)
-    rounded = chain.quantize_whole(pruned, used[1:], [{}])
+    rounded = pipeline.quantize_whole(pruned, used[1:], [{}])
     pruned_loss, plain, fed = (
         missing(weight, layer.weight) ** 2 for layer in (pruned, rounded, result(used, weight))
     )
@@ -194,7 +195,7 @@ def test_a_calibrated_composition_is_proved_against_its_source(tmp_path: Path, s
         for name, tensor in names.items()
         if name.startswith(f"{layer}.")
     }
-    zeros = chain.restore(tensors, group, used) == 0
+    zeros = pipeline.restore(tensors, group, used) == 0
     assert (zeros.sum(1) >= zeros.shape[1] // 2).all()
     assert "sparsity_config" not in config
 

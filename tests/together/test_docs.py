@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bitpress.schemes import discover
+from bitpress.schemes.registry import discover
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -12,10 +12,12 @@ from elsewhere import GPU, Elsewhere, Pretended, bare
 from torch import Tensor
 
 import bitpress
-from bitpress import Layer, chain, compute
+from bitpress import Layer
 from bitpress.conformance import trial
-from bitpress.rounding import input_rounding
-from bitpress.schemes import Step, discover
+from bitpress.runtime import devices
+from bitpress.schemes import pipeline
+from bitpress.schemes.activation_quantizer import input_rounding
+from bitpress.schemes.registry import Step, discover
 
 STEPS = {
     f"{name}, {label}": step
@@ -36,16 +38,19 @@ def everything(step: Step, weight: Tensor, place: Callable[[Tensor], Tensor]) ->
         inputs = torch.randn(TOKENS, width, generator=draw)
         reference = inputs + 0.01 * torch.randn(TOKENS, width, generator=draw)
         residual = torch.randn(TOKENS, out, generator=draw)
-        chain.merge(
+        pipeline.merge(
             stats,
-            chain.observe(step, layer.weight, place(inputs), place(reference), place(residual)),
+            pipeline.observe(step, layer.weight, place(inputs), place(reference), place(residual)),
         )
-    chain.merge(
-        stats, chain.observe(step, layer.weight) if step.scheme.wants("observe", "weight") else {}
+    pipeline.merge(
+        stats,
+        pipeline.observe(step, layer.weight) if step.scheme.wants("observe", "weight") else {},
     )
-    record = chain.record(chain.pack(chain.quantize(layer, [step], [stats]), [step]), [step])
-    found = {"restored": chain.restore(record.tensors, record.config, [step], (out, width))}
-    if step.rescales and (factors := chain.rescale(layer, [step], [stats])) is not None:
+    record = pipeline.record(
+        pipeline.pack(pipeline.quantize(layer, [step], [stats]), [step]), [step]
+    )
+    found = {"restored": pipeline.restore(record.tensors, record.config, [step], (out, width))}
+    if step.rescales and (factors := pipeline.rescale(layer, [step], [stats])) is not None:
         found["factors"] = factors
     if (rounding := input_rounding(record.tensors, record.config, [step])) is not None:
         found["inputs"] = rounding(place(torch.randn(TOKENS, width, generator=draw)))
@@ -97,14 +102,14 @@ def threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("set_device", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     monkeypatch.setattr(torch.cuda, "Stream", NoStream)
-    take = compute.Turns.take
+    take = devices.Turns.take
 
-    def taken(self: compute.Turns) -> None:
+    def taken(self: devices.Turns) -> None:
         take(self)
         # as long as the thread lives
         Pretended().__enter__()
 
-    monkeypatch.setattr(compute.Turns, "take", taken)
+    monkeypatch.setattr(devices.Turns, "take", taken)
 
 
 @pytest.mark.parametrize("name", RUNS)

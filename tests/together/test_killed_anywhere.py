@@ -21,7 +21,7 @@ from calibrated import CONFIG, runnable_model
 from support import files_of
 
 from bitpress.checkpoint import lock
-from bitpress.schemes import discover
+from bitpress.schemes.registry import discover
 
 # Reads lines `MOMENT|argument|argument|...`: runs the command in a fork that kills itself at that
 # call which opens, writes, syncs, cuts, closes, renames or removes a file (no whole number: after
@@ -30,7 +30,8 @@ STARTER = """
 import os, pathlib, signal, sys, threading
 import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from bitpress import cli, run
+from bitpress import cli
+from bitpress.compression import run
 torch.set_num_threads(1)
 def work(moment, arguments, tell):
     count, lock = [0], threading.Lock()

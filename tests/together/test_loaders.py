@@ -20,11 +20,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from bitpress import chain, compress
+from bitpress import compress
 from bitpress.checkpoint.reader import open_checkpoint
-from bitpress.planning import make_plan
-from bitpress.recipe import Recipe, from_file, from_scheme
-from bitpress.schemes import discover
+from bitpress.planning.planner import make_plan
+from bitpress.planning.recipe import Recipe, from_file, from_scheme
+from bitpress.schemes import pipeline
+from bitpress.schemes.registry import discover
 
 TINY = Path(__file__).parents[2] / "examples/tiny-llama"
 TOKENS = torch.arange(48).reshape(2, 24) * 2 % 96
@@ -60,7 +61,7 @@ def with_restored_weights(source: Path, out: Path, recipe: Recipe) -> torch.nn.M
         for module in stack.members:
             names, config = stack.stored(module)
             tensors = {name.removeprefix(f"{module}."): found.pop(name) for name in names}
-            state[f"{module}.weight"] = chain.restore(tensors, config, stack.steps)
+            state[f"{module}.weight"] = pipeline.restore(tensors, config, stack.steps)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(source)).float()
     missing, unexpected = model.load_state_dict(
         {**{n: t.float() for n, t in found.items()}, **state}, strict=False

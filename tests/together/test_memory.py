@@ -15,7 +15,7 @@ from calibrated import CONFIG, runnable_model
 from support import llama_tensors
 
 import bitpress
-from bitpress import needs
+from bitpress.planning import memory_estimate
 
 # Everything is imported before the limit is set, and what is resident by then is taken off it.
 # RLIMIT_DATA counts private writable memory: the heap, stacks, and what is mapped for tensors,
@@ -24,7 +24,8 @@ LIMITED = """
 import os, resource, sys
 import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from bitpress import cli, run
+from bitpress import cli
+from bitpress.compression import run
 torch.set_num_threads(1)
 limit = int(sys.argv.pop(1))
 torch.ones(64, 64) @ torch.ones(64, 64)
@@ -76,7 +77,7 @@ def test_a_run_keeps_to_what_it_said_it_would_need(tmp_path: Path, arguments: li
     torch.manual_seed(0)
     model = runnable_model(tmp_path / "model", llama_tensors(config=LARGE), LARGE)
     scheme, calibrated = str(arguments[1]), "--samples" in arguments
-    need = needs.memory(bitpress.plan(model, scheme=scheme), 1, 32 * 96)
+    need = memory_estimate.estimate_memory(bitpress.plan(model, scheme=scheme), 1, 32 * 96)
     words = ["compress", model, tmp_path / "out", *arguments, "--threads", 1]
     words += ["--calibration", tmp_path / "text.txt"] if calibrated else []
     refused = limited(need - 1_000_000, *words)
@@ -91,15 +92,17 @@ def test_a_run_keeps_to_what_it_said_it_would_need(tmp_path: Path, arguments: li
 
 WATCHED = """
 import ctypes, sys
-from bitpress import chain, cli
-from bitpress.calibrate import memory
-memory.RUNTIME, solve, idle = 0, chain.quantize_whole, [0]  # memory is short from the beginning
+from bitpress import cli
+from bitpress.runtime import memory
+from bitpress.schemes import pipeline
+memory.TRANSFORMERS_BYTES = 0  # memory is short from the beginning
+solve, idle = pipeline.quantize_whole, [0]
 def watched(*arguments):
     before = memory.taken()
     ctypes.CDLL(None).malloc_trim(0)
     idle.append(before - memory.taken())
     return solve(*arguments)
-chain.quantize_whole = watched
+pipeline.quantize_whole = watched
 try:
     cli.main()
 finally:

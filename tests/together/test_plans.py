@@ -10,7 +10,7 @@ import pytest
 from support import LLAMA, files_of, llama_tensors, write_model
 
 import bitpress
-from bitpress.serving import remarks
+from bitpress.planning.tensor_parallel import remarks
 
 SCHEMES = {
     "fp8": ("fp8", []),

@@ -8,7 +8,6 @@ when they are first used.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from bitpress.errors import (
@@ -21,17 +20,14 @@ from bitpress.errors import (
     ShapeError,
     VerificationError,
 )
-from bitpress.hardware import Hardware
-from bitpress.hookspecs import hookimpl
-from bitpress.layer import Finding, Layer, Record, Stat
-from bitpress.options import Options, option
+from bitpress.schemes.hardware import Hardware
+from bitpress.schemes.hookspecs import hookimpl
+from bitpress.schemes.options import Options, option
+from bitpress.schemes.values import Finding, Layer, Record, Stat
 
 if TYPE_CHECKING:
-    from bitpress.budget.search import search
-    from bitpress.outputs import decompress, evaluate as eval, inspect, verify
-    from bitpress.run import compress, plan
+    from bitpress.api import compress, decompress, evaluate as eval, inspect, plan, search, verify
 
-__version__ = version("bitpress-core")
 __all__ = [
     "BitpressError",
     "CheckpointError",
@@ -58,18 +54,13 @@ __all__ = [
     "verify",
 ]
 
-
-_HOME = {
-    **dict.fromkeys(("compress", "plan"), "run"),
-    **dict.fromkeys(("decompress", "eval", "inspect", "verify"), "outputs"),
-    "search": "budget.search",
-}
+# functions of `api`, which imports torch: imported when they are first used
+_API = ("compress", "decompress", "eval", "inspect", "plan", "search", "verify")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
+    if name in _API:
         return getattr(
-            importlib.import_module(f"bitpress.{_HOME[name]}"),
-            "evaluate" if name == "eval" else name,
+            importlib.import_module("bitpress.api"), "evaluate" if name == "eval" else name
         )
     raise AttributeError(f"module 'bitpress' has no attribute {name!r}")

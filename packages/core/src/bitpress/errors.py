@@ -54,8 +54,8 @@ class VerificationError(BitpressError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint `; did you mean 'x'?` with the closest known name, or nothing where none is close.
 
-    >>> nearest("fp9", ["fp8", "int8"])
-    "; did you mean 'fp8'?"
+    >>> nearest("q_porj", ["q_proj", "up_proj"])
+    "; did you mean 'q_proj'?"
     """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

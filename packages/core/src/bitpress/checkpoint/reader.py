@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from bitpress.checkpoint.header import LARGEST, Entry, Header, encodable, read_header
-from bitpress.checkpoint.others import other_files
+from bitpress.checkpoint.filenames import FILE_NAME, INDEX, WEIGHT_SUFFIXES
+from bitpress.checkpoint.safetensors import LARGEST, Entry, Header, encodable, read_header
 from bitpress.checkpoint.views import View
-from bitpress.errors import CheckpointError, first_line
+from bitpress.errors import CheckpointError
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -39,26 +38,11 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
-FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,180}\.safetensors")
+
 # of a JSON file: lists and tables within one another
 DEEPEST = 100
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".npz",
-    ".pkl",
-    ".index.json",
-    ".part",
-)
 
 
 @frozen(eq=False)
@@ -295,39 +279,35 @@ class Reader:
             return self._descriptors[file]
 
 
-def resolve(model: str | Path, fetch: Callable[[str], str] | None = None) -> Path:
-    """The folder of a model: the path itself, or where a Hub name (`organisation/name`) has been
-    downloaded to.
+def other_files(folder: Path, weights: tuple[str, ...]) -> Iterator[str]:
+    """Relative paths of the files of a model's folder but those that end as weights do.
 
     Raises:
-        CheckpointError: neither a folder nor a name that the Hub could resolve.
+        CheckpointError: one cannot be copied.
     """
-    path = Path(model).expanduser()
-    name = str(model)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return path
-    try:
-        return Path((fetch or _download)(name))
-    except Exception as e:
-        # the Hub client raises many kinds: network, rights, names
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__pycache__")))
+        for name in sorted(files):
+            relative = (Path(root) / name).relative_to(folder)
+            if not name.startswith(".") and not name.endswith(weights):
+                _check_other(folder, folder / relative)
+                yield relative.as_posix()
+
+
+def _check_other(folder: Path, file: Path) -> None:
+    """A file that will be copied: regular, readable, and not a link to what is no part of the
+    model, such as a private key.
+
+    The Hub's cache keeps a model's files as links into the `blobs` beside its `snapshots`.
+    """
+    if not file.is_file() or not os.access(file, os.R_OK):
         raise CheckpointError(
-            f"{name} is no folder, and the Hub did not give it: {first_line(e)}"
-        ) from None
-
-
-def _download(name: str) -> str:
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(
-        name,
-        ignore_patterns=[
-            "*.bin",
-            "*.pt",
-            "*.pth",
-            "*.ckpt",
-            "*.gguf",
-            "*.h5",
-            "*.msgpack",
-            "original/*",
-        ],
-    )
+            f"{file}: not a regular file that can be read; mend it or take it away"
+        )
+    real, home = file.resolve(), folder.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    if not real.is_relative_to(home) and not real.is_relative_to(blobs):
+        raise CheckpointError(
+            f"{file}: a link that leads out of the model's folder, to {real}; put the file itself "
+            "there, if it belongs"
+        )

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from attrs import frozen
 
-from bitpress.checkpoint.header import Entry
+from bitpress.checkpoint.safetensors import Entry
 
 
 class Read(Protocol):

@@ -1,7 +1,5 @@
-"""An output folder: every file under a temporary name until it is whole, `config.json` last.
-
-Until `config.json` is there no loader takes the folder for a model. A finished shard carries the
-plan's digest in its header: the folder itself is the journal from which an interrupted run goes on.
+"""Data-free work: shard by shard, stack by stack, in row tiles that stay in a core's cache, or keep
+a GPU busy.
 """
 
 from __future__ import annotations
@@ -19,11 +17,20 @@ from typing import Any
 import torch
 
 from bitpress.checkpoint import lock
-from bitpress.checkpoint.header import Entry, Header, read_header
+from bitpress.checkpoint.filenames import RUN_RECORD
+from bitpress.checkpoint.reader import Reader
+from bitpress.checkpoint.safetensors import Entry, Header, read_header
 from bitpress.errors import CheckpointError, OutputError
 
-# until the run is over: what it is made of
-RUN = ".bitpress.run"
+
+def copy_entry(entry: Entry, place: Entry, reader: Reader, writer: ShardWriter) -> None:
+    """Write a tensor of the source as it is."""
+    at = place.start
+    for chunk in reader.chunks(entry):
+        writer.write_bytes(at, chunk)
+        at += len(chunk)
+
+
 # bytes of one write: larger ones may get fresh large pages, whose first touch costs more than the
 # copying
 PIECE = 1 << 20
@@ -96,7 +103,7 @@ class OutputFolder:
                     "that"
                 )
         expected = {
-            name + ending for name in [*planned, RUN, lock.NAME] for ending in ("", ".part")
+            name + ending for name in [*planned, RUN_RECORD, lock.NAME] for ending in ("", ".part")
         }
         with _told(self.folder):
             if not self.folder.exists():
@@ -134,7 +141,7 @@ class OutputFolder:
         """A run that was killed while it tidied up may go on; of one that is over nothing is
         written again.
         """
-        if (self.folder / "config.json").exists() and not (self.folder / RUN).exists():
+        if (self.folder / "config.json").exists() and not (self.folder / RUN_RECORD).exists():
             raise OutputError(
                 f"{self.folder} already holds a model; name another folder or delete it"
             )

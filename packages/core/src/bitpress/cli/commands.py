@@ -11,14 +11,14 @@ from pathlib import Path
 import attrs
 import click
 
-from bitpress import hardware
-from bitpress.cli import arguments, planned, searched, show, terminal
+from bitpress.cli import options, output, plan_output, text as cli_text
 from bitpress.errors import VerificationError
-from bitpress.schemes import discover
+from bitpress.schemes import hardware
+from bitpress.schemes.registry import discover
 
 
 @click.group(
-    cls=arguments.Commands,
+    cls=options.Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
@@ -27,8 +27,8 @@ from bitpress.schemes import discover
 def app(context: click.Context, show_version: bool) -> None:
     """Makes language models on disk smaller, for vLLM and transformers."""
     if show_version:
-        from bitpress import __version__
-        from bitpress.hookspecs import VERSION
+        from bitpress.runtime.version import __version__
+        from bitpress.schemes.hookspecs import VERSION
 
         print(f"bitpress {__version__} (hooks {VERSION})")
         context.exit()
@@ -37,27 +37,27 @@ def app(context: click.Context, show_version: bool) -> None:
 
 
 @app.command()
-@arguments.argument("name", "[NAME]", "Show one scheme's options and hardware.", required=False)
+@options.argument("name", "[NAME]", "Show one scheme's options and hardware.", required=False)
 @click.option("--device", metavar="NAME", help="Only what concerns one device: A100.")
-@arguments.as_json
+@options.as_json
 def schemes(name: str | None, device: str | None, as_json: bool) -> None:
     """List installed schemes, or show one with its options and the hardware it serves on."""
     registry = discover()
     devices = hardware.KNOWN if device is None else (hardware.find(device),)
     if name is not None:
         step = registry.get(name).step()
-        terminal.document(show.scheme_json(step, devices)) if as_json else show.scheme(
+        cli_text.document(output.scheme_json(step, devices)) if as_json else output.scheme(
             step, devices
         )
     else:
-        terminal.document(show.registry_json(registry, devices)) if as_json else show.registry(
+        cli_text.document(output.registry_json(registry, devices)) if as_json else output.registry(
             registry, devices
         )
 
 
 @app.command()
-@arguments.model
-@arguments.recipe
+@options.model
+@options.recipe
 @click.option(
     "--tensor-parallel",
     "ranks",
@@ -79,8 +79,8 @@ def schemes(name: str | None, device: str | None, as_json: bool) -> None:
     default=1,
     help="Processes that torchrun starts to do it.",
 )
-@arguments.threads
-@arguments.as_json
+@options.threads
+@options.as_json
 def plan(
     model: str,
     scheme: str | None,
@@ -94,34 +94,41 @@ def plan(
     as_json: bool,
 ) -> None:
     """Show what would be done, from headers alone."""
-    with terminal.uncollected():
-        from bitpress import compute, forecast, needs, run, serving
+    with cli_text.uncollected():
+        from bitpress import api
+        from bitpress.planning import memory_estimate, tensor_parallel, time_estimate
+        from bitpress.runtime.devices import cores
 
     served = None if device is None else hardware.find(device)
-    work = run.plan(
+    work = api.plan(
         model, scheme=scheme, recipe_file=recipe, settings=settings, ignore=ignore, device=served
     )
-    shares, threads = forecast.shares(work, count), threads or max(compute.cores() // count, 1)
-    found = planned.Needs(
-        needs.memory(work, threads),
-        needs.scratch(work, max(share.tokens for share in shares)),
+    shares, threads = (
+        time_estimate.shares(work, count),
+        threads or max(cores() // count, 1),
+    )
+    found = plan_output.Needs(
+        memory_estimate.estimate_memory(work, threads),
+        memory_estimate.estimate_scratch(work, max(share.tokens for share in shares)),
         ranks,
-        tuple(serving.remarks(work, ranks)),
+        tuple(tensor_parallel.remarks(work, ranks)),
         tuple(shares),
         threads,
-        forecast.seconds(shares, threads),
+        time_estimate.seconds(shares, threads),
     )
-    terminal.document(planned.as_json(work, found)) if as_json else planned.table(work, found)
+    cli_text.document(plan_output.as_json(work, found)) if as_json else plan_output.table(
+        work, found
+    )
 
 
 @app.command()
-@arguments.model
-@arguments.argument(
-    "out", "OUT", "The folder to write; it must not hold anything else.", type=arguments.FILE
+@options.model
+@options.argument(
+    "out", "OUT", "The folder to write; it must not hold anything else.", type=options.FILE
 )
-@arguments.recipe
-@arguments.texts(256)
-@arguments.machine
+@options.recipe
+@options.texts(256)
+@options.machine
 @click.option(
     "--check", metavar="TEXT", help="Compare the result's predictions of a text with its source's."
 )
@@ -129,7 +136,7 @@ def plan(
 @click.option(
     "--no-verify", is_flag=True, help="Do not open and prove what was written; no digests."
 )
-@arguments.as_json
+@options.as_json
 def compress(
     model: str,
     out: Path,
@@ -152,31 +159,33 @@ def compress(
     as_json: bool,
 ) -> None:
     """Write a smaller model, and prove it."""
-    with terminal.uncollected():
-        from bitpress import launch, run, serving
-        from bitpress.calibrate.texts import Choice
+    with cli_text.uncollected():
+        from bitpress.compression import run
+        from bitpress.planning import tensor_parallel
+        from bitpress.planning.calibration_config import CalibrationConfig
+        from bitpress.runtime import watchdog
 
-    with launch.started(device) as ranks:
-        limit = terminal.size(max_memory)
+    with watchdog.started(device) as ranks:
+        limit = cli_text.size(max_memory)
         job = run.prepare(
             model,
             scheme=scheme,
             recipe_file=recipe,
             settings=settings,
             ignore=ignore,
-            calibration=Choice(calibration, samples, sequence_length, seed, all_experts),
+            calibration=CalibrationConfig(calibration, samples, sequence_length, seed, all_experts),
             check=check,
             trust_remote_code=trust_remote_code,
         )
         work = job.plan
         if ranks.first:
-            planned.remarks(work, job.warnings, serving.remarks(work))
+            plan_output.remarks(work, job.warnings, tensor_parallel.remarks(work))
             if calibration is not None and job.data is None:
                 print(
                     "warning: no step of this recipe needs data: --calibration is not used",
                     file=sys.stderr,
                 )
-        with terminal.progress(as_json or not ranks.first) as progress:
+        with cli_text.progress(as_json or not ranks.first) as progress:
             note = run.carry_out(
                 job,
                 out,
@@ -196,13 +205,13 @@ def compress(
             "verified": not no_verify,
             **note.as_json(),
         }
-        terminal.document(result) if as_json else show.summary(
+        cli_text.document(result) if as_json else output.summary(
             note, work, out, verified=not no_verify
         )
 
 
 @app.command()
-@arguments.model
+@options.model
 @click.option(
     "--schemes",
     metavar="NAME,NAME",
@@ -217,12 +226,12 @@ def compress(
     help="Stored bits per weight, on average.",
 )
 @click.option(
-    "--out", metavar="FILE", type=arguments.FILE, default="recipe.toml", help="The recipe to write."
+    "--out", metavar="FILE", type=options.FILE, default="recipe.toml", help="The recipe to write."
 )
-@arguments.settings
-@arguments.texts(64)
-@arguments.machine
-@arguments.as_json
+@options.settings
+@options.texts(64)
+@options.machine
+@options.as_json
 def search(
     model: str,
     schemes: str,
@@ -244,11 +253,11 @@ def search(
     """Measure what schemes cost each layer, and write the recipe that costs least in so many
     bits.
     """
-    with terminal.uncollected():
-        from bitpress.budget import search as searching
-        from bitpress.calibrate.texts import Choice
+    with cli_text.uncollected():
+        from bitpress.compression.search import search as searching
+        from bitpress.planning.calibration_config import CalibrationConfig
 
-    limit = terminal.size(max_memory)
+    limit = cli_text.size(max_memory)
     job = searching.prepare(
         model,
         out,
@@ -256,30 +265,32 @@ def search(
         budget=budget,
         settings=settings,
         ignore=ignore,
-        calibration=Choice(calibration, samples, sequence_length, seed, all_experts),
+        calibration=CalibrationConfig(calibration, samples, sequence_length, seed, all_experts),
         trust_remote_code=trust_remote_code,
     )
-    show.warn(job.data.warnings)
-    with terminal.progress(as_json) as progress:
+    output.warn(job.data.warnings)
+    with cli_text.progress(as_json) as progress:
         found = searching.carry_out(job, out, device, threads, limit, trust_remote_code, progress)
-    terminal.document(searched.as_json(found, out)) if as_json else searched.table(found, out)
+    cli_text.document(output.search_json(found, out)) if as_json else output.search_table(
+        found, out
+    )
 
 
 @app.command()
-@arguments.out
+@options.out
 @click.option("--against", metavar="MODEL", help="The source to compare with.")
-@arguments.threads
-@arguments.as_json
+@options.threads
+@options.as_json
 def verify(out: Path, against: str | None, threads: int | None, as_json: bool) -> None:
     """Open an output again and prove its files; exit 1 if something is wrong."""
-    with terminal.uncollected():
-        from bitpress import outputs
+    with cli_text.uncollected():
+        from bitpress import api
 
-    with terminal.progress(as_json) as progress:
-        report = outputs.verify(out, against, threads, progress)
-    show.warn(report.remarks)
+    with cli_text.progress(as_json) as progress:
+        report = api.verify(out, against, threads, progress)
+    output.warn(report.remarks)
     if as_json:
-        terminal.document(
+        cli_text.document(
             {
                 "ok": not report.faults,
                 "faults": report.faults,
@@ -299,15 +310,15 @@ def verify(out: Path, against: str | None, threads: int | None, as_json: bool) -
 
 
 @app.command("eval")
-@arguments.model
+@options.model
 @click.option(
     "--text", metavar="FILE", required=True, help="What it is judged on: .txt, .jsonl, .parquet."
 )
 @click.option("--against", metavar="REFERENCE", help="The model to compare with.")
-@arguments.sequence_length
-@arguments.number("--max-tokens", "Tokens taken of the text, from its start.", 65536)
-@arguments.machine
-@arguments.as_json
+@options.sequence_length
+@options.number("--max-tokens", "Tokens taken of the text, from its start.", 65536)
+@options.machine
+@options.as_json
 def evaluate(
     model: str,
     text: str,
@@ -321,11 +332,11 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Perplexity of a model on a text; against another, KL divergence and top-1 agreement."""
-    with terminal.uncollected():
-        from bitpress import outputs
+    with cli_text.uncollected():
+        from bitpress import api
 
-    with terminal.progress(as_json) as progress:
-        found = outputs.evaluate(
+    with cli_text.progress(as_json) as progress:
+        found = api.evaluate(
             model,
             text,
             against,
@@ -333,69 +344,67 @@ def evaluate(
             max_tokens=max_tokens,
             device=device,
             threads=threads,
-            max_memory=terminal.size(max_memory),
+            max_memory=cli_text.size(max_memory),
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    terminal.document(
+    cli_text.document(
         {"model": model, "against": against, **attrs.asdict(found)}
-    ) if as_json else show.check(found)
+    ) if as_json else output.check(found)
 
 
 @app.command()
-@arguments.out
-@arguments.as_json
+@options.out
+@options.as_json
 def inspect(out: Path, as_json: bool) -> None:
     """Show what is inside an output: schemes, bits per weight, error per layer."""
-    with terminal.uncollected():
-        from bitpress import outputs
+    with cli_text.uncollected():
+        from bitpress import api
 
-    note = outputs.inspect(out)
-    terminal.document(note.as_json() | {"bits": note.bits}) if as_json else show.manifest(note)
+    note = api.inspect(out)
+    cli_text.document(note.as_json() | {"bits": note.bits}) if as_json else output.manifest(note)
 
 
 @app.command()
-@arguments.out
+@options.out
 @click.option(
     "--html",
     "file",
     metavar="FILE",
-    type=arguments.FILE,
+    type=options.FILE,
     help="The page (default: OUT.html beside OUT).",
 )
 def report(out: Path, file: Path | None) -> None:
     """Write one HTML page about an output: sizes, errors, where it serves, what it was made
     from.
     """
-    with terminal.uncollected():
-        from bitpress import outputs
+    with cli_text.uncollected():
+        from bitpress import api
 
-    print(f"{outputs.report(out, file)}: written")
+    print(f"{api.report(out, file)}: written")
 
 
 @app.command()
-@arguments.out
-@arguments.argument(
-    "dense", "DENSE", "The folder to write the plain model into.", type=arguments.FILE
-)
+@options.out
+@options.argument("dense", "DENSE", "The folder to write the plain model into.", type=options.FILE)
 def decompress(out: Path, dense: Path) -> None:
     """Write a plain checkpoint with the weights that an output's loader computes with."""
-    with terminal.uncollected():
-        from bitpress import outputs
+    with cli_text.uncollected():
+        from bitpress import api
 
-    with terminal.progress(False) as progress:
-        outputs.decompress(out, dense, progress)
+    with cli_text.progress(False) as progress:
+        api.decompress(out, dense, progress)
     print(f"{dense}: written")
 
 
 @app.command("new-scheme")
-@arguments.argument("name", "NAME", "What `--scheme` will call it.")
+@options.argument("name", "NAME", "What `--scheme` will call it.")
 def new_scheme(name: str) -> None:
     """Write a package with a scheme of your own, bitpress-scheme-NAME, to start from."""
-    from bitpress import newscheme
+    from bitpress.schemes import template
 
-    folder = newscheme.write(name, Path())
+    folder = template.write(name, Path())
     print(
-        f"{folder}: written; edit {newscheme.module(name)}.py there, and try it: pip install -e "
+        f"{folder}: written; edit {template.module(name)}.py there, and try it: pip install -e "
         "'.[test]' && pytest"
     )

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from bitpress.compute import torch_threads
 from bitpress.conformance import trial
 from bitpress.errors import BitpressError
-from bitpress.schemes import discover
+from bitpress.runtime.devices import torch_threads
+from bitpress.schemes.registry import discover
 
 
 @pytest.fixture(autouse=True, scope="module")

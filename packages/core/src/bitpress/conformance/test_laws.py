@@ -10,15 +10,16 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from bitpress import chain
 from bitpress.checkpoint.reader import NAMES
 from bitpress.conformance import trial
 from bitpress.errors import ShapeError
-from bitpress.hardware import KNOWN, Hardware
-from bitpress.layer import Finding, Layer
-from bitpress.schemes import Step
+from bitpress.schemes import pipeline, stored_layout
+from bitpress.schemes.hardware import KNOWN, Hardware
+from bitpress.schemes.registry import Step
+from bitpress.schemes.values import Finding, Layer
 
 LEVELS = get_args(get_type_hints(Finding)["level"])
+
 WEIGHTS = (
     "normal",
     "zero",
@@ -36,7 +37,7 @@ def test_stored_bytes_decode_to_the_effective_weight(step: Step, kind: str) -> N
     _needs(step, "restore")
     layer = trial.quantize(step, trial.weights(step)[kind])
     record = trial.stored(step, layer)
-    restored = chain.restore(record.tensors, record.config, [step])
+    restored = pipeline.restore(record.tensors, record.config, [step])
     assert restored.dtype == torch.float32, "`restore` must return float32"
     assert trial.same(restored, layer.weight), (
         "`restore` of what is stored must be the weight that `quantize` returned, exactly"
@@ -67,7 +68,7 @@ def test_scales_are_finite_and_not_zero(step: Step, kind: str) -> None:
 
 def test_packing_changes_bits_and_not_the_weight(step: Step) -> None:
     layer = trial.quantize(step, trial.weights(step)["normal"])
-    assert trial.same(chain.pack(layer, [step]).weight, layer.weight), (
+    assert trial.same(pipeline.pack(layer, [step]).weight, layer.weight), (
         "`pack` must leave `weight` as it is"
     )
 
@@ -106,8 +107,8 @@ def test_rows_do_not_know_their_neighbours(step: Step) -> None:
     assert trial.same(torch.cat([tile.weight for tile in tiles]), whole.weight), (
         f"rows depend on other rows: {told}"
     )
-    joined = chain.record(
-        chain.join([chain.pack(tile, [step]) for tile in tiles], tuple(weight.shape)), [step]
+    joined = pipeline.record(
+        pipeline.join([pipeline.pack(tile, [step]) for tile in tiles], tuple(weight.shape)), [step]
     )
     for name, tensor in trial.stored(step, whole).tensors.items():
         assert torch.equal(_bytes(joined.tensors[name]), _bytes(tensor)), (
@@ -120,7 +121,7 @@ def test_hooks_leave_their_arguments_untouched(step: Step) -> None:
     stats = trial.observe(step, weight, [inputs])
     given = Layer("layer", weight, torch.bfloat16, torch.ones_like(weight, dtype=torch.bool))
     before = {what: tensor.clone() for what, tensor in trial.snapshot(step, given, stats)}
-    layer = chain.quantize(given, [step], [stats])
+    layer = pipeline.quantize(given, [step], [stats])
     kept = layer.weight.clone()
     trial.stored(step, layer)
     assert torch.equal(inputs, trial.inputs(step)), "`observe` changed its inputs"
@@ -164,7 +165,7 @@ def test_a_width_that_does_not_divide_is_refused_naming_one_that_does(step: Step
         pytest.skip("the scheme takes any width")
     for width in refused:
         with pytest.raises(ShapeError) as refusal:
-            chain.describe(trial.rows(step), width, torch.bfloat16, (step,))
+            stored_layout.describe(trial.rows(step), width, torch.bfloat16, (step,))
         numbers = [int(n) for n in re.findall(r"\d+", str(refusal.value)) if n != str(width)]
         fits = any(0 < n <= 1 << 16 and trial.takes(step, n) for n in numbers)
         assert fits, f"the refusal of width {width} must name a width that fits: {refusal.value}"
@@ -173,7 +174,7 @@ def test_a_width_that_does_not_divide_is_refused_naming_one_that_does(step: Step
 def test_shapes_and_dtypes_follow_from_shapes_and_options(step: Step) -> None:
     weight = trial.weights(step)["one zero row"]
     record = trial.stored(step, trial.quantize(step, weight))
-    planned = chain.describe(*weight.shape, torch.bfloat16, (step,))
+    planned = stored_layout.describe(*weight.shape, torch.bfloat16, (step,))
     assert record.config == json.loads(json.dumps(planned.config)), (
         "the config fragment must not depend on numbers"
     )
@@ -186,7 +187,7 @@ def test_shapes_and_dtypes_follow_from_shapes_and_options(step: Step) -> None:
 
 def test_the_config_is_json(step: Step) -> None:
     weight = trial.weights(step)["normal"]
-    config = chain.describe(*weight.shape, torch.bfloat16, (step,)).config
+    config = stored_layout.describe(*weight.shape, torch.bfloat16, (step,)).config
     if config is None:
         pytest.skip("the scheme stores plain weights")
     assert json.loads(json.dumps(config)) == config, (
@@ -228,7 +229,7 @@ def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str |
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_its_own_check_passes_what_it_made(step: Step, kind: str) -> None:
     _needs(step, "check")
-    found = list(chain.check(trial.quantize(step, trial.weights(step)[kind]).weight, [step]))
+    found = list(pipeline.check(trial.quantize(step, trial.weights(step)[kind]).weight, [step]))
     assert not found, (
         f"`check` finds fault with what `quantize` returned for the weight {kind!r}: {found[0]}"
     )
@@ -240,7 +241,7 @@ def test_weights_lie_within_the_bound_of_the_source(step: Step, kind: str) -> No
     weight = trial.weights(step)[kind]
     layer = trial.quantize(step, weight)
     record = trial.stored(step, layer)
-    limit = chain.bound(record.tensors, record.config, [step])
+    limit = pipeline.bound(record.tensors, record.config, [step])
     if limit is None:
         pytest.skip("no bound for these options")
     assert ((layer.weight - weight).abs() <= limit).all(), (

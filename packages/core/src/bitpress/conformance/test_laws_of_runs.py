@@ -8,10 +8,10 @@ import attrs
 import pytest
 import torch
 
-from bitpress import chain
 from bitpress.conformance import trial
-from bitpress.layer import Layer
-from bitpress.schemes import Step
+from bitpress.schemes import pipeline
+from bitpress.schemes.registry import Step
+from bitpress.schemes.values import Layer
 
 
 def test_a_scheme_says_what_it_is_and_what_may_be_set(step: Step) -> None:
@@ -35,13 +35,15 @@ def test_members_of_a_stack_are_stored_as_their_rows_of_it(step: Step) -> None:
         pytest.skip("the scheme has no `restore` hook")
     layer = trial.quantize(step, trial.weights(step)["normal"])
     half = len(layer.weight) // 2
-    for member, weight in zip(chain.split(layer, [half, half]), layer.weight.chunk(2), strict=True):
+    for member, weight in zip(
+        pipeline.split(layer, [half, half]), layer.weight.chunk(2), strict=True
+    ):
         record = trial.stored(step, member)
         told = (
             "the leading axis of `codes` and parts must follow the rows: an entry for each row, "
             "or each `row_block` of them"
         )
-        assert trial.same(chain.restore(record.tensors, record.config, [step]), weight), told
+        assert trial.same(pipeline.restore(record.tensors, record.config, [step]), weight), told
 
 
 def test_a_layer_that_never_saw_a_token_is_rounded(step: Step) -> None:

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from bitpress import chain
 from bitpress.errors import RecipeError, ShapeError
-from bitpress.layer import Layer, Record, Stat
-from bitpress.recipe import from_scheme
-from bitpress.rounding import input_rounding
-from bitpress.schemes import Registry, Scheme, Step
+from bitpress.planning.recipe import from_scheme
+from bitpress.schemes import pipeline, stored_layout
+from bitpress.schemes.activation_quantizer import input_rounding
+from bitpress.schemes.registry import Registry, Scheme, Step
+from bitpress.schemes.values import Layer, Record, Stat
 
 WIDTHS = (256, 128, 64, 16, 8, 4, 2, 1)
 
@@ -52,7 +52,7 @@ def width(step: Step) -> int:
 def takes(step: Step, columns: int) -> bool:
     """Whether the scheme takes a layer of that width."""
     try:
-        chain.describe(rows(step), columns, torch.bfloat16, (step,))
+        stored_layout.describe(rows(step), columns, torch.bfloat16, (step,))
     except ShapeError:
         return False
     return True
@@ -95,8 +95,8 @@ def observe(step: Step, weight: Tensor, batches: Sequence[Tensor]) -> Mapping[st
     """The scheme's statistics of a weight and of batches of its inputs, merged."""
     merged: dict[str, Stat] = {}
     for batch in batches if step.calibrated else ():
-        chain.merge(merged, chain.observe(step, weight, batch, reference=batch))
-    chain.merge(merged, chain.observe(step, weight))
+        pipeline.merge(merged, pipeline.observe(step, weight, batch, reference=batch))
+    pipeline.merge(merged, pipeline.observe(step, weight))
     return merged
 
 
@@ -105,7 +105,7 @@ def quantize(
 ) -> Layer:
     """The layer after the scheme's `quantize`."""
     stats = observe(step, weight, [inputs(step)]) if stats is None else stats
-    return chain.quantize(Layer("layer", weight, torch.bfloat16, keep), [step], [stats])
+    return pipeline.quantize(Layer("layer", weight, torch.bfloat16, keep), [step], [stats])
 
 
 def tiles(step: Step, weight: Tensor, stats: Mapping[str, Stat], block: int) -> list[Layer]:
@@ -119,7 +119,9 @@ def tiles(step: Step, weight: Tensor, stats: Mapping[str, Stat], block: int) -> 
 
 def stored(step: Step, layer: Layer) -> Record:
     """What is stored of a quantised layer, having been through a safetensors file and JSON."""
-    found = chain.record(chain.join([chain.pack(layer, [step])], tuple(layer.weight.shape)), [step])
+    found = pipeline.record(
+        pipeline.join([pipeline.pack(layer, [step])], tuple(layer.weight.shape)), [step]
+    )
     tensors = load(save({name: tensor.contiguous() for name, tensor in found.tensors.items()}))
     return Record(tensors, json.loads(json.dumps(found.config)))
 

@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from bitpress.numerics.products import stripes
+from bitpress.numerics.gram import stripes
 
 
 @frozen(eq=False)

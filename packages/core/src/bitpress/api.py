@@ -1,0 +1,348 @@
+"""The Python API: what the command line does, as functions."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bitpress.checkpoint import filenames, layer_names
+from bitpress.checkpoint.hub import resolve
+from bitpress.checkpoint.model_config import quantised_already
+from bitpress.checkpoint.reader import Checkpoint, Reader, open_checkpoint
+from bitpress.checkpoint.source import kept_fused, seen
+from bitpress.checkpoint.writer import OutputFolder
+from bitpress.compression import run
+from bitpress.compression.search import search as searching
+from bitpress.compression.search.result import Found
+from bitpress.errors import CheckpointError, OutputError
+from bitpress.modeling.block_runner import Subject, plain
+from bitpress.modeling.tokens import stretch
+from bitpress.output import (
+    compressed_model,
+    evaluate as evaluation,
+    manifest,
+    verify as verification,
+    written_model,
+)
+from bitpress.output.decompress import write_dense
+from bitpress.output.manifest import Check, Manifest, read_manifest
+from bitpress.output.report.page import START, page
+from bitpress.planning import linear_layers, recipe
+from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.planning.plan import Plan
+from bitpress.planning.planner import make_plan
+from bitpress.runtime.devices import cores, device_named, torch_threads
+from bitpress.runtime.progress import Progress, quiet
+from bitpress.schemes.hardware import Hardware
+from bitpress.schemes.registry import discover
+
+
+def plan(
+    model: str | Path,
+    *,
+    scheme: str | None = None,
+    recipe_file: str | Path | None = None,
+    settings: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    device: Hardware | None = None,
+) -> Plan:
+    """What `compress` would do, from headers alone.
+
+    Args:
+        model: a folder, or a Hub name.
+        scheme: a scheme's name, or several joined by `+`; give this or `recipe_file`.
+        settings: `[SCHEME.]OPTION=VALUE` texts.
+        ignore: patterns of layers to leave alone.
+        device: on which the result is to be served; None: the one present.
+
+    Raises:
+        BitpressError: the model, the recipe, or their combination cannot be carried out.
+    """
+    return make_plan(
+        *run.resolve_request(model, scheme, recipe_file, settings, ignore), device=device
+    )
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    scheme: str | None = None,
+    recipe_file: str | Path | None = None,
+    settings: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    calibration: str | Path | None = None,
+    samples: int = CalibrationConfig().samples,
+    sequence_length: int = CalibrationConfig().length,
+    seed: int = 0,
+    all_experts: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+    verify: bool = True,
+    check: str | Path | None = None,
+    max_kl: float | None = None,
+    progress: Progress = quiet,
+) -> Manifest:
+    """Write a smaller model into the folder `out`, and prove it unless `verify` is off.
+
+    An interrupted run goes on from its finished shards when it is started again. `config.json` is
+    written last: without it no loader takes the folder for a model.
+
+    Args:
+        calibration: a .jsonl, .txt or .parquet file, or a dataset's name; None takes the text that
+            ships with bitpress.
+        samples: how many sequences of `sequence_length` tokens are taken of it.
+        all_experts: whether every expert is fitted to all of them, and not to those that its router
+            sends to it.
+        device: what computes; the bytes written by schemes that need no data do not depend on
+            `threads`.
+        max_memory: bytes; a run that would need more is refused, one that could use more for speed
+            does not.
+        trust_remote_code: whether code in the model's folder may run.
+        check: a text on which the result, run as it will be served, is compared with its source.
+        max_kl: the most that their KL divergence may be there, in nats per token.
+
+    Raises:
+        BitpressError: bad input, found before the work starts where headers show it.
+        VerificationError: the written files are not what was planned, or predict too badly;
+            `config.json` was not written. After the second the shards stay, and the same call with
+            another `max_kl` goes on from them.
+    """
+    choice = CalibrationConfig(
+        None if calibration is None else str(calibration),
+        samples,
+        sequence_length,
+        seed,
+        all_experts,
+    )
+    job = run.prepare(
+        model,
+        scheme=scheme,
+        recipe_file=recipe_file,
+        settings=settings,
+        ignore=ignore,
+        calibration=choice,
+        check=None if check is None else str(check),
+        trust_remote_code=trust_remote_code,
+    )
+    return run.carry_out(
+        job, out, device, threads, max_memory, verify, max_kl, trust_remote_code, progress
+    )
+
+
+def search(
+    model: str | Path,
+    out: str | Path,
+    *,
+    schemes: Sequence[str],
+    budget: float,
+    settings: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    calibration: str | Path | None = None,
+    samples: int = searching.SAMPLES,
+    sequence_length: int = CalibrationConfig().length,
+    seed: int = 0,
+    all_experts: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = quiet,
+) -> Found:
+    """Measure what each scheme costs each layer, and write the recipe that costs least in a budget
+    into the file `out`.
+
+    Args:
+        schemes: to choose from: NAME, or NAME:OPTION=VALUE:OPTION=VALUE, several steps joined by
+            `+`; "none" leaves layers as they are.
+        budget: stored bits per weight of the layers, scales included, to two decimals.
+        settings: as for `compress`, whose other arguments mean the same here too.
+
+    Raises:
+        BitpressError: the model, a scheme or the texts cannot be used, no choice keeps to the
+            budget, or `out` is there already.
+    """
+    choice = CalibrationConfig(
+        None if calibration is None else str(calibration),
+        samples,
+        sequence_length,
+        seed,
+        all_experts,
+    )
+    job = searching.prepare(
+        model,
+        out,
+        schemes=schemes,
+        budget=budget,
+        settings=settings,
+        ignore=ignore,
+        calibration=choice,
+        trust_remote_code=trust_remote_code,
+    )
+    return searching.carry_out(job, out, device, threads, max_memory, trust_remote_code, progress)
+
+
+def verify(
+    out: str | Path,
+    against: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress = quiet,
+) -> verification.Report:
+    """Open an output again and prove it: files, config, scales, and with `against`, the source,
+    every weight.
+
+    Raises:
+        BitpressError: the folder was not written by bitpress, or a scheme that wrote it is not
+            installed.
+    """
+    folder, count = Path(out), threads or cores()
+    if (folder / filenames.MANIFEST).is_file() and not manifest.intact(folder):
+        fault = (
+            "its bytes are not those that were written (its own SHA-256 differs), and it is "
+            "what the rest is proved by"
+        )
+        return verification.Report((f"{filenames.MANIFEST}: {fault}",), {})
+    note = read_manifest(folder)
+    source = seen(open_checkpoint(resolve(against))) if against is not None else None
+    faults = tuple(verification.verify_files(note.files, folder, count))
+    try:
+        checkpoint = open_checkpoint(folder)
+    except CheckpointError as e:
+        return verification.Report((*faults, str(e)), {})
+    size = sum(header.nbytes for header in checkpoint.headers.values())
+    with torch_threads(1):
+        known = None if source is None else kept_fused(source, note.layers)
+        report = verification.verify_tensors(
+            _written(note, checkpoint), known, count, progress("verifying", size)
+        )
+    undigested = any(file.sha256 is None for file in note.files.values())
+    remarks = (
+        (
+            "it was written with --no-verify: there are no digests by which a changed byte would "
+            "be found",
+        )
+        if undigested
+        else ()
+    )
+    return verification.Report(faults + report.faults, report.errors, remarks)
+
+
+def inspect(out: str | Path) -> Manifest:
+    """What is inside an output: schemes, bits per weight, error per layer."""
+    return read_manifest(Path(out))
+
+
+def report(out: str | Path, file: str | Path | None = None) -> Path:
+    """Write one self-contained HTML page about an output; returns where: `file`, or the folder's
+    own name with .html beside it.
+
+    Raises:
+        BitpressError: the folder was not written by bitpress, matplotlib is not installed, or
+            `file` is there and no page.
+    """
+    folder = Path(out)
+    target = (
+        folder.resolve().with_name(f"{folder.resolve().name}.html") if file is None else Path(file)
+    )
+    if target.exists() and not _is_page(target):
+        raise OutputError(f"{target} is there and no page: name another file (--html)")
+    content = page(read_manifest(folder), folder.resolve().name)
+    OutputFolder(target.absolute().parent).text(target.name, content)
+    return target
+
+
+def _is_page(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as f:
+        return f.read(len(START)) == START.encode()
+
+
+def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -> None:
+    """Write the plain checkpoint that an output's loader computes with."""
+    written = _as_planned(open_checkpoint(Path(out)))
+    total = sum(note.shape[0] * note.shape[1] * 2 for note in written.layers.values())
+    with torch_threads(1), OutputFolder(Path(dense)) as output:
+        write_dense(written, output, progress("decompressing", total))
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path,
+    against: str | Path | None = None,
+    *,
+    sequence_length: int = evaluation.LENGTH,
+    max_tokens: int = evaluation.TOKENS,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = quiet,
+) -> Check:
+    """How well a model predicts a text; and with `against`, how far its predictions are from that
+    model's.
+
+    Args:
+        model: a plain model, or one that bitpress wrote: it is run as it will be served,
+            activations rounded.
+        text: a .jsonl, .txt or .parquet file.
+        against: as `model`; usually its source.
+
+    Raises:
+        BitpressError: the text, or a model, cannot be used.
+    """
+    target = device_named(device)
+    with Reader() as reader, torch_threads(threads or cores()):
+        subject = _subject(resolve(model), reader)
+        other = None if against is None else _subject(resolve(against), reader)
+        origin = (other or subject).checkpoint
+        tokens = stretch(
+            str(text), sequence_length, max_tokens, origin.folder, origin.config, trust_remote_code
+        )
+        place = evaluation.spill(
+            subject, other, tokens.inputs.numel(), max_memory, Path(tempfile.gettempdir())
+        )
+        told = progress("evaluating", evaluation.work(subject, other))
+        return evaluation.evaluate(subject, other, tokens, target, place, trust_remote_code, told)
+
+
+def _subject(folder: Path, reader: Reader) -> Subject:
+    """A plain model, or one that bitpress wrote, ready to be run."""
+    checkpoint = open_checkpoint(folder)
+    if (folder / filenames.MANIFEST).is_file():
+        written = _as_planned(checkpoint)
+        return compressed_model.served(
+            written, reader, layer_names.container(next(iter(written.layers))), folder
+        )
+    checkpoint = seen(checkpoint)
+    if method := quantised_already(checkpoint.config):
+        raise CheckpointError(
+            f"{folder} is quantised ({method}), and not by bitpress: only plain models and its own "
+            "can be run"
+        )
+    return plain(
+        checkpoint,
+        reader,
+        layer_names.container(next(iter(linear_layers.linear_layers(checkpoint)))),
+    )
+
+
+def _written(note: Manifest, checkpoint: Checkpoint) -> written_model.Written:
+    rules = recipe.from_json(note.recipe, discover(), str(checkpoint.folder / filenames.MANIFEST))
+    return written_model.written_by(note, checkpoint, rules)
+
+
+def _as_planned(checkpoint: Checkpoint) -> written_model.Written:
+    """An output whose files hold what its manifest says; raises CheckpointError where headers or
+    config say otherwise.
+    """
+    written = _written(read_manifest(checkpoint.folder), checkpoint)
+    if fault := next(verification.structure(written), None):
+        raise CheckpointError(
+            f"{checkpoint.folder} is not as it was written: {fault} (bitpress verify tells all "
+            "that is wrong)"
+        )
+    return written

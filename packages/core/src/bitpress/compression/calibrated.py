@@ -1,0 +1,208 @@
+"""The calibrated line from plan to files: block by block, and in each block site by site in forward
+order.
+
+A site is a stack: layers that read one input. Its inputs are observed as the already compressed
+sites before it make them, it is compressed, and what a loader will compute with takes its place;
+then the next. So every layer is fitted to what it will be given in service. Every eighth batch is
+run through the source's weights as well, for schemes that ask how far the inputs have drifted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bitpress.checkpoint.filenames import BLOCK_RESULT_SUFFIX
+from bitpress.checkpoint.reader import DTYPES, Reader
+from bitpress.checkpoint.safetensors import read_header
+from bitpress.checkpoint.writer import OutputFolder, copy_entry
+from bitpress.compression.calibration.activation_streams import Streams
+from bitpress.compression.calibration.block import compress_block
+from bitpress.compression.calibration.block_result import BlockNotes
+from bitpress.compression.calibration.layer_groups import Site
+from bitpress.compression.data_free import write_shard
+from bitpress.modeling.capture import Recording, record
+from bitpress.modeling.decoder import Decoder
+from bitpress.modeling.hidden_states import States
+from bitpress.modeling.tokens import Sequences
+from bitpress.planning import memory_estimate
+from bitpress.planning.layout import Shard
+from bitpress.planning.plan import Plan
+from bitpress.runtime import memory
+from bitpress.runtime.cpu_features import cpu_has
+from bitpress.runtime.process_group import ALONE, Ranks
+from bitpress.runtime.progress import Told
+from bitpress.schemes import pipeline
+from bitpress.schemes.activation_quantizer import input_rounding
+
+# instructions for products of bfloat16
+BFLOAT16 = ("avx512_bf16", "amx_bf16")
+
+
+def write_shards(
+    plan: Plan,
+    output: OutputFolder,
+    data: Sequences,
+    device: torch.device,
+    limit: int | None,
+    trust: bool,
+    told: Told,
+    ranks: Ranks = ALONE,
+) -> list[BlockNotes]:
+    """Write every shard that an earlier run of the same plan has not written; returns what is to be
+    told of each block.
+
+    Each rank runs its part of the batches; all of them compress a block together, and the first
+    writes it.
+
+    Args:
+        limit: bytes of memory beyond what the interpreter takes; None allows half of what is free.
+        trust: whether the model folder's own code may run.
+
+    Raises:
+        CheckpointError: transformers cannot build the model, or the model makes numbers that are
+            not finite.
+    """
+    dtype = _dtype(plan, device)
+    batches = memory_estimate.batches(data.ids, ranks.count)
+    part = ranks.part(batches)
+    notes = []
+    with Reader() as reader, torch.no_grad(), memory.freed_kept():
+        decoder = Decoder(
+            plan.source, plan.container, reader, device, dtype, trust, data.all_experts
+        )
+        shards = {
+            shard.block: shard
+            for shard in plan.shards
+            if shard.block is not None and shard.block < len(decoder)
+        }
+        for shard in ranks.deal(
+            [shard for shard in plan.shards if shard not in shards.values()],
+            lambda shard: shard.reads,
+        ):
+            write_shard(shard, output, reader, 1, (device,), told)
+        own = [batches[i] for i in part]
+        need = memory_estimate.estimate_calibration(plan, sum(batch.numel() for batch in own))
+        allowed = limit if limit is not None else memory.available() // (2 * ranks.beside)
+        place = output.folder if need.spilled(allowed) else None
+        recording = record(decoder, own, device, dtype, place)
+        streams = _streams(
+            plan,
+            recording,
+            part,
+            place,
+            need.waits(allowed, own[0].numel()),
+            device,
+            ranks,
+            allowed,
+        )
+        for index in range(len(decoder)):
+            calls, recording.calls[index] = recording.calls[index], []
+            streams.enter(
+                decoder.block(index), decoder.block(index) if streams.chosen else None, calls
+            )
+            if index in shards:
+                notes.append(_block(plan, shards[index], output, reader, streams, told))
+            drift = streams.leave(last=index + 1 == len(decoder))
+            if drift is not None and index in shards:
+                notes[-1].blocks[f"{plan.container}.{index}"] = drift
+            memory.give_back(allowed)
+    return notes
+
+
+def _dtype(plan: Plan, device: torch.device) -> torch.dtype:
+    """What blocks are computed in: as they will be served, but for CPUs on which float32 is
+    faster.
+    """
+    return (
+        plan.dtype
+        if device.type != "cpu" or (plan.dtype == torch.bfloat16 and cpu_has(*BFLOAT16))
+        else torch.float32
+    )
+
+
+def _streams(
+    plan: Plan,
+    recording: Recording,
+    part: range,
+    place: Path | None,
+    waiting: int,
+    device: torch.device,
+    ranks: Ranks,
+    allowed: int,
+) -> Streams:
+    """The hidden states to start from, and those of every eighth batch once more where a scheme
+    asks for the source's.
+
+    Args:
+        part: which of all batches these are.
+    """
+    chosen = [
+        place
+        for place, number in enumerate(part)
+        if plan.recipe.compares and number % memory_estimate.REFERENCE == 0
+    ]
+    reference = States((recording.hidden[i].clone() for i in chosen), place)
+    return Streams(recording.hidden, reference, chosen, waiting, device, ranks, allowed)
+
+
+def _block(
+    plan: Plan, shard: Shard, output: OutputFolder, reader: Reader, streams: Streams, told: Told
+) -> BlockNotes:
+    """Compress one block into its shard, or take up what an earlier run has made of it."""
+    prefix, kept = (
+        f"{plan.container}.{shard.block}.",
+        output.folder / f"{shard.name}{BLOCK_RESULT_SUFFIX}",
+    )
+    ranks = streams.ranks
+    if ranks.same(ranks.first and output.finished(shard.name, shard.header) and kept.is_file()):
+        _take_up(shard, prefix, output, reader, streams.block)
+        told(shard.reads, f"{shard.name}: finished earlier")
+        return BlockNotes(**json.loads(kept.read_text()))
+    if not ranks.first:
+        return compress_block(shard, prefix, streams, lambda name, tensor: None, plan.head, told)
+    places = {entry.name: entry for entry in shard.header.entries}
+    with output.shard(shard.name, shard.header) as writer:
+        notes = compress_block(
+            shard, prefix, streams, lambda n, t: writer.write(places[n], t.cpu()), plan.head, told
+        )
+        for entry in shard.copies:
+            if entry.name in notes.rescaled:
+                tensor = streams.block.get_parameter(entry.name.removeprefix(prefix))
+                writer.write(places[entry.name], tensor.to(DTYPES[entry.dtype]).cpu())
+            else:
+                copy_entry(entry, places[entry.name], reader, writer)
+            told(entry.nbytes, entry.name)
+        output.text(kept.name, json.dumps(notes.as_json()))
+    return notes
+
+
+def _take_up(
+    shard: Shard, prefix: str, output: OutputFolder, reader: Reader, block: nn.Module
+) -> None:
+    """Let a block compute with what an earlier run stored of it: its weights, and inputs rounded as
+    they will be served.
+    """
+    stored = {entry.name: entry for entry in read_header(output.folder / shard.name).entries}
+    parameters = dict(block.named_parameters(remove_duplicate=False))
+    for stack in shard.stacks:
+        modules = {
+            module: block.get_submodule(module.removeprefix(prefix)) for module in stack.members
+        }
+        site = Site(stack, modules, None, False)
+        for module, weight in site.weights.items():
+            names, config = stack.stored(module)
+            tensors = {
+                name.removeprefix(f"{module}."): reader.whole(stored[name]).to(weight.device)
+                for name in names
+            }
+            weight.copy_(pipeline.restore(tensors, config, stack.steps))
+            if (rounding := input_rounding(tensors, config, stack.steps)) is not None:
+                site.roundings[module] = rounding
+        site.round_inputs()
+    for entry in shard.copies:
+        if (parameter := parameters.get(entry.name.removeprefix(prefix))) is not None:
+            parameter.copy_(reader.whole(stored[entry.name]))

@@ -1,0 +1,146 @@
+"""One block: its factors folded, then its sites observed and compressed in forward order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+from torch import Tensor
+
+from bitpress.checkpoint.reader import DTYPES
+from bitpress.compression.calibration.activation_streams import Streams
+from bitpress.compression.calibration.block_result import BlockNotes
+from bitpress.compression.calibration.fold import rescale
+from bitpress.compression.calibration.layer_groups import Site, in_order
+from bitpress.compression.calibration.resumable_forward import Doors
+from bitpress.compression.calibration.statistics import few, nothing, observe, reduce_statistics
+from bitpress.planning.calibration_config import FEW
+from bitpress.planning.layout import Shard
+from bitpress.runtime import memory
+from bitpress.runtime.process_group import Ranks
+from bitpress.runtime.progress import Told
+from bitpress.schemes import pipeline
+from bitpress.schemes.activation_quantizer import input_rounding
+from bitpress.schemes.values import Layer
+
+Write = Callable[[str, Tensor], None]
+
+
+def compress_block(
+    shard: Shard, prefix: str, streams: Streams, write: Write, head: int | None, told: Told
+) -> BlockNotes:
+    """Compress a block's stacks in the order in which its forward comes to them; the block computes
+    with the result afterwards.
+
+    Args:
+        prefix: what the names of the block's tensors begin with.
+        write: is given every stored tensor by name.
+        head: channels of an attention head, where it is known.
+    """
+    notes = BlockNotes()
+    sites = in_order(shard.stacks, prefix, streams)
+    entrances = [site.entrance for site in sites if site.entrance is not None]
+    rescale(sites, prefix, streams, head, notes)
+    writers = [site.entrance for site in sites if site.entrance is not None and site.writes]
+    doors = [
+        Doors(block, entrances, writers)
+        for block in (streams.block, streams.source)
+        if block is not None
+    ]
+    for site in sites:
+        # after doors: a layer's inputs are observed as they come
+        site.round_inputs()
+    ranks, device = streams.ranks, streams.device
+    for number, site in enumerate(sites):
+        owner = number % ranks.count
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            arrivals = streams.arrivals(number, site.writes) if site.entrance else ()
+            stats, sample, seen = observe(site, arrivals)
+            stats, sample, tokens = (
+                reduce_statistics(ranks, stats, owner, device),
+                ranks.any(sample, device),
+                sum(ranks.gather(seen)),
+            )
+            if site.routed and tokens < FEW:
+                stats = nothing(site)
+            layer = Layer(site.stack.name, site.weight, site.stack.dtype)
+            # what observing took: what comes now is larger, and would not fit into its holes
+            memory.give_back(streams.allowed)
+            quantised = (
+                pipeline.quantize_whole(layer, site.stack.steps, stats)
+                if owner == ranks.rank
+                else None
+            )
+        texts = ranks.gather([str(w.message) for w in caught if w.category is UserWarning])
+        told_of = dict.fromkeys(text for theirs in texts for text in theirs)
+        notes.warnings.extend(f"{site.stack.name}: {text}" for text in told_of)
+        _note(site, tokens, notes)
+        error = _store(site, quantised, sample, write, notes, ranks, owner)
+        told(site.stack.reads, f"{site.stack.name}: error {error:.4f}")
+        del stats, layer, quantised, sample
+        memory.give_back(streams.allowed)
+    for door in doors:
+        door.close()
+    notes.warnings.extend(few(notes.tokens))
+    return notes
+
+
+def _note(site: Site, tokens: int, notes: BlockNotes) -> None:
+    if site.routed and site.stack.calibrated:
+        notes.tokens.update(dict.fromkeys(site.modules, tokens))
+    elif site.stack.calibrated and not tokens:
+        notes.warnings.append(
+            f"{site.stack.name}: no token of the calibration data reached it; it was rounded "
+            "without data"
+        )
+    for name, weight in site.weights.items():
+        if not weight.any():
+            notes.warnings.append(f"{name}: all its weights are zero")
+
+
+def _store(
+    site: Site,
+    quantised: Layer | None,
+    sample: Tensor | None,
+    write: Write,
+    notes: BlockNotes,
+    ranks: Ranks,
+    owner: int,
+) -> float:
+    """Write what is stored of every member, let the block compute as it will be served, and return
+    the largest output error.
+
+    What is stored is what the stack's owner sends to the other ranks, who have no layer.
+    """
+    steps = site.stack.steps
+    heights = [entry.shape[0] for entry in site.stack.members.values()]
+    members = [None for _ in heights] if quantised is None else pipeline.split(quantised, heights)
+    for (name, weight), member in zip(site.weights.items(), members, strict=True):
+        planned, config = site.stack.stored(name)
+        if member is None:
+            tensors = {
+                n.removeprefix(f"{name}."): weight.new_empty(s, dtype=DTYPES[t])
+                for n, (t, s) in planned.items()
+            }
+        else:
+            record = pipeline.record(pipeline.pack(member, steps), steps)
+            site.stack.check(name, record)
+            tensors = {
+                n: record.tensors[n].to(weight.device)
+                for n in (n.removeprefix(f"{name}.") for n in planned)
+            }
+        tensors = {suffix: ranks.share(tensor, owner) for suffix, tensor in tensors.items()}
+        for suffix, tensor in tensors.items():
+            write(f"{name}.{suffix}", tensor)
+        restored = pipeline.restore(tensors, config, steps, tuple(weight.shape))
+        if (rounding := input_rounding(tensors, config, steps)) is not None:
+            site.roundings[name] = rounding
+        if sample is not None:
+            wanted = sample.float() @ weight.float().T
+            size = float(wanted.norm())
+            notes.errors[name] = (
+                float((sample.float() @ restored.T - wanted).norm()) / size if size else 0.0
+            )
+        weight.copy_(restored)
+    return max((notes.errors.get(name, 0.0) for name in site.modules), default=0.0)

@@ -1,0 +1,1 @@
+"""Models of transformers: built without weights, run block by block, on tokens."""

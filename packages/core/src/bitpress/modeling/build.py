@@ -1,0 +1,100 @@
+"""Models of any architecture that transformers knows, built without their weights."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitpress.checkpoint import model_config
+from bitpress.checkpoint.model_config import KEY
+from bitpress.checkpoint.reader import Checkpoint
+from bitpress.errors import CheckpointError
+
+
+def build(checkpoint: Checkpoint, trust: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model on the meta device; buffers, which are computed and not stored, are real, and of
+    that dtype.
+    """
+    import transformers
+
+    count = model_config.block_count(checkpoint.config)
+    # building them would go on for ever
+    if count is not None and count > len(checkpoint.entries):
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json says {count} blocks, and the files hold fewer "
+            "tensors than that"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
+        for part in (config, config.get_text_config()):
+            # weights are given as they are computed with
+            part.__dict__.pop(KEY, None)
+        with _parameters_on_meta():
+            model = _from_config(config, trust, dtype)
+    except Exception as e:
+        # whatever its parsers and its models raise for a config that is not what it says
+        text = re.sub(r"\s+", " ", str(e)).strip()
+        hint = (
+            ""
+            if trust or "trust_remote_code" not in text
+            else "; --trust-remote-code allows the model's own code"
+        )
+        raise CheckpointError(
+            f"{checkpoint.folder}: transformers cannot build the model: {text[:300]}{hint}"
+        ) from None
+    return model.eval()
+
+
+def _from_config(config: Any, trust: bool, dtype: torch.dtype) -> nn.Module:
+    """The whole of a model that also sees, where the config is one's; its text part alone has other
+    names.
+    """
+    import transformers
+
+    seeing: Callable[..., nn.Module] = transformers.AutoModelForImageTextToText.from_config
+    reading: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
+    try:
+        return seeing(config, trust_remote_code=trust, dtype=dtype)
+    except ValueError as e:
+        if "Unrecognized configuration class" not in str(e):
+            raise
+    return reading(config, trust_remote_code=trust, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters lose their numbers as soon as they are registered, and none are drawn: no weight
+    is ever in memory.
+    """
+    register, drawing = nn.Module.register_parameter, False
+    names = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
+    initialisers = {name: getattr(nn.init, name) for name in names}
+
+    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(
+            self,
+            name,
+            None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False),
+        )
+
+    def undrawn(initialiser: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Whoever is imported meanwhile may keep it for good, so that it has to work afterwards."""
+        return lambda tensor, *args, **kwargs: (
+            initialiser(tensor, *args, **kwargs) if drawing else tensor
+        )
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    for name in names:
+        setattr(nn.init, name, undrawn(initialisers[name]))
+    try:
+        yield
+    finally:
+        drawing = True
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        for name, function in initialisers.items():
+            setattr(nn.init, name, function)

@@ -1,0 +1,1 @@
+"""What was written: its description, its proof, and reading it back."""

@@ -1,0 +1,1 @@
+"""A recipe and headers make a plan."""

@@ -1,0 +1,1 @@
+"""What runs: devices, processes, memory, progress. It knows no model."""

@@ -1,0 +1,1 @@
+"""The plugin contract of schemes, and calling it."""

@@ -1,0 +1,185 @@
+"""The hooks of a scheme: this file is their specification.
+
+A scheme is a module (or any object) with functions marked `@bitpress.hookimpl`, named by an entry
+point in the group `bitpress.schemes`. A hook left out means that there is nothing to do. A
+hook names the arguments it wants and gets only those. Hooks are pure: they leave their arguments
+untouched, and never see a model, a file, a device, a rank or another layer.
+
+Before a tensor is read, the plan learns every stored shape by running the hooks on one row block of
+zeros: shapes and dtypes must follow from shapes and options, not from numbers.
+
+Letters for axes: out and in are the rows and columns of a weight (for a stack, the rows of all
+members one below the other); groups is the number of column groups that have a scale of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitpress.schemes.hardware import Hardware
+    from bitpress.schemes.options import Options
+    from bitpress.schemes.values import Finding, Layer, Record, Stat
+
+# The version of bitpress-core in which a hook or an argument was last added or changed: what uses
+# all of them requires it.
+VERSION = "0.1"
+
+hookspec = pluggy.HookspecMarker("bitpress")
+
+hookimpl = pluggy.HookimplMarker("bitpress")
+
+
+@hookspec(firstresult=True)
+def observe(
+    inputs: Tensor, reference: Tensor, residual: Tensor, weight: Tensor, options: Options
+) -> Mapping[str, Stat] | None:
+    """Statistics that `rescale` and `quantize` will need, as raw sums or maxima.
+
+    The core merges them over batches, row tiles and processes. A scheme whose `observe` names
+    `inputs` is calibrated (unless `options.calibrated` says otherwise): it is called for every
+    batch, and then once without inputs, for statistics of the weight alone. One that names only
+    `weight` needs no data and is called once for each row tile.
+
+    Args:
+        inputs: (tokens, in) as the already compressed layers before this one make them, floating;
+            None for weights alone.
+        reference: (tokens, in) the same tokens in the uncompressed model, for part of the batches;
+            None for the others.
+        residual: (tokens, out), where `reference` is given and the layer's output is added to the
+            residual stream: what that stream carries in the uncompressed model, less what it
+            carries now, before the layer's output; otherwise None.
+        weight: (out, in) float32, the rows at hand.
+
+    Returns:
+        Stats by name, float32, their shape independent of the number of tokens, those with a row
+            for each of the weight's rows
+        saying so (`rows=True`); or None where there is nothing to note.
+    """
+
+
+@hookspec(firstresult=True)
+def rescale(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Tensor | None:
+    """Positive factors (in,) for the columns of the weight, as SmoothQuant and AWQ choose them;
+    None to leave them alone.
+
+    The core rounds the factors to powers of two, so that the fold is exact in every float format,
+    multiplies the columns, and folds the inverse into whatever produces the input: the function is
+    unchanged. Where nothing could take the inverse it is not called.
+    """
+
+
+@hookspec(firstresult=True)
+def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer:
+    """The layer with its weight replaced by numbers that can be stored.
+
+    Promises: zeros stay zero; where `layer.keep` is False the weight stays zero; the shape does not
+    change; rows depend on nothing but themselves, the others of their `options.row_block` and
+    `stats`; an all-zero row has finite, non-zero scales.
+
+    `stats` holds what `observe` returned, and in a calibrated run what the steps before this one
+    have observed.
+
+    Without statistics of inputs (`stats` lacks them: the layer never saw a token, or the plan asks
+    for shapes) it rounds to nearest. What the user should know of a layer is said with
+    `warnings.warn`: the core adds the layer's name.
+
+    Returns:
+        `attrs.evolve(layer, weight=..., codes=..., parts=...)`. `weight` is float32 and exactly
+            what the stored codes decode
+        to; it may be a function of no arguments.
+
+    Raises:
+        ShapeError: the width does not fit; the message names one that does.
+    """
+
+
+@hookspec(firstresult=True)
+def pack(layer: Layer, options: Options) -> Layer:
+    """The layer with `codes` and `parts` as the bits on disk: only bits change, `weight` does
+    not.
+    """
+
+
+@hookspec(firstresult=True)
+def serialize(layer: Layer, options: Options) -> Record:
+    """The stored tensors of one linear layer and the config fragment that tells a loader how to
+    read them.
+
+    `layer` holds all rows of one member of a stack; where it has codes, its weight is NaN and only
+    the shape may be used. Of the steps of a composition, the last that has this hook writes.
+    """
+
+
+@hookspec(firstresult=True)
+def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
+    """What to expect on a device, best news first; at least one finding for any device, without
+    needing the device.
+    """
+
+
+@hookspec(firstresult=True)
+def validate_shape(
+    shape: tuple[int, int], cut: str | None, hardware: Hardware, options: Options
+) -> Sequence[Finding] | None:
+    """What engines make of a layer of this shape on a device; nothing where there is nothing to
+    say.
+
+    Args:
+        shape: (out, in) of what one rank of a tensor-parallel engine holds of the layer.
+        cut: "rows" or "columns", along which the layer was cut for that; None where a rank holds
+            all of it.
+    """
+
+
+@hookspec(firstresult=True)
+def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor:
+    """(out, in) float32: the effective weight, from what `serialize` stored. The inverse of `pack`
+    and `serialize`.
+
+    A number that a loader would read as NaN is restored as NaN.
+    """
+
+
+@hookspec(firstresult=True)
+def quantize_inputs(
+    inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None
+) -> Tensor | None:
+    """(tokens, in) float32: the numbers that a loader computes with in place of a layer's inputs.
+
+    For `eval`, which runs the model as it will be served. A scheme whose config names
+    `input_activations` needs it; others leave it out. Where loaders differ, compressed-tensors'
+    rule counts.
+
+    Args:
+        inputs: (tokens, in) float32.
+        tensors: what `serialize` stored of the layer under names that begin with `input_`.
+        config: the layer's config fragment.
+    """
+
+
+@hookspec(firstresult=True)
+def check(weight: Tensor, options: Options) -> str | None:
+    """What of its promise a step's part of the effective weight breaks, in a few words; None where
+    it is kept.
+
+    `verify` asks every step of a layer, whichever of them wrote the file.
+
+    Args:
+        weight: (out, in) float32, restored, some rows of a layer.
+    """
+
+
+@hookspec(firstresult=True)
+def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor | None:
+    """How far rounding may have moved each weight: non-negative float32 that broadcasts to (out,
+    in).
+
+    `verify` holds the source's weight against it. None, or no hook, where no such bound exists
+    (error feedback moves weights on purpose).
+    """
