@@ -21,7 +21,7 @@ LEARNER = '''
 import os, pathlib, signal, warnings
 import attrs, torch
 import bitpress
-from bitpress import Finding, Record, Stat, hookimpl, numerics, option
+from bitpress import Finding, StoredLayer, Statistic, hookimpl, numerics, option
 
 @attrs.frozen
 class Options(bitpress.Options):
@@ -38,14 +38,14 @@ class Options(bitpress.Options):
 @hookimpl
 def observe(inputs, reference, residual, weight, options):
     if inputs is None:
-        return {"size": Stat(weight.norm() ** 2, "sum")}
+        return {"size": Statistic(weight.norm() ** 2, "sum")}
     seen = {"seen": inputs.float().sum(0), "tokens_seen": torch.tensor(float(len(inputs)))}
     if reference is not None:
         seen |= {"moved": (reference.float() - inputs.float()).sum(0)}
     if residual is not None:
         seen |= {"behind": residual.float().sum(0)}
-    moments = numerics.moments(inputs, weight, reference, residual)
-    return {**{name: Stat(value, "sum") for name, value in seen.items()}, **moments}
+    moments = numerics.gptq_statistics(inputs, weight, reference, residual)
+    return {**{name: Statistic(value, "sum") for name, value in seen.items()}, **moments}
 
 @hookimpl
 def rescale(layer, stats, options):
@@ -63,31 +63,31 @@ def quantize(layer, stats, options):
     out, width = layer.weight.shape
     shrink = [0.9, 1.0]
     fit = lambda w, importance: numerics.fit_symmetric(w, importance, options.bits, width, shrink)
-    weight, grid = numerics.feedback(layer, stats, fit)
+    weight, grid = numerics.gptq_quantize(layer, stats, fit)
     zeros = torch.zeros(width)
     value = lambda name: stats[name].value if name in stats else zeros
     seen = torch.stack([value("seen"), value("moved")]).expand(out, 2, width)
-    return attrs.evolve(layer, weight=weight, codes=grid.codes(weight), parts={
+    return attrs.evolve(layer, weight=weight, codes=grid.codes(weight), qparams={
         "scale": grid.scale, "seen": seen,
         "behind": stats["behind"].value if "behind" in stats else torch.zeros(out)})
 
 @hookimpl
 def serialize(layer, options):
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"],
-               "seen": layer.parts["seen"][0].contiguous(),
-               "behind": layer.parts["behind"].contiguous()}
+    tensors = {"weight": layer.codes, "weight_scale": layer.qparams["scale"],
+               "seen": layer.qparams["seen"][0].contiguous(),
+               "behind": layer.qparams["behind"].contiguous()}
     inputs = {"step": options.coarse} if options.coarse else None
     config = {"format": "int-quantized", "weights": weights, "input_activations": inputs}
-    return Record(tensors, config)
+    return StoredLayer(tensors, config)
 
 @hookimpl
-def quantize_inputs(inputs, config):
+def quantize_activations(inputs, config):
     step = config["input_activations"]["step"]
     return (inputs / step).round() * step
 
 @hookimpl
-def restore(tensors): return tensors["weight"].float() * tensors["weight_scale"]
+def dequantize(tensors): return tensors["weight"].float() * tensors["weight_scale"]
 
 @hookimpl
 def validate_hardware(hardware): return [Finding("supported", "runs anywhere")]

@@ -46,7 +46,7 @@ TOY = '''
 """Toy integers, for tests."""
 import attrs
 import bitpress
-from bitpress import Finding, Record, ShapeError, hookimpl, option
+from bitpress import Finding, StoredLayer, ShapeError, hookimpl, option
 
 @attrs.frozen
 class Options(bitpress.Options):
@@ -62,19 +62,19 @@ def quantize(layer, options):
         raise ShapeError(f"width {width} is not a multiple of {options.multiple}; try multiple=1")
     scale = layer.weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / options.levels
     codes = (layer.weight / scale).round()
-    return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), parts={"scale": scale})
+    return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), qparams={"scale": scale})
 
 @hookimpl
 def serialize(layer, options):
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"]}
-    return Record(tensors, {"format": "int-quantized", "weights": weights})
+    tensors = {"weight": layer.codes, "weight_scale": layer.qparams["scale"]}
+    return StoredLayer(tensors, {"format": "int-quantized", "weights": weights})
 
 @hookimpl
-def restore(tensors): return tensors["weight"].float() * tensors["weight_scale"]
+def dequantize(tensors): return tensors["weight"].float() * tensors["weight_scale"]
 
 @hookimpl
-def bound(tensors): return tensors["weight_scale"] * 0.501
+def error_bound(tensors): return tensors["weight_scale"] * 0.501
 
 @hookimpl
 def validate_hardware(hardware): return [Finding("supported", "runs anywhere")]
@@ -90,8 +90,8 @@ DEADLY = (
             "def quantize(layer, options):\n    die_at(layer.name)\n",
         )
         .replace(
-            "def restore(tensors): return",
-            "def restore(tensors):\n    die_at('restore')\n    return",
+            "def dequantize(tensors): return",
+            "def dequantize(tensors):\n    die_at('restore')\n    return",
         )
     )
     + """

@@ -8,7 +8,7 @@ import time
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitpress import Layer, Stat
+from bitpress import Layer, Statistic
 from bitpress_w4a16 import w4a16
 
 torch.set_num_threads(1)
@@ -17,9 +17,9 @@ bits, group = map(int, sys.argv[3:])
 options = w4a16.Options(group_size=group)
 assert options.bits == bits
 layer = load_file(given)
-stats = {name: Stat(layer[name], "sum") for name in ("hessian", "tokens")}
+stats = {name: Statistic(layer[name], "sum") for name in ("hessian", "tokens")}
 start = time.process_time()
 solved = w4a16.quantize(Layer("layer", layer["weight"], torch.float32), stats, options)
 spent = time.process_time() - start
-save_file({"weight": solved.weight, "scale": solved.parts["scale"]}, out)
+save_file({"weight": solved.weight, "scale": solved.qparams["scale"]}, out)
 print(spent)

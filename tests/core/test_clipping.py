@@ -18,7 +18,7 @@ def long_tailed(count: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_magnitudes_are_counted_eight_to_the_octave(dtype: torch.dtype) -> None:
     x = long_tailed(4000).to(dtype)
-    counts = numerics.magnitudes(x)
+    counts = numerics.magnitude_histogram(x)
     found = x.float().abs()
     for power in range(-12, 6):
         last = (power - LOWEST) * 8
@@ -26,7 +26,7 @@ def test_magnitudes_are_counted_eight_to_the_octave(dtype: torch.dtype) -> None:
 
 
 def test_zeros_are_not_counted_and_the_ends_catch_what_lies_beyond() -> None:
-    counts = numerics.magnitudes(
+    counts = numerics.magnitude_histogram(
         torch.tensor([0.0, -0.0, 2.0 ** (LOWEST - 9), 2.0 ** (HIGHEST + 9), -3e38])
     )
     assert counts.sum() == 3
@@ -36,28 +36,31 @@ def test_zeros_are_not_counted_and_the_ends_catch_what_lies_beyond() -> None:
 def test_halves_add_up_to_the_whole() -> None:
     x = long_tailed(1000)
     assert torch.equal(
-        sum(numerics.magnitudes(half) for half in x.chunk(2)), numerics.magnitudes(x)
+        sum(numerics.magnitude_histogram(half) for half in x.chunk(2)),
+        numerics.magnitude_histogram(x),
     )
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.999, 0.9999])
 def test_a_clip_by_share_keeps_that_share_to_an_eighth_of_an_octave(share: float) -> None:
     x = long_tailed(50_000).abs()
-    clip = numerics.clip_by_share(numerics.magnitudes(x), x.amax(), share)
+    clip = numerics.clip_by_share(numerics.magnitude_histogram(x), x.amax(), share)
     exact = x.quantile(share)
     assert exact <= clip <= exact * 2 ** (1 / 8) * 1.001
 
 
 def test_a_clip_never_lies_beyond_the_largest_number() -> None:
     x = torch.tensor([1.0, 1.01])
-    assert numerics.clip_by_share(numerics.magnitudes(x), x.amax(), 1.0) == x.amax()
+    assert numerics.clip_by_share(numerics.magnitude_histogram(x), x.amax(), 1.0) == x.amax()
 
 
 def test_the_median_ignores_zeros() -> None:
     x = torch.cat([torch.zeros(1000), long_tailed(1001).abs()])
     median = x[1000:].median()
     assert (
-        median <= numerics.middle_magnitude(numerics.magnitudes(x)) <= median * 2 ** (1 / 8) * 1.001
+        median
+        <= numerics.median_magnitude(numerics.magnitude_histogram(x))
+        <= median * 2 ** (1 / 8) * 1.001
     )
 
 
@@ -71,7 +74,9 @@ def test_a_clip_by_error_is_as_good_as_the_best_found_by_trying(steps: float) ->
             ((x / unit).round().clamp(-steps - 0.5, steps - 0.5) * unit - x).square().mean()
         )
 
-    clip = numerics.clip_by_error(numerics.magnitudes(x), x.abs().amax(), lambda m, c: c / steps)
+    clip = numerics.clip_by_error(
+        numerics.magnitude_histogram(x), x.abs().amax(), lambda m, c: c / steps
+    )
     best = min(cost(x.abs().amax() * ratio) for ratio in torch.linspace(0.02, 1.0, 200))
     assert cost(clip) <= 1.1 * best
     assert cost(clip) <= cost(x.abs().amax()) * 1.001
@@ -79,5 +84,7 @@ def test_a_clip_by_error_is_as_good_as_the_best_found_by_trying(steps: float) ->
 
 def test_numbers_without_outliers_are_not_clipped_by_error() -> None:
     x = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    clip = numerics.clip_by_error(numerics.magnitudes(x), x.abs().amax(), lambda m, c: c / 127.5)
+    clip = numerics.clip_by_error(
+        numerics.magnitude_histogram(x), x.abs().amax(), lambda m, c: c / 127.5
+    )
     assert clip > 0.9

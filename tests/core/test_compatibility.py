@@ -31,6 +31,19 @@ SIGNATURES = {
         "check": "weight options",
         "bound": "tensors config",
     },
+    "0.2": {
+        "observe": "inputs reference residual weight options",
+        "rescale": "layer stats options",
+        "quantize": "layer stats options",
+        "pack": "layer options",
+        "serialize": "layer options",
+        "validate_hardware": "hardware options",
+        "validate_shape": "shape cut hardware options",
+        "dequantize": "tensors config",
+        "quantize_activations": "inputs tensors config",
+        "validate_weight": "weight options",
+        "error_bound": "tensors config",
+    },
 }
 
 
@@ -110,8 +123,8 @@ LATER = {
         "not give; did you mean 'options'?",
     ),
     "a hook": (
-        "@hookimpl\ndef restore",
-        "@hookimpl\ndef moonwalk(layer): pass\n\n@hookimpl\ndef restore",
+        "@hookimpl\ndef dequantize",
+        "@hookimpl\ndef moonwalk(layer): pass\n\n@hookimpl\ndef dequantize",
         f"unknown hook 'moonwalk', which bitpress-core {HERE} (hooks {hookspecs.VERSION}) does not "
         "have "
         "(pip install --upgrade bitpress-core if it is new)",

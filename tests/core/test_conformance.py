@@ -17,7 +17,7 @@ WEIGHT = "weight=codes * scale, codes=codes.char()"
 ROUND = "(layer.weight / scale).round()"
 SERIALIZE = "@hookimpl\ndef serialize"
 EVOLVE = "return attrs.evolve(layer, weight"
-PARTS = 'parts={"scale": scale}'
+PARTS = 'qparams={"scale": scale}'
 FORMAT = '"format": "int-quantized"'
 ADVICE = "is not a multiple of {options.multiple}; try multiple=1"
 FINDING = 'Finding("supported", "runs anywhere")'
@@ -31,7 +31,8 @@ def hook(text: str) -> tuple[str, str]:
 def observing(stat: str) -> tuple[str, str]:
     """The replacement that makes the toy observe something."""
     return hook(
-        f"def observe(inputs): return None if inputs is None else {{'seen': bitpress.Stat({stat})}}"
+        f"def observe(inputs): return None if inputs is None else {{'seen': "
+        f"bitpress.Statistic({stat})}}"
     )
 
 
@@ -41,7 +42,7 @@ def rounding(text: str) -> tuple[tuple[str, str], tuple[str, str]]:
         FORMAT,
         FORMAT + ', "input_activations": {"num_bits": 8, "strategy": "token", "dynamic": True}',
     )
-    return config, hook(f"def quantize_inputs(inputs):\n    {text}")
+    return config, hook(f"def quantize_activations(inputs):\n    {text}")
 
 
 # what is wrong: (what stands in its source and what instead, ...), the law that says so, what must
@@ -103,20 +104,20 @@ BROKEN = {
         "`quantize` must leave zeros zero",
     ),
     "loses the mask": (
-        [(EVOLVE, "return attrs.evolve(layer, keep=None, weight")],
+        [(EVOLVE, "return attrs.evolve(layer, mask=None, weight")],
         "masked_positions",
-        "must hand `keep` on",
+        "must hand `mask` on",
     ),
     "fills what is masked": (
-        [(ROUND, ROUND + " + (layer.keep is not None)")],
+        [(ROUND, ROUND + " + (layer.mask is not None)")],
         "masked_positions",
-        "zero where `layer.keep` is False",
+        "zero where `layer.mask` is False",
     ),
     "opens the mask": (
         [
             (
                 EVOLVE,
-                "return attrs.evolve(layer, keep=None if layer.keep is None else layer.keep | "
+                "return attrs.evolve(layer, mask=None if layer.mask is None else layer.mask | "
                 "True, weight",
             )
         ],
@@ -129,9 +130,12 @@ BROKEN = {
         "declare how many rows share numbers in `Options.row_block` (now 1)",
     ),
     "has parts that lie across": (
-        [(PARTS, 'parts={"scale": scale.T}'), ('layer.parts["scale"]', 'layer.parts["scale"].T')],
+        [
+            (PARTS, 'qparams={"scale": scale.T}'),
+            ('layer.qparams["scale"]', 'layer.qparams["scale"].T'),
+        ],
         "members_of_a_stack",
-        "the leading axis of `codes` and parts must follow the rows",
+        "the leading axis of `codes` and `qparams` must follow the rows",
     ),
     "writes into its weight": (
         [("    scale = layer", "    layer.weight.mul_(0.5)\n    scale = layer")],
@@ -225,15 +229,19 @@ BROKEN = {
         "refuses 4096 x 4096",
     ),
     "finds fault with itself": (
-        [hook("def check(weight): return 'never even' if (weight != 0).any() else None")],
+        [hook("def validate_weight(weight): return 'never even' if (weight != 0).any() else None")],
         "its_own_check",
         "never even",
     ),
-    "promises too much": ([("* 0.501", "* 0.1")], "within_the_bound", "`bound` is smaller than"),
+    "promises too much": (
+        [("* 0.501", "* 0.1")],
+        "within_the_bound",
+        "`error_bound` is smaller than",
+    ),
     "forgets what inputs become": (
         rounding("pass")[:1],
         "says_of_activations",
-        "no `quantize_inputs` hook: the config names `input_activations`",
+        "no `quantize_activations` hook: the config names `input_activations`",
     ),
     "mixes tokens": (
         rounding("return (inputs / inputs.abs().amax() * 127).round() * inputs.abs().amax() / 127"),

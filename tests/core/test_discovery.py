@@ -225,7 +225,7 @@ def test_a_broken_extension_is_reported_and_schemes_work_without_it(
 # ----------------------------------------------------------------------
 
 RETURN = (
-    'return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), parts={"scale": scale})'
+    'return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), qparams={"scale": scale})'
 )
 FAILING = {  # (what stands there, what instead, what is said)
     "raises": (
@@ -239,13 +239,13 @@ FAILING = {  # (what stands there, what instead, what is said)
         ["quantize returned dict, not a Layer"],
     ),
     "returns no record": (
-        "return Record({",
-        "return dict({",
+        "return StoredLayer(tensors",
+        "return dict(tensors",
         ["scheme toy (bitpress-scheme-toy 1.0)", "serialize"],
     ),
     "stores what it did not plan": (
-        'Record({"weight": layer.codes',
-        'Record({"weight": layer.codes.short() if layer.codes.any() else layer.codes',
+        '{"weight": layer.codes',
+        '{"weight": layer.codes.short() if layer.codes.any() else layer.codes',
         ["layer model.layers.0", "I16", "planned was", "I8"],
     ),
     "serialises nothing": (

@@ -28,8 +28,8 @@ def corrected(
     before: torch.Tensor,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    stats = numerics.moments(now, weight, before, residual)
-    factor = numerics.factor(stats["hessian"].value, len(now))
+    stats = numerics.gptq_statistics(now, weight, before, residual)
+    factor = numerics.factorize_hessian(stats["hessian"].value, len(now))
     assert factor is not None
     return weight + drift(weight, stats, factor)
 
@@ -74,9 +74,9 @@ def test_a_correction_generalises_better_shrunk_than_not() -> None:
 def test_batches_add_up_to_the_same_correction() -> None:
     weight, x = draw(ROWS, WIDTH, seed=1), draw(10 * SAMPLED, WIDTH, seed=2)
     now, residual = x + 0.1 * draw(len(x), WIDTH, seed=3), draw(len(x), ROWS, seed=4)
-    whole = numerics.moments(now, weight, x, residual)
+    whole = numerics.gptq_statistics(now, weight, x, residual)
     halves = [
-        numerics.moments(now[part], weight, x[part], residual[part])
+        numerics.gptq_statistics(now[part], weight, x[part], residual[part])
         for part in (slice(0, 40), slice(40, None))
     ]
     for name, stat in whole.items():
@@ -95,7 +95,7 @@ def test_numbers_too_large_for_float32_move_nothing() -> None:
 
 def test_nothing_is_held_once_a_weight_has_been_rounded() -> None:
     weight, x = torch.randn(40, 64), torch.randn(300, 64)
-    stats = numerics.moments(x, weight, x + 0.1)
+    stats = numerics.gptq_statistics(x, weight, x + 0.1)
     fit = functools.partial(numerics.fit_symmetric, bits=4, group=16, ratios=(0.9, 1.0))
 
     def tensors() -> int:
@@ -103,13 +103,13 @@ def test_nothing_is_held_once_a_weight_has_been_rounded() -> None:
 
     layer = Layer("layer", weight, torch.bfloat16)
     # what is made once and kept is there by now
-    numerics.feedback(layer, stats, fit)
+    numerics.gptq_quantize(layer, stats, fit)
     gc.collect()
     # what refers to itself in a circle stays until it is looked for, and these are large
     gc.disable()
     try:
         before = tensors()
-        numerics.feedback(layer, stats, fit)
+        numerics.gptq_quantize(layer, stats, fit)
         assert tensors() == before
     finally:
         gc.enable()
@@ -125,9 +125,12 @@ def test_a_correction_never_takes_away_more_than_is_missing(scale: float) -> Non
         draw(40_000, WIDTH, seed=4),
     )
     now = x + 0.3 * x.roll(1, 1)
-    of_reference, of_others = numerics.moments(now, weight, x), numerics.moments(others, weight)
+    of_reference, of_others = (
+        numerics.gptq_statistics(now, weight, x),
+        numerics.gptq_statistics(others, weight),
+    )
     stats = of_reference | {name: of_reference[name] | stat for name, stat in of_others.items()}
-    factor = numerics.factor(stats["hessian"].value, stats["tokens"].value.item())
+    factor = numerics.factorize_hessian(stats["hessian"].value, stats["tokens"].value.item())
     left = x @ weight.T - now @ (weight + drift(weight, stats, factor)).T
     assert left.norm() <= (x @ weight.T - now @ weight.T).norm()
 

@@ -163,9 +163,9 @@ def test_a_scheme_that_rounds_activations_must_say_how(
     with plugins(toy):
         bitpress.compress(model, tmp_path / "out", scheme="toy")
     said = refusal("eval", tmp_path / "out", "--text", model.parent / "text.txt", path=toy)
-    assert "scheme toy (bitpress-scheme-toy 1.0): it has no `quantize_inputs` hook" in said
+    assert "scheme toy (bitpress-scheme-toy 1.0): it has no `quantize_activations` hook" in said
     module.write_text(
-        module.read_text() + "\n@hookimpl\ndef quantize_inputs(inputs): return inputs * 0\n"
+        module.read_text() + "\n@hookimpl\ndef quantize_activations(inputs): return inputs * 0\n"
     )
     with plugins(toy):
         found = run(tmp_path / "out", model)

@@ -16,9 +16,9 @@ from support import TOY, command, files_of, install, install_toy, refusal, write
 
 ENTRY = "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n"
 GIVEN = (
-    'return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), parts={"scale": scale})'
+    'return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), qparams={"scale": scale})'
 )
-STORED = next(line.strip() for line in TOY.splitlines() if "return Record(" in line)
+STORED = next(line.strip() for line in TOY.splitlines() if "return StoredLayer(" in line)
 RESTORED = 'return tensors["weight"].float() * tensors["weight_scale"]'
 # what stands there, what stands there instead, what is said
 BROKEN = {
@@ -75,11 +75,15 @@ BROKEN = {
         "pack made codes of shape",
     ),
     "serialize stores a number": (
-        STORED,
-        STORED.replace("layer.codes", "3"),
+        "layer.codes, ",
+        "3, ",
         "serialize made weight a int, not a tensor",
     ),
-    "serialize stores nothing": (STORED, "return Record({}, None)", "a Record without tensors"),
+    "serialize stores nothing": (
+        STORED,
+        "return StoredLayer({}, None)",
+        "a StoredLayer without tensors",
+    ),
     "serialize's config is not JSON": (
         STORED,
         STORED.replace("weights}", "{1, 2}}"),
@@ -88,11 +92,11 @@ BROKEN = {
     "observe returns a number": (
         "@hookimpl\ndef serialize",
         "@hookimpl\ndef observe(weight): return {'size': 3}\n@hookimpl\ndef serialize",
-        "observe returned dict, not Stats by name",
+        "observe returned dict, not Statistics by name",
     ),
     "observe claims rows that it has not": (
         "@hookimpl\ndef serialize",
-        "@hookimpl\ndef observe(weight): return {'size': bitpress.Stat(weight.sum(), 'sum', "
+        "@hookimpl\ndef observe(weight): return {'size': bitpress.Statistic(weight.sum(), 'sum', "
         "True)}\n@hookimpl\ndef serialize",
         "observe made size of shape [] for",
     ),
@@ -143,7 +147,7 @@ def test_a_restore_of_another_shape_is_a_fault_of_every_layer(tmp_path: Path, wr
     )
     assert found.returncode == 1
     assert "scheme toy (bitpress-scheme-toy 1.0)" in found.stderr
-    assert "restore" in found.stderr
+    assert "dequantize" in found.stderr
     assert "Traceback" not in found.stderr
 
 
@@ -151,7 +155,7 @@ CALIBRATED = {
     "inputs rounded to another shape": (
         "return (inputs / step).round() * step",
         "return inputs[1:]",
-        "quantize_inputs returned the shape",
+        "quantize_activations returned the shape",
         ["--set", "coarse=0.5"],
     ),
     "factors that are not positive": (

@@ -44,7 +44,7 @@ def tried(
         one = (numerics.fit_symmetric if symmetric else numerics.fit_asymmetric)(
             weight, None, bits, group, [1.0]
         )
-        zero = None if one.zero is None else (one.zero + shift).clamp(*numerics.limits(bits))
+        zero = None if one.zero is None else (one.zero + shift).clamp(*numerics.integer_range(bits))
         grid = numerics.IntegerGrid(one.scale * ratio, zero, bits, group)
         costs.append(cost(weight, grid, importance))
         most = most.maximum(
@@ -208,7 +208,7 @@ def test_small_float16_scales_are_subnormal_numbers_rather_than_too_large() -> N
 def test_packed_words_are_little_endian_streams_of_codes(
     bits: int, rows: int, count: int, seed: int
 ) -> None:
-    low, high = numerics.limits(bits)
+    low, high = numerics.integer_range(bits)
     codes = torch.randint(
         low,
         high + 1,

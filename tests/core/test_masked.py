@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bitpress import numerics
 from bitpress.numerics.columns import LEAF
-from bitpress.schemes.values import Layer, Stat
+from bitpress.schemes.values import Layer, Statistic
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,7 +28,7 @@ def inputs(width: int, tokens: int = 600, seed: int = 1) -> torch.Tensor:
 
 
 def factored(x: torch.Tensor, together: int = 1) -> numerics.Factor:
-    found = numerics.factor(x.T @ x, len(x), together)
+    found = numerics.factorize_hessian(x.T @ x, len(x), together)
     assert found is not None
     return found
 
@@ -77,7 +77,7 @@ def test_carried_on_it_comes_to_the_least_squares_solution(rows: int, width: int
     factor, keep = factored(x), draw(rows, width, seed=6) > 0
     found = target
     for _ in range(12):
-        found = numerics.reconstruct(found, target, factor, keep)
+        found = numerics.masked_least_squares(found, target, factor, keep)
     expected = least_squares(target, damped(factor, width), keep)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-4 * np.abs(expected).max())
 
@@ -85,7 +85,7 @@ def test_carried_on_it_comes_to_the_least_squares_solution(rows: int, width: int
 def test_no_row_gets_worse_and_most_of_what_can_be_gained_is_gained_at_once() -> None:
     x, target = inputs(96), draw(40, 96, seed=5)
     factor, keep = factored(x), draw(40, 96, seed=6) > 0
-    before, once = target * keep, numerics.reconstruct(target, target, factor, keep)
+    before, once = target * keep, numerics.masked_least_squares(target, target, factor, keep)
     best = torch.tensor(least_squares(target, damped(factor, 96), keep)).float()
     losses = [factor.loss(target - weight) for weight in (before, once, best)]
     assert (losses[1] <= losses[0]).all()
@@ -97,9 +97,9 @@ def test_no_row_gets_worse_and_most_of_what_can_be_gained_is_gained_at_once() ->
 def test_rows_of_any_size_stay_finite_and_a_finished_one_stays(size: float) -> None:
     x, target = inputs(32), draw(6, 32, seed=5) * size
     factor, keep = factored(x), draw(6, 32, seed=6) > 0
-    assert numerics.reconstruct(target, target, factor, keep).isfinite().all()
+    assert numerics.masked_least_squares(target, target, factor, keep).isfinite().all()
     done = draw(6, 32, seed=7) * keep
-    assert torch.equal(numerics.reconstruct(done, done, factor, keep), done)
+    assert torch.equal(numerics.masked_least_squares(done, done, factor, keep), done)
 
 
 @pytest.mark.parametrize("span", [4, LEAF, 4 * LEAF])
@@ -113,7 +113,7 @@ def test_a_choice_is_made_on_what_would_be_best_after_the_columns_before_it(
     def ahead(free: torch.Tensor, rows: slice, places: slice) -> None:
         seen[places.start] = (places, free.clone())
 
-    found, _ = numerics.sweep(
+    found, _ = numerics.column_sweep(
         weight, factor, lambda target, rows, column: target.round(), ahead, span
     )
     assert list(seen) == list(range(0, width, span))
@@ -137,40 +137,40 @@ def fine(weight: torch.Tensor, importance: torch.Tensor | None) -> numerics.Inte
     return numerics.fit_symmetric(weight, importance, 8, weight.shape[1], (1.0,))
 
 
-def stats_of(weight: torch.Tensor, moved: float = 0.2) -> tuple[dict[str, Stat], torch.Tensor]:
+def stats_of(weight: torch.Tensor, moved: float = 0.2) -> tuple[dict[str, Statistic], torch.Tensor]:
     """Statistics of a layer whose inputs have drifted, and the damped H's factor's least squares
     target.
     """
     before = inputs(64, 4000)
     now = before + moved * before.roll(1, 1)
-    stats = numerics.moments(now, weight, before)
-    factor = numerics.factor(stats["hessian"].value, len(now))
+    stats = numerics.gptq_statistics(now, weight, before)
+    factor = numerics.factorize_hessian(stats["hessian"].value, len(now))
     assert factor is not None
-    return stats, numerics.aim(Layer("layer", weight, torch.bfloat16), stats, factor)
+    return stats, numerics.gptq_target(Layer("layer", weight, torch.bfloat16), stats, factor)
 
 
 def test_a_later_step_does_not_make_up_again_for_what_an_earlier_one_did() -> None:
     weight = draw(20, 64, seed=9)
     stats, wanted = stats_of(weight)
     # by a step that could store any number
-    corrected = Layer("layer", wanted, torch.bfloat16, source=weight)
-    found, _ = numerics.feedback(corrected, stats, fine)
+    corrected = Layer("layer", wanted, torch.bfloat16, original_weight=weight)
+    found, _ = numerics.gptq_quantize(corrected, stats, fine)
     assert (wanted - weight).norm() > 0.1 * weight.norm()
     assert (found - wanted).norm() < 0.02 * wanted.norm()
-    again, _ = numerics.feedback(attrs.evolve(corrected, source=None), stats, fine)
+    again, _ = numerics.gptq_quantize(attrs.evolve(corrected, original_weight=None), stats, fine)
     assert (again - wanted).norm() > 0.1 * wanted.norm()
 
 
 def test_on_a_mask_the_aim_is_the_best_that_the_mask_allows() -> None:
     weight = draw(20, 64, seed=9)
     stats, wanted = stats_of(weight)
-    factor = numerics.factor(stats["hessian"].value, 4000)
+    factor = numerics.factorize_hessian(stats["hessian"].value, 4000)
     assert factor is not None
     keep = draw(20, 64, seed=10) > 0
     best = torch.tensor(least_squares(wanted, damped(factor, 64), keep)).float()
     # by a step that looked at no data
-    masked = Layer("layer", weight * keep, torch.bfloat16, keep, source=weight)
-    found, _ = numerics.feedback(masked, stats, fine)
+    masked = Layer("layer", weight * keep, torch.bfloat16, keep, original_weight=weight)
+    found, _ = numerics.gptq_quantize(masked, stats, fine)
     assert not found[~keep].any()
     losses = [factor.loss(wanted - q).sum() for q in (weight * keep, found, best)]
     assert losses[1] - losses[2] < 0.05 * (losses[0] - losses[2])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bitpress import numerics
 from bitpress.numerics.gptq import Fit, Grid
-from bitpress.schemes.values import Layer, Stat
+from bitpress.schemes.values import Layer, Statistic
 
 Array = NDArray[np.float64]
 RATIOS = (0.7, 0.8, 0.9, 1.0)
@@ -45,13 +45,13 @@ def four_bits(weight: torch.Tensor, importance: torch.Tensor | None) -> numerics
 
 
 def feedback(
-    weight: torch.Tensor, stats: Mapping[str, Stat], fit: Fit, keep: torch.Tensor | None = None
+    weight: torch.Tensor, stats: Mapping[str, Statistic], fit: Fit, keep: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Grid]:
-    return numerics.feedback(Layer("layer", weight, torch.bfloat16, keep), stats, fit)
+    return numerics.gptq_quantize(Layer("layer", weight, torch.bfloat16, keep), stats, fit)
 
 
 def factored(x: torch.Tensor) -> numerics.Factor:
-    found = numerics.factor(x.T @ x, len(x))
+    found = numerics.factorize_hessian(x.T @ x, len(x))
     assert found is not None
     return found
 
@@ -95,7 +95,7 @@ def test_the_sweep_is_gptq_as_first_published(rows: int, width: int, seed: int) 
     weight, x = weights(rows, width, seed), activations(4 * width, width, seed)
     factor = factored(x)
     grid = four_bits(weight, factor.diagonal)
-    found, loss = numerics.sweep(weight, factor, grid.nearest)
+    found, loss = numerics.column_sweep(weight, factor, grid.nearest)
     hessian = (x.double().T @ x.double()).numpy() / len(x)
     hessian += (
         np.eye(width) * max(0.001, min(0.1 * width / len(x), 1.0)) * hessian.diagonal().mean()
@@ -115,7 +115,7 @@ def test_large_sweeps_are_gptq_but_for_ties(rows: int, width: int) -> None:
     weight, x = weights(rows, width, 5), activations(4 * width, width, 5)
     factor = factored(x)
     grid = four_bits(weight, factor.diagonal)
-    found, loss = numerics.sweep(weight, factor, grid.nearest)
+    found, loss = numerics.column_sweep(weight, factor, grid.nearest)
     expected = gptq(weight, damped(factor), factor.order.numpy(), grid)
     assert np.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-9).mean() >= 0.999
     np.testing.assert_allclose(
@@ -131,7 +131,7 @@ def test_each_column_takes_the_best_number_there_is_if_later_ones_could_be_anyth
     factor = factored(x)
     hessian, order = damped(factor), factor.order.tolist()
     grid = numerics.fit_symmetric(weight, None, 2, width, (0.8, 1.0))
-    found, _ = numerics.sweep(weight, factor, grid.nearest)
+    found, _ = numerics.column_sweep(weight, factor, grid.nearest)
     for row in range(len(weight)):
         chosen: dict[int, float] = {}
         for k, column in enumerate(order):
@@ -153,7 +153,7 @@ def test_no_choice_of_two_bits_beats_feedback_by_much() -> None:
     weight, x = weights(12, 3, 3), activations(40, 3, 3)
     factor = factored(x)
     grid = numerics.fit_symmetric(weight, None, 2, 3, (1.0,))
-    _, loss = numerics.sweep(weight, factor, grid.nearest)
+    _, loss = numerics.column_sweep(weight, factor, grid.nearest)
     every = torch.tensor(list(itertools.product(range(-2, 2), repeat=3))).float()  # (64, in)
     best = torch.stack(
         [factor.loss(row - every * s).min() for row, s in zip(weight, grid.scale, strict=True)]
@@ -165,7 +165,7 @@ def test_no_choice_of_two_bits_beats_feedback_by_much() -> None:
 def test_the_loss_reported_is_that_of_the_error_under_the_damped_hessian() -> None:
     weight, x = weights(30, 64, 1), activations(256, 64, 1)
     factor = factored(x)
-    found, loss = numerics.sweep(weight, factor, four_bits(weight, None).nearest)
+    found, loss = numerics.column_sweep(weight, factor, four_bits(weight, None).nearest)
     expected = rounding_loss(weight - found, damped(factor))
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     np.testing.assert_allclose(factor.loss(weight - found), expected, rtol=1e-4)
@@ -188,8 +188,8 @@ def test_a_cost_is_held_against_the_whole_of_what_an_error_costs() -> None:
 def test_inputs_without_correlation_give_rounding_to_nearest(width: int) -> None:
     weight = weights(40, width, 2)
     stats = {
-        "hessian": Stat(100 * torch.eye(width), "sum"),
-        "tokens": Stat(torch.tensor(100.0), "sum"),
+        "hessian": Statistic(100 * torch.eye(width), "sum"),
+        "tokens": Statistic(torch.tensor(100.0), "sum"),
     }
     found, _ = feedback(weight, stats, four_bits)
     assert torch.equal(found, nearest(weight))
@@ -199,7 +199,7 @@ def test_inputs_without_correlation_give_rounding_to_nearest(width: int) -> None
 @given(st.integers(2, 60), st.integers(1, 200), st.integers(0, 1000))
 def test_no_row_does_worse_than_by_rounding_to_nearest(width: int, tokens: int, seed: int) -> None:
     weight, x = weights(30, width, seed) ** 3, activations(tokens, width, seed)
-    stats = numerics.moments(x, weight)
+    stats = numerics.gptq_statistics(x, weight)
     factor = factored(x)
     found, grid = feedback(weight, stats, four_bits)
     cost, plain = factor.loss(weight - found), factor.loss(weight - grid.rounded(weight))
@@ -208,7 +208,10 @@ def test_no_row_does_worse_than_by_rounding_to_nearest(width: int, tokens: int, 
 
 @pytest.mark.parametrize("size", [1e20, 1e30, 1e38])
 def test_rows_too_large_for_their_loss_stay_finite_and_leave_others_alone(size: float) -> None:
-    weight, stats = weights(12, 48, 13), numerics.moments(activations(300, 48, 13), torch.empty(0))
+    weight, stats = (
+        weights(12, 48, 13),
+        numerics.gptq_statistics(activations(300, 48, 13), torch.empty(0)),
+    )
     usual, _ = feedback(weight, stats, four_bits)
     found, _ = feedback(torch.cat([weight[:4], weight[4:].sign() * size]), stats, four_bits)
     assert found.isfinite().all()
@@ -218,7 +221,9 @@ def test_rows_too_large_for_their_loss_stay_finite_and_leave_others_alone(size: 
 @pytest.mark.parametrize("tokens", [1, 5, 63])
 def test_fewer_tokens_than_columns_still_give_numbers(tokens: int) -> None:
     found, _ = feedback(
-        weights(20, 64, 4), numerics.moments(activations(tokens, 64, 4), torch.empty(0)), four_bits
+        weights(20, 64, 4),
+        numerics.gptq_statistics(activations(tokens, 64, 4), torch.empty(0)),
+        four_bits,
     )
     assert found.isfinite().all()
     assert found.any()
@@ -228,7 +233,7 @@ def test_columns_that_were_never_active_are_rounded_to_nearest() -> None:
     weight, x = weights(20, 32, 6), activations(200, 32, 6)
     x[:, 5] = 0
     x[:, 31] = 0
-    found, grid = feedback(weight, numerics.moments(x, weight), four_bits)
+    found, grid = feedback(weight, numerics.gptq_statistics(x, weight), four_bits)
     plain = grid.rounded(weight)
     assert torch.equal(found[:, [5, 31]], plain[:, [5, 31]])
     assert not torch.equal(found, plain)
@@ -236,7 +241,10 @@ def test_columns_that_were_never_active_are_rounded_to_nearest() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_statistics_that_are_not_finite_are_warned_of_and_the_layer_is_rounded(bad: float) -> None:
-    weight, stats = weights(8, 16, 0), numerics.moments(activations(30, 16, 0), torch.empty(0))
+    weight, stats = (
+        weights(8, 16, 0),
+        numerics.gptq_statistics(activations(30, 16, 0), torch.empty(0)),
+    )
     stats["hessian"].value[3, 2] = bad
     with pytest.warns(UserWarning, match="not finite"):
         found, _ = feedback(weight, stats, four_bits)
@@ -256,7 +264,7 @@ def stacked_and_alone(heights: tuple[int, ...], moved: float) -> tuple[torch.Ten
     much larger.
     """
     x, weight = activations(500, 96, 8), weights(96, 96, 8)
-    stats = numerics.moments(x, weight, x * moved if moved != 1 else None)
+    stats = numerics.gptq_statistics(x, weight, x * moved if moved != 1 else None)
     whole, _ = feedback(weight, stats, four_bits)
     tiles = [slice(sum(heights[:i]), sum(heights[: i + 1])) for i in range(len(heights))]
     own = [{name: stat.of(tile) for name, stat in stats.items()} for tile in tiles]
@@ -293,7 +301,7 @@ def test_zeros_and_masked_positions_stay_zero_and_the_others_make_up_for_it() ->
     keep = torch.rand(24, 64, generator=torch.Generator().manual_seed(9)) < 0.5
     for masked in ((weight * keep, None), (weight * keep, keep)):
         found, grid = feedback(
-            masked[0], numerics.moments(x, masked[0], x * 1.02), four_bits, masked[1]
+            masked[0], numerics.gptq_statistics(x, masked[0], x * 1.02), four_bits, masked[1]
         )
         assert not found[~keep].any()
         factor = factored(x)

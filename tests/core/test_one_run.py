@@ -293,8 +293,8 @@ def test_a_run_that_died_while_it_tidied_up_is_tidied_up(tmp_path: Path, toy: Pa
 # ----------------------------------------------------------------------
 
 MEDDLING = TOY.replace("import attrs\n", "import attrs, os, pathlib\n").replace(
-    "def restore(tensors): return",
-    "def restore(tensors):\n    exec(pathlib.Path(__file__).with_name('deed').read_text())\n    "
+    "def dequantize(tensors): return",
+    "def dequantize(tensors):\n    exec(pathlib.Path(__file__).with_name('deed').read_text())\n    "
     "return",
 )
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer_config.json"

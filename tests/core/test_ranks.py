@@ -162,7 +162,7 @@ import torch, torch.distributed as dist
 from bitpress.compression.calibration.statistics import reduce_statistics
 from bitpress.runtime.process_group import Ranks
 from bitpress.schemes import pipeline
-from bitpress.schemes.values import Stat
+from bitpress.schemes.values import Statistic
 
 dist.init_process_group("gloo")
 rank, count = dist.get_rank(), dist.get_world_size()
@@ -174,10 +174,10 @@ def seen(i):
     generator = torch.Generator().manual_seed(i)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     total = torch.tensor(float(i + 1))
-    found = {"tokens": Stat(total, "sum"), "again": Stat(total, "sum"),
-             "gram": Stat(draw(3, 4).T, "sum", rows=True),
-             "most": Stat(draw(5) - 9, "max")}
-    return found | ({"reference": Stat(draw(2, 2), "sum")} if i == 1 else {})
+    found = {"tokens": Statistic(total, "sum"), "again": Statistic(total, "sum"),
+             "gram": Statistic(draw(3, 4).T, "sum", rows=True),
+             "most": Statistic(draw(5) - 9, "max")}
+    return found | ({"reference": Statistic(draw(2, 2), "sum")} if i == 1 else {})
 
 expected = [{}, {}]
 for i in range(count):

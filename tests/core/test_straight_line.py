@@ -278,13 +278,14 @@ def test_of_a_recipe_the_first_rule_that_matches_counts(
 
 
 OBSERVE = (
-    "def observe(weight): return {'amax': bitpress.Stat(weight.abs().amax(), 'max')}\n@hookimpl\n"
+    "def observe(weight): return {'amax': bitpress.Statistic(weight.abs().amax(), "
+    "'max')}\n@hookimpl\n"
 )
 SHARED = (
     TOY.replace('"channel"', '"tensor"')
     .replace("def quantize(layer, options)", OBSERVE + "def quantize(layer, stats, options)")
     .replace("layer.weight.abs().amax(1, keepdim=True)", 'stats["amax"].value')
-    .replace('layer.parts["scale"]}', 'layer.parts["scale"].reshape(1)}')
+    .replace('layer.qparams["scale"]}', 'layer.qparams["scale"].reshape(1)}')
 )
 
 

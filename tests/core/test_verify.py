@@ -355,8 +355,8 @@ def test_a_sound_output_is_passed(made: Path, name: str, source: str | None) -> 
 
 def test_every_step_is_asked_whether_its_promise_is_kept(made: Path, tmp_path: Path) -> None:
     check = (
-        "@hookimpl\ndef check(weight, options): return 'too large' if weight.abs().amax() > "
-        "0.1 * options.levels else None\n"
+        "@hookimpl\ndef validate_weight(weight, options):\n"
+        "    return 'too large' if weight.abs().amax() > 0.1 * options.levels else None\n"
     )
     strict = install(
         tmp_path / "p",

@@ -15,7 +15,7 @@ from support import LLAMA, llama_tensors, tensors_of, write_model
 from bitpress import compress, decompress
 from bitpress.schemes import pipeline
 from bitpress.schemes.registry import Step, discover
-from bitpress.schemes.values import Layer, Record
+from bitpress.schemes.values import Layer, StoredLayer
 
 # every finite E4M3 number by its code: sign, 4 bits of exponent with bias 7, 3 of mantissa
 NUMBERS = {
@@ -35,7 +35,7 @@ def step(name: str, **options: Any) -> Step:
     return discover().get(name).step(options)
 
 
-def stored(weight: torch.Tensor, used: Step) -> Record:
+def stored(weight: torch.Tensor, used: Step) -> StoredLayer:
     layer = Layer("layer", weight, torch.bfloat16)
     stats = pipeline.observe_weights(lambda: iter([layer]), [used])
     return pipeline.record(pipeline.pack(pipeline.quantize(layer, [used], stats), [used]), [used])

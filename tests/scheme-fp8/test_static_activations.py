@@ -13,7 +13,7 @@ import torch
 from bitpress.schemes import pipeline
 from bitpress.schemes.hardware import find
 from bitpress.schemes.registry import Step, discover
-from bitpress.schemes.values import Layer, Record
+from bitpress.schemes.values import Layer, StoredLayer
 
 SCALES = ["max", "percentile", "mse"]
 
@@ -29,7 +29,7 @@ def inputs(outlier: float = 4.0, tokens: int = 4000) -> torch.Tensor:
     return x.bfloat16()
 
 
-def stored(this: Step, batches: Sequence[torch.Tensor]) -> Record:
+def stored(this: Step, batches: Sequence[torch.Tensor]) -> StoredLayer:
     weight, stats = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)), {}
     for batch in batches:
         pipeline.merge(

@@ -10,7 +10,7 @@ import torch
 from bitpress.schemes import pipeline
 from bitpress.schemes.hardware import find
 from bitpress.schemes.registry import Step, discover
-from bitpress.schemes.values import Layer, Record
+from bitpress.schemes.values import Layer, StoredLayer
 from bitpress_int8 import smoothing
 
 
@@ -24,7 +24,7 @@ def inputs(outlier: float = 1.0) -> torch.Tensor:
     return x
 
 
-def stored(used: Step, x: torch.Tensor) -> tuple[Layer, Record]:
+def stored(used: Step, x: torch.Tensor) -> tuple[Layer, StoredLayer]:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
     stats = dict(used.call("observe", inputs=x, reference=x, residual=None, weight=weight) or {})
     layer = pipeline.quantize_whole(Layer("layer", weight, torch.bfloat16), [used], [stats])

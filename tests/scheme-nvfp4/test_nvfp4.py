@@ -21,7 +21,7 @@ from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import input_rounding
 from bitpress.schemes.hardware import find
 from bitpress.schemes.registry import Step, discover
-from bitpress.schemes.values import Layer, Record, Stat
+from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
 MAGNITUDES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 # every positive E4M3 number
@@ -51,16 +51,16 @@ def numbers(rows: int, columns: int, seed: int = 0, spread: float = 0.0) -> torc
     return grouped.view(rows, -1)[:, :columns].bfloat16().float()
 
 
-def quantised(weight: torch.Tensor, used: Step, stats: dict[str, Stat] | None = None) -> Layer:
+def quantised(weight: torch.Tensor, used: Step, stats: dict[str, Statistic] | None = None) -> Layer:
     layer = Layer("layer", weight, torch.bfloat16)
     return pipeline.quantize_whole(layer, [used], [stats or {}])
 
 
-def stored(layer: Layer, used: Step) -> Record:
+def stored(layer: Layer, used: Step) -> StoredLayer:
     return pipeline.record(pipeline.pack(layer, [used]), [used])
 
 
-def loaded(record: Record) -> torch.Tensor:
+def loaded(record: StoredLayer) -> torch.Tensor:
     """The weight as compressed-tensors decodes it, which is in bfloat16."""
     group = {
         "targets": ["Linear"],
@@ -81,7 +81,7 @@ def loaded(record: Record) -> torch.Tensor:
 
 def all_at_once(layer: Layer) -> torch.Tensor:
     """(out, groups, 1) the multiplier of each group."""
-    return (layer.parts["scale"].float() / layer.parts["global_scale"]).unsqueeze(2)
+    return (layer.qparams["scale"].float() / layer.qparams["global_scale"]).unsqueeze(2)
 
 
 AWKWARD = {
@@ -110,7 +110,7 @@ def test_what_is_stored_is_decoded_exactly(
         AWKWARD[kind](numbers(rows, 16 * groups, seed, spread)), this := step(**PLAIN)
     )
     record = stored(layer, this)
-    assert torch.equal(pipeline.restore(record.tensors, record.config, [this]), layer.weight)
+    assert torch.equal(pipeline.dequantize(record.tensors, record.config, [this]), layer.weight)
     assert torch.equal(loaded(record), layer.weight.bfloat16())
     assert layer.weight.isfinite().all()
     assert (record.tensors["weight_scale"].float() > 0).all()
@@ -160,7 +160,7 @@ def test_the_record_is_what_compressed_tensors_calls_it(
 def test_a_group_s_scale_is_the_best_e4m3_number_of_an_octave() -> None:
     weight = numbers(16, 64, spread=1)
     layer = quantised(weight, step(**PLAIN))
-    divisor, groups = layer.parts["global_scale"], weight.view(16, 4, 16)
+    divisor, groups = layer.qparams["global_scale"], weight.view(16, 4, 16)
     costs = []
     for local in LOCALS:
         units = groups / (local / divisor)
@@ -213,7 +213,7 @@ def inputs(tokens: int = 2000, width: int = 256) -> torch.Tensor:
     return x
 
 
-def observed(this: Step, x: torch.Tensor, weight: torch.Tensor) -> dict[str, Stat]:
+def observed(this: Step, x: torch.Tensor, weight: torch.Tensor) -> dict[str, Statistic]:
     return dict(this.call("observe", inputs=x, reference=x, residual=None, weight=weight) or {})
 
 

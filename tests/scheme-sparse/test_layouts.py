@@ -15,7 +15,7 @@ from support import LLAMA, command, files_of, install_toy, refusal, tensors_of, 
 from bitpress.schemes import pipeline
 from bitpress.schemes.hardware import find
 from bitpress.schemes.registry import Step, discover
-from bitpress.schemes.values import Layer, Record
+from bitpress.schemes.values import Layer, StoredLayer
 from bitpress_sparse import bitmask
 
 SCHEMES = ("sparse-2of4", "sparse")
@@ -28,7 +28,7 @@ def step(name: str, **options: Any) -> Step:
 
 def stored(
     this: Step, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16
-) -> tuple[Layer, Record]:
+) -> tuple[Layer, StoredLayer]:
     layer = pipeline.quantize(Layer("layer", weight, dtype), [this], [{}])
     return layer, pipeline.record(pipeline.pack(layer, [this]), [this])
 
@@ -65,7 +65,7 @@ def test_restoring_is_exact_in_either_layout(
     for layout in ("dense", "bitmask"):
         this = step(name, layout=layout)
         layer, record = stored(this, weight)
-        assert torch.equal(pipeline.restore(record.tensors, record.config, [this]), layer.weight)
+        assert torch.equal(pipeline.dequantize(record.tensors, record.config, [this]), layer.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

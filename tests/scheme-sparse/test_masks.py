@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from bitpress import numerics
 from bitpress.schemes import pipeline
 from bitpress.schemes.registry import Step, discover
-from bitpress.schemes.values import Layer, Stat
+from bitpress.schemes.values import Layer, Statistic
 from bitpress_sparse import masks
 
 ALGORITHMS = ("sparsegpt", "wanda", "magnitude")
-Stats = dict[str, Stat]
+Statistics = dict[str, Statistic]
 
 
 def step(name: str = "sparse-2of4", **options: Any) -> Step:
@@ -44,14 +44,14 @@ def inputs(width: int, tokens: int = 800, seed: int = 1) -> torch.Tensor:
 
 def observed(
     this: Step, weight: torch.Tensor, x: torch.Tensor, reference: torch.Tensor | None = None
-) -> Stats:
+) -> Statistics:
     return this.call("observe", inputs=x, reference=reference, residual=None, weight=weight) or {}
 
 
 def pruned(
     this: Step,
     weight: torch.Tensor,
-    stats: Stats | None = None,
+    stats: Statistics | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Layer:
     return pipeline.quantize(Layer("layer", weight, dtype), [this], [stats or {}])
@@ -77,10 +77,10 @@ def test_of_every_four_two_are_kept_whatever_the_numbers(case: Any, kind: str) -
         "all zeros": 0 * weight,
     }.get(kind, weight)
     found = pruned(this, weight, observed(this, weight, inputs(4 * quads, 200)))
-    kept = found.keep.view(rows, quads, 4).sum(2)
+    kept = found.mask.view(rows, quads, 4).sum(2)
     assert torch.equal(kept, (weight != 0).view(rows, quads, 4).sum(2).clamp(max=2))
-    assert not found.weight[~found.keep].any()
-    assert this.call("check", weight=found.weight) is None
+    assert not found.weight[~found.mask].any()
+    assert this.call("validate_weight", weight=found.weight) is None
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -92,20 +92,20 @@ def test_of_every_row_the_share_is_met_to_the_weight(case: Any, sparsity: float)
         weights(rows, width, seed) + 1,
     )
     found = pruned(this, weight, observed(this, weight, inputs(width, 200)))
-    assert (found.keep.sum(1) == max(width - round(sparsity * width), 1)).all()
-    assert not found.weight[~found.keep].any()
-    assert this.call("check", weight=found.weight) is None
+    assert (found.mask.sum(1) == max(width - round(sparsity * width), 1)).all()
+    assert not found.weight[~found.mask].any()
+    assert this.call("validate_weight", weight=found.weight) is None
 
 
 @pytest.mark.parametrize("name", ["sparse-2of4", "sparse"])
 def test_by_magnitude_the_largest_stay_as_they_are(name: str) -> None:
     weight = weights(12, 64)
     found = pruned(step(name, algorithm="magnitude"), weight)
-    assert torch.equal(found.weight, weight * found.keep)
+    assert torch.equal(found.weight, weight * found.mask)
     groups, kept = (weight.abs().view(-1, 4), 2) if name == "sparse-2of4" else (weight.abs(), 32)
-    least_kept = groups.masked_fill(~found.keep.view_as(groups), torch.inf).amin(1)
-    assert (groups.masked_fill(found.keep.view_as(groups), 0).amax(1) <= least_kept).all()
-    assert (found.keep.view_as(groups).sum(1) == kept).all()
+    least_kept = groups.masked_fill(~found.mask.view_as(groups), torch.inf).amin(1)
+    assert (groups.masked_fill(found.mask.view_as(groups), 0).amax(1) <= least_kept).all()
+    assert (found.mask.view_as(groups).sum(1) == kept).all()
 
 
 def published(
@@ -131,7 +131,7 @@ def published(
 @pytest.mark.parametrize("width", [16, 96, 200])
 def test_the_sweep_is_sparsegpt_as_first_published(width: int) -> None:
     weight, x = weights(24, width), inputs(width)
-    factored = numerics.factor(x.T @ x, len(x), 4)
+    factored = numerics.factorize_hessian(x.T @ x, len(x), 4)
     assert factored is not None
     hessian = factored.multiply(torch.eye(width)).double().numpy()
     keep, found = masks.sparsegpt(weight, factored, torch.ones_like(weight, dtype=torch.bool), 2, 4)
@@ -161,10 +161,10 @@ def test_fitting_the_kept_ones_gains_over_the_sweep_and_over_leaving_them(
     weight, x = weights(64, 128), inputs(128, 3000)
     this = step(name, algorithm=algorithm)
     found = pruned(this, weight, observed(this, weight, x))
-    assert loss(weight, found.weight, x) < 0.8 * loss(weight, weight * found.keep, x)
+    assert loss(weight, found.weight, x) < 0.8 * loss(weight, weight * found.mask, x)
     if algorithm == "sparsegpt":
         group, kept = (4, 2) if name == "sparse-2of4" else (128, 64)
-        factored = numerics.factor(x.T @ x, len(x), group)
+        factored = numerics.factorize_hessian(x.T @ x, len(x), group)
         _, swept = masks.sparsegpt(
             weight, factored, torch.ones_like(weight, dtype=torch.bool), kept, group
         )

@@ -13,7 +13,7 @@ from support import LLAMA, bitpress, refusal, write_model
 from bitpress.schemes import pipeline
 from bitpress.schemes.hardware import find
 from bitpress.schemes.registry import Step, discover
-from bitpress.schemes.values import Layer, Stat
+from bitpress.schemes.values import Layer, Statistic
 
 WIDTH = 256
 
@@ -102,8 +102,8 @@ def test_awq_leaves_channels_alone_that_are_alike() -> None:
 def test_awq_without_usable_statistics_says_so_and_rounds(bad: float) -> None:
     this = step(algorithm="awq")
     stats = {
-        "hessian": Stat(torch.full((WIDTH, WIDTH), bad), "sum"),
-        "tokens": Stat(torch.tensor(9.0), "sum"),
+        "hessian": Statistic(torch.full((WIDTH, WIDTH), bad), "sum"),
+        "tokens": Statistic(torch.tensor(9.0), "sum"),
     }
     layer = Layer("layer", weights(), torch.bfloat16)
     with pytest.warns(UserWarning, match="rounded without them"):

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from bitpress.schemes import pipeline
 from bitpress.schemes.registry import Step, discover
-from bitpress.schemes.values import Layer, Record, Stat
+from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
 SCHEMES = ("w4a16", "w8a16")
 BITS = {"w4a16": 4, "w8a16": 8}
@@ -31,17 +31,17 @@ def numbers(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 def quantised(
     weight: torch.Tensor,
     used: Step,
-    stats: dict[str, Stat] | None = None,
+    stats: dict[str, Statistic] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Layer:
     return pipeline.quantize(Layer("layer", weight, dtype), [used], [stats or {}])
 
 
-def stored(layer: Layer, used: Step) -> Record:
+def stored(layer: Layer, used: Step) -> StoredLayer:
     return pipeline.record(pipeline.pack(layer, [used]), [used])
 
 
-def loaded(record: Record) -> torch.Tensor:
+def loaded(record: StoredLayer) -> torch.Tensor:
     """The weight as compressed-tensors decodes it, in float32."""
     group = {
         "targets": ["Linear"],
@@ -78,7 +78,7 @@ def test_restoring_what_is_packed_is_exact(
     this = step(name, group_size=group, symmetric=symmetric)
     layer = quantised(numbers(rows, width, seed), this)
     record = stored(layer, this)
-    assert torch.equal(pipeline.restore(record.tensors, record.config, [this]), layer.weight)
+    assert torch.equal(pipeline.dequantize(record.tensors, record.config, [this]), layer.weight)
     assert torch.equal(loaded(record), layer.weight)
 
 
@@ -95,7 +95,7 @@ def test_words_are_those_of_compressed_tensors_to_the_bit(name: str, symmetric: 
     if not symmetric:
         assert torch.equal(
             tensors["weight_zero_point"],
-            pack_to_int32(layer.parts["zero_point"], bits, packed_dim=0),
+            pack_to_int32(layer.qparams["zero_point"], bits, packed_dim=0),
         )
 
 

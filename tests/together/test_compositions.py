@@ -19,7 +19,7 @@ from bitpress.checkpoint.reader import open_checkpoint
 from bitpress.planning.recipe import from_scheme
 from bitpress.schemes import pipeline, stored_layout
 from bitpress.schemes.registry import Step, discover
-from bitpress.schemes.values import Layer, Stat
+from bitpress.schemes.values import Layer, Statistic
 
 PRUNING = {
     "2:4": ("sparse-2of4", {}),
@@ -70,7 +70,7 @@ def weights(rows: int, seed: int) -> torch.Tensor:
     )
 
 
-def taken(used: tuple[Step, ...], weight: torch.Tensor, moved: float) -> list[dict[str, Stat]]:
+def taken(used: tuple[Step, ...], weight: torch.Tensor, moved: float) -> list[dict[str, Statistic]]:
     """Every step's statistics, as a run takes them: of the source's weight, all at once."""
     now, before = inputs(moved), inputs()
     found = [pipeline.observe(s, weight, now, before) if s.calibrated else None for s in used]
@@ -101,13 +101,13 @@ def test_what_is_pruned_stays_zero_and_what_is_stored_comes_back(
 ) -> None:
     used, weight = steps(first, second), weights(8 * blocks, seed)
     pruned, layer = result(used[:1], weight), result(used, weight)
-    assert torch.equal(layer.keep, pruned.keep)
-    assert not layer.weight[~pruned.keep].any()
-    assert list(pipeline.check(layer.weight, used)) == []
+    assert torch.equal(layer.mask, pruned.mask)
+    assert not layer.weight[~pruned.mask].any()
+    assert list(pipeline.validate_weight(layer.weight, used)) == []
     record = pipeline.record(pipeline.join([pipeline.pack(layer, used)], tuple(weight.shape)), used)
-    restored = pipeline.restore(record.tensors, record.config, used)
+    restored = pipeline.dequantize(record.tensors, record.config, used)
     assert torch.equal(restored, layer.weight)
-    assert not torch.signbit(restored[~pruned.keep]).any()
+    assert not torch.signbit(restored[~pruned.mask]).any()
     planned = stored_layout.describe(*weight.shape, torch.bfloat16, used)
     assert record.config == planned.config
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in record.tensors.items()}
@@ -195,7 +195,7 @@ def test_a_calibrated_composition_is_proved_against_its_source(tmp_path: Path, s
         for name, tensor in names.items()
         if name.startswith(f"{layer}.")
     }
-    zeros = pipeline.restore(tensors, group, used) == 0
+    zeros = pipeline.dequantize(tensors, group, used) == 0
     assert (zeros.sum(1) >= zeros.shape[1] // 2).all()
     assert "sparsity_config" not in config
 

@@ -158,7 +158,7 @@ def test_the_tracer_prints_each_hook_call_with_shapes_and_milliseconds(walk: Wal
         assert re.search(
             rf"^{hook} +model\.layers\.0\.\S.* \(\d+, \d+\) \d+\.\d\d ms$", said, re.MULTILINE
         ), hook
-    for hook in ("restore", "bound"):
+    for hook in ("dequantize", "error_bound"):
         assert re.search(rf"^{hook} +stored \(\d+, \d+\) \d+\.\d\d ms$", said, re.MULTILINE), hook
     assert "verified: 42 layers" in said
 

@@ -49,7 +49,7 @@ def everything(step: Step, weight: Tensor, place: Callable[[Tensor], Tensor]) ->
     record = pipeline.record(
         pipeline.pack(pipeline.quantize(layer, [step], [stats]), [step]), [step]
     )
-    found = {"restored": pipeline.restore(record.tensors, record.config, [step], (out, width))}
+    found = {"restored": pipeline.dequantize(record.tensors, record.config, [step], (out, width))}
     if step.rescales and (factors := pipeline.rescale(layer, [step], [stats])) is not None:
         found["factors"] = factors
     if (rounding := input_rounding(record.tensors, record.config, [step])) is not None:

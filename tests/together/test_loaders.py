@@ -61,7 +61,7 @@ def with_restored_weights(source: Path, out: Path, recipe: Recipe) -> torch.nn.M
         for module in stack.members:
             names, config = stack.stored(module)
             tensors = {name.removeprefix(f"{module}."): found.pop(name) for name in names}
-            state[f"{module}.weight"] = pipeline.restore(tensors, config, stack.steps)
+            state[f"{module}.weight"] = pipeline.dequantize(tensors, config, stack.steps)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(source)).float()
     missing, unexpected = model.load_state_dict(
         {**{n: t.float() for n, t in found.items()}, **state}, strict=False

@@ -1,8 +1,8 @@
 """Makes language models on disk smaller, one scheme package at a time.
 
-What plugin authors need (`Layer`, `Record`, `hookimpl`, ...) imports no torch; the functions that
-do the work (`compress`, `plan`, `verify`, `decompress`, `inspect`, `eval`, `search`) are imported
-when they are first used.
+What plugin authors need (`Layer`, `StoredLayer`, `hookimpl`, ...) imports no torch; the functions
+that do the work (`compress`, `plan`, `verify`, `decompress`, `inspect`, `eval`, `search`) are
+imported when they are first used.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from bitpress.errors import (
     ShapeError,
     VerificationError,
 )
+from bitpress.schemes.deprecation import warn_renamed
 from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.hookspecs import hookimpl
 from bitpress.schemes.options import Options, option
-from bitpress.schemes.values import Finding, Layer, Record, Stat
+from bitpress.schemes.values import Finding, Layer, Statistic, StoredLayer
 
 if TYPE_CHECKING:
     from bitpress.api import compress, decompress, evaluate as eval, inspect, plan, search, verify
@@ -38,10 +39,10 @@ __all__ = [
     "Options",
     "OutputError",
     "RecipeError",
-    "Record",
     "SchemeError",
     "ShapeError",
-    "Stat",
+    "Statistic",
+    "StoredLayer",
     "VerificationError",
     "compress",
     "decompress",
@@ -58,7 +59,14 @@ __all__ = [
 _API = ("compress", "decompress", "eval", "inspect", "plan", "search", "verify")
 
 
+# Names of release 0.1, which work in this release still.
+_OLD_NAMES = {"Record": "StoredLayer", "Stat": "Statistic"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _OLD_NAMES:
+        warn_renamed(f"bitpress.{name}", f"bitpress.{_OLD_NAMES[name]}")
+        return globals()[_OLD_NAMES[name]]
     if name in _API:
         return getattr(
             importlib.import_module("bitpress.api"), "evaluate" if name == "eval" else name

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from bitpress import Stat, numerics
+from bitpress import Statistic, numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 WIDE = 2.0**12
 
 
-def observed(inputs: Tensor) -> dict[str, Stat]:
+def observed(inputs: Tensor) -> dict[str, Statistic]:
     """The largest magnitude and a histogram of all of them."""
     return {
-        "input_amax": Stat(numerics.absmax(inputs.float()), "max"),
-        "input_counts": Stat(numerics.magnitudes(inputs), "sum"),
+        "input_amax": Statistic(numerics.absmax(inputs.float()), "max"),
+        "input_counts": Statistic(numerics.magnitude_histogram(inputs), "sum"),
     }
 
 
-def scale(stats: Mapping[str, Stat], outliers: str) -> Tensor:
+def scale(stats: Mapping[str, Statistic], outliers: str) -> Tensor:
     """One number, clip / 448; 1 where nothing was observed."""
     import torch
 
     if "input_amax" not in stats:
         return torch.tensor(1.0)
     amax, counts = stats["input_amax"].value, stats["input_counts"].value
-    if counts.any() and amax > WIDE * numerics.middle_magnitude(counts):
+    if counts.any() and amax > WIDE * numerics.median_magnitude(counts):
         warnings.warn(
             "its largest input is over 4,096 times the median; activations=dynamic loses less",
             stacklevel=2,
         )
-    return numerics.e4m3_scale(numerics.clip(counts, amax, outliers, _step))
+    return numerics.e4m3_scale(numerics.clip_range(counts, amax, outliers, _step))
 
 
 def _step(magnitude: Tensor, clip: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Finding, Hardware, Layer, Record, ShapeError, hookimpl, numerics, option
+from bitpress import Finding, Hardware, Layer, ShapeError, StoredLayer, hookimpl, numerics, option
 from bitpress_fp8 import activations, e4m3, hardware as facts
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def quantize(layer: Layer, options: Options) -> Layer:
             "scheme fp8 takes any width"
         )
     scale = numerics.e4m3_scale(numerics.block_absmax(layer.weight, options.block))
-    return e4m3.rounded(layer, scale, numerics.expand(scale, options.block, (out, width)))
+    return e4m3.rounded(layer, scale, numerics.expand_blocks(scale, options.block, (out, width)))
 
 
 @hookimpl
-def serialize(layer: Layer, options: Options) -> Record:
+def serialize(layer: Layer, options: Options) -> StoredLayer:
     """`weight` F8_E4M3 (out, in) and `weight_scale` F32 (ceil(out / 128), in / 128)."""
     weights = {"strategy": "block", "block_structure": list(options.block), "dynamic": False}
     return e4m3.stored(
@@ -69,19 +69,19 @@ def serialize(layer: Layer, options: Options) -> Record:
 
 
 @hookimpl
-def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """Codes times their tile's scale."""
     return e4m3.restored(tensors, _spread(tensors, config))
 
 
 @hookimpl
-def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+def error_bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """Half a step of E4M3 around each code."""
     return e4m3.bounded(tensors, _spread(tensors, config))
 
 
 @hookimpl
-def quantize_inputs(
+def quantize_activations(
     inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> Tensor:
     """E4M3 numbers, per token and group of 128."""
@@ -126,4 +126,4 @@ def _spread(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """(out, in): every weight's scale."""
     rows, columns = config["weights"]["block_structure"]
     out, width = tensors["weight"].shape
-    return numerics.expand(tensors["weight_scale"], (rows, columns), (out, width))
+    return numerics.expand_blocks(tensors["weight_scale"], (rows, columns), (out, width))

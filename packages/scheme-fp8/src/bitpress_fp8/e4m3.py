@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import frozen
 
-from bitpress import Layer, Record, numerics
+from bitpress import Layer, StoredLayer, numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,30 +51,30 @@ def rounded(
     """
     codes = numerics.encode_e4m3(
         layer.weight, spread
-    )  # (out, in); zeros stay zero, so `keep` holds by itself
+    )  # (out, in); zeros stay zero, so `mask` holds by itself
     return attrs.evolve(
         layer,
         weight=lambda: numerics.decode_e4m3(codes) * spread,
         codes=codes,
-        parts={"scale": scale, **(extra or {})},
+        qparams={"scale": scale, **(extra or {})},
     )
 
 
-def stored(layer: Layer, weights: Mapping[str, Any], activations: Mapping[str, Any]) -> Record:
+def stored(layer: Layer, weights: Mapping[str, Any], activations: Mapping[str, Any]) -> StoredLayer:
     """Codes and scale as compressed-tensors names them; a scale without axes becomes one of shape
     (1,).
     """
     assert layer.codes is not None
-    tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"]}
-    if "input_scale" in layer.parts:
-        tensors["input_scale"] = layer.parts["input_scale"]
+    tensors = {"weight": layer.codes, "weight_scale": layer.qparams["scale"]}
+    if "input_scale" in layer.qparams:
+        tensors["input_scale"] = layer.qparams["input_scale"]
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     config = {
         "format": FORMAT,
         "weights": {**common, **weights},
         "input_activations": {**common, **activations},
     }
-    return Record(
+    return StoredLayer(
         {name: tensor if tensor.ndim else tensor.reshape(1) for name, tensor in tensors.items()},
         config,
     )

@@ -11,7 +11,7 @@ import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Finding, Hardware, Layer, Record, Stat, hookimpl, numerics, option
+from bitpress import Finding, Hardware, Layer, Statistic, StoredLayer, hookimpl, numerics, option
 from bitpress_fp8 import activations, e4m3, hardware as facts
 
 if TYPE_CHECKING:
@@ -44,17 +44,21 @@ class Options(bitpress.Options):
 
 
 @hookimpl
-def observe(inputs: Tensor | None, weight: Tensor, options: Options) -> Mapping[str, Stat] | None:
+def observe(
+    inputs: Tensor | None, weight: Tensor, options: Options
+) -> Mapping[str, Statistic] | None:
     """Of inputs, how large they are; of weights per tensor, the largest magnitude in the whole
     stack, which engines fuse.
     """
     if inputs is not None:
         return activations.observed(inputs) if options.activations == "static" else None
-    return {"amax": Stat(numerics.absmax(weight), "max")} if options.weights == "tensor" else None
+    return (
+        {"amax": Statistic(numerics.absmax(weight), "max")} if options.weights == "tensor" else None
+    )
 
 
 @hookimpl
-def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer:
+def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Layer:
     """Round to nearest with scale amax / 448: (out, 1) per channel, or one number.
 
     After a step that has looked at inputs, rounding errors are fed forward from column to column.
@@ -67,7 +71,7 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
         return e4m3.Grid(numerics.e4m3_scale(amax).expand(len(weight), 1))
 
     if "hessian" in stats:
-        weight, grid = numerics.feedback(layer, stats, fit)
+        weight, grid = numerics.gptq_quantize(layer, stats, fit)
         assert isinstance(grid, e4m3.Grid)
         layer = attrs.evolve(layer, weight=weight)
     else:
@@ -82,7 +86,7 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
 
 
 @hookimpl
-def serialize(layer: Layer, options: Options) -> Record:
+def serialize(layer: Layer, options: Options) -> StoredLayer:
     """`weight` F8_E4M3 (out, in), `weight_scale` F32 (out, 1) or (1,), and for static activations
     `input_scale` F32 (1,).
     """
@@ -93,19 +97,19 @@ def serialize(layer: Layer, options: Options) -> Record:
 
 
 @hookimpl
-def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """Codes times scale."""
     return e4m3.restored(tensors, tensors["weight_scale"])
 
 
 @hookimpl
-def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+def error_bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """Half a step of E4M3 around each code."""
     return e4m3.bounded(tensors, tensors["weight_scale"])
 
 
 @hookimpl
-def quantize_inputs(
+def quantize_activations(
     inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> Tensor:
     """E4M3 numbers, per token or with the stored scale."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from bitpress import Stat, numerics
+from bitpress import Statistic, numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 STEPS = 127.5
 
 
-def observed(inputs: Tensor) -> dict[str, Stat]:
+def observed(inputs: Tensor) -> dict[str, Statistic]:
     """The range, and a histogram of magnitudes."""
     x = inputs.float()
     return {
-        "input_max": Stat(x.amax(), "max"),
-        "input_min": Stat((-x).amax(), "max"),
-        "input_counts": Stat(numerics.magnitudes(x), "sum"),
+        "input_max": Statistic(x.amax(), "max"),
+        "input_min": Statistic((-x).amax(), "max"),
+        "input_counts": Statistic(numerics.magnitude_histogram(x), "sum"),
     }
 
 
-def parts(stats: Mapping[str, Stat], symmetric: bool, outliers: str) -> dict[str, Tensor]:
+def parts(stats: Mapping[str, Statistic], symmetric: bool, outliers: str) -> dict[str, Tensor]:
     """`input_scale`, and `input_zero_point` int8 where it is not symmetric: (code - zero) scale;
     scale 1 if nothing was seen.
     """
@@ -37,7 +37,7 @@ def parts(stats: Mapping[str, Stat], symmetric: bool, outliers: str) -> dict[str
     else:
         low, high = -stats["input_min"].value, stats["input_max"].value
         amax = low.abs().maximum(high.abs())
-        clip = numerics.clip(
+        clip = numerics.clip_range(
             stats["input_counts"].value, amax, outliers, lambda magnitude, clip: clip / STEPS
         )
         low, high = low.maximum(-clip).clamp(max=0), high.minimum(clip).clamp(min=0)

@@ -11,7 +11,7 @@ import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Finding, Hardware, Layer, Record, Stat, hookimpl, numerics, option
+from bitpress import Finding, Hardware, Layer, Statistic, StoredLayer, hookimpl, numerics, option
 from bitpress_int8 import activations, smoothing
 
 if TYPE_CHECKING:
@@ -74,31 +74,33 @@ def observe(
     residual: Tensor | None,
     weight: Tensor,
     options: Options,
-) -> Mapping[str, Stat] | None:
+) -> Mapping[str, Statistic] | None:
     """What GPTQ, SmoothQuant and static scales need of inputs; of weights per tensor, the stack's
     largest magnitude.
     """
     if inputs is None:
         return (
-            {"amax": Stat(numerics.absmax(weight), "max")} if options.weights == "tensor" else None
+            {"amax": Statistic(numerics.absmax(weight), "max")}
+            if options.weights == "tensor"
+            else None
         )
-    found: dict[str, Stat] = {}
+    found: dict[str, Statistic] = {}
     if options.algorithm == "gptq":
-        found |= numerics.moments(inputs, weight, reference, residual)
+        found |= numerics.gptq_statistics(inputs, weight, reference, residual)
     if options.activations == "static":
         found |= activations.observed(inputs)
     return found | smoothing.observed(inputs) if options.rescales else found
 
 
 @hookimpl
-def rescale(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Tensor | None:
+def rescale(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Tensor | None:
     """SmoothQuant's factors."""
     strength = None if isinstance(options.smoothing, str) else options.smoothing
     return smoothing.factors(layer.weight, stats, strength, options.activations == "static")
 
 
 @hookimpl
-def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer:
+def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Layer:
     """Codes with scale (out, 1), searched, or with the one scale amax / 127 of the stack."""
     width = layer.weight.shape[1]
 
@@ -110,11 +112,11 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
         return numerics.IntegerGrid(one.expand(len(weight), 1), None, 8, width)
 
     if "hessian" in stats:
-        weight, grid = numerics.feedback(layer, stats, fit)
+        weight, grid = numerics.gptq_quantize(layer, stats, fit)
         assert isinstance(grid, numerics.IntegerGrid)
     else:
         weight, grid = layer.weight, fit(layer.weight, None)
-    codes = grid.codes(weight)  # (out, in); zeros stay zero, so `keep` holds by itself
+    codes = grid.codes(weight)  # (out, in); zeros stay zero, so `mask` holds by itself
     scale = grid.scale if options.weights == "channel" else grid.scale[0, 0]
     static = (
         activations.parts(stats, options.symmetric_activations, options.outliers)
@@ -123,18 +125,21 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
     )
     parts = {"scale": scale, **static}
     return attrs.evolve(
-        layer, weight=lambda: numerics.decode_integers(codes, grid.scale), codes=codes, parts=parts
+        layer,
+        weight=lambda: numerics.decode_integers(codes, grid.scale),
+        codes=codes,
+        qparams=parts,
     )
 
 
 @hookimpl
-def serialize(layer: Layer, options: Options) -> Record:
+def serialize(layer: Layer, options: Options) -> StoredLayer:
     """`weight` I8 (out, in), `weight_scale` F32 (out, 1) or (1,); for static activations
     `input_scale` and `input_zero_point`.
     """
     assert layer.codes is not None
-    tensors = {"weight": layer.codes, "weight_scale": layer.parts["scale"]}
-    tensors |= {name: part for name, part in layer.parts.items() if name.startswith("input_")}
+    tensors = {"weight": layer.codes, "weight_scale": layer.qparams["scale"]}
+    tensors |= {name: part for name, part in layer.qparams.items() if name.startswith("input_")}
     static = options.activations == "static"
     inputs: dict[str, Any] = {
         "num_bits": 8,
@@ -153,20 +158,20 @@ def serialize(layer: Layer, options: Options) -> Record:
         "dynamic": False,
     }
     config = {"format": "int-quantized", "weights": weights, "input_activations": inputs}
-    return Record(
+    return StoredLayer(
         {name: tensor if tensor.ndim else tensor.reshape(1) for name, tensor in tensors.items()},
         config,
     )
 
 
 @hookimpl
-def restore(tensors: Mapping[str, Tensor]) -> Tensor:
+def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """Codes times scale."""
     return tensors["weight"].float() * tensors["weight_scale"].float()
 
 
 @hookimpl
-def quantize_inputs(
+def quantize_activations(
     inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> Tensor:
     """Integers, per token or with the stored scale and zero point."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from bitpress import Stat, numerics
+from bitpress import Statistic, numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,21 +28,21 @@ WORTH = 0.25
 STEPS = 127.5
 
 
-def observed(inputs: Tensor) -> dict[str, Stat]:
+def observed(inputs: Tensor) -> dict[str, Statistic]:
     """Per channel the largest magnitude, the sum of squares and that of eighth powers; and the
     number of tokens.
     """
     x = inputs.float()
     return {
-        "channel_amax": Stat(x.abs().amax(0), "max"),
-        "channel_squares": Stat(x.square().sum(0), "sum"),
-        "channel_powers": Stat((x / UNIT).square().square().square().sum(0), "sum"),
-        "channel_tokens": Stat(x.new_tensor(float(len(x))), "sum"),
+        "channel_amax": Statistic(x.abs().amax(0), "max"),
+        "channel_squares": Statistic(x.square().sum(0), "sum"),
+        "channel_powers": Statistic((x / UNIT).square().square().square().sum(0), "sum"),
+        "channel_tokens": Statistic(x.new_tensor(float(len(x))), "sum"),
     }
 
 
 def factors(
-    weight: Tensor, stats: Mapping[str, Stat], strength: float | None, static: bool
+    weight: Tensor, stats: Mapping[str, Statistic], strength: float | None, static: bool
 ) -> Tensor | None:
     """The factors (in,) of the columns, powers of two; None where no factors are better.
 
@@ -68,7 +68,7 @@ def factors(
 
 
 def expected_error(
-    weight: Tensor, stats: Mapping[str, Stat], s: Tensor | None, static: bool
+    weight: Tensor, stats: Mapping[str, Statistic], s: Tensor | None, static: bool
 ) -> float:
     """E ||error of the output||² per token, in units of step² / 12, of rounding weight s and inputs
     / s to INT8.

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from bitpress import Stat, numerics
+from bitpress import Statistic, numerics
 from bitpress_nvfp4 import scales
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def observed(inputs: Tensor) -> dict[str, Stat]:
+def observed(inputs: Tensor) -> dict[str, Statistic]:
     """The largest magnitude."""
-    return {"input_amax": Stat(numerics.absmax(inputs.float()), "max")}
+    return {"input_amax": Statistic(numerics.absmax(inputs.float()), "max")}
 
 
-def global_scale(stats: Mapping[str, Stat]) -> Tensor:
+def global_scale(stats: Mapping[str, Statistic]) -> Tensor:
     """2688 / amax, one number; for inputs up to 2688 where nothing was observed."""
     import torch
 
@@ -36,7 +36,7 @@ def served(inputs: Tensor) -> Tensor:
     What it is decides only how local scales round, not how far; nor does a scale leave E4M3's range
     here.
     """
-    groups = numerics.grouped(inputs.float(), scales.GROUP)
+    groups = numerics.to_groups(inputs.float(), scales.GROUP)
     amax = groups.abs().amax(2, keepdim=True)
     mantissa, exponent = (amax / numerics.E2M1_MAX).frexp()
     # E4M3 has four significant bits
@@ -48,7 +48,7 @@ def rounded(inputs: Tensor, divisor: Tensor) -> Tensor:
     """Inputs (tokens, in) as they are rounded: local scales from the largest of every 16, with a
     global scale.
     """
-    groups = numerics.grouped(inputs, scales.GROUP)
+    groups = numerics.to_groups(inputs, scales.GROUP)
     amax = groups.abs().amax(2, keepdim=True)
     local = numerics.decode_e4m3(
         numerics.encode_e4m3(amax * divisor, amax.new_tensor(numerics.E2M1_MAX))

@@ -11,7 +11,17 @@ import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Finding, Hardware, Layer, Record, ShapeError, Stat, hookimpl, numerics, option
+from bitpress import (
+    Finding,
+    Hardware,
+    Layer,
+    ShapeError,
+    Statistic,
+    StoredLayer,
+    hookimpl,
+    numerics,
+    option,
+)
 from bitpress_nvfp4 import activations, scales
 
 if TYPE_CHECKING:
@@ -59,23 +69,23 @@ def observe(
     residual: Tensor | None,
     weight: Tensor,
     options: Options,
-) -> Mapping[str, Stat] | None:
+) -> Mapping[str, Statistic] | None:
     """What GPTQ needs of inputs as they will be served, and the largest of them; of weights the
     stack's largest magnitude.
     """
     if inputs is None:
-        return {"amax": Stat(numerics.absmax(weight), "max")}
-    found: dict[str, Stat] = {}
+        return {"amax": Statistic(numerics.absmax(weight), "max")}
+    found: dict[str, Statistic] = {}
     rounded = options.activations == "quantized"
     if options.algorithm == "gptq":
-        found |= numerics.moments(
+        found |= numerics.gptq_statistics(
             activations.served(inputs) if rounded else inputs, weight, reference, residual
         )
     return found | activations.observed(inputs) if rounded else found
 
 
 @hookimpl
-def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer:
+def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Layer:
     """Codes 0 to 15 with scale (out, in / 16) E4M3, and one global scale for the stack; another for
     inputs that are rounded.
     """
@@ -91,15 +101,17 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
         return scales.fit(weight, importance, divisor)
 
     if options.algorithm == "gptq":
-        weight, grid = numerics.feedback(layer, stats, fit)
+        weight, grid = numerics.gptq_quantize(layer, stats, fit)
         assert isinstance(grid, scales.Grid)
     else:
         weight, grid = layer.weight, fit(layer.weight, None)
-    codes = grid.codes(weight)  # (out, in); zeros stay zero, so `keep` holds by itself
+    codes = grid.codes(weight)  # (out, in); zeros stay zero, so `mask` holds by itself
     parts = {"scale": grid.local.contiguous(), "global_scale": divisor}
     if options.activations == "quantized":
         parts["input_global_scale"] = activations.global_scale(stats)
-    return attrs.evolve(layer, weight=lambda: _decoded(codes, grid.scale), codes=codes, parts=parts)
+    return attrs.evolve(
+        layer, weight=lambda: _decoded(codes, grid.scale), codes=codes, qparams=parts
+    )
 
 
 @hookimpl
@@ -110,15 +122,15 @@ def pack(layer: Layer) -> Layer:
 
 
 @hookimpl
-def serialize(layer: Layer, options: Options) -> Record:
+def serialize(layer: Layer, options: Options) -> StoredLayer:
     """`weight_packed`, `weight_scale`, `weight_global_scale` F32 (1,), which divides; as options
     ask, `input_global_scale`.
     """
     assert layer.codes is not None
-    tensors = {"weight_packed": layer.codes, "weight_scale": layer.parts["scale"]}
+    tensors = {"weight_packed": layer.codes, "weight_scale": layer.qparams["scale"]}
     tensors |= {
         f"weight_{n}" if n == "global_scale" else n: p.reshape(1)
-        for n, p in layer.parts.items()
+        for n, p in layer.qparams.items()
         if n != "scale"
     }
     common = {
@@ -135,11 +147,11 @@ def serialize(layer: Layer, options: Options) -> Record:
         "weights": {**common, "dynamic": False},
         "input_activations": inputs,
     }
-    return Record(tensors, config)
+    return StoredLayer(tensors, config)
 
 
 @hookimpl
-def restore(tensors: Mapping[str, Tensor]) -> Tensor:
+def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """Codes times local scales, divided by the global one."""
     codes = numerics.unpack_bytes(tensors["weight_packed"], 4)
     return _decoded(
@@ -148,7 +160,7 @@ def restore(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 @hookimpl
-def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+def quantize_activations(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """E2M1 numbers with a local scale for every 16 and the stored global one."""
     return activations.rounded(inputs, tensors["input_global_scale"].to(inputs.device))
 
@@ -209,5 +221,5 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
 
 def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
     return (
-        numerics.grouped(numerics.decode_e2m1(codes), scales.GROUP) * scale.unsqueeze(2)
+        numerics.to_groups(numerics.decode_e2m1(codes), scales.GROUP) * scale.unsqueeze(2)
     ).view_as(codes)

@@ -51,11 +51,11 @@ class Grid:
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The same for a whole weight (out, in)."""
-        return _nearest(numerics.grouped(weight, GROUP), self.scale.unsqueeze(2)).view_as(weight)
+        return _nearest(numerics.to_groups(weight, GROUP), self.scale.unsqueeze(2)).view_as(weight)
 
     def codes(self, weight: Tensor) -> Tensor:
         """(out, in) uint8: the codes of representable numbers."""
-        units = numerics.grouped(weight, GROUP) / self.scale.unsqueeze(2)
+        units = numerics.to_groups(weight, GROUP) / self.scale.unsqueeze(2)
         return numerics.encode_e2m1(numerics.round_e2m1(units)).view_as(weight)
 
 
@@ -84,11 +84,11 @@ def fit(weight: Tensor, importance: Tensor | None, divisor: Tensor) -> Grid:
     """
     import torch
 
-    amax = numerics.absmax(numerics.grouped(weight, GROUP), dim=2).squeeze(2)  # (out, groups)
+    amax = numerics.absmax(numerics.to_groups(weight, GROUP), dim=2).squeeze(2)  # (out, groups)
     exponent = (amax * divisor / numerics.E2M1_MAX).frexp().exponent.sub_(1).clamp_(-TOP, TOP)
     top = exponent == TOP
     span = torch.where(top, TOP_SPAN, SPAN).ldexp(exponent) / divisor
-    best = numerics.search(weight, importance, GROUP, _costs(weight.device), span, top)
+    best = numerics.search_scales(weight, importance, GROUP, _costs(weight.device), span, top)
     found = _beside().to(weight.device)[best].ldexp(exponent).clamp_(min=SMALLEST)
     # the smallest scales of E4M3 lie further apart: there the nearest is taken. A sweep reads
     # column by column

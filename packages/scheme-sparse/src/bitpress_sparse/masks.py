@@ -73,7 +73,7 @@ def sparsegpt(
     def project(column_target: Tensor, rows: slice, column: int) -> Tensor:
         return column_target * keep[column, rows]
 
-    found, _ = numerics.sweep(
+    found, _ = numerics.column_sweep(
         target, factored, project, choose, SPAN if group == len(may) else group
     )
     return keep.T.contiguous(), found

@@ -12,7 +12,7 @@ import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Finding, Layer, Record, Stat, hookimpl, numerics, option
+from bitpress import Finding, Layer, Statistic, StoredLayer, hookimpl, numerics, option
 from bitpress_sparse import bitmask, masks
 
 if TYPE_CHECKING:
@@ -63,18 +63,18 @@ def observe(
     residual: Tensor | None,
     weight: Tensor,
     options: PruningOptions,
-) -> Mapping[str, Stat] | None:
+) -> Mapping[str, Statistic] | None:
     """What error feedback needs of inputs."""
     return (
-        numerics.moments(inputs, weight, reference, residual)
+        numerics.gptq_statistics(inputs, weight, reference, residual)
         if inputs is not None and options.calibrated
         else None
     )
 
 
 @hookimpl
-def quantize(layer: Layer, stats: Mapping[str, Stat], options: PruningOptions) -> Layer:
-    """The kept weights, in numbers of the model's dtype, and in `keep` where they are.
+def quantize(layer: Layer, stats: Mapping[str, Statistic], options: PruningOptions) -> Layer:
+    """The kept weights, in numbers of the model's dtype, and in `mask` where they are.
 
     Which are kept is decided on the weight that makes up for what the layers before it have moved.
     With data, those that are kept are then fitted to it: conjugate gradients find the best numbers
@@ -83,9 +83,9 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: PruningOptions) -
     import torch
 
     width = layer.weight.shape[1]
-    allowed = layer.weight != 0 if layer.keep is None else layer.keep & (layer.weight != 0)
+    allowed = layer.weight != 0 if layer.mask is None else layer.mask & (layer.weight != 0)
     factored = _factor(stats, options.group(width), options)
-    wanted = layer.weight if factored is None else numerics.aim(layer, stats, factored)
+    wanted = layer.weight if factored is None else numerics.gptq_target(layer, stats, factored)
     tiles = zip(torch.split(wanted, ROWS), torch.split(allowed, ROWS), strict=True)
     weight, mask = map(
         torch.cat,
@@ -93,10 +93,10 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: PruningOptions) -
     )
     keep = mask & allowed
     if options.layout == "dense":
-        return attrs.evolve(layer, weight=weight, keep=keep)
+        return attrs.evolve(layer, weight=weight, mask=keep)
     codes = bitmask.values(weight.to(layer.dtype), mask)
     return attrs.evolve(
-        layer, weight=weight, keep=keep, codes=codes, parts={"bitmask": bitmask.bits(mask)}
+        layer, weight=weight, mask=keep, codes=codes, qparams={"bitmask": bitmask.bits(mask)}
     )
 
 
@@ -111,7 +111,7 @@ def pack(layer: Layer, options: PruningOptions) -> Layer:
 
 
 @hookimpl
-def serialize(layer: Layer, options: PruningOptions) -> Record:
+def serialize(layer: Layer, options: PruningOptions) -> StoredLayer:
     """`weight` (out, in); or as a bitmask `compressed`, `bitmask` U8 (out, ceil(in / 8)), `shape`
     I64 and, where groups are rows, `row_offsets` I64 (out,).
     """
@@ -119,18 +119,18 @@ def serialize(layer: Layer, options: PruningOptions) -> Record:
 
     assert layer.codes is not None
     if options.layout == "dense":
-        return Record({"weight": layer.codes})
+        return StoredLayer({"weight": layer.codes})
     (rows, width), kept = layer.weight.shape, layer.codes.shape[1]
-    tensors = {"bitmask": layer.parts["bitmask"], "shape": torch.tensor([rows, width])}
+    tensors = {"bitmask": layer.qparams["bitmask"], "shape": torch.tensor([rows, width])}
     if options.group(width) == width:
         tensors |= {"compressed": layer.codes.flatten(), "row_offsets": torch.arange(rows) * kept}
     else:
         tensors |= {"compressed": layer.codes, "shape": tensors["shape"].unsqueeze(1)}
-    return Record(tensors, dict(options.stored_as))
+    return StoredLayer(tensors, dict(options.stored_as))
 
 
 @hookimpl
-def restore(tensors: Mapping[str, Tensor]) -> Tensor:
+def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight, zeros included."""
     if "weight" in tensors:
         return tensors["weight"].float()
@@ -140,7 +140,7 @@ def restore(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 @hookimpl
-def check(weight: Tensor, options: PruningOptions) -> str | None:
+def validate_weight(weight: Tensor, options: PruningOptions) -> str | None:
     """No group holds more numbers than are kept."""
     width = weight.shape[1]
     group, kept = options.group(width), options.kept(width)
@@ -176,7 +176,7 @@ def _prune(
     else:
         mask, found = masks.sparsegpt(near, factored, allowed, kept, group)
     if factored is not None:
-        found = numerics.reconstruct(found, near, factored, mask & allowed)
+        found = numerics.masked_least_squares(found, near, factored, mask & allowed)
     limit = torch.finfo(dtype).max
     found = (
         torch.where(mask & allowed, found.ldexp(-power), 0.0)
@@ -189,11 +189,11 @@ def _prune(
 
 
 def _factor(
-    stats: Mapping[str, Stat], group: int, options: PruningOptions
+    stats: Mapping[str, Statistic], group: int, options: PruningOptions
 ) -> numerics.Factor | None:
     if not options.calibrated or "hessian" not in stats:
         return None
-    found = numerics.factor(stats["hessian"].value, stats["tokens"].value.item(), group)
+    found = numerics.factorize_hessian(stats["hessian"].value, stats["tokens"].value.item(), group)
     if found is None:
         warnings.warn(
             "its calibration statistics are not finite or singular: pruned by magnitude",

@@ -11,24 +11,24 @@ from attrs import frozen
 from bitpress import Finding, Hardware, ShapeError, hookimpl
 from bitpress_sparse.pruning import (
     PruningOptions,
-    check,
+    dequantize,
     findings,
     observe,
     pack,
     quantize,
-    restore,
     serialize,
+    validate_weight,
 )
 
 __all__ = [
     "Options",
-    "check",
+    "dequantize",
     "observe",
     "pack",
     "quantize",
-    "restore",
     "serialize",
     "validate_hardware",
+    "validate_weight",
 ]
 
 

@@ -14,24 +14,24 @@ from bitpress import Finding, Hardware, hookimpl, option
 from bitpress_sparse.pruning import (
     ALGORITHM,
     PruningOptions,
-    check,
+    dequantize,
     findings,
     observe,
     pack,
     quantize,
-    restore,
     serialize,
+    validate_weight,
 )
 
 __all__ = [
     "Options",
-    "check",
+    "dequantize",
     "observe",
     "pack",
     "quantize",
-    "restore",
     "serialize",
     "validate_hardware",
+    "validate_weight",
 ]
 
 

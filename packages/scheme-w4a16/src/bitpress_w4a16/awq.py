@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from bitpress import Stat, numerics
+from bitpress import Statistic, numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ DAMPING = 0.01
 
 
 def factors(
-    weight: Tensor, stats: Mapping[str, Stat], bits: int, group: int, symmetric: bool
+    weight: Tensor, stats: Mapping[str, Statistic], bits: int, group: int, symmetric: bool
 ) -> Tensor | None:
     """The factors (in,) of the columns, powers of two: E[x²]^(α/2) with the best α; None where none
     is better.
@@ -61,7 +61,7 @@ def factors(
     return None if best is None or (best == 1).all() else best
 
 
-def importance(stats: Mapping[str, Stat]) -> Tensor | None:
+def importance(stats: Mapping[str, Statistic]) -> Tensor | None:
     """(in,) what an error costs in each column, the damped diagonal of H; None without statistics,
     or without usable ones.
     """

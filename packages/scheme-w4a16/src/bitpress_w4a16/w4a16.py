@@ -12,22 +12,22 @@ from bitpress import Finding, Hardware, hookimpl
 from bitpress_w4a16 import hardware as facts
 from bitpress_w4a16.weight_only import (
     WeightOnlyOptions,
+    dequantize,
     observe,
     pack,
     quantize,
     rescale,
-    restore,
     serialize,
     validate_shape,
 )
 
 __all__ = [
     "Options",
+    "dequantize",
     "observe",
     "pack",
     "quantize",
     "rescale",
-    "restore",
     "serialize",
     "validate_hardware",
     "validate_shape",

@@ -14,24 +14,24 @@ from bitpress_w4a16 import hardware as facts
 from bitpress_w4a16.weight_only import (
     ALGORITHM,
     WeightOnlyOptions,
+    dequantize,
     observe,
     pack,
     quantize,
-    quantize_inputs,
+    quantize_activations,
     rescale,
-    restore,
     serialize,
     validate_shape,
 )
 
 __all__ = [
     "Options",
+    "dequantize",
     "observe",
     "pack",
     "quantize",
-    "quantize_inputs",
+    "quantize_activations",
     "rescale",
-    "restore",
     "serialize",
     "validate_hardware",
     "validate_shape",

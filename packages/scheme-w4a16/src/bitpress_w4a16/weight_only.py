@@ -10,7 +10,17 @@ import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Finding, Hardware, Layer, Record, ShapeError, Stat, hookimpl, numerics, option
+from bitpress import (
+    Finding,
+    Hardware,
+    Layer,
+    ShapeError,
+    Statistic,
+    StoredLayer,
+    hookimpl,
+    numerics,
+    option,
+)
 from bitpress_w4a16 import awq, grids
 
 if TYPE_CHECKING:
@@ -87,29 +97,31 @@ def observe(
     residual: Tensor | None,
     weight: Tensor,
     options: WeightOnlyOptions,
-) -> Mapping[str, Stat] | None:
+) -> Mapping[str, Statistic] | None:
     """What GPTQ and AWQ need of inputs; for integer activations, the largest."""
     if inputs is None:
         return None
-    found: dict[str, Stat] = {}
+    found: dict[str, Statistic] = {}
     if options.algorithm != "rtn":
-        found |= numerics.moments(
+        found |= numerics.gptq_statistics(
             inputs, weight, reference if options.algorithm == "gptq" else None, residual
         )
     if options.integer_inputs:
-        found["input_amax"] = Stat(numerics.absmax(inputs.float()), "max")
+        found["input_amax"] = Statistic(numerics.absmax(inputs.float()), "max")
     return found
 
 
 @hookimpl
-def rescale(layer: Layer, stats: Mapping[str, Stat], options: WeightOnlyOptions) -> Tensor | None:
+def rescale(
+    layer: Layer, stats: Mapping[str, Statistic], options: WeightOnlyOptions
+) -> Tensor | None:
     """AWQ's factors."""
     width = layer.weight.shape[1]
     return awq.factors(layer.weight, stats, options.bits, options.group(width), options.symmetric)
 
 
 @hookimpl
-def quantize(layer: Layer, stats: Mapping[str, Stat], options: WeightOnlyOptions) -> Layer:
+def quantize(layer: Layer, stats: Mapping[str, Statistic], options: WeightOnlyOptions) -> Layer:
     """Codes with scale (out, groups) in the model's dtype and, if asymmetric, zero points (out,
     groups) int8.
     """
@@ -128,11 +140,11 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: WeightOnlyOptions
         return grids.fit(weight, importance, options.bits, group, options.symmetric, layer.dtype)
 
     if options.algorithm == "gptq":
-        weight, grid = numerics.feedback(layer, stats, fit)
+        weight, grid = numerics.gptq_quantize(layer, stats, fit)
         assert isinstance(grid, numerics.IntegerGrid)
     else:
         weight, grid = layer.weight, fit(layer.weight, awq.importance(stats))
-    codes = grid.codes(weight)  # (out, in); 0 is on every grid, so `keep` holds by itself
+    codes = grid.codes(weight)  # (out, in); 0 is on every grid, so `mask` holds by itself
     parts = {"scale": grid.scale.to(layer.dtype).contiguous()}
     if grid.zero is not None:
         parts["zero_point"] = grid.zero.to(torch.int8).contiguous()
@@ -143,7 +155,7 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: WeightOnlyOptions
         layer,
         weight=lambda: numerics.decode_integers(codes, grid.scale, grid.zero),
         codes=codes,
-        parts=parts,
+        qparams=parts,
     )
 
 
@@ -153,16 +165,16 @@ def pack(layer: Layer, options: WeightOnlyOptions) -> Layer:
     / row_block, groups).
     """
     assert layer.codes is not None
-    parts = dict(layer.parts)
+    parts = dict(layer.qparams)
     if "zero_point" in parts:
         parts["zero_point"] = numerics.pack_words(
             parts["zero_point"].T, options.bits
         ).T.contiguous()
-    return attrs.evolve(layer, codes=numerics.pack_words(layer.codes, options.bits), parts=parts)
+    return attrs.evolve(layer, codes=numerics.pack_words(layer.codes, options.bits), qparams=parts)
 
 
 @hookimpl
-def serialize(layer: Layer, options: WeightOnlyOptions) -> Record:
+def serialize(layer: Layer, options: WeightOnlyOptions) -> StoredLayer:
     """`weight_packed`, `weight_scale`, `weight_shape` I64 (2,); as options ask,
     `weight_zero_point`, `input_scale` F32 (1,).
     """
@@ -171,7 +183,7 @@ def serialize(layer: Layer, options: WeightOnlyOptions) -> Record:
     assert layer.codes is not None
     tensors = {
         "weight_packed": layer.codes,
-        "weight_scale": layer.parts["scale"],
+        "weight_scale": layer.qparams["scale"],
         "weight_shape": torch.tensor(layer.weight.shape),
     }
     width = layer.weight.shape[1]
@@ -188,11 +200,11 @@ def serialize(layer: Layer, options: WeightOnlyOptions) -> Record:
         else {"strategy": "group", "group_size": group}
     )
     if not options.symmetric:
-        tensors["weight_zero_point"] = layer.parts["zero_point"]
+        tensors["weight_zero_point"] = layer.qparams["zero_point"]
         weights["zp_dtype"] = "torch.int8"
     inputs = None
     if options.integer_inputs:
-        tensors["input_scale"] = layer.parts["input_scale"].reshape(1)
+        tensors["input_scale"] = layer.qparams["input_scale"].reshape(1)
         inputs = {
             "num_bits": 16,
             "type": "int",
@@ -200,13 +212,13 @@ def serialize(layer: Layer, options: WeightOnlyOptions) -> Record:
             "strategy": "tensor",
             "dynamic": False,
         }
-    return Record(
+    return StoredLayer(
         tensors, {"format": "pack-quantized", "weights": weights, "input_activations": inputs}
     )
 
 
 @hookimpl
-def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """(code - zero) scale, of as many rows as there are words of codes."""
     bits, packed = config["weights"]["num_bits"], tensors["weight_packed"]
     codes = numerics.unpack_words(packed, bits, int(tensors["weight_shape"][1]))
@@ -217,7 +229,7 @@ def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
 
 
 @hookimpl
-def quantize_inputs(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
+def quantize_activations(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """16-bit integers in units of the stored scale; nothing where activations stay as they are."""
     if "input_scale" not in tensors:
         return None

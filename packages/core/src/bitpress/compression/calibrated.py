@@ -199,7 +199,7 @@ def _take_up(
                 name.removeprefix(f"{module}."): reader.whole(stored[name]).to(weight.device)
                 for name in names
             }
-            weight.copy_(pipeline.restore(tensors, config, stack.steps))
+            weight.copy_(pipeline.dequantize(tensors, config, stack.steps))
             if (rounding := input_rounding(tensors, config, stack.steps)) is not None:
                 site.roundings[module] = rounding
         site.round_inputs()

@@ -71,8 +71,8 @@ def prepare(
     check: str | None = None,
     trust_remote_code: bool = False,
 ) -> Job:
-    """The plan, the calibration data if the recipe needs some, and the text of `check`; as `plan`
-    otherwise.
+    """The plan, the calibration data if the recipe needs some, and the text of `validate_weight`;
+    as `plan` otherwise.
     """
     settings, ignore = tuple(settings), tuple(ignore)
     source, rules = resolve_request(model, scheme, recipe_file, settings, ignore)

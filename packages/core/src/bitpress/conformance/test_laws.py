@@ -34,13 +34,13 @@ WEIGHTS = (
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_stored_bytes_decode_to_the_effective_weight(step: Step, kind: str) -> None:
-    _needs(step, "restore")
+    _needs(step, "dequantize")
     layer = trial.quantize(step, trial.weights(step)[kind])
     record = trial.stored(step, layer)
-    restored = pipeline.restore(record.tensors, record.config, [step])
-    assert restored.dtype == torch.float32, "`restore` must return float32"
+    restored = pipeline.dequantize(record.tensors, record.config, [step])
+    assert restored.dtype == torch.float32, "`dequantize` must return float32"
     assert trial.same(restored, layer.weight), (
-        "`restore` of what is stored must be the weight that `quantize` returned, exactly"
+        "`dequantize` of what is stored must be the weight that `quantize` returned, exactly"
     )
 
 
@@ -85,13 +85,13 @@ def test_masked_positions_stay_masked(step: Step) -> None:
     keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
     quantized = trial.quantize(step, weight * keep, keep)
     assert (quantized.weight[~keep] == 0).all(), (
-        "`quantize` must leave the weight zero where `layer.keep` is False"
+        "`quantize` must leave the weight zero where `layer.mask` is False"
     )
-    assert quantized.keep is not None, (
-        "`quantize` must hand `keep` on: return attrs.evolve(layer, ...)"
+    assert quantized.mask is not None, (
+        "`quantize` must hand `mask` on: return attrs.evolve(layer, ...)"
     )
-    assert not (quantized.keep & ~keep).any(), (
-        "`quantize` must not allow again what `layer.keep` forbids"
+    assert not (quantized.mask & ~keep).any(), (
+        "`quantize` must not allow again what `layer.mask` forbids"
     )
 
 
@@ -228,24 +228,27 @@ def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str |
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_its_own_check_passes_what_it_made(step: Step, kind: str) -> None:
-    _needs(step, "check")
-    found = list(pipeline.check(trial.quantize(step, trial.weights(step)[kind]).weight, [step]))
+    _needs(step, "validate_weight")
+    found = list(
+        pipeline.validate_weight(trial.quantize(step, trial.weights(step)[kind]).weight, [step])
+    )
     assert not found, (
-        f"`check` finds fault with what `quantize` returned for the weight {kind!r}: {found[0]}"
+        f"`validate_weight` finds fault with what `quantize` returned for the weight {kind!r}: "
+        f"{found[0]}"
     )
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_weights_lie_within_the_bound_of_the_source(step: Step, kind: str) -> None:
-    _needs(step, "bound")
+    _needs(step, "error_bound")
     weight = trial.weights(step)[kind]
     layer = trial.quantize(step, weight)
     record = trial.stored(step, layer)
-    limit = pipeline.bound(record.tensors, record.config, [step])
+    limit = pipeline.error_bound(record.tensors, record.config, [step])
     if limit is None:
         pytest.skip("no bound for these options")
     assert ((layer.weight - weight).abs() <= limit).all(), (
-        "`bound` is smaller than what `quantize` moved a weight by"
+        "`error_bound` is smaller than what `quantize` moved a weight by"
     )
 
 
@@ -256,24 +259,24 @@ def test_what_the_config_says_of_activations_can_be_computed(step: Step) -> None
         pytest.skip("activations stay as they are")
     _needs(
         step,
-        "quantize_inputs",
+        "quantize_activations",
         "the config names `input_activations`, and `eval` must know what they become",
     )
     inputs = trial.inputs(step).float()
     inputs[5] = 0
     kept, made = inputs.clone(), trial.rounded(step, inputs, record)
-    assert torch.equal(inputs, kept), "`quantize_inputs` changed the inputs it was given"
+    assert torch.equal(inputs, kept), "`quantize_activations` changed the inputs it was given"
     assert (made.dtype, made.shape) == (torch.float32, inputs.shape), (
-        "`quantize_inputs` must return float32 of the inputs' shape"
+        "`quantize_activations` must return float32 of the inputs' shape"
     )
-    assert made.isfinite().all(), "`quantize_inputs` made NaN or infinity of finite inputs"
-    assert (made[5] == 0).all(), "`quantize_inputs` must leave a token of zeros zero"
+    assert made.isfinite().all(), "`quantize_activations` made NaN or infinity of finite inputs"
+    assert (made[5] == 0).all(), "`quantize_activations` must leave a token of zeros zero"
     assert (made - inputs).norm() < inputs.norm() / 2, (
-        "`quantize_inputs` must return numbers near to the inputs"
+        "`quantize_activations` must return numbers near to the inputs"
     )
     tokens = torch.cat([trial.rounded(step, token, record) for token in torch.split(inputs, 1)])
     assert torch.equal(tokens, made), (
-        "`quantize_inputs` must not mix tokens: an engine batches them as it likes"
+        "`quantize_activations` must not mix tokens: an engine batches them as it likes"
     )
 
 

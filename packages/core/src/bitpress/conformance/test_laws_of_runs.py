@@ -31,8 +31,8 @@ def test_a_scheme_says_what_it_is_and_what_may_be_set(step: Step) -> None:
 
 
 def test_members_of_a_stack_are_stored_as_their_rows_of_it(step: Step) -> None:
-    if not step.scheme.has("restore"):
-        pytest.skip("the scheme has no `restore` hook")
+    if not step.scheme.has("dequantize"):
+        pytest.skip("the scheme has no `dequantize` hook")
     layer = trial.quantize(step, trial.weights(step)["normal"])
     half = len(layer.weight) // 2
     for member, weight in zip(
@@ -40,10 +40,10 @@ def test_members_of_a_stack_are_stored_as_their_rows_of_it(step: Step) -> None:
     ):
         record = trial.stored(step, member)
         told = (
-            "the leading axis of `codes` and parts must follow the rows: an entry for each row, "
-            "or each `row_block` of them"
+            "the leading axis of `codes` and `qparams` must follow the rows: an entry for each "
+            "row, or each `row_block` of them"
         )
-        assert trial.same(pipeline.restore(record.tensors, record.config, [step]), weight), told
+        assert trial.same(pipeline.dequantize(record.tensors, record.config, [step]), weight), told
 
 
 def test_a_layer_that_never_saw_a_token_is_rounded(step: Step) -> None:

@@ -18,7 +18,7 @@ from bitpress.planning.recipe import from_scheme
 from bitpress.schemes import pipeline, stored_layout
 from bitpress.schemes.activation_quantizer import input_rounding
 from bitpress.schemes.registry import Registry, Scheme, Step
-from bitpress.schemes.values import Layer, Record, Stat
+from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
 WIDTHS = (256, 128, 64, 16, 8, 4, 2, 1)
 
@@ -91,9 +91,9 @@ def inputs(step: Step) -> Tensor:
     return x.bfloat16()
 
 
-def observe(step: Step, weight: Tensor, batches: Sequence[Tensor]) -> Mapping[str, Stat]:
+def observe(step: Step, weight: Tensor, batches: Sequence[Tensor]) -> Mapping[str, Statistic]:
     """The scheme's statistics of a weight and of batches of its inputs, merged."""
-    merged: dict[str, Stat] = {}
+    merged: dict[str, Statistic] = {}
     for batch in batches if step.calibrated else ():
         pipeline.merge(merged, pipeline.observe(step, weight, batch, reference=batch))
     pipeline.merge(merged, pipeline.observe(step, weight))
@@ -101,14 +101,17 @@ def observe(step: Step, weight: Tensor, batches: Sequence[Tensor]) -> Mapping[st
 
 
 def quantize(
-    step: Step, weight: Tensor, keep: Tensor | None = None, stats: Mapping[str, Stat] | None = None
+    step: Step,
+    weight: Tensor,
+    keep: Tensor | None = None,
+    stats: Mapping[str, Statistic] | None = None,
 ) -> Layer:
     """The layer after the scheme's `quantize`."""
     stats = observe(step, weight, [inputs(step)]) if stats is None else stats
     return pipeline.quantize(Layer("layer", weight, torch.bfloat16, keep), [step], [stats])
 
 
-def tiles(step: Step, weight: Tensor, stats: Mapping[str, Stat], block: int) -> list[Layer]:
+def tiles(step: Step, weight: Tensor, stats: Mapping[str, Statistic], block: int) -> list[Layer]:
     """The layers of so many rows each, quantised by themselves."""
     rows = [slice(first, first + block) for first in range(0, len(weight), block)]
     return [
@@ -117,16 +120,16 @@ def tiles(step: Step, weight: Tensor, stats: Mapping[str, Stat], block: int) -> 
     ]
 
 
-def stored(step: Step, layer: Layer) -> Record:
+def stored(step: Step, layer: Layer) -> StoredLayer:
     """What is stored of a quantised layer, having been through a safetensors file and JSON."""
     found = pipeline.record(
         pipeline.join([pipeline.pack(layer, [step])], tuple(layer.weight.shape)), [step]
     )
     tensors = load(save({name: tensor.contiguous() for name, tensor in found.tensors.items()}))
-    return Record(tensors, json.loads(json.dumps(found.config)))
+    return StoredLayer(tensors, json.loads(json.dumps(found.config)))
 
 
-def rounded(step: Step, inputs: Tensor, record: Record) -> Tensor:
+def rounded(step: Step, inputs: Tensor, record: StoredLayer) -> Tensor:
     """What a loader computes with in place of inputs (tokens, in), by what is stored of the
     layer.
     """
@@ -140,11 +143,13 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
 
 
-def snapshot(step: Step, layer: Layer, stats: Mapping[str, Stat]) -> Iterator[tuple[str, Tensor]]:
+def snapshot(
+    step: Step, layer: Layer, stats: Mapping[str, Statistic]
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that hooks are given, by what it is."""
     yield "the weight", layer.weight
-    if layer.keep is not None:
-        yield "the mask", layer.keep
+    if layer.mask is not None:
+        yield "the mask", layer.mask
     yield from ((f"the statistic {name!r}", stat.value) for name, stat in stats.items())
 
 

@@ -7,49 +7,79 @@ module can say `from bitpress import numerics` and still be listed in an instant
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bitpress.schemes.deprecation import warn_renamed
+
 if TYPE_CHECKING:
-    from bitpress.numerics.blocks import absmax, block_absmax, expand
-    from bitpress.numerics.columns import sweep
+    from bitpress.numerics.blocks import absmax, block_absmax, expand_blocks
+    from bitpress.numerics.columns import column_sweep
     from bitpress.numerics.fp4 import E2M1_MAX, decode_e2m1, encode_e2m1, round_e2m1
     from bitpress.numerics.fp8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
-    from bitpress.numerics.gptq import Grid, aim, feedback, moments
-    from bitpress.numerics.hessian import Factor, factor
+    from bitpress.numerics.gptq import Grid, gptq_quantize, gptq_statistics, gptq_target
+    from bitpress.numerics.hessian import Factor, factorize_hessian
     from bitpress.numerics.histogram import (
-        clip,
         clip_by_error,
         clip_by_share,
-        magnitudes,
-        middle_magnitude,
+        clip_range,
+        magnitude_histogram,
+        median_magnitude,
     )
     from bitpress.numerics.integer import (
         IntegerGrid,
         decode_integers,
         fit_asymmetric,
         fit_symmetric,
-        limits,
+        integer_range,
     )
-    from bitpress.numerics.least_squares import reconstruct
+    from bitpress.numerics.least_squares import masked_least_squares
     from bitpress.numerics.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
-    from bitpress.numerics.scale_search import grouped, rounding_costs, search
+    from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
 
-_HOME = {
-    **dict.fromkeys(("absmax", "block_absmax", "expand"), "blocks"),
-    **dict.fromkeys(
-        ("clip", "clip_by_error", "clip_by_share", "magnitudes", "middle_magnitude"), "histogram"
+# The names of every module.
+_MODULES: Mapping[str, Sequence[str]] = {
+    "blocks": ("absmax", "block_absmax", "expand_blocks"),
+    "columns": ("column_sweep",),
+    "fp4": ("E2M1_MAX", "decode_e2m1", "encode_e2m1", "round_e2m1"),
+    "fp8": ("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"),
+    "gptq": ("Grid", "gptq_quantize", "gptq_statistics", "gptq_target"),
+    "hessian": ("Factor", "factorize_hessian"),
+    "histogram": (
+        "clip_by_error",
+        "clip_by_share",
+        "clip_range",
+        "magnitude_histogram",
+        "median_magnitude",
     ),
-    **dict.fromkeys(("Grid", "aim", "feedback", "moments"), "gptq"),
-    **dict.fromkeys(("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"), "fp8"),
-    **dict.fromkeys(("Factor", "factor"), "hessian"),
-    **dict.fromkeys(
-        ("IntegerGrid", "decode_integers", "fit_asymmetric", "fit_symmetric", "limits"), "integer"
+    "integer": (
+        "IntegerGrid",
+        "decode_integers",
+        "fit_asymmetric",
+        "fit_symmetric",
+        "integer_range",
     ),
-    **dict.fromkeys(("E2M1_MAX", "decode_e2m1", "encode_e2m1", "round_e2m1"), "fp4"),
-    **dict.fromkeys(("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"), "packing"),
-    **dict.fromkeys(("grouped", "rounding_costs", "search"), "scale_search"),
-    "reconstruct": "least_squares",
-    "sweep": "columns",
+    "least_squares": ("masked_least_squares",),
+    "packing": ("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"),
+    "scale_search": ("rounding_costs", "search_scales", "to_groups"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+# Names of release 0.1, which work in this release still.
+_OLD_NAMES = {
+    "aim": "gptq_target",
+    "clip": "clip_range",
+    "expand": "expand_blocks",
+    "factor": "factorize_hessian",
+    "feedback": "gptq_quantize",
+    "grouped": "to_groups",
+    "limits": "integer_range",
+    "magnitudes": "magnitude_histogram",
+    "middle_magnitude": "median_magnitude",
+    "moments": "gptq_statistics",
+    "reconstruct": "masked_least_squares",
+    "search": "search_scales",
+    "sweep": "column_sweep",
 }
 
 __all__ = [
@@ -59,11 +89,11 @@ __all__ = [
     "Grid",
     "IntegerGrid",
     "absmax",
-    "aim",
     "block_absmax",
-    "clip",
     "clip_by_error",
     "clip_by_share",
+    "clip_range",
+    "column_sweep",
     "decode_e2m1",
     "decode_e4m3",
     "decode_integers",
@@ -71,29 +101,32 @@ __all__ = [
     "e4m3_scale",
     "encode_e2m1",
     "encode_e4m3",
-    "expand",
-    "factor",
-    "feedback",
+    "expand_blocks",
+    "factorize_hessian",
     "fit_asymmetric",
     "fit_symmetric",
-    "grouped",
-    "limits",
-    "magnitudes",
-    "middle_magnitude",
-    "moments",
+    "gptq_quantize",
+    "gptq_statistics",
+    "gptq_target",
+    "integer_range",
+    "magnitude_histogram",
+    "masked_least_squares",
+    "median_magnitude",
     "pack_bytes",
     "pack_words",
-    "reconstruct",
     "round_e2m1",
     "rounding_costs",
-    "search",
-    "sweep",
+    "search_scales",
+    "to_groups",
     "unpack_bytes",
     "unpack_words",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OLD_NAMES:
+        warn_renamed(f"bitpress.numerics.{name}", f"bitpress.numerics.{_OLD_NAMES[name]}")
+        name = _OLD_NAMES[name]
     if name not in _HOME:
         raise AttributeError(f"module 'bitpress.numerics' has no attribute {name!r}")
     return getattr(importlib.import_module(f"bitpress.numerics.{_HOME[name]}"), name)

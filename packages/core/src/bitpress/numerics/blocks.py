@@ -47,7 +47,7 @@ def block_absmax(x: Tensor, block: tuple[int, int]) -> Tensor:
     return row.reshape(high, rows, wide).amax(1)  # (high, wide)
 
 
-def expand(scale: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+def expand_blocks(scale: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """Scales of tiles spread over the matrix they cover: (high, wide) -> `shape`."""
     rows, columns = block
     wide = scale.repeat_interleave(columns, 1)[:, : shape[1]]  # (high, in)

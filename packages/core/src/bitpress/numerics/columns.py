@@ -32,7 +32,7 @@ Project = Callable[[Tensor, slice, int], Tensor]
 Ahead = Callable[[Tensor, slice, slice], None]
 
 
-def sweep(
+def column_sweep(
     weight: Tensor, factor: Factor, project: Project, ahead: Ahead | None = None, span: int = LEAF
 ) -> tuple[Tensor, Tensor]:
     """The projected weight, and what it costs each row.

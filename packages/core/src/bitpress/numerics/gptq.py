@@ -14,11 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bitpress.numerics.columns import sweep
+from bitpress.numerics.columns import column_sweep
 from bitpress.numerics.gram import cross, gram
-from bitpress.numerics.hessian import Factor, factor
-from bitpress.numerics.least_squares import reconstruct
-from bitpress.schemes.values import Layer, Stat
+from bitpress.numerics.hessian import Factor, factorize_hessian
+from bitpress.numerics.least_squares import masked_least_squares
+from bitpress.schemes.values import Layer, Statistic
 
 # every so many tokens the size of what is missing is measured
 SAMPLED = 8
@@ -43,9 +43,9 @@ class Grid(Protocol):
 Fit = Callable[[Tensor, Tensor | None], Grid]
 
 
-def moments(
+def gptq_statistics(
     inputs: Tensor, weight: Tensor, reference: Tensor | None = None, residual: Tensor | None = None
-) -> dict[str, Stat]:
+) -> dict[str, Statistic]:
     """The sums that `feedback` needs of one batch, as `observe` is given it; all float32.
 
     "hessian" (in, in): Σ x̃ x̃ᵀ; "tokens": their number. Where the float model's inputs are given,
@@ -67,12 +67,12 @@ def moments(
             "missing_tokens": torch.tensor(float(len(missing))),
         }
     return {
-        name: Stat(value, "sum", rows=name in ("residual", "missing"))
+        name: Statistic(value, "sum", rows=name in ("residual", "missing"))
         for name, value in found.items()
     }
 
 
-def feedback(layer: Layer, stats: Mapping[str, Stat], fit: Fit) -> tuple[Tensor, Grid]:
+def gptq_quantize(layer: Layer, stats: Mapping[str, Statistic], fit: Fit) -> tuple[Tensor, Grid]:
     """A layer's weight rounded column by column so that (w - q) x̃ is small, and the grid it was
     rounded on.
 
@@ -84,18 +84,18 @@ def feedback(layer: Layer, stats: Mapping[str, Stat], fit: Fit) -> tuple[Tensor,
         stats: what `moments` returned, merged.
         fit: chooses the grid.
     """
-    weight, keep = layer.weight, layer.keep
+    weight, keep = layer.weight, layer.mask
     if not weight.all():
         keep = weight != 0 if keep is None else keep & (weight != 0)
     factored = _factor(stats) if "hessian" in stats else None
     if factored is None:
         grid = fit(weight, None)
         return _masked(grid.rounded(weight), keep), grid
-    wanted = aim(layer, stats, factored)
+    wanted = gptq_target(layer, stats, factored)
     target = (
         _masked(wanted, keep)
-        if layer.keep is None or keep is None
-        else reconstruct(weight, wanted, factored, keep)
+        if layer.mask is None or keep is None
+        else masked_least_squares(weight, wanted, factored, keep)
     )
     grid = fit(target, factored.diagonal)
     kept = None if keep is None else keep.T.contiguous()  # (in, out)
@@ -104,22 +104,22 @@ def feedback(layer: Layer, stats: Mapping[str, Stat], fit: Fit) -> tuple[Tensor,
         found = grid.nearest(column_target, rows, column)
         return found if kept is None else torch.where(kept[column, rows], found, 0.0)
 
-    quantised, cost = sweep(target, factored, project)
+    quantised, cost = column_sweep(target, factored, project)
     plain = _masked(grid.rounded(target), keep)
     # clipping can make feedback blow up, to NaN where numbers are huge
     better = factored.covers(cost, target - plain)
     return torch.where(better.unsqueeze(1), quantised, plain), grid
 
 
-def aim(layer: Layer, stats: Mapping[str, Stat], factored: Factor) -> Tensor:
+def gptq_target(layer: Layer, stats: Mapping[str, Statistic], factored: Factor) -> Tensor:
     """What a layer should come near to, whatever steps have made of it so far: the weight that it
     was given, and what makes up for what is missing in its output: (out, in).
     """
-    source = layer.weight if layer.source is None else layer.source
+    source = layer.weight if layer.original_weight is None else layer.original_weight
     return source + drift(source, stats, factored) if "drift" in stats else source
 
 
-def drift(weight: Tensor, stats: Mapping[str, Stat], factored: Factor) -> Tensor:
+def drift(weight: Tensor, stats: Mapping[str, Statistic], factored: Factor) -> Tensor:
     """What to add to a weight so that on the quantised model's inputs it gives what is missing
     there: (out, in).
 
@@ -150,8 +150,8 @@ def drift(weight: Tensor, stats: Mapping[str, Stat], factored: Factor) -> Tensor
     return torch.where(found.isfinite().all(1, keepdim=True), found, 0.0)
 
 
-def _factor(stats: Mapping[str, Stat]) -> Factor | None:
-    found = factor(stats["hessian"].value, stats["tokens"].value.item())
+def _factor(stats: Mapping[str, Statistic]) -> Factor | None:
+    found = factorize_hessian(stats["hessian"].value, stats["tokens"].value.item())
     if found is None:
         warnings.warn(
             "its calibration statistics are not finite or singular: rounded to nearest",

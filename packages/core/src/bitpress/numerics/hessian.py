@@ -87,7 +87,7 @@ class Factor:
         ).square_() @ self.variance[columns]
 
 
-def factor(hessian: Tensor, tokens: float, together: int = 1) -> Factor | None:
+def factorize_hessian(hessian: Tensor, tokens: float, together: int = 1) -> Factor | None:
     """The factor of the damped H; None where H is not finite, or too near to singular for any
     damping tried.
 

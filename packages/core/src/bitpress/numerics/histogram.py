@@ -18,7 +18,7 @@ BINS = PER_OCTAVE * (HIGHEST - LOWEST)
 SHARE = 0.9999
 
 
-def magnitudes(x: Tensor) -> Tensor:
+def magnitude_histogram(x: Tensor) -> Tensor:
     """How many magnitudes of x lie in each bin: (BINS,) float32, a sum over batches. Zeros are not
     counted.
     """
@@ -28,7 +28,7 @@ def magnitudes(x: Tensor) -> Tensor:
     return torch.bincount(place.long(), minlength=BINS).float()
 
 
-def clip(
+def clip_range(
     counts: Tensor, amax: Tensor, outliers: str, step: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """What a fixed scale should reach: amax ("max"), 99.99 % of all magnitudes ("percentile"), or
@@ -63,17 +63,17 @@ def clip_by_error(counts: Tensor, amax: Tensor, step: Callable[[Tensor, Tensor],
     middle = _upper_edges(counts) * 2.0 ** (-0.5 / PER_OCTAVE)
     candidates = [amax, *(edge for edge in _upper_edges(counts) if amax / 256 < edge < amax)]
     costs = []
-    for clip in candidates:
-        near = step(middle, clip)
+    for limit in candidates:
+        near = step(middle, limit)
         # to zero, or somewhere within a step
         rounding = torch.where(middle < near / 2, middle, near / 12**0.5)
-        error = torch.where(middle <= clip, rounding, middle - clip).square()
+        error = torch.where(middle <= limit, rounding, middle - limit).square()
         costs.append((error.double() * counts.double()).sum())
     best: Tensor = candidates[int(torch.stack(costs).argmin())]
     return best
 
 
-def middle_magnitude(counts: Tensor) -> Tensor:
+def median_magnitude(counts: Tensor) -> Tensor:
     """The median magnitude, to an eighth of an octave."""
     return clip_by_share(counts, counts.new_tensor(torch.inf), 0.5)
 

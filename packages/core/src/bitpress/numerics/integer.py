@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.blocks import absmax
-from bitpress.numerics.scale_search import grouped, rounding_costs, search
+from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
 
 # of a zero point from the one nearest to the end of the range
 SHIFTS = (-1, 0, 1)
@@ -52,18 +52,18 @@ class IntegerGrid:
         """The same for a whole weight (out, in)."""
         zero = None if self.zero is None else self.zero.unsqueeze(2)
         return _nearest(
-            grouped(weight, self.group), self.scale.unsqueeze(2), zero, bits=self.bits
+            to_groups(weight, self.group), self.scale.unsqueeze(2), zero, bits=self.bits
         ).view_as(weight)
 
     def codes(self, weight: Tensor) -> Tensor:
         """The codes nearest to a weight: (out, in) -> (out, in) int8."""
-        found = (grouped(weight, self.group) / self.scale.unsqueeze(2)).round_()
+        found = (to_groups(weight, self.group) / self.scale.unsqueeze(2)).round_()
         if self.zero is not None:
             found.add_(self.zero.unsqueeze(2))
-        return found.clamp_(*limits(self.bits)).view_as(weight).to(torch.int8)
+        return found.clamp_(*integer_range(self.bits)).view_as(weight).to(torch.int8)
 
 
-def limits(bits: int) -> tuple[int, int]:
+def integer_range(bits: int) -> tuple[int, int]:
     """The least and the greatest code.
 
     >>> limits(4)
@@ -76,7 +76,7 @@ def decode_integers(codes: Tensor, scale: Tensor, zero: Tensor | None = None) ->
     """(out, in) float32: what codes mean. `scale` and `zero` are (out, groups), the groups of one
     width.
     """
-    found = grouped(codes.float(), codes.shape[1] // scale.shape[1])
+    found = to_groups(codes.float(), codes.shape[1] // scale.shape[1])
     if zero is not None:
         found = found - zero.float().unsqueeze(2)
     return (found * scale.float().unsqueeze(2)).view_as(codes)
@@ -99,9 +99,9 @@ def fit_symmetric(
         ratios: scales to try, in units of amax / ((2^bits - 1) / 2), the full range of codes.
         dtype: what the scale is stored in; costs are those of the scale before.
     """
-    amax = absmax(grouped(weight, group), dim=2).squeeze(2)  # (out, groups)
+    amax = absmax(to_groups(weight, group), dim=2).squeeze(2)  # (out, groups)
     amax = amax.masked_fill_(amax == 0, 1.0)
-    best = search(
+    best = search_scales(
         weight, importance, group, _symmetric_costs(bits, tuple(ratios), weight.device), amax
     )
     scale = amax / ((2**bits - 1) / 2) * amax.new_tensor(ratios)[best]
@@ -122,8 +122,8 @@ def fit_asymmetric(
     point nearest to the range's end and its two neighbours. A single ratio is taken, with the
     nearest zero point: nothing is searched.
     """
-    lowest, greatest = limits(bits)
-    groups = grouped(weight, group)
+    lowest, greatest = integer_range(bits)
+    groups = to_groups(weight, group)
     least, most = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)  # (out, groups)
     steps = 2**bits - 1
     unit = (most / steps - least / steps).masked_fill_(most == least, 1.0)
@@ -132,7 +132,7 @@ def fit_asymmetric(
         unit *= ratios[0]
     else:
         table = _asymmetric_costs(bits, tuple(ratios), weight.device)
-        best = search(weight, importance, group, table, unit * steps, zero - lowest)
+        best = search_scales(weight, importance, group, table, unit * steps, zero - lowest)
         unit *= unit.new_tensor(ratios)[best // len(SHIFTS)]
         zero = (zero + best % len(SHIFTS) + SHIFTS[0]).clamp_(lowest, greatest)
     return IntegerGrid(_by_column(_stored(unit, bits, dtype)), _by_column(zero), bits, group)
@@ -148,7 +148,7 @@ def _symmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device)
 @functools.lru_cache(maxsize=8)
 def _asymmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device) -> Tensor:
     """Of weights in units of max - min, for each zero point: (2^bits, places, ratios · shifts)."""
-    lowest, greatest = limits(bits)
+    lowest, greatest = integer_range(bits)
     scale = torch.tensor(ratios, dtype=torch.float32).repeat_interleave(len(SHIFTS)) / (2**bits - 1)
     shifts = torch.tensor(SHIFTS).repeat(len(ratios))
 
@@ -169,8 +169,8 @@ def _by_column(x: Tensor) -> Tensor:
 def _nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int) -> Tensor:
     codes = (x / scale).round_()
     if zero is None:
-        return codes.clamp_(*limits(bits)).mul_(scale)
-    return codes.add_(zero).clamp_(*limits(bits)).sub_(zero).mul_(scale)
+        return codes.clamp_(*integer_range(bits)).mul_(scale)
+    return codes.add_(zero).clamp_(*integer_range(bits)).sub_(zero).mul_(scale)
 
 
 def _stored(scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

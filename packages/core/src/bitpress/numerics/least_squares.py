@@ -12,7 +12,7 @@ from bitpress.numerics.hessian import Factor
 STEPS = 10
 
 
-def reconstruct(weight: Tensor, target: Tensor, factored: Factor, keep: Tensor) -> Tensor:
+def masked_least_squares(weight: Tensor, target: Tensor, factored: Factor, keep: Tensor) -> Tensor:
     """The weight brought nearer to the least (t - q) H (t - q)ᵀ of each row, among those that are
     zero where `keep` is False.
 

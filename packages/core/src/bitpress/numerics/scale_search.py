@@ -35,7 +35,7 @@ def rounding_costs(nearest: Callable[[Tensor], Tensor], places: int = 1 << 12) -
     return (nearest(x) - x).square_().view(places, SAMPLES, -1).mean(1)
 
 
-def search(
+def search_scales(
     weight: Tensor,
     importance: Tensor | None,
     group: int,
@@ -70,7 +70,7 @@ def search(
     for first in range(0, len(weight), height):
         rows = slice(first, min(first + height, len(weight)))
         x, at = near[: rows.stop - first], index[: rows.stop - first]
-        torch.div(grouped(weight[rows], group), span[rows].unsqueeze(2), out=x)
+        torch.div(to_groups(weight[rows], group), span[rows].unsqueeze(2), out=x)
         x.mul_(places / 2 * SHORT).add_(start[rows].unsqueeze(2))
         # what is not a number lies somewhere
         at.copy_(x).clamp_(0, kinds * places - 1)
@@ -96,6 +96,6 @@ def _least(x: Tensor) -> Tensor:
     return x.view(torch.int32).bitwise_and_(~mask).bitwise_or_(places).amin(1).bitwise_and_(mask)
 
 
-def grouped(x: Tensor, group: int) -> Tensor:
+def to_groups(x: Tensor, group: int) -> Tensor:
     """(out, in) -> (out, groups, group)."""
     return x.reshape(len(x), -1, group)

@@ -38,7 +38,7 @@ class Restorer(Reader):
         )
         found = torch.empty(entry.shape)
         for start, end, tensors in self._written.tiles(module, self._stored):
-            found[start:end] = pipeline.restore(tensors, config, steps)
+            found[start:end] = pipeline.dequantize(tensors, config, steps)
         return found[first:last]
 
 

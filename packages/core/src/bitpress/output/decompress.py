@@ -83,5 +83,5 @@ def _write(written: Written, place: Entry, reader: Reader, writer: ShardWriter) 
         return
     config = written.planned(module, place.shape[0]).config
     for first, _, tensors in written.tiles(module, reader):
-        weight = pipeline.restore(tensors, config, written.steps(module))
+        weight = pipeline.dequantize(tensors, config, written.steps(module))
         writer.write_rows(place, first, weight.to(DTYPES[place.dtype]))

@@ -162,15 +162,15 @@ def _layer(
             for suffix, tensor in tensors.items():
                 if "scale" in suffix and tensor.is_floating_point() and not _usable(tensor.float()):
                     faults.add(f"{module}: {suffix} has a scale that is zero, infinite or NaN")
-            weight = pipeline.restore(
+            weight = pipeline.dequantize(
                 tensors, config, steps, (last - first, written.layers[module].shape[1])
             )
-            faults.update(f"{module}: {text}" for text in pipeline.check(weight, steps))
+            faults.update(f"{module}: {text}" for text in pipeline.validate_weight(weight, steps))
             if not math.isfinite(weight.sum()) and not weight.isfinite().all():
                 faults.add(f"{module}: the stored weight decodes to NaN or infinity")
             elif origin is not None:
                 given = written.given(reader.rows(origin, first, last), origin.name, first)
-                limit = pipeline.bound(tensors, config, steps, tuple(weight.shape))
+                limit = pipeline.error_bound(tensors, config, steps, tuple(weight.shape))
                 distance = weight.sub_(given).abs_()
                 # the largest difference is found several times as fast as each is compared, unless
                 # one is NaN

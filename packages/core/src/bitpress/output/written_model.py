@@ -44,7 +44,7 @@ class Written:
         return {suffix: self.checkpoint.entries.get(f"{module}.{suffix}") for suffix in planned}
 
     def planned(self, module: str, rows: int) -> Any:
-        """The Record that this many rows of a layer must have become."""
+        """The StoredLayer that this many rows of a layer must have become."""
         note = self.layers[module]
         return stored_layout.describe(rows, note.shape[1], DTYPES[note.dtype], self.steps(module))
 
@@ -56,7 +56,7 @@ class Written:
         self, module: str, reader: Reader
     ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
         """First and last (exclusive) row of each row tile, and the stored tensors cut to it, on
-        which `restore` works.
+        which `dequantize` works.
         """
         shape, block = self.layers[module].shape, stored_layout.row_block(self.steps(module))
         entries = {

@@ -16,7 +16,7 @@ from bitpress.checkpoint.safetensors import BITS, Entry, Header, lay_out
 from bitpress.errors import SchemeError
 from bitpress.schemes import stored_layout
 from bitpress.schemes.registry import Step
-from bitpress.schemes.values import Record
+from bitpress.schemes.values import StoredLayer
 
 
 @frozen(eq=False)
@@ -72,7 +72,7 @@ class Stack:
             for suffix, t in record.tensors.items()
         }, record.config
 
-    def check(self, module: str, record: Record) -> None:
+    def check(self, module: str, record: StoredLayer) -> None:
         """Raise SchemeError unless a member's tensors have the names, dtypes and shapes that were
         planned.
         """

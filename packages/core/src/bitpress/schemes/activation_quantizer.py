@@ -23,9 +23,9 @@ def known(config: Mapping[str, Any] | None, steps: Sequence[Step]) -> bool:
     step says how.
     """
     found = bool(config and config.get("input_activations"))
-    if found and not any(step.scheme.has("quantize_inputs") for step in steps):
+    if found and not any(step.scheme.has("quantize_activations") for step in steps):
         raise SchemeError(
-            f"{steps[-1].scheme}: it has no `quantize_inputs` hook, without which its result "
+            f"{steps[-1].scheme}: it has no `quantize_activations` hook, without which its result "
             "cannot be run"
         )
     return found
@@ -42,7 +42,7 @@ def input_rounding(
         config: its config fragment.
     """
     scheme = next(
-        (step.scheme for step in reversed(steps) if step.scheme.has("quantize_inputs")), None
+        (step.scheme for step in reversed(steps) if step.scheme.has("quantize_activations")), None
     )
     if scheme is None or not (config and config.get("input_activations")):
         return None
@@ -56,5 +56,7 @@ def _rounded(
     # an expert that is sent no token
     if not len(inputs):
         return inputs
-    found = scheme.call("quantize_inputs", inputs=inputs.float(), tensors=tensors, config=config)
-    return hook_results.restored(scheme, "quantize_inputs", found, inputs.shape)
+    found = scheme.call(
+        "quantize_activations", inputs=inputs.float(), tensors=tensors, config=config
+    )
+    return hook_results.restored(scheme, "quantize_activations", found, inputs.shape)

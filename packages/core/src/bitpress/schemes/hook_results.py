@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitpress.errors import SchemeError
 from bitpress.schemes.registry import Scheme, Step
-from bitpress.schemes.values import Layer, Record, Stat
+from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
 
 def layer(step: Step, hook: str, found: Any, before: Layer) -> Layer:
@@ -45,14 +45,14 @@ def layer(step: Step, hook: str, found: Any, before: Layer) -> Layer:
             raise SchemeError(
                 f"{step.scheme}: {hook} made a weight of {now} of {list(given.shape)} torch.float32"
             )
-    for name, part in found.parts.items():
+    for name, part in found.qparams.items():
         _tensor(step.scheme, hook, name, part)
         # a row for each of the weight's, or for several
         if rows is not None and part.ndim and len(part) > rows:
             raise SchemeError(
                 f"{step.scheme}: {hook} made {name} of shape {list(part.shape)} for {rows} rows"
             )
-    for name, tensor in (("keep", found.keep), ("codes", found.codes)):
+    for name, tensor in (("mask", found.mask), ("codes", found.codes)):
         if tensor is not None:
             _tensor(step.scheme, hook, name, tensor)
             if rows is not None and (not tensor.ndim or len(tensor) != rows):
@@ -63,13 +63,15 @@ def layer(step: Step, hook: str, found: Any, before: Layer) -> Layer:
     return found
 
 
-def stats(step: Step, found: Any, rows: int) -> Mapping[str, Stat] | None:
+def stats(step: Step, found: Any, rows: int) -> Mapping[str, Statistic] | None:
     """What `observe` returned."""
     if found is None:
         return None
-    if not isinstance(found, Mapping) or not all(isinstance(stat, Stat) for stat in found.values()):
+    if not isinstance(found, Mapping) or not all(
+        isinstance(stat, Statistic) for stat in found.values()
+    ):
         raise SchemeError(
-            f"{step.scheme}: observe returned {type(found).__name__}, not Stats by name"
+            f"{step.scheme}: observe returned {type(found).__name__}, not Statistics by name"
         )
     for name, stat in found.items():
         _tensor(step.scheme, "observe", name, stat.value)
@@ -92,12 +94,14 @@ def factors(step: Step, found: Any, width: int) -> Tensor:
     return tensor
 
 
-def record(step: Step, found: Any) -> Record:
+def record(step: Step, found: Any) -> StoredLayer:
     """What `serialize` returned."""
-    if not isinstance(found, Record):
-        raise SchemeError(f"{step.scheme}: serialize returned {type(found).__name__}, not a Record")
+    if not isinstance(found, StoredLayer):
+        raise SchemeError(
+            f"{step.scheme}: serialize returned {type(found).__name__}, not a StoredLayer"
+        )
     if not isinstance(found.tensors, Mapping) or not found.tensors:
-        raise SchemeError(f"{step.scheme}: serialize returned a Record without tensors")
+        raise SchemeError(f"{step.scheme}: serialize returned a StoredLayer without tensors")
     for name, tensor in found.tensors.items():
         _tensor(step.scheme, "serialize", str(name), tensor)
     try:
@@ -112,8 +116,8 @@ def record(step: Step, found: Any) -> Record:
 def restored(
     scheme: Scheme, hook: str, found: Any, shape: tuple[int, ...] | None, broadcast: bool = False
 ) -> Tensor:
-    """What `restore`, `bound` or `quantize_inputs` returned: of a shape, if one is given, or of one
-    that broadcasts to it.
+    """What `dequantize`, `error_bound` or `quantize_activations` returned: of a shape, if one is
+    given, or of one that broadcasts to it.
     """
     _tensor(scheme, hook, "its result", found)
     try:

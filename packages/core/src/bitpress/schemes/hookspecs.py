@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from bitpress.schemes.hardware import Hardware
     from bitpress.schemes.options import Options
-    from bitpress.schemes.values import Finding, Layer, Record, Stat
+    from bitpress.schemes.values import Finding, Layer, Statistic, StoredLayer
 
 # The version of bitpress-core in which a hook or an argument was last added or changed: what uses
 # all of them requires it.
-VERSION = "0.1"
+VERSION = "0.2"
 
 hookspec = pluggy.HookspecMarker("bitpress")
 
@@ -38,7 +38,7 @@ hookimpl = pluggy.HookimplMarker("bitpress")
 @hookspec(firstresult=True)
 def observe(
     inputs: Tensor, reference: Tensor, residual: Tensor, weight: Tensor, options: Options
-) -> Mapping[str, Stat] | None:
+) -> Mapping[str, Statistic] | None:
     """Statistics that `rescale` and `quantize` will need, as raw sums or maxima.
 
     The core merges them over batches, row tiles and processes. A scheme whose `observe` names
@@ -57,14 +57,14 @@ def observe(
         weight: (out, in) float32, the rows at hand.
 
     Returns:
-        Stats by name, float32, their shape independent of the number of tokens, those with a row
-            for each of the weight's rows
+        Statistics by name, float32, their shape independent of the number of tokens, those with a
+            row for each of the weight's rows
         saying so (`rows=True`); or None where there is nothing to note.
     """
 
 
 @hookspec(firstresult=True)
-def rescale(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Tensor | None:
+def rescale(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Tensor | None:
     """Positive factors (in,) for the columns of the weight, as SmoothQuant and AWQ choose them;
     None to leave them alone.
 
@@ -75,10 +75,10 @@ def rescale(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Tensor
 
 
 @hookspec(firstresult=True)
-def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer:
+def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Layer:
     """The layer with its weight replaced by numbers that can be stored.
 
-    Promises: zeros stay zero; where `layer.keep` is False the weight stays zero; the shape does not
+    Promises: zeros stay zero; where `layer.mask` is False the weight stays zero; the shape does not
     change; rows depend on nothing but themselves, the others of their `options.row_block` and
     `stats`; an all-zero row has finite, non-zero scales.
 
@@ -90,7 +90,7 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
     `warnings.warn`: the core adds the layer's name.
 
     Returns:
-        `attrs.evolve(layer, weight=..., codes=..., parts=...)`. `weight` is float32 and exactly
+        `attrs.evolve(layer, weight=..., codes=..., qparams=...)`. `weight` is float32 and exactly
             what the stored codes decode
         to; it may be a function of no arguments.
 
@@ -101,13 +101,13 @@ def quantize(layer: Layer, stats: Mapping[str, Stat], options: Options) -> Layer
 
 @hookspec(firstresult=True)
 def pack(layer: Layer, options: Options) -> Layer:
-    """The layer with `codes` and `parts` as the bits on disk: only bits change, `weight` does
+    """The layer with `codes` and `qparams` as the bits on disk: only bits change, `weight` does
     not.
     """
 
 
 @hookspec(firstresult=True)
-def serialize(layer: Layer, options: Options) -> Record:
+def serialize(layer: Layer, options: Options) -> StoredLayer:
     """The stored tensors of one linear layer and the config fragment that tells a loader how to
     read them.
 
@@ -138,7 +138,7 @@ def validate_shape(
 
 
 @hookspec(firstresult=True)
-def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor:
+def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor:
     """(out, in) float32: the effective weight, from what `serialize` stored. The inverse of `pack`
     and `serialize`.
 
@@ -147,7 +147,7 @@ def restore(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> 
 
 
 @hookspec(firstresult=True)
-def quantize_inputs(
+def quantize_activations(
     inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None
 ) -> Tensor | None:
     """(tokens, in) float32: the numbers that a loader computes with in place of a layer's inputs.
@@ -164,7 +164,7 @@ def quantize_inputs(
 
 
 @hookspec(firstresult=True)
-def check(weight: Tensor, options: Options) -> str | None:
+def validate_weight(weight: Tensor, options: Options) -> str | None:
     """What of its promise a step's part of the effective weight breaks, in a few words; None where
     it is kept.
 
@@ -176,7 +176,7 @@ def check(weight: Tensor, options: Options) -> str | None:
 
 
 @hookspec(firstresult=True)
-def bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor | None:
+def error_bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor | None:
     """How far rounding may have moved each weight: non-negative float32 that broadcasts to (out,
     in).
 

@@ -13,20 +13,20 @@ import torch
 from bitpress.errors import RecipeError, SchemeError
 from bitpress.schemes import hook_results
 from bitpress.schemes.registry import Step
-from bitpress.schemes.values import Layer, Record, Stat
+from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
-Stats = Mapping[str, Stat]
+Statistics = Mapping[str, Statistic]
 
 
 def observe_weights(
     tiles: Callable[[], Iterator[Layer]], steps: Sequence[Step]
-) -> tuple[Stats, ...]:
+) -> tuple[Statistics, ...]:
     """Per step, the statistics it takes of the weights alone, merged over row tiles; `tiles` starts
     a fresh pass over them.
     """
-    stats: list[Stats] = []
+    stats: list[Statistics] = []
     for i, step in enumerate(steps):
-        merged: dict[str, Stat] = {}
+        merged: dict[str, Statistic] = {}
         for tile in tiles() if step.scheme.has("observe") else ():
             weight = quantize(tile, steps[:i], stats).weight
             found = observe(step, weight)
@@ -43,7 +43,7 @@ def observe(
     inputs: torch.Tensor | None = None,
     reference: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-) -> Stats | None:
+) -> Statistics | None:
     """A step's statistics of one batch, or without inputs of the weight alone."""
     found = step.call(
         "observe", inputs=inputs, reference=reference, residual=residual, weight=weight
@@ -51,7 +51,7 @@ def observe(
     return hook_results.stats(step, found, len(weight))
 
 
-def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Layer:
+def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Statistics]) -> Layer:
     """The layer after every step's `quantize`.
 
     Raises:
@@ -68,21 +68,21 @@ def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Lay
             step, "quantize", step.call("quantize", layer=layer, stats=observed), layer
         )
         layer = (
-            attrs.evolve(found, source=layer.weight)
-            if layer.source is None and found.codes is None
+            attrs.evolve(found, original_weight=layer.weight)
+            if layer.original_weight is None and found.codes is None
             else found
         )
     return layer
 
 
-def quantize_whole(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> Layer:
+def quantize_whole(layer: Layer, steps: Sequence[Step], stats: Sequence[Statistics]) -> Layer:
     """The layer, whole, after every step's `quantize`, given statistics of inputs and, taken here,
     of the weights.
 
     A step is given the statistics of those before it too: what one has gathered of inputs, the next
     need not.
     """
-    known: Stats = {}
+    known: Statistics = {}
     for step, observed in zip(steps, stats, strict=True):
         own = dict(observed)
         if step.scheme.wants("observe", "weight"):
@@ -92,7 +92,7 @@ def quantize_whole(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) 
     return layer
 
 
-def merge(into: dict[str, Stat], found: Stats | None) -> None:
+def merge(into: dict[str, Statistic], found: Statistics | None) -> None:
     """Add the statistics of a batch to those of the batches before it."""
     for name, stat in (found or {}).items():
         if name in into and into[name].value.shape != stat.value.shape:
@@ -104,7 +104,9 @@ def merge(into: dict[str, Stat], found: Stats | None) -> None:
         into[name] = into[name] | stat if name in into else stat
 
 
-def rescale(layer: Layer, steps: Sequence[Step], stats: Sequence[Stats]) -> torch.Tensor | None:
+def rescale(
+    layer: Layer, steps: Sequence[Step], stats: Sequence[Statistics]
+) -> torch.Tensor | None:
     """The factors (in,) of the first step that has some; None where none has."""
     for step, observed in zip(steps, stats, strict=True):
         if (
@@ -129,14 +131,16 @@ def split(layer: Layer, heights: Sequence[int]) -> list[Layer]:
         place = (first, first + height)
         own: dict[str, Any] = {
             name: rows(t, *place)
-            for name in ("codes", "keep")
+            for name in ("codes", "mask")
             if (t := getattr(layer, name)) is not None
         }
-        parts = {
-            name: rows(part, *place) if part.ndim else part for name, part in layer.parts.items()
+        qparams = {
+            name: rows(part, *place) if part.ndim else part for name, part in layer.qparams.items()
         }
         members.append(
-            attrs.evolve(layer, weight=rows(weight, *place), source=None, parts=parts, **own)
+            attrs.evolve(
+                layer, weight=rows(weight, *place), original_weight=None, qparams=qparams, **own
+            )
         )
         first += height
     return members
@@ -168,7 +172,7 @@ def join(tiles: Iterable[Layer], shape: tuple[int, ...]) -> Layer:
     for layer in tiles:
         main = {"weight": layer.weight} if layer.codes is None else {"codes": layer.codes}
         height = len(next(iter(main.values())))
-        for name, piece in (main | {"keep": layer.keep}).items():
+        for name, piece in (main | {"mask": layer.mask}).items():
             if piece is not None:
                 if name not in whole:
                     whole[name] = (
@@ -176,16 +180,16 @@ def join(tiles: Iterable[Layer], shape: tuple[int, ...]) -> Layer:
                     )
                 if whole[name] is not piece:
                     whole[name][at : at + height] = piece
-        for name, part in layer.parts.items():
+        for name, part in layer.qparams.items():
             parts.setdefault(name, []).append(part)
         at += height
     assert layer is not None, "a layer has at least one row"
     weight = whole.pop("weight", torch.full((1, 1), torch.nan).expand(shape))
     joined = {n: _join_part(layer.name, n, p) for n, p in parts.items()}
-    return attrs.evolve(layer, weight=weight, source=None, parts=joined, **whole)
+    return attrs.evolve(layer, weight=weight, original_weight=None, qparams=joined, **whole)
 
 
-def record(layer: Layer, steps: Sequence[Step]) -> Record:
+def record(layer: Layer, steps: Sequence[Step]) -> StoredLayer:
     """What the last step that serialises stores of a whole layer.
 
     Raises:
@@ -199,7 +203,7 @@ def record(layer: Layer, steps: Sequence[Step]) -> Record:
     )
 
 
-def restore(
+def dequantize(
     tensors: Mapping[str, torch.Tensor],
     config: Mapping[str, Any] | None,
     steps: Sequence[Step],
@@ -212,21 +216,21 @@ def restore(
         SchemeError: no step can, or it gives a weight of another than the expected shape.
     """
     for step in reversed(steps):
-        if (weight := step.scheme.call("restore", tensors=tensors, config=config)) is not None:
-            return hook_results.restored(step.scheme, "restore", weight, shape)
+        if (weight := step.scheme.call("dequantize", tensors=tensors, config=config)) is not None:
+            return hook_results.restored(step.scheme, "dequantize", weight, shape)
     raise SchemeError(
         f"none of the schemes {', '.join(s.scheme.name for s in steps)} can restore what it wrote"
     )
 
 
-def check(weight: torch.Tensor, steps: Sequence[Step]) -> Iterator[str]:
+def validate_weight(weight: torch.Tensor, steps: Sequence[Step]) -> Iterator[str]:
     """What of their promises a restored weight (out, in) breaks, step by step."""
     for step in steps:
-        if (found := step.call("check", weight=weight)) is not None:
+        if (found := step.call("validate_weight", weight=weight)) is not None:
             yield f"{step.scheme.name}: {found}"
 
 
-def bound(
+def error_bound(
     tensors: Mapping[str, torch.Tensor],
     config: Mapping[str, Any] | None,
     steps: Sequence[Step],
@@ -236,12 +240,14 @@ def bound(
     steps moved it.
     """
     found = (
-        steps[0].scheme.call("bound", tensors=tensors, config=config) if len(steps) == 1 else None
+        steps[0].scheme.call("error_bound", tensors=tensors, config=config)
+        if len(steps) == 1
+        else None
     )
     return (
         None
         if found is None
-        else hook_results.restored(steps[0].scheme, "bound", found, shape, broadcast=True)
+        else hook_results.restored(steps[0].scheme, "error_bound", found, shape, broadcast=True)
     )
 
 

@@ -16,6 +16,7 @@ from attrs import field, frozen
 from bitpress.errors import BitpressError, RecipeError, SchemeError, memory_is_full, nearest
 from bitpress.schemes import hookspecs
 from bitpress.schemes.compatibility import hook_fault, version_fault
+from bitpress.schemes.deprecation import PluginManager
 from bitpress.schemes.options import Options, build
 
 SCHEMES, EXTENSIONS = "bitpress.schemes", "bitpress.extensions"
@@ -144,7 +145,7 @@ class Registry:
 @functools.cache
 def discover() -> Registry:
     """All installed schemes, with the installed extensions around them."""
-    manager = pluggy.PluginManager("bitpress")
+    manager = PluginManager("bitpress")
     manager.add_hookspecs(hookspecs)
     problems: list[Problem] = []
     loaded: dict[str, metadata.EntryPoint] = {}

@@ -13,7 +13,7 @@ import torch
 from bitpress.errors import ShapeError
 from bitpress.schemes.pipeline import observe_weights, pack, quantize, record
 from bitpress.schemes.registry import Step
-from bitpress.schemes.values import Layer, Record
+from bitpress.schemes.values import Layer, StoredLayer
 
 # columns of a layer: a header may claim any number, and every row block is as wide
 WIDEST = 1 << 20
@@ -40,9 +40,9 @@ def row_tiles(
 
 
 @functools.lru_cache(maxsize=4096)
-def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...]) -> Record:
-    """The Record of a layer of this shape with the right dtypes and shapes and meaningless numbers,
-    in next to no memory.
+def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...]) -> StoredLayer:
+    """The StoredLayer of a layer of this shape with the right dtypes and shapes and meaningless
+    numbers, in next to no memory.
 
     The hooks run on one row block of zeros (and on the rest that does not fill a block); what they
     return is repeated without being copied. (torch's `meta` device would say the same, at the price
@@ -75,13 +75,15 @@ def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...])
     layer = pieces[0][0]
     grown: dict[str, Any] = {
         "weight": layer.weight[:1].expand(rows, width),
-        "parts": {name: repeat([piece.parts[name] for piece, _ in pieces]) for name in layer.parts},
+        "qparams": {
+            name: repeat([piece.qparams[name] for piece, _ in pieces]) for name in layer.qparams
+        },
     }
-    for name in ("codes", "keep"):
+    for name in ("codes", "mask"):
         if getattr(layer, name) is not None:
             grown[name] = repeat([getattr(piece, name) for piece, _ in pieces])
     found = record(attrs.evolve(layer, **grown), steps)
-    return Record(
+    return StoredLayer(
         {name: t.new_zeros(()).expand(t.shape) for name, t in found.tensors.items()}, found.config
     )
 

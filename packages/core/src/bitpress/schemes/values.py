@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import field, frozen
 
+from bitpress.schemes.deprecation import accept_old_names
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -25,12 +27,12 @@ class Layer:
     Attributes:
         name: the stack's name, for messages.
         dtype: what the model stores its weights in, and computes in when served.
-        keep: (out, in) bool; False must stay zero. None keeps everything.
-        source: (out, in) float32: the weight before any step, with which statistics were taken;
-            None where that is `weight`.
+        mask: (out, in) bool; False must stay zero. None keeps everything.
+        original_weight: (out, in) float32: the weight before any step, with which statistics were
+            taken; None where that is `weight`.
         codes: what is stored, unpacked, one row per output; after `pack`, packed. None while the
             weight itself is stored.
-        parts: what is stored beside the codes, by name: "scale" (out, groups), "zero_point", ...
+        qparams: what is stored beside the codes, by name: "scale" (out, groups), "zero_point", ...
             The leading axis follows the rows (one entry per row or per `row_block` of them); a part
             without axes is one number for the whole stack.
     """
@@ -38,10 +40,10 @@ class Layer:
     name: str
     _weight: Tensor | Callable[[], Tensor] = field(repr=False)
     dtype: torch.dtype
-    keep: Tensor | None = field(default=None, repr=False)
-    source: Tensor | None = field(default=None, repr=False)
+    mask: Tensor | None = field(default=None, repr=False)
+    original_weight: Tensor | None = field(default=None, repr=False)
     codes: Tensor | None = field(default=None, repr=False)
-    parts: Mapping[str, Tensor] = field(factory=dict, repr=False)
+    qparams: Mapping[str, Tensor] = field(factory=dict, repr=False)
 
     @property
     def weight(self) -> Tensor:
@@ -51,8 +53,11 @@ class Layer:
         return self._weight() if callable(self._weight) else self._weight
 
 
+accept_old_names(Layer, {"keep": "mask", "parts": "qparams", "source": "original_weight"})
+
+
 @frozen(eq=False)
-class Stat:
+class Statistic:
     """A raw sum or maximum over one batch; `a | b` is the same over both, in any order.
 
     Attributes:
@@ -64,21 +69,21 @@ class Stat:
     merge: Literal["sum", "max"]
     rows: bool = False
 
-    def __or__(self, other: Stat) -> Stat:
+    def __or__(self, other: Statistic) -> Statistic:
         if self.merge != other.merge:
             raise ValueError(f"a {self.merge} cannot be merged with a {other.merge}")
         merged = (
             self.value + other.value if self.merge == "sum" else self.value.maximum(other.value)
         )
-        return Stat(merged, self.merge, self.rows)
+        return Statistic(merged, self.merge, self.rows)
 
-    def of(self, rows: slice) -> Stat:
+    def of(self, rows: slice) -> Statistic:
         """What it says of some rows of the weight."""
-        return Stat(self.value[rows], self.merge, True) if self.rows else self
+        return Statistic(self.value[rows], self.merge, True) if self.rows else self
 
 
 @frozen(eq=False)
-class Record:
+class StoredLayer:
     """What is stored of one linear layer.
 
     Attributes:

@@ -133,7 +133,7 @@ def _store(
         tensors = {suffix: ranks.share(tensor, owner) for suffix, tensor in tensors.items()}
         for suffix, tensor in tensors.items():
             write(f"{name}.{suffix}", tensor)
-        restored = pipeline.restore(tensors, config, steps, tuple(weight.shape))
+        restored = pipeline.dequantize(tensors, config, steps, tuple(weight.shape))
         if (rounding := input_rounding(tensors, config, steps)) is not None:
             site.roundings[name] = rounding
         if sample is not None:

@@ -19,7 +19,7 @@ from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import FEW
 from bitpress.runtime.process_group import Ranks
 from bitpress.schemes import pipeline
-from bitpress.schemes.values import Stat
+from bitpress.schemes.values import Statistic
 
 # tokens on which a layer's output error is measured
 SAMPLE = 256
@@ -28,14 +28,14 @@ SAMPLE = 256
 UNUSABLE = 1e-3
 
 
-def nothing(site: Site) -> list[dict[str, Stat]]:
+def nothing(site: Site) -> list[dict[str, Statistic]]:
     """The statistics of no token."""
     return [{} for _ in site.stack.steps]
 
 
 def observe(
     site: Site, arrivals: Iterable[Arrival]
-) -> tuple[list[dict[str, Stat]], Tensor | None, int]:
+) -> tuple[list[dict[str, Statistic]], Tensor | None, int]:
     """Every step's statistics over all batches, a sample of the inputs (tokens, in), and the number
     of tokens.
     """
@@ -118,8 +118,8 @@ def few(tokens: Mapping[str, int]) -> Iterator[str]:
 
 
 def reduce_statistics(
-    ranks: Ranks, stats: Sequence[dict[str, Stat]], owner: int, device: torch.device
-) -> list[dict[str, Stat]]:
+    ranks: Ranks, stats: Sequence[dict[str, Statistic]], owner: int, device: torch.device
+) -> list[dict[str, Statistic]]:
     """Statistics of all ranks, merged, for their owner; the others get nothing. What was given is
     used up.
 
@@ -130,7 +130,7 @@ def reduce_statistics(
         return list(stats)
     merged = []
     for own, kinds in zip(stats, _kinds(ranks, stats), strict=True):
-        found: dict[str, Stat] = {}
+        found: dict[str, Statistic] = {}
         for name, (shape, dtype, merge, rows, kind) in kinds.items():
             stat = own.pop(name, None)
             if stat is None:
@@ -144,12 +144,12 @@ def reduce_statistics(
                 value = stat.value.clone(memory_format=torch.contiguous_format)
             ranks.reduce(value.reshape(-1), owner, merge)
             if ranks.rank == owner:
-                found[name] = Stat(value, merge, rows)
+                found[name] = Statistic(value, merge, rows)
         merged.append(found)
     return merged
 
 
-def _kinds(ranks: Ranks, stats: Sequence[dict[str, Stat]]) -> list[dict[str, Any]]:
+def _kinds(ranks: Ranks, stats: Sequence[dict[str, Statistic]]) -> list[dict[str, Any]]:
     """What statistics any rank has, step by step, in one order for all."""
     mine = [
         {

@@ -204,7 +204,7 @@ def _solved(site: Site, number: int, streams: Streams) -> Callable[[], None]:
         site.weights.items(), pipeline.split(layer, heights), strict=True
     ):
         stored = pipeline.record(pipeline.pack(member, steps), steps)
-        restored = pipeline.restore(stored.tensors, stored.config, steps, tuple(weight.shape))
+        restored = pipeline.dequantize(stored.tensors, stored.config, steps, tuple(weight.shape))
         made.append((name, weight, restored, input_rounding(stored.tensors, stored.config, steps)))
 
     def replace() -> None:

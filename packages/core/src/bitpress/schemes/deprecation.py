@@ -1,0 +1,64 @@
+"""Public names of release 0.1, which work in this release still and warn."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pluggy
+
+OLD_HOOKS: Mapping[str, str] = {
+    "restore": "dequantize",
+    "quantize_inputs": "quantize_activations",
+    "check": "validate_weight",
+    "bound": "error_bound",
+}
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Tell the caller of the caller what an old name is called now."""
+    warnings.warn(
+        f"{old} is now {new}; the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
+def accept_old_names(cls: Any, new_names: Mapping[str, str]) -> None:
+    """Let a class take keywords, and have attributes, by their old names too."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def init_with_old_names(self: Any, *args: Any, **kwargs: Any) -> None:
+        for old in [name for name in kwargs if name in new_names]:
+            warn_renamed(f"{cls.__name__}({old}=...)", f"{cls.__name__}({new_names[old]}=...)")
+            # attrs.evolve fills in the new name too, with the value from before
+            kwargs[new_names[old]] = kwargs.pop(old)
+        init(self, *args, **kwargs)
+
+    cls.__init__ = init_with_old_names
+    for old, new in new_names.items():
+        setattr(cls, old, _renamed_attribute(cls.__name__, old, new))
+
+
+def _renamed_attribute(owner: str, old: str, new: str) -> property:
+    def read(value: Any) -> Any:
+        warn_renamed(f"{owner}.{old}", f"{owner}.{new}")
+        return getattr(value, new)
+
+    return property(read)
+
+
+class PluginManager(pluggy.PluginManager):
+    """A manager that takes hooks under the names that they had in release 0.1, too."""
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
+        marks = super().parse_hookimpl_opts(plugin, name)
+        if marks is not None:
+            hook = marks["specname"] or name
+            if hook in OLD_HOOKS:
+                warn_renamed(f"the hook `{hook}`", f"`{OLD_HOOKS[hook]}`")
+                marks["specname"] = OLD_HOOKS[hook]
+        return marks
