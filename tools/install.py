@@ -1,0 +1,105 @@
+"""Install into one of tox's environments, and share what all of them need.
+
+    python -I tools/install.py [PIP'S OPTIONS] [-e] PACKAGE...
+
+Third-party packages of the core are installed once, into layers beside the environments, which
+see them through a path file: torch alone is 700 MB, and took half a minute for each environment.
+The packages of this repository are built here, by one build backend: pip makes an environment for
+each build, which took four seconds for each package.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ROOT / "packages"
+# Beside the environment that runs this: .tox/shared.
+SHARED = Path(sys.prefix).parent / "shared" / str(sys.implementation.cache_tag)
+# The build backend runs in a process of its own: the environment under test does not see it.
+BUILD = "import sys, hatchling.build as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+
+
+def pip(python: Path, *words: str) -> None:
+    """Install with this environment's pip into that of another Python."""
+    target = ["--python", str(python)] if python != Path(sys.executable) else []
+    subprocess.run([sys.executable, "-I", "-m", "pip", *target, "install", *words], check=True)
+
+
+def site_packages(home: Path) -> Path:
+    """Where a virtual environment keeps its packages."""
+    (found,) = home.glob("lib/python*/site-packages")
+    return found
+
+
+def layer(name: str, requirements: list[str], *below: Path) -> Path:
+    """An environment that holds requirements, made where there is none that holds just these.
+
+    Args:
+        below: layers whose packages it sees, and so need not hold.
+    """
+    home = SHARED / name
+    mark, constraints = home / "holds.json", os.environ.get("PIP_CONSTRAINT")
+    held = json.dumps([requirements, constraints and Path(constraints).read_text()])
+    if mark.exists() and mark.read_text() == held:
+        return home
+    shutil.rmtree(home, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    see(site_packages(home), *below)
+    pip(home / "bin/python", "--no-compile", *requirements)
+    mark.write_text(held)
+    return home
+
+
+def see(site: Path, *layers: Path) -> None:
+    """Let an environment find the packages of layers, after its own."""
+    (site / "shared.pth").write_text("".join(f"{site_packages(one)}\n" for one in layers))
+
+
+def built(package: Path, how: str, into: Path, backend: Path) -> Path:
+    """A package of this repository as a wheel, whole or editable."""
+    words = [str(backend / "bin/python"), "-c", BUILD, f"build_{how}", str(into)]
+    done = subprocess.run(words, cwd=package, check=True, stdout=subprocess.PIPE, text=True)
+    return into / done.stdout.split()[-1]
+
+
+def main(words: list[str]) -> None:
+    """Install what pip would have installed with these words."""
+    SHARED.mkdir(parents=True, exist_ok=True)
+    core = tomllib.loads((PACKAGES / "core/pyproject.toml").read_text())["project"]
+    with tempfile.TemporaryDirectory() as folder, (SHARED / "lock").open("w") as lock:
+        # Two environments may be made at a time.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        layers, backend, given, how = [], None, list[str](), "wheel"
+        for word in words:
+            path, bracket, extras = word.partition("[")
+            local = (ROOT / path).resolve()
+            if word == "-e":
+                how = "editable"
+            elif local.parent == PACKAGES:
+                backend = backend or layer("build", ["hatchling", "editables"])
+                wheel = built(local, how, Path(folder), backend)
+                given.append(f"{wheel}{bracket}{extras}")
+                layers = layers or [layer("core", core["dependencies"])]
+                if "conformance" in extras:
+                    extra = [*core["optional-dependencies"]["conformance"], "pytest-xdist"]
+                    layers.append(layer("tests", extra, *layers))
+                how = "wheel"
+            else:
+                given.append(word)
+        see(Path(sysconfig.get_path("purelib")), *layers)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        pip(Path(sys.executable), *given)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
