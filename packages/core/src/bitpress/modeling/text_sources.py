@@ -39,11 +39,7 @@ def read(source: str | None, limit: int | None, render: Render) -> tuple[str, st
         DataError: there is no such source, or its texts cannot be read.
     """
     if source is None:
-        packed = (
-            resources.files("bitpress.compression.calibration")
-            .joinpath("default.txt.xz")
-            .read_bytes()
-        )
+        packed = resources.files("bitpress.modeling").joinpath("default.txt.xz").read_bytes()
         return lzma.decompress(packed).decode()[:limit], SHIPPED
     file = Path(source)
     try:
