@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from architectures import ARCHITECTURES, SERVED  # noqa: E402
-from matrix import COLUMNS, row  # noqa: E402
+from fixtures.architecture_matrix import COLUMNS, row  # noqa: E402
+from fixtures.architectures import ARCHITECTURES, SERVED  # noqa: E402
 
 PAGE = ROOT / "docs/models.md"
 BEGIN, END = (

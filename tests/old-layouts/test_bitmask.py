@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tensors_of, write_model
 
 import bitpress
+from bitpress.conformance.models import tensors_of, write_model
 
 VERSION = importlib.metadata.version("compressed-tensors")
 pytestmark = pytest.mark.skipif(

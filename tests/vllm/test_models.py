@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import SERVED, build
-from matrix import COLUMNS, FAR
+from fixtures.architecture_matrix import COLUMNS, FAR
+from fixtures.architectures import SERVED, build
 from torch import Tensor
 
 from bitpress import compress

@@ -1,0 +1,119 @@
+"""The command as users run it, with the plugins of a folder, for the tests of schemes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from bitpress.cli import main
+from bitpress.schemes.registry import discover
+
+
+def install(
+    folder: Path,
+    name: str,
+    module: str,
+    entry_points: str,
+    version: str = "1.0",
+    requires: Sequence[str] = (),
+) -> Path:
+    """A distribution `name` with one module of the same name (dashes as underscores), found once
+    `folder` is on the path.
+    """
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name.replace('-', '_')}.py").write_text(module)
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(exist_ok=True)
+    wanted = "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{wanted}"
+    )
+    (info / "entry_points.txt").write_text(entry_points)
+    return folder
+
+
+@contextlib.contextmanager
+def plugins(folder: Path | None) -> Iterator[None]:
+    """Inside the block this process finds the plugins of a folder, as a new process with the folder
+    on its path would.
+    """
+    before, path = set(sys.modules), list(sys.path)
+    if folder is not None:
+        sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    discover.cache_clear()
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        discover.cache_clear()
+        for name in set(sys.modules) - before:
+            if folder is not None and str(getattr(sys.modules[name], "__file__", None)).startswith(
+                str(folder)
+            ):
+                del sys.modules[name]
+
+
+def command(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command run in this process, which saves the start of another: what it prints, and its
+    exit code.
+    """
+    words, out, err = ["bitpress", *map(str, arguments)], io.StringIO(), io.StringIO()
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with (
+        plugins(path),
+        patch.object(sys, "argv", words),
+        streams[0],
+        streams[1],
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    return subprocess.CompletedProcess(
+        words, int(str(end.value.code)), out.getvalue(), err.getvalue()
+    )
+
+
+def process(
+    *arguments: object, path: Path | None = None, launcher: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """The command as users start it, running; `path` is a folder of plugins, `launcher` what starts
+    it in Python's place.
+    """
+    environment = dict(os.environ)
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(path), os.environ.get("PYTHONPATH")])
+        )
+    words = [sys.executable, *launcher, "-m", "bitpress", *map(str, arguments)]
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def bitpress(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command as users run it, in a process of its own."""
+    running = process(*arguments, path=path)
+    out, err = running.communicate(timeout=300)
+    return subprocess.CompletedProcess(running.args, running.returncode, out, err)
+
+
+def refusal(*arguments: object, path: Path | None = None) -> str:
+    """The one line with which the command refuses: exit code 2, nothing on standard output, no
+    traceback.
+    """
+    found = command(*arguments, path=path)
+    lines = [line for line in found.stderr.splitlines() if not line.startswith("warning: ")]
+    assert found.returncode == 2, (found.returncode, found.stderr)
+    assert found.stdout == ""
+    assert len(lines) == 1, found.stderr
+    assert lines[0].startswith("bitpress: ")
+    return lines[0]

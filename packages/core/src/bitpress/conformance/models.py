@@ -1,0 +1,107 @@
+"""Small made-up checkpoints, for the tests of schemes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+LLAMA: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def llama_tensors(seed: int = 0, config: Mapping[str, Any] = LLAMA) -> dict[str, torch.Tensor]:
+    """Made-up weights of a Llama of that config, by name, bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, wide, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
+
+    tensors = {
+        "model.embed_tokens.weight": matrix(config["vocab_size"], hidden),
+        "model.norm.weight": torch.ones(hidden).bfloat16(),
+    }
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
+    for i in range(config["num_hidden_layers"]):
+        block = f"model.layers.{i}"
+        for name, rows, columns in (
+            ("self_attn.q_proj", queries, hidden),
+            ("self_attn.k_proj", keys, hidden),
+            ("self_attn.v_proj", keys, hidden),
+            ("self_attn.o_proj", hidden, queries),
+            ("mlp.gate_proj", wide, hidden),
+            ("mlp.up_proj", wide, hidden),
+            ("mlp.down_proj", hidden, wide),
+        ):
+            tensors[f"{block}.{name}.weight"] = matrix(rows, columns)
+        tensors[f"{block}.input_layernorm.weight"] = torch.ones(hidden).bfloat16()
+        tensors[f"{block}.post_attention_layernorm.weight"] = torch.ones(hidden).bfloat16()
+    return tensors
+
+
+def write_model(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    config: Mapping[str, Any] = LLAMA,
+    shards: int = 1,
+) -> Path:
+    """A model folder; with several shards, tensors are dealt out in turn, so that fused layers lie
+    in different files.
+    """
+    folder.mkdir(parents=True)
+    tensors = dict(llama_tensors(config=config) if tensors is None else tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text('{"made": "up"}')
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    places = {tensor: names[i % shards] for i, tensor in enumerate(tensors)}
+    for name in names:
+        save_file(
+            {t: tensors[t] for t, n in places.items() if n == name},
+            folder / name,
+            metadata={"format": "pt"},
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, read by the safetensors library."""
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by relative name."""
+    return {
+        f.relative_to(folder).as_posix(): f.read_bytes()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }

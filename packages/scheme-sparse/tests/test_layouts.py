@@ -1,0 +1,356 @@
+"""What is stored, and that it comes back: in memory, and by the commands as users run them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+
+from bitpress.conformance.commands import command, install, refusal
+from bitpress.conformance.models import LLAMA, files_of, tensors_of, write_model
+from bitpress.schemes import pipeline
+from bitpress.schemes.hardware import find
+from bitpress.schemes.registry import Step, discover
+from bitpress.schemes.values import Layer, StoredLayer
+from bitpress_sparse import bitmask
+
+SCHEMES = ("sparse-2of4", "sparse")
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+def step(name: str, **options: Any) -> Step:
+    return discover().get(name).step({"algorithm": "magnitude"} | options)
+
+
+def stored(
+    this: Step, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Layer, StoredLayer]:
+    layer = pipeline.quantize(Layer("layer", weight, dtype), [this], [{}])
+    return layer, pipeline.record(pipeline.pack(layer, [this]), [this])
+
+
+def weights(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    return (
+        torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+    )
+
+
+def test_a_row_is_laid_out_as_the_format_says() -> None:
+    row = torch.tensor([[0, 1, 0, 2, 3, 4, 0, 0, 5, 0, 0, 6, 0, 0, 7, 8.0]])
+    assert bitmask.bits(row != 0).tolist() == [[58, 201]]
+    assert bitmask.values(row, row != 0).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert torch.equal(
+        bitmask.dense(bitmask.values(row, row != 0), bitmask.bits(row != 0), 16), row
+    )
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    st.sampled_from(SCHEMES),
+    st.integers(1, 20),
+    st.integers(1, 30),
+    st.integers(0, 3),
+    st.integers(0, 1000),
+)
+def test_restoring_is_exact_in_either_layout(
+    name: str, rows: int, quads: int, odd: int, seed: int
+) -> None:
+    width = 4 * quads + (odd if name == "sparse" else 0)
+    # some are zero already
+    weight = weights(rows, width, seed) * (weights(rows, width, seed + 1) > -0.5)
+    for layout in ("dense", "bitmask"):
+        this = step(name, layout=layout)
+        layer, record = stored(this, weight)
+        assert torch.equal(pipeline.dequantize(record.tensors, record.config, [this]), layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_bitmask_stores_each_row_s_weights_and_a_bit_for_each_place(dtype: torch.dtype) -> None:
+    _, record = stored(step("sparse-2of4", layout="bitmask"), weights(6, 20), dtype)
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in record.tensors.items()}
+    assert found == {
+        "compressed": (dtype, (6, 10)),
+        "bitmask": (torch.uint8, (6, 3)),
+        "shape": (torch.int64, (2, 1)),
+    }
+    assert record.config == {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}
+    _, record = stored(step("sparse", layout="bitmask", sparsity=0.7), weights(6, 20), dtype)
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in record.tensors.items()}
+    assert found == {
+        "compressed": (dtype, (36,)),
+        "bitmask": (torch.uint8, (6, 3)),
+        "shape": (torch.int64, (2,)),
+        "row_offsets": (torch.int64, (6,)),
+    }
+    assert record.tensors["row_offsets"].tolist() == [0, 6, 12, 18, 24, 30]
+    assert record.config == {"format": "sparse-bitmask", "sparsity_structure": "unstructured"}
+
+
+def test_a_plain_weight_needs_no_config() -> None:
+    for name in SCHEMES:
+        layer, record = stored(step(name), weights(6, 20))
+        assert record.config is None
+        assert {n: t.dtype for n, t in record.tensors.items()} == {"weight": torch.bfloat16}
+        assert torch.equal(record.tensors["weight"].float(), layer.weight)
+
+
+# --- the commands
+# ----------------------------------------------------------------------
+
+MAGNITUDE = ["--set", "algorithm=magnitude"]
+
+
+def compressed(source: Path, out: Path, scheme: str, *arguments: object) -> Path:
+    done = command("compress", source, out, "--scheme", scheme, *MAGNITUDE, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "vLLM has no sparse layout" in done.stderr or "layout=bitmask" in arguments
+    return out
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_default_is_the_same_model_with_zeros_in_it(
+    tmp_path: Path, scheme: str, shards: int
+) -> None:
+    source = write_model(tmp_path / "m", shards=shards)
+    out = compressed(source, tmp_path / "o", scheme)
+    before, after = tensors_of(source), tensors_of(out)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        same = after[name] == tensor
+        assert same.all() != ("_proj" in name)
+        assert ((after[name] == 0) | same).all()
+    assert json.loads((out / "config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    )
+    assert command("verify", out, "--against", source).returncode == 0
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_bitmask_is_read_back(tmp_path: Path, scheme: str, shards: int) -> None:
+    source = write_model(tmp_path / "m", shards=shards)
+    plain = compressed(source, tmp_path / "plain", scheme)
+    out = compressed(source, tmp_path / "o", scheme, "--set", "layout=bitmask")
+    assert command("verify", out, "--against", source).returncode == 0
+    # bits per weight: eight, and one for its place
+    assert "9." in command("inspect", out).stdout
+    assert command("decompress", out, tmp_path / "dense").returncode == 0
+    expected, found = tensors_of(plain), tensors_of(tmp_path / "dense")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config == {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": dict(step(scheme).options.stored_as)
+        | {"targets": ["Linear"], "ignore": ["lm_head"]},
+    }
+
+
+def test_rows_read_in_pieces_are_put_together(tmp_path: Path) -> None:
+    # several row tiles
+    source = write_model(
+        tmp_path / "m", config=LLAMA | {"intermediate_size": 4096, "num_hidden_layers": 1}
+    )
+    for scheme in SCHEMES:
+        out = compressed(source, tmp_path / scheme, scheme, "--set", "layout=bitmask")
+        assert command("verify", out, "--against", source).returncode == 0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_verify_counts_the_zeros(tmp_path: Path, scheme: str) -> None:
+    source = write_model(tmp_path / "m")
+    out = compressed(source, tmp_path / "o", scheme, "--no-verify")
+    tensors = load_file(out / "model.safetensors")
+    weight = tensors[f"{LAYER}.weight"]
+    weight[100, (weight[100] == 0).nonzero()[0]] = 0.5
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    done = command("verify", out)
+    assert done.returncode == 1
+    most = "3 of 4 neighbours" if scheme == "sparse-2of4" else "65 of 128 neighbours"
+    assert f"{LAYER}: {scheme}: {most} are not zero" in done.stderr
+
+
+def test_a_mask_that_does_not_fit_its_weights_is_a_fault(tmp_path: Path) -> None:
+    out = compressed(
+        write_model(tmp_path / "m"),
+        tmp_path / "o",
+        "sparse",
+        "--set",
+        "layout=bitmask",
+        "--no-verify",
+    )
+    tensors = load_file(out / "model.safetensors")
+    tensors[f"{LAYER}.bitmask"][3, 3] = 255
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    done = command("verify", out)
+    assert done.returncode == 1
+    assert LAYER in done.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads_writes_the_same_bytes(tmp_path: Path, threads: int) -> None:
+    source = write_model(tmp_path / "m", shards=2)
+    out = compressed(source, tmp_path / "o", "sparse", "--threads", threads)
+    assert files_of(out) == files_of(
+        compressed(source, tmp_path / "again", "sparse", "--threads", 2)
+    )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_plan_and_the_summary_say_what_zeros_are_good_for(tmp_path: Path, scheme: str) -> None:
+    source, words = write_model(tmp_path / "m"), "neither size nor speed changes there"
+    assert words in command("plan", source, "--scheme", scheme).stderr
+    done = command("compress", source, tmp_path / "o", "--scheme", scheme, *MAGNITUDE)
+    # before
+    assert words in done.stderr
+    # and after
+    assert words in " ".join(done.stdout.split())
+    assert (
+        "layout=dense loads everywhere"
+        in command("plan", source, "--scheme", scheme, "--set", "layout=bitmask").stderr
+    )
+
+
+# --- what is refused
+# ----------------------------------------------------------------------
+
+
+def recipe(folder: Path, **rules: str) -> Path:
+    """A recipe of rules: steps by pattern."""
+    file = folder / "recipe.toml"
+    file.write_text(
+        "".join(
+            f'[[layers]]\nmatch = "{match}"\nsteps = {steps}\n' for match, steps in rules.items()
+        )
+    )
+    return file
+
+
+def test_two_bitmask_layouts_in_one_model_are_refused(tmp_path: Path) -> None:
+    both = recipe(
+        tmp_path,
+        **{
+            "*.mlp.*": '[{ use = "sparse", layout = "bitmask" }]',
+            "*": '[{ use = "sparse-2of4", layout = "bitmask", algorithm = "magnitude" }]',
+        },
+    )
+    line = refusal("plan", write_model(tmp_path / "m"), "--recipe", both)
+    assert (
+        "sparse-24-bitmask and sparse-bitmask at once" in line
+        or "sparse-bitmask and sparse-24-bitmask at once" in line
+    )
+
+
+def test_shares_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
+    rules = recipe(
+        tmp_path,
+        **{
+            "*.layers.0.*": '[{ use = "sparse", sparsity = 0.25, layout = "bitmask" }]',
+            "*": '[{ use = "sparse", sparsity = 0.75, layout = "bitmask" }]',
+        },
+    )
+    source = write_model(tmp_path / "m")
+    assert command("compress", source, tmp_path / "o", "--recipe", rules).returncode == 0
+    assert command("verify", tmp_path / "o", "--against", source).returncode == 0
+    assert tensors_of(tmp_path / "o")["model.layers.0.self_attn.q_proj.compressed"].shape == (
+        128 * 96,
+    )
+    assert tensors_of(tmp_path / "o")["model.layers.1.self_attn.q_proj.compressed"].shape == (
+        128 * 32,
+    )
+
+
+# A scheme that stores codes, after which no step may follow.
+TOY = """
+import attrs
+from bitpress import StoredLayer, hookimpl
+
+@hookimpl
+def quantize(layer):
+    return attrs.evolve(layer, weight=layer.weight.round(), codes=layer.weight.round().char())
+
+@hookimpl
+def serialize(layer):
+    return StoredLayer({"weight": layer.codes})
+"""
+
+
+def install_toy(folder: Path) -> Path:
+    """The scheme `toy`, found once the folder is on the path."""
+    entry = "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n"
+    return install(folder, "bitpress-scheme-toy", TOY, entry)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--scheme", "sparse", "--set", "sparsity=1"],
+            "sparsity 1.0 is not a share between 0 and 1",
+        ),
+        (["--scheme", "sparse", "--set", "sparsity=half"], "number"),
+        (["--scheme", "sparse-2of4", "--set", "sparsity=0.6"], "no option 'sparsity'"),
+        (
+            ["--scheme", "sparse-2of4+toy", "--set", "layout=bitmask"],
+            "toy cannot follow a step that stores codes",
+        ),
+        (["--scheme", "toy+sparse"], "sparse cannot follow a step that stores codes"),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_it_is_begun(
+    tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    assert words in refusal(
+        "plan", write_model(tmp_path / "m"), *arguments, path=install_toy(tmp_path / "p")
+    )
+
+
+def test_a_width_that_is_no_multiple_of_four_is_refused_naming_the_layer(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "m", config=LLAMA | {"intermediate_size": 130})
+    line = refusal("plan", source, "--scheme", "sparse-2of4")
+    for words in (
+        "model.layers.0.mlp.down_proj",
+        "width 130 is not a multiple of 4",
+        "scheme sparse takes any",
+    ):
+        assert words in line
+    assert command("plan", source, "--scheme", "sparse").returncode == 0
+
+
+@pytest.mark.parametrize("leaf", ["q_proj", "up_proj"])
+def test_layers_that_engines_fuse_must_get_the_same_steps(tmp_path: Path, leaf: str) -> None:
+    source = write_model(tmp_path / "m")
+    for own in ('["sparse-2of4"]', "[]", '[{ use = "sparse", sparsity = 0.4 }]'):
+        line = refusal(
+            "plan", source, "--recipe", recipe(tmp_path, **{f"*.{leaf}": own, "*": '["sparse"]'})
+        )
+        assert f".{leaf}" in line
+        assert "must get the same steps" in line
+    spelt_twice = recipe(
+        tmp_path, **{f"*.{leaf}": '["sparse"]', "*": '[{ use = "sparse", sparsity = 0.5 }]'}
+    )
+    assert command("plan", source, "--recipe", spelt_twice).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "device", "levels"),
+    [
+        ("sparse-2of4", "dense", "H100", ["recommended", "degraded"]),
+        ("sparse-2of4", "dense", "A100", ["supported", "degraded"]),
+        ("sparse-2of4", "dense", "CPU x86", ["supported", "degraded"]),
+        ("sparse-2of4", "bitmask", "H100", ["unsupported"]),
+        ("sparse", "dense", "H100", ["supported", "degraded"]),
+        ("sparse", "bitmask", "CPU Arm", ["unsupported"]),
+    ],
+)
+def test_hardware_is_judged_by_what_its_engine_makes_of_zeros(
+    name: str, layout: str, device: str, levels: list[str]
+) -> None:
+    found = step(name, layout=layout).call("validate_hardware", hardware=find(device))
+    assert [finding.level for finding in found] == levels

@@ -1,0 +1,142 @@
+"""`--max-memory` holds: under a limit that the system enforces a run ends well; what would not fit
+is refused beforehand.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.learner_scheme import CONFIG, runnable_model
+
+import bitpress
+from bitpress.conformance.models import llama_tensors
+from bitpress.planning import memory_estimate
+
+# Everything is imported before the limit is set, and what is resident by then is taken off it.
+# RLIMIT_DATA counts private writable memory: the heap, stacks, and what is mapped for tensors,
+# touched or not.
+LIMITED = """
+import os, resource, sys
+import torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from bitpress import cli
+from bitpress.compression import run
+torch.set_num_threads(1)
+limit = int(sys.argv.pop(1))
+torch.ones(64, 64) @ torch.ones(64, 64)
+def read(key):
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+resident = read("VmRSS:")
+resource.setrlimit(resource.RLIMIT_DATA, (read("VmData:") + limit - resident, -1))
+try:
+    cli.main()
+finally:
+    print("resident at first and at most:", resident, read("VmHWM:"), file=sys.stderr)
+"""
+LARGE = CONFIG | {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "head_dim": 128,
+    "num_hidden_layers": 2,
+}
+
+
+def limited(limit: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command where the system gives no more than the limit, less the share of the interpreter
+    and its libraries.
+    """
+    return python(LIMITED, limit, *arguments, "--max-memory", f"{limit / 1e6}MB")
+
+
+def python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own."""
+    words = [sys.executable, "-c", script, *map(str, arguments)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--scheme", "fp8"],
+        ["--scheme", "w4a16", "--set", "group_size=32", "--samples", 32, "--sequence-length", 96],
+    ],
+    ids=["data-free", "calibrated, hidden states on disk"],
+)
+def test_a_run_keeps_to_what_it_said_it_would_need(tmp_path: Path, arguments: list[object]) -> None:
+    torch.manual_seed(0)
+    model = runnable_model(tmp_path / "model", llama_tensors(config=LARGE), LARGE)
+    scheme, calibrated = str(arguments[1]), "--samples" in arguments
+    need = memory_estimate.estimate_memory(bitpress.plan(model, scheme=scheme), 1, 32 * 96)
+    words = ["compress", model, tmp_path / "out", *arguments, "--threads", 1]
+    words += ["--calibration", tmp_path / "text.txt"] if calibrated else []
+    refused = limited(need - 1_000_000, *words)
+    assert refused.returncode == 2, refused.stderr
+    assert "MB of memory, more than the" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    done = limited(need + 1000, *words)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr.split()[-1]) < need + 1000
+    assert (tmp_path / "out/config.json").exists()
+
+
+WATCHED = """
+import ctypes, sys
+from bitpress import cli
+from bitpress.runtime import memory
+from bitpress.schemes import pipeline
+memory.TRANSFORMERS_BYTES = 0  # memory is short from the beginning
+solve, idle = pipeline.quantize_whole, [0]
+def watched(*arguments):
+    before = memory.taken()
+    ctypes.CDLL(None).malloc_trim(0)
+    idle.append(before - memory.taken())
+    return solve(*arguments)
+pipeline.quantize_whole = watched
+try:
+    cli.main()
+finally:
+    print(len(idle), max(idle), file=sys.stderr)
+"""
+
+
+def test_where_memory_is_short_a_solution_starts_without_what_observing_took(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model = runnable_model(tmp_path / "model", llama_tensors(config=LARGE), LARGE)
+    words = [
+        "compress",
+        model,
+        tmp_path / "out",
+        "--scheme",
+        "w4a16",
+        "--set",
+        "group_size=32",
+        "--max-memory",
+        "600MB",
+    ]
+    words += [
+        "--calibration",
+        tmp_path / "text.txt",
+        "--samples",
+        32,
+        "--sequence-length",
+        96,
+        "--no-verify",
+    ]
+    done = python(WATCHED, *words)
+    assert done.returncode == 0, done.stderr
+    solved, idle = map(int, done.stderr.split()[-2:])
+    assert solved > 8
+    assert idle < 10_000_000

@@ -1,0 +1,165 @@
+"""Experts in one tensor are cut into the layers that engines read, where shape and config leave no
+doubt how, or named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures.toy_scheme import install_toy
+
+import bitpress
+from bitpress.conformance.commands import command, plugins, refusal
+from bitpress.conformance.models import LLAMA, files_of, llama_tensors, tensors_of, write_model
+
+EXPERTS, HIDDEN, WIDE = 3, 128, 32
+CONFIG = LLAMA | {
+    "num_local_experts": EXPERTS,
+    "moe_intermediate_size": WIDE,
+    "num_hidden_layers": 1,
+}
+MODULE = "model.layers.0.mlp.experts"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install_toy(tmp_path_factory.mktemp("plugins"))
+
+
+def tensors(
+    transposed: bool, extra: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """A block's attention, and its experts' weights, (out, in) or (in, out), in two tensors."""
+    generator = torch.Generator().manual_seed(1)
+    both = torch.randn(EXPERTS, 2 * WIDE, HIDDEN, generator=generator).bfloat16()
+    down = torch.randn(EXPERTS, HIDDEN, WIDE, generator=generator).bfloat16()
+    found = {n: t for n, t in llama_tensors(config=CONFIG).items() if ".mlp." not in n}
+    for name, tensor in (("gate_up_proj", both), ("down_proj", down)):
+        found[f"{MODULE}.{name}"] = tensor.mT.contiguous() if transposed else tensor
+    return found | dict(extra or {})
+
+
+def one_by_one(transposed: bool = False) -> dict[str, torch.Tensor]:
+    """The same experts as layers of their own."""
+    found = tensors(False)
+    both, down = found.pop(f"{MODULE}.gate_up_proj"), found.pop(f"{MODULE}.down_proj")
+    for e in range(EXPERTS):
+        parts = {"gate_proj": both[e, :WIDE], "up_proj": both[e, WIDE:], "down_proj": down[e]}
+        found |= {f"{MODULE}.{e}.{leaf}.weight": part.contiguous() for leaf, part in parts.items()}
+    return found
+
+
+def config(model_type: str, **keys: Any) -> dict[str, Any]:
+    return CONFIG | {"model_type": model_type} | keys
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["out, in", "in, out"])
+@pytest.mark.parametrize("model_type", ["llama4_text", "qwen3_vl_moe_text", "qwen3_5_moe_text"])
+def test_fused_experts_become_what_layers_of_their_own_become(
+    tmp_path: Path, toy: Path, model_type: str, transposed: bool
+) -> None:
+    fused = write_model(tmp_path / "fused", tensors(transposed), config(model_type), shards=2)
+    apart = write_model(tmp_path / "apart", one_by_one(), config("qwen3_moe"))
+    with plugins(toy):
+        for source in (fused, apart):
+            bitpress.compress(source, tmp_path / f"{source.name}-out", scheme="toy")
+    found, expected = tensors_of(tmp_path / "fused-out"), tensors_of(tmp_path / "apart-out")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert command("verify", tmp_path / "fused-out", "--against", fused, path=toy).returncode == 0
+
+
+def test_more_threads_write_the_same_bytes(tmp_path: Path, toy: Path) -> None:
+    fused = write_model(tmp_path / "m", tensors(True), config("llama4_text"))
+    with plugins(toy):
+        for threads in (1, 3):
+            bitpress.compress(fused, tmp_path / f"{threads}", scheme="toy", threads=threads)
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
+
+
+def test_experts_of_which_none_is_compressed_stay_fused(tmp_path: Path, toy: Path) -> None:
+    source = write_model(tmp_path / "m", tensors(True), config("llama4_text"))
+    with plugins(toy):
+        bitpress.compress(source, tmp_path / "o", scheme="toy", ignore=["*.experts.*"])
+        ignored = bitpress.plan(source, scheme="toy", ignore=["*.experts.*"]).config[
+            "quantization_config"
+        ]["ignore"]
+    for name in (f"{MODULE}.gate_up_proj", f"{MODULE}.down_proj"):
+        assert torch.equal(tensors_of(tmp_path / "o")[name], tensors_of(source)[name])
+    # engines ask for the experts by other names
+    assert {MODULE, r"re:.*\.0\.mlp\.experts(\..+)?$"} <= set(ignored)
+    assert command("verify", tmp_path / "o", "--against", source, path=toy).returncode == 0
+
+
+NEITHER = {f"{MODULE}.gate_up_proj": torch.zeros(EXPERTS, HIDDEN, WIDE).bfloat16()}
+REFUSED = {
+    "one way in one, the other in the other": (
+        "llama4_text",
+        {f"{MODULE}.down_proj": torch.zeros(EXPERTS, HIDDEN, WIDE).bfloat16()},
+        {},
+        ["neither", "[3, 128, 64]"],
+    ),
+    "shapes that the config does not explain": (
+        "llama4_text",
+        NEITHER,
+        {},
+        [f"{MODULE}.gate_up_proj", "[3, 128, 32]"],
+    ),
+    "a config without a width": (
+        "llama4_text",
+        {},
+        {"moe_intermediate_size": None, "intermediate_size": None},
+        ["0 of an"],
+    ),
+    "gpt-oss": ("gpt_oss", {}, {}, ["gpt-oss's experts", "interleaved"]),
+    "a model that nobody knows": ("novel_moe", {}, {}, ["no engine is known", "'novel_moe'"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_cut_is_refused_by_name_and_can_be_left_out(
+    tmp_path: Path, toy: Path, case: str
+) -> None:
+    model_type, extra, keys, words = REFUSED[case]
+    source = write_model(tmp_path / "m", tensors(True, extra), config(model_type, **keys))
+    line = refusal("plan", source, "--scheme", "toy", path=toy)
+    assert all(word in line for word in [MODULE, "--ignore '*.experts'", *words]), line
+    assert (
+        command(
+            "compress", source, tmp_path / "o", "--scheme", "toy", "--ignore", "*.experts", path=toy
+        ).returncode
+        == 0
+    )
+    assert tensors_of(tmp_path / "o")[f"{MODULE}.down_proj"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*.experts.1.*", "*.experts.*.down_proj", "*.experts.*.gate_proj"]
+)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
+def test_experts_of_a_block_share_their_steps(
+    tmp_path: Path, toy: Path, pattern: str, fused: bool
+) -> None:
+    made = (tensors(True), config("llama4_text")) if fused else (one_by_one(), config("qwen3_moe"))
+    line = refusal(
+        "plan", write_model(tmp_path / "m", *made), "--scheme", "toy", "--ignore", pattern, path=toy
+    )
+    assert f"{MODULE}.0." in line
+    assert "must get the same steps" in line
+
+
+def test_the_result_decompresses_to_layers_of_their_own(tmp_path: Path, toy: Path) -> None:
+    source = write_model(tmp_path / "m", tensors(True), config("llama4_text"))
+    with plugins(toy):
+        bitpress.compress(source, tmp_path / "o", scheme="toy")
+        bitpress.decompress(tmp_path / "o", tmp_path / "dense")
+    expected = one_by_one()
+    for name, tensor in tensors_of(tmp_path / "dense").items():
+        assert torch.allclose(
+            tensor.float(), expected[name].float(), atol=float(expected[name].abs().max()) / 120
+        ), name

@@ -1,0 +1,296 @@
+"""safetensors files are read and written as the safetensors library does, and a header is believed
+in nothing unchecked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bitpress import CheckpointError
+from bitpress.checkpoint.hub import resolve
+from bitpress.checkpoint.reader import DTYPES, NAMES, Reader, open_checkpoint
+from bitpress.checkpoint.safetensors import index, lay_out, read_header
+from bitpress.checkpoint.writer import OutputFolder
+from bitpress.conformance.models import llama_tensors, write_model
+
+KINDS = sorted(DTYPES.values(), key=str)
+tensors = st.dictionaries(
+    st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
+        lambda name: name != "__metadata__"
+    ),
+    st.tuples(st.sampled_from(KINDS), st.lists(st.integers(0, 5), max_size=3)),
+    max_size=8,
+)
+
+
+def numbers(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    """Any bits at all, but for booleans, which have two."""
+    raw = torch.randint(
+        0, 2 if dtype == torch.bool else 256, (*shape, dtype.itemsize), dtype=torch.uint8
+    )
+    return raw.view(dtype).reshape(shape)
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(tensors, st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2))
+def test_a_file_written_here_is_what_the_library_reads(
+    tmp_path_factory: pytest.TempPathFactory, kinds: Any, metadata: dict[str, str]
+) -> None:
+    folder, given_ = (
+        tmp_path_factory.mktemp("file"),
+        {name: numbers(*kind) for name, kind in kinds.items()},
+    )
+    header = lay_out(
+        folder / "f",
+        [(name, NAMES[t.dtype], tuple(t.shape)) for name, t in given_.items()],
+        metadata,
+    )
+    with OutputFolder(folder).shard("f", header) as writer:
+        # in any order
+        for entry in reversed(header.entries):
+            writer.write(entry, given_[entry.name])
+    assert (folder / "f").stat().st_size == header.nbytes
+    assert read_header(folder / "f") == header
+    with safe_open(folder / "f", "pt") as f:
+        assert (f.metadata() or {}) == metadata
+    found = load_file(folder / "f")
+    assert found.keys() == given_.keys()
+    for name, tensor in given_.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(raw(found[name]), raw(tensor))
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(tensors)
+def test_a_file_written_by_the_library_is_read_here(
+    tmp_path_factory: pytest.TempPathFactory, kinds: Any
+) -> None:
+    file, given_ = (
+        tmp_path_factory.mktemp("file") / "f",
+        {name: numbers(*kind) for name, kind in kinds.items()},
+    )
+    save_file(given_, file, metadata={"format": "pt"})
+    header = read_header(file)
+    assert header.metadata == {"format": "pt"}
+    assert header.nbytes == file.stat().st_size
+    assert {e.name for e in header.entries} == given_.keys()
+    with Reader() as reader:
+        for entry in header.entries:
+            found = reader.whole(entry)
+            assert (found.dtype, found.shape) == (
+                given_[entry.name].dtype,
+                given_[entry.name].shape,
+            )
+            assert torch.equal(raw(found), raw(given_[entry.name]))
+
+
+def test_rows_are_read_alone(tmp_path: Path) -> None:
+    weight = torch.randn(40, 7).bfloat16()
+    save_file({"before": torch.ones(3), "weight": weight}, tmp_path / "f")
+    entry = next(e for e in read_header(tmp_path / "f").entries if e.name == "weight")
+    with Reader() as reader:
+        for first, last in ((0, 40), (0, 1), (39, 40), (13, 27), (5, 5)):
+            assert torch.equal(reader.rows(entry, first, last), weight[first:last])
+        assert torch.equal(torch.cat(list(reader.chunks(entry))), raw(weight))
+
+
+def test_rows_are_written_alone(tmp_path: Path) -> None:
+    weight = torch.randn(40, 7)
+    header = lay_out(tmp_path / "f", [("weight", "F32", (40, 7)), ("a", "F64", (3,))], {})
+    with OutputFolder(tmp_path).shard("f", header) as writer:
+        for first in (30, 0, 10, 20):
+            writer.write_rows(
+                next(e for e in header.entries if e.name == "weight"),
+                first,
+                weight[first : first + 10],
+            )
+    assert torch.equal(load_file(tmp_path / "f")["weight"], weight)
+
+
+# --- headers that lie
+# ----------------------------------------------------------------------
+
+# 16 numbers of 4 bytes, then 8 of 2
+SOUND = {
+    "a": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]},
+    "b": {"dtype": "BF16", "shape": [8], "data_offsets": [64, 80]},
+}
+
+
+def write(file: Path, header: Mapping[str, Any] | str, data: int = 80) -> Path:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
+    return file
+
+
+def lie(tensor: str, **claims: Any) -> dict[str, Any]:
+    """The sound header with other claims about one tensor; None leaves a claim out."""
+    item = {key: value for key, value in {**SOUND[tensor], **claims}.items() if value is not None}
+    return {**SOUND, tensor: item}
+
+
+def test_the_header_that_the_lies_start_from_is_sound(tmp_path: Path) -> None:
+    assert [e.name for e in read_header(write(tmp_path / "f", SOUND)).entries] == ["a", "b"]
+
+
+LIES: Mapping[str, tuple[Any, list[str]]] = {
+    "a larger shape": (lie("a", shape=[4, 5]), ["tensor a", "64 bytes", "its shape needs 80"]),
+    "a smaller shape": (lie("a", shape=[4, 3]), ["tensor a", "64 bytes", "its shape needs 48"]),
+    "a shape that overflows": (lie("a", shape=[2**40, 2**40]), ["tensor a", "its shape needs"]),
+    "a negative shape": (lie("a", shape=[-4, -4]), ["tensor a", "no valid"]),
+    "a shape of fractions": (lie("a", shape=[4.0, 4.0]), ["tensor a", "no valid"]),
+    "a shape of truths": (lie("a", shape=[True, 16]), ["tensor a", "no valid"]),
+    "a shape that is a number": (lie("a", shape=16), ["tensor a", "no valid"]),
+    "a narrower dtype": (lie("a", dtype="F16"), ["tensor a", "its shape needs 32"]),
+    "an unknown dtype": (lie("b", dtype="BF17"), ["tensor b", "unknown dtype 'BF17'"]),
+    "a dtype that is a list": (lie("b", dtype=["BF16"]), ["tensor b", "dtype"]),
+    "no dtype": (lie("b", dtype=None), ["tensor b", "no valid"]),
+    "an object for a shape": (
+        lie("b", dtype="U8", shape={}, data_offsets=[64, 65]),
+        ["tensor b", "no valid"],
+    ),
+    "an object for offsets": (lie("b", data_offsets={"64": 0, "80": 0}), ["tensor b", "no valid"]),
+    "no offsets": (lie("b", data_offsets=None), ["tensor b", "no valid"]),
+    "three offsets": (lie("b", data_offsets=[64, 80, 81]), ["tensor b", "no valid"]),
+    "offsets back to front": (lie("b", data_offsets=[80, 64]), ["tensor b", "-16 bytes"]),
+    "an overlap": (lie("b", data_offsets=[60, 76]), ["tensor b", "overlaps"]),
+    "one on the other": (lie("b", data_offsets=[0, 16]), ["overlaps"]),
+    "a gap": (lie("b", data_offsets=[68, 84]), ["tensor b", "leaves a gap"]),
+    "a gap at the beginning": ({"b": SOUND["b"]}, ["tensor b", "leaves a gap"]),
+    "bytes that nobody owns": ({"a": SOUND["a"]}, ["longer than its header says"]),
+    "more than the file holds": (lie("b", shape=[80], data_offsets=[64, 224]), ["cut short"]),
+    "a tensor that is a number": ({**SOUND, "b": 3}, ["tensor b", "no valid"]),
+    "one name twice": ('{"a": 1, "a": 1}', ["a name occurs twice"]),
+    "a list": ("[]", ["not an object"]),
+    "no JSON": ("{", ["not valid"]),
+    "no text": ("", ["not valid"]),
+    "an abyss": ("[" * 100_000, ["not valid"]),
+}
+
+
+@pytest.mark.parametrize("what", LIES)
+def test_a_header_that_lies_is_refused_naming_the_file_and_the_tensor(
+    tmp_path: Path, what: str
+) -> None:
+    header, words = LIES[what]
+    with pytest.raises(CheckpointError) as refusal:
+        read_header(write(tmp_path / "some.safetensors", header))
+    assert "\n" not in str(refusal.value)
+    for word in ["some.safetensors", *words]:
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("length", [81 + len(json.dumps(SOUND)), 2**32, 2**63, 2**64 - 1])
+def test_a_header_longer_than_the_file_is_refused_without_reading_it(
+    tmp_path: Path, length: int
+) -> None:
+    file = write(tmp_path / "some.safetensors", SOUND)
+    file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(
+        CheckpointError, match=r"some\.safetensors: cut short or not a safetensors file"
+    ):
+        read_header(file)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 20])
+def test_the_stump_of_a_file_is_refused(tmp_path: Path, size: int) -> None:
+    os.truncate(write(tmp_path / "some.safetensors", SOUND), size)
+    with pytest.raises(CheckpointError, match=r"some\.safetensors: cut short"):
+        read_header(tmp_path / "some.safetensors")
+
+
+# --- folders
+# ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_s_inventory_is_every_tensor_and_every_other_file(
+    tmp_path: Path, shards: int
+) -> None:
+    folder = write_model(tmp_path / "m", shards=shards)
+    (folder / "sub").mkdir()
+    (folder / "sub/chat_template.jinja").write_text("hello")
+    (folder / ".cache").mkdir()
+    (folder / ".cache/x").write_text("not part of the model")
+    found = open_checkpoint(folder)
+    assert found.entries.keys() == llama_tensors().keys()
+    assert len(found.headers) == shards
+    assert found.others == ("config.json", "tokenizer_config.json", "sub/chat_template.jinja")
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", shards=2)
+    name = "model.norm.weight"
+    first, second = (folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    held = load_file(first) | load_file(second)
+    for file in (first, second):
+        save_file({**load_file(file), name: held[name]}, file)
+    with pytest.raises(
+        CheckpointError, match=f"tensor {name} is in {first.name} and in {second.name}"
+    ):
+        open_checkpoint(folder)
+
+
+def test_a_tensor_that_the_index_forgets_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", shards=2)
+    table = json.loads((folder / "model.safetensors.index.json").read_text())
+    del table["weight_map"]["lm_head.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(table))
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight .* is not in model\.safetensors\.index\.json"
+    ):
+        open_checkpoint(folder)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path: Path) -> None:
+    save_file({"weight": torch.randn(8, 8)}, tmp_path / "f")
+    entry = read_header(tmp_path / "f").entries[0]
+    os.truncate(tmp_path / "f", entry.start + 100)
+    with Reader() as reader, pytest.raises(CheckpointError, match="ended inside tensor weight"):
+        reader.whole(entry)
+
+
+def test_an_index_maps_every_tensor_to_its_file_and_counts_bytes(tmp_path: Path) -> None:
+    a = lay_out(tmp_path / "a", [("x", "F32", (2, 3))], {}).entries
+    b = lay_out(tmp_path / "b", [("y", "BF16", (5,)), ("z", "U8", (1,))], {}).entries
+    assert index({"a": a, "b": b}) == {
+        "metadata": {"total_size": 35},
+        "weight_map": {"x": "a", "y": "b", "z": "b"},
+    }
+
+
+def test_a_name_of_the_hub_is_fetched_and_a_folder_is_not(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def fetch(name: str) -> str:
+        asked.append(name)
+        return str(tmp_path)
+
+    assert resolve("some/model", fetch) == tmp_path
+    assert resolve(tmp_path, fetch) == tmp_path
+    assert resolve("./some/model", fetch) == Path("some/model")
+    assert asked == ["some/model"]
+
+
+def test_a_name_that_the_hub_does_not_give_is_told_in_one_line() -> None:
+    def fetch(name: str) -> str:
+        raise OSError("no route\nto the hub")
+
+    with pytest.raises(
+        CheckpointError, match=r"some/model is no folder, and the Hub did not give it: no route$"
+    ):
+        resolve("some/model", fetch)

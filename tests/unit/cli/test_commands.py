@@ -1,0 +1,258 @@
+"""What commands print for people and for scripts, and how they end."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from bitpress.conformance.commands import bitpress, command, refusal
+from bitpress.conformance.models import files_of, write_model
+
+LAYERS = [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("mlp.down_proj", "self_attn.o_proj")]
+STACKS = [
+    f"model.layers.{i}.{n}"
+    for i in (0, 1)
+    for n in ("mlp.[gate_proj, up_proj]", "self_attn.[q_proj, k_proj, v_proj]")
+]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+def test_the_installed_command_is_the_module(toy: Path) -> None:
+    done = bitpress("schemes", path=toy)
+    assert done.returncode == 0
+    assert done.stdout == command("schemes", path=toy).stdout
+
+
+def test_the_version_is_the_package_s() -> None:
+    assert command("--version").stdout.startswith(f"bitpress {version('bitpress-core')} ")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]], ids=str)
+def test_help_lists_the_commands(words: list[str]) -> None:
+    done = command(*words)
+    assert done.returncode == 0
+    for name in (
+        "schemes",
+        "plan",
+        "compress",
+        "verify",
+        "eval",
+        "inspect",
+        "report",
+        "decompress",
+        "new-scheme",
+    ):
+        assert f" {name} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["compres"], "No such command 'compres'"),
+        (["plan"], "Missing argument 'MODEL'"),
+        (["plan", "a", "b"], "unexpected extra argument"),
+        (["verify", "--agianst", "x"], "No such option"),
+        (["schemes", "--device", "H1000"], "no known device 'H1000'; did you mean 'h100'?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_usage_is_one_line_with_exit_code_2(words: list[str], told: str) -> None:
+    assert told in refusal(*words)
+
+
+def test_without_schemes_the_list_says_where_they_come_from() -> None:
+    done = command("schemes")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        done.stdout == "no schemes are installed; each is a package of its own: pip install "
+        "bitpress-scheme-NAME\n"
+    )
+
+
+def test_the_list_of_schemes_says_what_each_needs_and_where_it_serves(toy: Path) -> None:
+    head, row = [
+        line.split("  ")
+        for line in command("schemes", path=toy).stdout.splitlines()
+        if "toy" in line or "scheme" in line
+    ]
+    assert [cell.strip() for cell in head if cell.strip()] == [
+        "scheme",
+        "package",
+        "bits",
+        "data",
+        "serves on",
+        "what it does",
+    ]
+    assert [cell.strip() for cell in row if cell.strip()] == [
+        "toy",
+        "bitpress-scheme-toy 1.0",
+        "8",
+        "none",
+        "NVIDIA 6.0+, AMD, Intel, Google, CPU",
+        "Toy integers, for tests.",
+    ]
+
+
+def test_one_scheme_is_shown_with_its_options_and_a_named_device(toy: Path) -> None:
+    shown = command("schemes", "toy", "--device", "nvidia a100", path=toy).stdout
+    for words in (
+        "levels",
+        "whole number",
+        "127",
+        "the largest code",
+        "supported",
+        "runs anywhere",
+        "NVIDIA A100",
+    ):
+        assert words in shown
+    assert "H100" not in shown
+
+
+def test_the_schemes_as_json(toy: Path) -> None:
+    found = json.loads(command("schemes", "--json", "--device", "A100", path=toy).stdout)
+    expected = {
+        "name": "toy",
+        "package": "bitpress-scheme-toy",
+        "version": "1.0",
+        "summary": "Toy integers, for tests.",
+        "bits": 8,
+        "data": False,
+        "options": {
+            "levels": {"values": "whole number", "default": 127, "help": "the largest code"},
+            "multiple": {
+                "values": "whole number",
+                "default": 1,
+                "help": "what the width must be a multiple of",
+            },
+        },
+        "hardware": [{"device": "NVIDIA A100", "level": "supported", "text": "runs anywhere"}],
+    }
+    assert found == {"schemes": [expected], "problems": []}
+    assert (
+        json.loads(command("schemes", "toy", "--json", "--device", "A100", path=toy).stdout)
+        == expected
+    )
+
+
+def test_a_plan_shows_stacks_sizes_and_memory_and_writes_nothing(toy: Path, model: Path) -> None:
+    before = files_of(model), sorted(f.name for f in model.parent.iterdir())
+    done = command("plan", model, "--scheme", "toy", "--ignore", "*.layers.1.mlp.*", path=toy)
+    assert (done.returncode, done.stderr) == (0, "")
+    for stack in STACKS:
+        assert (stack in done.stdout) == ("1.mlp" not in stack)
+    assert "11 layers compressed, 10 tensors copied unchanged" in done.stdout
+    assert "8.25" in done.stdout
+    assert (files_of(model), sorted(f.name for f in model.parent.iterdir())) == before
+
+
+def test_a_plan_as_json_names_every_layer_and_every_byte(toy: Path, model: Path) -> None:
+    found = json.loads(
+        command("plan", model, "--scheme", "toy", "--set", "levels=7", "--json", path=toy).stdout
+    )
+    assert len(found["layers"]) == 14
+    assert {layer["stack"] for layer in found["layers"]} == {*LAYERS, *STACKS}
+    assert found["layers"][0] == {
+        "name": "model.layers.0.mlp.down_proj",
+        "steps": [{"use": "toy", "levels": 7, "multiple": 1}],
+        "stack": "model.layers.0.mlp.down_proj",
+        "shape": [128, 256],
+        "bits": 8.125,
+        "reason": "the rule for '*'",
+    }
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= set(
+        found["copied"]
+    )
+    assert found["before"] == (model / "model.safetensors").stat().st_size
+    assert found["after"] == sum(shard["bytes"] for shard in found["shards"])
+    assert found["warnings"] == []
+    assert found["hardware"] == [{"scheme": "toy", "level": "supported", "text": "runs anywhere"}]
+
+
+def test_compress_says_how_much_smaller_how_near_and_how_to_serve(toy: Path, model: Path) -> None:
+    done = command("compress", model, model.parent / "out", "--scheme", "toy", path=toy)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "0.71 MB -> 0.39 MB (1.81x smaller), 8.22 bits per weight" in done.stdout
+    assert "verified: 14 layers read back and compared with the source" in done.stdout
+    assert done.stdout.endswith(f"serve it: vllm serve {model.parent / 'out'}\n")
+    other = command(
+        "compress", model, model.parent / "unproved", "--scheme", "toy", "--no-verify", path=toy
+    )
+    assert "not verified (--no-verify)" in other.stdout
+
+
+def test_inspect_shows_every_layer_with_bits_and_error(toy: Path, model: Path) -> None:
+    out = model.parent / "out"
+    command("compress", model, out, "--scheme", "toy", path=toy)
+    # which needs no scheme
+    done = command("inspect", out)
+    assert done.returncode == 0
+    assert done.stdout.startswith(
+        f"from model, by bitpress {version('bitpress-core')} with bitpress-scheme-toy 1.0\n"
+    )
+    note = json.loads(command("inspect", out, "--json").stdout)
+    assert note["bits"] == pytest.approx(8.225)
+    for name, layer in note["layers"].items():
+        (row,) = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == [name]]
+        assert row == [name, "toy", f"{layer['bits']:.2f}", f"{layer['error']:.5f}"]
+
+
+def test_decompress_says_where_it_wrote(toy: Path, model: Path) -> None:
+    out, dense = model.parent / "out", model.parent / "dense"
+    command("compress", model, out, "--scheme", "toy", path=toy)
+    done = command("decompress", out, dense, path=toy)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{dense}: written\n", "")
+    assert "already holds a model" in refusal("decompress", out, dense, path=toy)
+
+
+@pytest.mark.parametrize(
+    ("finding", "warned"),
+    [("recommended", False), ("supported", False), ("degraded", True), ("unsupported", True)],
+)
+def test_a_device_that_serves_badly_is_a_warning_and_no_refusal(
+    toy: Path, model: Path, finding: str, warned: bool
+) -> None:
+    module = toy / "bitpress_scheme_toy.py"
+    module.write_text(module.read_text().replace('"supported", "runs', f'"{finding}", "runs'))
+    for words in (["plan", model], ["compress", model, model.parent / "out"]):
+        done = command(*words, "--scheme", "toy", path=toy)
+        assert done.returncode == 0
+        line = f"warning: toy is {finding} on this machine's device: runs anywhere\n"
+        assert done.stderr == (line if warned else "")
+
+
+ABOUT = """
+@hookimpl
+def validate_hardware(hardware):
+    good = hardware.capability and hardware.capability >= (9, 0)
+    return [Finding("recommended" if good else "degraded", f"as {hardware.name} goes")]
+
+@hookimpl
+def validate_shape(shape, hardware):
+    return [Finding("unsupported", f"too wide for {hardware.name}")] if shape[1] > 128 else []
+"""
+
+
+def test_a_plan_can_be_made_for_another_device(toy: Path, model: Path) -> None:
+    module = toy / "bitpress_scheme_toy.py"
+    module.write_text(module.read_text().rpartition("@hookimpl")[0] + ABOUT)
+    done = command("plan", model, "--scheme", "toy", "--hardware", "h100", path=toy)
+    assert "device  NVIDIA H100: toy is recommended, as NVIDIA H100 goes\n" in done.stdout
+    assert "down_proj (2 layers): unsupported: too wide for NVIDIA H100\n" in done.stderr
+    assert "degraded" not in done.stderr
+    done = command("plan", model, "--scheme", "toy", "--hardware", "NVIDIA T4", "--json", path=toy)
+    said = json.loads(done.stdout)
+    assert said["device"] == "NVIDIA T4"
+    assert said["hardware"] == [{"scheme": "toy", "level": "degraded", "text": "as NVIDIA T4 goes"}]
+    assert [remark["text"] for remark in said["serving"]] == ["too wide for NVIDIA T4"]
+    done = command("plan", model, "--scheme", "toy", "--hardware", "NVIDIA T4", path=toy)
+    assert "warning: toy is degraded on NVIDIA T4: as NVIDIA T4 goes\n" in done.stderr
+    assert "did you mean 'h100'?" in refusal(
+        "plan", model, "--scheme", "toy", "--hardware", "H101", path=toy
+    )

@@ -1,0 +1,449 @@
+"""The calibrated line, from a model on disk to a smaller one, with a scheme that stores what it has
+seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bitpress.api import compress, plan
+from bitpress.compression.calibration import resumable_forward
+from bitpress.conformance.commands import bitpress, command, plugins, process, refusal
+from bitpress.conformance.models import files_of, llama_tensors, tensors_of
+from bitpress.modeling.decoder import Decoder
+from bitpress.planning.memory_estimate import estimate_memory
+
+HEAD = ["--scheme", "learner", "--samples", "16", "--sequence-length", "64"]
+ORDER = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+
+
+@pytest.fixture
+def learner(tmp_path: Path) -> Iterator[Path]:
+    folder = install_learner(tmp_path / "plugins")
+    with plugins(folder):
+        yield folder
+
+
+def run(model: Path, out: Path, *settings: str, **options: Any) -> Path:
+    """Compress with the toy, on the text beside the model."""
+    compress(
+        model,
+        out,
+        scheme="learner",
+        settings=settings,
+        calibration=model.parent / "text.txt",
+        **{"samples": 160, "sequence_length": 48, **options},
+    )
+    return out
+
+
+def dense(source: Path, out: Path, replaced: set[str], coarse: float = 0.0) -> torch.nn.Module:
+    """The source as transformers runs it, with those layers computing what the output's files say,
+    from rounded inputs.
+    """
+    model, found = (
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(),
+        tensors_of(out),
+    )
+    for name in replaced:
+        module = model.get_submodule(name)
+        module.weight.data = found[f"{name}.weight"].float() * found[f"{name}.weight_scale"]
+        if coarse:
+            module.register_forward_pre_hook(
+                lambda module, inputs: (inputs[0] / coarse).round() * coarse
+            )
+    return model
+
+
+def sums_of_inputs(model: torch.nn.Module, layer: str, ids: torch.Tensor) -> torch.Tensor:
+    """Σ x (in,) over the tokens that reach a layer."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(layer).register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].flatten(0, 1).sum(0))
+    )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
+def token_ids(source: Path, samples: int = 160, length: int = 48) -> torch.Tensor:
+    words = (source.parent / "text.txt").read_text().split()[: samples * length]
+    return torch.tensor([int(word[1:]) for word in words]).view(samples, length)
+
+
+def moved_before(source: Path, out: Path, layer: str, module: str) -> torch.Tensor:
+    """Σ x of a module's inputs in the source, less that with every layer compressed that comes
+    before a layer.
+    """
+    parts = [f"self_attn.{x}_proj" for x in "qkvo"] + [
+        f"mlp.{x}_proj" for x in ("gate", "up", "down")
+    ]
+    layers = [f"model.layers.{block}.{part}" for block in range(3) for part in parts]
+    # the first of four batches
+    now, ids = dense(source, out, set(layers[: layers.index(layer)])), token_ids(source)[:42]
+    return sums_of_inputs(dense(source, out, set()), module, ids) - sums_of_inputs(now, module, ids)
+
+
+@pytest.mark.parametrize(
+    "coarse", [0.0, 0.5], ids=["inputs as they come", "inputs that are rounded while serving"]
+)
+def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(
+    tmp_path: Path, learner: Path, coarse: float
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    out = run(source, tmp_path / "o", "bits=2", f"coarse={coarse}")
+    found, ids = tensors_of(out), token_ids(source)
+    compressed: set[str] = set()
+    for block in range(3):
+        for site in ORDER:
+            layer = f"model.layers.{block}.{site}"
+            expected = sums_of_inputs(dense(source, out, compressed, coarse), layer, ids)
+            torch.testing.assert_close(found[f"{layer}.seen"][0], expected, rtol=1e-4, atol=1e-2)
+            members = [
+                name
+                for name in found
+                if name.startswith(layer.rpartition(".")[0]) and name.endswith("_scale")
+            ]
+            stack = {
+                "self_attn.q_proj": "qkv",
+                "self_attn.o_proj": "o",
+                "mlp.gate_proj": "gu",
+                "mlp.down_proj": "d",
+            }[site]
+            compressed |= {
+                name.removesuffix(".weight_scale")
+                for name in members
+                if name.rpartition(".")[0].split(".")[-1][0] in stack
+            }
+
+
+def test_the_reference_is_what_the_source_makes_of_every_eighth_batch(
+    tmp_path: Path, learner: Path
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    out = run(source, tmp_path / "o", "bits=2")
+    layer = "model.layers.2.mlp.down_proj"
+    moved = moved_before(source, out, layer, layer)
+    torch.testing.assert_close(tensors_of(out)[f"{layer}.seen"][1], moved, rtol=1e-3, atol=1e-2)
+    assert moved.norm() > 1
+
+
+@pytest.mark.parametrize(
+    ("site", "norm"),
+    [("self_attn.o_proj", "input_layernorm"), ("mlp.down_proj", "post_attention_layernorm")],
+)
+def test_a_layer_whose_output_is_added_to_the_stream_is_told_how_far_the_stream_has_moved(
+    tmp_path: Path, learner: Path, site: str, norm: str
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    out = run(source, tmp_path / "o", "bits=2")
+    behind = moved_before(source, out, f"model.layers.1.{site}", f"model.layers.1.{norm}")
+    torch.testing.assert_close(
+        tensors_of(out)[f"model.layers.1.{site}.behind"], behind, rtol=1e-3, atol=1e-2
+    )
+    assert behind.norm() > 1
+    assert not tensors_of(out)["model.layers.1.mlp.up_proj.behind"].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "served"), [(torch.bfloat16, True), (torch.float16, False), (torch.float32, False)]
+)
+def test_a_cpu_that_multiplies_bfloat16_runs_models_of_it_as_they_are_served(
+    tmp_path: Path, learner: Path, dtype: torch.dtype, served: bool
+) -> None:
+    source = runnable_model(
+        tmp_path / "m",
+        {name: tensor.to(dtype) for name, tensor in llama_tensors(config=CONFIG).items()},
+    )
+    exact, layer = run(source, tmp_path / "exact"), "model.layers.2.mlp.down_proj.seen"
+    with patch("bitpress.compression.calibrated.cpu_has", lambda *names: True):
+        out = run(source, tmp_path / "o")
+    wanted, found = tensors_of(exact)[layer][0], tensors_of(out)[layer][0]
+    assert torch.equal(found, wanted) != served
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_there_is_a_file_for_every_block_and_every_tensor_is_in_one(
+    tmp_path: Path, learner: Path, shards: int
+) -> None:
+    source = runnable_model(tmp_path / "m", shards=shards)
+    out = run(source, tmp_path / "o")
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) == 1 + 3
+    for name, tensor in tensors_of(source).items():
+        if "_proj" not in name:
+            assert torch.equal(tensors_of(out)[name], tensor)
+        block = name.split(".")[2] if "layers" in name else None
+        assert {
+            file for other, file in index.items() if other.startswith(f"model.layers.{block}.")
+        } <= {index[name]}
+
+
+def test_what_was_found_is_kept_beside_the_files(tmp_path: Path, learner: Path) -> None:
+    tensors = llama_tensors(config=CONFIG)
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    out = run(runnable_model(tmp_path / "m", tensors), tmp_path / "o", "bits=4")
+    note = json.loads((out / "bitpress.json").read_text())
+    assert note["data"]["source"] == "text.txt"
+    assert note["data"]["tokens"] == str(160 * 48)
+    errors = {name: layer["output_error"] for name, layer in note["layers"].items()}
+    assert all(0 < error < 0.2 for name, error in errors.items() if "layers.1.mlp" not in name)
+    assert "model.layers.1.mlp.up_proj: all its weights are zero" in note["warnings"]
+    assert not list(out.glob("*.notes"))
+
+
+def test_memory_that_is_short_changes_no_byte(tmp_path: Path, learner: Path) -> None:
+    source = runnable_model(tmp_path / "m")
+    roomy = files_of(run(source, tmp_path / "a"))
+    least = estimate_memory(plan(source, scheme="learner"), tokens=160 * 48)
+    assert files_of(run(source, tmp_path / "b", max_memory=least + 1000)) == roomy
+    line = refusal("compress", source, tmp_path / "c", *HEAD, "--max-memory", "500MB", path=learner)
+    assert "500 MB allowed" in line
+
+
+def test_where_memory_is_short_no_forward_is_left_waiting(tmp_path: Path, learner: Path) -> None:
+    source, begun, waiting = runnable_model(tmp_path / "m"), resumable_forward._forward, []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        waiting.append(waiting[-1] + 1 if waiting else 1)
+        try:
+            return begun(*arguments)
+        finally:
+            waiting.append(waiting[-1] - 1)
+
+    with patch.object(resumable_forward, "_forward", counted):
+        run(
+            source,
+            tmp_path / "o",
+            "factors=2 1",
+            max_memory=estimate_memory(plan(source, scheme="learner"), tokens=160 * 48) + 1000,
+        )
+    # one, and the source's
+    assert max(waiting) <= 2
+
+
+def test_a_block_s_weights_are_freed_as_soon_as_it_is_left(
+    tmp_path: Path, learner: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled, alive, block = [], [], Decoder.block
+
+    def noted(self: Decoder, index: int) -> torch.nn.Module:
+        alive.append(sum(reference() is not None for reference in filled))
+        found = block(self, index)
+        filled.append(weakref.ref(next(found.parameters())))
+        return found
+
+    monkeypatch.setattr(Decoder, "block", noted)
+    source = runnable_model(tmp_path / "m", config=CONFIG | {"num_hidden_layers": 4})
+    # a block may take gigabytes: they cannot wait until garbage is looked for
+    gc.disable()
+    try:
+        run(source, tmp_path / "o", "coarse=0.05", samples=16)
+    finally:
+        gc.enable()
+    assert len(filled) > 8
+    # the same block, as it will be compressed and as the source has it
+    assert max(alive) <= 1
+
+
+@pytest.mark.parametrize(
+    "factors", ["4 0.25 1 2 8", "0.3 5"], ids=["powers of two", "others, which are rounded to them"]
+)
+def test_factors_folded_into_what_makes_the_inputs_leave_the_function_as_it_was(
+    tmp_path: Path, learner: Path, factors: str
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    out = run(source, tmp_path / "o", f"factors={factors}")
+    note = json.loads((out / "bitpress.json").read_text())
+    assert {name.split(".", 3)[3] for name in note["rescaled"] if ".layers.0." in name} == {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+        "self_attn.o_proj.weight",
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+        "mlp.down_proj.weight",
+    }
+    model, plain = (
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(),
+        token_ids(source)[:4],
+    )
+    with torch.no_grad():
+        expected = model(plain).logits
+        for name, tensor in model.named_parameters():
+            change, found = note["rescaled"].get(name, {}), tensors_of(out).get(name)
+            if "norm" in name and change:
+                assert torch.equal(
+                    found, (tensor * torch.tensor(change["rows"]).exp2()).to(found.dtype)
+                )
+                assert not torch.equal(found.float(), tensor)
+            tensor.mul_(torch.tensor(change.get("columns", 0)).exp2())
+            tensor.mul_(
+                torch.tensor(change.get("rows", [0])).exp2().reshape(-1, *[1] * (tensor.ndim - 1))
+            )
+        assert torch.allclose(model(plain).logits, expected, atol=1e-5)
+    assert command("verify", out, "--against", source, path=learner).returncode == 0
+
+
+def test_a_norm_that_feeds_more_than_the_layer_is_left_alone_and_named(
+    tmp_path: Path, learner: Path
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    keys = {
+        name: value for name, value in CONFIG.items() if name not in ("model_type", "architectures")
+    }
+    config = AutoConfig.for_model("phi", **keys)
+    torch.manual_seed(0)
+    # Phi's attention and MLP read one norm
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    out = run(source, tmp_path / "o", "factors=4 2")
+    note = json.loads((out / "bitpress.json").read_text())
+    assert "input_layernorm feeds more than this" in " ".join(note["warnings"])
+    assert not [name for name in note["rescaled"] if "norm" in name]
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(tensors_of(out)[norm], tensors_of(source)[norm])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_other_ones(
+    tmp_path: Path, learner: Path
+) -> None:
+    source = runnable_model(tmp_path / "m", config=CONFIG | {"num_hidden_layers": 1})
+    first, same, other = (
+        files_of(run(source, tmp_path / name, "bits=4", samples=16, threads=1, seed=seed))
+        for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    )
+    assert same == first
+    changed = {name for name in first if other[name] != first[name]}
+    assert changed == {
+        "bitpress.json",
+        "README.md",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    ("end", "setting"),
+    [("kill", "factors=2 1"), ("interrupt", "factors=2 1"), ("kill", "coarse=0.5")],
+    ids=["killed", "interrupted", "killed, where inputs are rounded while serving"],
+)
+def test_a_run_that_ends_half_way_goes_on_and_writes_the_same_bytes(
+    tmp_path: Path, learner: Path, end: str, setting: str
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    text = ["--calibration", tmp_path / "text.txt"]
+    # the seventh layer that is decided lies in the second block
+    deadly = tmp_path / f"{end}.7"
+    words = [
+        "compress",
+        source,
+        tmp_path / "o",
+        *HEAD,
+        *text,
+        "--set",
+        f"deadly={deadly}",
+        "--set",
+        setting,
+    ]
+    first = process(*words, path=learner)
+    assert first.wait(timeout=120) == (-signal.SIGKILL if end == "kill" else 130)
+    assert not (tmp_path / "o/config.json").exists()
+    # what lies outside the blocks, and the first block
+    assert len(list((tmp_path / "o").glob("*.safetensors"))) == 2
+    again = bitpress(*words, path=learner)
+    assert again.returncode == 0, again.stderr
+    deadly.unlink()
+    words[2] = tmp_path / "whole"
+    deadly.write_text("x" * 100)
+    assert bitpress(*words, path=learner).returncode == 0
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
+
+
+def test_numbers_that_the_model_itself_makes_infinite_are_named(
+    tmp_path: Path, learner: Path
+) -> None:
+    tensors = llama_tensors(config=CONFIG)
+    for name in ("up_proj", "gate_proj"):
+        tensors[f"model.layers.1.mlp.{name}.weight"] *= 1e30
+    source = runnable_model(tmp_path / "m", tensors)
+    line = refusal(
+        "compress",
+        source,
+        tmp_path / "o",
+        *HEAD,
+        "--calibration",
+        tmp_path / "text.txt",
+        path=learner,
+    )
+    assert "layer model.layers.1.mlp.down_proj" in line
+    assert "NaN or infinity" in line
+    assert not (tmp_path / "o/config.json").exists()
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, learner: Path) -> None:
+    tensors = llama_tensors(config=CONFIG)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
+    line = refusal(
+        "compress", runnable_model(tmp_path / "m", tensors), tmp_path / "o", *HEAD, path=learner
+    )
+    assert "model.layers.2.mlp.up_proj.weight" in line
+
+
+def test_fewer_tokens_than_columns_are_enough_for_a_finite_result(
+    tmp_path: Path, learner: Path
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    out = run(source, tmp_path / "o", samples=1, sequence_length=20)
+    assert all(tensor.float().isfinite().all() for tensor in tensors_of(out).values())
+
+
+def after_blocks(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The hidden states after each block."""
+    seen: list[torch.Tensor] = []
+    for block in model.model.layers:
+        block.register_forward_hook(
+            lambda module, inputs, output: seen.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    return seen
+
+
+def test_how_far_each_block_s_output_is_from_the_source_s_is_recorded(
+    tmp_path: Path, learner: Path
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    out = run(source, tmp_path / "o", "bits=3")
+    found = json.loads((out / "bitpress.json").read_text())["blocks"]
+    layers = {
+        f"model.layers.{b}.{s}" for b in range(3) for s in [f"self_attn.{x}_proj" for x in "qkvo"]
+    }
+    layers |= {f"model.layers.{b}.mlp.{s}_proj" for b in range(3) for s in ("gate", "up", "down")}
+    # the batch that the source is run on
+    ids = token_ids(source)[:42]
+    now, before = (
+        after_blocks(dense(source, out, layers), ids),
+        after_blocks(dense(source, out, set()), ids),
+    )
+    expected = [float((a - b).norm() / b.norm()) for a, b in zip(now, before, strict=True)]
+    assert list(found) == [f"model.layers.{block}" for block in range(3)]
+    assert list(found.values()) == pytest.approx(expected, rel=1e-3)
+    assert min(expected) > 0.01

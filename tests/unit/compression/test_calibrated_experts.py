@@ -1,0 +1,360 @@
+"""Experts are fitted to the tokens that their router sends them, counted, and compressed as without
+data where these are few.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from fixtures.architectures import build
+from fixtures.learner_scheme import install_learner
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+import bitpress
+from bitpress.checkpoint import layer_names
+from bitpress.checkpoint.reader import Reader, open_checkpoint
+from bitpress.checkpoint.source import seen
+from bitpress.compression import calibrated
+from bitpress.compression.calibration.activation_streams import Streams
+from bitpress.conformance.commands import command, plugins, refusal
+from bitpress.conformance.models import files_of, tensors_of
+from bitpress.modeling.capture import record
+from bitpress.modeling.decoder import Decoder
+from bitpress.modeling.hidden_states import States
+from bitpress.modeling.tokens import load
+from bitpress.planning import linear_layers
+from bitpress.planning.calibration_config import CalibrationConfig
+
+FAMILIES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "llama4",
+    "llama4_text",
+    "qwen3_next",
+    "qwen3_vl_moe",
+    "bamba",
+    "mamba2",
+    "falcon_h1",
+    "qwen2_5_vl",
+    "llava",
+    "gemma3",
+]
+BATCHES = (torch.arange(72).reshape(2, 3, 12) * 7 % 95 + 1).unbind(0)
+CPU, FLOAT = torch.device("cpu"), torch.float32
+
+
+class LastBlockReached(Exception):  # noqa: N818 (a way out, not a fault)
+    """Raised when the last block has been run."""
+
+
+def whole(folder: Path) -> torch.nn.Module:
+    """The model as transformers loads it, float32."""
+    for kind in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        try:
+            return kind.from_pretrained(folder, dtype=FLOAT, experts_implementation="eager").eval()  # type: ignore[no-any-return]
+        except ValueError:
+            continue
+    raise AssertionError(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_run_alone_give_what_the_whole_model_gives(tmp_path: Path, family: str) -> None:
+    folder = build(family, tmp_path / "m")
+    source = seen(open_checkpoint(folder))
+    with Reader() as reader, torch.no_grad():
+        container = layer_names.container(next(iter(linear_layers.linear_layers(source))))
+        decoder = Decoder(source, container, reader, CPU, FLOAT)
+        decoder.require()
+        recording = record(decoder, BATCHES, CPU, FLOAT)
+        streams = Streams(recording.hidden, States([]), [], waiting=0, device=CPU)
+        for index in range(len(decoder)):
+            streams.enter(decoder.block(index), None, recording.calls[index])
+            streams.leave()
+        model, outputs = whole(folder), []
+
+        def stop(
+            module: torch.nn.Module, arguments: object, output: Tensor | tuple[Tensor, ...]
+        ) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            # what follows fails in transformers 5.24's Llama 4 without an image
+            raise LastBlockReached
+
+        model.get_submodule(decoder.container)[-1].register_forward_hook(stop)
+        for i, batch in enumerate(BATCHES):
+            with pytest.raises(LastBlockReached):
+                model(input_ids=batch, use_cache=False)
+            torch.testing.assert_close(recording.hidden[i], outputs[i], atol=2e-6, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def learner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install_learner(tmp_path_factory.mktemp("plugins"))
+
+
+# what comes before them stays as it was
+ONLY = '[[layers]]\nmatch = "*.layers.1.mlp.experts.*"\nsteps = ["learner"]\n'
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+def compress(
+    source: Path, out: Path, learner: Path, samples: int = 8, **options: bool
+) -> bitpress.Manifest:
+    rules = out.parent / "rules.toml"
+    rules.write_text(ONLY)
+    with plugins(learner):
+        return bitpress.compress(
+            source,
+            out,
+            recipe_file=rules,
+            calibration=source.parent / "text.txt",
+            samples=samples,
+            sequence_length=32,
+            **options,
+        )
+
+
+def sent(folder: Path, samples: int) -> tuple[Tensor, list[Tensor]]:
+    """All tokens that come to the last block's experts, and each expert's, by transformers' own
+    router.
+    """
+    model, calls = whole(folder), []
+    model.get_submodule(EXPERTS).register_forward_pre_hook(
+        lambda module, arguments: calls.append(arguments)
+    )
+    ids = load(CalibrationConfig(str(folder.parent / "text.txt"), samples, 32), folder, {}).ids
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    hidden, index, _ = calls[0]
+    return hidden, [hidden[(index == e).any(1)] for e in range(4)]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_an_expert_sees_the_tokens_that_the_router_sends_it(
+    tmp_path: Path, learner: Path, family: str
+) -> None:
+    source = build(family, tmp_path / "m")
+    note, (_, expected) = compress(source, tmp_path / "o", learner), sent(source, 8)
+    found = tensors_of(tmp_path / "o")
+    for e, tokens in enumerate(expected):
+        assert note.layers[f"{EXPERTS}.{e}.gate_proj"].tokens == len(tokens)
+        if len(tokens) >= 64:
+            torch.testing.assert_close(
+                found[f"{EXPERTS}.{e}.up_proj.seen"][0], tokens.sum(0), rtol=1e-4, atol=1e-3
+            )
+    assert max(map(len, expected)) >= 64
+
+
+def test_every_expert_may_see_all_tokens(tmp_path: Path, learner: Path) -> None:
+    source = build("qwen3_moe", tmp_path / "m")
+    note, (tokens, _) = (
+        compress(source, tmp_path / "o", learner, samples=2, all_experts=True),
+        sent(source, 2),
+    )
+    found = tensors_of(tmp_path / "o")
+    for e in range(4):
+        torch.testing.assert_close(
+            found[f"{EXPERTS}.{e}.gate_proj.seen"][0], tokens.sum(0), rtol=1e-4, atol=1e-3
+        )
+    assert note.data is not None
+    assert note.data["experts"] == "every token"
+    assert not note.warnings
+
+
+def never_sent(source: Path, expert: int) -> None:
+    """Let the router never choose an expert."""
+    tensors = tensors_of(source)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors[name] = tensors[name].index_fill(0, torch.tensor([expert]), -1e4)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_expert_with_few_tokens_is_compressed_as_without_data_and_told_of(
+    tmp_path: Path, learner: Path
+) -> None:
+    source = build("glm4_moe", tmp_path / "m")
+    never_sent(source, 2)
+    note = compress(source, tmp_path / "o", learner, samples=3)
+    few = {e: note.layers[f"{EXPERTS}.{e}.up_proj"].tokens for e in range(4)}
+    assert few[2] == 0
+    assert any(0 < (count or 0) < 64 for count in few.values())
+    short = [e for e, count in few.items() if count is not None and count < 64]
+    assert (
+        f"{EXPERTS}: {len(short)} of 4 experts were sent fewer than 64 tokens" in note.warnings[0]
+    )
+    assert "2 (0 tokens)" in note.warnings[0]
+    found = tensors_of(tmp_path / "o")
+    for e in range(4):
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            assert found[f"{EXPERTS}.{e}.{leaf}.seen"].any() == (e not in short)
+            scale = found[f"{EXPERTS}.{e}.{leaf}.weight_scale"]
+            assert (scale > 0).all()
+            assert scale.isfinite().all()
+    assert (
+        json.loads((tmp_path / "o/bitpress.json").read_text())["layers"][f"{EXPERTS}.2.up_proj"][
+            "tokens"
+        ]
+        == 0
+    )
+
+
+def test_tensors_of_which_transformers_makes_no_module_are_kept(
+    tmp_path: Path, learner: Path
+) -> None:
+    source = build("deepseek_v3", tmp_path / "m")
+    more = {
+        "model.layers.2.eh_proj.weight": torch.randn(128, 256).bfloat16(),
+        "model.layers.2.mlp.experts.0.gate_proj.weight": torch.randn(64, 128).bfloat16(),
+        "mtp.layers.0.mlp.up_proj.weight": torch.randn(64, 128).bfloat16(),
+    }
+    save_file(tensors_of(source) | more, source / "model.safetensors", metadata={"format": "pt"})
+    with plugins(learner):
+        bitpress.compress(
+            source,
+            tmp_path / "o",
+            scheme="learner",
+            calibration=tmp_path / "text.txt",
+            sequence_length=32,
+            samples=2,
+        )
+    found = tensors_of(tmp_path / "o")
+    ignored = json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]["ignore"]
+    for name, tensor in more.items():
+        assert torch.equal(found[name], tensor)
+        assert name.removesuffix(".weight") in ignored
+
+
+def test_a_config_under_which_the_model_cannot_run_is_told_in_one_line(
+    tmp_path: Path, learner: Path
+) -> None:
+    source = build("qwen2_5_vl", tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    # of heads that have 16 such channels
+    config["text_config"]["rope_parameters"]["mrope_section"] = [4, 4, 4]
+    (source / "config.json").write_text(json.dumps(config))
+    words = [
+        "--scheme",
+        "learner",
+        "--calibration",
+        tmp_path / "text.txt",
+        "--sequence-length",
+        "32",
+        "--samples",
+        "2",
+    ]
+    said = refusal("compress", source, tmp_path / "o", *words, path=learner)
+    assert "cannot be run on a text" in said
+    assert "split_with_sizes expects" in said
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen2_5_vl", "qwen3_vl_moe", "llava", "gemma3"])
+def test_what_sees_is_copied_and_ignored_under_any_of_its_names(
+    tmp_path: Path, learner: Path, family: str
+) -> None:
+    source = build(family, tmp_path / "m")
+    with plugins(learner):
+        note = bitpress.compress(
+            source,
+            tmp_path / "o",
+            scheme="learner",
+            calibration=tmp_path / "text.txt",
+            sequence_length=32,
+            samples=2,
+        )
+    before, after = tensors_of(source), tensors_of(tmp_path / "o")
+    outside = [
+        name
+        for name in before
+        if not re.search(r"(^|\.)(language_model|model)\.layers\.", name) or "vision" in name
+    ]
+    assert len(outside) > 10
+    assert all(torch.equal(after[name], before[name]) for name in outside)
+    ignored = json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]["ignore"]
+    patterns = [pattern.removeprefix("re:") for pattern in ignored if pattern.startswith("re:")]
+    for name in outside:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and before[name].ndim == 2 and "embed" not in module.rpartition(".")[2]:
+            for known in (
+                module,
+                f"model.{module}",
+                module.removeprefix("model."),
+                module.removeprefix("language_model."),
+            ):
+                assert any(re.match(pattern, known) for pattern in patterns), known
+    assert not any(re.match(pattern, module) for pattern in patterns for module in note.layers)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_a_run_that_ended_goes_on_to_the_same_bytes(
+    tmp_path: Path, learner: Path, family: str
+) -> None:
+    source, block = build(family, tmp_path / "m"), calibrated._block
+
+    def ended(plan: Any, shard: Any, *others: Any) -> Any:
+        if shard.block == 1:
+            raise KeyboardInterrupt
+        return block(plan, shard, *others)
+
+    def run(out: Path) -> None:
+        bitpress.compress(
+            source,
+            out,
+            scheme="learner",
+            settings=["coarse=0.01"],
+            calibration=tmp_path / "text.txt",
+            sequence_length=32,
+            samples=6,
+        )
+
+    with plugins(learner):
+        run(tmp_path / "whole")
+        with patch.object(calibrated, "_block", ended), pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "o")
+        run(tmp_path / "o")
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
+
+
+def test_the_summary_tells_of_tokens(tmp_path: Path, learner: Path) -> None:
+    source = build("mixtral", tmp_path / "m")
+    found = command(
+        "compress",
+        source,
+        tmp_path / "o",
+        "--scheme",
+        "learner",
+        "--calibration",
+        tmp_path / "text.txt",
+        "--samples",
+        2,
+        "--sequence-length",
+        32,
+        path=learner,
+    )
+    assert "tokens sent to an expert: " in found.stdout
+    assert "experts were sent fewer than 64 tokens" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("qwen3", "no experts of this model"), ("llama4", "is given an expert's own tokens only")],
+)
+def test_where_experts_cannot_be_given_all_tokens_that_is_said(
+    tmp_path: Path, learner: Path, family: str, words: str
+) -> None:
+    source = build(family, tmp_path / "m")
+    arguments = ("--calibration", tmp_path / "text.txt", "--sequence-length", 32, "--all-experts")
+    assert words in refusal(
+        "compress", source, tmp_path / "o", "--scheme", "learner", *arguments, path=learner
+    )

@@ -1,0 +1,237 @@
+"""The same bytes whoever computes them and however often the run is killed; and nothing looks
+finished before it is.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from fixtures.toy_scheme import TOY, install_deadly
+
+import bitpress
+from bitpress import VerificationError
+from bitpress.checkpoint import lock
+from bitpress.checkpoint.filenames import RUN_RECORD
+from bitpress.checkpoint.reader import Reader
+from bitpress.checkpoint.safetensors import read_header
+from bitpress.checkpoint.writer import OutputFolder
+from bitpress.compression import data_free
+from bitpress.conformance.commands import command, install, plugins, process, refusal
+from bitpress.conformance.models import files_of, llama_tensors, write_model
+from bitpress.schemes import stored_layout
+
+SHARDS = [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+
+
+@pytest.fixture
+def deadly(tmp_path: Path) -> Path:
+    return install_deadly(tmp_path / "deadly")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", shards=4)
+
+
+@pytest.fixture
+def expected(tmp_path: Path, model: Path, deadly: Path) -> dict[str, bytes]:
+    """What a run that nothing disturbs writes."""
+    with plugins(deadly):
+        bitpress.compress(model, tmp_path / "undisturbed", scheme="toy", threads=1)
+    return files_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("threads", [1, 4, 17])
+def test_the_files_do_not_depend_on_threads(
+    tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes], threads: int
+) -> None:
+    with plugins(deadly):
+        bitpress.compress(model, tmp_path / "out", scheme="toy", threads=threads)
+    assert files_of(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("tile", [1, 1000])
+def test_the_weights_do_not_depend_on_the_size_of_tiles(
+    tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes], tile: int
+) -> None:
+    with plugins(deadly), patch.object(stored_layout, "TILE", tile):
+        bitpress.compress(model, tmp_path / "out", scheme="toy")
+    for name in SHARDS:
+        assert (tmp_path / "out" / name).read_bytes() == expected[name]
+
+
+def test_the_files_do_not_depend_on_the_order_of_shards(
+    tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes]
+) -> None:
+    with plugins(deadly), Reader() as reader:
+        work = bitpress.plan(model, scheme="toy")
+        for shard in reversed(work.shards):
+            data_free.write_shard(
+                shard,
+                OutputFolder(tmp_path),
+                reader,
+                2,
+                (torch.device("cpu"),),
+                lambda done, what="": None,
+            )
+    assert {name: (tmp_path / name).read_bytes() for name in SHARDS} == {
+        name: expected[name] for name in SHARDS
+    }
+
+
+# where a run dies: (stack, finished shards)
+PLACES = {
+    "in the first shard": ("model.layers.1.mlp.[gate_proj, up_proj]", 0),
+    "in the second shard": ("model.layers.0.mlp.down_proj", 1),
+    "in the last shard": ("model.layers.1.self_attn.o_proj", 3),
+    "while it is verified": ("restore", 4),
+}
+DEATHS = [
+    ("in the first shard", signal.SIGKILL, 4),
+    ("in the second shard", signal.SIGKILL, 1),
+    ("in the last shard", signal.SIGKILL, 4),
+    ("while it is verified", signal.SIGKILL, 1),
+    ("in the second shard", signal.SIGTERM, 4),
+    ("in the second shard", signal.SIGINT, 1),
+    ("in the last shard", signal.SIGINT, 4),
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "threads"), DEATHS, ids=lambda value: getattr(value, "name", str(value))
+)
+def test_a_run_that_was_killed_goes_on_from_the_finished_shards_to_the_same_bytes(
+    tmp_path: Path,
+    model: Path,
+    deadly: Path,
+    expected: dict[str, bytes],
+    place: str,
+    kind: signal.Signals,
+    threads: int,
+) -> None:
+    out, (where, finished) = tmp_path / "out", PLACES[place]
+    (deadly / "die").write_text(f"{where}|{int(kind)}")
+    arguments = ("compress", model, out, "--scheme", "toy", "--threads", threads)
+    running = process(*arguments, path=deadly)
+    _, error = running.communicate(timeout=120)
+    assert running.returncode == (130 if kind is signal.SIGINT else -kind), error
+    if kind is signal.SIGINT:
+        assert error == "bitpress: interrupted; the same command goes on from the finished shards\n"
+        assert not list(out.glob("*.part"))
+    assert not (out / "config.json").exists()
+    shards = {file.name: file.stat() for file in out.glob("*.safetensors")}
+    assert sorted(shards) == SHARDS[:finished]
+    for name in shards:
+        assert (out / name).read_bytes() == expected[name]
+    (deadly / "die").unlink()
+    assert command(*arguments, path=deadly).returncode == 0
+    assert files_of(out) == expected
+    for name, before in shards.items():
+        after = (out / name).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), (
+            "a finished shard was written again"
+        )
+
+
+RENAME_KILLS = """
+import os, pathlib, sys, bitpress.cli
+rename, left = pathlib.Path.rename, [int(sys.argv.pop(1))]
+def deadly(self, target):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), 9)
+    return rename(self, target)
+pathlib.Path.rename = deadly
+bitpress.cli.main()
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1, 5, 6, 9], ids=lambda n: f"after {n} files")
+def test_until_every_other_file_has_its_name_the_folder_is_no_model(
+    tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes], renames: int
+) -> None:
+    out = tmp_path / "out"
+    words = [sys.executable, "-c", RENAME_KILLS, renames, "compress", model, out, "--scheme", "toy"]
+    with patch.dict("os.environ", {"PYTHONPATH": ":".join([str(deadly), *sys.path])}):
+        assert (
+            subprocess.run(list(map(str, words)), capture_output=True, check=False).returncode
+            == -signal.SIGKILL
+        )
+    left = [name for name in files_of(out) if not name.endswith((".part", lock.NAME))]
+    assert len(left) == renames
+    assert "config.json" not in left
+    if renames == 9:
+        assert {*left, "config.json"} == {*expected, RUN_RECORD}
+    assert command("compress", model, out, "--scheme", "toy", path=deadly).returncode == 0
+    assert files_of(out) == expected
+
+
+def test_a_result_that_fails_its_proof_gets_no_config(tmp_path: Path, model: Path) -> None:
+    liar = TOY.replace('tensors["weight"].float()', 'tensors["weight"].float() * 2')
+    install(
+        tmp_path / "liar",
+        "bitpress-scheme-toy",
+        liar,
+        "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
+    )
+    with plugins(tmp_path / "liar"), pytest.raises(VerificationError) as refusal:
+        bitpress.compress(model, tmp_path / "out", scheme="toy")
+    assert len(refusal.value.faults) == 14
+    assert "further from the source's than rounding can move it" in refusal.value.faults[0]
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_shard_of_another_run_is_not_taken_for_one_s_own(
+    tmp_path: Path, model: Path, deadly: Path
+) -> None:
+    out = tmp_path / "out"
+    with plugins(deadly):
+        bitpress.compress(model, out, scheme="toy")
+    for file in out.iterdir():
+        if file.name != SHARDS[0]:
+            file.unlink()
+    line = refusal("compress", model, out, "--scheme", "toy", "--set", "levels=7", path=deadly)
+    assert SHARDS[0] in line
+    assert (
+        "left by another run (recipe, versions or source differ); delete the folder first" in line
+    )
+
+
+def test_the_digest_of_a_plan_tells_apart_what_would_be_written_otherwise(tmp_path: Path) -> None:
+    def digest(folder: str, version: str = "1.0", seed: int = 0, **arguments: object) -> str:
+        install(
+            tmp_path / f"p{version}",
+            "bitpress-scheme-toy",
+            TOY,
+            "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
+            version,
+        )
+        tensors = llama_tensors(seed) if seed < 2 else llama_tensors() | {"more": torch.zeros(2)}
+        if not (tmp_path / folder).exists():
+            write_model(tmp_path / folder, tensors)
+        with plugins(tmp_path / f"p{version}"):
+            return bitpress.plan(tmp_path / folder, scheme="toy", **arguments).digest  # type: ignore[arg-type]
+
+    assert digest("a") == digest("a")
+    others = [
+        digest("a", version="2.0"),
+        digest("b", seed=2),
+        digest("a", settings=["levels=7"]),
+        digest("a", ignore=["*.o_proj"]),
+    ]
+    assert len({digest("a"), *others}) == 5
+
+
+def test_a_shard_carries_the_plan_s_digest(tmp_path: Path, with_toy: Path, model: Path) -> None:
+    bitpress.compress(model, tmp_path / "out", scheme="toy")
+    digest = bitpress.plan(model, scheme="toy").digest
+    for name in SHARDS:
+        assert read_header(tmp_path / "out" / name).metadata == {"format": "pt", "bitpress": digest}
+    assert "bitpress" not in json.loads((tmp_path / "out/config.json").read_text())

@@ -1,0 +1,344 @@
+"""`search` writes the recipe that costs least in a budget, by what each choice alone does to the
+model's predictions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from fixtures.architectures import build
+from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
+from fixtures.toy_scheme import TOY, install_toy
+
+import bitpress
+from bitpress.api import search
+from bitpress.compression.search.sensitivity import parts
+from bitpress.conformance.commands import bitpress as process, command, install, plugins, refusal
+from bitpress.conformance.models import write_model
+from bitpress.errors import RecipeError
+
+# 4-bit codes, two in a byte: half as large as those of `toy`
+SHORT = (
+    TOY.replace("import bitpress\n", "import bitpress\nfrom bitpress import numerics\n")
+    .replace("option(127,", "option(7,")
+    .replace(
+        '"weight": layer.codes,',
+        '"weight_packed": numerics.pack_bytes((layer.codes + 8).byte(), 4),',
+    )
+    .replace('"num_bits": 8', '"num_bits": 4')
+    .replace(
+        'tensors["weight"].float()',
+        '(numerics.unpack_bytes(tensors["weight_packed"], 4).float() - 8)',
+    )
+)
+TEXT = ("--samples", "16", "--sequence-length", "64", "--threads", "1")
+CHEAP = {"samples": 16, "sequence_length": 64, "threads": 1}
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Iterator[Path]:
+    folder = install_learner(install_toy(tmp_path / "plugins"))
+    install(
+        folder,
+        "bitpress-scheme-short",
+        SHORT,
+        "[bitpress.schemes]\nshort = bitpress_scheme_short\n",
+    )
+    with plugins(folder):
+        yield folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return runnable_model(tmp_path / "model", config=CONFIG | {"num_hidden_layers": 2})
+
+
+def words(sequences: torch.Tensor) -> str:
+    return " ".join(f"w{i}" for i in sequences.flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings"),
+    [
+        ("short", []),
+        ("learner", ["bits=3", "coarse=0.5"]),
+        ("learner", ["bits=3", "factors=4 0.5"]),
+    ],
+    ids=["without data", "calibrated, inputs rounded", "rescaled"],
+)
+@pytest.mark.parametrize("layer", ["self_attn.o_proj", "mlp.down_proj"])
+def test_a_damage_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
+    installed: Path, model: Path, tmp_path: Path, scheme: str, settings: list[str], layer: str
+) -> None:
+    text = model.parent / "text.txt"
+    asked = {"schemes": [scheme, "none"], "budget": 200, "settings": settings, "calibration": text}
+    found = search(model, tmp_path / "r.toml", **asked, **CHEAP)
+    fitted, judged = parts(
+        torch.tensor([int(word[1:]) for word in text.read_text().split()[: 16 * 64]]).view(16, 64)
+    )
+    (tmp_path / "fitted.txt").write_text(words(fitted))
+    (tmp_path / "judged.txt").write_text(words(judged) + " w0")
+    name = f"model.layers.0.{layer}"
+    (tmp_path / "one.toml").write_text(f'[[layers]]\nmatch = "{name}"\nsteps = ["{scheme}"]\n')
+    bitpress.compress(
+        model,
+        tmp_path / "out",
+        recipe_file=tmp_path / "one.toml",
+        settings=settings,
+        calibration=tmp_path / "fitted.txt",
+        samples=len(fitted),
+        sequence_length=64,
+        threads=1,
+    )
+    wanted = bitpress.eval(
+        tmp_path / "out", tmp_path / "judged.txt", model, sequence_length=64, threads=1
+    ).kl
+    assert wanted is not None
+    assert wanted > 1e-6
+    assert found.damages[name, scheme] == pytest.approx(wanted, rel=1e-3)
+    assert found.damages[name, "none"] == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "length"), [(1, 64), (2, 64), (5, 512), (64, 512), (1000, 512), (3, 8192)]
+)
+def test_no_sequence_that_candidates_are_fitted_to_judges_them(count: int, length: int) -> None:
+    ids = torch.arange(count)[:, None].expand(count, length)
+    fitted, judged = (set(part[:, 0].tolist()) for part in parts(ids))
+    assert fitted | judged == set(range(count))
+    assert count == 1 or not fitted & judged
+    assert 1 <= len(judged) <= max(4096 // length, 1)
+    assert count < 3 or max(judged) - min(judged) >= min(len(judged), count) - 1
+
+
+def test_the_recipe_keeps_to_the_budget_and_is_carried_out_as_it_stands(
+    installed: Path, model: Path, tmp_path: Path
+) -> None:
+    recipe, text = tmp_path / "found.toml", model.parent / "text.txt"
+    words = (
+        "--budget",
+        "6",
+        "--schemes",
+        "short, toy",
+        "--out",
+        recipe,
+        "--calibration",
+        text,
+        *TEXT,
+    )
+    done = process("search", model, *words, "--json", path=installed)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert {layer["chosen"] for layer in said["layers"]} == {"short", "toy"}
+    plan = bitpress.plan(model, recipe_file=recipe)
+    got = {module: stack.steps[0].scheme.name for stack in plan.stacks for module in stack.members}
+    assert got == {
+        module: layer["chosen"] for layer in said["layers"] for module in layer["modules"]
+    }
+    stored = sum(layer["candidates"][layer["chosen"]]["bytes"] for layer in said["layers"])
+    assert 8 * stored == sum(
+        stack.bits(m) * e.numel for stack in plan.stacks for m, e in stack.members.items()
+    )
+    assert (
+        said["bits"]
+        == 8 * stored / sum(e.numel for stack in plan.stacks for e in stack.members.values())
+        <= 6.005
+    )
+    note = bitpress.compress(model, tmp_path / "out", recipe_file=recipe, threads=1)
+    assert round(note.bits, 6) == round(said["bits"], 6)
+    assert said["kl"] == pytest.approx(
+        sum(layer["candidates"][layer["chosen"]]["kl"] for layer in said["layers"])
+    )
+    assert said["everywhere"]["toy"]["kl"] < said["kl"] < said["everywhere"]["short"]["kl"]
+
+
+def test_people_get_a_table_and_a_file_they_can_read(
+    installed: Path, model: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "found.toml"
+    words = (
+        "--budget",
+        "6",
+        "--schemes",
+        "short,toy,none",
+        "--set",
+        "short.levels=5",
+        "--ignore",
+        "*.1.mlp.*",
+        "--out",
+        recipe,
+    )
+    done = command(
+        "search", model, *words, "--calibration", model.parent / "text.txt", *TEXT, path=installed
+    )
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "model.layers.0.self_attn.[q_proj, k_proj, v_proj]",
+        "short everywhere",
+        "none everywhere",
+        f"--recipe {recipe}",
+    ):
+        assert part in done.stdout
+    text = recipe.read_text()
+    together = ", ".join(f'"model.layers.0.self_attn.{x}_proj"' for x in "qkv")
+    assert f"    {together},  # short " in text
+    rules = tomllib.loads(text)["layers"]
+    assert {"use": "short", "levels": 5} in [step for rule in rules for step in rule["steps"]]
+    assert not [pattern for rule in rules for pattern in rule["match"] if "1.mlp" in pattern]
+    assert "expected KL divergence" in text
+    assert re.search(r"^# short everywhere: 4\.2\d bits per weight, 0\.\d{6}$", text, re.MULTILINE)
+
+
+def test_one_scheme_with_several_settings_is_several_choices(
+    installed: Path, model: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "found.toml"
+    words = (
+        "--budget",
+        "99",
+        "--schemes",
+        "learner:bits=3,learner:bits=7:factors=4 0.5",
+        "--out",
+        recipe,
+    )
+    done = command(
+        "search", model, *words, "--calibration", model.parent / "text.txt", *TEXT, path=installed
+    )
+    assert done.returncode == 0, done.stderr
+    rules = tomllib.loads(recipe.read_text())["layers"]
+    assert [rule["steps"] for rule in rules] == [
+        [{"use": "learner", "bits": 7, "factors": "4 0.5"}]
+    ]
+
+
+def test_with_room_for_it_every_layer_gets_what_costs_least(
+    installed: Path, model: Path, tmp_path: Path
+) -> None:
+    found = search(
+        model,
+        tmp_path / "r.toml",
+        schemes=["short", "toy"],
+        budget=99,
+        calibration=model.parent / "text.txt",
+        **CHEAP,
+    )
+    least = {
+        u.name: min(("short", "toy"), key=lambda n: found.damages[u.name, n])
+        for u in found.search.units
+    }
+    assert found.chosen == least
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_of_a_block_share_one_scheme(installed: Path, tmp_path: Path, family: str) -> None:
+    source = build(family, tmp_path / "m")
+    text = source.parent / "text.txt"
+    found = search(
+        source,
+        tmp_path / "r.toml",
+        schemes=["short", "toy"],
+        budget=6.5,
+        calibration=text,
+        samples=8,
+        sequence_length=32,
+        threads=1,
+    )
+    # of 4 experts 3 layers each
+    experts = [unit for unit in found.search.units if len(unit.modules) == 12]
+    assert [unit.block for unit in experts] == [0, 1]
+    assert all(len(unit.patterns) == 1 for unit in experts)
+    assert all(found.damages[unit.name, "short"] > 0 for unit in experts)
+    plan = bitpress.plan(source, recipe_file=tmp_path / "r.toml")
+    assert {m for stack in plan.stacks for m in stack.members} == {
+        m for unit in found.search.units for m in unit.modules
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (
+            ("--budget", "4", "--schemes", "short,toy"),
+            ["--budget 4", "from 4.22 to 8.22 bits per weight"],
+        ),
+        (("--budget", "nan", "--schemes", "short,toy"), ["--budget nan", "from 4.22 to 8.22"]),
+        (("--budget", "6", "--schemes", "short"), ["--schemes short", "two or more"]),
+        (("--budget", "6", "--schemes", "none,none"), ["--schemes none", "two or more"]),
+        (("--budget", "6", "--schemes", "short,nvfp5"), ["scheme 'nvfp5' is not installed"]),
+        (("--budget", "6", "--schemes", "short,"), ["scheme '' is not installed"]),
+        (
+            ("--budget", "6", "--schemes", "short,toy:levels"),
+            ["--schemes toy:levels", "NAME:OPTION=VALUE"],
+        ),
+        (("--budget", "6", "--schemes", "short,toy:level=3"), ["'level'", "levels"]),
+        (
+            ("--budget", "6", "--schemes", "short,toy", "--set", "levels=3"),
+            ["short and toy both have it"],
+        ),
+        (
+            ("--budget", "6", "--schemes", "short,toy", "--ignore", "*.up_prog"),
+            ["'*.up_prog' matches none"],
+        ),
+        (
+            ("--budget", "6", "--schemes", "short,toy", "--out", "missing/r.toml"),
+            ["missing/r.toml", "no such folder"],
+        ),
+        (("--budget", "6", "--schemes", "short,toy", "--out", "."), ["is there already"]),
+        (
+            ("--budget", "6", "--schemes", "short,toy", "--max-memory", "1MB"),
+            ["search needs about", "1 MB allowed"],
+        ),
+        (
+            ("--budget", "6", "--schemes", "short,toy", "--calibration", "missing.txt"),
+            ["missing.txt", "no such file"],
+        ),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_in_one_line(
+    installed: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    parts: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = refusal("search", model, *words, path=installed)
+    assert not [part for part in parts if part not in line], line
+    assert not (tmp_path / "recipe.toml").exists()
+
+
+def test_a_budget_is_refused_from_headers_alone(installed: Path, tmp_path: Path) -> None:
+    # without a tokenizer nothing could be run
+    write_model(tmp_path / "bare")
+    assert "--budget 4" in refusal(
+        "search", tmp_path / "bare", "--budget", "4", "--schemes", "short,toy", path=installed
+    )
+
+
+def test_memory_that_is_short_changes_nothing(installed: Path, model: Path, tmp_path: Path) -> None:
+    given = {
+        "schemes": ["learner", "toy"],
+        "budget": 99,
+        "calibration": model.parent / "text.txt",
+        **CHEAP,
+    }
+    with pytest.raises(RecipeError, match="the search needs about") as refused:
+        search(model, tmp_path / "r.toml", max_memory=1, **given)
+    least = 1_000_000 * (
+        1 + int(re.findall(r"about ([\d,]+) MB", str(refused.value))[0].replace(",", ""))
+    )
+    with patch.object(tempfile, "TemporaryFile", wraps=tempfile.TemporaryFile) as files:
+        held = search(model, tmp_path / "held.toml", **given)
+        assert not files.called
+        spilled = search(model, tmp_path / "spilled.toml", max_memory=least, **given)
+        assert files.called
+    assert held.damages == spilled.damages

@@ -1,0 +1,97 @@
+"""One process with several devices: its threads take them in turn, and what they write does not
+depend on how many there are.
+
+No GPU is needed, and none was ever seen: devices are the CPU under several numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitpress
+from bitpress.checkpoint.reader import Reader
+from bitpress.compression import data_free, run
+from bitpress.conformance.models import files_of, write_model
+from bitpress.planning.layout import Stack
+from bitpress.runtime import devices
+from bitpress.runtime.devices import Turns, devices_named
+
+CPUS = tuple(torch.device("cpu", number) for number in range(3))
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("cuda", [0, 1, 2]), ("cuda:1", [1])])
+def test_cuda_is_every_gpu_and_a_number_is_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, numbers: list[int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    # which would look for them
+    monkeypatch.setattr(devices, "device_named", torch.device)
+    assert devices_named(name) == tuple(torch.device("cuda", number) for number in numbers)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 7])
+def test_each_thread_keeps_a_device_and_devices_have_as_many_threads_as_one_another(
+    threads: int,
+) -> None:
+    turns, meet = Turns(CPUS), threading.Barrier(threads)
+
+    def work(_: int) -> tuple[int, torch.device]:
+        # no thread works twice before all have worked once
+        meet.wait(60)
+        return threading.get_ident(), turns.device
+
+    with ThreadPoolExecutor(threads, initializer=turns.take) as pool:
+        found = list(pool.map(work, range(3 * threads)))
+    own = dict(found)
+    assert len(own) == threads
+    assert set(own.items()) == set(found)
+    counts = Counter(own.values())
+    assert len(counts) == min(threads, len(CPUS))
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_every_device_has_stacks_and_the_bytes_are_those_of_one(
+    tmp_path: Path, with_toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model", shards=2)
+    bitpress.compress(model, tmp_path / "one", scheme="toy", threads=1)
+    used, number, meet, compress_stack = (
+        set(),
+        itertools.count(),
+        threading.Barrier(len(CPUS)),
+        data_free.compress_stack,
+    )
+
+    def on(
+        stack: Stack, reader: Reader, device: torch.device
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        if next(number) < len(CPUS):
+            # or one thread might be done before another has begun
+            meet.wait(60)
+        used.add(device)
+        yield from compress_stack(stack, reader, device)
+
+    monkeypatch.setattr(data_free, "compress_stack", on)
+    monkeypatch.setattr(run, "devices_named", lambda name: CPUS)
+    bitpress.compress(model, tmp_path / "three", scheme="toy", threads=len(CPUS))
+    assert used == set(CPUS)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
+
+
+def test_tiles_of_any_size_give_the_same_bytes(
+    tmp_path: Path, with_toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = write_model(tmp_path / "model"), []
+    for size in (1, 1000, 1 << 18, data_free.ON_GPU):
+        monkeypatch.setattr("bitpress.schemes.stored_layout.TILE", size)
+        bitpress.compress(model, tmp_path / str(size), scheme="toy", threads=1, verify=False)
+        found.append(files_of(tmp_path / str(size)))
+    assert all(files == found[0] for files in found)

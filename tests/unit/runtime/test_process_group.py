@@ -1,0 +1,325 @@
+"""One run in several processes that torchrun has started: the bytes of one process, whoever dies on
+the way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
+from fixtures.processes import torchrun
+from fixtures.toy_scheme import install_deadly
+
+import bitpress
+from bitpress import DataError
+from bitpress.conformance.commands import command, plugins
+from bitpress.conformance.models import files_of, llama_tensors, tensors_of, write_model
+from bitpress.planning.memory_estimate import batches
+from bitpress.runtime.process_group import Ranks
+
+SHARDS = 5
+
+
+@pytest.fixture
+def deadly(tmp_path: Path) -> Path:
+    return install_deadly(tmp_path / "deadly")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", shards=SHARDS)
+
+
+@pytest.fixture
+def expected(tmp_path: Path, model: Path, deadly: Path) -> dict[str, bytes]:
+    """What one process writes."""
+    with plugins(deadly):
+        bitpress.compress(model, tmp_path / "alone", scheme="toy", threads=1)
+    return files_of(tmp_path / "alone")
+
+
+def told(found: subprocess.CompletedProcess[str]) -> list[str]:
+    """What our own processes have said on standard error; torchrun says more."""
+    return [line for line in found.stderr.splitlines() if line.startswith("bitpress: ")]
+
+
+def cause(found: subprocess.CompletedProcess[str]) -> tuple[int, int]:
+    """The rank that torchrun names as the first to end, and its exit code."""
+    text = found.stderr.partition("Root Cause")[2]
+    rank, code = re.search(r"rank +: (\d+)", text), re.search(r"exitcode +: (-?\d+)", text)
+    assert rank, found.stderr
+    assert code, found.stderr
+    return int(rank[1]), int(code[1])
+
+
+# --- how work is dealt
+# ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_item_falls_to_one_rank_and_none_has_much_more_than_another(count: int) -> None:
+    sizes = [5, 9, 1, 1, 30, 2, 8, 8, 8, 3, 0]
+    shares = [
+        Ranks(rank, count).deal(list(enumerate(sizes)), lambda item: item[1])
+        for rank in range(count)
+    ]
+    assert sorted(item for share in shares for item in share) == list(enumerate(sizes))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(size for _, size in share) for share in shares]
+    assert max(loads) - min(loads) <= max(sizes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_neighbours_stay_together_and_parts_are_as_even_as_can_be(count: int) -> None:
+    parts = [Ranks(rank, count).part("abcdefg") for rank in range(count)]
+    assert [place for part in parts for place in part] == list(range(7))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# --- without data
+# ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_several_processes_write_the_bytes_of_one_and_one_of_them_speaks(
+    tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes], count: int
+) -> None:
+    found = torchrun(
+        count, "compress", model, tmp_path / "out", "--scheme", "toy", "--json", path=deadly
+    )
+    assert found.returncode == 0, found.stderr
+    assert files_of(tmp_path / "out") == expected
+    # one document
+    assert json.loads(found.stdout)["verified"] is True
+
+
+def test_a_rank_that_is_killed_ends_the_run_which_goes_on_with_another_number_of_ranks(
+    tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    (deadly / "die").write_text(f"model.layers.1.self_attn.o_proj|{int(signal.SIGKILL)}")
+    found = torchrun(3, "compress", model, out, "--scheme", "toy", "--threads", "1", path=deadly)
+    assert found.returncode != 0
+    assert len(told(found)) == 1, found.stderr
+    assert "the same command goes on" in told(found)[0]
+    rank, code = cause(found)
+    assert code == -signal.SIGKILL
+    assert rank in range(3)
+    assert not (out / "config.json").exists()
+    shards = {file.name: file.stat().st_ino for file in out.glob("*.safetensors")}
+    (deadly / "die").unlink()
+    found = torchrun(2, "compress", model, out, "--scheme", "toy", "--threads", "1", path=deadly)
+    assert found.returncode == 0, found.stderr
+    assert files_of(out) == expected
+    for name, number in shards.items():
+        assert (out / name).stat().st_ino == number, "a finished shard was written again"
+
+
+@pytest.mark.parametrize("fault", ["seen by all ranks, in the headers", "seen by one, in a number"])
+def test_bad_input_is_told_once_in_one_line_and_ends_all_ranks(
+    tmp_path: Path, deadly: Path, fault: str
+) -> None:
+    tensors = llama_tensors()
+    words = "model.layers.1.mlp.down_proj"
+    if "headers" in fault:
+        tensors = {name: tensor for name, tensor in tensors.items() if "_proj" not in name}
+        words = "layers"
+    else:
+        tensors[f"{words}.weight"][3, 5] = float("nan")
+    model = write_model(tmp_path / "model", tensors, shards=3)
+    found = torchrun(2, "compress", model, tmp_path / "out", "--scheme", "toy", path=deadly)
+    assert found.returncode != 0
+    assert found.stdout == ""
+    assert len(told(found)) == 1, found.stderr
+    assert words in told(found)[0]
+    assert cause(found)[1] == 2
+    # torchrun's own
+    assert found.stderr.count("Traceback") == 1, found.stderr
+    assert not (tmp_path / "out/config.json").exists()
+
+
+# --- with data
+# ----------------------------------------------------------------------
+
+# Every rank merges what it has seen; the owner's result is held against that of one process which
+# has seen everything.
+ADDING = """
+import torch, torch.distributed as dist
+from bitpress.compression.calibration.statistics import reduce_statistics
+from bitpress.runtime.process_group import Ranks
+from bitpress.schemes import pipeline
+from bitpress.schemes.values import Statistic
+
+dist.init_process_group("gloo")
+rank, count = dist.get_rank(), dist.get_world_size()
+ranks = Ranks(rank, count)
+
+def seen(i):
+    if i == 2:  # no token has come here
+        return {}
+    generator = torch.Generator().manual_seed(i)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    total = torch.tensor(float(i + 1))
+    found = {"tokens": Statistic(total, "sum"), "again": Statistic(total, "sum"),
+             "gram": Statistic(draw(3, 4).T, "sum", rows=True),
+             "most": Statistic(draw(5) - 9, "max")}
+    return found | ({"reference": Statistic(draw(2, 2), "sum")} if i == 1 else {})
+
+expected = [{}, {}]
+for i in range(count):
+    pipeline.merge(expected[1], seen(i))
+for owner in range(count):
+    given = [{}, seen(rank)]
+    found = reduce_statistics(ranks, given, owner, torch.device("cpu"))
+    if rank != owner:
+        assert found == [{}, {}]
+        continue
+    assert found[0] == {} and found[1].keys() == expected[1].keys(), found
+    for name, stat in expected[1].items():
+        torch.testing.assert_close(found[1][name].value, stat.value)
+        assert (found[1][name].merge, found[1][name].rows) == (stat.merge, stat.rows)
+for dtype in (torch.float8_e4m3fn, torch.uint8, torch.int8, torch.bfloat16, torch.float32):
+    whole = torch.arange(12.).view(3, 4).to(dtype)
+    for source in range(count):
+        given = whole.clone() if rank == source else torch.empty_like(whole)
+        assert torch.equal(ranks.share(given, source).float(), whole.float())
+    assert ranks.share(torch.tensor(float(rank + 1)), count - 1) == count
+found = ranks.any(torch.full((2,), float(rank)) if rank < 2 else None, torch.device("cpu"))
+assert torch.equal(found, torch.full((2,), float(min(count, 2) - 1)))
+assert ranks.any(None, torch.device("cpu")) is None
+assert ranks.same(rank, count - 1) == count - 1
+dist.destroy_process_group()
+"""
+
+
+def test_statistics_of_all_ranks_add_up_to_those_of_one_process(tmp_path: Path) -> None:
+    (tmp_path / "adding.py").write_text(ADDING)
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "3",
+        str(tmp_path / "adding.py"),
+    ]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its text, and runs: by one process, by two ranks, and by two of which
+    one died in block 1.
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    learner = install_learner(folder / "plugins")
+    runnable_model(folder / "model", config=CONFIG | {"num_hidden_layers": 2})
+    # the sixth stack is the second of block 1, and the second rank's
+    deadly = folder / "kill.6"
+    deadly.write_text("x" * 100)
+    assert command(*words(folder, "alone"), path=learner).returncode == 0
+    found = torchrun(2, *words(folder, "two"), path=learner)
+    assert found.returncode == 0, found.stderr
+    deadly.unlink()
+    found = torchrun(2, *words(folder, "killed"), path=learner)
+    assert found.returncode != 0
+    assert len(told(found)) == 1, found.stderr
+    assert cause(found) == (1, -signal.SIGKILL)
+    return folder
+
+
+def words(folder: Path, out: str) -> list[object]:
+    return [
+        "compress",
+        folder / "model",
+        folder / out,
+        "--scheme",
+        "learner",
+        "--set",
+        f"deadly={folder / 'kill.6'}",
+        "--set",
+        "bits=4",
+        "--calibration",
+        folder / "text.txt",
+        "--samples",
+        "100",
+        "--sequence-length",
+        "48",
+        "--threads",
+        "1",
+    ]
+
+
+def test_ranks_see_together_what_one_process_sees(calibrated: Path) -> None:
+    alone, two = (tensors_of(calibrated / name) for name in ("alone", "two"))
+    assert alone.keys() == two.keys()
+    # what comes later depends on roundings, which sums in another order may turn
+    for site in ("q_proj", "k_proj", "v_proj"):
+        layer = f"model.layers.0.self_attn.{site}"
+        assert torch.equal(alone[f"{layer}.weight"], two[f"{layer}.weight"])
+    # and the means of the source's inputs beside them, of every eighth batch
+    for name in ("seen", "weight_scale"):
+        layer = f"model.layers.0.self_attn.o_proj.{name}"
+        torch.testing.assert_close(alone[layer], two[layer], rtol=1e-3, atol=1e-2)
+    assert alone["model.layers.0.self_attn.o_proj.seen"][1].norm() > 0.1
+
+
+def test_the_quality_is_that_of_one_process(calibrated: Path) -> None:
+    alone, two = (
+        json.loads((calibrated / name / "bitpress.json").read_text()) for name in ("alone", "two")
+    )
+    assert list(two["blocks"].values()) == pytest.approx(list(alone["blocks"].values()), rel=0.05)
+    for name, layer in two["layers"].items():
+        assert layer["output_error"] == pytest.approx(
+            alone["layers"][name]["output_error"], rel=0.1
+        )
+        assert layer["error"] == pytest.approx(alone["layers"][name]["error"], rel=0.05)
+    with plugins(calibrated / "plugins"):
+        text, model = calibrated / "text.txt", calibrated / "model"
+        kl = [
+            bitpress.eval(calibrated / name, text, model, max_tokens=4096).kl
+            for name in ("alone", "two")
+        ]
+    assert kl[1] == pytest.approx(kl[0], rel=0.05)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_calibrated_run_goes_on_from_the_last_finished_block_with_any_number_of_ranks(
+    calibrated: Path, count: int
+) -> None:
+    shutil.copytree(calibrated / "killed", out := calibrated / f"on-{count}")
+    blocks = {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
+    # what is in no block, and block 0
+    assert len(blocks) == 2
+    assert not (out / "config.json").exists()
+    found = torchrun(count, *words(calibrated, out.name), path=calibrated / "plugins")
+    assert found.returncode == 0, found.stderr
+    for name, data in blocks.items():
+        assert (out / name).read_bytes() == data
+    # as if nothing had happened, and as in another run of as many ranks
+    if count == 2:
+        assert files_of(out) == files_of(calibrated / "two")
+    drift = [
+        list(json.loads((f / "bitpress.json").read_text())["blocks"].values())
+        for f in (out, calibrated / "two")
+    ]
+    assert drift[0] == pytest.approx(drift[1], rel=0.05)
+
+
+def test_every_rank_has_a_batch_and_more_ranks_than_sequences_are_refused() -> None:
+    ids = torch.arange(7 * 1000).view(7, 1000)
+    assert [len(batch) for batch in batches(ids, 1)] == [2, 2, 2, 1]
+    for count in range(1, 8):
+        assert torch.equal(torch.cat(list(found := batches(ids, count))), ids)
+        assert all(len(Ranks(rank, count).part(found)) for rank in range(count))
+    with pytest.raises(DataError, match="7 calibration sequences for 8 ranks"):
+        batches(ids, 8)
