@@ -184,7 +184,7 @@ def test_a_result_that_fails_its_proof_gets_no_config(tmp_path: Path, model: Pat
     with plugins(tmp_path / "liar"), pytest.raises(VerificationError) as refusal:
         bitpress.compress(model, tmp_path / "out", scheme="toy")
     assert len(refusal.value.faults) == 14
-    assert "further from the source's than rounding can move it" in refusal.value.faults[0]
+    assert "further from the source's than rounding can move it" in refusal.value.faults[0].text
     assert not (tmp_path / "out/config.json").exists()
 
 

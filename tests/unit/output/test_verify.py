@@ -316,7 +316,7 @@ def test_a_change_of_any_byte_of_any_file_is_found(
             report = bitpress.verify(out, threads=1)
     finally:
         file.write_bytes(content)
-    assert any(fault.startswith(file.name) for fault in report.faults), report.faults
+    assert any(str(fault).startswith(file.name) for fault in report.faults), report.faults
 
 
 def test_a_damaged_manifest_is_a_fault_and_no_bad_input(made: Path, tmp_path: Path) -> None:

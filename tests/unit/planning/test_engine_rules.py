@@ -12,7 +12,7 @@ import torch
 
 from bitpress.checkpoint.reader import NAMES
 from bitpress.checkpoint.safetensors import Entry
-from bitpress.planning.engine_rules import faults, of_experts
+from bitpress.planning.engine_rules import explain_expert_layout, find_faults
 
 BLOCK = "model.layers.0"
 Q, K, UP, DOWN = (
@@ -28,13 +28,9 @@ def found(table: Table, tensors: Tensors) -> list[str]:
         name: Entry(name, NAMES[t.dtype], tuple(t.shape), Path("f"), 0)
         for name, t in tensors.items()
     }
-    return list(
-        faults(
-            {} if not table else {"quantization_config": table},
-            entries,
-            lambda entry: tensors[entry.name],
-        )
-    )
+    config = {"quantization_config": table} if table else {}
+    faults = find_faults(config, entries, lambda entry: tensors[entry.name])
+    return [str(fault) for fault in faults]
 
 
 def per_tensor() -> tuple[Table, Tensors]:
@@ -284,4 +280,4 @@ def layout(kind: str, strategy: str, inputs: str | None, dynamic: bool = True) -
 def test_layouts_that_kernels_for_experts_do_not_take_are_told(
     group: dict[str, Any] | None, refused: bool
 ) -> None:
-    assert (of_experts(group) is not None) == refused
+    assert (explain_expert_layout(group) is not None) == refused

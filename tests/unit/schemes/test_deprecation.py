@@ -13,6 +13,7 @@ import bitpress
 from bitpress import Layer, numerics
 from bitpress.conformance.commands import install, plugins
 from bitpress.conformance.models import write_model
+from bitpress.errors import Fault
 from bitpress.schemes.registry import discover
 
 OLD_NUMERICS = {
@@ -63,7 +64,7 @@ def test_a_layer_has_its_old_attributes_and_takes_its_old_keywords(old: str, new
     assert getattr(layer, new) == "after"
 
 
-def faults_of_a_run(model: Path, out: Path) -> tuple[str, ...]:
+def faults_of_a_run(model: Path, out: Path) -> tuple[Fault, ...]:
     """What verification finds in a model that the toy scheme compressed."""
     bitpress.compress(model, out, scheme="toy")
     return tuple(bitpress.verify(out, against=model).faults)

@@ -15,7 +15,7 @@ from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compression import run
 from bitpress.compression.search import search as searching
 from bitpress.compression.search.result import Found
-from bitpress.errors import CheckpointError, OutputError
+from bitpress.errors import CheckpointError, Fault, OutputError
 from bitpress.modeling.block_runner import Subject, plain
 from bitpress.modeling.tokens import stretch
 from bitpress.output import (
@@ -199,19 +199,19 @@ def verify(
             installed.
     """
     folder, count = Path(out), threads or cores()
-    if (folder / filenames.MANIFEST).is_file() and not manifest.intact(folder):
+    if (folder / filenames.MANIFEST).is_file() and not manifest.is_intact(folder):
         fault = (
             "its bytes are not those that were written (its own SHA-256 differs), and it is "
             "what the rest is proved by"
         )
-        return verification.Report((f"{filenames.MANIFEST}: {fault}",), {})
+        return verification.Report((Fault(filenames.MANIFEST, fault),), {})
     note = read_manifest(folder)
     source = seen(open_checkpoint(resolve(against))) if against is not None else None
     faults = tuple(verification.verify_files(note.files, folder, count))
     try:
         checkpoint = open_checkpoint(folder)
     except CheckpointError as e:
-        return verification.Report((*faults, str(e)), {})
+        return verification.Report((*faults, Fault("", str(e))), {})
     size = sum(header.nbytes for header in checkpoint.headers.values())
     with torch_threads(1):
         known = None if source is None else kept_fused(source, note.layers)
@@ -330,17 +330,17 @@ def _subject(folder: Path, reader: Reader) -> Subject:
     )
 
 
-def _written(note: Manifest, checkpoint: Checkpoint) -> written_model.Written:
+def _written(note: Manifest, checkpoint: Checkpoint) -> written_model.WrittenModel:
     rules = recipe.from_json(note.recipe, discover(), str(checkpoint.folder / filenames.MANIFEST))
-    return written_model.written_by(note, checkpoint, rules)
+    return written_model.WrittenModel.from_manifest(note, checkpoint, rules)
 
 
-def _as_planned(checkpoint: Checkpoint) -> written_model.Written:
+def _as_planned(checkpoint: Checkpoint) -> written_model.WrittenModel:
     """An output whose files hold what its manifest says; raises CheckpointError where headers or
     config say otherwise.
     """
     written = _written(read_manifest(checkpoint.folder), checkpoint)
-    if fault := next(verification.structure(written), None):
+    if fault := next(verification.find_structure_faults(written), None):
         raise CheckpointError(
             f"{checkpoint.folder} is not as it was written: {fault} (bitpress verify tells all "
             "that is wrong)"

@@ -7,6 +7,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+from attrs import frozen
+
 # characters of a line
 LONGEST = 2000
 
@@ -41,12 +43,28 @@ class OutputError(BitpressError):
     """The output folder cannot be written, or holds something else."""
 
 
+@frozen
+class Fault:
+    """One thing that is wrong with written files; as text, `subject: text`.
+
+    Attributes:
+        subject: the layer, tensor or file that it is about; empty where `text` names it.
+        text: what is wrong with it.
+    """
+
+    subject: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.text}" if self.subject else self.text
+
+
 class VerificationError(BitpressError):
     """What was written is not what was planned, or not good enough; the command line exits with
     1.
     """
 
-    def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, faults: Sequence[Fault] = ()) -> None:
         super().__init__(message)
         self.faults = faults
 

@@ -32,7 +32,7 @@ def main() -> None:
             app.invoke(context)
     except VerificationError as e:
         for fault in e.faults[:10]:
-            print(f"  {plain(fault)}", file=sys.stderr)
+            print(f"  {plain(str(fault))}", file=sys.stderr)
         if len(e.faults) > 10:
             print(f"  and {len(e.faults) - 10} more", file=sys.stderr)
         code = _fail(str(e), 1)

@@ -293,7 +293,7 @@ def verify(out: Path, against: str | None, threads: int | None, as_json: bool) -
         cli_text.document(
             {
                 "ok": not report.faults,
-                "faults": report.faults,
+                "faults": [str(fault) for fault in report.faults],
                 "errors": report.errors,
                 "remarks": report.remarks,
             }

@@ -15,7 +15,7 @@ from bitpress.modeling.decoder import Decoder
 from bitpress.modeling.tokens import Stretch, stretch
 from bitpress.output import compressed_model, evaluate
 from bitpress.output.manifest import Check
-from bitpress.output.written_model import Written
+from bitpress.output.written_model import WrittenModel
 from bitpress.planning.plan import Plan
 from bitpress.runtime.progress import Progress
 from bitpress.schemes import activation_quantizer
@@ -46,7 +46,7 @@ def place(plan: Plan, text: Stretch, limit: int | None, folder: Path) -> Path | 
 
 
 def check(
-    written: Written,
+    written: WrittenModel,
     plan: Plan,
     text: Stretch,
     device: torch.device,

@@ -22,7 +22,7 @@ from bitpress.compression.calibration.block_result import BlockNotes
 from bitpress.errors import OutputError, RecipeError, VerificationError
 from bitpress.modeling.tokens import Sequences, Stretch, load
 from bitpress.output import manifest, model_card, verify as verification, written_model
-from bitpress.output.manifest import FileNote, LayerNote, Manifest
+from bitpress.output.manifest import FileRecord, LayerRecord, Manifest
 from bitpress.planning import recipe
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.memory_estimate import estimate_disk, estimate_memory
@@ -187,7 +187,9 @@ def carry_out(
             )
             if job.check and ranks.first:
                 checkpoint = open_checkpoint(output.folder, config=work.config)
-                written = written_model.Written(checkpoint, work.recipe, note.layers, note.rescaled)
+                written = written_model.WrittenModel(
+                    checkpoint, work.recipe, note.layers, note.rescaled
+                )
                 with torch_threads(count):
                     found = accuracy_check.check(
                         written, work, job.check, target, place, trust_remote_code, progress
@@ -197,7 +199,7 @@ def carry_out(
             resume.check_unchanged(work.source, before)
             if ranks.first:
                 note = _carded(job, note, output)
-                output.text(filenames.MANIFEST, manifest.text(note))
+                output.text(filenames.MANIFEST, manifest.serialize(note))
                 output.text("config.json", json_text(work.config))
                 output.remove(notes)
         return ranks.same(note)
@@ -266,7 +268,7 @@ def _carded(job: Job, note: Manifest, output: OutputFolder) -> Manifest:
     data = content.encode()
     files = {
         **note.files,
-        filenames.MODEL_CARD: FileNote(len(data), hashlib.sha256(data).hexdigest()),
+        filenames.MODEL_CARD: FileRecord(len(data), hashlib.sha256(data).hexdigest()),
     }
     return attrs.evolve(note, files=files)
 
@@ -301,15 +303,15 @@ def _note(
         for name in work.files
         if name not in ("config.json", filenames.MANIFEST, filenames.MODEL_CARD)
     }
-    files = manifest.file_notes(written, threads, digests, ranks)
-    files["config.json"] = FileNote(len(config), hashlib.sha256(config).hexdigest())
-    inputs = manifest.file_notes(
+    files = manifest.describe_files(written, threads, digests, ranks)
+    files["config.json"] = FileRecord(len(config), hashlib.sha256(config).hexdigest())
+    inputs = manifest.describe_files(
         {name: work.source.folder / name for name in work.source.headers}, threads, digests, ranks
     )
     errors = {name: error for block in found for name, error in block.errors.items()}
     tokens = {name: count for block in found for name, count in block.tokens.items()}
     layers = {
-        module: LayerNote(
+        module: LayerRecord(
             tuple(s.scheme.name for s in stack.steps),
             (entry.shape[0], entry.shape[1]),
             entry.dtype,
@@ -353,7 +355,7 @@ def _prove(
     something is wrong.
     """
     checkpoint = open_checkpoint(output.folder, config=work.config)
-    written = written_model.Written(checkpoint, work.recipe, note.layers, note.rescaled)
+    written = written_model.WrittenModel(checkpoint, work.recipe, note.layers, note.rescaled)
     report = verification.verify_tensors(written, work.source, threads, done, ranks)
     if report.faults:
         raise VerificationError(

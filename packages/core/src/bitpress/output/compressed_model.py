@@ -13,7 +13,7 @@ from torch import Tensor
 from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.modeling.block_runner import Subject
-from bitpress.output.written_model import Written
+from bitpress.output.written_model import WrittenModel
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import INPUTS, input_rounding, known
 
@@ -23,7 +23,7 @@ class Restorer(Reader):
     through another reader.
     """
 
-    def __init__(self, written: Written, stored: Reader) -> None:
+    def __init__(self, written: WrittenModel, stored: Reader) -> None:
         super().__init__()
         self._written, self._stored = written, stored
 
@@ -34,15 +34,15 @@ class Restorer(Reader):
             return self._stored.rows(entry, first, last)
         steps, config = (
             self._written.steps(module),
-            self._written.planned(module, entry.shape[0]).config,
+            self._written.expected_layer(module, entry.shape[0]).config,
         )
         found = torch.empty(entry.shape)
-        for start, end, tensors in self._written.tiles(module, self._stored):
+        for start, end, tensors in self._written.read_tiles(module, self._stored):
             found[start:end] = pipeline.dequantize(tensors, config, steps)
         return found[first:last]
 
 
-def served(written: Written, reader: Reader, container: str, built_from: Path) -> Subject:
+def served(written: WrittenModel, reader: Reader, container: str, built_from: Path) -> Subject:
     """An output as it will be served.
 
     Args:
@@ -62,7 +62,7 @@ def served(written: Written, reader: Reader, container: str, built_from: Path) -
             del entries[f"{module}.{suffix}"]
         name, place = f"{module}.weight", next(iter(stored.values()))
         entries[name] = Entry(name, "F32", note.shape, place.file, place.start)
-        config, steps = written.planned(module, note.shape[0]).config, written.steps(module)
+        config, steps = written.expected_layer(module, note.shape[0]).config, written.steps(module)
         if known(config, steps):
             tensors = {
                 suffix: reader.whole(entry)

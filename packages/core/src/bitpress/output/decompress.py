@@ -1,5 +1,5 @@
-"""Back to a plain checkpoint: every layer restored to the dtype it came in, the config without its
-quantisation.
+"""Back to a plain checkpoint: every layer dequantized to the dtype it came in, and the config
+without its quantization_config.
 """
 
 from __future__ import annotations
@@ -13,75 +13,90 @@ from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.safetensors import Entry, Header, index, lay_out
 from bitpress.checkpoint.writer import OutputFolder, ShardWriter, copy_entry, json_text
-from bitpress.output.written_model import Written
+from bitpress.output.written_model import WrittenModel
 from bitpress.runtime.progress import Told
 from bitpress.schemes import pipeline
 
 
-def write_dense(written: Written, output: OutputFolder, done: Told) -> None:
-    """Write the dense model; shards keep their names and what was in them. `done` is told the bytes
-    of each tensor written.
+def write_dense(written: WrittenModel, output: OutputFolder, progress: Told) -> None:
+    """Write the dense model; shards keep their names and what was in them.
+
+    Args:
+        progress: is given the bytes of each tensor written.
     """
-    source = written.checkpoint
-    # takes its name again, and the output's is left out
-    own = filenames.original(source.others)
-    others = {
-        filenames.MODEL_CARD if name == own else name: name
-        for name in source.others
-        if name not in (MANIFEST, filenames.MODEL_CARD, "config.json")
-    }
-    parts = {
+    checkpoint = written.checkpoint
+    side_files = _side_files(written)
+    layer_of = {
         f"{module}.{suffix}": module
         for module in written.layers
         for suffix in written.entries(module)
     }
     headers = {
-        name: _dense(written, header, parts, output.folder / name)
-        for name, header in source.headers.items()
+        name: _dense_header(written, header, layer_of, output.folder / name)
+        for name, header in checkpoint.headers.items()
     }
-    several = len(headers) > 1
+    index_files = [INDEX] if len(headers) > 1 else []
     output.prepare(
-        [*headers, *others, *([INDEX] if several else []), "config.json"],
-        sum(h.nbytes for h in headers.values()),
+        [*headers, *side_files, *index_files, "config.json"],
+        sum(header.nbytes for header in headers.values()),
     )
+
     with Reader() as reader:
         for name, header in headers.items():
             with output.shard(name, header) as writer:
-                for place in header.entries:
-                    _write(written, place, reader, writer)
-                    done(place.nbytes)
-    for name, origin in others.items():
-        output.copy(name, source.folder / origin)
-    if several:
-        output.text(
-            INDEX, json_text(index({name: header.entries for name, header in headers.items()}))
-        )
-    output.text(
-        "config.json", json_text({key: value for key, value in source.config.items() if key != KEY})
-    )
+                for entry in header.entries:
+                    _write_tensor(written, entry, reader, writer)
+                    progress(entry.nbytes)
+
+    for name, source_name in side_files.items():
+        output.copy(name, checkpoint.folder / source_name)
+    if index_files:
+        entries = {name: header.entries for name, header in headers.items()}
+        output.text(INDEX, json_text(index(entries)))
+
+    # The config comes last: without it no loader takes the folder for a model.
+    config = {key: value for key, value in checkpoint.config.items() if key != KEY}
+    output.text("config.json", json_text(config))
 
 
-def _dense(written: Written, header: Header, parts: Mapping[str, str], file: Path) -> Header:
+def _side_files(written: WrittenModel) -> dict[str, str]:
+    """What is copied, and its name in the output: the source's own card takes its name again, and
+    what bitpress wrote about the output is left out.
+    """
+    others = written.checkpoint.others
+    source_card = filenames.original(others)
+    return {
+        filenames.MODEL_CARD if name == source_card else name: name
+        for name in others
+        if name not in (MANIFEST, filenames.MODEL_CARD, "config.json")
+    }
+
+
+def _dense_header(
+    written: WrittenModel, header: Header, layer_of: Mapping[str, str], file: Path
+) -> Header:
     """A shard's header with every compressed layer's tensors replaced by its weight."""
-    plain = [
+    copies = [
         (entry.name, entry.dtype, entry.shape)
         for entry in header.entries
-        if entry.name not in parts
+        if entry.name not in layer_of
     ]
-    layers = dict.fromkeys(parts[entry.name] for entry in header.entries if entry.name in parts)
+    modules = dict.fromkeys(
+        layer_of[entry.name] for entry in header.entries if entry.name in layer_of
+    )
     weights = [
         (f"{module}.weight", written.layers[module].dtype, written.layers[module].shape)
-        for module in layers
+        for module in modules
     ]
-    return lay_out(file, [*plain, *weights], {"format": "pt"})
+    return lay_out(file, [*copies, *weights], {"format": "pt"})
 
 
-def _write(written: Written, place: Entry, reader: Reader, writer: ShardWriter) -> None:
-    module = place.name.removesuffix(".weight")
-    if module == place.name or module not in written.layers:
-        copy_entry(written.checkpoint.entries[place.name], place, reader, writer)
+def _write_tensor(written: WrittenModel, entry: Entry, reader: Reader, writer: ShardWriter) -> None:
+    module = entry.name.removesuffix(".weight")
+    if module == entry.name or module not in written.layers:
+        copy_entry(written.checkpoint.entries[entry.name], entry, reader, writer)
         return
-    config = written.planned(module, place.shape[0]).config
-    for first, _, tensors in written.tiles(module, reader):
+    config = written.expected_layer(module, entry.shape[0]).config
+    for first, _, tensors in written.read_tiles(module, reader):
         weight = pipeline.dequantize(tensors, config, written.steps(module))
-        writer.write_rows(place, first, weight.to(DTYPES[place.dtype]))
+        writer.write_rows(entry, first, weight.to(DTYPES[entry.dtype]))

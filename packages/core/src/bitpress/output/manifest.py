@@ -19,17 +19,18 @@ from bitpress.checkpoint.reader import read_json
 from bitpress.checkpoint.safetensors import is_name
 from bitpress.checkpoint.writer import json_text
 from bitpress.errors import CheckpointError
-from bitpress.output.typed_json import typed
+from bitpress.output.typed_json import parse_typed
 from bitpress.runtime.process_group import ALONE, Ranks
 
-# its last key: the digest of the file itself
-SELF = "sha256"
+# The last key of the file: the digest of the file itself.
+OWN_DIGEST = "sha256"
 
+# Exponents of two, by the axis ("columns", "rows") that they multiply.
 Rescaled = Mapping[str, Sequence[int]]
 
 
 @frozen
-class FileNote:
+class FileRecord:
     """Size and SHA-256 of a file; no digest where none was taken."""
 
     bytes: int = field(validator=validators.ge(0))
@@ -39,15 +40,16 @@ class FileNote:
 
 
 @frozen
-class LayerNote:
+class LayerRecord:
     """One compressed layer.
 
     Attributes:
+        steps: names of the schemes that it went through, in order.
         shape: (out, in) of the source's weight.
         dtype: of the source's weight, as safetensors names it.
         bits: stored bits per weight, scales included.
-        error: ||restored - source|| / ||source||, measured on the written file; None where it was
-            not verified.
+        error: ||dequantized - source|| / ||source||, measured on the written file; None where it
+            was not verified.
         output_error: ||x (W - Q)ᵀ|| / ||x Wᵀ|| on a sample of calibration inputs; None where there
             were none.
         tokens: of the calibration data that a router sent to it; None for a layer that all tokens
@@ -89,20 +91,25 @@ class Check:
     drift: tuple[float, ...] = ()
 
 
-def _known_data(note: Manifest, field: Any, data: Mapping[str, str] | None) -> None:
-    if data is not None and not (
-        data.keys() >= {"source", "tokens"} and re.fullmatch("[0-9]{1,18}", data["tokens"])
-    ):
+def _check_calibration_data(
+    manifest: Manifest, attribute: Any, data: Mapping[str, str] | None
+) -> None:
+    if data is None:
+        return
+    if not data.keys() >= {"source", "tokens"} or not re.fullmatch("[0-9]{1,18}", data["tokens"]):
         raise ValueError("'data' must name its source and the number of tokens")
 
 
-def _within(note: Manifest, field: Any, files: Mapping[str, FileNote]) -> None:
+def _check_filenames(manifest: Manifest, attribute: Any, files: Mapping[str, FileRecord]) -> None:
     for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name:
             raise ValueError(f"{name[:60]!r} is no file of the folder")
 
 
-def _named(note: Manifest, field: Any, layers: Mapping[str, LayerNote]) -> None:
+def _check_layer_names(
+    manifest: Manifest, attribute: Any, layers: Mapping[str, LayerRecord]
+) -> None:
     for name in layers:
         if not is_name(name):
             raise ValueError(f"{name[:60]!r} is no layer's name")
@@ -115,11 +122,12 @@ class Manifest:
     Attributes:
         bitpress: version of the core.
         schemes: package and version by scheme.
+        recipe: with every option spelled out, as `Recipe.as_json` gives it.
         source: the model's name as it was given (a folder's own name, or a Hub name).
         inputs: the source's weight files.
         files: every file of the output but `bitpress.json` itself.
         data: what the run was calibrated on, and its digest; None where it needed no data.
-        warnings: what was found on the way, one line each.
+        warnings: of the run, one line each.
         rescaled: by tensor of the source, the exponents of two by which its "columns" and "rows"
             were multiplied first.
         blocks: by decoder block, ||h - h'|| / ||h'|| of the hidden states after it, h' the
@@ -131,10 +139,10 @@ class Manifest:
     schemes: Mapping[str, str]
     recipe: Mapping[str, Any]
     source: str
-    inputs: Mapping[str, FileNote]
-    files: Mapping[str, FileNote] = field(validator=_within)
-    layers: Mapping[str, LayerNote] = field(validator=_named)
-    data: Mapping[str, str] | None = field(default=None, validator=_known_data)
+    inputs: Mapping[str, FileRecord]
+    files: Mapping[str, FileRecord] = field(validator=_check_filenames)
+    layers: Mapping[str, LayerRecord] = field(validator=_check_layer_names)
+    data: Mapping[str, str] | None = field(default=None, validator=_check_calibration_data)
     warnings: tuple[str, ...] = ()
     rescaled: Mapping[str, Rescaled] = field(factory=dict)
     blocks: Mapping[str, float] = field(factory=dict)
@@ -147,10 +155,10 @@ class Manifest:
     @property
     def bits(self) -> float:
         """Mean stored bits per weight of the compressed layers."""
-        sizes = {name: note.shape[0] * note.shape[1] for name, note in self.layers.items()}
-        return sum(note.bits * sizes[name] for name, note in self.layers.items()) / max(
-            sum(sizes.values()), 1
-        )
+        records = self.layers.values()
+        num_weights = sum(record.shape[0] * record.shape[1] for record in records)
+        num_bits = sum(record.bits * (record.shape[0] * record.shape[1]) for record in records)
+        return num_bits / max(num_weights, 1)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -159,55 +167,61 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: there is none, or it is not one.
     """
-    if folder.is_dir() and not (folder / MANIFEST).is_file():
+    file = folder / MANIFEST
+    if folder.is_dir() and not file.is_file():
         raise CheckpointError(
             f"{folder} was not written by bitpress, or not to its end: it has no {MANIFEST}"
         )
-    table = read_json(folder / MANIFEST)
-    table.pop(SELF, None)
+    table = read_json(file)
+    table.pop(OWN_DIGEST, None)
     try:
-        note: Manifest = typed(table, Manifest)
+        manifest: Manifest = parse_typed(table, Manifest)
     except ValueError as e:
-        raise CheckpointError(
-            f"{folder / MANIFEST}: it is not what this version writes ({e!s:.200})"
-        ) from None
-    return note
+        raise CheckpointError(f"{file}: it is not what this version writes ({e!s:.200})") from None
+    return manifest
 
 
-def text(note: Manifest) -> str:
-    """The file: the note, and last the SHA-256 of the file itself as it is with zeros in that
-    place.
+def serialize(manifest: Manifest) -> str:
+    """The content of the file: the manifest, and last the SHA-256 of the file itself, computed with
+    zeros in the place of the digest.
     """
-    blank = json_text({**note.as_json(), SELF: "0" * 64})
+    zeros = "0" * 64
+    blank = json_text({**manifest.as_json(), OWN_DIGEST: zeros})
     digest = hashlib.sha256(blank.encode()).hexdigest()
-    return digest.join(blank.rsplit("0" * 64, 1))
+    return digest.join(blank.rsplit(zeros, 1))
 
 
-def intact(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Whether the manifest of a folder is, to the byte, what was written."""
-    data = (folder / MANIFEST).read_bytes()
-    # the last text of the file
-    at = data.rfind(b'"') - 64
-    digest = data[at : at + 64]
-    return hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode() == digest
+    content = (folder / MANIFEST).read_bytes()
+    # The digest is the last text of the file: 64 characters before the last quotation mark.
+    start = content.rfind(b'"') - 64
+    digest = content[start : start + 64]
+    blank = content[:start] + b"0" * 64 + content[start + 64 :]
+    return hashlib.sha256(blank).hexdigest().encode() == digest
 
 
-def file_notes(
-    files: Mapping[str, Path], threads: int, digests: bool = True, ranks: Ranks = ALONE
-) -> dict[str, FileNote]:
-    """Sizes and, if asked for, digests of files on disk, by the names they were given; each rank
-    reads its share of them.
+def describe_files(
+    files: Mapping[str, Path], threads: int, with_digests: bool = True, ranks: Ranks = ALONE
+) -> dict[str, FileRecord]:
+    """Sizes and digests of files on disk; each rank reads its share of them.
+
+    Args:
+        files: paths by the names that the records get.
+        threads: read and hash files side by side.
+        with_digests: whether to read the files; sizes alone need no reading.
     """
-    if not digests:
-        return {name: FileNote(file.stat().st_size) for name, file in files.items()}
-    own = ranks.deal(list(files), lambda name: files[name].stat().st_size)
+    if not with_digests:
+        return {name: FileRecord(file.stat().st_size) for name, file in files.items()}
+    names = ranks.deal(list(files), lambda name: files[name].stat().st_size)
     with ThreadPoolExecutor(threads) as pool:
-        mine = dict(zip(own, pool.map(_note, (files[name] for name in own)), strict=True))
-    found = {name: note for notes in ranks.gather(mine) for name, note in notes.items()}
-    return {name: found[name] for name in files}
+        records = pool.map(_hash_file, (files[name] for name in names))
+        share = dict(zip(names, records, strict=True))
+    merged = {name: record for part in ranks.gather(share) for name, record in part.items()}
+    return {name: merged[name] for name in files}
 
 
-def _note(file: Path) -> FileNote:
+def _hash_file(file: Path) -> FileRecord:
     with file.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
-        return FileNote(f.tell(), digest)
+        return FileRecord(f.tell(), digest)

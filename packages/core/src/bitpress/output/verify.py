@@ -15,9 +15,9 @@ from attrs import frozen
 
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint, Reader
-from bitpress.errors import BitpressError
-from bitpress.output.manifest import FileNote, file_notes
-from bitpress.output.written_model import Written
+from bitpress.errors import BitpressError, Fault
+from bitpress.output.manifest import FileRecord, describe_files
+from bitpress.output.written_model import WrittenModel
 from bitpress.planning import engine_rules, linear_layers
 from bitpress.planning.quantization_config import quantization_config
 from bitpress.runtime.process_group import ALONE, Ranks
@@ -27,188 +27,236 @@ from bitpress.schemes import pipeline
 
 @frozen
 class Report:
-    """What was found: faults, empty if all is well, and the relative error of every layer where
-    there was a source.
+    """What verification found.
 
     Attributes:
+        faults: empty if all is well.
+        errors: by layer, ||dequantized - source|| / ||source||; empty where there was no source.
         remarks: what could not be proved.
     """
 
-    faults: tuple[str, ...]
+    faults: tuple[Fault, ...]
     errors: Mapping[str, float]
     remarks: tuple[str, ...] = ()
 
 
-def verify_files(notes: Mapping[str, FileNote], folder: Path, threads: int) -> Iterator[str]:
-    """Faults of files against their notes: missing, another size, other bytes."""
-    present = {name: note for name, note in notes.items() if (folder / name).is_file()}
-    for name in notes:
+def verify_files(records: Mapping[str, FileRecord], folder: Path, threads: int) -> Iterator[Fault]:
+    """Faults of files against their records: missing, another size, other bytes."""
+    present = {name for name in records if (folder / name).is_file()}
+    for name in records:
         if name not in present:
-            yield f"{name}: the file is missing"
+            yield Fault(name, "the file is missing")
+
+    # Some engines load every weight file of a folder, whether the index names it or not.
     for file in sorted(folder.glob("*.safetensors")):
-        if file.name not in notes:
-            yield f"{file.name}: weights that were not written; some engines load every such file"
-    for name, found in file_notes({name: folder / name for name in present}, threads).items():
-        noted = present[name]
-        if found.bytes != noted.bytes:
-            yield f"{name}: {found.bytes} bytes, written were {noted.bytes}"
-        elif noted.sha256 is not None and found.sha256 != noted.sha256:
-            yield f"{name}: its bytes are not those that were written (SHA-256 differs)"
+        if file.name not in records:
+            yield Fault(
+                file.name, "weights that were not written; some engines load every such file"
+            )
+
+    on_disk = describe_files({n: folder / n for n in records if n in present}, threads)
+    for name, actual in on_disk.items():
+        expected = records[name]
+        if actual.bytes != expected.bytes:
+            yield Fault(name, f"{actual.bytes} bytes, written were {expected.bytes}")
+        elif expected.sha256 is not None and actual.sha256 != expected.sha256:
+            yield Fault(name, "its bytes are not those that were written (SHA-256 differs)")
 
 
 def verify_tensors(
-    written: Written, source: Checkpoint | None, threads: int, done: Told, ranks: Ranks = ALONE
+    written: WrittenModel,
+    source: Checkpoint | None,
+    threads: int,
+    progress: Told,
+    ranks: Ranks = ALONE,
 ) -> Report:
-    """Every planned tensor is there as planned, scales are usable, the config says what is stored,
-    and weights are near the source's where there is a source; `done` is told the bytes of each
-    layer that was read. Each rank reads its share.
+    """Prove that every planned tensor is stored as planned, scales are usable, the config says what
+    is stored, and weights are near those of the source.
+
+    Args:
+        source: the checkpoint that was compressed; None leaves out what needs it.
+        progress: is given the bytes of each layer that was read.
+        ranks: each reads its share; all return the same report.
     """
-    faults = list(structure(written, source))
-    out = written.checkpoint
-    broken = {fault.split(":")[0] for fault in faults}
-    modules = [module for module in written.layers if module not in broken]
-    modules = ranks.deal(
-        modules, lambda module: sum(e.nbytes for e in written.entries(module).values() if e)
-    )
+    faults = list(find_structure_faults(written, source))
+    broken = {fault.subject for fault in faults}
+
+    def stored_bytes(module: str) -> int:
+        return sum(entry.nbytes for entry in written.entries(module).values() if entry)
+
+    modules = ranks.deal([name for name in written.layers if name not in broken], stored_bytes)
     errors: dict[str, float] = {}
     with Reader() as reader, ThreadPoolExecutor(threads) as pool:
         if not ranks.first:
-            # what headers show is told once
+            # Every rank sees the same headers; the first reports them.
             faults = []
         elif not faults:
-            # what is not as planned is not looked at again: whatever a stranger has put there would
-            # be
-            faults += engine_rules.faults(out.config, out.entries, reader.whole)
+            # Tensors that are not as planned are not read: their sizes would be a stranger's.
+            checkpoint = written.checkpoint
+            faults += engine_rules.find_faults(checkpoint.config, checkpoint.entries, reader.whole)
 
-        def work(module: str) -> tuple[list[str], float | None]:
-            found = _layer(written, module, source, reader)
-            done(sum(e.nbytes for e in written.entries(module).values() if e))
-            return found
+        def verify_layer(module: str) -> tuple[list[Fault], float | None]:
+            result = _verify_layer(written, module, source, reader)
+            progress(stored_bytes(module))
+            return result
 
-        for module, (found, error) in zip(modules, pool.map(work, modules), strict=True):
-            faults += found
+        for module, result in zip(modules, pool.map(verify_layer, modules), strict=True):
+            layer_faults, error = result
+            faults += layer_faults
             if error is not None:
                 errors[module] = error
         if source:
-            faults += _copies(written, source, reader, ranks)
-    theirs = ranks.gather((faults, errors))
+            faults += _verify_copies(written, source, reader, ranks)
+
+    gathered = ranks.gather((faults, errors))
     return Report(
-        tuple(f for found, _ in theirs for f in found),
-        {m: error for _, found in theirs for m, error in found.items()},
+        tuple(fault for rank_faults, _ in gathered for fault in rank_faults),
+        {module: error for _, errors in gathered for module, error in errors.items()},
     )
 
 
-def structure(written: Written, source: Checkpoint | None = None) -> Iterator[str]:
-    """Faults that headers and config show."""
-    out = written.checkpoint
-    fragments, expected = {}, set()
-    for module, note in written.layers.items():
-        record = written.planned(module, note.shape[0])
-        fragments[module] = record.config
-        for suffix, tensor in record.tensors.items():
-            name, planned = f"{module}.{suffix}", (NAMES[tensor.dtype], tuple(tensor.shape))
-            expected.add(name)
-            entry = out.entries.get(name)
-            if entry is None:
-                yield f"{module}: tensor {name} is missing"
-            elif (entry.dtype, entry.shape) != planned:
-                yield (
-                    f"{module}: tensor {name} is {entry.dtype} {list(entry.shape)}, planned was "
-                    f"{planned[0]} {list(planned[1])}"
-                )
+def find_structure_faults(
+    written: WrittenModel, source: Checkpoint | None = None
+) -> Iterator[Fault]:
+    """Faults that headers and config show, before a weight is read."""
+    checkpoint = written.checkpoint
+    fragments: dict[str, Mapping[str, Any] | None] = {}
+    expected_names = set()
+    for module, record in written.layers.items():
+        layer = written.expected_layer(module, record.shape[0])
+        fragments[module] = layer.config
+        for suffix, tensor in layer.tensors.items():
+            name = f"{module}.{suffix}"
+            expected_names.add(name)
+            yield from _compare_entry(module, name, checkpoint, tensor)
+
     if source is not None:
-        for module, note in written.layers.items():
-            origin = source.entries.get(f"{module}.weight")
-            if origin is None or (origin.dtype, origin.shape) != (note.dtype, note.shape):
-                yield (
-                    f"{module}: the source's weight is not {note.dtype} {list(note.shape)}, of "
-                    "which this was made"
-                )
+        yield from _compare_source_shapes(written, source)
         copied = {
             name for name in source.entries if name.removesuffix(".weight") not in written.layers
         }
-        yield from (
-            f"{name}: the source's tensor is missing" for name in sorted(copied - set(out.entries))
+        for name in sorted(copied - set(checkpoint.entries)):
+            yield Fault(name, "the source's tensor is missing")
+        expected_names |= copied
+
+    for name in sorted(set(checkpoint.entries) - expected_names):
+        is_in_layer = name.rpartition(".")[0] in written.layers and not name.endswith(".bias")
+        # Without a source nothing says which other tensors it had.
+        if source is not None or is_in_layer:
+            yield Fault(name, "the tensor was not planned")
+
+    plain = linear_layers.left_alone(checkpoint, written.layers)
+    expected_config = quantization_config(fragments, plain)
+    if _sort_ignored(checkpoint.config.get(KEY)) != _sort_ignored(expected_config):
+        yield Fault("config.json", f"its {KEY} does not describe what is stored")
+
+
+def _compare_entry(
+    module: str, name: str, checkpoint: Checkpoint, expected: torch.Tensor
+) -> Iterator[Fault]:
+    dtype, shape = NAMES[expected.dtype], tuple(expected.shape)
+    entry = checkpoint.entries.get(name)
+    if entry is None:
+        yield Fault(module, f"tensor {name} is missing")
+    elif (entry.dtype, entry.shape) != (dtype, shape):
+        yield Fault(
+            module,
+            f"tensor {name} is {entry.dtype} {list(entry.shape)}, planned was "
+            f"{dtype} {list(shape)}",
         )
-        expected |= copied
-    for name in sorted(set(out.entries) - expected):
-        if source is not None or (
-            name.rpartition(".")[0] in written.layers and not name.endswith(".bias")
-        ):
-            yield f"{name}: the tensor was not planned"
-    wanted = quantization_config(fragments, linear_layers.left_alone(out, written.layers))
-    if _in_order(out.config.get(KEY)) != _in_order(wanted):
-        yield f"config.json: its {KEY} does not describe what is stored"
 
 
-def _in_order(table: Any) -> Any:
-    """A config whose ignored layers are in no file's order: files of an output need not follow
-    those of its source.
+def _compare_source_shapes(written: WrittenModel, source: Checkpoint) -> Iterator[Fault]:
+    for module, record in written.layers.items():
+        entry = source.entries.get(f"{module}.weight")
+        if entry is None or (entry.dtype, entry.shape) != (record.dtype, record.shape):
+            yield Fault(
+                module,
+                f"the source's weight is not {record.dtype} {list(record.shape)}, of "
+                "which this was made",
+            )
+
+
+def _sort_ignored(table: Any) -> Any:
+    """A quantization config with its ignored layers sorted: files of an output need not list
+    tensors in the order of its source.
     """
     ignored = table.get("ignore") if isinstance(table, dict) else None
     return {**table, "ignore": sorted(map(str, ignored))} if isinstance(ignored, list) else table
 
 
-def _layer(
-    written: Written, module: str, source: Checkpoint | None, reader: Reader
-) -> tuple[list[str], float | None]:
-    """Faults of one layer's numbers, and its relative error."""
-    steps, faults = written.steps(module), set()
-    config = written.planned(module, written.layers[module].shape[0]).config
-    origin = source.entries.get(f"{module}.weight") if source else None
-    moved, size = 0.0, 0.0
+def _verify_layer(
+    written: WrittenModel, module: str, source: Checkpoint | None, reader: Reader
+) -> tuple[list[Fault], float | None]:
+    """Faults of one layer's numbers, and its relative error where there is a source."""
+    steps, (num_rows, num_columns) = written.steps(module), written.layers[module].shape
+    config = written.expected_layer(module, num_rows).config
+    source_entry = source.entries.get(f"{module}.weight") if source else None
+    texts = set()
+    squared_error, squared_norm = 0.0, 0.0
     try:
-        for first, last, tensors in written.tiles(module, reader):
+        for first, last, tensors in written.read_tiles(module, reader):
             for suffix, tensor in tensors.items():
-                if "scale" in suffix and tensor.is_floating_point() and not _usable(tensor.float()):
-                    faults.add(f"{module}: {suffix} has a scale that is zero, infinite or NaN")
-            weight = pipeline.dequantize(
-                tensors, config, steps, (last - first, written.layers[module].shape[1])
-            )
-            faults.update(f"{module}: {text}" for text in pipeline.validate_weight(weight, steps))
+                is_scale = "scale" in suffix and tensor.is_floating_point()
+                if is_scale and not _is_usable_scale(tensor.float()):
+                    texts.add(f"{suffix} has a scale that is zero, infinite or NaN")
+
+            weight = pipeline.dequantize(tensors, config, steps, (last - first, num_columns))
+            texts.update(pipeline.validate_weight(weight, steps))
+            # A finite sum has finite terms, and is found several times as fast.
             if not math.isfinite(weight.sum()) and not weight.isfinite().all():
-                faults.add(f"{module}: the stored weight decodes to NaN or infinity")
-            elif origin is not None:
-                given = written.given(reader.rows(origin, first, last), origin.name, first)
-                limit = pipeline.error_bound(tensors, config, steps, tuple(weight.shape))
-                distance = weight.sub_(given).abs_()
-                # the largest difference is found several times as fast as each is compared, unless
-                # one is NaN
-                if (
-                    limit is not None
-                    and not (distance - limit).amax() <= 0
-                    and (distance > limit).any()
-                ):
-                    faults.add(
-                        f"{module}: a stored weight is further from the source's than rounding can "
-                        "move it"
-                    )
-                moved += float(distance.square().sum(dtype=torch.float64))
-                size += float(given.square().sum(dtype=torch.float64))
+                texts.add("the stored weight decodes to NaN or infinity")
+                continue
+            if source_entry is None:
+                continue
+
+            rows = reader.rows(source_entry, first, last)
+            reference = written.rescale_source(rows, source_entry.name, first)
+            bound = pipeline.error_bound(tensors, config, steps, tuple(weight.shape))
+            distance = weight.sub_(reference).abs_()
+            if bound is not None and _exceeds(distance, bound):
+                texts.add("a stored weight is further from the source's than rounding can move it")
+            squared_error += float(distance.square().sum(dtype=torch.float64))
+            squared_norm += float(reference.square().sum(dtype=torch.float64))
     except BitpressError as e:
-        return [f"{module}: {e}"], None
-    error = math.sqrt(moved / size) if size else (0.0 if not moved else math.inf)
-    return sorted(faults), error if origin is not None else None
+        return [Fault(module, str(e))], None
+
+    faults = [Fault(module, text) for text in sorted(texts)]
+    if source_entry is None:
+        return faults, None
+    if squared_norm:
+        return faults, math.sqrt(squared_error / squared_norm)
+    return faults, math.inf if squared_error else 0.0
 
 
-def _usable(scale: torch.Tensor) -> bool:
+def _exceeds(distance: torch.Tensor, bound: torch.Tensor) -> bool:
+    """Whether any distance is larger than its bound."""
+    # The largest difference is found several times as fast as each pair is compared. It is NaN
+    # where any is, and NaN exceeds nothing.
+    if (distance - bound).amax() <= 0:
+        return False
+    return bool((distance > bound).any())
+
+
+def _is_usable_scale(scale: torch.Tensor) -> bool:
     return bool(((scale > 0) & scale.isfinite()).all())
 
 
-def _copies(written: Written, source: Checkpoint, reader: Reader, ranks: Ranks) -> Sequence[str]:
-    """Plain tensors whose bytes differ from the source's."""
+def _verify_copies(
+    written: WrittenModel, source: Checkpoint, reader: Reader, ranks: Ranks
+) -> Sequence[Fault]:
+    """Tensors outside the compressed layers that differ from the source's."""
     faults = []
     for name, entry in ranks.deal(list(source.entries.items()), lambda item: item[1].nbytes):
         copy = written.checkpoint.entries.get(name)
         if copy is None or name.removesuffix(".weight") in written.layers:
             continue
-        same = (copy.dtype, copy.shape) == (entry.dtype, entry.shape)
-        if same and name in written.rescaled:
-            same = torch.equal(
-                written.given(reader.whole(entry), name).to(DTYPES[entry.dtype]), reader.whole(copy)
-            )
-        elif same:
-            same = all(map(torch.equal, reader.chunks(entry), reader.chunks(copy)))
-        if not same:
-            faults.append(f"{name}: the copied tensor differs from the source's")
+        is_same = (copy.dtype, copy.shape) == (entry.dtype, entry.shape)
+        if is_same and name in written.rescaled:
+            rescaled = written.rescale_source(reader.whole(entry), name)
+            is_same = torch.equal(rescaled.to(DTYPES[entry.dtype]), reader.whole(copy))
+        elif is_same:
+            is_same = all(map(torch.equal, reader.chunks(entry), reader.chunks(copy)))
+        if not is_same:
+            faults.append(Fault(name, "the copied tensor differs from the source's"))
     return faults

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from attrs import field, frozen
@@ -11,77 +10,107 @@ from attrs import field, frozen
 from bitpress.checkpoint.reader import DTYPES, Checkpoint, Reader
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import CheckpointError
-from bitpress.output.manifest import LayerNote, Manifest, Rescaled
+from bitpress.output.manifest import LayerRecord, Manifest, Rescaled
 from bitpress.planning.recipe import Recipe
 from bitpress.schemes import stored_layout
 from bitpress.schemes.registry import Step
+from bitpress.schemes.values import StoredLayer
 
 
 @frozen(eq=False)
-class Written:
-    """An output and what was meant to be in it."""
+class WrittenModel:
+    """The files of an output, and what was meant to be in them.
+
+    Attributes:
+        checkpoint: the files as they are.
+        recipe: by which they were written.
+        layers: the record of every compressed layer, by module name.
+        rescaled: by tensor of the source, the exponents of two by which its "columns" and "rows"
+            were multiplied before it was compressed or copied.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
-    layers: Mapping[str, LayerNote]
+    layers: Mapping[str, LayerRecord]
     rescaled: Mapping[str, Rescaled] = field(factory=dict)
 
-    def given(self, tensor: torch.Tensor, name: str, first: int = 0) -> torch.Tensor:
-        """The source's numbers, float32, after the factors that the run folded into them; of the
-        rows from `first` on.
+    @classmethod
+    def from_manifest(
+        cls, manifest: Manifest, checkpoint: Checkpoint, recipe: Recipe
+    ) -> WrittenModel:
+        """An output as its manifest describes it.
+
+        Raises:
+            CheckpointError: the recipe has no steps for a layer of the manifest, or its dtype is
+                unknown.
         """
-        tensor, change = tensor.float(), self.rescaled.get(name, {})
-        if "columns" in change:
-            tensor = tensor * torch.tensor(change["columns"]).exp2()
-        if "rows" in change:
-            factors = torch.tensor(change["rows"][first : first + len(tensor)]).exp2()
-            tensor = tensor * factors.reshape(-1, *[1] * (tensor.ndim - 1))
-        return tensor
-
-    def entries(self, module: str) -> dict[str, Entry | None]:
-        """What is stored of a layer, by suffix; None for a planned tensor that is not there."""
-        planned = self.planned(module, self.layers[module].shape[0]).tensors
-        return {suffix: self.checkpoint.entries.get(f"{module}.{suffix}") for suffix in planned}
-
-    def planned(self, module: str, rows: int) -> Any:
-        """The StoredLayer that this many rows of a layer must have become."""
-        note = self.layers[module]
-        return stored_layout.describe(rows, note.shape[1], DTYPES[note.dtype], self.steps(module))
+        for module, record in manifest.layers.items():
+            if not recipe.steps(module) or record.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: bitpress.json does not say how layer {module} was "
+                    "written"
+                )
+        return cls(checkpoint, recipe, manifest.layers, manifest.rescaled)
 
     def steps(self, module: str) -> tuple[Step, ...]:
         """The steps that wrote a layer."""
         return self.recipe.steps(module)
 
-    def tiles(
+    def expected_layer(self, module: str, rows: int) -> StoredLayer:
+        """Dtypes, shapes and config that this many rows of a layer must have been stored with."""
+        record = self.layers[module]
+        return stored_layout.describe(
+            rows, record.shape[1], DTYPES[record.dtype], self.steps(module)
+        )
+
+    def entries(self, module: str) -> dict[str, Entry | None]:
+        """What is stored of a layer, by suffix; None for an expected tensor that is missing."""
+        expected = self.expected_layer(module, self.layers[module].shape[0]).tensors
+        return {suffix: self.checkpoint.entries.get(f"{module}.{suffix}") for suffix in expected}
+
+    def read_tiles(
         self, module: str, reader: Reader
     ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
-        """First and last (exclusive) row of each row tile, and the stored tensors cut to it, on
-        which `dequantize` works.
+        """Read a layer in row tiles: first and last (exclusive) row of each, and the stored tensors
+        cut to these rows, on which `dequantize` works.
         """
-        shape, block = self.layers[module].shape, stored_layout.row_block(self.steps(module))
+        steps, num_rows = self.steps(module), self.layers[module].shape[0]
+        row_block = stored_layout.row_block(steps)
+        one_block = self.expected_layer(module, row_block).tensors
+        all_rows = self.expected_layer(module, num_rows).tensors
         entries = {
             suffix: entry for suffix, entry in self.entries(module).items() if entry is not None
         }
-        whole = {
-            suffix: tuple(t.shape) for suffix, t in self.planned(module, shape[0]).tensors.items()
-        }
-        for first, last in stored_layout.row_tiles(shape, self.steps(module)):
+
+        for first, last in stored_layout.row_tiles(self.layers[module].shape, steps):
             tensors = {}
-            for suffix, tensor in self.planned(module, last - first).tensors.items():
-                # one tile is all, or the tensor does not follow the rows
-                if tuple(tensor.shape) == whole[suffix]:
+            for suffix, expected in self.expected_layer(module, last - first).tensors.items():
+                # The only tile of the layer, or a tensor that does not follow the rows.
+                if expected.shape == all_rows[suffix].shape:
                     tensors[suffix] = reader.whole(entries[suffix])
                 else:
-                    start = first // block * self.planned(module, block).tensors[suffix].shape[0]
-                    tensors[suffix] = reader.rows(entries[suffix], start, start + tensor.shape[0])
+                    start = first // row_block * one_block[suffix].shape[0]
+                    stop = start + expected.shape[0]
+                    tensors[suffix] = reader.rows(entries[suffix], start, stop)
             yield first, last, tensors
 
+    def rescale_source(self, tensor: torch.Tensor, name: str, first_row: int = 0) -> torch.Tensor:
+        """The source's numbers after the factors that the run folded into them.
 
-def written_by(manifest: Manifest, checkpoint: Checkpoint, recipe: Recipe) -> Written:
-    """An output as its manifest describes it."""
-    for module, note in manifest.layers.items():
-        if not recipe.steps(module) or note.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{checkpoint.folder}: bitpress.json does not say how layer {module} was written"
-            )
-    return Written(checkpoint, recipe, manifest.layers, manifest.rescaled)
+        Args:
+            tensor: rows of the source's tensor, (rows, ...).
+            name: of the source's tensor.
+            first_row: where these rows begin in it.
+
+        Returns:
+            float32 of the same shape.
+        """
+        exponents = self.rescaled.get(name, {})
+        rescaled = tensor.float()
+        if "columns" in exponents:
+            rescaled = rescaled * torch.tensor(exponents["columns"]).exp2()
+        if "rows" in exponents:
+            last_row = first_row + len(rescaled)
+            factors = torch.tensor(exponents["rows"][first_row:last_row]).exp2()
+            rescaled = rescaled * factors.reshape(-1, *[1] * (rescaled.ndim - 1))
+        return rescaled

@@ -1,8 +1,7 @@
-"""What engines demand of a compressed-tensors checkpoint, told from the files alone; every rule
-that is broken is a fault.
+"""What engines demand of a compressed-tensors checkpoint, checked on its files alone.
 
-Nothing here knows how the files were made, so that a scheme's own mistake is found too. Facts: vLLM
-0.32, transformers 5.17.
+Nothing here knows how the files were made, so that a scheme's own mistake is found too. The rules
+are those of vLLM 0.32 and transformers 5.17, unless a comment names another.
 """
 
 from __future__ import annotations
@@ -11,91 +10,29 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from attrs import frozen
 from torch import Tensor
 
 from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.safetensors import Entry
+from bitpress.errors import Fault
 
-# the target that names the class of all linear layers
-EVERY = "Linear"
+# The target that names the class of all linear layers.
+EVERY_LINEAR = "Linear"
 
-PACKED = "pack-quantized"
+# compressed-tensors' format of integers in 32-bit words.
+PACKED_FORMAT = "pack-quantized"
 
-NUMBERS = ("_scale", "_zero_point")
+# Endings of tensors that two layers share once an engine has fused them.
+SHARED_SUFFIXES = ("_scale", "_zero_point")
 
-# where a layer's codes lie
+# Tensors that hold a layer's codes.
 CODES = ("weight", "weight_packed")
 
-Read = Callable[[Entry], Tensor]
-
-# what is stored of a module, by suffix
-Stored = Mapping[str, Entry]
-
-
-def faults(
-    config: Mapping[str, Any], entries: Mapping[str, Entry], read: Read | None = None
-) -> Iterator[str]:
-    """The faults of a config and of the tensors that files hold; rules about numbers only where
-    these can be read.
-    """
-    modules: dict[str, dict[str, Entry]] = {}
-    for name, entry in entries.items():
-        module, _, suffix = name.rpartition(".")
-        modules.setdefault(module, {})[suffix] = entry
-    compressed = {
-        module: stored
-        for module, stored in modules.items()
-        if "weight_scale" in stored or "weight_packed" in stored
-    }
-    table = config.get(KEY)
-    if not isinstance(table, dict):
-        if compressed:
-            yield f"config.json: it has no {KEY}, and {next(iter(compressed))} is stored compressed"
-        return
-    yield from _table(table)
-    groups = {
-        name: group
-        for name, group in (table.get("config_groups") or {}).items()
-        if isinstance(group, dict)
-    }
-    ignored = [str(pattern) for pattern in table.get("ignore") or ()]
-    linear = compressed | {
-        module: s for module, s in modules.items() if _plain(module, s) and module not in compressed
-    }
-    yield from (
-        f"config.json: it ignores {name}, which is not there"
-        for name in _absent(ignored, modules)
-        if name != "lm_head"
-    )
-    for name, group in groups.items():
-        yield from (
-            f"config.json: {name} targets {target}, which is not there"
-            for target in _absent(group.get("targets"), linear)
-        )
-    assigned = {}
-    for module, stored in linear.items():
-        found = (
-            []
-            if _matches(ignored, module)
-            else [name for name, g in groups.items() if _matches(g.get("targets"), module)]
-        )
-        assigned[module] = found
-        if module in compressed and len(found) != 1:
-            yield (
-                f"{module}: it is compressed, and {len(found) or 'none'} of the config's groups "
-                "and ignored layers name it so"
-            )
-        elif module not in compressed and found:
-            yield f"{module}: it is stored as it was, and the config says that it is compressed"
-        elif found:
-            yield from (f"{module}: {fault}" for fault in _layer(groups[found[0]], stored, read))
-    yield from _fused(linear, assigned, groups, read)
-
-
-# by kind of the weights' numbers: strategies of weights and inputs, and whether inputs are scaled
-# as they come
-EXPERTS = {
+# What vLLM's kernels for experts take, by type and width of the weights' numbers: the strategy of
+# the weights, that of the inputs, and whether inputs are scaled as they come (dynamic).
+EXPERT_LAYOUTS = {
     ("float", 8): (
         ("tensor", "tensor", False),
         ("channel", "token", True),
@@ -104,196 +41,330 @@ EXPERTS = {
     ("int", 8): (("channel", "token", True),),
 }
 
+ReadTensor = Callable[[Entry], Tensor]
 
-def of_experts(group: Mapping[str, Any] | None) -> str | None:
-    """Why vLLM's kernels for experts do not take a layout that its other layers have; None where
-    they do.
+# The tensors of one module, by the last part of their names.
+ModuleTensors = Mapping[str, Entry]
+
+ConfigGroup = Mapping[str, Any]
+
+
+@frozen
+class _LinearLayers:
+    """The linear layers of a checkpoint, and what its config says of them.
+
+    Attributes:
+        tensors: of every linear layer, the compressed ones first.
+        groups: the config's groups by name.
+        groups_of: names of the groups that a layer belongs to; one for a compressed layer.
+    """
+
+    tensors: Mapping[str, ModuleTensors]
+    groups: Mapping[str, ConfigGroup]
+    groups_of: Mapping[str, Sequence[str]]
+
+
+def find_faults(
+    config: Mapping[str, Any], entries: Mapping[str, Entry], read: ReadTensor | None = None
+) -> Iterator[Fault]:
+    """Every rule of the engines that a checkpoint breaks.
+
+    Args:
+        config: the content of `config.json`.
+        entries: the tensors that the weight files hold, by name.
+        read: returns a tensor's numbers; without it, rules about numbers are not checked.
+    """
+    modules: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        module, _, suffix = name.rpartition(".")
+        modules.setdefault(module, {})[suffix] = entry
+    compressed = {
+        module: tensors
+        for module, tensors in modules.items()
+        if "weight_scale" in tensors or "weight_packed" in tensors
+    }
+
+    table = config.get(KEY)
+    if not isinstance(table, dict):
+        if compressed:
+            yield Fault(
+                "config.json",
+                f"it has no {KEY}, and {next(iter(compressed))} is stored compressed",
+            )
+        return
+    yield from _check_config(table)
+
+    dense = {
+        module: tensors
+        for module, tensors in modules.items()
+        if module not in compressed and _is_dense_linear(module, tensors)
+    }
+    ignored = [str(pattern) for pattern in table.get("ignore") or ()]
+    groups = {
+        name: group
+        for name, group in (table.get("config_groups") or {}).items()
+        if isinstance(group, dict)
+    }
+    linear = compressed | dense
+    groups_of = {module: _groups_of(module, ignored, groups) for module in linear}
+    yield from _check_ignored(ignored, modules)
+    yield from _check_targets(groups, linear)
+
+    layers = _LinearLayers(linear, groups, groups_of)
+    yield from _check_layers(layers, compressed, read)
+    yield from _check_fused_layers(layers, read)
+
+
+def explain_expert_layout(group: ConfigGroup | None) -> str | None:
+    """Why vLLM's kernels for experts do not take a layout that its other layers have.
 
     Args:
         group: a layer's config fragment.
+
+    Returns:
+        The reason, or None where they take it.
     """
-    weights, inputs = (((group or {}).get(key) or {}) for key in ("weights", "input_activations"))
-    known = EXPERTS.get((str(weights.get("type")), int(weights.get("num_bits") or 0)))
-    found = (weights.get("strategy"), inputs.get("strategy"), bool(inputs.get("dynamic")))
-    if known is None or not inputs or found in known:
+    weights = (group or {}).get("weights") or {}
+    inputs = (group or {}).get("input_activations") or {}
+    supported = EXPERT_LAYOUTS.get((str(weights.get("type")), int(weights.get("num_bits") or 0)))
+    strategies = (weights.get("strategy"), inputs.get("strategy"), bool(inputs.get("dynamic")))
+    if supported is None or not inputs or strategies in supported:
         return None
-    told = " or ".join(f"{w} with {'dynamic' if d else 'static'} {i}" for w, i, d in known)
+    supported_text = " or ".join(
+        f"{weight} with {'dynamic' if dynamic else 'static'} {activation}"
+        for weight, activation, dynamic in supported
+    )
+    weight, activation, dynamic = strategies
     return (
-        f"vLLM computes experts with {told} scales, and not {found[0]} with "
-        f"{'dynamic' if found[2] else 'static'} {found[1]}"
+        f"vLLM computes experts with {supported_text} scales, and not {weight} with "
+        f"{'dynamic' if dynamic else 'static'} {activation}"
     )
 
 
-def _table(table: Mapping[str, Any]) -> Iterator[str]:
+def _check_config(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Whether loaders take the table for compressed-tensors, and its formats agree."""
     if table.get("quant_method") != "compressed-tensors":
-        yield (
-            f"config.json: quant_method is {table.get('quant_method')!r}, not 'compressed-tensors'"
+        yield Fault(
+            "config.json",
+            f"quant_method is {table.get('quant_method')!r}, not 'compressed-tensors'",
         )
+
+    # A sparsity_config alone is a whole config: engines that read one ask for nothing below.
     if table.get("sparsity_config") and not table.get("config_groups"):
-        # weights without their zeros and nothing else: what older engines read has no more to it
         return
+
+    # transformers initializes compressed layers at random under any other status.
     if table.get("quantization_status") != "compressed":
-        yield (
-            "config.json: quantization_status is not 'compressed': transformers would leave "
-            "random weights, without an error"
+        yield Fault(
+            "config.json",
+            "quantization_status is not 'compressed': transformers would leave "
+            "random weights, without an error",
         )
+
     formats = {
         group.get("format")
         for group in (table.get("config_groups") or {}).values()
         if isinstance(group, dict)
     }
+    expected = next(iter(formats)) if len(formats) == 1 else "mixed-precision"
     if not formats:
-        yield "config.json: it has no config_groups"
-    elif table.get("format") != (next(iter(formats)) if len(formats) == 1 else "mixed-precision"):
-        yield (
-            f"config.json: its format is {table.get('format')!r}, and those of its groups are "
-            f"{', '.join(map(str, formats))}"
+        yield Fault("config.json", "it has no config_groups")
+    elif table.get("format") != expected:
+        yield Fault(
+            "config.json",
+            f"its format is {table.get('format')!r}, and those of its groups are "
+            f"{', '.join(map(str, formats))}",
         )
 
 
-def _absent(patterns: Any, modules: Mapping[str, Stored]) -> Iterator[str]:
-    """Patterns that match nothing; the head may be tied, and then is not there."""
-    return (
-        str(pattern)
-        for pattern in patterns or ()
-        if not any(_matches([pattern], module) for module in modules)
-    )
+def _check_ignored(ignored: Sequence[str], modules: Mapping[str, ModuleTensors]) -> Iterator[Fault]:
+    for pattern in _unmatched(ignored, modules):
+        # A head that is tied to the embeddings is ignored and stores nothing.
+        if pattern != "lm_head":
+            yield Fault("config.json", f"it ignores {pattern}, which is not there")
 
 
-def _layer(group: Mapping[str, Any], stored: Stored, read: Read | None) -> Iterator[str]:
-    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
-    codes = next((stored[suffix] for suffix in CODES if suffix in stored), None)
+def _check_targets(
+    groups: Mapping[str, ConfigGroup], linear: Mapping[str, ModuleTensors]
+) -> Iterator[Fault]:
+    for name, group in groups.items():
+        for target in _unmatched(group.get("targets"), linear):
+            yield Fault("config.json", f"{name} targets {target}, which is not there")
+
+
+def _check_layers(
+    layers: _LinearLayers, compressed: Mapping[str, ModuleTensors], read: ReadTensor | None
+) -> Iterator[Fault]:
+    """Whether every compressed layer, and no other, has one group, and is stored as it says."""
+    for module, tensors in layers.tensors.items():
+        names = layers.groups_of[module]
+        if module in compressed and len(names) != 1:
+            yield Fault(
+                module,
+                f"it is compressed, and {len(names) or 'none'} of the config's groups "
+                "and ignored layers name it so",
+            )
+        elif module not in compressed and names:
+            yield Fault(module, "it is stored as it was, and the config says that it is compressed")
+        elif names:
+            for text in _check_layer(layers.groups[names[0]], tensors, read):
+                yield Fault(module, text)
+
+
+def _check_layer(
+    group: ConfigGroup, tensors: ModuleTensors, read: ReadTensor | None
+) -> Iterator[str]:
+    codes = next((tensors[suffix] for suffix in CODES if suffix in tensors), None)
     if codes is None or len(codes.shape) != 2:
         yield "there are no codes"
         return
-    for name, said, wanted in (
-        ("weight_zero_point", "weights", not weights.get("symmetric", True)),
-        (
-            "input_zero_point",
-            "inputs",
-            not inputs.get("symmetric", True) and inputs.get("dynamic") is False,
-        ),
-        (
-            "input_scale",
-            "inputs",
-            inputs.get("dynamic") is False and inputs.get("strategy") == "tensor",
-        ),
-    ):
-        if (name in stored) != wanted:
-            yield (
-                f"{name} is {'missing' if wanted else 'there'}, and the config's {said} say "
-                "otherwise"
-            )
-    rows, width = codes.shape[0], codes.shape[1] if "weight" in stored else None
-    if group.get("format") == PACKED:
-        if "weight_shape" not in stored:
-            yield "weight_shape is missing: transformers fails without it"
-            return
-        if read is None:
-            return
-        shape = tuple(read(stored["weight_shape"]).tolist())
-        bits = int(weights.get("num_bits", 0))
-        if len(shape) != 2 or shape[0] != rows or -(-shape[1] * bits // 32) != codes.shape[1]:
-            yield (
-                f"weight_shape says {list(shape)}, and the codes are {list(codes.shape)} words "
-                f"of {bits}-bit numbers"
-            )
-            return
-        width = shape[1]
-    if width is not None:
-        yield from _scales(weights, stored, rows, width)
+    yield from _check_optional_tensors(group, tensors)
 
-
-def _scales(weights: Mapping[str, Any], stored: Stored, rows: int, width: int) -> Iterator[str]:
-    """Whether the scale has the shape that its strategy needs; strategies that are not known here
-    are let be.
-    """
-    strategy, group = weights.get("strategy"), weights.get("group_size") or width
-    high, wide = weights.get("block_structure") or (rows, width)
-    if strategy == "group" and width % group:
-        yield f"{width} columns are no multiple of the group of {group}"
+    rows = codes.shape[0]
+    if group.get("format") != PACKED_FORMAT:
+        # Other packed formats have widths of their own, and their scales are not checked.
+        if "weight" in tensors:
+            yield from _check_scale_shape(group, tensors, rows, codes.shape[1])
         return
-    wanted = {
+
+    # transformers unpacks by `weight_shape`: the words do not say how many columns there are.
+    if "weight_shape" not in tensors:
+        yield "weight_shape is missing: transformers fails without it"
+        return
+    if read is None:
+        return
+    shape = tuple(read(tensors["weight_shape"]).tolist())
+    num_bits = int((group.get("weights") or {}).get("num_bits", 0))
+    if len(shape) != 2 or shape[0] != rows or -(-shape[1] * num_bits // 32) != codes.shape[1]:
+        yield (
+            f"weight_shape says {list(shape)}, and the codes are {list(codes.shape)} words "
+            f"of {num_bits}-bit numbers"
+        )
+        return
+    yield from _check_scale_shape(group, tensors, rows, shape[1])
+
+
+def _check_optional_tensors(group: ConfigGroup, tensors: ModuleTensors) -> Iterator[str]:
+    """Whether zero points and static scales are stored where the config asks for them, and only
+    there: loaders make parameters by the config, and fail over one that is missing or too many.
+    """
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    is_static = inputs.get("dynamic") is False
+    for name, subject, is_expected in (
+        ("weight_zero_point", "weights", not weights.get("symmetric", True)),
+        ("input_zero_point", "inputs", is_static and not inputs.get("symmetric", True)),
+        ("input_scale", "inputs", is_static and inputs.get("strategy") == "tensor"),
+    ):
+        if (name in tensors) != is_expected:
+            yield (
+                f"{name} is {'missing' if is_expected else 'there'}, and the config's {subject} "
+                "say otherwise"
+            )
+
+
+def _check_scale_shape(
+    group: ConfigGroup, tensors: ModuleTensors, rows: int, columns: int
+) -> Iterator[str]:
+    """Whether the scale has the shape that its strategy needs; unknown strategies pass."""
+    weights = group.get("weights") or {}
+    strategy, group_size = weights.get("strategy"), weights.get("group_size") or columns
+    block_rows, block_columns = weights.get("block_structure") or (rows, columns)
+    if strategy == "group" and columns % group_size:
+        yield f"{columns} columns are no multiple of the group of {group_size}"
+        return
+    expected = {
         "channel": (rows, 1),
         "tensor": (1,),
-        "group": (rows, width // group),
-        "block": (-(-rows // high), -(-width // wide)),
+        "group": (rows, columns // group_size),
+        "block": (-(-rows // block_rows), -(-columns // block_columns)),
     }.get(str(strategy))
-    if wanted is not None and stored["weight_scale"].shape != wanted:
+    if expected is not None and tensors["weight_scale"].shape != expected:
         yield (
-            f"weight_scale is {list(stored['weight_scale'].shape)}, and strategy {strategy} "
-            f"needs {list(wanted)}"
+            f"weight_scale is {list(tensors['weight_scale'].shape)}, and strategy {strategy} "
+            f"needs {list(expected)}"
         )
 
 
-def _fused(
-    linear: Mapping[str, Stored],
-    assigned: Mapping[str, Sequence[str]],
-    groups: Mapping[str, Any],
-    read: Read | None,
-) -> Iterator[str]:
-    """Layers that engines make one of must be stored in one way, and numbers that they then share
-    must be equal.
-    """
-    for members in layer_names.fused(linear):
+def _check_fused_layers(layers: _LinearLayers, read: ReadTensor | None) -> Iterator[Fault]:
+    """Whether layers that engines make one of are stored in one way, with equal shared numbers."""
+    for members in layer_names.fused(layers.tensors):
         if len(members) == 1:
             continue
-        if len({tuple(assigned[m]) for m in members}) > 1:
-            yield (
-                f"{members[0]}: engines fuse it with {', '.join(members[1:])}, and these are "
-                "stored in other ways"
+
+        # vLLM gives a fused layer one scheme, and raises where its parts have several.
+        if len({tuple(layers.groups_of[member]) for member in members}) > 1:
+            yield Fault(
+                members[0],
+                f"engines fuse it with {', '.join(members[1:])}, and these are stored in other "
+                "ways",
             )
             continue
-        fused = {module: linear[module] for module in members}
-        yield from _blocks(fused, groups[assigned[members[0]][0]] if assigned[members[0]] else {})
+
+        fused = {module: layers.tensors[module] for module in members}
+        names = layers.groups_of[members[0]]
+        yield from _check_block_rows(fused, layers.groups[names[0]] if names else {})
         if read is not None:
-            yield from _shared(fused, read)
+            yield from _check_shared_numbers(fused, read)
 
 
-def _blocks(members: Mapping[str, Stored], group: Mapping[str, Any]) -> Iterator[str]:
-    block = ((group.get("weights") or {}).get("block_structure") or [1])[0]
-    for module, stored in members.items():
-        rows = stored["weight"].shape[0] if "weight" in stored else block
-        if rows % block:
-            yield (
-                f"{module}: {rows} rows are no multiple of {block}, the height of a block, and "
-                "engines fuse it with others"
+def _check_block_rows(members: Mapping[str, ModuleTensors], group: ConfigGroup) -> Iterator[Fault]:
+    """VLLM raises where a block of a fused layer would hold rows of two of its parts."""
+    block_rows = ((group.get("weights") or {}).get("block_structure") or [1])[0]
+    for module, tensors in members.items():
+        rows = tensors["weight"].shape[0] if "weight" in tensors else block_rows
+        if rows % block_rows:
+            yield Fault(
+                module,
+                f"{rows} rows are no multiple of {block_rows}, the height of a block, and "
+                "engines fuse it with others",
             )
 
 
-def _shared(members: Mapping[str, Stored], read: Read) -> Iterator[str]:
-    """Numbers for a whole layer, which differ between the layers; one of a matrix of scales may be
-    the only one, and its own.
-    """
-    (first, theirs), *others = members.items()
-    for suffix in [
-        name
-        for name, entry in theirs.items()
-        if entry.shape in ((), (1,)) and name.endswith(NUMBERS)
-    ]:
-        number = read(theirs[suffix]).reshape(1)
-        for module, stored in others:
-            if suffix in stored and not number.equal(read(stored[suffix]).reshape(-1)):
-                yield (
-                    f"{module}: its {suffix} is not that of {first}, and engines keep one of "
-                    "them for both"
+def _check_shared_numbers(
+    members: Mapping[str, ModuleTensors], read: ReadTensor
+) -> Iterator[Fault]:
+    """VLLM keeps one number for the whole fused layer, and takes that of one part for all."""
+    (first, first_tensors), *others = members.items()
+    # A scale of shape (1, 1) is the only one of a matrix of scales, which is not shared.
+    shared = [
+        suffix
+        for suffix, entry in first_tensors.items()
+        if entry.shape in ((), (1,)) and suffix.endswith(SHARED_SUFFIXES)
+    ]
+    for suffix in shared:
+        number = read(first_tensors[suffix]).reshape(1)
+        for module, tensors in others:
+            if suffix in tensors and not number.equal(read(tensors[suffix]).reshape(-1)):
+                yield Fault(
+                    module,
+                    f"its {suffix} is not that of {first}, and engines keep one of them for both",
                 )
 
 
-def _plain(module: str, stored: Stored) -> bool:
-    """Whether a module is a linear layer that is stored as it was, as far as names and shapes
-    tell.
-    """
-    weight = stored.get("weight")
-    return (
-        weight is not None and len(weight.shape) == 2 and "embed" not in module.rpartition(".")[2]
-    )
+def _groups_of(module: str, ignored: Sequence[str], groups: Mapping[str, ConfigGroup]) -> list[str]:
+    if _matches(ignored, module):
+        return []
+    return [name for name, group in groups.items() if _matches(group.get("targets"), module)]
+
+
+def _is_dense_linear(module: str, tensors: ModuleTensors) -> bool:
+    """Whether a module is a linear layer that is not compressed, as names and shapes tell."""
+    weight = tensors.get("weight")
+    is_embedding = "embed" in module.rpartition(".")[2]
+    return weight is not None and len(weight.shape) == 2 and not is_embedding
+
+
+def _unmatched(patterns: Any, modules: Mapping[str, ModuleTensors]) -> Iterator[str]:
+    for pattern in patterns or ():
+        if not any(_matches([pattern], module) for module in modules):
+            yield str(pattern)
 
 
 def _matches(patterns: Any, module: str) -> bool:
+    """Whether a module is a target of patterns, as compressed-tensors matches them."""
     return any(
         re.match(pattern[3:], module) is not None
         if pattern.startswith("re:")
-        else pattern in (EVERY, module)
+        else pattern in (EVERY_LINEAR, module)
         for pattern in map(str, patterns or ())
     )

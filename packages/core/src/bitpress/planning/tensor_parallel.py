@@ -69,9 +69,8 @@ def remarks(plan: Plan, ranks: int = 1) -> list[Remark]:
 
 def _all(plan: Plan, ranks: int) -> Iterator[tuple[str, Finding]]:
     entries = {entry.name: entry for shard in plan.shards for entry in shard.header.entries}
-    for fault in engine_rules.faults(plan.config, entries):
-        name, _, text = fault.partition(": ")
-        yield name, Finding("unsupported", text)
+    for fault in engine_rules.find_faults(plan.config, entries):
+        yield fault.subject, Finding("unsupported", fault.text)
     heads = _count(plan.source.config, "num_attention_heads")
     if heads and heads % ranks:
         yield (
@@ -85,7 +84,7 @@ def _all(plan: Plan, ranks: int) -> Iterator[tuple[str, Finding]]:
     for stack in plan.stacks:
         for module, entry in stack.members.items():
             if layer_names.OF_EXPERT.fullmatch(module) and (
-                why := engine_rules.of_experts(stack.stored(module)[1])
+                why := engine_rules.explain_expert_layout(stack.stored(module)[1])
             ):
                 yield module, Finding("unsupported", why)
             leaf = module.rpartition(".")[2]

@@ -11,7 +11,7 @@ from importlib import resources
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.layer_names import BLOCK, NUMBER
 from bitpress.errors import BitpressError
-from bitpress.output.manifest import LayerNote, Manifest
+from bitpress.output.manifest import LayerRecord, Manifest
 from bitpress.output.report import charts
 from bitpress.planning.recipe import parsed
 from bitpress.schemes import hardware
@@ -134,7 +134,7 @@ def _drift(note: Manifest) -> str:
 
 
 def _worst(note: Manifest) -> str:
-    def size(layer: LayerNote) -> float:
+    def size(layer: LayerRecord) -> float:
         return layer.output_error if layer.output_error is not None else layer.error or 0.0
 
     rows = [
