@@ -59,7 +59,7 @@ def with_restored_weights(source: Path, out: Path, recipe: Recipe) -> torch.nn.M
     found, state = tensors_of(out), {}
     for stack in plan.stacks:
         for module in stack.members:
-            names, config = stack.stored(module)
+            names, config = stack.describe_stored(module)
             tensors = {name.removeprefix(f"{module}."): found.pop(name) for name in names}
             state[f"{module}.weight"] = pipeline.dequantize(tensors, config, stack.steps)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(source)).float()

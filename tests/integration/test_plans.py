@@ -34,7 +34,7 @@ def test_every_file_has_the_size_that_was_planned(tmp_path: Path, case: str, sha
         for name, data in files_of(tmp_path / "out").items()
         if name not in ("bitpress.json", "README.md")
     }
-    assert plan.sizes == written
+    assert plan.file_sizes == written
     assert bitpress.verify(tmp_path / "out", model).faults == ()
 
 

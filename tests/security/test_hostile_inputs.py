@@ -267,7 +267,7 @@ def test_any_config_is_understood_or_refused(tmp_path: Path, with_toy: Path, cou
         with only_clear_errors():
             work = bitpress.plan(model, scheme="toy")
             json.dumps([work.config, work.index])
-            assert work.head is None or work.head > 0
+            assert work.head_dim is None or work.head_dim > 0
 
     law()
 

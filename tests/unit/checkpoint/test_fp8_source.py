@@ -199,6 +199,6 @@ def test_other_codes_are_not_taken_for_fp8(tmp_path: Path, weights: Any) -> None
     table = group("channel")
     table["config_groups"]["group_0"]["weights"] = weights
     model = write_model(tmp_path / "m", config=LLAMA | {"quantization_config": table})
-    assert "already quantised (compressed-tensors)" in refusal(
+    assert "already quantized (compressed-tensors)" in refusal(
         "plan", model, "--scheme", "toy", path=install_toy(tmp_path / "p")
     )

@@ -98,8 +98,8 @@ def two_files_and_no_index(model: Path) -> None:
         (config_is_a_list, ["config.json", "an object is expected"]),
         (config_is_cut_short, ["config.json", "not valid JSON"]),
         (config_is_not_text, ["config.json", "not valid JSON"]),
-        (config_is_quantised, ["already quantised (gptq)", "start from the original"]),
-        (weights_are_fp8, [LAYER, "F8_E4M3", "already quantised"]),
+        (config_is_quantised, ["already quantized (gptq)", "start from the original"]),
+        (weights_are_fp8, [LAYER, "F8_E4M3", "already quantized"]),
         (weights_are_pickled, ["pytorch_model.bin", "from_pretrained", "save_pretrained"]),
         (
             weights_are_cut_short,

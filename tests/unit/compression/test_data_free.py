@@ -140,10 +140,10 @@ def test_the_plan_is_exactly_what_is_written(tmp_path: Path, with_toy: Path, mod
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     written = files_of(tmp_path / "out")
     assert sorted(plan.files) == sorted(written)
-    assert plan.bytes_before == sum(
+    assert plan.source_bytes == sum(
         len(data) for name, data in files_of(model).items() if name.endswith(".safetensors")
     )
-    assert plan.bytes_after == sum(
+    assert plan.output_bytes == sum(
         len(data) for name, data in written.items() if name.endswith(".safetensors")
     )
     for shard in plan.shards:

@@ -348,8 +348,8 @@ def test_the_room_that_the_plan_needs_is_there_before_the_first_byte(
         work = bitpress.plan(model, scheme="learner" if spill else "toy")
         short = memory_estimate.estimate_memory(work, tokens=1024) + 1000 if spill else None
         needed = memory_estimate.estimate_disk(work, 1024 if spill else 0, short)
-    assert needed == sum(work.sizes.values()) + (1024 * 128 * 4 * 9 // 8 if spill else 0)
-    assert work.sizes["large.txt"] == 100_000
+    assert needed == sum(work.file_sizes.values()) + (1024 * 128 * 4 * 9 // 8 if spill else 0)
+    assert work.file_sizes["large.txt"] == 100_000
     words = ["compress", model, out, "--scheme", "learner" if spill else "toy"]
     words += (
         ["--samples", 16, "--sequence-length", 64, "--calibration", tmp_path / "text.txt"]

@@ -14,7 +14,7 @@ from attrs import field, frozen
 from bitpress import CheckpointError
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
-from bitpress.planning.linear_layers import left_alone, linear_layers, stack
+from bitpress.planning.linear_layers import group_fused, linear_layers, uncompressed_modules
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -179,13 +179,13 @@ CASES = {
 def test_layers_and_stacks_are_those_that_engines_quantise_and_fuse(name: str, files: int) -> None:
     case = CASES[name]
     found = linear_layers(checkpoint(case.tensors, case.config, files))
-    assert set(stack(found)) == case.expected
+    assert set(group_fused(found)) == case.expected
     assert set(found) == {layer for members in case.expected for layer in members}
 
 
 def test_a_stack_comes_where_its_first_member_lies_and_keeps_the_engine_s_order() -> None:
     backwards = dict(reversed(block("model.layers.0", *ATTENTION).items()))
-    assert stack(linear_layers(checkpoint(backwards))) == [
+    assert group_fused(linear_layers(checkpoint(backwards))) == [
         ("model.layers.0.self_attn.o_proj",),
         tuple(f"model.layers.0.self_attn.{n}_proj" for n in "qkv"),
     ]
@@ -193,7 +193,7 @@ def test_a_stack_comes_where_its_first_member_lies_and_keeps_the_engine_s_order(
 
 def test_layers_of_unlike_width_do_not_read_the_same_input() -> None:
     tensors = {**block("model.layers.0", *MLP), "model.layers.0.mlp.up_proj.weight": (16, 9)}
-    assert all(len(members) == 1 for members in stack(linear_layers(checkpoint(tensors))))
+    assert all(len(members) == 1 for members in group_fused(linear_layers(checkpoint(tensors))))
 
 
 LEFT = {
@@ -233,7 +233,7 @@ LEFT = {
 def test_what_is_left_alone_is_listed_for_the_loaders(what: str) -> None:
     tensors, expected = LEFT[what]
     layers = block("model.layers.0", *MLP)
-    found = left_alone(
+    found = uncompressed_modules(
         checkpoint({**layers, **tensors}), [name.removesuffix(".weight") for name in layers]
     )
     assert found == expected
@@ -241,7 +241,7 @@ def test_what_is_left_alone_is_listed_for_the_loaders(what: str) -> None:
 
 def test_a_layer_that_no_rule_matched_is_listed_too() -> None:
     layers = block("model.layers.0", *MLP)
-    assert left_alone(checkpoint(layers), ["model.layers.0.mlp.down_proj"]) == [
+    assert uncompressed_modules(checkpoint(layers), ["model.layers.0.mlp.down_proj"]) == [
         "model.layers.0.mlp.gate_proj",
         "model.layers.0.mlp.up_proj",
         "lm_head",
@@ -255,7 +255,7 @@ def test_a_layer_that_no_rule_matched_is_listed_too() -> None:
         (
             block("model.layers.0", *MLP),
             "I8",
-            r"model\.layers\.0\.mlp\.gate_proj\.weight is I8: already quantised",
+            r"model\.layers\.0\.mlp\.gate_proj\.weight is I8: already quantized",
         ),
         (
             {"h.0.attn.c_attn.weight": (8, 24), "h.0.attn.c_attn.bias": (24,)},

@@ -37,7 +37,7 @@ def test_every_file_has_the_size_that_was_planned(
     bitpress.compress(model, tmp_path / "out", scheme="toy", ignore=["*.o_proj"])
     written = {name: len(data) for name, data in files_of(tmp_path / "out").items()}
     del written[MANIFEST], written[CARD]
-    assert plan.sizes == written
+    assert plan.file_sizes == written
 
 
 def test_a_calibrated_run_has_its_files_planned_too(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_calibrated_run_has_its_files_planned_too(tmp_path: Path) -> None:
             threads=1,
         )
     written = {name: len(data) for name, data in files_of(tmp_path / "out").items()}
-    assert plan.sizes == {
+    assert plan.file_sizes == {
         name: size for name, size in written.items() if name not in (MANIFEST, CARD)
     }
 

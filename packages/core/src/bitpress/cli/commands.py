@@ -200,8 +200,8 @@ def compress(
             )
     if ranks.first:
         result = {
-            "before": work.bytes_before,
-            "after": work.bytes_after,
+            "before": work.source_bytes,
+            "after": work.output_bytes,
             "verified": not no_verify,
             **note.as_json(),
         }

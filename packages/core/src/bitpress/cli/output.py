@@ -114,9 +114,9 @@ def warn(texts: Iterable[str]) -> None:
 
 def summary(note: Manifest, work: Plan, out: Path, verified: bool) -> None:
     """What `compress` did."""
-    ratio = work.bytes_before / work.bytes_after
+    ratio = work.source_bytes / work.output_bytes
     print(
-        f"{out}: {gb(work.bytes_before)} -> {gb(work.bytes_after)} ({ratio:.2f}x smaller), "
+        f"{out}: {gb(work.source_bytes)} -> {gb(work.output_bytes)} ({ratio:.2f}x smaller), "
         f"{note.bits:.2f} bits per weight"
     )
     warn(note.warnings)

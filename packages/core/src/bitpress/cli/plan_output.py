@@ -62,20 +62,20 @@ def table(work: Plan, needs: Needs) -> None:
     rows = together if len(said) > MANY else [(stack.name, 1, *what) for stack, what in said]
     columns(("layers", "count", "steps", "bits per weight", "why"), rows)
     print()
-    plain = alike((entry.name, reason) for entry, reason in work.left_alone)
+    plain = alike((entry.name, reason) for entry, reason in work.uncompressed)
     columns(
         ("copied unchanged", "count", "why"),
         [(name, count, reason) for name, reason, count in plain],
     )
     count = sum(len(stack.members) for stack in work.stacks)
-    total = sum(work.sizes.values())
-    print(f"\n{count} layers compressed, {len(work.left_alone)} tensors copied unchanged")
+    total = sum(work.file_sizes.values())
+    print(f"\n{count} layers compressed, {len(work.uncompressed)} tensors copied unchanged")
     print(
-        f"size    {gb(work.bytes_before)} -> {gb(work.bytes_after)} "
-        f"({work.bytes_before / work.bytes_after:.2f}x smaller)"
+        f"size    {gb(work.source_bytes)} -> {gb(work.output_bytes)} "
+        f"({work.source_bytes / work.output_bytes:.2f}x smaller)"
     )
     print(
-        f"output  {total:,} bytes in {len(work.sizes)} files; beside them bitpress.json and "
+        f"output  {total:,} bytes in {len(work.file_sizes)} files; beside them bitpress.json and "
         "README.md"
     )
     spilled = (
@@ -152,14 +152,14 @@ def as_json(work: Plan, needs: Needs) -> dict[str, Any]:
     ]
     return {
         "layers": layers,
-        "copied": [entry.name for entry, _ in work.left_alone],
+        "copied": [entry.name for entry, _ in work.uncompressed],
         "left_alone": [
-            {"name": e.name, "bytes": e.nbytes, "reason": reason} for e, reason in work.left_alone
+            {"name": e.name, "bytes": e.nbytes, "reason": reason} for e, reason in work.uncompressed
         ],
         "shards": [{"name": shard.name, "bytes": shard.header.nbytes} for shard in work.shards],
-        "files": work.sizes,
-        "before": work.bytes_before,
-        "after": work.bytes_after,
+        "files": work.file_sizes,
+        "before": work.source_bytes,
+        "after": work.output_bytes,
         "memory": needs.memory,
         "scratch": needs.scratch,
         "data": work.recipe.calibrated,

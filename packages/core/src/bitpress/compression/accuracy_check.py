@@ -26,7 +26,7 @@ def text(plan: Plan, source: str, trust: bool) -> Stretch:
     BitpressError where they cannot.
     """
     for stack in plan.stacks:
-        activation_quantizer.known(stack.stored(next(iter(stack.members)))[1], stack.steps)
+        activation_quantizer.known(stack.describe_stored(next(iter(stack.members)))[1], stack.steps)
     with Reader() as reader:
         Decoder(
             plan.source, plan.container, reader, torch.device("cpu"), torch.float32, trust

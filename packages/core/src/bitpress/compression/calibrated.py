@@ -81,7 +81,7 @@ def write_shards(
         }
         for shard in ranks.deal(
             [shard for shard in plan.shards if shard not in shards.values()],
-            lambda shard: shard.reads,
+            lambda shard: shard.source_bytes,
         ):
             write_shard(shard, output, reader, 1, (device,), told)
         own = [batches[i] for i in part]
@@ -160,14 +160,21 @@ def _block(
     ranks = streams.ranks
     if ranks.same(ranks.first and output.finished(shard.name, shard.header) and kept.is_file()):
         _take_up(shard, prefix, output, reader, streams.block)
-        told(shard.reads, f"{shard.name}: finished earlier")
+        told(shard.source_bytes, f"{shard.name}: finished earlier")
         return BlockNotes(**json.loads(kept.read_text()))
     if not ranks.first:
-        return compress_block(shard, prefix, streams, lambda name, tensor: None, plan.head, told)
+        return compress_block(
+            shard, prefix, streams, lambda name, tensor: None, plan.head_dim, told
+        )
     places = {entry.name: entry for entry in shard.header.entries}
     with output.shard(shard.name, shard.header) as writer:
         notes = compress_block(
-            shard, prefix, streams, lambda n, t: writer.write(places[n], t.cpu()), plan.head, told
+            shard,
+            prefix,
+            streams,
+            lambda n, t: writer.write(places[n], t.cpu()),
+            plan.head_dim,
+            told,
         )
         for entry in shard.copies:
             if entry.name in notes.rescaled:
@@ -194,7 +201,7 @@ def _take_up(
         }
         site = Site(stack, modules, None, False)
         for module, weight in site.weights.items():
-            names, config = stack.stored(module)
+            names, config = stack.describe_stored(module)
             tensors = {
                 name.removeprefix(f"{module}."): reader.whole(stored[name]).to(weight.device)
                 for name in names

@@ -48,7 +48,7 @@ def write_shards(
 
 def own(plan: Plan, ranks: Ranks) -> list[Shard]:
     """The shards that fall to a rank."""
-    return ranks.deal(plan.shards, lambda shard: shard.reads)
+    return ranks.deal(plan.shards, lambda shard: shard.source_bytes)
 
 
 def write_shard(
@@ -61,7 +61,7 @@ def write_shard(
 ) -> None:
     """Write a shard unless an earlier run has; its stacks need no data."""
     if output.finished(shard.name, shard.header):
-        progress(shard.reads)
+        progress(shard.source_bytes)
         return
     with output.shard(shard.name, shard.header) as writer:
         _fill(shard, reader, writer, threads, Turns(devices), progress)
@@ -86,7 +86,7 @@ def compress_stack(
             for tile in tiles(module)
         )
         record = pipeline.record(pipeline.join(packed, stack.members[module].shape), stack.steps)
-        stack.check(module, record)
+        stack.check_stored(module, record)
         yield from ((f"{module}.{suffix}", tensor) for suffix, tensor in record.tensors.items())
 
 
@@ -126,7 +126,7 @@ def _fill(
     def work(stack: Stack) -> None:
         for name, tensor in compress_stack(stack, reader, turns.device):
             writer.write(places[name], tensor.cpu())
-        progress(stack.reads)
+        progress(stack.source_bytes)
 
     def copy(entry: Entry) -> None:
         copy_entry(entry, places[entry.name], reader, writer)

@@ -27,7 +27,7 @@ from bitpress.planning import recipe
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.memory_estimate import estimate_disk, estimate_memory
 from bitpress.planning.plan import Plan
-from bitpress.planning.planner import make_plan
+from bitpress.planning.planner import make_plan, with_calibration
 from bitpress.planning.recipe import Recipe
 from bitpress.runtime.devices import cores, devices_named, torch_threads
 from bitpress.runtime.memory import TRANSFORMERS_BYTES as CALIBRATED_RUNTIME
@@ -95,7 +95,7 @@ def prepare(
     if data.all_experts and not any(layer_names.experts(stack.members) for stack in work.stacks):
         raise RecipeError("--all-experts: no experts of this model are compressed; leave it out")
     return Job(
-        make_plan(source, rules, data.digest + " all experts" * data.all_experts),
+        with_calibration(work, data.digest + " all experts" * data.all_experts),
         data,
         str(model),
         text,
@@ -221,7 +221,9 @@ def _write(
     work = job.plan
     told = progress(
         "compressing",
-        work.bytes_before if job.data else sum(shard.reads for shard in data_free.own(work, ranks)),
+        work.source_bytes
+        if job.data
+        else sum(shard.source_bytes for shard in data_free.own(work, ranks)),
     )
     blocks: list[BlockNotes] = []
     if job.data:
@@ -234,7 +236,7 @@ def _write(
     with torch_threads(1):
         if not job.data:
             data_free.write_shards(work, output, count, devices, told, ranks)
-        for name, origin in work.copied.items() if ranks.first else ():
+        for name, origin in work.side_files.items() if ranks.first else ():
             output.copy(name, work.source.folder / origin)
         if work.index and ranks.first:
             output.text(INDEX, json_text(work.index))
@@ -248,7 +250,7 @@ def _write(
                 work,
                 output,
                 count,
-                progress("verifying", work.bytes_after // ranks.count),
+                progress("verifying", work.output_bytes // ranks.count),
                 ranks,
             )
     return note
@@ -258,10 +260,10 @@ def _carded(job: Job, note: Manifest, output: OutputFolder) -> Manifest:
     """The manifest with the model card, which is written."""
     work = job.plan
     origin = next(
-        (name for name, source in work.copied.items() if source == filenames.MODEL_CARD), None
+        (name for name, source in work.side_files.items() if source == filenames.MODEL_CARD), None
     )
     made = model_card.Made(
-        job.command, work.bytes_before, work.bytes_after, work.source.folder, origin
+        job.command, work.source_bytes, work.output_bytes, work.source.folder, origin
     )
     content = model_card.text(note, made)
     output.text(filenames.MODEL_CARD, content)

@@ -145,7 +145,7 @@ def find_structure_faults(
         if source is not None or is_in_layer:
             yield Fault(name, "the tensor was not planned")
 
-    plain = linear_layers.left_alone(checkpoint, written.layers)
+    plain = linear_layers.uncompressed_modules(checkpoint, written.layers)
     expected_config = quantization_config(fragments, plain)
     if _sort_ignored(checkpoint.config.get(KEY)) != _sort_ignored(expected_config):
         yield Fault("config.json", f"its {KEY} does not describe what is stored")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint
@@ -18,10 +19,21 @@ from bitpress.schemes import stored_layout
 from bitpress.schemes.registry import Step
 from bitpress.schemes.values import StoredLayer
 
+# (dtype, shape) of a tensor, the dtype as safetensors names it.
+TensorSpec = tuple[str, tuple[int, ...]]
+
 
 @frozen(eq=False)
 class Stack:
-    """Linear layers that read the same input and get the same steps; alone, a stack of one."""
+    """Linear layers that read the same input and get the same steps; alone, a stack of one.
+
+    Engines stack their rows into one matrix (vLLM: `stacked_params_mapping`), so that numbers for a
+    whole matrix must be the same for all of them.
+
+    Attributes:
+        members: the source's weights (out, in), by module name.
+        steps: in order.
+    """
 
     members: Mapping[str, Entry]
     steps: tuple[Step, ...]
@@ -35,19 +47,18 @@ class Stack:
         if len(names) == 1:
             return names[0]
         parent = names[0].rpartition(".")[0]
-        return f"{parent}.[{', '.join(n.rpartition('.')[2] for n in names)}]"
+        return f"{parent}.[{', '.join(name.rpartition('.')[2] for name in names)}]"
 
     @property
-    def reads(self) -> int:
+    def source_bytes(self) -> int:
         """Bytes of the source's weights."""
         return sum(entry.nbytes for entry in self.members.values())
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of all members together."""
-        return sum(e.shape[0] for e in self.members.values()), next(
-            iter(self.members.values())
-        ).shape[1]
+        entries = list(self.members.values())
+        return sum(entry.shape[0] for entry in entries), entries[0].shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,40 +70,42 @@ class Stack:
         """Whether a step must see the layers' inputs."""
         return any(step.calibrated for step in self.steps)
 
-    def stored(
+    def describe_stored(
         self, module: str
-    ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], Mapping[str, Any] | None]:
-        """Dtype and shape of what is stored of a member, by tensor name, and its config
+    ) -> tuple[dict[str, TensorSpec], Mapping[str, Any] | None]:
+        """What is stored of a member: the dtype and shape of its tensors, by name, and its config
         fragment.
         """
         entry = self.members[module]
-        record = stored_layout.describe(*entry.shape, DTYPES[entry.dtype], self.steps)
-        return {
-            f"{module}.{suffix}": (NAMES[t.dtype], tuple(t.shape))
-            for suffix, t in record.tensors.items()
-        }, record.config
+        stored = stored_layout.describe(*entry.shape, DTYPES[entry.dtype], self.steps)
+        specs = {
+            f"{module}.{suffix}": (NAMES[tensor.dtype], tuple(tensor.shape))
+            for suffix, tensor in stored.tensors.items()
+        }
+        return specs, stored.config
 
-    def check(self, module: str, record: StoredLayer) -> None:
+    def check_stored(self, module: str, stored: StoredLayer) -> None:
         """Raise SchemeError unless a member's tensors have the names, dtypes and shapes that were
         planned.
         """
-        planned, _ = self.stored(module)
-        found = {
-            f"{module}.{suffix}": (NAMES.get(t.dtype), tuple(t.shape))
-            for suffix, t in record.tensors.items()
+        planned, _ = self.describe_stored(module)
+        actual = {
+            f"{module}.{suffix}": (NAMES.get(tensor.dtype), tuple(tensor.shape))
+            for suffix, tensor in stored.tensors.items()
         }
-        if found != planned:
+        if actual != planned:
             raise SchemeError(
-                f"{self.steps[-1].scheme}: layer {module} became {found}, planned was {planned}"
+                f"{self.steps[-1].scheme}: layer {module} became {actual}, planned was {planned}"
             )
+
+    def stored_bytes(self, module: str) -> int:
+        """Bytes of what is stored of a member."""
+        specs, _ = self.describe_stored(module)
+        return sum(tensor_bytes(*spec) for spec in specs.values())
 
     def bits(self, module: str) -> float:
         """Stored bits per weight of a member, scales included."""
-        return (
-            8
-            * sum(nbytes(*t) for t in self.stored(module)[0].values())
-            / self.members[module].numel
-        )
+        return 8 * self.stored_bytes(module) / self.members[module].numel
 
 
 @frozen(eq=False, slots=False)
@@ -101,6 +114,9 @@ class Shard:
     header.
 
     Attributes:
+        name: of the file.
+        stacks: what is compressed into it.
+        copies: the source's tensors that it holds as they are.
         block: in a calibrated run the decoder block that it holds; None for what lies outside the
             blocks.
     """
@@ -117,48 +133,71 @@ class Shard:
         return (*(entry for stack in self.stacks for entry in stack.members.values()), *self.copies)
 
     @cached_property
-    def reads(self) -> int:
-        """Their bytes."""
+    def source_bytes(self) -> int:
+        """Bytes of the source's tensors."""
         return sum(entry.nbytes for entry in self.entries)
 
+    def with_digest(self, digest: str) -> Shard:
+        """The same file, of a plan with this digest."""
+        file = self.header.entries[0].file
+        tensors = [(entry.name, entry.dtype, entry.shape) for entry in self.header.entries]
+        return evolve(self, header=_lay_out(file, tensors, digest))
 
-def cut(
-    source: Checkpoint, built: Mapping[str, Stack], digest: str, by_block: bool
-) -> Iterable[Shard]:
-    """Output files that mirror the input's, or one for every decoder block; a stack goes whole into
-    that of its first member.
+
+def cut_shards(
+    source: Checkpoint, stacks: Mapping[str, Stack], digest: str, by_block: bool
+) -> list[Shard]:
+    """The output's weight files: they mirror the source's, or are one for every decoder block.
+
+    Args:
+        source: whose tensors go into them, all of them.
+        stacks: by the name of the first member; a stack goes whole into the file of that one.
+        digest: of the plan, for the headers.
+        by_block: whether every decoder block gets a file of its own, which is then written when
+            the block is done, and is what a calibrated run resumes from.
     """
-    members = {
-        entry.name: module for stack in built.values() for module, entry in stack.members.items()
-    }
-    container = layer_names.container(next(iter(built)))
+    first_members = {f"{module}.weight": module for module in stacks}
+    compressed = {entry.name for stack in stacks.values() for entry in stack.members.values()}
+    contents = []
+    for part, entries in _partition(source, next(iter(stacks)), by_block).items():
+        own = [stacks[first_members[e.name]] for e in entries if e.name in first_members]
+        copies = [entry for entry in entries if entry.name not in compressed]
+        if own or copies:
+            contents.append((part if by_block else None, own, copies))
+
+    shards = []
+    for number, (block, own, copies) in enumerate(contents, 1):
+        name = "model.safetensors"
+        if len(contents) > 1:
+            name = f"model-{number:05d}-of-{len(contents):05d}.safetensors"
+        tensors = [(entry.name, entry.dtype, entry.shape) for entry in copies]
+        for stack in own:
+            for module in stack.members:
+                specs, _ = stack.describe_stored(module)
+                tensors += [(tensor, *spec) for tensor, spec in specs.items()]
+        header = _lay_out(source.folder / name, tensors, digest)
+        shards.append(Shard(name, tuple(own), tuple(copies), header, block))
+    return shards
+
+
+def _partition(source: Checkpoint, module: str, by_block: bool) -> dict[Any, list[Entry]]:
+    """The source's tensors by decoder block (None: outside, first), or by file."""
+    container = layer_names.container(module)
     parts: dict[Any, list[Entry]] = {}
     for entry in source.entries.values():
         part = layer_names.block_index(entry.name, container) if by_block else entry.file.name
         parts.setdefault(part, []).append(entry)
     if by_block:
-        parts = dict(sorted(parts.items(), key=lambda item: -1 if item[0] is None else item[0]))
-    contents = []
-    for part, entries in parts.items():
-        own = [built[module] for e in entries if (module := members.get(e.name, "")) in built]
-        copies = [e for e in entries if e.name not in members]
-        if own or copies:
-            contents.append((part if by_block else None, own, copies))
-    for i, (block, own, copies) in enumerate(contents, 1):
-        name = (
-            "model.safetensors"
-            if len(contents) == 1
-            else f"model-{i:05d}-of-{len(contents):05d}.safetensors"
-        )
-        tensors = [(entry.name, entry.dtype, entry.shape) for entry in copies]
-        for stack in own:
-            tensors += [
-                (n, *t) for module in stack.members for n, t in stack.stored(module)[0].items()
-            ]
-        header = lay_out(source.folder / name, tensors, {"format": "pt", "bitpress": digest})
-        yield Shard(name, tuple(own), tuple(copies), header, block)
+        return dict(sorted(parts.items(), key=lambda item: -1 if item[0] is None else item[0]))
+    return parts
 
 
-def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+def _lay_out(
+    file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], digest: str
+) -> Header:
+    return lay_out(file, tensors, {"format": "pt", "bitpress": digest})
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a stored tensor."""
     return math.prod(shape) * BITS[dtype] // 8

@@ -1,4 +1,4 @@
-"""Memory and estimate_disk space that a run of a plan needs."""
+"""Memory and disk space that a run of a plan needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from attrs import frozen
 
+from bitpress.checkpoint.views import View
 from bitpress.errors import DataError
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.plan import Plan
@@ -16,6 +17,7 @@ from bitpress.runtime.memory import (
     TRANSFORMERS_BYTES as CALIBRATED_RUNTIME,
     available,
 )
+from bitpress.schemes import stored_layout
 
 # tokens that are run through a block together
 BATCH = 2048
@@ -90,8 +92,8 @@ def estimate_calibration(plan: Plan, tokens: int) -> Need:
     )
     width = max(stack.shape[1] for stack in plan.stacks)
     least = NUMBER * max(before + block, 2 * block + site + TEMPORARY * OBSERVED * width)
-    states = NUMBER * tokens * plan.hidden * (1 + 1 / REFERENCE)
-    return Need(least, int(least + states), NUMBER * (WAITING * plan.hidden + width))
+    states = NUMBER * tokens * plan.hidden_size * (1 + 1 / REFERENCE)
+    return Need(least, int(least + states), NUMBER * (WAITING * plan.hidden_size + width))
 
 
 def _site(rows: int, width: int, steps: int) -> int:
@@ -112,7 +114,23 @@ def estimate_memory(
     """
     if work.recipe.calibrated:
         return CALIBRATED_RUNTIME + estimate_calibration(work, tokens).least
-    return TORCH_BYTES + work.memory(threads or cores())
+    return TORCH_BYTES + (threads or cores()) * _thread_bytes(work)
+
+
+def _thread_bytes(plan: Plan) -> int:
+    """Bytes that a thread of a data-free run holds at most.
+
+    A layer as it is stored and as it is written, a row tile and what is made of it on the way (ten
+    float32 tensors of its size), and a matrix that is turned while it is read, twice.
+    """
+    stored = (stack.stored_bytes(module) for stack in plan.stacks for module in stack.members)
+    transposed = (
+        entry.stored.nbytes
+        for entry in plan.source.entries.values()
+        if isinstance(entry, View) and entry.transposed
+    )
+    tile_bytes = NUMBER * stored_layout.TILE
+    return 2 * max(stored, default=0) + 10 * tile_bytes + 2 * max(transposed, default=0)
 
 
 def estimate_scratch(
@@ -138,6 +156,6 @@ def estimate_disk(
         max_memory: of one rank.
     """
     limit = None if max_memory is None else max_memory - CALIBRATED_RUNTIME
-    return sum(work.sizes.values()) + (
+    return sum(work.file_sizes.values()) + (
         ranks * estimate_calibration(work, tokens).spilled(limit) if tokens else 0
     )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+import attrs
 
 from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.model_config import quantised_already
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
-from bitpress.checkpoint.source import kept_fused, seen
+from bitpress.checkpoint.source import Source, kept_fused, seen
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
 from bitpress.planning import linear_layers
-from bitpress.planning.layout import Stack, cut
+from bitpress.planning.layout import Stack, cut_shards
 from bitpress.planning.plan import Plan
 from bitpress.planning.quantization_config import quantization_config
 from bitpress.planning.recipe import Recipe
@@ -24,105 +26,143 @@ from bitpress.schemes.registry import Step
 from bitpress.schemes.values import Finding
 
 
-def make_plan(
-    source: Checkpoint, recipe: Recipe, data: str = "", device: Hardware | None = None
-) -> Plan:
-    """The plan of a recipe on a checkpoint.
+def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None) -> Plan:
+    """The plan of a recipe on a checkpoint; a calibrated run adds its data (`with_calibration`).
 
     Args:
-        data: the digest of the calibration data, where the recipe needs some.
-        device: on which it is to be served; None: the one present.
+        device: on which the result is to be served; None: the one present.
 
     Raises:
-        CheckpointError: the source is quantised already or has no layers to compress.
+        CheckpointError: the source is quantized already or has no layers to compress.
         RecipeError: a pattern matches nothing, members of a fused stack get unlike steps, or a
             scheme needs what is not there.
         ShapeError: a scheme cannot take a layer; the message names the layer and how to leave it
             out.
     """
-    source = seen(source)
+    source = _resolve_source(source)
+    layers = linear_layers.linear_layers(source)
+    steps_of = _assign_steps(source, recipe, layers)
+
+    stacks = _group_stacks(layers, steps_of)
+    for stack in stacks.values():
+        _check_shapes(stack)
+    fragments = {
+        module: stack.describe_stored(module)[1]
+        for stack in stacks.values()
+        for module in stack.members
+    }
+
+    # Experts of which none is compressed are copied as they lie in the files.
+    source = kept_fused(source, fragments)
+    ignored = tuple(linear_layers.uncompressed_modules(source, fragments))
+    # Raises where one config cannot describe all of the layers.
+    quantization_config(fragments, ignored)
+
+    digest = _digest(source, recipe, "")
+    device = device or present()
+    return Plan(
+        source=source,
+        recipe=recipe,
+        digest=digest,
+        shards=tuple(cut_shards(source, stacks, digest, by_block=recipe.calibrated)),
+        ignored=ignored,
+        warnings=tuple(_warnings(source, recipe, list(layers))),
+        device=device,
+        findings=tuple(dict.fromkeys(_findings(recipe, device))),
+    )
+
+
+def with_calibration(plan: Plan, data: str) -> Plan:
+    """The same plan for a run on calibration data: another digest, which every shard carries.
+
+    Args:
+        data: the digest of the calibration data.
+    """
+    digest = _digest(plan.source, plan.recipe, data)
+    shards = tuple(shard.with_digest(digest) for shard in plan.shards)
+    return attrs.evolve(plan, digest=digest, shards=shards)
+
+
+def _resolve_source(checkpoint: Checkpoint) -> Source:
+    """The checkpoint as schemes see it, which must not be quantized."""
+    source = seen(checkpoint)
     if method := quantised_already(source.config):
         raise CheckpointError(
-            f"{source.folder} is already quantised ({method}): start from the original, or "
+            f"{source.folder} is already quantized ({method}): start from the original, or "
             "decompress it first"
         )
-    linear = linear_layers.linear_layers(source)
-    assigned = recipe.assign([*linear, *(fused.module for fused in source.left)])
-    for fused in source.left:
-        if assigned[fused.module]:
+    return source
+
+
+def _assign_steps(
+    source: Source, recipe: Recipe, layers: Mapping[str, Entry]
+) -> Mapping[str, tuple[Step, ...]]:
+    """The steps of every layer; experts that stay in one tensor must get none."""
+    steps_of = recipe.assign([*layers, *(experts.module for experts in source.left)])
+    for experts in source.left:
+        if steps_of[experts.module]:
             raise CheckpointError(
-                f"{source.folder}: the experts {fused.module} cannot be compressed: {fused.why}; "
-                f"--ignore '*.{fused.module.rpartition('.')[2]}' copies them as they are (in a "
-                "recipe: a rule with `steps = []`)"
+                f"{source.folder}: the experts {experts.module} cannot be compressed: "
+                f"{experts.why}; --ignore '*.{experts.module.rpartition('.')[2]}' copies them as "
+                "they are (in a recipe: a rule with `steps = []`)"
             )
-    # engines read the steps of all from those of the first
-    for experts in layer_names.experts(linear):
-        _agreed(experts, assigned)
-    # by the name of the first member
-    built: dict[str, Stack] = {}
-    for modules in linear_layers.stack(linear):
-        steps = _agreed(modules, assigned)
+    return steps_of
+
+
+def _group_stacks(
+    layers: Mapping[str, Entry], steps_of: Mapping[str, tuple[Step, ...]]
+) -> dict[str, Stack]:
+    """The stacks that get steps, by the name of their first member."""
+    # vLLM reads the config of all experts of a block from that of the first.
+    for experts in layer_names.experts(layers):
+        _common_steps(experts, steps_of)
+
+    stacks = {}
+    for modules in linear_layers.group_fused(layers):
+        steps = _common_steps(modules, steps_of)
         if steps:
-            built[modules[0]] = _stack({m: linear[m] for m in modules}, steps)
-    if not built:
+            stacks[modules[0]] = Stack({module: layers[module] for module in modules}, steps)
+    if not stacks:
         raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
-    compressed = {module for stack in built.values() for module in stack.members}
-    digest = _digest(source, recipe, data)
-    source, device = kept_fused(source, compressed), device or present()
-    plain = tuple(linear_layers.left_alone(source, compressed))
-    # or there is none
-    quantization_config(
-        {m: stack.stored(m)[1] for stack in built.values() for m in stack.members}, plain
-    )
-    return Plan(
-        source,
-        recipe,
-        digest,
-        tuple(cut(source, built, digest, recipe.calibrated)),
-        plain,
-        tuple(_warnings(source, recipe, list(linear))),
-        device,
-        tuple(dict.fromkeys(_findings(recipe, device))),
-    )
+    return stacks
 
 
-def _agreed(modules: Sequence[str], assigned: Mapping[str, tuple[Step, ...]]) -> tuple[Step, ...]:
-    """The one list of steps of a stack's members."""
-    first = assigned[modules[0]]
+def _common_steps(
+    modules: Sequence[str], steps_of: Mapping[str, tuple[Step, ...]]
+) -> tuple[Step, ...]:
+    """The steps that all modules get; raises RecipeError where they differ."""
+    first = steps_of[modules[0]]
+    expected = [(step.scheme, step.options) for step in first]
     for module in modules:
-        if [(s.scheme, s.options) for s in assigned[module]] != [
-            (s.scheme, s.options) for s in first
-        ]:
+        if [(step.scheme, step.options) for step in steps_of[module]] != expected:
             raise RecipeError(
                 f"layers {modules[0]} and {module} are one layer in serving engines and must get "
-                "the same steps: "
-                "let one pattern match all of them, or none"
+                "the same steps: let one pattern match all of them, or none"
             )
     return first
 
 
-def _stack(members: Mapping[str, Entry], steps: tuple[Step, ...]) -> Stack:
-    """A stack whose every member's shape the schemes take."""
-    stack, block = Stack(members, steps), stored_layout.row_block(steps)
-    leaves = [m.rpartition(".")[2] for m in members]
+def _check_shapes(stack: Stack) -> None:
+    """Raise ShapeError unless the schemes take the shape of every member."""
+    row_block = stored_layout.row_block(stack.steps)
+    leaves = [module.rpartition(".")[2] for module in stack.members]
     patterns = " ".join(f"--ignore '*.{leaf}'" for leaf in leaves)
-    way_out = f"leave such layers out: {patterns} (in a recipe: a rule with `steps = []` before it)"
-    for module, entry in members.items():
-        if len(members) > 1 and entry.shape[0] % block:
+    fix = f"leave such layers out: {patterns} (in a recipe: a rule with `steps = []` before it)"
+    for module, entry in stack.members.items():
+        if len(stack.members) > 1 and entry.shape[0] % row_block:
             raise ShapeError(
-                f"layer {module}: {entry.shape[0]} rows are not a multiple of {block}, and engines "
-                "fuse "
-                f"{', '.join(leaves)} into one layer, where a block of {block} rows would hold "
-                f"rows of two; {way_out}"
+                f"layer {module}: {entry.shape[0]} rows are not a multiple of {row_block}, and "
+                f"engines fuse {', '.join(leaves)} into one layer, where a block of {row_block} "
+                f"rows would hold rows of two; {fix}"
             )
         try:
-            stack.stored(module)
+            stack.describe_stored(module)
         except ShapeError as e:
-            raise ShapeError(f"layer {module}: {e}; or {way_out}") from None
-    return stack
+            raise ShapeError(f"layer {module}: {e}; or {fix}") from None
 
 
 def _digest(source: Checkpoint, recipe: Recipe, data: str) -> str:
+    """SHA-256 of all that the bytes of the shards follow from."""
     content = {
         "core": __version__,
         "schemes": sorted({str(step.scheme) for step in recipe.all_steps}),
@@ -135,26 +175,29 @@ def _digest(source: Checkpoint, recipe: Recipe, data: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _warnings(source: Checkpoint, recipe: Recipe, modules: Sequence[str]) -> Iterable[str]:
-    for pattern in recipe.idle(modules):
+def _warnings(source: Checkpoint, recipe: Recipe, modules: Sequence[str]) -> Iterator[str]:
+    for pattern in recipe.idle_patterns(modules):
         yield (
             f"the rule for {pattern!r} comes too late: what is before it takes all layers that "
             "it matches"
         )
     experts = [
-        e
-        for e in source.entries.values()
-        if len(e.shape) == 3 and ".experts." in e.name and e.dtype in linear_layers.FLOATS
+        entry
+        for entry in source.entries.values()
+        if len(entry.shape) == 3
+        and ".experts." in entry.name
+        and entry.dtype in linear_layers.FLOAT_DTYPES
     ]
     if experts:
-        size = sum(e.nbytes for e in experts) / 1e9
+        size = sum(entry.nbytes for entry in experts) / 1e9
         yield (
             f"{len(experts)} tensors hold fused experts ({size:.2f} GB, first: "
             f"{experts[0].name}); they are copied unchanged"
         )
 
 
-def _findings(recipe: Recipe, device: Hardware) -> Iterable[tuple[str, Finding]]:
+def _findings(recipe: Recipe, device: Hardware) -> Iterator[tuple[str, Finding]]:
+    """What every scheme says of the device."""
     for step in dict.fromkeys(recipe.all_steps):
         for finding in step.call("validate_hardware", hardware=device) or ():
             if not isinstance(finding, Finding):

@@ -112,7 +112,7 @@ class Recipe:
             return "no rule matches it"
         return f"the rule for {rule.match!r}" + ("" if rule.steps else " has no steps")
 
-    def idle(self, modules: Sequence[str]) -> list[str]:
+    def idle_patterns(self, modules: Sequence[str]) -> list[str]:
         """Patterns of rules that come too late: other rules, or what is ignored, take all that they
         match.
         """

@@ -84,7 +84,7 @@ def _all(plan: Plan, ranks: int) -> Iterator[tuple[str, Finding]]:
     for stack in plan.stacks:
         for module, entry in stack.members.items():
             if layer_names.OF_EXPERT.fullmatch(module) and (
-                why := engine_rules.explain_expert_layout(stack.stored(module)[1])
+                why := engine_rules.explain_expert_layout(stack.describe_stored(module)[1])
             ):
                 yield module, Finding("unsupported", why)
             leaf = module.rpartition(".")[2]

@@ -72,9 +72,9 @@ def shares(plan: Plan, count: int, choice: CalibrationConfig | None = None) -> l
 
     Every block is run once for each batch, as it is where memory lets forwards wait inside it.
     """
-    everyone, proves = [Ranks(rank, count) for rank in range(count)], plan.bytes_before // count
+    everyone, proves = [Ranks(rank, count) for rank in range(count)], plan.source_bytes // count
     if not plan.recipe.calibrated:
-        dealt = [ranks.deal(plan.shards, lambda shard: shard.reads) for ranks in everyone]
+        dealt = [ranks.deal(plan.shards, lambda shard: shard.source_bytes) for ranks in everyone]
         return [
             Share(_read(own), sum(shard.header.nbytes for shard in own), proves) for own in dealt
         ]
@@ -103,7 +103,7 @@ def _calibrated(
     once, all_blocks = sum(map(_stored, run)) + _read(blocks[:1]), _read(blocks)
     of_token, of_compared, solutions = _operations(plan, blocks, sum(batches), len(everyone))
     for ranks in everyone:
-        part, own = ranks.part(batches), ranks.deal(outside, lambda shard: shard.reads)
+        part, own = ranks.part(batches), ranks.deal(outside, lambda shard: shard.source_bytes)
         tokens = sum(batches[i] for i in part)
         compared = sum(
             batches[i] for i in part if plan.recipe.compares and i % memory_estimate.REFERENCE == 0

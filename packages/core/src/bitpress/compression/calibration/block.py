@@ -77,7 +77,7 @@ def compress_block(
         notes.warnings.extend(f"{site.stack.name}: {text}" for text in told_of)
         _note(site, tokens, notes)
         error = _store(site, quantised, sample, write, notes, ranks, owner)
-        told(site.stack.reads, f"{site.stack.name}: error {error:.4f}")
+        told(site.stack.source_bytes, f"{site.stack.name}: error {error:.4f}")
         del stats, layer, quantised, sample
         memory.give_back(streams.allowed)
     for door in doors:
@@ -117,7 +117,7 @@ def _store(
     heights = [entry.shape[0] for entry in site.stack.members.values()]
     members = [None for _ in heights] if quantised is None else pipeline.split(quantised, heights)
     for (name, weight), member in zip(site.weights.items(), members, strict=True):
-        planned, config = site.stack.stored(name)
+        planned, config = site.stack.describe_stored(name)
         if member is None:
             tensors = {
                 n.removeprefix(f"{name}."): weight.new_empty(s, dtype=DTYPES[t])
@@ -125,7 +125,7 @@ def _store(
             }
         else:
             record = pipeline.record(pipeline.pack(member, steps), steps)
-            site.stack.check(name, record)
+            site.stack.check_stored(name, record)
             tensors = {
                 n: record.tensors[n].to(weight.device)
                 for n in (n.removeprefix(f"{name}.") for n in planned)

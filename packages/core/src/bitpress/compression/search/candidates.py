@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from attrs import frozen
 
 from bitpress.checkpoint import layer_names
-from bitpress.planning.layout import Stack, nbytes
+from bitpress.planning.layout import Stack
 from bitpress.planning.plan import Plan
 
 
@@ -45,9 +45,7 @@ class Unit:
     def size(self, candidate: str) -> int:
         """Bytes of all that is stored of them."""
         return sum(
-            sum(nbytes(*t) for t in stack.stored(module)[0].values())
-            if stack.steps
-            else entry.nbytes
+            stack.stored_bytes(module) if stack.steps else entry.nbytes
             for stack in self.made[candidate]
             for module, entry in stack.members.items()
         )

@@ -103,7 +103,9 @@ def carry_out(
         _room(job, Path(out).absolute().parent, max_memory),
         list(job.candidates),
     )
-    told = progress("measuring", len(job.plans) * sum(stack.reads for stack in job.plan.stacks))
+    told = progress(
+        "measuring", len(job.plans) * sum(stack.source_bytes for stack in job.plan.stacks)
+    )
     with torch_threads(threads or cores()):
         damages = measure(job.plan, job.units, job.data, target, room, trust_remote_code, told)
     options = [
@@ -178,7 +180,7 @@ def _room(job: Search, folder: Path, max_memory: int | None) -> Room:
     fitted, judged = (ids.numel() for ids in parts(job.data.ids))
     states = (
         memory_estimate.NUMBER
-        * job.plan.hidden
+        * job.plan.hidden_size
         * (fitted + judged * (1 + len(job.plans) * len(job.units)))
     )
     allowed = (

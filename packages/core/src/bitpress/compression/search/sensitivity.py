@@ -123,10 +123,12 @@ def measure(
             for name in names if own else ():
                 streams.enter(decoder.block(index), None, fitting)
                 for unit in _compressed(
-                    own, name, f"{plan.container}.{index}.", streams, plan.head
+                    own, name, f"{plan.container}.{index}.", streams, plan.head_dim
                 ):
                     trials[unit.name, name] = plain.branch(streams.block, judging, device)
-                    told(sum(stack.reads for stack in unit.made[name]), f"{unit.name}: {name}")
+                    told(
+                        sum(stack.source_bytes for stack in unit.made[name]), f"{unit.name}: {name}"
+                    )
             if index + 1 < len(decoder):
                 streams.enter(block, None, fitting)
                 streams.leave()
