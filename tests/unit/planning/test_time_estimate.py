@@ -96,7 +96,9 @@ def test_calibrated_ranks_read_write_and_hold_what_was_planned(
     )
     with plugins(path):
         plan = bitpress.plan(model, scheme="learner")
-        planned = time_estimate.shares(plan, ranks, CalibrationConfig(samples=samples, length=48))
+        planned = time_estimate.estimate_ranks(
+            plan, ranks, CalibrationConfig(samples=samples, length=48)
+        )
         limit = memory_estimate.estimate_memory(plan, 1)
     words = [
         "--scheme",
@@ -148,15 +150,15 @@ def test_operations_on_tokens_are_those_that_torch_counts(
                 threads=1,
                 verify=False,
             )
-    (share,) = time_estimate.shares(plan, 1, choice)
+    (share,) = time_estimate.estimate_ranks(plan, 1, choice)
     assert share.products == pytest.approx(counter.get_total_flops(), rel=0.2)
 
 
 def test_what_ranks_do_together_is_what_one_does(tmp_path: Path, with_toy: Path) -> None:
     plan = bitpress.plan(write_model(tmp_path / "model", shards=5), scheme="toy")
-    (alone,) = time_estimate.shares(plan, 1)
+    (alone,) = time_estimate.estimate_ranks(plan, 1)
     for count in (2, 3, 8):
-        found = time_estimate.shares(plan, count)
+        found = time_estimate.estimate_ranks(plan, count)
         assert sum(share.reads for share in found) == alone.reads
         assert sum(share.writes for share in found) == alone.writes
 
@@ -165,20 +167,20 @@ def test_more_ranks_take_less_time_but_for_fits_which_all_wait_for(tmp_path: Pat
     model = runnable_model(tmp_path / "model")
     with plugins(install_learner(tmp_path / "plugins")):
         plan = bitpress.plan(model, scheme="learner")
-        found = [time_estimate.shares(plan, count) for count in (1, 2, 4, 8)]
-    times = [time_estimate.seconds(shares, 1) for shares in found]
+        found = [time_estimate.estimate_ranks(plan, count) for count in (1, 2, 4, 8)]
+    times = [time_estimate.estimate_seconds(shares, 1) for shares in found]
     fits = [sum(share.solutions for share in shares) for shares in found]
     assert times == sorted(times, reverse=True)
     assert fits == pytest.approx([fits[0]] * 4)
-    assert times[-1] > fits[0] / time_estimate.SOLVED > 0
-    assert time_estimate.seconds(found[0], 4) == pytest.approx(times[0] / 4)
+    assert times[-1] > fits[0] / time_estimate.SOLVE_RATE > 0
+    assert time_estimate.estimate_seconds(found[0], 4) == pytest.approx(times[0] / 4)
 
 
 def test_experts_that_few_tokens_reach_are_not_fitted(tmp_path: Path) -> None:
     with plugins(install_learner(tmp_path / "plugins")):
         plan = bitpress.plan(build("mixtral", tmp_path / "model"), scheme="learner")
         few, many = (
-            time_estimate.shares(plan, 1, CalibrationConfig(samples=samples, length=32))[0]
+            time_estimate.estimate_ranks(plan, 1, CalibrationConfig(samples=samples, length=32))[0]
             for samples in (3, 300)
         )
     # of 96 tokens 48 come to each of four experts, and 64 are wanted

@@ -104,7 +104,7 @@ def plan(
         model, scheme=scheme, recipe_file=recipe, settings=settings, ignore=ignore, device=served
     )
     shares, threads = (
-        time_estimate.shares(work, count),
+        time_estimate.estimate_ranks(work, count),
         threads or max(cores() // count, 1),
     )
     found = plan_output.Needs(
@@ -114,7 +114,7 @@ def plan(
         tuple(tensor_parallel.remarks(work, ranks)),
         tuple(shares),
         threads,
-        time_estimate.seconds(shares, threads),
+        time_estimate.estimate_seconds(shares, threads),
     )
     cli_text.document(plan_output.as_json(work, found)) if as_json else plan_output.table(
         work, found

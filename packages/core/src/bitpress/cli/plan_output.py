@@ -15,7 +15,7 @@ from bitpress.schemes.registry import Step
 if TYPE_CHECKING:
     from bitpress.planning.plan import Plan
     from bitpress.planning.tensor_parallel import Remark
-    from bitpress.planning.time_estimate import Share
+    from bitpress.planning.time_estimate import RankWork
 
 # stacks; more are shown with stars for their numbers
 MANY = 200
@@ -39,7 +39,7 @@ class Needs:
     scratch: int
     ranks: int
     remarks: tuple[Remark, ...]
-    shares: tuple[Share, ...]
+    shares: tuple[RankWork, ...]
     threads: int
     seconds: float
 
@@ -114,11 +114,14 @@ def _work(needs: Needs) -> None:
             else ""
         )
     )
-    rates = [f"reads {gb(int(time_estimate.LOADED))}", f"proves {gb(int(time_estimate.PROVED))}"]
+    rates = [
+        f"reads {gb(int(time_estimate.READ_RATE))}",
+        f"proves {gb(int(time_estimate.VERIFY_RATE))}",
+    ]
     rates += (
         [
-            f"computes {time_estimate.MULTIPLIED / 1e9:g} GFLOP",
-            f"fits {time_estimate.SOLVED / 1e9:g}",
+            f"computes {time_estimate.PRODUCT_RATE / 1e9:g} GFLOP",
+            f"fits {time_estimate.SOLVE_RATE / 1e9:g}",
         ]
         if tokens
         else []

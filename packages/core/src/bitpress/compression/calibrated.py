@@ -67,7 +67,7 @@ def write_shards(
             not finite.
     """
     dtype = _dtype(plan, device)
-    batches = memory_estimate.batches(data.ids, ranks.count)
+    batches = memory_estimate.split_batches(data.ids, ranks.count)
     part = ranks.part(batches)
     notes = []
     with Reader() as reader, torch.no_grad(), memory.freed_kept():
@@ -87,14 +87,14 @@ def write_shards(
         own = [batches[i] for i in part]
         need = memory_estimate.estimate_calibration(plan, sum(batch.numel() for batch in own))
         allowed = limit if limit is not None else memory.available() // (2 * ranks.beside)
-        place = output.folder if need.spilled(allowed) else None
+        place = output.folder if need.spilled_bytes(allowed) else None
         recording = record(decoder, own, device, dtype, place)
         streams = _streams(
             plan,
             recording,
             part,
             place,
-            need.waits(allowed, own[0].numel()),
+            need.num_waiting(allowed, own[0].numel()),
             device,
             ranks,
             allowed,
@@ -143,7 +143,7 @@ def _streams(
     chosen = [
         place
         for place, number in enumerate(part)
-        if plan.recipe.compares and number % memory_estimate.REFERENCE == 0
+        if plan.recipe.compares and number % memory_estimate.REFERENCE_INTERVAL == 0
     ]
     reference = States((recording.hidden[i].clone() for i in chosen), place)
     return Streams(recording.hidden, reference, chosen, waiting, device, ranks, allowed)

@@ -30,7 +30,7 @@ from bitpress.planning.plan import Plan
 from bitpress.planning.planner import make_plan, with_calibration
 from bitpress.planning.recipe import Recipe
 from bitpress.runtime.devices import cores, devices_named, torch_threads
-from bitpress.runtime.memory import TRANSFORMERS_BYTES as CALIBRATED_RUNTIME
+from bitpress.runtime.memory import TRANSFORMERS_BYTES
 from bitpress.runtime.process_group import ALONE, Ranks
 from bitpress.runtime.progress import Progress, Told, quiet
 from bitpress.runtime.version import __version__
@@ -85,7 +85,7 @@ def prepare(
         "--recipe": None if recipe_file is None else Path(recipe_file),
         "--set": settings,
         "--ignore": ignore,
-        **(chosen.words if chosen else {}),
+        **(chosen.options if chosen else {}),
         "--check": None if check is None else Path(check),
     }
     command = model_card.command(named(str(model)), asked)
@@ -227,7 +227,7 @@ def _write(
     )
     blocks: list[BlockNotes] = []
     if job.data:
-        limit = None if max_memory is None else max_memory - CALIBRATED_RUNTIME
+        limit = None if max_memory is None else max_memory - TRANSFORMERS_BYTES
         with torch_threads(count):
             blocks = calibrated.write_shards(
                 work, output, job.data, devices[0], limit, trust_remote_code, told, ranks

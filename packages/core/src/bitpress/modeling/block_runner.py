@@ -53,7 +53,8 @@ class _Run:
             self.beside = tuple(found[1:]) if isinstance(found, tuple) else None
             self.states[i] = found[0] if isinstance(found, tuple) else found
         told(
-            memory_estimate.NUMBER * sum(parameter.numel() for parameter in block.parameters()),
+            memory_estimate.NUMBER_BYTES
+            * sum(parameter.numel() for parameter in block.parameters()),
             prefix.removesuffix("."),
         )
 

@@ -59,7 +59,7 @@ def evaluate(
         CheckpointError: transformers cannot build a model, the two are unlike, or one makes numbers
             that are not finite.
     """
-    batches = torch.split(text.inputs, max(memory_estimate.BATCH // text.inputs.shape[1], 1))
+    batches = torch.split(text.inputs, max(memory_estimate.BATCH_TOKENS // text.inputs.shape[1], 1))
     with torch.no_grad():
         runs = [_Run(s, batches, device, place, trust) for s in (subject, against) if s is not None]
         if len({len(run.decoder) for run in runs}) > 1:
@@ -100,10 +100,13 @@ def need(subject: Subject, against: Subject | None, tokens: int) -> tuple[int, i
                 width, hidden = max(width, *entry.shape), min(hidden, entry.shape[1])
     models = 1 if against is None else 2
     block = (
-        max(blocks.values(), default=0) + memory_estimate.TEMPORARY * memory_estimate.BATCH * width
+        max(blocks.values(), default=0)
+        + memory_estimate.TEMPORARIES * memory_estimate.BATCH_TOKENS * width
     )
-    least = memory_estimate.NUMBER * max(outside, block, outside // 2 + HELD * models * LOGITS)
-    return least, least + memory_estimate.NUMBER * models * tokens * hidden
+    least = memory_estimate.NUMBER_BYTES * max(
+        outside, block, outside // 2 + HELD * models * LOGITS
+    )
+    return least, least + memory_estimate.NUMBER_BYTES * models * tokens * hidden
 
 
 def spill(
@@ -132,7 +135,7 @@ def work(subject: Subject, against: Subject | None) -> int:
     """The bytes that `evaluate` tells of."""
     subjects = [s for s in (subject, against) if s is not None]
     entries = [(e, s.container) for s in subjects for e in s.checkpoint.entries.values()]
-    return memory_estimate.NUMBER * sum(
+    return memory_estimate.NUMBER_BYTES * sum(
         e.numel for e, container in entries if block_index(e.name, container) is not None
     )
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from attrs import frozen
 
-# an expert that is sent fewer is compressed as if there were no data: second moments of so few say
-# little
-FEW = 64
+# Tokens. An expert that is sent fewer is compressed as if there were no data: second moments of so
+# few say little.
+MIN_EXPERT_TOKENS = 64
 
 
 @frozen
@@ -21,7 +21,7 @@ class CalibrationConfig:
         samples: how many sequences.
         length: tokens in each.
         seed: 0 takes the sequences in the text's own order and reads no further than they need; any
-            other draws them from all that the text gives, which reads and tokenises all of it.
+            other draws them from all that the text gives, which reads and tokenizes all of it.
         all_experts: whether every expert is given every token.
     """
 
@@ -32,15 +32,11 @@ class CalibrationConfig:
     all_experts: bool = False
 
     @property
-    def words(self) -> dict[str, object]:
-        """Options of a command line that ask for it; files without their folders."""
-        source = (
-            self.source
-            if self.source is None or not Path(self.source).is_file()
-            else Path(self.source)
-        )
+    def options(self) -> dict[str, object]:
+        """The options of a command line that asks for it; files without their folders."""
+        is_file = self.source is not None and Path(self.source).is_file()
         return {
-            "--calibration": source,
+            "--calibration": Path(self.source or "") if is_file else self.source,
             "--samples": self.samples,
             "--sequence-length": self.length,
             "--seed": self.seed or None,

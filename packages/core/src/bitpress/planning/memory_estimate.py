@@ -14,89 +14,106 @@ from bitpress.planning.plan import Plan
 from bitpress.runtime.devices import cores
 from bitpress.runtime.memory import (
     TORCH_BYTES,
-    TRANSFORMERS_BYTES as CALIBRATED_RUNTIME,
+    TRANSFORMERS_BYTES,
     available,
 )
 from bitpress.schemes import stored_layout
 
-# tokens that are run through a block together
-BATCH = 2048
+# Tokens that are run through a block together.
+BATCH_TOKENS = 2048
 
-# tokens of which statistics are taken together
-OBSERVED = 4096
+# Tokens of which statistics are taken together.
+STATISTICS_TOKENS = 4096
 
-# numbers for each of those and each channel of the widest input: what is made of a batch on the way
-TEMPORARY = 4
+# Numbers for each of those tokens and each channel of the widest input: intermediate results.
+TEMPORARIES = 4
 
-# hidden states that a forward waiting inside a block holds for each token, beside the input it
-# waits with
-WAITING = 3
+# Hidden states that a forward waiting inside a block holds for each token, beside the input that it
+# waits with.
+WAITING_STATES = 3
 
-# every so many batches are run through the source's weights too
-REFERENCE = 8
+# Every so many batches are run through the source's weights too, to measure how far inputs drift.
+REFERENCE_INTERVAL = 8
 
-# bytes: blocks are computed in float32, or in half of it
-NUMBER = 4
+# Bytes of a number: blocks are computed in float32, or in half of it.
+NUMBER_BYTES = 4
 
 
 @frozen
-class Need:
-    """Bytes: with hidden states on disk, with them in memory, and of each token whose forward
-    waits inside a block.
+class CalibrationMemory:
+    """What a calibrated run holds, in bytes, beyond what the interpreter and its libraries take.
+
+    Attributes:
+        on_disk: with all hidden states on disk.
+        in_memory: with all hidden states in memory.
+        per_waiting_token: for each token whose forward waits inside a block.
     """
 
-    least: int
-    held: int
-    waiting: int
+    on_disk: int
+    in_memory: int
+    per_waiting_token: int
 
-    def spilled(self, allowed: int | None) -> int:
+    def spilled_bytes(self, max_bytes: int | None) -> int:
         """Bytes of hidden states that go to disk; None allows half of what is free."""
-        return (
-            self.held - self.least
-            if self.held > (available() // 2 if allowed is None else allowed)
-            else 0
-        )
+        limit = available() // 2 if max_bytes is None else max_bytes
+        return self.in_memory - self.on_disk if self.in_memory > limit else 0
 
-    def waits(self, allowed: int, tokens: int) -> int:
+    def num_waiting(self, max_bytes: int, tokens: int) -> int:
         """How many forwards of so many tokens may wait inside a block."""
-        return max(allowed - self.held, 0) // (self.waiting * tokens)
+        return max(max_bytes - self.in_memory, 0) // (self.per_waiting_token * tokens)
 
 
-def batches(ids: torch.Tensor, ranks: int) -> Sequence[torch.Tensor]:
-    """All batches: of as many tokens as are run together, or of fewer where there would be none for
-    some rank.
+def split_batches(ids: torch.Tensor, num_ranks: int) -> Sequence[torch.Tensor]:
+    """Calibration sequences in batches: of as many tokens as are run together, or of fewer where
+    there would be none for some rank.
+
+    Args:
+        ids: token ids (sequences, length).
+
+    Raises:
+        DataError: there are fewer sequences than ranks.
     """
-    if len(ids) < ranks:
+    num_sequences, length = ids.shape
+    if num_sequences < num_ranks:
         raise DataError(
-            f"{len(ids)} calibration sequences for {ranks} ranks: each needs one; give more, or "
-            "start fewer"
+            f"{num_sequences} calibration sequences for {num_ranks} ranks: each needs one; give "
+            "more, or start fewer"
         )
-    return torch.split(ids, max(min(BATCH // ids.shape[1], len(ids) // ranks), 1))
+    return torch.split(ids, max(min(BATCH_TOKENS // length, num_sequences // num_ranks), 1))
 
 
-def estimate_calibration(plan: Plan, tokens: int) -> Need:
-    """What a run of the plan holds, beyond what the interpreter, torch and transformers take.
+def estimate_calibration(plan: Plan, tokens: int) -> CalibrationMemory:
+    """What a run of the plan on so many tokens holds.
 
     What comes before the blocks, and a block, once; later the widest block as it was and as it
-    becomes, the statistics and the solution of its largest site, what is made of a batch, and the
-    hidden states of so many tokens, a share of them twice.
+    becomes, the statistics and the solution of its largest stack, what is made of a batch, and the
+    hidden states of all tokens, a share of them twice.
     """
-    before = sum(
-        e.numel for s in plan.shards if s.block is None for e in s.copies if "lm_head" not in e.name
+    embeddings = sum(
+        entry.numel
+        for shard in plan.shards
+        if shard.block is None
+        for entry in shard.copies
+        if "lm_head" not in entry.name
     )
     block = max(
-        sum(e.numel for e in shard.entries) for shard in plan.shards if shard.block is not None
+        sum(entry.numel for entry in shard.entries)
+        for shard in plan.shards
+        if shard.block is not None
     )
-    site = max(
-        _site(*stack.shape, sum(step.calibrated for step in stack.steps)) for stack in plan.stacks
+    solution = max(
+        _count_solution(*stack.shape, sum(step.calibrated for step in stack.steps))
+        for stack in plan.stacks
     )
     width = max(stack.shape[1] for stack in plan.stacks)
-    least = NUMBER * max(before + block, 2 * block + site + TEMPORARY * OBSERVED * width)
-    states = NUMBER * tokens * plan.hidden_size * (1 + 1 / REFERENCE)
-    return Need(least, int(least + states), NUMBER * (WAITING * plan.hidden_size + width))
+    batch = TEMPORARIES * STATISTICS_TOKENS * width
+    on_disk = NUMBER_BYTES * max(embeddings + block, 2 * block + solution + batch)
+    states = NUMBER_BYTES * tokens * plan.hidden_size * (1 + 1 / REFERENCE_INTERVAL)
+    per_waiting_token = NUMBER_BYTES * (WAITING_STATES * plan.hidden_size + width)
+    return CalibrationMemory(on_disk, int(on_disk + states), per_waiting_token)
 
 
-def _site(rows: int, width: int, steps: int) -> int:
+def _count_solution(rows: int, width: int, steps: int) -> int:
     """Numbers of the statistics and the solution of a stack, of which so many steps look at
     data.
     """
@@ -104,7 +121,7 @@ def _site(rows: int, width: int, steps: int) -> int:
 
 
 def estimate_memory(
-    work: Plan,
+    plan: Plan,
     threads: int | None = None,
     tokens: int = CalibrationConfig().samples * CalibrationConfig().length,
 ) -> int:
@@ -112,9 +129,38 @@ def estimate_memory(
 
     A calibrated run takes more where it may, for speed.
     """
-    if work.recipe.calibrated:
-        return CALIBRATED_RUNTIME + estimate_calibration(work, tokens).least
-    return TORCH_BYTES + (threads or cores()) * _thread_bytes(work)
+    if plan.recipe.calibrated:
+        return TRANSFORMERS_BYTES + estimate_calibration(plan, tokens).on_disk
+    return TORCH_BYTES + (threads or cores()) * _thread_bytes(plan)
+
+
+def estimate_scratch(
+    plan: Plan, tokens: int = CalibrationConfig().samples * CalibrationConfig().length
+) -> int:
+    """Bytes that a run may keep on disk beside the output, where it is allowed no more memory than
+    it needs at least.
+    """
+    if not plan.recipe.calibrated:
+        return 0
+    memory = estimate_calibration(plan, tokens)
+    return memory.in_memory - memory.on_disk
+
+
+def estimate_disk(
+    plan: Plan, tokens: int = 0, max_memory: int | None = None, num_ranks: int = 1
+) -> int:
+    """Bytes that a run of the plan needs room for in its output folder, hidden states that do not
+    fit into memory included.
+
+    Args:
+        tokens: of one rank.
+        max_memory: bytes of one rank, Python and its libraries included.
+    """
+    output_bytes = sum(plan.file_sizes.values())
+    if not tokens:
+        return output_bytes
+    limit = None if max_memory is None else max_memory - TRANSFORMERS_BYTES
+    return output_bytes + num_ranks * estimate_calibration(plan, tokens).spilled_bytes(limit)
 
 
 def _thread_bytes(plan: Plan) -> int:
@@ -129,33 +175,5 @@ def _thread_bytes(plan: Plan) -> int:
         for entry in plan.source.entries.values()
         if isinstance(entry, View) and entry.transposed
     )
-    tile_bytes = NUMBER * stored_layout.TILE
+    tile_bytes = NUMBER_BYTES * stored_layout.TILE
     return 2 * max(stored, default=0) + 10 * tile_bytes + 2 * max(transposed, default=0)
-
-
-def estimate_scratch(
-    work: Plan, tokens: int = CalibrationConfig().samples * CalibrationConfig().length
-) -> int:
-    """Bytes that a run may keep on disk beside the output, where it is allowed no more memory than
-    it needs at least.
-    """
-    if not work.recipe.calibrated:
-        return 0
-    need = estimate_calibration(work, tokens)
-    return need.held - need.least
-
-
-def estimate_disk(
-    work: Plan, tokens: int = 0, max_memory: int | None = None, ranks: int = 1
-) -> int:
-    """Bytes that a run of the plan needs room for in its output folder, hidden states that do not
-    fit into memory included.
-
-    Args:
-        tokens: of one rank.
-        max_memory: of one rank.
-    """
-    limit = None if max_memory is None else max_memory - CALIBRATED_RUNTIME
-    return sum(work.file_sizes.values()) + (
-        ranks * estimate_calibration(work, tokens).spilled(limit) if tokens else 0
-    )

@@ -17,26 +17,27 @@ from bitpress.checkpoint.safetensors import BITS, Entry
 from bitpress.checkpoint.views import View
 from bitpress.numerics.gram import stripes
 from bitpress.planning import memory_estimate
-from bitpress.planning.calibration_config import FEW, CalibrationConfig
+from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS, CalibrationConfig
 from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
 from bitpress.runtime.process_group import Ranks
 
-# bytes of the source that a core reads and converts in a second
-LOADED = 0.25e9
+# What one core does in a second.
+# Bytes of the source that are read and converted.
+READ_RATE = 0.25e9
 
-# bytes of the source that a core proves in a second, digests included
-PROVED = 0.075e9
+# Bytes of the source that are proved, digests included.
+VERIFY_RATE = 0.075e9
 
-# operations of a core in a second, in products over tokens
-MULTIPLIED = 45e9
+# Floating-point operations in products over tokens.
+PRODUCT_RATE = 45e9
 
-# operations of a core in a second, in factors and error feedback
-SOLVED = 25e9
+# Floating-point operations in factors and error feedback.
+SOLVE_RATE = 25e9
 
 
 @frozen
-class Share:
+class RankWork:
     """What falls to one rank.
 
     Attributes:
@@ -58,132 +59,160 @@ class Share:
     solutions: int = 0
 
 
-def seconds(shares: Sequence[Share], threads: int) -> float:
+@frozen
+class _Operations:
+    """Floating-point operations of a calibrated run.
+
+    Attributes:
+        per_token: forwards and statistics.
+        per_compared_token: of a token that is run through the source's weights too, beside those.
+        solutions: what each rank solves.
+    """
+
+    per_token: float
+    per_compared_token: float
+    solutions: Sequence[float]
+
+
+def estimate_seconds(ranks: Sequence[RankWork], threads: int) -> float:
     """Until the last rank is done, at best; all of them wait for every solution, which the next
     layers' inputs depend on.
     """
-    longest = max(s.reads / LOADED + s.proves / PROVED + s.products / MULTIPLIED for s in shares)
-    return (longest + sum(s.solutions for s in shares) / SOLVED) / threads
+    longest = max(
+        rank.reads / READ_RATE + rank.proves / VERIFY_RATE + rank.products / PRODUCT_RATE
+        for rank in ranks
+    )
+    return (longest + sum(rank.solutions for rank in ranks) / SOLVE_RATE) / threads
 
 
-def shares(plan: Plan, count: int, choice: CalibrationConfig | None = None) -> list[Share]:
-    """The shares of so many ranks, as a run deals them; raises DataError where there are too few
-    sequences for them.
+def estimate_ranks(
+    plan: Plan, num_ranks: int, calibration: CalibrationConfig | None = None
+) -> list[RankWork]:
+    """What each of so many ranks will do, as a run deals the work.
 
-    Every block is run once for each batch, as it is where memory lets forwards wait inside it.
+    Every block is counted once for each batch, as it is run where memory lets forwards wait inside
+    it.
+
+    Raises:
+        DataError: there are too few sequences for the ranks.
     """
-    everyone, proves = [Ranks(rank, count) for rank in range(count)], plan.source_bytes // count
+    ranks = [Ranks(rank, num_ranks) for rank in range(num_ranks)]
+    proved_bytes = plan.source_bytes // num_ranks
     if not plan.recipe.calibrated:
-        dealt = [ranks.deal(plan.shards, lambda shard: shard.source_bytes) for ranks in everyone]
-        return [
-            Share(_read(own), sum(shard.header.nbytes for shard in own), proves) for own in dealt
-        ]
-    choice = choice or CalibrationConfig()
-    batches = memory_estimate.batches(torch.zeros(1).expand(choice.samples, choice.length), count)
-    return list(
-        _calibrated(plan, everyone, [len(batch) * choice.length for batch in batches], proves)
+        return [_data_free_work(plan, rank, proved_bytes) for rank in ranks]
+    calibration = calibration or CalibrationConfig()
+    # One number that looks like (samples, length) takes no memory.
+    ids = torch.zeros(1).expand(calibration.samples, calibration.length)
+    batches = memory_estimate.split_batches(ids, num_ranks)
+    batch_tokens = [len(batch) * calibration.length for batch in batches]
+    return list(_calibrated_work(plan, ranks, batch_tokens, proved_bytes))
+
+
+def _data_free_work(plan: Plan, rank: Ranks, proved_bytes: int) -> RankWork:
+    shards = rank.deal(plan.shards, lambda shard: shard.source_bytes)
+    return RankWork(
+        _file_bytes_of(shards), sum(shard.header.nbytes for shard in shards), proved_bytes
     )
 
 
-def _calibrated(
-    plan: Plan, everyone: Sequence[Ranks], batches: Sequence[int], proves: int
-) -> Iterator[Share]:
+def _calibrated_work(
+    plan: Plan, ranks: Sequence[Ranks], batch_tokens: Sequence[int], proved_bytes: int
+) -> Iterator[RankWork]:
     """Every rank reads every block and runs its own batches; the first rank writes, and solutions
     go round.
-
-    Args:
-        batches: tokens of each.
     """
-    blocks, outside = (
-        [s for s in plan.shards if (s.block is not None) == inside] for inside in (True, False)
-    )
-    # before the blocks; the first of which
-    run = [e for shard in outside for e in shard.copies if "lm_head" not in e.name]
-    # is asked once more what it returns
-    once, all_blocks = sum(map(_stored, run)) + _read(blocks[:1]), _read(blocks)
-    of_token, of_compared, solutions = _operations(plan, blocks, sum(batches), len(everyone))
-    for ranks in everyone:
-        part, own = ranks.part(batches), ranks.deal(outside, lambda shard: shard.source_bytes)
-        tokens = sum(batches[i] for i in part)
+    blocks = [shard for shard in plan.shards if shard.block is not None]
+    outside = [shard for shard in plan.shards if shard.block is None]
+
+    # What runs before the blocks is read once, and so is the first block, to record how blocks are
+    # called. Every block is then read to be compressed.
+    embeddings = [e for shard in outside for e in shard.copies if "lm_head" not in e.name]
+    recording_bytes = sum(map(_file_bytes, embeddings)) + _file_bytes_of(blocks[:1])
+    block_bytes = _file_bytes_of(blocks)
+
+    operations = _count_operations(plan, blocks, sum(batch_tokens), len(ranks))
+    for rank in ranks:
+        batches = rank.part(batch_tokens)
+        tokens = sum(batch_tokens[i] for i in batches)
         compared = sum(
-            batches[i] for i in part if plan.recipe.compares and i % memory_estimate.REFERENCE == 0
+            batch_tokens[i]
+            for i in batches
+            if plan.recipe.compares and i % memory_estimate.REFERENCE_INTERVAL == 0
         )
-        reads = once + all_blocks * (2 if compared else 1) + _read(own)
-        if ranks.first:
-            reads, own = (
-                reads + sum(_stored(e) for shard in blocks for e in shard.copies),
-                [*own, *blocks],
-            )
-        writes, products = (
-            sum(shard.header.nbytes for shard in own),
-            of_token * tokens + of_compared * compared,
+
+        # Where tokens are compared, a block's own weights are read again.
+        shards = rank.deal(outside, lambda shard: shard.source_bytes)
+        reads = recording_bytes + block_bytes * (2 if compared else 1) + _file_bytes_of(shards)
+        if rank.first:
+            reads += sum(_file_bytes(entry) for shard in blocks for entry in shard.copies)
+            shards = [*shards, *blocks]
+        products = operations.per_token * tokens + operations.per_compared_token * compared
+        yield RankWork(
+            reads,
+            sum(shard.header.nbytes for shard in shards),
+            proved_bytes,
+            tokens,
+            int(products),
+            int(operations.solutions[rank.rank]),
         )
-        yield Share(reads, writes, proves, tokens, int(products), int(solutions[ranks.rank]))
 
 
-def _operations(
-    plan: Plan, blocks: Sequence[Shard], tokens: int, ranks: int
-) -> tuple[float, float, list[float]]:
-    """Of each token, of each that is run through the source's weights too, and of the solutions
-    that each rank owns.
-    """
-    of_token, of_compared, solutions = 0.0, 0.0, [0.0] * ranks
+def _count_operations(
+    plan: Plan, blocks: Sequence[Shard], tokens: int, num_ranks: int
+) -> _Operations:
+    per_token, per_compared_token, solutions = 0.0, 0.0, [0.0] * num_ranks
     for shard in blocks:
-        sent = _sent(plan, shard)
+        share_of = _token_shares(plan, shard)
         forward = sum(
-            2 * entry.numel * sent(entry) for entry in shard.entries if len(entry.shape) > 1
+            2 * entry.numel * share_of(entry) for entry in shard.entries if len(entry.shape) > 1
         )
-        of_token, of_compared = of_token + forward, of_compared + forward
+        per_token, per_compared_token = per_token + forward, per_compared_token + forward
+
         for number, stack in enumerate(stack for stack in shard.stacks if stack.calibrated):
             steps, (rows, width) = sum(step.calibrated for step in stack.steps), stack.shape
-            routed = sent(next(iter(stack.members.values())))
-            # where a router sends tokens, the source sends others
-            drifts = plan.recipe.compares and routed == 1
-            # x xᵀ
-            of_token += (
-                routed
-                * steps
-                * 2
-                * sum((c.stop - c.start) * (width - c.start) for c in stripes(width))
-            )
-            # how far x has moved
-            of_compared += drifts * steps * 2 * width * width
-            # a factor; the columns' sweep and its loss; what makes up for x having moved
-            if routed * tokens >= FEW:
-                solutions[number % ranks] += (
-                    steps * width * width * (width / 3 + (6 if drifts else 2) * rows)
-                )
-    return of_token, of_compared, solutions
+            share = share_of(next(iter(stack.members.values())))
+            # Drift is not measured where a router sends tokens: the source sends others.
+            has_drift = plan.recipe.compares and share == 1
+            # x xᵀ, the columns of each stripe from its first one on.
+            gram = sum((c.stop - c.start) * (width - c.start) for c in stripes(width))
+            per_token += share * steps * 2 * gram
+            # The product of x with how far it has moved.
+            per_compared_token += has_drift * steps * 2 * width * width
+            # A factor of the Hessian; the sweep over columns and its loss; with drift, what makes
+            # up for it.
+            if share * tokens >= MIN_EXPERT_TOKENS:
+                factor_and_sweep = width / 3 + (6 if has_drift else 2) * rows
+                solutions[number % num_ranks] += steps * width * width * factor_and_sweep
+    return _Operations(per_token, per_compared_token, solutions)
 
 
-def _read(shards: Sequence[Shard]) -> int:
-    return sum(_stored(entry) for shard in shards for entry in shard.entries)
+def _file_bytes_of(shards: Sequence[Shard]) -> int:
+    return sum(_file_bytes(entry) for shard in shards for entry in shard.entries)
 
 
-def _stored(entry: Entry) -> int:
+def _file_bytes(entry: Entry) -> int:
     """Bytes of a tensor as it lies in its file; scales of a source in FP8 are not counted."""
-    return entry.numel * BITS[entry.stored.dtype if isinstance(entry, View) else entry.dtype] // 8
+    stored = entry.stored if isinstance(entry, View) else entry
+    return entry.numel * BITS[stored.dtype] // 8
 
 
-def _sent(plan: Plan, shard: Shard) -> Callable[[Entry], float]:
+def _token_shares(plan: Plan, shard: Shard) -> Callable[[Entry], float]:
     """What part of the tokens comes to a matrix of a block: an expert is sent those that a router
     chooses it for.
     """
-    places = {
+    matches = {
         entry.name: layer_names.OF_EXPERT.fullmatch(entry.name.removesuffix(".weight"))
         for entry in shard.entries
     }
-    count = len({place["number"] for place in places.values() if place})
-    chosen = model_config.experts_of_a_token(plan.source.config)
+    num_experts = len({match["number"] for match in matches.values() if match})
+    experts_per_token = model_config.experts_of_a_token(plan.source.config)
 
-    def sent(entry: Entry) -> float:
-        experts = (
-            count
-            if places[entry.name]
-            else entry.shape[0]
-            if ".experts." in entry.name and len(entry.shape) == 3
-            else 0
-        )
-        return min((chosen or experts) / experts, 1.0) if experts else 1.0
+    def share_of(entry: Entry) -> float:
+        experts = 0
+        if matches[entry.name]:
+            experts = num_experts
+        elif ".experts." in entry.name and len(entry.shape) == 3:
+            experts = entry.shape[0]
+        return min((experts_per_token or experts) / experts, 1.0) if experts else 1.0
 
-    return sent
+    return share_of

@@ -14,7 +14,7 @@ from bitpress.compression.calibration.fold import rescale
 from bitpress.compression.calibration.layer_groups import Site, in_order
 from bitpress.compression.calibration.resumable_forward import Doors
 from bitpress.compression.calibration.statistics import few, nothing, observe, reduce_statistics
-from bitpress.planning.calibration_config import FEW
+from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS
 from bitpress.planning.layout import Shard
 from bitpress.runtime import memory
 from bitpress.runtime.process_group import Ranks
@@ -62,7 +62,7 @@ def compress_block(
                 ranks.any(sample, device),
                 sum(ranks.gather(seen)),
             )
-            if site.routed and tokens < FEW:
+            if site.routed and tokens < MIN_EXPERT_TOKENS:
                 stats = nothing(site)
             layer = Layer(site.stack.name, site.weight, site.stack.dtype)
             # what observing took: what comes now is larger, and would not fit into its holes

@@ -16,7 +16,7 @@ from bitpress.compression.calibration.activation_streams import Arrival
 from bitpress.compression.calibration.layer_groups import Site
 from bitpress.errors import CheckpointError, SchemeError
 from bitpress.planning import memory_estimate
-from bitpress.planning.calibration_config import FEW
+from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS
 from bitpress.runtime.process_group import Ranks
 from bitpress.schemes import pipeline
 from bitpress.schemes.values import Statistic
@@ -62,7 +62,7 @@ def _joined(arrivals: Iterable[Arrival]) -> Iterator[Arrival]:
         waiting: list[Arrival] = []
         for arrival in alike:
             waiting.append(arrival)
-            if sum(len(a.inputs) for a in waiting) >= memory_estimate.OBSERVED:
+            if sum(len(a.inputs) for a in waiting) >= memory_estimate.STATISTICS_TOKENS:
                 yield Arrival.joined(waiting)
                 waiting = []
         if waiting:
@@ -104,14 +104,14 @@ def few(tokens: Mapping[str, int]) -> Iterator[str]:
         if place := OF_EXPERT.fullmatch(module):
             found.setdefault(place["experts"], {})[place["number"]] = count
     for experts, counts in found.items():
-        short = {number: count for number, count in counts.items() if count < FEW}
+        short = {number: count for number, count in counts.items() if count < MIN_EXPERT_TOKENS}
         if short:
             names = ", ".join(
                 f"{number} ({count} tokens)" for number, count in list(short.items())[:TOLD]
             )
             yield (
-                f"{experts}: {len(short)} of {len(counts)} experts were sent fewer than {FEW} "
-                "tokens and are compressed as "
+                f"{experts}: {len(short)} of {len(counts)} experts were sent fewer than "
+                f"{MIN_EXPERT_TOKENS} tokens and are compressed as "
                 f"without data: {names}{', ...' if len(short) > TOLD else ''}; give more text, or "
                 "--all-experts"
             )

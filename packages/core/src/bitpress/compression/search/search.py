@@ -171,7 +171,7 @@ def _room(job: Search, folder: Path, max_memory: int | None) -> Room:
         for plan in job.plans.values()
         if plan.recipe.calibrated
     ]
-    least = memory.TRANSFORMERS_BYTES + max(needs + [estimate.least for estimate in estimates])
+    least = memory.TRANSFORMERS_BYTES + max(needs + [estimate.on_disk for estimate in estimates])
     if max_memory is not None and max_memory < least:
         raise RecipeError(
             f"the search needs about {least / 1e6:,.0f} MB of memory, more than the "
@@ -179,7 +179,7 @@ def _room(job: Search, folder: Path, max_memory: int | None) -> Room:
         )
     fitted, judged = (ids.numel() for ids in parts(job.data.ids))
     states = (
-        memory_estimate.NUMBER
+        memory_estimate.NUMBER_BYTES
         * job.plan.hidden_size
         * (fitted + judged * (1 + len(job.plans) * len(job.units)))
     )
@@ -188,7 +188,9 @@ def _room(job: Search, folder: Path, max_memory: int | None) -> Room:
     )
     waiting = max(
         (
-            estimate.waits(allowed - least - states + estimate.held, memory_estimate.BATCH)
+            estimate.num_waiting(
+                allowed - least - states + estimate.in_memory, memory_estimate.BATCH_TOKENS
+            )
             for estimate in estimates
         ),
         default=0,

@@ -35,7 +35,7 @@ from bitpress.modeling.decoder import Decoder
 from bitpress.modeling.metrics import LOGITS, divergence
 from bitpress.modeling.tokens import Sequences
 from bitpress.planning import memory_estimate
-from bitpress.planning.calibration_config import FEW
+from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS
 from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
 from bitpress.runtime.progress import Told
@@ -98,7 +98,8 @@ def measure(
             finite.
     """
     fitted, judged = (
-        torch.split(ids, max(memory_estimate.BATCH // ids.shape[1], 1)) for ids in parts(data.ids)
+        torch.split(ids, max(memory_estimate.BATCH_TOKENS // ids.shape[1], 1))
+        for ids in parts(data.ids)
     )
     names = [name for name, stacks in units[0].made.items() if stacks[0].steps]
     if not any(stack.calibrated for name in names for stack in units[0].made[name]):
@@ -196,7 +197,7 @@ def _solved(site: Site, number: int, streams: Streams) -> Callable[[], None]:
         # `compress` tells of them
         warnings.simplefilter("ignore", UserWarning)
         stats, _, tokens = observe(site, streams.arrivals(number, False) if site.entrance else ())
-        stats = nothing(site) if site.routed and tokens < FEW else stats
+        stats = nothing(site) if site.routed and tokens < MIN_EXPERT_TOKENS else stats
         layer = pipeline.quantize_whole(
             Layer(site.stack.name, site.weight, site.stack.dtype), steps, stats
         )
