@@ -7,8 +7,8 @@ Every case is a command line of the bitpress that this Python has installed, on 
 `--only PATTERN` takes the cases whose names match; `write` then leaves the others in FILE.json as
 they are. Plan digests in shards depend on versions of packages: a file that differs there alone is
 told, and is no failure. Of all else `compare` exits 1. Bytes depend on the CPU and on torch, so
-that FILE.json is of use on the machine that wrote it, and is not committed. A run takes about ten
-minutes of one core.
+that FILE.json is of use on the machine that wrote it, and is not committed. A run takes a quarter
+of an hour on one core.
 """
 
 from __future__ import annotations
