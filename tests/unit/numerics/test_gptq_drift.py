@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bitpress import numerics
-from bitpress.numerics.gptq import ENOUGH, SAMPLED, drift
+from bitpress.numerics.gptq import SAMPLE_STRIDE, TOKENS_PER_CHANNEL, drift_correction
 from bitpress.schemes.values import Layer
 
 WIDTH, ROWS = 24, 10
@@ -31,7 +31,7 @@ def corrected(
     stats = numerics.gptq_statistics(now, weight, before, residual)
     factor = numerics.factorize_hessian(stats["hessian"].value, len(now))
     assert factor is not None
-    return weight + drift(weight, stats, factor)
+    return weight + drift_correction(weight, stats, factor)
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -61,7 +61,7 @@ def test_what_has_nothing_to_do_with_the_inputs_moves_nothing_much(tokens: int) 
 
 
 def test_a_correction_generalises_better_shrunk_than_not() -> None:
-    weight, x = draw(ROWS, WIDTH, seed=1), draw(ENOUGH * WIDTH, WIDTH, seed=2)
+    weight, x = draw(ROWS, WIDTH, seed=1), draw(TOKENS_PER_CHANNEL * WIDTH, WIDTH, seed=2)
     fresh, true = draw(4000, WIDTH, seed=4), 0.2 * draw(WIDTH, ROWS, seed=3)
     residual = x @ true + 3 * draw(len(x), ROWS, seed=5)
     unshrunk = np.linalg.lstsq(x.double().numpy(), residual.double().numpy(), rcond=None)[0]
@@ -72,7 +72,7 @@ def test_a_correction_generalises_better_shrunk_than_not() -> None:
 
 
 def test_batches_add_up_to_the_same_correction() -> None:
-    weight, x = draw(ROWS, WIDTH, seed=1), draw(10 * SAMPLED, WIDTH, seed=2)
+    weight, x = draw(ROWS, WIDTH, seed=1), draw(10 * SAMPLE_STRIDE, WIDTH, seed=2)
     now, residual = x + 0.1 * draw(len(x), WIDTH, seed=3), draw(len(x), ROWS, seed=4)
     whole = numerics.gptq_statistics(now, weight, x, residual)
     halves = [
@@ -131,14 +131,14 @@ def test_a_correction_never_takes_away_more_than_is_missing(scale: float) -> Non
     )
     stats = of_reference | {name: of_reference[name] | stat for name, stat in of_others.items()}
     factor = numerics.factorize_hessian(stats["hessian"].value, stats["tokens"].value.item())
-    left = x @ weight.T - now @ (weight + drift(weight, stats, factor)).T
+    left = x @ weight.T - now @ (weight + drift_correction(weight, stats, factor)).T
     assert left.norm() <= (x @ weight.T - now @ weight.T).norm()
 
 
 def test_few_tokens_for_the_width_are_believed_in_proportion() -> None:
     weight = draw(ROWS, WIDTH, seed=1)
     sizes = []
-    for tokens in (ENOUGH * WIDTH, ENOUGH * WIDTH // 4):
+    for tokens in (TOKENS_PER_CHANNEL * WIDTH, TOKENS_PER_CHANNEL * WIDTH // 4):
         x = draw(tokens, WIDTH, seed=2)
         sizes.append((corrected(weight, x + 0.3 * x.roll(1, 1), x) - weight).norm())
     assert sizes[1] < 0.35 * sizes[0]

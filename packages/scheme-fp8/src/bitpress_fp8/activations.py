@@ -1,6 +1,4 @@
-"""FP8 activations: a scale that is found before serving, from how large inputs were, and what
-rounding makes of inputs.
-"""
+"""FP8 activations: their static scale, and what rounding makes of a layer's inputs."""
 
 from __future__ import annotations
 
@@ -8,31 +6,24 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from bitpress import Statistic, numerics
+from bitpress import Statistic, hookimpl, numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# largest by median: beyond it ordinary numbers come near to E4M3's subnormals
-WIDE = 2.0**12
+# The largest input over the median: beyond it ordinary numbers come near to E4M3's subnormals.
+WIDEST_RATIO = 2.0**12
 
 
-def observed(inputs: Tensor) -> dict[str, Statistic]:
-    """The largest magnitude and a histogram of all of them."""
-    return {
-        "input_amax": Statistic(numerics.absmax(inputs.float()), "max"),
-        "input_counts": Statistic(numerics.magnitude_histogram(inputs), "sum"),
-    }
-
-
-def scale(stats: Mapping[str, Statistic], outliers: str) -> Tensor:
-    """One number, clip / 448; 1 where nothing was observed."""
+def static_scale(stats: Mapping[str, Statistic], outliers: str) -> Tensor:
+    """The scale clip / 448, without axes; 1 where no input was observed."""
     import torch
 
-    if "input_amax" not in stats:
+    amax = numerics.input_absmax(stats)
+    if amax is None:
         return torch.tensor(1.0)
-    amax, counts = stats["input_amax"].value, stats["input_counts"].value
-    if counts.any() and amax > WIDE * numerics.median_magnitude(counts):
+    counts = stats["input_counts"].value
+    if counts.any() and amax > WIDEST_RATIO * numerics.median_magnitude(counts):
         warnings.warn(
             "its largest input is over 4,096 times the median; activations=dynamic loses less",
             stacklevel=2,
@@ -41,7 +32,9 @@ def scale(stats: Mapping[str, Statistic], outliers: str) -> Tensor:
 
 
 def _step(magnitude: Tensor, clip: Tensor) -> Tensor:
-    """E4M3's: 2^-3 of the power of two below a number, and 2^-9 among subnormals, in units of the
+    """How far E4M3's numbers lie apart near a magnitude, in the inputs' units.
+
+    That is 2^-3 of the power of two below a number, and 2^-9 among subnormals, in units of the
     scale.
     """
     unit = clip / numerics.E4M3_MAX
@@ -49,13 +42,18 @@ def _step(magnitude: Tensor, clip: Tensor) -> Tensor:
     return (power - 3).exp2() * unit
 
 
-def rounded(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """(tokens, in): the E4M3 numbers nearest to inputs, in units of a static scale or of amax / 448
-    per token, or per group.
+@hookimpl
+def quantize_activations(
+    inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Tensor:
+    """The E4M3 numbers (tokens, in) nearest to inputs.
+
+    They are in units of the stored scale, or of amax / 448 of each token, or group of a token.
     """
     if "input_scale" in tensors:
         scale = tensors["input_scale"].to(inputs.device).float()
         return numerics.decode_e4m3(numerics.encode_e4m3(inputs, scale)) * scale
-    groups = inputs.reshape(-1, config["input_activations"].get("group_size") or inputs.shape[1])
-    scale = numerics.e4m3_scale(numerics.absmax(groups, dim=1))
+    group_size = config["input_activations"].get("group_size") or inputs.shape[1]
+    groups = inputs.reshape(-1, group_size)
+    scale = numerics.e4m3_scale(numerics.absmax(groups, dim=1))  # (tokens * groups, 1)
     return (numerics.decode_e4m3(numerics.encode_e4m3(groups, scale)) * scale).view_as(inputs)

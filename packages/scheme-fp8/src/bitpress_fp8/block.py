@@ -1,19 +1,29 @@
-"""FP8 (E4M3) weights in 128 x 128 tiles, FP8 activations quantised at run time per group of 128."""
+"""FP8 (E4M3) weights in 128 x 128 tiles, FP8 activations quantized at run time per group of 128."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import attrs
 from attrs import frozen
 
 import bitpress
 from bitpress import Finding, Hardware, Layer, ShapeError, StoredLayer, hookimpl, numerics, option
-from bitpress_fp8 import activations, e4m3, hardware as facts
+from bitpress_fp8 import e4m3, hardware as facts
+from bitpress_fp8.activations import quantize_activations
+from bitpress_fp8.e4m3 import dequantize, error_bound
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = [
+    "Options",
+    "dequantize",
+    "error_bound",
+    "quantize",
+    "quantize_activations",
+    "serialize",
+    "validate_hardware",
+    "validate_shape",
+]
 
 BLOCK = (128, 128)
 
@@ -56,36 +66,16 @@ def quantize(layer: Layer, options: Options) -> Layer:
             "scheme fp8 takes any width"
         )
     scale = numerics.e4m3_scale(numerics.block_absmax(layer.weight, options.block))
-    return e4m3.rounded(layer, scale, numerics.expand_blocks(scale, options.block, (out, width)))
+    return e4m3.encode(layer, scale, numerics.expand_blocks(scale, options.block, (out, width)))
 
 
 @hookimpl
 def serialize(layer: Layer, options: Options) -> StoredLayer:
     """`weight` F8_E4M3 (out, in) and `weight_scale` F32 (ceil(out / 128), in / 128)."""
     weights = {"strategy": "block", "block_structure": list(options.block), "dynamic": False}
-    return e4m3.stored(
+    return e4m3.store(
         layer, weights, {"strategy": "group", "group_size": options.block[1], "dynamic": True}
     )
-
-
-@hookimpl
-def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """Codes times their tile's scale."""
-    return e4m3.restored(tensors, _spread(tensors, config))
-
-
-@hookimpl
-def error_bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """Half a step of E4M3 around each code."""
-    return e4m3.bounded(tensors, _spread(tensors, config))
-
-
-@hookimpl
-def quantize_activations(
-    inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> Tensor:
-    """E4M3 numbers, per token and group of 128."""
-    return activations.rounded(inputs, tensors, config)
 
 
 @hookimpl
@@ -120,10 +110,3 @@ def validate_shape(shape: tuple[int, int], cut: str | None, options: Options) ->
             f"vLLM refuses parts of {size} {cut}: a rank must hold whole tiles of {tile}",
         )
     ]
-
-
-def _spread(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """(out, in): every weight's scale."""
-    rows, columns = config["weights"]["block_structure"]
-    out, width = tensors["weight"].shape
-    return numerics.expand_blocks(tensors["weight_scale"], (rows, columns), (out, width))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import frozen
 
-from bitpress import Layer, StoredLayer, numerics
+from bitpress import Layer, StoredLayer, hookimpl, numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class Grid:
         )
 
 
-def rounded(
+def encode(
     layer: Layer, scale: Tensor, spread: Tensor, extra: Mapping[str, Tensor] | None = None
 ) -> Layer:
     """The layer with E4M3 codes.
@@ -49,9 +49,8 @@ def rounded(
         spread: the same numbers, broadcastable to (out, in).
         extra: what is stored beside them.
     """
-    codes = numerics.encode_e4m3(
-        layer.weight, spread
-    )  # (out, in); zeros stay zero, so `mask` holds by itself
+    # Zeros stay zero, so `mask` holds by itself.
+    codes = numerics.encode_e4m3(layer.weight, spread)  # (out, in)
     return attrs.evolve(
         layer,
         weight=lambda: numerics.decode_e4m3(codes) * spread,
@@ -60,7 +59,7 @@ def rounded(
     )
 
 
-def stored(layer: Layer, weights: Mapping[str, Any], activations: Mapping[str, Any]) -> StoredLayer:
+def store(layer: Layer, weights: Mapping[str, Any], activations: Mapping[str, Any]) -> StoredLayer:
     """Codes and scale as compressed-tensors names them; a scale without axes becomes one of shape
     (1,).
     """
@@ -80,15 +79,27 @@ def stored(layer: Layer, weights: Mapping[str, Any], activations: Mapping[str, A
     )
 
 
-def restored(tensors: Mapping[str, Tensor], spread: Tensor) -> Tensor:
-    """(out, in) float32."""
-    return numerics.decode_e4m3(tensors["weight"]) * spread
+@hookimpl
+def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """Codes times their scale: (out, in) float32."""
+    return numerics.decode_e4m3(tensors["weight"]) * _weight_scale(tensors, config)
 
 
-def bounded(tensors: Mapping[str, Tensor], spread: Tensor) -> Tensor:
-    """(out, in) float32: half a step of E4M3 in units of the scale.
+@hookimpl
+def error_bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """Half a step of E4M3 around each code, in units of the scale: (out, in) float32.
 
     2^-17 of it is added for the float32 roundings of w / scale, code * scale and their difference,
     each at most 2^-19 of it.
     """
-    return numerics.e4m3_bound(tensors["weight"]) * spread * (1 + 2.0**-17)
+    bound = numerics.e4m3_bound(tensors["weight"])
+    return bound * _weight_scale(tensors, config) * (1 + 2.0**-17)
+
+
+def _weight_scale(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """Every weight's scale, broadcastable to (out, in)."""
+    scale, block = tensors["weight_scale"], config["weights"].get("block_structure")
+    if block is None:
+        return scale  # (out, 1) or (1,)
+    out, width = tensors["weight"].shape
+    return numerics.expand_blocks(scale, (block[0], block[1]), (out, width))

@@ -5,7 +5,7 @@ per tensor beforehand.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 from attrs import frozen
@@ -13,9 +13,22 @@ from attrs import frozen
 import bitpress
 from bitpress import Finding, Hardware, Layer, Statistic, StoredLayer, hookimpl, numerics, option
 from bitpress_fp8 import activations, e4m3, hardware as facts
+from bitpress_fp8.activations import quantize_activations
+from bitpress_fp8.e4m3 import dequantize, error_bound
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+__all__ = [
+    "Options",
+    "dequantize",
+    "error_bound",
+    "observe",
+    "quantize",
+    "quantize_activations",
+    "serialize",
+    "validate_hardware",
+]
 
 
 @frozen
@@ -51,10 +64,12 @@ def observe(
     stack, which engines fuse.
     """
     if inputs is not None:
-        return activations.observed(inputs) if options.activations == "static" else None
-    return (
-        {"amax": Statistic(numerics.absmax(weight), "max")} if options.weights == "tensor" else None
-    )
+        if options.activations == "dynamic":
+            return None
+        return numerics.observe_range(inputs, histogram=True)
+    if options.weights == "channel":
+        return None
+    return {"amax": Statistic(numerics.absmax(weight), "max")}
 
 
 @hookimpl
@@ -65,24 +80,22 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
     """
 
     def fit(weight: Tensor, importance: Tensor | None = None) -> e4m3.Grid:
-        amax = (
-            stats["amax"].value if options.weights == "tensor" else numerics.absmax(weight, dim=1)
-        )
+        if options.weights == "tensor":
+            amax = stats["amax"].value
+        else:
+            amax = numerics.absmax(weight, dim=1)  # (out, 1)
         return e4m3.Grid(numerics.e4m3_scale(amax).expand(len(weight), 1))
 
     if "hessian" in stats:
         weight, grid = numerics.gptq_quantize(layer, stats, fit)
-        assert isinstance(grid, e4m3.Grid)
         layer = attrs.evolve(layer, weight=weight)
     else:
         grid = fit(layer.weight)
     scale = grid.scale if options.weights == "channel" else grid.scale[0, 0]
-    extra = (
-        {"input_scale": activations.scale(stats, options.outliers)}
-        if options.activations == "static"
-        else {}
-    )
-    return e4m3.rounded(layer, scale, scale, extra)
+    extra = {}
+    if options.activations == "static":
+        extra["input_scale"] = activations.static_scale(stats, options.outliers)
+    return e4m3.encode(layer, scale, scale, extra)
 
 
 @hookimpl
@@ -93,27 +106,7 @@ def serialize(layer: Layer, options: Options) -> StoredLayer:
     static = {"strategy": "tensor", "dynamic": False}
     dynamic = {"strategy": "token", "dynamic": True}
     weights = {"strategy": options.weights, "dynamic": False}
-    return e4m3.stored(layer, weights, static if options.activations == "static" else dynamic)
-
-
-@hookimpl
-def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """Codes times scale."""
-    return e4m3.restored(tensors, tensors["weight_scale"])
-
-
-@hookimpl
-def error_bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """Half a step of E4M3 around each code."""
-    return e4m3.bounded(tensors, tensors["weight_scale"])
-
-
-@hookimpl
-def quantize_activations(
-    inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> Tensor:
-    """E4M3 numbers, per token or with the stored scale."""
-    return activations.rounded(inputs, tensors, config)
+    return e4m3.store(layer, weights, static if options.activations == "static" else dynamic)
 
 
 @hookimpl

@@ -7,26 +7,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from bitpress import Statistic, numerics
+from bitpress import Statistic, hookimpl, numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# between zero and the largest number
+# Steps between zero and the largest number.
 STEPS = 127.5
 
 
-def observed(inputs: Tensor) -> dict[str, Statistic]:
-    """The range, and a histogram of magnitudes."""
-    x = inputs.float()
-    return {
-        "input_max": Statistic(x.amax(), "max"),
-        "input_min": Statistic((-x).amax(), "max"),
-        "input_counts": Statistic(numerics.magnitude_histogram(x), "sum"),
-    }
-
-
-def parts(stats: Mapping[str, Statistic], symmetric: bool, outliers: str) -> dict[str, Tensor]:
+def static_qparams(
+    stats: Mapping[str, Statistic], symmetric: bool, outliers: str
+) -> dict[str, Tensor]:
     """`input_scale`, and `input_zero_point` int8 where it is not symmetric: (code - zero) scale;
     scale 1 if nothing was seen.
     """
@@ -50,7 +42,10 @@ def parts(stats: Mapping[str, Statistic], symmetric: bool, outliers: str) -> dic
     return {"input_scale": scale, "input_zero_point": zero.to(torch.int8)}
 
 
-def rounded(inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+@hookimpl
+def quantize_activations(
+    inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Tensor:
     """(tokens, in): the integers nearest to inputs times their scale, which is stored, or amax /
     127.5 (range / 255) of a token.
 

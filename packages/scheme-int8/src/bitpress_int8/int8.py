@@ -13,9 +13,21 @@ from attrs import frozen
 import bitpress
 from bitpress import Finding, Hardware, Layer, Statistic, StoredLayer, hookimpl, numerics, option
 from bitpress_int8 import activations, smoothing
+from bitpress_int8.activations import quantize_activations
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+__all__ = [
+    "Options",
+    "dequantize",
+    "observe",
+    "quantize",
+    "quantize_activations",
+    "rescale",
+    "serialize",
+    "validate_hardware",
+]
 
 # of scales tried, in units of amax / 127.5
 RATIOS = tuple(1.02 - 0.02 * i for i in range(24))
@@ -79,17 +91,17 @@ def observe(
     largest magnitude.
     """
     if inputs is None:
-        return (
-            {"amax": Statistic(numerics.absmax(weight), "max")}
-            if options.weights == "tensor"
-            else None
-        )
-    found: dict[str, Statistic] = {}
+        if options.weights == "channel":
+            return None
+        return {"amax": Statistic(numerics.absmax(weight), "max")}
+    stats: dict[str, Statistic] = {}
     if options.algorithm == "gptq":
-        found |= numerics.gptq_statistics(inputs, weight, reference, residual)
+        stats |= numerics.gptq_statistics(inputs, weight, reference, residual)
     if options.activations == "static":
-        found |= activations.observed(inputs)
-    return found | smoothing.observed(inputs) if options.rescales else found
+        stats |= numerics.observe_range(inputs, histogram=True)
+    if options.rescales:
+        stats |= smoothing.observe_channels(inputs)
+    return stats
 
 
 @hookimpl
@@ -113,22 +125,20 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
 
     if "hessian" in stats:
         weight, grid = numerics.gptq_quantize(layer, stats, fit)
-        assert isinstance(grid, numerics.IntegerGrid)
     else:
         weight, grid = layer.weight, fit(layer.weight, None)
-    codes = grid.codes(weight)  # (out, in); zeros stay zero, so `mask` holds by itself
-    scale = grid.scale if options.weights == "channel" else grid.scale[0, 0]
-    static = (
-        activations.parts(stats, options.symmetric_activations, options.outliers)
-        if options.activations == "static"
-        else {}
-    )
-    parts = {"scale": scale, **static}
+    # Zeros stay zero, so `mask` holds by itself.
+    codes = grid.codes(weight)  # (out, in)
+    qparams = {"scale": grid.scale if options.weights == "channel" else grid.scale[0, 0]}
+    if options.activations == "static":
+        qparams |= activations.static_qparams(
+            stats, options.symmetric_activations, options.outliers
+        )
     return attrs.evolve(
         layer,
         weight=lambda: numerics.decode_integers(codes, grid.scale),
         codes=codes,
-        qparams=parts,
+        qparams=qparams,
     )
 
 
@@ -139,7 +149,7 @@ def serialize(layer: Layer, options: Options) -> StoredLayer:
     """
     assert layer.codes is not None
     tensors = {"weight": layer.codes, "weight_scale": layer.qparams["scale"]}
-    tensors |= {name: part for name, part in layer.qparams.items() if name.startswith("input_")}
+    tensors |= {name: q for name, q in layer.qparams.items() if name.startswith("input_")}
     static = options.activations == "static"
     inputs: dict[str, Any] = {
         "num_bits": 8,
@@ -168,14 +178,6 @@ def serialize(layer: Layer, options: Options) -> StoredLayer:
 def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """Codes times scale."""
     return tensors["weight"].float() * tensors["weight_scale"].float()
-
-
-@hookimpl
-def quantize_activations(
-    inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> Tensor:
-    """Integers, per token or with the stored scale and zero point."""
-    return activations.rounded(inputs, tensors, config)
 
 
 @hookimpl

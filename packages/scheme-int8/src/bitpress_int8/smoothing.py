@@ -28,7 +28,7 @@ WORTH = 0.25
 STEPS = 127.5
 
 
-def observed(inputs: Tensor) -> dict[str, Statistic]:
+def observe_channels(inputs: Tensor) -> dict[str, Statistic]:
     """Per channel the largest magnitude, the sum of squares and that of eighth powers; and the
     number of tokens.
     """

@@ -12,24 +12,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def observed(inputs: Tensor) -> dict[str, Statistic]:
-    """The largest magnitude."""
-    return {"input_amax": Statistic(numerics.absmax(inputs.float()), "max")}
-
-
 def global_scale(stats: Mapping[str, Statistic]) -> Tensor:
     """2688 / amax, one number; for inputs up to 2688 where nothing was observed."""
     import torch
 
-    amax = (
-        stats["input_amax"].value
-        if "input_amax" in stats
-        else torch.tensor(numerics.E4M3_MAX * numerics.E2M1_MAX)
-    )
+    amax = numerics.input_absmax(stats)
+    if amax is None:
+        amax = torch.tensor(numerics.E4M3_MAX * numerics.E2M1_MAX)
     return scales.global_scale(amax, numerics.E4M3_MAX)
 
 
-def served(inputs: Tensor) -> Tensor:
+def round_without_global_scale(inputs: Tensor) -> Tensor:
     """Inputs (tokens, in) as they will be rounded, but that the global scale is not known yet and
     taken to be 1.
 
@@ -44,7 +37,7 @@ def served(inputs: Tensor) -> Tensor:
     return numerics.round_e2m1(groups / local).mul_(local).view_as(inputs)
 
 
-def rounded(inputs: Tensor, divisor: Tensor) -> Tensor:
+def round_inputs(inputs: Tensor, divisor: Tensor) -> Tensor:
     """Inputs (tokens, in) as they are rounded: local scales from the largest of every 16, with a
     global scale.
     """

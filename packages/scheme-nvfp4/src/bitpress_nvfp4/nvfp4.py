@@ -75,13 +75,13 @@ def observe(
     """
     if inputs is None:
         return {"amax": Statistic(numerics.absmax(weight), "max")}
-    found: dict[str, Statistic] = {}
-    rounded = options.activations == "quantized"
+    stats: dict[str, Statistic] = {}
+    if options.activations == "quantized":
+        stats |= numerics.observe_range(inputs, histogram=False)
+        inputs = activations.round_without_global_scale(inputs)
     if options.algorithm == "gptq":
-        found |= numerics.gptq_statistics(
-            activations.served(inputs) if rounded else inputs, weight, reference, residual
-        )
-    return found | activations.observed(inputs) if rounded else found
+        stats |= numerics.gptq_statistics(inputs, weight, reference, residual)
+    return stats
 
 
 @hookimpl
@@ -102,15 +102,15 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
 
     if options.algorithm == "gptq":
         weight, grid = numerics.gptq_quantize(layer, stats, fit)
-        assert isinstance(grid, scales.Grid)
     else:
         weight, grid = layer.weight, fit(layer.weight, None)
-    codes = grid.codes(weight)  # (out, in); zeros stay zero, so `mask` holds by itself
-    parts = {"scale": grid.local.contiguous(), "global_scale": divisor}
+    # Zeros stay zero, so `mask` holds by itself.
+    codes = grid.codes(weight)  # (out, in)
+    qparams = {"scale": grid.local.contiguous(), "global_scale": divisor}
     if options.activations == "quantized":
-        parts["input_global_scale"] = activations.global_scale(stats)
+        qparams["input_global_scale"] = activations.global_scale(stats)
     return attrs.evolve(
-        layer, weight=lambda: _decoded(codes, grid.scale), codes=codes, qparams=parts
+        layer, weight=lambda: _decoded(codes, grid.scale), codes=codes, qparams=qparams
     )
 
 
@@ -128,11 +128,9 @@ def serialize(layer: Layer, options: Options) -> StoredLayer:
     """
     assert layer.codes is not None
     tensors = {"weight_packed": layer.codes, "weight_scale": layer.qparams["scale"]}
-    tensors |= {
-        f"weight_{n}" if n == "global_scale" else n: p.reshape(1)
-        for n, p in layer.qparams.items()
-        if n != "scale"
-    }
+    tensors["weight_global_scale"] = layer.qparams["global_scale"].reshape(1)
+    if "input_global_scale" in layer.qparams:
+        tensors["input_global_scale"] = layer.qparams["input_global_scale"].reshape(1)
     common = {
         "num_bits": 4,
         "type": "float",
@@ -162,7 +160,7 @@ def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
 @hookimpl
 def quantize_activations(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """E2M1 numbers with a local scale for every 16 and the stored global one."""
-    return activations.rounded(inputs, tensors["input_global_scale"].to(inputs.device))
+    return activations.round_inputs(inputs, tensors["input_global_scale"].to(inputs.device))
 
 
 @hookimpl

@@ -88,7 +88,7 @@ def fit(weight: Tensor, importance: Tensor | None, divisor: Tensor) -> Grid:
     exponent = (amax * divisor / numerics.E2M1_MAX).frexp().exponent.sub_(1).clamp_(-TOP, TOP)
     top = exponent == TOP
     span = torch.where(top, TOP_SPAN, SPAN).ldexp(exponent) / divisor
-    best = numerics.search_scales(weight, importance, GROUP, _costs(weight.device), span, top)
+    best = numerics.search_scales(weight, importance, GROUP, _costs(weight.device), span, kind=top)
     found = _beside().to(weight.device)[best].ldexp(exponent).clamp_(min=SMALLEST)
     # the smallest scales of E4M3 lie further apart: there the nearest is taken. A sweep reads
     # column by column

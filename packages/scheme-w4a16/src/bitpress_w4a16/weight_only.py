@@ -21,7 +21,7 @@ from bitpress import (
     numerics,
     option,
 )
-from bitpress_w4a16 import awq, grids
+from bitpress_w4a16 import awq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +30,21 @@ ALGORITHM = (
     "gptq: errors fed forward; awq: salient channels scaled up; rtn: plain rounding, no data"
 )
 SIZES = (128, 64, 32)
-# of rows and columns
+
+# What vLLM's CPU kernel takes: rows and columns in multiples of it.
 CPU_MULTIPLE = 32
-# between zero and the largest number
+
+# Steps between zero and the largest 16-bit number.
 INT16_STEPS = 32767.5
+
+# Scales that are tried, by bits, in units of what reaches the largest weight. With few bits a
+# clipped weight may cost less than a coarse step. With 8 bits and a zero point, where both ends are
+# reached, it never does. Of equals the first is taken, which clips least.
+SYMMETRIC_RATIOS = {
+    4: tuple(1.08 - 0.02 * i for i in range(32)),
+    8: tuple(1.02 - 0.02 * i for i in range(24)),
+}
+ASYMMETRIC_RATIOS = {4: tuple(1.05 - 0.025 * i for i in range(21)), 8: (1.0,)}
 
 
 @frozen
@@ -101,14 +112,14 @@ def observe(
     """What GPTQ and AWQ need of inputs; for integer activations, the largest."""
     if inputs is None:
         return None
-    found: dict[str, Statistic] = {}
-    if options.algorithm != "rtn":
-        found |= numerics.gptq_statistics(
-            inputs, weight, reference if options.algorithm == "gptq" else None, residual
-        )
+    stats: dict[str, Statistic] = {}
+    if options.algorithm == "gptq":
+        stats |= numerics.gptq_statistics(inputs, weight, reference, residual)
+    elif options.algorithm == "awq":
+        stats |= numerics.gptq_statistics(inputs, weight)
     if options.integer_inputs:
-        found["input_amax"] = Statistic(numerics.absmax(inputs.float()), "max")
-    return found
+        stats |= numerics.observe_range(inputs, histogram=False)
+    return stats
 
 
 @hookimpl
@@ -136,26 +147,31 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: WeightOnlyOp
             stacklevel=2,
         )
 
+    fit_grid = numerics.fit_symmetric if options.symmetric else numerics.fit_asymmetric
+    ratios = (SYMMETRIC_RATIOS if options.symmetric else ASYMMETRIC_RATIOS)[options.bits]
+
     def fit(weight: Tensor, importance: Tensor | None) -> numerics.IntegerGrid:
-        return grids.fit(weight, importance, options.bits, group, options.symmetric, layer.dtype)
+        return fit_grid(weight, importance, options.bits, group, ratios, dtype=layer.dtype)
 
     if options.algorithm == "gptq":
         weight, grid = numerics.gptq_quantize(layer, stats, fit)
-        assert isinstance(grid, numerics.IntegerGrid)
     else:
         weight, grid = layer.weight, fit(layer.weight, awq.importance(stats))
-    codes = grid.codes(weight)  # (out, in); 0 is on every grid, so `mask` holds by itself
-    parts = {"scale": grid.scale.to(layer.dtype).contiguous()}
+    # 0 is on every grid, so `mask` holds by itself.
+    codes = grid.codes(weight)  # (out, in)
+    qparams = {"scale": grid.scale.to(layer.dtype).contiguous()}
     if grid.zero is not None:
-        parts["zero_point"] = grid.zero.to(torch.int8).contiguous()
+        qparams["zero_point"] = grid.zero.to(torch.int8).contiguous()
     if options.integer_inputs:
-        amax = stats["input_amax"].value if "input_amax" in stats else torch.tensor(INT16_STEPS)
-        parts["input_scale"] = (amax / INT16_STEPS).masked_fill(amax == 0, 1.0)
+        amax = numerics.input_absmax(stats)
+        if amax is None:
+            amax = torch.tensor(INT16_STEPS)
+        qparams["input_scale"] = (amax / INT16_STEPS).masked_fill(amax == 0, 1.0)
     return attrs.evolve(
         layer,
         weight=lambda: numerics.decode_integers(codes, grid.scale, grid.zero),
         codes=codes,
-        qparams=parts,
+        qparams=qparams,
     )
 
 
@@ -165,12 +181,12 @@ def pack(layer: Layer, options: WeightOnlyOptions) -> Layer:
     / row_block, groups).
     """
     assert layer.codes is not None
-    parts = dict(layer.qparams)
-    if "zero_point" in parts:
-        parts["zero_point"] = numerics.pack_words(
-            parts["zero_point"].T, options.bits
-        ).T.contiguous()
-    return attrs.evolve(layer, codes=numerics.pack_words(layer.codes, options.bits), qparams=parts)
+    qparams = dict(layer.qparams)
+    if "zero_point" in qparams:
+        words = numerics.pack_words(qparams["zero_point"].T, options.bits)
+        qparams["zero_point"] = words.T.contiguous()
+    codes = numerics.pack_words(layer.codes, options.bits)
+    return attrs.evolve(layer, codes=codes, qparams=qparams)
 
 
 @hookimpl

@@ -34,7 +34,8 @@ def llama_tensors(seed: int = 0, config: Mapping[str, Any] = LLAMA) -> dict[str,
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
+        drawn: torch.Tensor = torch.randn(rows, columns, generator=generator) * columns**-0.5
+        return drawn.bfloat16()
 
     tensors = {
         "model.embed_tokens.weight": matrix(config["vocab_size"], hidden),

@@ -17,14 +17,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.hessian import Factor
 
-# columns swept one by one
+# Columns that are swept one by one.
 LEAF = 16
 
-# rows swept together: a leaf's columns of them stay in cache
+# Rows swept together: a leaf's columns of them stay in cache.
 ROWS = 2048
 
 Project = Callable[[Tensor, slice, int], Tensor]
@@ -49,48 +50,66 @@ def column_sweep(
     Returns:
         (out, in) float32, and (out,) float32: (w - q) H (w - q)ᵀ of each row.
     """
-    found, losses = torch.empty_like(weight), []
+    sweep = _Sweep(factor, project, ahead, span)
+    swept, losses = torch.empty_like(weight), []
     for first in range(0, len(weight), ROWS):
         rows = slice(first, min(first + ROWS, len(weight)))
-        found[rows], loss = _sweep_rows(weight[rows], rows, factor, project, ahead, span)
+        swept[rows], loss = sweep.of_rows(weight[rows], rows)
         losses.append(loss)
-    return found, torch.cat(losses)
+    return swept, torch.cat(losses)
 
 
-def _sweep_rows(
-    weight: Tensor, rows: slice, factor: Factor, project: Project, ahead: Ahead | None, span: int
-) -> tuple[Tensor, Tensor]:
-    source = weight.T.contiguous().index_select(
-        0, factor.order
-    )  # (in, rows): a column is contiguous
-    target, error, chosen = source.clone(), torch.empty_like(source), torch.empty_like(source)
-    columns, loss = factor.order.tolist(), weight.new_zeros(len(weight))
-    given, wanted, missed, made = (tensor.unbind() for tensor in (source, target, error, chosen))
+@frozen(eq=False)
+class _Sweep:
+    """The arguments of a sweep, the same for all rows."""
 
-    # no product ends inside a span
-    whole = max(span, LEAF) if ahead else LEAF
-    for lo, middle, hi in _steps(0, len(columns), whole):
-        if middle < hi:
-            target[middle:hi].addmm_(factor.unit[lo:middle, middle:hi].T, error[lo:middle])
-            continue
-        for k in range(lo, hi):
-            if ahead and k % span == 0:
-                places = slice(k, min(k + span, len(columns)))
-                missing, unit = source[places] - target[places], factor.unit[places, places].T
-                missing = torch.linalg.solve_triangular(
-                    unit, missing, upper=False, unitriangular=True
-                )
-                ahead(source[places] - missing, rows, places)
-            made[k].copy_(project(wanted[k], rows, columns[k]))
-            torch.sub(given[k], made[k], out=missed[k])
-            target[k + 1 : hi].addr_(factor.unit[k, k + 1 : hi], missed[k])
-        loss += factor.variance[lo:hi] @ (target[lo:hi] - chosen[lo:hi]).square_()
-    return torch.empty_like(chosen).index_copy_(0, factor.order, chosen).T, loss
+    factor: Factor
+    project: Project
+    ahead: Ahead | None
+    span: int
+
+    def of_rows(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Some rows' projected weight (rows, in), and what it costs each of them (rows,)."""
+        factor, span = self.factor, self.span
+        # A column is contiguous.
+        source = weight.T.contiguous().index_select(0, factor.order)  # (in, rows)
+        target, error, chosen = source.clone(), torch.empty_like(source), torch.empty_like(source)
+        columns, loss = factor.order.tolist(), weight.new_zeros(len(weight))
+        source_columns, target_columns, error_columns, chosen_columns = (
+            tensor.unbind() for tensor in (source, target, error, chosen)
+        )
+
+        # No product ends inside a span.
+        whole = max(span, LEAF) if self.ahead else LEAF
+        for lo, middle, hi in _steps(0, len(columns), whole):
+            if middle < hi:
+                target[middle:hi].addmm_(factor.unit[lo:middle, middle:hi].T, error[lo:middle])
+                continue
+            for k in range(lo, hi):
+                if self.ahead and k % span == 0:
+                    positions = slice(k, min(k + span, len(columns)))
+                    best = self._unconstrained(source[positions], target[positions], positions)
+                    self.ahead(best, rows, positions)
+                chosen_columns[k].copy_(self.project(target_columns[k], rows, columns[k]))
+                torch.sub(source_columns[k], chosen_columns[k], out=error_columns[k])
+                target[k + 1 : hi].addr_(factor.unit[k, k + 1 : hi], error_columns[k])
+            loss += factor.variance[lo:hi] @ (target[lo:hi] - chosen[lo:hi]).square_()
+        return torch.empty_like(chosen).index_copy_(0, factor.order, chosen).T, loss
+
+    def _unconstrained(self, source: Tensor, target: Tensor, positions: slice) -> Tensor:
+        """What would be best for a span if it and all that follow could be any number."""
+        unit = self.factor.unit[positions, positions].T
+        missing: Tensor = torch.linalg.solve_triangular(
+            unit, source - target, upper=False, unitriangular=True
+        )
+        return source - missing
 
 
 def _steps(lo: int, hi: int, whole: int) -> Iterator[tuple[int, int, int]]:
-    """What is done to columns lo to hi: (lo, hi, hi) decides them, (lo, middle, hi) feeds the first
-    to those from middle on.
+    """The steps over columns lo to hi.
+
+    (lo, hi, hi) decides these columns; (lo, middle, hi) feeds the errors of the first to those from
+    middle on.
     """
     if hi - lo <= LEAF:
         yield lo, hi, hi

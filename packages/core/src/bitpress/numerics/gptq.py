@@ -1,7 +1,7 @@
 """Rounding with error feedback on calibration statistics: what every calibrated scheme observes,
 and how it is used.
 
-Letters: x̃ is a layer's input as the already quantised layers before it make it, x the same token's
+Letters: x̃ is a layer's input as the already quantized layers before it make it, x the same token's
 in the float model.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
 from bitpress.schemes.values import Layer, Statistic
 
-# every so many tokens the size of what is missing is measured
-SAMPLED = 8
+# The size of what is missing in the output is measured on every eighth token.
+SAMPLE_STRIDE = 8
 
-# tokens for each input channel, of which a correction is believed; fewer are believed in proportion
-ENOUGH = 16
+# With this many tokens for each input channel a correction is believed in full; with fewer it is
+# shrunk in proportion.
+TOKENS_PER_CHANNEL = 16
 
 
 class Grid(Protocol):
@@ -39,40 +40,44 @@ class Grid(Protocol):
         ...
 
 
-# a weight (out, in) and what an error costs in each column (in,) -> its grid
-Fit = Callable[[Tensor, Tensor | None], Grid]
+AnyGrid = TypeVar("AnyGrid", bound=Grid)
+
+# From a weight (out, in) and what an error costs in each column (in,) to the grid for it.
+Fit = Callable[[Tensor, Tensor | None], AnyGrid]
 
 
 def gptq_statistics(
     inputs: Tensor, weight: Tensor, reference: Tensor | None = None, residual: Tensor | None = None
 ) -> dict[str, Statistic]:
-    """The sums that `feedback` needs of one batch, as `observe` is given it; all float32.
+    """The sums that `gptq_quantize` needs of one batch, as `observe` is given it; all float32.
 
     "hessian" (in, in): Σ x̃ x̃ᵀ; "tokens": their number. Where the float model's inputs are given,
     of what is missing in the output, e = W (x - x̃) + r: "drift" (in, in): Σ (x - x̃) x̃ᵀ;
     "residual" (out, in): Σ r x̃ᵀ; "drift_tokens"; and of a sample of tokens "missing" (out,): Σ e²,
     and "missing_tokens".
     """
-    x = inputs.float()
-    found = {"hessian": gram(x), "tokens": torch.tensor(float(len(x)))}
+    x = inputs.float()  # (tokens, in)
+    sums = {"hessian": gram(x), "tokens": torch.tensor(float(len(x)))}
     if reference is not None:
-        moved = reference.float() - x
-        missing = moved[::SAMPLED] @ weight.T
+        drifted = reference.float() - x  # (tokens, in)
+        missing = drifted[::SAMPLE_STRIDE] @ weight.T  # (sampled tokens, out)
         if residual is not None:
-            found["residual"] = cross(residual.float(), x)
-            missing += residual[::SAMPLED]
-        found |= {"drift": cross(moved, x), "drift_tokens": found["tokens"]}
-        found |= {
+            sums["residual"] = cross(residual.float(), x)
+            missing += residual[::SAMPLE_STRIDE]
+        sums |= {"drift": cross(drifted, x), "drift_tokens": sums["tokens"]}
+        sums |= {
             "missing": missing.square().sum(0),
             "missing_tokens": torch.tensor(float(len(missing))),
         }
     return {
         name: Statistic(value, "sum", rows=name in ("residual", "missing"))
-        for name, value in found.items()
+        for name, value in sums.items()
     }
 
 
-def gptq_quantize(layer: Layer, stats: Mapping[str, Statistic], fit: Fit) -> tuple[Tensor, Grid]:
+def gptq_quantize(
+    layer: Layer, stats: Mapping[str, Statistic], fit: Fit[AnyGrid]
+) -> tuple[Tensor, AnyGrid]:
     """A layer's weight rounded column by column so that (w - q) x̃ is small, and the grid it was
     rounded on.
 
@@ -81,47 +86,51 @@ def gptq_quantize(layer: Layer, stats: Mapping[str, Statistic], fit: Fit) -> tup
     statistics cannot be used, with a warning. Zeros stay zero.
 
     Args:
-        stats: what `moments` returned, merged.
+        stats: what `gptq_statistics` returned, merged.
         fit: chooses the grid.
     """
-    weight, keep = layer.weight, layer.mask
+    weight, mask = layer.weight, layer.mask
     if not weight.all():
-        keep = weight != 0 if keep is None else keep & (weight != 0)
-    factored = _factor(stats) if "hessian" in stats else None
-    if factored is None:
+        mask = weight != 0 if mask is None else mask & (weight != 0)
+    factor = _factor(stats) if "hessian" in stats else None
+    if factor is None:
         grid = fit(weight, None)
-        return _masked(grid.rounded(weight), keep), grid
-    wanted = gptq_target(layer, stats, factored)
-    target = (
-        _masked(wanted, keep)
-        if layer.mask is None or keep is None
-        else masked_least_squares(weight, wanted, factored, keep)
-    )
-    grid = fit(target, factored.diagonal)
-    kept = None if keep is None else keep.T.contiguous()  # (in, out)
+        return _masked(grid.rounded(weight), mask), grid
+
+    target = gptq_target(layer, stats, factor)
+    if layer.mask is None or mask is None:
+        target = _masked(target, mask)
+    else:
+        target = masked_least_squares(weight, target, factor, mask)
+    grid = fit(target, factor.diagonal)
+    column_mask = None if mask is None else mask.T.contiguous()  # (in, out)
 
     def project(column_target: Tensor, rows: slice, column: int) -> Tensor:
-        found = grid.nearest(column_target, rows, column)
-        return found if kept is None else torch.where(kept[column, rows], found, 0.0)
+        nearest = grid.nearest(column_target, rows, column)
+        if column_mask is None:
+            return nearest
+        return torch.where(column_mask[column, rows], nearest, 0.0)
 
-    quantised, cost = column_sweep(target, factored, project)
-    plain = _masked(grid.rounded(target), keep)
-    # clipping can make feedback blow up, to NaN where numbers are huge
-    better = factored.covers(cost, target - plain)
-    return torch.where(better.unsqueeze(1), quantised, plain), grid
+    swept, cost = column_sweep(target, factor, project)  # (out, in), (out,)
+
+    # Clipping can make the feedback blow up, to NaN where numbers are huge: such rows are rounded
+    # to nearest.
+    nearest = _masked(grid.rounded(target), mask)
+    is_better = factor.covers(cost, target - nearest)  # (out,)
+    return torch.where(is_better.unsqueeze(1), swept, nearest), grid
 
 
-def gptq_target(layer: Layer, stats: Mapping[str, Statistic], factored: Factor) -> Tensor:
-    """What a layer should come near to, whatever steps have made of it so far: the weight that it
-    was given, and what makes up for what is missing in its output: (out, in).
+def gptq_target(layer: Layer, stats: Mapping[str, Statistic], factor: Factor) -> Tensor:
+    """The weight (out, in) that a layer should come near to, whatever steps made of it so far.
+
+    It is the original weight, and what makes up for what is missing in the layer's output.
     """
-    source = layer.weight if layer.original_weight is None else layer.original_weight
-    return source + drift(source, stats, factored) if "drift" in stats else source
+    weight = layer.weight if layer.original_weight is None else layer.original_weight
+    return weight + drift_correction(weight, stats, factor) if "drift" in stats else weight
 
 
-def drift(weight: Tensor, stats: Mapping[str, Statistic], factored: Factor) -> Tensor:
-    """What to add to a weight so that on the quantised model's inputs it gives what is missing
-    there: (out, in).
+def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Factor) -> Tensor:
+    """What to add to a weight to make up for the drift of its inputs: (out, in).
 
     min_V ||W x + r - V x̃||² has V = W + C H⁻¹ with C = W E[(x - x̃) x̃ᵀ] + E[r x̃ᵀ]. Without r
     this is where Zhang et al., "Qronos", arXiv 2505.11695, and Li et al., "GPTAQ", arXiv
@@ -136,29 +145,31 @@ def drift(weight: Tensor, stats: Mapping[str, Statistic], factored: Factor) -> T
     the whole is shrunk.
     """
     tokens = stats["drift_tokens"].value.item()
-    wanted = weight @ stats["drift"].value.div(tokens)
+    cross_moment = weight @ stats["drift"].value.div(tokens)  # (out, in), C above
     if "residual" in stats:
-        wanted += stats["residual"].value.div(tokens)
-    found = factored.solve(wanted)
-    explained = (found * wanted).sum(1)  # (out,)
-    missing = stats["missing"].value / stats["missing_tokens"].value
+        cross_moment += stats["residual"].value.div(tokens)
+    correction = factor.solve(cross_moment)
+    explained = (correction * cross_moment).sum(1)  # (out,)
+    missing = stats["missing"].value / stats["missing_tokens"].value  # (out,), E[e²]
     by_chance = missing * (weight.shape[1] / tokens)
-    # as far as a sample of normal numbers tells
-    most = missing * (1 + 3 * (2 / stats["missing_tokens"].value).sqrt())
-    share = (1 - by_chance / explained).clamp_(0, 1) * (most / explained).clamp_(max=1)  # (out,)
-    found *= share.mul_(min(tokens / (ENOUGH * weight.shape[1]), 1.0)).unsqueeze(1)
-    return torch.where(found.isfinite().all(1, keepdim=True), found, 0.0)
+
+    # E[e²] is known from a sample: of normal numbers its mean square lies within three standard
+    # deviations of this bound.
+    largest = missing * (1 + 3 * (2 / stats["missing_tokens"].value).sqrt())
+    share = (1 - by_chance / explained).clamp_(0, 1) * (largest / explained).clamp_(max=1)  # (out,)
+    correction *= share.mul_(min(tokens / (TOKENS_PER_CHANNEL * weight.shape[1]), 1.0)).unsqueeze(1)
+    return torch.where(correction.isfinite().all(1, keepdim=True), correction, 0.0)
 
 
 def _factor(stats: Mapping[str, Statistic]) -> Factor | None:
-    found = factorize_hessian(stats["hessian"].value, stats["tokens"].value.item())
-    if found is None:
+    factor = factorize_hessian(stats["hessian"].value, stats["tokens"].value.item())
+    if factor is None:
         warnings.warn(
             "its calibration statistics are not finite or singular: rounded to nearest",
             stacklevel=3,
         )
-    return found
+    return factor
 
 
-def _masked(weight: Tensor, keep: Tensor | None) -> Tensor:
-    return weight if keep is None else torch.where(keep, weight, 0.0)
+def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+    return weight if mask is None else torch.where(mask, weight, 0.0)

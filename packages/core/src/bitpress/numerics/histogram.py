@@ -1,31 +1,58 @@
-"""Where to clip activations whose scale is fixed beforehand, from a histogram of their
-magnitudes.
-"""
+"""Static activation scales: what to observe of inputs, and where to clip them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-# bins: their edges are powers of two to the eighth parts
+from bitpress.schemes.values import Statistic
+
+# The edges of bins are powers of two, and seven steps between each two of them.
 PER_OCTAVE, LOWEST, HIGHEST = 8, -24, 24
 
 BINS = PER_OCTAVE * (HIGHEST - LOWEST)
 
-# of all magnitudes that a percentile keeps
+# The share of all magnitudes that "percentile" keeps.
 SHARE = 0.9999
+
+
+def observe_range(inputs: Tensor, *, histogram: bool) -> dict[str, Statistic]:
+    """What a static scale of a layer's inputs is chosen from.
+
+    "input_max" and "input_min", both without axes: the largest of x, and of -x; as asked for
+    "input_counts" (BINS,), the histogram of magnitudes.
+
+    Args:
+        inputs: (tokens, in), floating.
+        histogram: whether a clip below the largest input may be chosen.
+    """
+    x = inputs.float()
+    stats = {
+        "input_max": Statistic(x.amax(), "max"),
+        "input_min": Statistic(-x.amin(), "max"),
+    }
+    if histogram:
+        stats["input_counts"] = Statistic(magnitude_histogram(x), "sum")
+    return stats
+
+
+def input_absmax(stats: Mapping[str, Statistic]) -> Tensor | None:
+    """The largest magnitude of inputs, without axes; None where none was observed."""
+    if "input_max" not in stats:
+        return None
+    return stats["input_max"].value.maximum(stats["input_min"].value)
 
 
 def magnitude_histogram(x: Tensor) -> Tensor:
     """How many magnitudes of x lie in each bin: (BINS,) float32, a sum over batches. Zeros are not
     counted.
     """
-    found = x.abs().float().flatten()
-    found = found[found > 0]
-    place = ((found.log2() - LOWEST) * PER_OCTAVE).floor_().clamp_(0, BINS - 1)
-    return torch.bincount(place.long(), minlength=BINS).float()
+    magnitudes = x.abs().float().flatten()
+    magnitudes = magnitudes[magnitudes > 0]
+    bins = ((magnitudes.log2() - LOWEST) * PER_OCTAVE).floor_().clamp_(0, BINS - 1)
+    return torch.bincount(bins.long(), minlength=BINS).float()
 
 
 def clip_range(
@@ -39,11 +66,9 @@ def clip_range(
     """
     if outliers == "max" or not counts.any():
         return amax
-    return (
-        clip_by_share(counts, amax, SHARE)
-        if outliers == "percentile"
-        else clip_by_error(counts, amax, step)
-    )
+    if outliers == "percentile":
+        return clip_by_share(counts, amax, SHARE)
+    return clip_by_error(counts, amax, step)
 
 
 def clip_by_share(counts: Tensor, amax: Tensor, share: float) -> Tensor:

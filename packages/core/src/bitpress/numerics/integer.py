@@ -16,10 +16,10 @@ from torch import Tensor
 from bitpress.numerics.blocks import absmax
 from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
 
-# of a zero point from the one nearest to the end of the range
+# Steps of a zero point away from the one nearest to the end of the range.
 SHIFTS = (-1, 0, 1)
 
-# of a scale: below it float32 loses bits
+# The smallest scale: below it float32 loses bits.
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -40,13 +40,9 @@ class IntegerGrid:
 
     def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
         """The representable numbers nearest to targets (rows,) of one column."""
-        place = (rows, column // self.group)
-        return _nearest(
-            target,
-            self.scale[place],
-            None if self.zero is None else self.zero[place],
-            bits=self.bits,
-        )
+        index = (rows, column // self.group)
+        zero = None if self.zero is None else self.zero[index]
+        return _nearest(target, self.scale[index], zero, bits=self.bits)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The same for a whole weight (out, in)."""
@@ -57,29 +53,33 @@ class IntegerGrid:
 
     def codes(self, weight: Tensor) -> Tensor:
         """The codes nearest to a weight: (out, in) -> (out, in) int8."""
-        found = (to_groups(weight, self.group) / self.scale.unsqueeze(2)).round_()
+        codes = (to_groups(weight, self.group) / self.scale.unsqueeze(2)).round_()
         if self.zero is not None:
-            found.add_(self.zero.unsqueeze(2))
-        return found.clamp_(*integer_range(self.bits)).view_as(weight).to(torch.int8)
+            codes.add_(self.zero.unsqueeze(2))
+        return codes.clamp_(*integer_range(self.bits)).view_as(weight).to(torch.int8)
 
 
 def integer_range(bits: int) -> tuple[int, int]:
     """The least and the greatest code.
 
-    >>> limits(4)
+    >>> integer_range(4)
     (-8, 7)
     """
     return -(1 << bits - 1), (1 << bits - 1) - 1
 
 
 def decode_integers(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    """(out, in) float32: what codes mean. `scale` and `zero` are (out, groups), the groups of one
-    width.
+    """The numbers (out, in) float32 that codes stand for.
+
+    Args:
+        codes: (out, in).
+        scale: (out, groups), the groups of one width.
+        zero: (out, groups) zero points.
     """
-    found = to_groups(codes.float(), codes.shape[1] // scale.shape[1])
+    steps = to_groups(codes.float(), codes.shape[1] // scale.shape[1])  # (out, groups, group)
     if zero is not None:
-        found = found - zero.float().unsqueeze(2)
-    return (found * scale.float().unsqueeze(2)).view_as(codes)
+        steps = steps - zero.float().unsqueeze(2)
+    return (steps * scale.float().unsqueeze(2)).view_as(codes)
 
 
 def fit_symmetric(
@@ -88,6 +88,7 @@ def fit_symmetric(
     bits: int,
     group: int,
     ratios: Sequence[float],
+    *,
     dtype: torch.dtype = torch.float32,
 ) -> IntegerGrid:
     """The grid without zero points that costs the weight least: Σ importance (w - q)².
@@ -114,6 +115,7 @@ def fit_asymmetric(
     bits: int,
     group: int,
     ratios: Sequence[float],
+    *,
     dtype: torch.dtype = torch.float32,
 ) -> IntegerGrid:
     """The grid with zero points that costs the weight least; 0 is always on it.
@@ -132,7 +134,7 @@ def fit_asymmetric(
         unit *= ratios[0]
     else:
         table = _asymmetric_costs(bits, tuple(ratios), weight.device)
-        best = search_scales(weight, importance, group, table, unit * steps, zero - lowest)
+        best = search_scales(weight, importance, group, table, unit * steps, kind=zero - lowest)
         unit *= unit.new_tensor(ratios)[best // len(SHIFTS)]
         zero = (zero + best % len(SHIFTS) + SHIFTS[0]).clamp_(lowest, greatest)
     return IntegerGrid(_by_column(_stored(unit, bits, dtype)), _by_column(zero), bits, group)
@@ -162,7 +164,7 @@ def _asymmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device
 
 
 def _by_column(x: Tensor) -> Tensor:
-    # a sweep reads column by column
+    """The same numbers, laid out as a sweep reads them: column by column."""
     return x.T.contiguous().T
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-# weights that are looked up at a time: they stay in cache
+# Weights that are looked up at a time: they stay in cache.
 CHUNK = 1 << 18
 
-# numbers of a place whose costs are averaged
+# Numbers of a place whose costs are averaged.
 SAMPLES = 4
 
-# of the span: its end is still of its last place
+# A share of the span, so that its end still belongs to its last place.
 SHORT = 1 - 2.0**-16
 
 
@@ -41,6 +41,7 @@ def search_scales(
     group: int,
     table: Tensor,
     span: Tensor,
+    *,
     kind: Tensor | None = None,
 ) -> Tensor:
     """Which candidate has the least Σ importance (w - q)² in each group: (out, groups) int32.
@@ -57,31 +58,31 @@ def search_scales(
     if candidates == 1:
         return torch.zeros_like(span, dtype=torch.int32)
     start = (torch.zeros_like(span) if kind is None else kind * float(places)).add_(places / 2)
-    height, found = min(max(CHUNK // weight.shape[1], 1), len(weight)), []
-    shares = (
-        None
-        if importance is None
-        else (importance / importance.amax()).expand(height, -1).reshape(-1, group)
-    )
-    near, index = (
+    height, best = min(max(CHUNK // weight.shape[1], 1), len(weight)), []
+    shares = None
+    if importance is not None:
+        shares = (importance / importance.amax()).expand(height, -1).reshape(-1, group)
+    position_buffer, row_buffer = (
         weight.new_empty(height, span.shape[1], group, dtype=dtype)
         for dtype in (torch.float32, torch.int32)
     )
+
     for first in range(0, len(weight), height):
         rows = slice(first, min(first + height, len(weight)))
-        x, at = near[: rows.stop - first], index[: rows.stop - first]
-        torch.div(to_groups(weight[rows], group), span[rows].unsqueeze(2), out=x)
-        x.mul_(places / 2 * SHORT).add_(start[rows].unsqueeze(2))
-        # what is not a number lies somewhere
-        at.copy_(x).clamp_(0, kinds * places - 1)
-        at = at.view(-1, group)
-        share = None if shares is None else shares[: len(at)]
-        found.append(
-            _least(
-                embedding_bag(at, table.view(-1, candidates), mode="sum", per_sample_weights=share)
-            )
+        position = position_buffer[: rows.stop - first]  # (rows, groups, group)
+        torch.div(to_groups(weight[rows], group), span[rows].unsqueeze(2), out=position)
+        position.mul_(places / 2 * SHORT).add_(start[rows].unsqueeze(2))
+
+        # A NaN is clamped to some row of the table: only the scheme may refuse it.
+        table_row = row_buffer[: rows.stop - first]
+        table_row.copy_(position).clamp_(0, kinds * places - 1)
+        table_row = table_row.view(-1, group)
+        share = None if shares is None else shares[: len(table_row)]
+        costs = embedding_bag(
+            table_row, table.view(-1, candidates), mode="sum", per_sample_weights=share
         )
-    return torch.cat(found).view_as(span)
+        best.append(_least(costs))
+    return torch.cat(best).view_as(span)
 
 
 def _least(x: Tensor) -> Tensor:
