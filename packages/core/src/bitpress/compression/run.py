@@ -88,7 +88,7 @@ def prepare(
         **(chosen.options if chosen else {}),
         "--check": None if check is None else Path(check),
     }
-    command = model_card.command(named(str(model)), asked)
+    command = model_card.format_command(named(str(model)), asked)
     if chosen is None:
         return Job(work, None, str(model), text, command)
     data = load(chosen, source.folder, source.config, trust_remote_code)
@@ -262,10 +262,10 @@ def _carded(job: Job, note: Manifest, output: OutputFolder) -> Manifest:
     origin = next(
         (name for name, source in work.side_files.items() if source == filenames.MODEL_CARD), None
     )
-    made = model_card.Made(
+    made = model_card.RunDetails(
         job.command, work.source_bytes, work.output_bytes, work.source.folder, origin
     )
-    content = model_card.text(note, made)
+    content = model_card.render_card(note, made)
     output.text(filenames.MODEL_CARD, content)
     data = content.encode()
     files = {

@@ -18,95 +18,97 @@ from attrs import frozen
 from bitpress.checkpoint.filenames import MODEL_CARD
 from bitpress.output.manifest import Manifest
 
-# bytes of a card whose front matter is read
-LARGEST = 1 << 20
+# Bytes of a card whose front matter is read.
+MAX_CARD_BYTES = 1 << 20
 
-# characters of front matter that are read: parsing many takes long
-FRONT = 1 << 16
+# Characters of front matter that are read: parsing many takes long.
+MAX_FRONT_MATTER = 1 << 16
 
-# characters of a value that is carried over
-LONGEST = 200
+# Characters of a value that is carried over.
+MAX_VALUE = 200
 
-ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Front matter as the Hub finds it. huggingface_hub 2.4 would read it too, but refuses a whole
+# card for one odd key (a number, `tags: 3`), reads front matter of any size, and logs a warning for
+# a card that has none.
+FRONT_MATTER = re.compile(r"\ufeff?---\r?\n(.*?)\r?\n---", re.DOTALL)
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
 @frozen
-class Made:
+class RunDetails:
     """What the manifest does not say of a run.
 
     Attributes:
         command: that makes the same model again.
-        before: bytes of the source's weight files.
-        after: of the output's.
+        source_bytes: size of the source's weight files.
+        output_bytes: size of the output's weight files.
         source: the folder whose card is carried over.
-        kept: the name that the source's card has now; None where it has none.
+        source_card: the name that the source's card has in the output; None where it has none.
     """
 
     command: str
-    before: int
-    after: int
+    source_bytes: int
+    output_bytes: int
     source: Path
-    kept: str | None
+    source_card: str | None
 
 
-def command(model: str, words: Mapping[str, object]) -> str:
+def format_command(model: str, options: Mapping[str, object]) -> str:
     """The command line, folders left out: `bitpress compress MODEL OUT --scheme ...`.
 
     Args:
-        words: options with their values; None and False are left out, True has no value, of a list
-            each is given.
+        options: with their values; None and False are left out, True has no value, of a list each
+            is given.
     """
-    found = ["bitpress", "compress", model, "OUT"]
-    for option, value in words.items():
-        for one in value if isinstance(value, (list, tuple)) else [value]:
-            if one is not None and one is not False:
-                found += (
-                    [option]
-                    if one is True
-                    else [option, Path(one).name if isinstance(one, Path) else str(one)]
-                )
-    return shlex.join(found)
+    words = ["bitpress", "compress", model, "OUT"]
+    for option, option_value in options.items():
+        values = option_value if isinstance(option_value, (list, tuple)) else [option_value]
+        for value in values:
+            if value is True:
+                words.append(option)
+            elif value is not None and value is not False:
+                words += [option, value.name if isinstance(value, Path) else str(value)]
+    return shlex.join(words)
 
 
-def text(note: Manifest, made: Made) -> str:
-    """The card."""
+def render_card(manifest: Manifest, details: RunDetails) -> str:
+    """The content of the card."""
     import yaml
 
-    front = yaml.safe_dump(_front(note, made), sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n" + "\n".join(_body(note, made)) + "\n"
+    metadata = yaml.safe_dump(_metadata(manifest, details), sort_keys=False, allow_unicode=True)
+    body = "\n".join(_render_body(manifest, details))
+    return f"---\n{metadata}---\n\n{body}\n"
 
 
-def _front(note: Manifest, made: Made) -> dict[str, Any]:
-    base = (
-        {"base_model": note.source, "base_model_relation": "quantized"}
-        if ON_HUB.fullmatch(note.source)
-        else {}
-    )
-    carried = _metadata(made.source / MODEL_CARD)
-    own = {
+def _metadata(manifest: Manifest, details: RunDetails) -> dict[str, Any]:
+    """The front matter, in the order in which it is written."""
+    metadata: dict[str, Any] = {}
+    if HUB_NAME.fullmatch(manifest.source):
+        metadata |= {"base_model": manifest.source, "base_model_relation": "quantized"}
+    source_metadata = _read_metadata(details.source / MODEL_CARD)
+    metadata |= {key: source_metadata[key] for key in CARRIED if key in source_metadata}
+    return metadata | {
         "library_name": "transformers",
-        "tags": ["bitpress", "compressed-tensors", *note.schemes],
+        "tags": ["bitpress", "compressed-tensors", *manifest.schemes],
     }
-    return {**base, **{key: carried[key] for key in CARRIED if key in carried}, **own}
 
 
-def _metadata(file: Path) -> Mapping[str, Any]:
+def _read_metadata(file: Path) -> Mapping[str, Any]:
     """The front matter of a card; empty where there is none that can be read."""
     import yaml
 
-    if not file.is_file() or file.stat().st_size > LARGEST:
+    if not file.is_file() or file.stat().st_size > MAX_CARD_BYTES:
         return {}
-    found = re.match(
-        r"\ufeff?---\r?\n(.*?)\r?\n---",
-        file.read_text(encoding="utf-8", errors="replace"),
-        re.DOTALL,
-    )
+    match = FRONT_MATTER.match(file.read_text(encoding="utf-8", errors="replace"))
+    if not match or len(match[1]) > MAX_FRONT_MATTER:
+        return {}
     try:
-        table = yaml.safe_load(found[1]) if found and len(found[1]) <= FRONT else {}
+        table = yaml.safe_load(match[1])
     except Exception:
-        # of any kind: whatever a stranger has written
+        # Of any kind (ValueError for a bad date, RecursionError): a stranger has written it.
         return {}
     return {
         key: value
@@ -118,51 +120,53 @@ def _metadata(file: Path) -> Mapping[str, Any]:
 def _is_plain(value: Any) -> bool:
     """A line of text, or true or false."""
     return isinstance(value, bool) or (
-        isinstance(value, str) and len(value) <= LONGEST and value.isprintable()
+        isinstance(value, str) and len(value) <= MAX_VALUE and value.isprintable()
     )
 
 
-def _body(note: Manifest, made: Made) -> Iterator[str]:
-    name = _escaped(note.source)
-    yield f"# {name}, {' + '.join(note.schemes)}\n"
+def _render_body(manifest: Manifest, details: RunDetails) -> Iterator[str]:
+    name = _escaped(manifest.source)
+    yield f"# {name}, {' + '.join(manifest.schemes)}\n"
     yield (
-        f"{name}, made smaller by bitpress {note.bitpress} with "
-        f"{', '.join(note.schemes.values())}:\n"
+        f"{name}, made smaller by bitpress {manifest.bitpress} with "
+        f"{', '.join(manifest.schemes.values())}:\n"
     )
-    yield f"```\n{made.command}\n```\n"
-    if made.kept:
-        yield f"What the model is and may be used for says [its own card]({made.kept}).\n"
+    yield f"```\n{details.command}\n```\n"
+    if details.source_card:
+        yield f"What the model is and may be used for says [its own card]({details.source_card}).\n"
     yield "| | |\n|---|---|"
-    ratio = made.before / made.after
+    before, after = details.source_bytes, details.output_bytes
     yield (
-        f"| weight files | {made.before / 1e6:,.2f} MB before, {made.after / 1e6:,.2f} MB now "
-        f"({ratio:.2f}x smaller) |"
+        f"| weight files | {before / 1e6:,.2f} MB before, {after / 1e6:,.2f} MB now "
+        f"({before / after:.2f}x smaller) |"
     )
     yield (
-        f"| compressed layers | {len(note.layers)}, {note.bits:.2f} bits per weight, scales "
-        "included |"
+        f"| compressed layers | {len(manifest.layers)}, {manifest.bits:.2f} bits per weight, "
+        "scales included |"
     )
-    if note.data:
+    if manifest.data:
         yield (
-            f"| calibrated on | {int(note.data['tokens']):,} tokens of "
-            f"{_escaped(note.data['source'])} |"
+            f"| calibrated on | {int(manifest.data['tokens']):,} tokens of "
+            f"{_escaped(manifest.data['source'])} |"
         )
-    errors = {layer: found.error for layer, found in note.layers.items() if found.error is not None}
+    errors = {
+        layer: record.error for layer, record in manifest.layers.items() if record.error is not None
+    }
     if errors:
         worst = max(errors, key=lambda layer: errors[layer])
         yield (
             f"| relative error of a layer's weights | at most {errors[worst]:.5f} "
             f"({_escaped(worst)}), measured on the files |"
         )
-    if note.check and note.check.kl is not None and note.check.top1 is not None:
-        found = note.check
+    if manifest.check and manifest.check.kl is not None and manifest.check.top1 is not None:
+        check = manifest.check
         yield (
-            f"| measured on | {found.tokens:,} tokens of {_escaped(found.text)}, run as it will "
+            f"| measured on | {check.tokens:,} tokens of {_escaped(check.text)}, run as it will "
             "be served |"
         )
-        yield f"| KL divergence from the source | {found.kl:.6f} nats per token |"
-        yield f"| the same most likely token | {found.top1:.3%} |"
-        yield f"| perplexity | {found.perplexity:.4f}, the source's {found.source_perplexity:.4f} |"
+        yield f"| KL divergence from the source | {check.kl:.6f} nats per token |"
+        yield f"| the same most likely token | {check.top1:.3%} |"
+        yield f"| perplexity | {check.perplexity:.4f}, the source's {check.source_perplexity:.4f} |"
     yield (
         "\n`vllm serve` reads it as it is, and so does transformers with the "
         "`compressed-tensors` library."
