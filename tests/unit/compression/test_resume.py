@@ -23,6 +23,7 @@ from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import read_header
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compression import data_free
+from bitpress.compression.resources import Resources
 from bitpress.conformance.commands import command, install, plugins, process, refusal
 from bitpress.conformance.models import files_of, llama_tensors, write_model
 from bitpress.schemes import stored_layout
@@ -77,8 +78,7 @@ def test_the_files_do_not_depend_on_the_order_of_shards(
                 shard,
                 OutputFolder(tmp_path),
                 reader,
-                2,
-                (torch.device("cpu"),),
+                Resources(num_threads=2),
                 lambda done, what="": None,
             )
     assert {name: (tmp_path / name).read_bytes() for name in SHARDS} == {

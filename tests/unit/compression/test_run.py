@@ -26,9 +26,11 @@ from bitpress import OutputError
 from bitpress.checkpoint import lock
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compression import run
+from bitpress.compression.job import prepare_job
 from bitpress.conformance.commands import command, install, plugins, process, refusal
 from bitpress.conformance.models import files_of, llama_tensors, write_model
 from bitpress.planning import memory_estimate
+from bitpress.planning.recipe_source import RecipeSource
 
 HOLDER = """
 import pathlib, sys, time
@@ -144,7 +146,7 @@ def test_decompress_takes_the_lock_too(tmp_path: Path, toy: Path) -> None:
 
 
 # a run that ends here has finished every shard, and the output is none yet
-HALF_WAY = patch("bitpress.compression.run._prove", side_effect=OutputError("half way"))
+HALF_WAY = patch("bitpress.compression.run._verify", side_effect=OutputError("half way"))
 
 
 def other_weights(model: Path) -> None:
@@ -319,12 +321,12 @@ def test_a_source_that_changes_during_the_run_is_noticed_and_gets_no_config(
 
 def test_a_file_that_vanishes_before_it_is_read_is_named(tmp_path: Path, with_toy: Path) -> None:
     model = write_model(tmp_path / "model", shards=2)
-    job = run.prepare(model, scheme="toy")
+    job = prepare_job(model, RecipeSource("toy"))
     (model / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(
         bitpress.CheckpointError, match=r"model-00002-of-00002\.safetensors: No such file"
     ):
-        run.carry_out(job, tmp_path / "out")
+        run.run(job, tmp_path / "out")
     assert not (tmp_path / "out/config.json").exists()
 
 
@@ -365,12 +367,15 @@ def test_the_room_that_the_plan_needs_is_there_before_the_first_byte(
 def test_a_run_that_is_short_of_memory_takes_as_many_threads_as_fit(
     tmp_path: Path, with_toy: Path
 ) -> None:
-    job = run.prepare(write_model(tmp_path / "model"), scheme="toy")
+    job = prepare_job(write_model(tmp_path / "model"), RecipeSource("toy"))
     with patch("bitpress.compression.run.cores", return_value=64):
         for count in (1, 3, 64):
-            assert run._threads(job, memory_estimate.estimate_memory(job.plan, count)) == count
-        assert run._threads(job, memory_estimate.estimate_memory(job.plan, 4) - 1) == 3
-        assert run._threads(job, None) == 64
+            assert (
+                run._choose_num_threads(job, memory_estimate.estimate_memory(job.plan, count))
+                == count
+            )
+        assert run._choose_num_threads(job, memory_estimate.estimate_memory(job.plan, 4) - 1) == 3
+        assert run._choose_num_threads(job, None) == 64
 
 
 def test_an_interrupted_process_leaves_no_lock_and_goes_on(tmp_path: Path) -> None:

@@ -163,7 +163,9 @@ def test_a_missing_library_is_said_with_the_extra_that_brings_it(
         load(CalibrationConfig(source), model, CONFIG)
 
 
-@pytest.mark.parametrize("wrong", [{"samples": 0}, {"length": 0}, {"seed": -1}, {"seed": 2**63}])
+@pytest.mark.parametrize(
+    "wrong", [{"samples": 0}, {"sequence_length": 0}, {"seed": -1}, {"seed": 2**63}]
+)
 def test_numbers_that_cannot_be_are_refused(model: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(DataError, match="at least 1"):
         load(CalibrationConfig(**wrong), model, CONFIG)

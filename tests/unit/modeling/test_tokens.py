@@ -199,7 +199,7 @@ def test_too_little_is_said_with_how_much_there_was(model: Path, tmp_path: Path)
     count = len(tokens_of("\n".join(TEXTS)))
     [warning] = loaded(model, json_lines(tmp_path / "a.jsonl"), samples=900).warnings
     assert warning == f"{count // 32} of 900 sequences of 32 tokens: a.jsonl holds {count:,} tokens"
-    [warning] = load(CalibrationConfig(samples=5000, length=64), model, CONFIG).warnings
+    [warning] = load(CalibrationConfig(samples=5000, sequence_length=64), model, CONFIG).warnings
     assert "of 5000 sequences of 64 tokens: the text that ships with bitpress holds" in warning
 
 

@@ -97,7 +97,7 @@ def test_calibrated_ranks_read_write_and_hold_what_was_planned(
     with plugins(path):
         plan = bitpress.plan(model, scheme="learner")
         planned = time_estimate.estimate_ranks(
-            plan, ranks, CalibrationConfig(samples=samples, length=48)
+            plan, ranks, CalibrationConfig(samples=samples, sequence_length=48)
         )
         limit = memory_estimate.estimate_memory(plan, 1)
     words = [
@@ -136,7 +136,7 @@ def test_operations_on_tokens_are_those_that_torch_counts(
         if family == "llama"
         else build(family, tmp_path / "model")
     )
-    choice = CalibrationConfig(str(tmp_path / "text.txt"), samples=240, length=32)
+    choice = CalibrationConfig(str(tmp_path / "text.txt"), samples=240, sequence_length=32)
     with plugins(install_learner(tmp_path / "plugins")):
         plan = bitpress.plan(model, scheme="learner")
         with FlopCounterMode(display=False) as counter:
@@ -146,7 +146,7 @@ def test_operations_on_tokens_are_those_that_torch_counts(
                 scheme="learner",
                 calibration=choice.source,
                 samples=choice.samples,
-                sequence_length=choice.length,
+                sequence_length=choice.sequence_length,
                 threads=1,
                 verify=False,
             )
@@ -180,7 +180,9 @@ def test_experts_that_few_tokens_reach_are_not_fitted(tmp_path: Path) -> None:
     with plugins(install_learner(tmp_path / "plugins")):
         plan = bitpress.plan(build("mixtral", tmp_path / "model"), scheme="learner")
         few, many = (
-            time_estimate.estimate_ranks(plan, 1, CalibrationConfig(samples=samples, length=32))[0]
+            time_estimate.estimate_ranks(
+                plan, 1, CalibrationConfig(samples=samples, sequence_length=32)
+            )[0]
             for samples in (3, 300)
         )
     # of 96 tokens 48 come to each of four experts, and 64 are wanted

@@ -12,7 +12,8 @@ from bitpress.checkpoint.model_config import quantised_already
 from bitpress.checkpoint.reader import Checkpoint, Reader, open_checkpoint
 from bitpress.checkpoint.source import kept_fused, seen
 from bitpress.checkpoint.writer import OutputFolder
-from bitpress.compression import run
+from bitpress.compression.job import prepare_job
+from bitpress.compression.run import run
 from bitpress.compression.search import search as searching
 from bitpress.compression.search.result import Found
 from bitpress.errors import CheckpointError, Fault, OutputError
@@ -30,14 +31,19 @@ from bitpress.output.manifest import Check, Manifest, read_manifest
 from bitpress.output.report.page import START, page
 from bitpress.planning import linear_layers, recipe
 from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.planning.evaluation_config import MAX_TOKENS, SEQUENCE_LENGTH, EvaluationConfig
 from bitpress.planning.plan import Plan
 from bitpress.planning.planner import make_plan
+from bitpress.planning.recipe_source import RecipeSource
+from bitpress.planning.run_options import RunOptions
+from bitpress.planning.search_goal import SearchGoal
 from bitpress.runtime.devices import cores, device_named, torch_threads
 from bitpress.runtime.progress import Progress, quiet
 from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.registry import discover
 
 
+# One keyword for each option of the command line.
 def plan(
     model: str | Path,
     *,
@@ -59,11 +65,19 @@ def plan(
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
-    return make_plan(
-        *run.resolve_request(model, scheme, recipe_file, settings, ignore), device=device
+    return plan_from(
+        model, RecipeSource(scheme, _path(recipe_file), tuple(settings), tuple(ignore)), device
     )
 
 
+def plan_from(model: str | Path, recipe_source: RecipeSource, device: Hardware | None) -> Plan:
+    """`plan`, its options as a value."""
+    recipe_source.require_one()
+    source = open_checkpoint(resolve(model))
+    return make_plan(source, recipe_source.resolve(discover()), device=device)
+
+
+# One keyword for each option of the command line.
 def compress(
     model: str | Path,
     out: str | Path,
@@ -74,7 +88,7 @@ def compress(
     ignore: Iterable[str] = (),
     calibration: str | Path | None = None,
     samples: int = CalibrationConfig().samples,
-    sequence_length: int = CalibrationConfig().length,
+    sequence_length: int = CalibrationConfig().sequence_length,
     seed: int = 0,
     all_experts: bool = False,
     device: str = "cpu",
@@ -111,28 +125,16 @@ def compress(
             `config.json` was not written. After the second the shards stay, and the same call with
             another `max_kl` goes on from them.
     """
-    choice = CalibrationConfig(
-        None if calibration is None else str(calibration),
-        samples,
-        sequence_length,
-        seed,
-        all_experts,
+    recipe_source = RecipeSource(scheme, _path(recipe_file), tuple(settings), tuple(ignore))
+    config = CalibrationConfig(_text(calibration), samples, sequence_length, seed, all_experts)
+    options = RunOptions(
+        device, threads, max_memory, verify, _text(check), max_kl, trust_remote_code
     )
-    job = run.prepare(
-        model,
-        scheme=scheme,
-        recipe_file=recipe_file,
-        settings=settings,
-        ignore=ignore,
-        calibration=choice,
-        check=None if check is None else str(check),
-        trust_remote_code=trust_remote_code,
-    )
-    return run.carry_out(
-        job, out, device, threads, max_memory, verify, max_kl, trust_remote_code, progress
-    )
+    job = prepare_job(model, recipe_source, config, options)
+    return run(job, out, options, progress)
 
 
+# One keyword for each option of the command line.
 def search(
     model: str | Path,
     out: str | Path,
@@ -143,7 +145,7 @@ def search(
     ignore: Iterable[str] = (),
     calibration: str | Path | None = None,
     samples: int = searching.SAMPLES,
-    sequence_length: int = CalibrationConfig().length,
+    sequence_length: int = CalibrationConfig().sequence_length,
     seed: int = 0,
     all_experts: bool = False,
     device: str = "cpu",
@@ -165,24 +167,19 @@ def search(
         BitpressError: the model, a scheme or the texts cannot be used, no choice keeps to the
             budget, or `out` is there already.
     """
-    choice = CalibrationConfig(
-        None if calibration is None else str(calibration),
-        samples,
-        sequence_length,
-        seed,
-        all_experts,
-    )
-    job = searching.prepare(
-        model,
-        out,
-        schemes=schemes,
-        budget=budget,
-        settings=settings,
-        ignore=ignore,
-        calibration=choice,
-        trust_remote_code=trust_remote_code,
-    )
-    return searching.carry_out(job, out, device, threads, max_memory, trust_remote_code, progress)
+    goal = SearchGoal(tuple(schemes), budget, tuple(settings), tuple(ignore))
+    config = CalibrationConfig(_text(calibration), samples, sequence_length, seed, all_experts)
+    options = RunOptions(device, threads, max_memory, trust_remote_code=trust_remote_code)
+    job = searching.prepare_search(model, out, goal, config, options)
+    return searching.run_search(job, out, options, progress)
+
+
+def _path(file: str | Path | None) -> Path | None:
+    return None if file is None else Path(file)
+
+
+def _text(file: str | Path | None) -> str | None:
+    return None if file is None else str(file)
 
 
 def verify(
@@ -269,13 +266,14 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -
         write_dense(written, output, progress("decompressing", total))
 
 
+# One keyword for each option of the command line.
 def evaluate(
     model: str | Path,
     text: str | Path,
     against: str | Path | None = None,
     *,
-    sequence_length: int = evaluation.LENGTH,
-    max_tokens: int = evaluation.TOKENS,
+    sequence_length: int = SEQUENCE_LENGTH,
+    max_tokens: int = MAX_TOKENS,
     device: str = "cpu",
     threads: int | None = None,
     max_memory: int | None = None,
@@ -294,19 +292,44 @@ def evaluate(
     Raises:
         BitpressError: the text, or a model, cannot be used.
     """
-    target = device_named(device)
-    with Reader() as reader, torch_threads(threads or cores()):
+    config = EvaluationConfig(str(text), sequence_length, max_tokens)
+    options = RunOptions(device, threads, max_memory, trust_remote_code=trust_remote_code)
+    return evaluate_model(model, against, config, options, progress)
+
+
+def evaluate_model(
+    model: str | Path,
+    against: str | Path | None,
+    config: EvaluationConfig,
+    options: RunOptions,
+    progress: Progress,
+) -> Check:
+    """`evaluate`, its options as values."""
+    device = device_named(options.device)
+    with Reader() as reader, torch_threads(options.num_threads or cores()):
         subject = _subject(resolve(model), reader)
         other = None if against is None else _subject(resolve(against), reader)
-        origin = (other or subject).checkpoint
+        tokenizer_source = (other or subject).checkpoint
         tokens = stretch(
-            str(text), sequence_length, max_tokens, origin.folder, origin.config, trust_remote_code
+            config.text,
+            config.sequence_length,
+            config.max_tokens,
+            tokenizer_source.folder,
+            tokenizer_source.config,
+            options.trust_remote_code,
         )
-        place = evaluation.spill(
-            subject, other, tokens.inputs.numel(), max_memory, Path(tempfile.gettempdir())
+        hidden_states_folder = evaluation.spill(
+            subject, other, tokens.inputs.numel(), options.max_memory, Path(tempfile.gettempdir())
         )
-        told = progress("evaluating", evaluation.work(subject, other))
-        return evaluation.evaluate(subject, other, tokens, target, place, trust_remote_code, told)
+        return evaluation.evaluate(
+            subject,
+            other,
+            tokens,
+            device,
+            hidden_states_folder,
+            options.trust_remote_code,
+            progress("evaluating", evaluation.work(subject, other)),
+        )
 
 
 def _subject(folder: Path, reader: Reader) -> Subject:

@@ -1,4 +1,6 @@
-"""Arguments and options that several commands share, and how they are declared."""
+"""Arguments and options that several commands share, how they are declared, and how those that
+belong together become one value.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import click
+from attrs import frozen
 
-# a decorator that gives a command an argument, or several
+from bitpress.cli.text import parse_size, store_wants_json
+
+# A decorator that gives a command an argument, or several.
 Declared = Callable[[Any], Any]
 
 
@@ -43,16 +49,51 @@ def number(name: str, help: str, default: int) -> Declared:
 
 def together(*declared: Declared) -> Declared:
     """Several, in the order in which they are shown."""
-    return lambda command: functools.reduce(
-        lambda made, one: one(made), reversed(declared), command
-    )
+
+    def decorate(command: Any) -> Any:
+        # click lists first what is applied last
+        for declare in reversed(declared):
+            command = declare(command)
+        return command
+
+    return decorate
 
 
-def texts(samples: int) -> Declared:
-    """What a model is run on, `samples` sequences if nothing else is said."""
+def collect(**values: type) -> Declared:
+    """A decorator that builds attrs values out of a command's options, by the names of their
+    fields: `collect(recipe=RecipeSource)` hands one `recipe` on in place of `scheme`, `file`,
+    `settings` and `ignore`. It stands next to the command, under what declares the options.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def call(**arguments: Any) -> None:
+            for name, cls in values.items():
+                names = [field for field in attrs.fields_dict(cls) if field in arguments]
+                arguments[name] = cls(**{field: arguments.pop(field) for field in names})
+            command(**arguments)
+
+        return call
+
+    return decorate
+
+
+def _parse_max_memory(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> int | None:
+    return parse_size(text)
+
+
+def _negate(context: click.Context, parameter: click.Parameter, is_set: bool) -> bool:
+    return not is_set
+
+
+def calibration(samples: int) -> Declared:
+    """The options of a CalibrationConfig, `samples` sequences if the user asks for no number."""
     return together(
         click.option(
             "--calibration",
+            "source",
             metavar="FILE|DATASET",
             help="Texts like those it will serve: .jsonl, .txt, .parquet.",
         ),
@@ -74,7 +115,11 @@ model = argument("model", "MODEL", "A model folder, or a Hub name.")
 out = argument("out", "OUT", "A folder that bitpress wrote.", type=FILE)
 
 as_json = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document and nothing else."
+    "--json",
+    is_flag=True,
+    expose_value=False,
+    callback=store_wants_json,
+    help="Print one JSON document and nothing else.",
 )
 
 settings = together(
@@ -93,10 +138,15 @@ settings = together(
     ),
 )
 
+# The options of a RecipeSource.
 recipe = together(
     click.option("--scheme", metavar="NAME[+NAME]", help="A scheme, or several joined by +."),
     click.option(
-        "--recipe", metavar="FILE", type=FILE, help="A TOML file: which layers get which steps."
+        "--recipe",
+        "file",
+        metavar="FILE",
+        type=FILE,
+        help="A TOML file: which layers get which steps.",
     ),
     settings,
 )
@@ -105,11 +155,13 @@ sequence_length = number("--sequence-length", "Tokens of a sequence.", 512)
 
 threads = click.option(
     "--threads",
+    "num_threads",
     metavar="N",
     type=click.IntRange(min=1),
     help="Layers worked on side by side (default: one per core).",
 )
 
+# Those of RunOptions that say what computes.
 machine = together(
     click.option("--trust-remote-code", is_flag=True, help="Let code in the model's folder run."),
     click.option(
@@ -118,6 +170,69 @@ machine = together(
         default="cpu",
         help="What computes; without data, cuda is every GPU.",
     ),
-    click.option("--max-memory", metavar="SIZE", help="Refuse if more is needed: 4GB."),
+    click.option(
+        "--max-memory",
+        metavar="SIZE",
+        callback=_parse_max_memory,
+        help="Refuse if more is needed: 4GB.",
+    ),
+    threads,
+)
+
+# Those of RunOptions that say what the result must pass.
+proof = together(
+    click.option(
+        "--check",
+        metavar="TEXT",
+        help="Compare the result's predictions of a text with its source's.",
+    ),
+    click.option("--max-kl", metavar="X", type=float, help="Exit 1 if they differ by more nats."),
+    click.option(
+        "--no-verify",
+        "verify",
+        is_flag=True,
+        callback=_negate,
+        help="Do not open and prove what was written; no digests.",
+    ),
+)
+
+
+@frozen
+class Deployment:
+    """For what a plan is made.
+
+    Attributes:
+        tensor_parallel: ranks of the engine that will serve the result.
+        hardware: a device's name; None: this machine's.
+        world_size: processes that will share the run.
+        num_threads: of each; None: its share of the cores.
+    """
+
+    tensor_parallel: int = 1
+    hardware: str | None = None
+    world_size: int = 1
+    num_threads: int | None = None
+
+
+# The options of a Deployment.
+deployment = together(
+    click.option(
+        "--tensor-parallel",
+        metavar="N",
+        default=1,
+        help="Ranks of the engine that will serve it.",
+    ),
+    click.option(
+        "--hardware",
+        metavar="NAME",
+        help="What will serve it: H100 (default: this machine's).",
+    ),
+    click.option(
+        "--world-size",
+        metavar="N",
+        type=click.IntRange(min=1),
+        default=1,
+        help="Processes that torchrun starts to do it.",
+    ),
     threads,
 )

@@ -1,4 +1,4 @@
-"""What lies between commands and the terminal: progress, sizes, JSON."""
+"""What lies between commands and the terminal: summaries, tables, warnings, progress, sizes."""
 
 from __future__ import annotations
 
@@ -7,34 +7,89 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
-from bitpress.errors import RecipeError
+import click
+
+from bitpress.errors import RecipeError, plain
 from bitpress.runtime.progress import Progress, Told, quiet
 
-
-def document(value: Any) -> None:
-    """One JSON document on standard output."""
-    print(json.dumps(value, indent=2, default=str))
+# Where the wish for JSON is kept in click's context.
+WANTS_JSON = "bitpress.wants_json"
 
 
-def size(text: str | None) -> int | None:
+class Summary(Protocol):
+    """What a command has to say, for people and for scripts."""
+
+    def as_json(self) -> dict[str, Any]:
+        """One JSON document."""
+
+    def print_text(self) -> None:
+        """The same for people."""
+
+
+def store_wants_json(context: click.Context, parameter: click.Parameter, wants_json: bool) -> None:
+    """Keep what `--json` says, for `show` and `progress_bars`."""
+    context.meta[WANTS_JSON] = wants_json
+
+
+def _wants_json() -> bool:
+    return bool(click.get_current_context().meta.get(WANTS_JSON))
+
+
+def show(summary: Summary) -> None:
+    """A command's summary on standard output: one JSON document, or text."""
+    if _wants_json():
+        print(json.dumps(summary.as_json(), indent=2, default=str))
+    else:
+        summary.print_text()
+
+
+def warn(texts: Iterable[str]) -> None:
+    """One line each, on standard error."""
+    for text in texts:
+        print(f"warning: {plain(text)}", file=sys.stderr)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Columns of text; the last one is folded where the terminal is too narrow."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[:-1]:
+        column.no_wrap = True
+    for row in rows:
+        table.add_row(*(plain(str(cell)) for cell in row))
+    if table.row_count:
+        # what reads a pipe has no width
+        width = None if Console().is_terminal else 200
+        Console(width=width, markup=False, highlight=False).print(table)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Bytes for people: `1.25 GB`, `0.71 MB`."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def parse_size(text: str | None) -> int | None:
     """Bytes of `--max-memory`."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", text.lower())
     try:
-        number = float(found[1]) if found else -1.0
+        number = float(match[1]) if match else -1.0
     except ValueError:
         number = -1.0
-    if not found or number < 0:
+    if not match or number < 0:
         raise RecipeError(f"--max-memory {text}: a size such as 4GB or 500MB is expected")
-    return int(number * 1000 ** " kmgt".index(found[2] or " "))
+    return int(number * 1000 ** " kmgt".index(match[2] or " "))
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
     """Imports inside make objects that stay to the end: looking through them for garbage costs a
     third of importing torch.
     """
@@ -47,9 +102,9 @@ def uncollected() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(silent: bool) -> Iterator[Progress]:
-    """A bar per stage with the time left, on a terminal; nothing elsewhere."""
-    if silent or not sys.stderr.isatty():
+def progress_bars(is_silent: bool = False) -> Iterator[Progress]:
+    """A bar per stage with the time left, on a terminal; nothing elsewhere, nor with `--json`."""
+    if is_silent or _wants_json() or not sys.stderr.isatty():
         yield quiet
         return
     from rich.console import Console

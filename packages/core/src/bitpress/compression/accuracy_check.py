@@ -7,8 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from attrs import frozen
 
 from bitpress.checkpoint.reader import Reader
+from bitpress.compression.resources import Resources
 from bitpress.errors import VerificationError
 from bitpress.modeling import block_runner
 from bitpress.modeling.decoder import Decoder
@@ -16,58 +18,91 @@ from bitpress.modeling.tokens import Stretch, stretch
 from bitpress.output import compressed_model, evaluate
 from bitpress.output.manifest import Check
 from bitpress.output.written_model import WrittenModel
+from bitpress.planning.evaluation_config import EvaluationConfig
 from bitpress.planning.plan import Plan
 from bitpress.runtime.progress import Progress
 from bitpress.schemes import activation_quantizer
 
 
-def text(plan: Plan, source: str, trust: bool) -> Stretch:
-    """The text, once it is known that the plan's source and its result can be run; raises
-    BitpressError where they cannot.
+def read_text(plan: Plan, file: str, trust_remote_code: bool) -> Stretch:
+    """The tokens of a text, once it is known that the plan's source and its result can be run.
+
+    Raises:
+        BitpressError: they cannot be run, or the text cannot be used.
     """
     for stack in plan.stacks:
         activation_quantizer.known(stack.describe_stored(next(iter(stack.members)))[1], stack.steps)
     with Reader() as reader:
         Decoder(
-            plan.source, plan.container, reader, torch.device("cpu"), torch.float32, trust
+            plan.source,
+            plan.container,
+            reader,
+            torch.device("cpu"),
+            torch.float32,
+            trust_remote_code,
         ).require()
+
+    config = EvaluationConfig(file)
     return stretch(
-        source, evaluate.LENGTH, evaluate.TOKENS, plan.source.folder, plan.source.config, trust
+        config.text,
+        config.sequence_length,
+        config.max_tokens,
+        plan.source.folder,
+        plan.source.config,
+        trust_remote_code,
     )
 
 
-def place(plan: Plan, text: Stretch, limit: int | None, folder: Path) -> Path | None:
-    """Where hidden states will be kept; raises RecipeError where the limit, in bytes, is too low
-    for a check.
+@frozen(eq=False)
+class AccuracyCheck:
+    """A comparison whose memory is provided for.
+
+    Attributes:
+        text: on which the models are compared.
+        hidden_states_folder: where hidden states are kept; None keeps them in memory.
+    """
+
+    plan: Plan
+    text: Stretch
+    hidden_states_folder: Path | None
+
+    def measure(self, written: WrittenModel, resources: Resources, progress: Progress) -> Check:
+        """Compare what was written with its source."""
+        with Reader() as reader:
+            source = block_runner.plain(self.plan.source, reader, self.plan.container)
+            result = compressed_model.served(
+                written, reader, self.plan.container, self.plan.source.folder
+            )
+            return evaluate.evaluate(
+                result,
+                source,
+                self.text,
+                resources.device,
+                self.hidden_states_folder,
+                resources.trust_remote_code,
+                progress("checking", evaluate.work(result, source)),
+            )
+
+
+def prepare_check(plan: Plan, text: Stretch, max_memory: int | None, folder: Path) -> AccuracyCheck:
+    """A check that keeps its hidden states in memory where that has room for them, else in a
+    folder; raises RecipeError where `max_memory`, in bytes, is too low for either.
     """
     with Reader() as reader:
         source = block_runner.plain(plan.source, reader, plan.container)
-        return evaluate.spill(source, source, text.inputs.numel(), limit, folder)
+        hidden_states_folder = evaluate.spill(
+            source, source, text.inputs.numel(), max_memory, folder
+        )
+    return AccuracyCheck(plan, text, hidden_states_folder)
 
 
-def check(
-    written: WrittenModel,
-    plan: Plan,
-    text: Stretch,
-    device: torch.device,
-    place: Path | None,
-    trust: bool,
-    progress: Progress,
-) -> Check:
-    """The figures."""
-    with Reader() as reader:
-        source = block_runner.plain(plan.source, reader, plan.container)
-        result = compressed_model.served(written, reader, plan.container, plan.source.folder)
-        told = progress("checking", evaluate.work(result, source))
-        return evaluate.evaluate(result, source, text, device, place, trust, told)
-
-
-def limit(found: Check, most: float | None, folder: Path) -> None:
+def require_accuracy(check: Check, max_kl: float | None, folder: Path) -> None:
     """Raise VerificationError where the KL divergence is over a limit in nats per token."""
-    if most is not None and found.kl is not None and not found.kl <= most:
+    # NaN is over every limit
+    if max_kl is not None and check.kl is not None and not check.kl <= max_kl:
         raise VerificationError(
-            f"{folder}: the KL divergence from the source is {found.kl:.6f} nats per token, more "
-            f"than --max-kl {most}; "
+            f"{folder}: the KL divergence from the source is {check.kl:.6f} nats per token, more "
+            f"than --max-kl {max_kl}; "
             "config.json is not written; with a higher limit the same command goes on from the "
             "finished shards"
         )

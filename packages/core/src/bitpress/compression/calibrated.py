@@ -24,6 +24,7 @@ from bitpress.compression.calibration.block import compress_block
 from bitpress.compression.calibration.block_result import BlockNotes
 from bitpress.compression.calibration.layer_groups import Site
 from bitpress.compression.data_free import write_shard
+from bitpress.compression.resources import Resources
 from bitpress.modeling.capture import Recording, record
 from bitpress.modeling.decoder import Decoder
 from bitpress.modeling.hidden_states import States
@@ -33,7 +34,7 @@ from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
 from bitpress.runtime.cpu_features import cpu_has
-from bitpress.runtime.process_group import ALONE, Ranks
+from bitpress.runtime.process_group import Ranks
 from bitpress.runtime.progress import Told
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import input_rounding
@@ -46,11 +47,8 @@ def write_shards(
     plan: Plan,
     output: OutputFolder,
     data: Sequences,
-    device: torch.device,
-    limit: int | None,
-    trust: bool,
+    resources: Resources,
     told: Told,
-    ranks: Ranks = ALONE,
 ) -> list[BlockNotes]:
     """Write every shard that an earlier run of the same plan has not written; returns what is to be
     told of each block.
@@ -59,20 +57,30 @@ def write_shards(
     writes it.
 
     Args:
-        limit: bytes of memory beyond what the interpreter takes; None allows half of what is free.
-        trust: whether the model folder's own code may run.
+        resources: without a limit of memory, half of what is free is taken.
 
     Raises:
         CheckpointError: transformers cannot build the model, or the model makes numbers that are
             not finite.
     """
+    device, ranks = resources.device, resources.ranks
+    # what hidden states may take: the interpreter and its libraries stand outside
+    limit = None
+    if resources.max_memory is not None:
+        limit = resources.max_memory - memory.TRANSFORMERS_BYTES
     dtype = _dtype(plan, device)
     batches = memory_estimate.split_batches(data.ids, ranks.count)
     part = ranks.part(batches)
     notes = []
     with Reader() as reader, torch.no_grad(), memory.freed_kept():
         decoder = Decoder(
-            plan.source, plan.container, reader, device, dtype, trust, data.all_experts
+            plan.source,
+            plan.container,
+            reader,
+            device,
+            dtype,
+            resources.trust_remote_code,
+            data.all_experts,
         )
         shards = {
             shard.block: shard
@@ -83,7 +91,7 @@ def write_shards(
             [shard for shard in plan.shards if shard not in shards.values()],
             lambda shard: shard.source_bytes,
         ):
-            write_shard(shard, output, reader, 1, (device,), told)
+            write_shard(shard, output, reader, Resources((device,)), told)
         own = [batches[i] for i in part]
         need = memory_estimate.estimate_calibration(plan, sum(batch.numel() for batch in own))
         allowed = limit if limit is not None else memory.available() // (2 * ranks.beside)

@@ -1,5 +1,5 @@
-"""What an unfinished output is made of, kept beside its shards: another run is told what differs,
-and mixes nothing in.
+"""The record of what an unfinished output is made of, kept beside its shards: a run that would
+mix other bytes in is refused, and the error names what differs.
 """
 
 from __future__ import annotations
@@ -24,90 +24,99 @@ from bitpress.planning.plan import Plan
 from bitpress.runtime.process_group import Ranks
 from bitpress.runtime.version import __version__
 
-# differences that an error names
-TOLD = 3
+# How many differences an error names.
+MAX_DIFFERENCES = 3
+
+# Characters of a value in an error.
+MAX_CHARACTERS = 60
 
 Stamps = Mapping[str, tuple[int, int] | None]
 
 
 @contextlib.contextmanager
-def kept(
+def keep_record(
     output: OutputFolder, plan: Plan, data: Sequences | None, device: torch.device
 ) -> Iterator[None]:
-    """Note what the run is made of, until the block has ended well or leaves no finished shard
-    behind.
+    """Keep a record of what the run is made of beside its shards, until the block has ended well
+    or leaves no finished shard behind.
 
     Raises:
         OutputError: an unfinished run whose shards are in the folder was made of something else;
             the message names it.
     """
-    now = json.loads(json.dumps(_parts(plan, data, device)))
-    text = output.read(RUN_RECORD)
-    if text is None or not _finished(output, plan):
-        output.text(RUN_RECORD, json_text(now))
+    record = _describe_run(plan, data, device)
+    earlier_record = output.read(RUN_RECORD)
+    if earlier_record is None or not _has_shards(output, plan):
+        output.text(RUN_RECORD, json_text(record))
     else:
-        _compare(output, text, now)
+        _require_same_run(output, earlier_record, record)
+
     try:
         yield
     except BaseException:
-        if not _finished(output, plan):
+        if not _has_shards(output, plan):
             output.remove([RUN_RECORD])
         raise
     output.remove([RUN_RECORD])
 
 
-def agree(ranks: Ranks, plan: Plan, data: Sequences | None, device: torch.device) -> None:
-    """See that all ranks are about to make the same; raises OutputError naming what differs."""
-    first, *others = ranks.gather(json.loads(json.dumps(_parts(plan, data, device))))
-    for rank, parts in enumerate(others, 1):
-        if found := list(differences(first, parts)):
+def require_same_on_ranks(
+    ranks: Ranks, plan: Plan, data: Sequences | None, device: torch.device
+) -> None:
+    """Raise OutputError, naming what differs, unless all ranks are about to make the same."""
+    first, *others = ranks.gather(_describe_run(plan, data, device))
+    for rank, record in enumerate(others, 1):
+        if lines := list(differences(first, record)):
             raise OutputError(
-                f"rank {rank} would make something else than rank 0: {'; '.join(found[:TOLD])}"
+                f"rank {rank} would make something else than rank 0: "
+                f"{'; '.join(lines[:MAX_DIFFERENCES])}"
             )
 
 
-def _finished(output: OutputFolder, plan: Plan) -> bool:
+def _has_shards(output: OutputFolder, plan: Plan) -> bool:
     return any((output.folder / shard.name).exists() for shard in plan.shards)
 
 
-def _compare(output: OutputFolder, text: str, now: Mapping[str, Any]) -> None:
+def _require_same_run(output: OutputFolder, earlier_record: str, record: Any) -> None:
     try:
-        found = list(differences(json.loads(text), now))
+        lines = list(differences(json.loads(earlier_record), record))
     except ValueError:
-        found = [f"{RUN_RECORD} cannot be read"]
-    if found:
-        more = f"; and {len(found) - TOLD} more" if len(found) > TOLD else ""
+        lines = [f"{RUN_RECORD} cannot be read"]
+    if lines:
+        num_hidden = len(lines) - MAX_DIFFERENCES
+        more = f"; and {num_hidden} more" if num_hidden > 0 else ""
         raise OutputError(
-            f"{output.folder} was begun by another run: {'; '.join(found[:TOLD])}{more}; "
+            f"{output.folder} was begun by another run: "
+            f"{'; '.join(lines[:MAX_DIFFERENCES])}{more}; "
             "delete the folder, or go on with what it was begun with"
         )
 
 
-def differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
+def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
     """What differs between two JSON values, a line for every leaf."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
-            yield from differences(before.get(key), now.get(key), f"{place} {key}".strip())
+            yield from differences(before.get(key), now.get(key), f"{path} {key}".strip())
     elif isinstance(before, list) and isinstance(now, list):
         for i, pair in enumerate(zip_longest(before, now), 1):
-            yield from differences(*pair, f"{place} {i}")
+            yield from differences(*pair, f"{path} {i}")
     elif before != now:
-        yield f"{place} was {_short(before)} and is {_short(now)}"
+        yield f"{path} was {_short(before)} and is {_short(now)}"
 
 
-def stamps(source: Checkpoint) -> Stamps:
+def read_stamps(source: Checkpoint) -> Stamps:
     """Size and time of change (ns) of every file of the source as it was when it was opened, or is
     now if it has no weights.
     """
     return {name: header.stamp for name, header in source.headers.items()} | {
-        name: _stamp(source, name) for name in source.others
+        name: _read_stamp(source, name) for name in source.others
     }
 
 
 def check_unchanged(source: Checkpoint, before: Stamps) -> None:
     """Raise CheckpointError if a file of the source is not what it was when the run began."""
     for name, stamp in before.items():
-        if (now := _stamp(source, name)) != stamp:
+        if (now := _read_stamp(source, name)) != stamp:
             raise CheckpointError(
                 f"{source.folder / name}: it {'changed' if now else 'vanished'} during the run, "
                 "and what was written may hold "
@@ -115,18 +124,18 @@ def check_unchanged(source: Checkpoint, before: Stamps) -> None:
             )
 
 
-def _stamp(source: Checkpoint, name: str) -> tuple[int, int] | None:
+def _read_stamp(source: Checkpoint, name: str) -> tuple[int, int] | None:
     try:
-        found = os.stat(source.folder / name)
+        status = os.stat(source.folder / name)
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
-def _parts(plan: Plan, data: Sequences | None, device: torch.device) -> dict[str, Any]:
-    """Everything that the output's bytes depend on, in words that can be told."""
+def _describe_run(plan: Plan, data: Sequences | None, device: torch.device) -> Any:
+    """Everything that the output's bytes depend on, as it is after a way through JSON."""
     source = plan.source
-    return {
+    record = {
         "bitpress-core": __version__,
         "scheme": {
             step.scheme.name: f"{step.scheme.package} {step.scheme.version}"
@@ -154,8 +163,9 @@ def _parts(plan: Plan, data: Sequences | None, device: torch.device) -> dict[str
         "device": device.type,
         "torch": torch.__version__,
     }
+    return json.loads(json.dumps(record))
 
 
 def _short(value: Any) -> str:
     text = "nothing" if value is None else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 3] + "..."

@@ -116,14 +116,14 @@ def load(
         CheckpointError: the folder has no usable tokenizer, or one that does not belong to this
             config.
     """
-    if choice.samples < 1 or choice.length < 1 or not 0 <= choice.seed < 2**63:
+    if choice.samples < 1 or choice.sequence_length < 1 or not 0 <= choice.seed < 2**63:
         raise DataError(
-            f"{choice.samples} sequences of {choice.length} tokens with seed {choice.seed}: "
-            "sequences and tokens are at least 1, "
+            f"{choice.samples} sequences of {choice.sequence_length} tokens with seed "
+            f"{choice.seed}: sequences and tokens are at least 1, "
             "a seed is from 0 to 2**63 - 1"
         )
     warnings = []
-    length, most = choice.length, _number(config, "max_position_embeddings")
+    length, most = choice.sequence_length, _number(config, "max_position_embeddings")
     if most is not None and length > most:
         warnings.append(
             f"sequences of {length} tokens cut to {most}, the model's max_position_embeddings"

@@ -27,12 +27,6 @@ from bitpress.planning import memory_estimate
 from bitpress.runtime import memory
 from bitpress.runtime.progress import Told
 
-# tokens of a sequence, unless told otherwise
-LENGTH = 512
-
-# taken of a text
-TOKENS = 65536
-
 # times as many are held while they are compared
 HELD = 4
 

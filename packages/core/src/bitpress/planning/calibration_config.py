@@ -1,4 +1,4 @@
-"""What a model is calibrated on, as asked for."""
+"""What a model is calibrated on, as asked for at the border."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 from attrs import frozen
 
 # Tokens. An expert that is sent fewer is compressed as if there were no data: second moments of so
-# few say little.
+# few tokens say little.
 MIN_EXPERT_TOKENS = 64
 
 
 @frozen
 class CalibrationConfig:
-    """What a model is to be run on, as asked for.
+    """The texts that a model is to be run on, and how much of them.
 
     Attributes:
         source: a .jsonl, .txt or .parquet file, or a dataset of the `datasets` library as NAME or
             NAME:SUBSET; None: the text that ships with bitpress.
         samples: how many sequences.
-        length: tokens in each.
+        sequence_length: tokens in each.
         seed: 0 takes the sequences in the text's own order and reads no further than they need; any
             other draws them from all that the text gives, which reads and tokenizes all of it.
         all_experts: whether every expert is given every token.
@@ -27,18 +27,18 @@ class CalibrationConfig:
 
     source: str | None = None
     samples: int = 256
-    length: int = 512
+    sequence_length: int = 512
     seed: int = 0
     all_experts: bool = False
 
     @property
-    def options(self) -> dict[str, object]:
-        """The options of a command line that asks for it; files without their folders."""
+    def command_options(self) -> dict[str, object]:
+        """Options of a command line that ask for it; files without their folders."""
         is_file = self.source is not None and Path(self.source).is_file()
         return {
-            "--calibration": Path(self.source or "") if is_file else self.source,
+            "--calibration": Path(self.source) if self.source and is_file else self.source,
             "--samples": self.samples,
-            "--sequence-length": self.length,
+            "--sequence-length": self.sequence_length,
             "--seed": self.seed or None,
             "--all-experts": self.all_experts,
         }

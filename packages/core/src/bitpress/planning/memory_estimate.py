@@ -123,7 +123,7 @@ def _count_solution(rows: int, width: int, steps: int) -> int:
 def estimate_memory(
     plan: Plan,
     threads: int | None = None,
-    tokens: int = CalibrationConfig().samples * CalibrationConfig().length,
+    tokens: int = CalibrationConfig().samples * CalibrationConfig().sequence_length,
 ) -> int:
     """Bytes that a run of the plan holds at least, Python and its libraries included.
 
@@ -135,7 +135,7 @@ def estimate_memory(
 
 
 def estimate_scratch(
-    plan: Plan, tokens: int = CalibrationConfig().samples * CalibrationConfig().length
+    plan: Plan, tokens: int = CalibrationConfig().samples * CalibrationConfig().sequence_length
 ) -> int:
     """Bytes that a run may keep on disk beside the output, where it is allowed no more memory than
     it needs at least.

@@ -102,9 +102,9 @@ def estimate_ranks(
         return [_data_free_work(plan, rank, proved_bytes) for rank in ranks]
     calibration = calibration or CalibrationConfig()
     # One number that looks like (samples, length) takes no memory.
-    ids = torch.zeros(1).expand(calibration.samples, calibration.length)
+    ids = torch.zeros(1).expand(calibration.samples, calibration.sequence_length)
     batches = memory_estimate.split_batches(ids, num_ranks)
-    batch_tokens = [len(batch) * calibration.length for batch in batches]
+    batch_tokens = [len(batch) * calibration.sequence_length for batch in batches]
     return list(_calibrated_work(plan, ranks, batch_tokens, proved_bytes))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,34 +24,32 @@ from bitpress.planning import memory_estimate, recipe
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.planner import make_plan
 from bitpress.planning.recipe import Recipe, Rule
+from bitpress.planning.run_options import RunOptions
+from bitpress.planning.search_goal import SearchGoal
 from bitpress.runtime import memory
 from bitpress.runtime.devices import cores, device_named, torch_threads
 from bitpress.runtime.progress import Progress, quiet
 from bitpress.schemes.registry import Step, discover
 
-# the candidate that leaves layers as they are
+# The candidate that leaves layers as they are.
 PLAIN = "none"
 
-# bits per weight: a budget is kept to the two decimals that tables show
-SHOWN = 0.005
+# Bits per weight: a budget is kept to the two decimals that tables show.
+ROUNDING = 0.005
 
-# sequences, unless told otherwise
+# Sequences of calibration data, unless the user asks for another number.
 SAMPLES = 64
 
 
-def prepare(
+def prepare_search(
     model: str | Path,
     out: str | Path,
-    *,
-    schemes: Sequence[str],
-    budget: float,
-    settings: Iterable[str] = (),
-    ignore: Iterable[str] = (),
+    goal: SearchGoal,
     calibration: CalibrationConfig,
-    trust_remote_code: bool = False,
+    options: RunOptions,
 ) -> Search:
     """What headers can refuse is refused before texts are read."""
-    names = list(dict.fromkeys(schemes))
+    names = tuple(dict.fromkeys(goal.schemes))
     if len(names) < 2:
         raise RecipeError(
             f"--schemes {','.join(names)}: name two or more to choose from ({PLAIN} leaves layers "
@@ -61,62 +59,68 @@ def prepare(
         raise OutputError(f"{out} is there already: name another file (--out)")
     if not Path(out).absolute().parent.is_dir():
         raise OutputError(f"{out}: there is no such folder to write it into")
-    source, registry = open_checkpoint(resolve(model)), discover()
-    table = {"layers": [{"match": "*", "steps": _steps(name)} for name in names]}
-    rules = recipe.from_json(table, registry, "--schemes", settings).rules
-    candidates = {name: rule.steps for name, rule in zip(names, rules, strict=True)}
+
+    source = open_checkpoint(resolve(model))
+    candidates = _read_candidates(names, goal.settings)
     plans = {
-        n: make_plan(source, Recipe((Rule("*", steps),), tuple(ignore)))
-        for n, steps in candidates.items()
+        name: make_plan(source, Recipe((Rule("*", steps),), goal.ignore))
+        for name, steps in candidates.items()
         if steps
     }
-    found = units(plans, [name for name, steps in candidates.items() if not steps])
-    limit = _limit(found, names, budget)
-    # or they cannot lie in one model
-    make_plan(source, _mixed(found, candidates))
-    work = next(iter(plans.values()))
+    choices = units(plans, [name for name, steps in candidates.items() if not steps])
+    limit = _limit(choices, names, goal.budget)
+    # raises where the candidates cannot lie in one model
+    make_plan(source, _mixed(choices, candidates))
+
+    plan = next(iter(plans.values()))
     with Reader() as reader:
         Decoder(
-            work.source,
-            work.container,
+            plan.source,
+            plan.container,
             reader,
             torch.device("cpu"),
             torch.float32,
-            trust_remote_code,
+            options.trust_remote_code,
         ).require()
-    data = load(calibration, source.folder, source.config, trust_remote_code)
-    return Search(str(model), candidates, plans, tuple(found), budget, limit, data)
+    sequences = load(calibration, source.folder, source.config, options.trust_remote_code)
+    return Search(str(model), candidates, plans, tuple(choices), goal.budget, limit, sequences)
 
 
-def carry_out(
-    job: Search,
-    out: str | Path,
-    device: str = "cpu",
-    threads: int | None = None,
-    max_memory: int | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = quiet,
+def run_search(
+    job: Search, out: str | Path, options: RunOptions, progress: Progress = quiet
 ) -> Found:
-    """`search` for a job that was prepared already."""
-    target, room, names = (
-        device_named(device),
-        _room(job, Path(out).absolute().parent, max_memory),
-        list(job.candidates),
-    )
-    told = progress(
-        "measuring", len(job.plans) * sum(stack.source_bytes for stack in job.plan.stacks)
-    )
-    with torch_threads(threads or cores()):
-        damages = measure(job.plan, job.units, job.data, target, room, trust_remote_code, told)
-    options = [
+    """Measure what each candidate costs each unit, and write the best choice as a recipe file."""
+    device = device_named(options.device)
+    room = _room(job, Path(out).absolute().parent, options.max_memory)
+    names = list(job.candidates)
+
+    num_bytes = len(job.plans) * sum(stack.source_bytes for stack in job.plan.stacks)
+    with torch_threads(options.num_threads or cores()):
+        damages = measure(
+            job.plan,
+            job.units,
+            job.data,
+            device,
+            room,
+            options.trust_remote_code,
+            progress("measuring", num_bytes),
+        )
+
+    knapsack = [
         [Option(unit.size(name), damages[unit.name, name]) for name in names] for unit in job.units
     ]
-    chosen = {
-        unit.name: names[i] for unit, i in zip(job.units, choose(options, job.limit), strict=True)
-    }
-    found = Found(job, chosen, damages, parts(job.data.ids)[1].numel())
-    OutputFolder(Path(out).absolute().parent).text(Path(out).name, text(found))
-    return found
+    choices = zip(job.units, choose(knapsack, job.limit), strict=True)
+    chosen = {unit.name: names[i] for unit, i in choices}
+    result = Found(job, chosen, damages, parts(job.data.ids)[1].numel())
+    OutputFolder(Path(out).absolute().parent).text(Path(out).name, text(result))
+    return result
+
+
+def _read_candidates(names: Sequence[str], settings: Sequence[str]) -> dict[str, tuple[Step, ...]]:
+    """The steps of every candidate, by its name."""
+    table = {"layers": [{"match": "*", "steps": _steps(name)} for name in names]}
+    rules = recipe.from_json(table, discover(), "--schemes", settings).rules
+    return {name: rule.steps for name, rule in zip(names, rules, strict=True)}
 
 
 def _steps(candidate: str) -> list[dict[str, str]]:
@@ -145,7 +149,7 @@ def _limit(units: Sequence[Unit], names: Sequence[str], budget: float) -> int:
             "weight, scales included; give "
             "more, or a smaller scheme"
         )
-    return int((min(budget, most) + SHOWN) * weights / 8)
+    return int((min(budget, most) + ROUNDING) * weights / 8)
 
 
 def _mixed(units: Sequence[Unit], candidates: Mapping[str, tuple[Step, ...]]) -> Recipe:

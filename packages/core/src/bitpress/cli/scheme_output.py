@@ -1,0 +1,160 @@
+"""How schemes are shown, and where they can be served."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import attrs
+from attrs import frozen
+
+from bitpress.cli.text import print_table
+from bitpress.errors import BitpressError
+from bitpress.schemes.hardware import KNOWN, Hardware
+from bitpress.schemes.options import choices
+from bitpress.schemes.registry import Registry, Step
+from bitpress.schemes.values import Finding
+
+if TYPE_CHECKING:
+    from bitpress.planning.plan import Plan
+
+# Levels of findings that need no warning.
+USABLE = ("recommended", "supported")
+
+
+@frozen
+class RegistrySummary:
+    """Installed schemes, and what is broken."""
+
+    registry: Registry
+    devices: tuple[Hardware, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Every scheme as SchemeSummary has it, and the problems."""
+        schemes = [
+            SchemeSummary(scheme.step(), self.devices).as_json()
+            for scheme in self.registry.schemes.values()
+        ]
+        problems = [attrs.asdict(problem) for problem in self.registry.problems]
+        return {"schemes": schemes, "problems": problems}
+
+    def print_text(self) -> None:
+        """A table of schemes; problems go to standard error."""
+        rows = []
+        for scheme in self.registry.schemes.values():
+            step = scheme.step()
+            rows.append(
+                (
+                    scheme.name,
+                    f"{scheme.package} {scheme.version}",
+                    "-" if step.options.bits is None else f"{step.options.bits:g}",
+                    "needed" if scheme.calibrated(step.options) else "none",
+                    serves(step, self.devices),
+                    scheme.summary,
+                )
+            )
+        print_table(("scheme", "package", "bits", "data", "serves on", "what it does"), rows)
+        if not rows:
+            print(
+                "no schemes are installed; each is a package of its own: pip install "
+                "bitpress-scheme-NAME"
+            )
+        for problem in self.registry.problems:
+            print(
+                f"problem: {problem.name} of {problem.package} cannot be used: {problem.text}",
+                file=sys.stderr,
+            )
+
+
+@frozen
+class SchemeSummary:
+    """One scheme's options, and what it says of devices."""
+
+    step: Step
+    devices: tuple[Hardware, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The scheme with its package, options and findings."""
+        scheme = self.step.scheme
+        hints = get_type_hints(scheme.options_type)
+        options = {}
+        for field in attrs.fields(scheme.options_type):
+            default = getattr(self.step.options, field.name)
+            options[field.name] = {
+                "values": choices(hints[field.name]),
+                "default": list(default) if isinstance(default, tuple) else default,
+                "help": field.metadata.get("help", ""),
+            }
+        findings = [
+            {"device": device.name, **attrs.asdict(finding)}
+            for device in self.devices
+            for finding in _findings(self.step, device)
+        ]
+        return {
+            "name": scheme.name,
+            "package": scheme.package,
+            "version": scheme.version,
+            "summary": scheme.summary,
+            "bits": self.step.options.bits,
+            "data": scheme.calibrated(self.step.options),
+            "options": options,
+            "hardware": findings,
+        }
+
+    def print_text(self) -> None:
+        """A table of options, and one of findings with the devices that share them."""
+        value = self.as_json()
+        print(f"{value['name']} ({value['package']} {value['version']}): {value['summary']}\n")
+        rows = [
+            (name, option["values"], option["default"], option["help"])
+            for name, option in value["options"].items()
+        ]
+        print_table(("option", "values", "default", "what it sets"), rows)
+        print()
+        devices: dict[tuple[str, str], list[str]] = {}
+        for finding in value["hardware"]:
+            devices.setdefault((finding["level"], finding["text"]), []).append(finding["device"])
+        print_table(
+            ("level", "what to expect", "devices"),
+            [(*finding, ", ".join(names)) for finding, names in devices.items()],
+        )
+
+
+def unfavorable_findings(plan: Plan) -> Sequence[str]:
+    """What the device makes of the schemes, where it is not good news."""
+    device = plan.device.name if plan.device in KNOWN else "this machine's device"
+    return [
+        f"{name} is {finding.level} on {device}: {finding.text}"
+        for name, finding in plan.findings
+        if finding.level not in USABLE
+    ]
+
+
+def serves(step: Step, devices: Sequence[Hardware]) -> str:
+    """In a few words where a scheme is supported or better: `NVIDIA 8.9+, some AMD`."""
+    if len(devices) == 1:
+        return _findings(step, devices[0])[0].level
+    usable = [device for device in devices if _findings(step, device)[0].level in USABLE]
+    words = []
+    for vendor in dict.fromkeys(device.vendor for device in devices):
+        usable_of_vendor = [device for device in usable if device.vendor == vendor]
+        if not usable_of_vendor:
+            continue
+        if vendor == "nvidia":
+            major, minor = min(device.capability or (0, 0) for device in usable_of_vendor)
+            words.append(f"NVIDIA {major}.{minor}+")
+        else:
+            name = vendor.upper() if vendor in ("amd", "cpu") else vendor.capitalize()
+            num_devices = sum(device.vendor == vendor for device in devices)
+            words.append(name if len(usable_of_vendor) == num_devices else f"some {name}")
+    return ", ".join(words) or "nothing known"
+
+
+def _findings(step: Step, device: Hardware) -> Sequence[Finding]:
+    try:
+        findings = step.call("validate_hardware", hardware=device)
+    except BitpressError as e:
+        # one scheme's fault must not hide the others
+        return [Finding("unsupported", str(e))]
+    return findings or [Finding("unsupported", "the scheme says nothing about hardware")]

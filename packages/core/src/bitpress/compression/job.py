@@ -1,0 +1,95 @@
+"""What a run is asked to do: a plan, and the texts that it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from attrs import frozen
+
+from bitpress.checkpoint import layer_names
+from bitpress.checkpoint.hub import resolve
+from bitpress.checkpoint.reader import open_checkpoint
+from bitpress.compression import accuracy_check
+from bitpress.errors import RecipeError
+from bitpress.modeling.tokens import Sequences, Stretch, load
+from bitpress.output import model_card
+from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.planning.plan import Plan
+from bitpress.planning.planner import make_plan, with_calibration
+from bitpress.planning.recipe_source import RecipeSource
+from bitpress.planning.run_options import RunOptions
+from bitpress.schemes.registry import discover
+
+
+@frozen(eq=False)
+class Job:
+    """A plan, and what goes with it.
+
+    Attributes:
+        calibration: the sequences that it is calibrated on; None where it needs none.
+        model: its name as the user gave it.
+        check_text: on which the result is compared with its source; None where it is not.
+        command: a command line that asks for the same.
+    """
+
+    plan: Plan
+    calibration: Sequences | None
+    model: str
+    check_text: Stretch | None = None
+    command: str = ""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know before starting."""
+        return self.plan.warnings + (self.calibration.warnings if self.calibration else ())
+
+
+def prepare_job(
+    model: str | Path,
+    recipe_source: RecipeSource,
+    calibration: CalibrationConfig | None = None,
+    options: RunOptions | None = None,
+) -> Job:
+    """Make the plan; read the calibration data if the recipe needs some, and the text of a check.
+
+    Raises:
+        BitpressError: the model, the recipe, the texts or their combination cannot be used.
+    """
+    options = options or RunOptions()
+    recipe_source.require_one()
+    source = open_checkpoint(resolve(model))
+    recipe = recipe_source.resolve(discover())
+
+    # what headers can refuse is refused before texts are read
+    plan = make_plan(source, recipe)
+    check_text = None
+    if options.check is not None:
+        check_text = accuracy_check.read_text(plan, options.check, options.trust_remote_code)
+    config = (calibration or CalibrationConfig()) if recipe.calibrated else None
+    command = _command(str(model), recipe_source, config, options)
+    if config is None:
+        return Job(plan, None, str(model), check_text, command)
+
+    sequences = load(config, source.folder, source.config, options.trust_remote_code)
+    if config.all_experts and not any(layer_names.experts(stack.members) for stack in plan.stacks):
+        raise RecipeError("--all-experts: no experts of this model are compressed; leave it out")
+    # the digest of the plan covers the calibration data
+    plan = with_calibration(plan, sequences.digest + " all experts" * config.all_experts)
+    return Job(plan, sequences, str(model), check_text, command)
+
+
+def display_name(model: str) -> str:
+    """The Hub name of a model, or its folder's own name."""
+    return model if "/" in model and not Path(model).exists() else Path(model).resolve().name
+
+
+def _command(
+    model: str, recipe_source: RecipeSource, config: CalibrationConfig | None, options: RunOptions
+) -> str:
+    """The command line that the model card shows."""
+    words = {
+        **recipe_source.command_options,
+        **(config.command_options if config else {}),
+        "--check": None if options.check is None else Path(options.check),
+    }
+    return model_card.format_command(display_name(model), words)

@@ -1,0 +1,32 @@
+"""What a run computes with, once devices and threads are known."""
+
+from __future__ import annotations
+
+import torch
+from attrs import frozen
+
+from bitpress.runtime.process_group import ALONE, Ranks
+
+
+@frozen
+class Resources:
+    """Devices, threads and memory of one process.
+
+    Attributes:
+        devices: which share what can be dealt out; the first does what cannot.
+        num_threads: of the process, which share the devices.
+        max_memory: bytes of the process; None: no limit.
+        trust_remote_code: whether code in the model's folder may run.
+        ranks: the processes that share the run.
+    """
+
+    devices: tuple[torch.device, ...] = (torch.device("cpu"),)
+    num_threads: int = 1
+    max_memory: int | None = None
+    trust_remote_code: bool = False
+    ranks: Ranks = ALONE
+
+    @property
+    def device(self) -> torch.device:
+        """The one that does what cannot be dealt out."""
+        return self.devices[0]

@@ -1,0 +1,118 @@
+"""The manifest and the model card of a run, made from its plan and from what it has written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from bitpress.checkpoint import filenames
+from bitpress.checkpoint.writer import OutputFolder, json_text
+from bitpress.compression.calibration.block_result import BlockNotes
+from bitpress.compression.job import Job, display_name
+from bitpress.compression.resources import Resources
+from bitpress.output import manifest as manifests, model_card
+from bitpress.output.manifest import FileRecord, LayerRecord, Manifest
+from bitpress.runtime.version import __version__
+
+
+def build_manifest(
+    job: Job,
+    output: OutputFolder,
+    blocks: Sequence[BlockNotes],
+    resources: Resources,
+    with_digests: bool,
+) -> Manifest:
+    """The manifest of a run, without the errors that verification measures.
+
+    Args:
+        with_digests: whether to take SHA-256 of all files, which is a pass over every byte.
+    """
+    plan = job.plan
+    return Manifest(
+        __version__,
+        {
+            step.scheme.name: f"{step.scheme.package} {step.scheme.version}"
+            for step in plan.recipe.all_steps
+        },
+        plan.recipe.as_json(),
+        display_name(job.model),
+        inputs=manifests.describe_files(
+            {name: plan.source.folder / name for name in plan.source.headers},
+            resources.num_threads,
+            with_digests,
+            resources.ranks,
+        ),
+        files=_describe_files(job, output, resources, with_digests),
+        layers=_describe_layers(job, blocks),
+        data=_describe_calibration(job),
+        warnings=tuple(text for block in blocks for text in block.warnings),
+        rescaled={name: change for block in blocks for name, change in block.rescaled.items()},
+        blocks={name: error for block in blocks for name, error in block.blocks.items()},
+    )
+
+
+def write_model_card(job: Job, manifest: Manifest, output: OutputFolder) -> Manifest:
+    """Write the model card; returns the manifest with the card's size and digest."""
+    plan = job.plan
+    source_card = next(
+        (name for name, source in plan.side_files.items() if source == filenames.MODEL_CARD), None
+    )
+    made = model_card.RunDetails(
+        job.command, plan.source_bytes, plan.output_bytes, plan.source.folder, source_card
+    )
+    content = model_card.render_card(manifest, made)
+    output.text(filenames.MODEL_CARD, content)
+    files = {**manifest.files, filenames.MODEL_CARD: _describe_bytes(content.encode())}
+    return attrs.evolve(manifest, files=files)
+
+
+def _describe_files(
+    job: Job, output: OutputFolder, resources: Resources, with_digests: bool
+) -> Mapping[str, FileRecord]:
+    """Files that are written already, and config.json, which is written last."""
+    written_later = ("config.json", filenames.MANIFEST, filenames.MODEL_CARD)
+    files = manifests.describe_files(
+        {name: output.folder / name for name in job.plan.files if name not in written_later},
+        resources.num_threads,
+        with_digests,
+        resources.ranks,
+    )
+    files["config.json"] = _describe_bytes(json_text(job.plan.config).encode())
+    return files
+
+
+def _describe_bytes(content: bytes) -> FileRecord:
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def _describe_layers(job: Job, blocks: Sequence[BlockNotes]) -> Mapping[str, LayerRecord]:
+    output_errors = {name: error for block in blocks for name, error in block.errors.items()}
+    num_tokens = {name: count for block in blocks for name, count in block.tokens.items()}
+    return {
+        module: LayerRecord(
+            tuple(step.scheme.name for step in stack.steps),
+            (entry.shape[0], entry.shape[1]),
+            entry.dtype,
+            stack.bits(module),
+            output_error=output_errors.get(module),
+            tokens=num_tokens.get(module),
+        )
+        for stack in job.plan.stacks
+        for module, entry in stack.members.items()
+    }
+
+
+def _describe_calibration(job: Job) -> dict[str, str] | None:
+    calibration = job.calibration
+    if calibration is None:
+        return None
+    description = {
+        "source": calibration.source,
+        "tokens": str(calibration.ids.numel()),
+        "sha256": calibration.digest,
+    }
+    if calibration.all_experts:
+        description["experts"] = "every token"
+    return description

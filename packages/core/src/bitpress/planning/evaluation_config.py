@@ -1,0 +1,24 @@
+"""What a model is judged on, as asked for at the border."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+# Tokens of a sequence, and tokens of a text, unless the user asks for other numbers.
+SEQUENCE_LENGTH = 512
+MAX_TOKENS = 65536
+
+
+@frozen
+class EvaluationConfig:
+    """A text, and how much of it is taken.
+
+    Attributes:
+        text: a .jsonl, .txt or .parquet file.
+        sequence_length: tokens of each sequence; sequences do not overlap.
+        max_tokens: tokens taken of the text, from its start.
+    """
+
+    text: str
+    sequence_length: int = SEQUENCE_LENGTH
+    max_tokens: int = MAX_TOKENS

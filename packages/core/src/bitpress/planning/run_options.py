@@ -1,0 +1,30 @@
+"""How a run computes and what it must prove, as asked for at the border."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+
+@frozen
+class RunOptions:
+    """How a run computes, and what its result must pass.
+
+    Attributes:
+        device: "cpu", "cuda" or "cuda:N"; without calibration data "cuda" is every GPU.
+        num_threads: layers worked on side by side; None: one per core, or fewer where
+            `max_memory` has no room for so many.
+        max_memory: bytes of the process; a run that would need more is refused. None: no limit.
+        verify: whether what was written is read back and compared with its source.
+        check: a text file on which the result's predictions are compared with its source's; None:
+            no check.
+        max_kl: largest KL divergence of that check, in nats per token; None: no limit.
+        trust_remote_code: whether code in the model's folder may run.
+    """
+
+    device: str = "cpu"
+    num_threads: int | None = None
+    max_memory: int | None = None
+    verify: bool = True
+    check: str | None = None
+    max_kl: float | None = None
+    trust_remote_code: bool = False
