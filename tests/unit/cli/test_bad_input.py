@@ -179,7 +179,7 @@ RECIPE = '[[layers]]\nmatch = "*"\nsteps = ["toy"]\n'
         (["--scheme", "fp8"], ["scheme 'fp8' is not installed", "pip install"]),
         (
             ["--scheme", "fp9"],
-            ["scheme 'fp9' is not installed", "(installed: none)"],
+            ["scheme 'fp9' is not installed", "(installed: toy)"],
         ),
         (["--scheme", "tou"], ["scheme 'tou' is not installed", "did you mean 'toy'"]),
         (["--scheme", "toy+toy"], ["toy cannot follow a step that stores codes"]),

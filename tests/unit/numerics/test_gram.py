@@ -26,7 +26,7 @@ def off_by(found: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torc
 @pytest.fixture(params=[False, True], ids=["floats", "codes"])
 def by_codes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whatever this machine would choose by itself."""
-    monkeypatch.setattr(gram, "_by_codes", lambda x: request.param)
+    monkeypatch.setattr("bitpress.numerics.gram._by_codes", lambda x: request.param)
     return bool(request.param)
 
 
@@ -55,7 +55,7 @@ def test_a_cross_product_is_that_of_two_kinds_of_channels(
 
 
 def test_codes_are_multiplied_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gram, "_by_codes", lambda x: True)
+    monkeypatch.setattr("bitpress.numerics.gram._by_codes", lambda x: True)
     x = torch.randint(-127, 128, (500, 64), generator=torch.Generator().manual_seed(0)).float()
     # so that a code means itself
     x[0] = 127
@@ -67,7 +67,7 @@ def test_codes_are_multiplied_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_token_that_holds_all_of_a_channel_adds_no_more_than_is_promised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gram, "_by_codes", lambda x: True)
+    monkeypatch.setattr("bitpress.numerics.gram._by_codes", lambda x: True)
     x = inputs(TOKENS, 8)
     x[5] = 1e4 * x.abs().amax()
     exact = x.double().square().sum(0)

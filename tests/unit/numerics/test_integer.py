@@ -122,7 +122,7 @@ def test_searched_scales_lose_no_more_than_the_largest_number_s(
     weight = numbers(64, 256, seed)
     for fit in (numerics.fit_symmetric, numerics.fit_asymmetric):
         searched, plain = (
-            cost(weight, fit(weight, None, bits, 32, ratios, dtype), None)
+            cost(weight, fit(weight, None, bits, 32, ratios, dtype=dtype), None)
             for ratios in ((*RATIOS, 1.0), (1.0,))
         )
         assert searched.sum() <= plain.sum()
@@ -162,7 +162,7 @@ def test_codes_decode_to_what_was_rounded_to_the_bit(
 ) -> None:
     weight = numbers(7, 64, seed, spread)
     fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
-    grid = fit(weight, None, bits, group, RATIOS, torch.bfloat16)
+    grid = fit(weight, None, bits, group, RATIOS, dtype=torch.bfloat16)
     rounded = grid.rounded(weight)
     codes = grid.codes(rounded)
     assert codes.dtype == torch.int8
@@ -188,7 +188,7 @@ def test_scales_are_positive_and_numbers_finite_at_the_ends_of_the_range(
     fit, bits: int, dtype: torch.dtype, extreme: float
 ) -> None:
     weight = numbers(4, 32, 2).sign() * extreme
-    grid = fit(weight, None, bits, 16, RATIOS, dtype)
+    grid = fit(weight, None, bits, 16, RATIOS, dtype=dtype)
     assert (grid.scale > 0).all()
     assert torch.equal(grid.scale.to(dtype).float(), grid.scale)
     assert grid.rounded(weight).isfinite().all()
@@ -198,7 +198,7 @@ def test_scales_are_positive_and_numbers_finite_at_the_ends_of_the_range(
 def test_small_float16_scales_are_subnormal_numbers_rather_than_too_large() -> None:
     # scales near 6e-6; float16's least normal number is 6.1e-5
     weight = numbers(16, 32, 3) * 2e-5
-    grid = numerics.fit_symmetric(weight, None, 4, 32, (1.0,), torch.float16)
+    grid = numerics.fit_symmetric(weight, None, 4, 32, (1.0,), dtype=torch.float16)
     error = (grid.rounded(weight) - weight).norm() / weight.norm()
     assert error < 0.2
 

@@ -14,7 +14,7 @@ import pytest
 PAGES = (48 << 20) // os.sysconf("SC_PAGE_SIZE")
 PROGRAM = """
 import json, pathlib, resource, torch
-from bitpress.compression.calibration import memory
+from bitpress.runtime import memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
