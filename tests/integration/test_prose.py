@@ -28,11 +28,11 @@ def test_the_readme_lists_the_schemes_that_are_here() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", sorted(set(re.findall(r"^(?:\$ )?bitpress ([\w-]+)", README, re.MULTILINE)))
+    "command", sorted(set(re.findall(r"^\$ bitpress ([\w-]+)", README, re.MULTILINE)))
 )
 def test_commands_of_the_readme_exist_with_their_options(command: str) -> None:
     shown = bitpress(command, "--help").stdout
-    for line in re.findall(rf"^(?:\$ )?bitpress {command} (.*)$", README, re.MULTILINE):
+    for line in re.findall(rf"^\$ bitpress {command} (.*)$", README, re.MULTILINE):
         for option in re.findall(r"(--[\w-]+)", line.split("#")[0]):
             assert option in shown, f"{option} in: bitpress {command} {line}"
 
