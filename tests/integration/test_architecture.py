@@ -133,9 +133,13 @@ def test_a_scheme_imports_only_the_public_names_of_core(scheme: Path) -> None:
 
 @pytest.mark.parametrize("name", ["os.environ", "os.getenv"])
 def test_no_environment_variable_is_configuration(name: str) -> None:
-    assert not [
-        file for file in (ROOT / "packages").glob("*/src/**/*.py") if name in file.read_text()
+    # the kit's helpers start processes, which inherit the environment
+    files = [
+        file
+        for file in (ROOT / "packages").glob("*/src/**/*.py")
+        if "conformance" not in file.parts
     ]
+    assert not [file for file in files if name in file.read_text()]
 
 
 def test_installed_schemes_are_those_of_the_packages() -> None:

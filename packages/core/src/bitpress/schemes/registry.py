@@ -212,7 +212,7 @@ def _scheme(
         name=name,
         package=_package(entry),
         version=entry.dist.version if entry.dist else "unknown",
-        summary=(plugin.__doc__ or "").strip().split("\n")[0],
+        summary=" ".join((plugin.__doc__ or "").strip().split("\n\n")[0].split()),
         options_type=getattr(plugin, "Options", Options),
         hooks={spec: manager.subset_hook_caller(spec, others) for spec in _hook_names(manager)},
         arguments={hook: found.argnames for hook, found in _implemented(manager, plugin).items()},
