@@ -46,12 +46,12 @@ def keep_record(
     """
     record = _describe_run(plan, data, device)
     earlier_record = output.read(RUN_RECORD)
-    if earlier_record is None or not _has_shards(output, plan):
-        output.text(RUN_RECORD, json_text(record))
-    else:
-        _require_same_run(output, earlier_record, record)
-
+    # an interrupt may come as soon as the record has its name
     try:
+        if earlier_record is None or not _has_shards(output, plan):
+            output.text(RUN_RECORD, json_text(record))
+        else:
+            _require_same_run(output, earlier_record, record)
         yield
     except BaseException:
         if not _has_shards(output, plan):
