@@ -131,6 +131,25 @@ def test_a_scheme_imports_only_the_public_names_of_core(scheme: Path) -> None:
         assert not [name for other in others for name in imports(file, other)]
 
 
+SOURCES = sorted((ROOT / "packages").glob("*/src/**/*.py"))
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
+def test_a_module_has_at_most_400_lines_and_its_functions_50_beside_docstrings(file: Path) -> None:
+    text = file.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert body_lines(node) <= 50, node.name
+
+
+def body_lines(function: ast.FunctionDef) -> int:
+    """Lines of a function, its signature counted and its docstring not."""
+    docstring = ast.get_docstring(function, clean=False) or ""
+    first, last = function.lineno, function.end_lineno or function.lineno
+    return last - first + 1 - (docstring.count("\n") + 1 if docstring else 0)
+
+
 @pytest.mark.parametrize("name", ["os.environ", "os.getenv"])
 def test_no_environment_variable_is_configuration(name: str) -> None:
     # the kit's helpers start processes, which inherit the environment

@@ -41,6 +41,27 @@ def test_halves_add_up_to_the_whole() -> None:
     )
 
 
+@pytest.mark.parametrize("histogram", [True, False])
+def test_what_is_observed_of_halves_merges_to_that_of_the_whole(histogram: bool) -> None:
+    x = long_tailed(1000).view(100, 10)
+    whole = numerics.observe_range(x, histogram=histogram)
+    first, second = (numerics.observe_range(half, histogram=histogram) for half in x.chunk(2))
+    assert whole.keys() == {"input_max", "input_min"} | ({"input_counts"} if histogram else set())
+    for name, statistic in whole.items():
+        assert torch.equal((first[name] | second[name]).value, statistic.value)
+    assert numerics.input_absmax(whole) == x.abs().amax()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_magnitude_is_that_of_either_end(sign: int) -> None:
+    x = sign * torch.tensor([[-1.0, 5.0], [2.0, -3.0]])
+    assert numerics.input_absmax(numerics.observe_range(x, histogram=False)) == 5
+
+
+def test_where_no_input_was_observed_there_is_no_largest_magnitude() -> None:
+    assert numerics.input_absmax({}) is None
+
+
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.999, 0.9999])
 def test_a_clip_by_share_keeps_that_share_to_an_eighth_of_an_octave(share: float) -> None:
     x = long_tailed(50_000).abs()

@@ -64,6 +64,28 @@ def test_a_layer_has_its_old_attributes_and_takes_its_old_keywords(old: str, new
     assert getattr(layer, new) == "after"
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "argument"),
+    [
+        ("restore", "dequantize", "tensors"),
+        ("quantize_inputs", "quantize_activations", "inputs"),
+        ("check", "validate_weight", "weight"),
+        ("bound", "error_bound", "tensors"),
+    ],
+)
+def test_a_hook_of_the_old_name_is_the_new_one(
+    tmp_path: Path, old: str, new: str, argument: str
+) -> None:
+    module = f"from bitpress import hookimpl\n\n@hookimpl\ndef {old}({argument}): return 'asked'\n"
+    entry = "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n"
+    install(tmp_path / "plugins", "bitpress-scheme-toy", module, entry)
+    with plugins(tmp_path / "plugins"):
+        with pytest.warns(DeprecationWarning, match=f"the hook `{old}` is now `{new}`"):
+            scheme = discover().get("toy")
+        asked = scheme.call(new, inputs=1, tensors={}, weight=2, config=None, options=None)
+    assert asked == "asked"
+
+
 def faults_of_a_run(model: Path, out: Path) -> tuple[Fault, ...]:
     """What verification finds in a model that the toy scheme compressed."""
     bitpress.compress(model, out, scheme="toy")

@@ -10,7 +10,6 @@ run through the source's weights as well, for schemes that ask how far the input
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,7 +33,6 @@ from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
 from bitpress.runtime.cpu_features import cpu_has
-from bitpress.runtime.process_group import Ranks
 from bitpress.runtime.progress import Told
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import input_rounding
@@ -64,13 +62,7 @@ def write_shards(
             not finite.
     """
     device, ranks = resources.device, resources.ranks
-    # what hidden states may take: the interpreter and its libraries stand outside
-    limit = None
-    if resources.max_memory is not None:
-        limit = resources.max_memory - memory.TRANSFORMERS_BYTES
     dtype = _dtype(plan, device)
-    batches = memory_estimate.split_batches(data.ids, ranks.count)
-    part = ranks.part(batches)
     notes = []
     with Reader() as reader, torch.no_grad(), memory.freed_kept():
         decoder = Decoder(
@@ -87,37 +79,21 @@ def write_shards(
             for shard in plan.shards
             if shard.block is not None and shard.block < len(decoder)
         }
-        for shard in ranks.deal(
-            [shard for shard in plan.shards if shard not in shards.values()],
-            lambda shard: shard.source_bytes,
-        ):
+        outside = [shard for shard in plan.shards if shard not in shards.values()]
+        for shard in ranks.deal(outside, lambda shard: shard.source_bytes):
             write_shard(shard, output, reader, Resources((device,)), told)
-        own = [batches[i] for i in part]
-        need = memory_estimate.estimate_calibration(plan, sum(batch.numel() for batch in own))
-        allowed = limit if limit is not None else memory.available() // (2 * ranks.beside)
-        place = output.folder if need.spilled_bytes(allowed) else None
-        recording = record(decoder, own, device, dtype, place)
-        streams = _streams(
-            plan,
-            recording,
-            part,
-            place,
-            need.num_waiting(allowed, own[0].numel()),
-            device,
-            ranks,
-            allowed,
-        )
+
+        recording, streams = _start(plan, decoder, data, output, resources)
         for index in range(len(decoder)):
             calls, recording.calls[index] = recording.calls[index], []
-            streams.enter(
-                decoder.block(index), decoder.block(index) if streams.chosen else None, calls
-            )
+            source_block = decoder.block(index) if streams.chosen else None
+            streams.enter(decoder.block(index), source_block, calls)
             if index in shards:
                 notes.append(_block(plan, shards[index], output, reader, streams, told))
             drift = streams.leave(last=index + 1 == len(decoder))
             if drift is not None and index in shards:
                 notes[-1].blocks[f"{plan.container}.{index}"] = drift
-            memory.give_back(allowed)
+            memory.give_back(streams.allowed)
     return notes
 
 
@@ -132,29 +108,36 @@ def _dtype(plan: Plan, device: torch.device) -> torch.dtype:
     )
 
 
-def _streams(
-    plan: Plan,
-    recording: Recording,
-    part: range,
-    place: Path | None,
-    waiting: int,
-    device: torch.device,
-    ranks: Ranks,
-    allowed: int,
-) -> Streams:
-    """The hidden states to start from, and those of every eighth batch once more where a scheme
-    asks for the source's.
+def _start(
+    plan: Plan, decoder: Decoder, data: Sequences, output: OutputFolder, resources: Resources
+) -> tuple[Recording, Streams]:
+    """What every block is called with, and the hidden states before the first of them.
 
-    Args:
-        part: which of all batches these are.
+    Those of every eighth batch are there once more where a scheme asks for the source's.
     """
+    device, ranks = resources.device, resources.ranks
+    batches = memory_estimate.split_batches(data.ids, ranks.count)
+    part = ranks.part(batches)
+    own = [batches[i] for i in part]
+
+    # what hidden states may take: the interpreter and its libraries stand outside
+    if resources.max_memory is None:
+        allowed = memory.available() // (2 * ranks.beside)
+    else:
+        allowed = resources.max_memory - memory.TRANSFORMERS_BYTES
+    need = memory_estimate.estimate_calibration(plan, sum(batch.numel() for batch in own))
+    folder = output.folder if need.spilled_bytes(allowed) else None
+
+    recording = record(decoder, own, device, _dtype(plan, device), folder)
     chosen = [
-        place
-        for place, number in enumerate(part)
+        position
+        for position, number in enumerate(part)
         if plan.recipe.compares and number % memory_estimate.REFERENCE_INTERVAL == 0
     ]
-    reference = States((recording.hidden[i].clone() for i in chosen), place)
-    return Streams(recording.hidden, reference, chosen, waiting, device, ranks, allowed)
+    reference = States((recording.hidden[i].clone() for i in chosen), folder)
+    num_waiting = need.num_waiting(allowed, own[0].numel())
+    streams = Streams(recording.hidden, reference, chosen, num_waiting, device, ranks, allowed)
+    return recording, streams
 
 
 def _block(

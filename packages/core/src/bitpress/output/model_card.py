@@ -16,7 +16,7 @@ from typing import Any
 from attrs import frozen
 
 from bitpress.checkpoint.filenames import MODEL_CARD
-from bitpress.output.manifest import Manifest
+from bitpress.output.manifest import Check, Manifest
 
 # Bytes of a card whose front matter is read.
 MAX_CARD_BYTES = 1 << 20
@@ -158,15 +158,8 @@ def _render_body(manifest: Manifest, details: RunDetails) -> Iterator[str]:
             f"| relative error of a layer's weights | at most {errors[worst]:.5f} "
             f"({_escaped(worst)}), measured on the files |"
         )
-    if manifest.check and manifest.check.kl is not None and manifest.check.top1 is not None:
-        check = manifest.check
-        yield (
-            f"| measured on | {check.tokens:,} tokens of {_escaped(check.text)}, run as it will "
-            "be served |"
-        )
-        yield f"| KL divergence from the source | {check.kl:.6f} nats per token |"
-        yield f"| the same most likely token | {check.top1:.3%} |"
-        yield f"| perplexity | {check.perplexity:.4f}, the source's {check.source_perplexity:.4f} |"
+    if manifest.check:
+        yield from _render_check(manifest.check)
     yield (
         "\n`vllm serve` reads it as it is, and so does transformers with the "
         "`compressed-tensors` library."
@@ -176,6 +169,19 @@ def _render_body(manifest: Manifest, details: RunDetails) -> Iterator[str]:
         "SHA-256 of every file, by which"
     )
     yield "`bitpress verify` proves them."
+
+
+def _render_check(check: Check) -> Iterator[str]:
+    """How far the predictions are from the source's, where that was measured."""
+    if check.kl is None or check.top1 is None:
+        return
+    yield (
+        f"| measured on | {check.tokens:,} tokens of {_escaped(check.text)}, run as it will be "
+        "served |"
+    )
+    yield f"| KL divergence from the source | {check.kl:.6f} nats per token |"
+    yield f"| the same most likely token | {check.top1:.3%} |"
+    yield f"| perplexity | {check.perplexity:.4f}, the source's {check.source_perplexity:.4f} |"
 
 
 def _escaped(text: str) -> str:

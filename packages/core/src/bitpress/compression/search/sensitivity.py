@@ -97,11 +97,8 @@ def measure(
         CheckpointError: transformers cannot build the model, or it makes numbers that are not
             finite.
     """
-    fitted, judged = (
-        torch.split(ids, max(memory_estimate.BATCH_TOKENS // ids.shape[1], 1))
-        for ids in parts(data.ids)
-    )
     names = [name for name, stacks in units[0].made.items() if stacks[0].steps]
+    fitted, judged = _split_batches(data.ids)
     if not any(stack.calibrated for name in names for stack in units[0].made[name]):
         # nothing is fitted to them: one shows how a forward goes
         fitted = fitted[:1]
@@ -116,6 +113,7 @@ def measure(
         streams = Streams(states, None, (), room.waiting, device)
         for index in range(len(decoder)):
             own = [unit for unit in units if unit.block == index]
+            prefix = f"{plan.container}.{index}."
             calls, recording.calls[index] = recording.calls[index], []
             fitting, judging = calls[: len(fitted)], calls[len(fitted) :]
             block = decoder.block(index)
@@ -123,13 +121,10 @@ def measure(
                 way.go(block, judging, device)
             for name in names if own else ():
                 streams.enter(decoder.block(index), None, fitting)
-                for unit in _compressed(
-                    own, name, f"{plan.container}.{index}.", streams, plan.head_dim
-                ):
+                for unit in _compressed(own, name, prefix, streams, plan.head_dim):
                     trials[unit.name, name] = plain.branch(streams.block, judging, device)
-                    told(
-                        sum(stack.source_bytes for stack in unit.made[name]), f"{unit.name}: {name}"
-                    )
+                    num_bytes = sum(stack.source_bytes for stack in unit.made[name])
+                    told(num_bytes, f"{unit.name}: {name}")
             if index + 1 < len(decoder):
                 streams.enter(block, None, fitting)
                 streams.leave()
@@ -142,10 +137,21 @@ def measure(
             f"{plan.source.folder}: the model makes NaN or infinity of the calibration text; check "
             "its weights"
         )
-    # none is below 0 but for roundings
-    measured = {choice: max(kl, 0.0) for choice, kl in zip(trials, found, strict=True)}
+    return _damages(units, dict(zip(trials, found, strict=True)))
+
+
+def _split_batches(ids: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The batches that candidates are fitted to, and those that they are judged on."""
+    fitted, judged = parts(ids)
+    sequences = max(memory_estimate.BATCH_TOKENS // ids.shape[1], 1)
+    return torch.split(fitted, sequences), torch.split(judged, sequences)
+
+
+def _damages(units: Sequence[Unit], divergences: Damages) -> Damages:
+    """What every candidate costs every unit; one that leaves it as it is costs nothing."""
     return {
-        (unit.name, name): measured.get((unit.name, name), 0.0)
+        # a divergence is below 0 only by rounding
+        (unit.name, name): max(divergences.get((unit.name, name), 0.0), 0.0)
         for unit in units
         for name in unit.made
     }
