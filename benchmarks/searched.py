@@ -73,8 +73,8 @@ def main() -> None:
     arguments.work.mkdir(exist_ok=True)
     rows = []
     print(
-        "| schemes, budget | choice | bits per weight | expected KL | KL | top-1 "
-        "|\n|---|---|---|---|---|---|"
+        "| schemes, budget | choice | bits per weight | expected KL | KL | top-1 |"
+        "\n|---|---|---|---|---|---|"
     )
     for case in CASES:
         for row in figures(case, arguments.work):

@@ -50,8 +50,8 @@ def fault(weight: torch.Tensor, scale: torch.Tensor) -> str | None:
     """Why these numbers are not `BITS` bits in groups of `GROUP`, or None."""
     if list(scale.shape) != [len(weight), weight.shape[1] // GROUP]:
         return (
-            f"scales of shape {list(scale.shape)} for a weight of {list(weight.shape)} in "
-            f"groups of {GROUP}"
+            f"scales of shape {list(scale.shape)} for a weight of {list(weight.shape)} in groups "
+            f"of {GROUP}"
         )
     codes = weight.view(len(weight), -1, GROUP) / scale.unsqueeze(2)
     if not torch.allclose(codes, codes.round(), atol=2**-6, rtol=0):
@@ -110,8 +110,8 @@ def main() -> None:
         for n, s in seconds.items()
     ]
     print(
-        f"| {arguments.size} x {arguments.size} | CPU s (median, min-max) | layer error "
-        "|\n|---|---|---|"
+        f"| {arguments.size} x {arguments.size} | CPU s (median, min-max) | layer error |"
+        "\n|---|---|---|"
     )
     for row in rows:
         print("| {name} | {cpu:.2f} ({least:.2f}-{most:.2f}) | {error:.6f} |".format(**row))

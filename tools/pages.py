@@ -38,8 +38,8 @@ def commands() -> str:
     text = [f"# Commands\n\n{group.help}\n", _table(("option", "what it does"), _options(group))]
     text.append(
         "Exit codes: 0 when all is done, 1 when a check of the result failed, 2 for bad usage or "
-        "bad input, told in one line, "
-        "130 when interrupted.\n"
+        "bad input, told in one line, 130 when interrupted."
+        "\n"
     )
     for name, command in group.commands.items():
         arguments = [_metavar(p) for p in command.params if p.param_type_name == "argument"]

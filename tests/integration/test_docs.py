@@ -107,8 +107,8 @@ def script(page: str) -> Iterator[str]:
     for language, title, code in BLOCK.findall((DOCS / page).read_text()):
         if title:
             yield (
-                f"mkdir -p \"$(dirname '{title}')\"\ncat > '{title}' <<'END OF FILE'\n{code}END "
-                "OF FILE"
+                f"mkdir -p \"$(dirname '{title}')\"\ncat > '{title}' <<'END OF FILE'\n{code}END OF "
+                "FILE"
             )
         elif language == "python":
             yield f"python - <<'END OF CODE'\n{code}END OF CODE"

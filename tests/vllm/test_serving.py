@@ -111,8 +111,8 @@ def test_vllm_serves_the_output_with_the_source_s_perplexity(
     compress(case.model, out, scheme=case.scheme, settings=case.settings)
     before, after = loss(python, case.model, False, folder), loss(python, out, case.emulate, folder)
     print(
-        f"\n{name}: perplexity {math.exp(before):.3f} -> {math.exp(after):.3f} "
-        f"({math.expm1(after - before):+.2%})"
+        f"\n{name}: perplexity {math.exp(before):.3f} -> {math.exp(after):.3f} ("
+        f"{math.expm1(after - before):+.2%})"
     )
     # nats, of 4096 tokens: the model knows the language
     assert before < 5

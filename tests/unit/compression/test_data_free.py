@@ -270,8 +270,8 @@ def test_of_a_recipe_the_first_rule_that_matches_counts(
 
 
 OBSERVE = (
-    "def observe(weight): return {'amax': bitpress.Statistic(weight.abs().amax(), "
-    "'max')}\n@hookimpl\n"
+    "def observe(weight): return {'amax': bitpress.Statistic(weight.abs().amax(), 'max')"
+    "}\n@hookimpl\n"
 )
 SHARED = (
     TOY.replace('"channel"', '"tensor"')

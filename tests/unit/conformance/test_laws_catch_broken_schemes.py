@@ -33,8 +33,8 @@ def hook(text: str) -> tuple[str, str]:
 def observing(stat: str) -> tuple[str, str]:
     """The replacement that makes the toy observe something."""
     return hook(
-        f"def observe(inputs): return None if inputs is None else {{'seen': "
-        f"bitpress.Statistic({stat})}}"
+        f"def observe(inputs): return None if inputs is None else {{'seen': bitpress.Statistic("
+        f"{stat})}}"
     )
 
 

@@ -21,8 +21,8 @@ from bitpress.conformance.commands import command, refusal
 from bitpress.conformance.models import files_of, write_model
 
 OWN = (
-    "---\nlicense: other\nlicense_name: my-licence\nlicense_link: LICENSE\nlanguage: [en, "
-    "de]\ntags: [mine]\n---\n# Mine\n"
+    "---\nlicense: other\nlicense_name: my-licence\nlicense_link: LICENSE\nlanguage: [en, de]"
+    "\ntags: [mine]\n---\n# Mine\n"
 )
 
 

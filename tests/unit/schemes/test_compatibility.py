@@ -116,8 +116,8 @@ LATER = {
         "def quantize(layer, options)",
         "def quantize(layer, zest, options)",
         f"quantize asks for 'zest', which bitpress-core {HERE} (hooks {hookspecs.VERSION}) does "
-        "not give "
-        "(pip install --upgrade bitpress-core if it is new)",
+        "not give (pip install --upgrade bitpress-core if it is "
+        "new)",
     ),
     "an argument, misspelt": (
         "def quantize(layer, options)",

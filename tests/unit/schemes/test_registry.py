@@ -150,8 +150,8 @@ GREEDY = (
     .replace("    scale =", "    raise RuntimeError('a neighbour was called')\n    scale =")
 )
 WRAPPER = (
-    "\n@hookimpl(wrapper=True)\ndef pack(layer):\n    raise RuntimeError('a neighbour was "
-    "called')\n    yield\n"
+    "\n@hookimpl(wrapper=True)\ndef pack(layer):\n    raise RuntimeError('a neighbour was called')"
+    "\n    yield\n"
 )
 
 

@@ -198,8 +198,8 @@ def verify(
     folder, count = Path(out), threads or cores()
     if (folder / filenames.MANIFEST).is_file() and not manifest.is_intact(folder):
         fault = (
-            "its bytes are not those that were written (its own SHA-256 differs), and it is "
-            "what the rest is proved by"
+            "its bytes are not those that were written (its own SHA-256 differs), and it is what "
+            "the rest is proved by"
         )
         return verification.Report((Fault(filenames.MANIFEST, fault),), {})
     note = read_manifest(folder)

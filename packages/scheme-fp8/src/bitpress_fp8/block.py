@@ -62,8 +62,7 @@ def quantize(layer: Layer, options: Options) -> Layer:
     if width % options.block[1]:
         raise ShapeError(
             f"width {width} is not a multiple of {options.block[1]}, into which transformers cuts "
-            "the activations; "
-            "scheme fp8 takes any width"
+            "the activations; scheme fp8 takes any width"
         )
     scale = numerics.e4m3_scale(numerics.block_absmax(layer.weight, options.block))
     return e4m3.encode(layer, scale, numerics.expand_blocks(scale, options.block, (out, width)))

@@ -209,8 +209,8 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
                 )
             ]
         text = (
-            "vLLM's CUTLASS kernels refuse INT8 from capability 10.0 on, and are its first "
-            "choice; fp8 serves better here"
+            "vLLM's CUTLASS kernels refuse INT8 from capability 10.0 on, and are its first choice; "
+            "fp8 serves better here"
         )
         return [
             Finding(

@@ -32,8 +32,7 @@ def _only_16(instance: Options, attribute: attrs.Attribute[Any], value: int) -> 
     if value != scales.GROUP:
         raise ValueError(
             f"group_size {value}: NVFP4 has a scale for every {scales.GROUP} numbers, by "
-            "definition, and kernels know no other; "
-            "integer schemes have larger groups"
+            "definition, and kernels know no other; integer schemes have larger groups"
         )
 
 
@@ -194,8 +193,8 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
             ]
         if capability >= (7, 5):
             text = (
-                "no FP4 arithmetic before Blackwell (capability 10.0): vLLM leaves activations "
-                "in 16 bits (Marlin kernels)"
+                "no FP4 arithmetic before Blackwell (capability 10.0): vLLM leaves activations in "
+                "16 bits (Marlin kernels)"
             )
             return [Finding("degraded", f"{text}; w4a16 serves as well here")]
         return [

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALGORITHM = (
-    "sparsegpt: dropped weights made up for one by one; wanda: after all are chosen; "
-    "magnitude: no data"
+    "sparsegpt: dropped weights made up for one by one; wanda: after all are chosen; magnitude: no "
+    "data"
 )
 # pruned at a time: they bound what is made of them on the way
 ROWS = 2048

@@ -66,8 +66,8 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     )
     if options.layout == "dense" and (hardware.capability or (0, 0)) >= (9, 0):
         text = (
-            "sparse tensor cores take 2:4 weights, with 8 bits best, in engines that have "
-            "kernels for them"
+            "sparse tensor cores take 2:4 weights, with 8 bits best, in engines that have kernels "
+            "for them"
         )
         return [Finding("recommended", text), *found[1:]]
     return found

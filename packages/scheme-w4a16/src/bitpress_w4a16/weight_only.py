@@ -95,8 +95,8 @@ class WeightOnlyOptions(bitpress.Options):
             fits = ", ".join(f"group_size={size}" for size in (*fitting, "channel", "auto"))
             raise ShapeError(
                 f"width {width} is not a multiple of group_size {self.group_size} (as "
-                f"{max(width // 128, 1) * 128} is); "
-                f"what fits: {fits}"
+                f"{max(width // 128, 1) * 128} is); what fits: "
+                f"{fits}"
             )
         return self.group_size
 

@@ -70,8 +70,8 @@ def _view(entry: Entry, module: str, checkpoint: Checkpoint, dtype: str) -> View
     if tile is None:
         raise CheckpointError(
             f"{entry.file}: tensor {scale.name} is {list(scale.shape)}, which fits {entry.name} "
-            f"{list(entry.shape)} in no way: "
-            "one scale, one for each row, or one for each tile of the size that config.json names"
+            f"{list(entry.shape)} in no way: one scale, one for each row, or one for each tile of "
+            "the size that config.json names"
         )
     return View(
         entry.name, dtype, entry.shape, entry.file, entry.start, entry, scale=scale, tile=tile

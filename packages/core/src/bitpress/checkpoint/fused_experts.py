@@ -122,8 +122,8 @@ def _neither(both: Entry, down: Entry, table: Mapping[str, Any]) -> str:
     hidden, width = _sizes(table)
     return (
         f"{both.name} is {list(both.shape)} and {down.name} {list(down.shape)}, which with "
-        f"{hidden} channels, and {width} of an "
-        "expert, lie neither (out, in) nor (in, out), and experts are not cut by guess"
+        f"{hidden} channels, and {width} of an expert, lie neither (out, in) nor (in, out), and "
+        "experts are not cut by guess"
     )
 
 

@@ -147,9 +147,8 @@ def _weight_files(folder: Path) -> list[str]:
     if pickles:
         raise CheckpointError(
             f"{folder}: weights only as pickles ({pickles[0]}), which can run code when loaded and "
-            "are not read; convert them "
-            "where you trust them: transformers' from_pretrained(...).save_pretrained(FOLDER) "
-            "writes safetensors"
+            "are not read; convert them where you trust them: transformers' "
+            "from_pretrained(...).save_pretrained(FOLDER) writes safetensors"
         )
     raise CheckpointError(f"{folder} is not a model folder: it has no safetensors files")
 

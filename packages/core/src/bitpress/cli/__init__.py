@@ -15,8 +15,8 @@ __all__ = ["app", "main"]
 
 LESS = (
     "other processes may hold some of it; fewer --threads, with data a smaller --max-memory or "
-    "--sequence-length, take less, and "
-    "--device cpu takes none; the same command goes on from what is finished"
+    "--sequence-length, take less, and --device cpu takes none; the same command goes on from what "
+    "is finished"
 )
 
 

@@ -47,8 +47,8 @@ class CompressSummary:
         """How much smaller, how near to the source, and how to serve it."""
         manifest, before, after = self.manifest, self.plan.source_bytes, self.plan.output_bytes
         print(
-            f"{self.out}: {format_bytes(before)} -> {format_bytes(after)} "
-            f"({before / after:.2f}x smaller), {manifest.bits:.2f} bits per weight"
+            f"{self.out}: {format_bytes(before)} -> {format_bytes(after)} ("
+            f"{before / after:.2f}x smaller), {manifest.bits:.2f} bits per weight"
         )
         warn(manifest.warnings)
         self._print_calibration()
@@ -192,8 +192,8 @@ def _print_check(check: Check) -> None:
         print(f"perplexity       {check.perplexity:.4f}")
         return
     print(
-        f"perplexity       {check.perplexity:.4f}, the source's {check.source_perplexity:.4f} "
-        f"({check.rise:+.6f} nats per token)"
+        f"perplexity       {check.perplexity:.4f}, the source's {check.source_perplexity:.4f} ("
+        f"{check.rise:+.6f} nats per token)"
     )
     print(f"KL divergence    {check.kl:.6f} nats per token")
     print(f"top-1 agreement  {check.top1:.3%}")

@@ -102,7 +102,6 @@ def require_accuracy(check: Check, max_kl: float | None, folder: Path) -> None:
     if max_kl is not None and check.kl is not None and not check.kl <= max_kl:
         raise VerificationError(
             f"{folder}: the KL divergence from the source is {check.kl:.6f} nats per token, more "
-            f"than --max-kl {max_kl}; "
-            "config.json is not written; with a higher limit the same command goes on from the "
-            "finished shards"
+            f"than --max-kl {max_kl}; config.json is not written; with a higher limit the same "
+            "command goes on from the finished shards"
         )

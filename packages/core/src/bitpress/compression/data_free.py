@@ -100,8 +100,8 @@ def _refuse_non_finite(entry: Entry, first: int, weight: torch.Tensor) -> None:
         row, column = positions[0].tolist()
         raise CheckpointError(
             f"{entry.file}: tensor {entry.name} has {weight[row, column].item()} at row "
-            f"{first + row}, column {column}; "
-            "the source is damaged: fetch it again, or leave the layer out with --ignore"
+            f"{first + row}, column {column}; the source is damaged: fetch it again, or leave the "
+            "layer out with --ignore"
         )
 
 

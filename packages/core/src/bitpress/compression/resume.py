@@ -87,8 +87,8 @@ def _require_same_run(output: OutputFolder, earlier_record: str, record: Any) ->
         more = f"; and {num_hidden} more" if num_hidden > 0 else ""
         raise OutputError(
             f"{output.folder} was begun by another run: "
-            f"{'; '.join(lines[:MAX_DIFFERENCES])}{more}; "
-            "delete the folder, or go on with what it was begun with"
+            f"{'; '.join(lines[:MAX_DIFFERENCES])}{more}; delete the folder, or go on with what it "
+            "was begun with"
         )
 
 
@@ -119,8 +119,8 @@ def check_unchanged(source: Checkpoint, before: Stamps) -> None:
         if (now := _read_stamp(source, name)) != stamp:
             raise CheckpointError(
                 f"{source.folder / name}: it {'changed' if now else 'vanished'} during the run, "
-                "and what was written may hold "
-                "some of both states; delete the output and run again"
+                "and what was written may hold some of both states; delete the output and run "
+                "again"
             )
 
 

@@ -101,8 +101,8 @@ def test_rows_do_not_know_their_neighbours(step: Step) -> None:
     whole = trial.quantize(step, weight, stats=stats)
     tiles = trial.tiles(step, weight, stats, block)
     told = (
-        f"declare how many rows share numbers in `Options.row_block` (now {block}), or gather "
-        "them in `observe`"
+        f"declare how many rows share numbers in `Options.row_block` (now {block}), or gather them "
+        "in `observe`"
     )
     assert trial.same(torch.cat([tile.weight for tile in tiles]), whole.weight), (
         f"rows depend on other rows: {told}"

@@ -156,9 +156,8 @@ class Decoder:
             )
             raise CheckpointError(
                 f"{self._checkpoint.folder}: tensor {name}, which transformers' "
-                f"{type(self.model).__name__} needs, {found}: "
-                "a model of this layout cannot be run yet; schemes and options that need no data "
-                "can be used"
+                f"{type(self.model).__name__} needs, {found}: a model of this layout cannot be run "
+                "yet; schemes and options that need no data can be used"
             )
         return entry
 

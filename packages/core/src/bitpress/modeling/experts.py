@@ -54,8 +54,8 @@ class Experts(nn.Module):
             what = ", ".join(odd) or f"layers {', '.join(found[0])}, {arguments} inputs"
             raise CheckpointError(
                 f"{name}: how transformers' {type(fused).__name__} computes is not known ({what}): "
-                "it cannot be calibrated or "
-                "run yet; schemes and options that need no data can be used"
+                "it cannot be calibrated or run yet; schemes and options that need no data can be "
+                "used"
             )
         self._names, self.everything = names, everything
         # tokens come in as many equal parts as there are experts, zeros where not meant for one

@@ -60,8 +60,8 @@ def lay_out(model: Any, checkpoint: Checkpoint, container: str, everything: bool
     if ours is None:
         raise CheckpointError(
             f"{checkpoint.folder}: transformers' {type(model).__name__} has no list of blocks "
-            f"{container!r}, "
-            "under which the files name their layers: this layout cannot be calibrated yet"
+            f"{container!r}, under which the files name their layers: this layout cannot be "
+            "calibrated yet"
         )
     blocks = list(modules[ours].children())
     for name in inside:

@@ -119,8 +119,8 @@ def load(
     if choice.samples < 1 or choice.sequence_length < 1 or not 0 <= choice.seed < 2**63:
         raise DataError(
             f"{choice.samples} sequences of {choice.sequence_length} tokens with seed "
-            f"{choice.seed}: sequences and tokens are at least 1, "
-            "a seed is from 0 to 2**63 - 1"
+            f"{choice.seed}: sequences and tokens are at least 1, a seed is from 0 to 2**63 - "
+            "1"
         )
     warnings = []
     length, most = choice.sequence_length, _number(config, "max_position_embeddings")
@@ -217,9 +217,9 @@ def _check_vocabulary(
     if size is not None and len(tokens) and int(tokens.max()) >= size:
         token = int(tokens.max())
         raise CheckpointError(
-            f"{folder}: its tokenizer gives the token id {token} "
-            f"({tokenizer.convert_ids_to_tokens(token)!r}) and the config's "
-            f"vocab_size is {size}; they are not of one model"
+            f"{folder}: its tokenizer gives the token id {token} ("
+            f"{tokenizer.convert_ids_to_tokens(token)!r}) and the config's vocab_size is "
+            f"{size}; they are not of one model"
         )
 
 

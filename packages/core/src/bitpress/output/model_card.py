@@ -137,8 +137,8 @@ def _render_body(manifest: Manifest, details: RunDetails) -> Iterator[str]:
     yield "| | |\n|---|---|"
     before, after = details.source_bytes, details.output_bytes
     yield (
-        f"| weight files | {before / 1e6:,.2f} MB before, {after / 1e6:,.2f} MB now "
-        f"({before / after:.2f}x smaller) |"
+        f"| weight files | {before / 1e6:,.2f} MB before, {after / 1e6:,.2f} MB now ("
+        f"{before / after:.2f}x smaller) |"
     )
     yield (
         f"| compressed layers | {len(manifest.layers)}, {manifest.bits:.2f} bits per weight, "
@@ -155,14 +155,14 @@ def _render_body(manifest: Manifest, details: RunDetails) -> Iterator[str]:
     if errors:
         worst = max(errors, key=lambda layer: errors[layer])
         yield (
-            f"| relative error of a layer's weights | at most {errors[worst]:.5f} "
-            f"({_escaped(worst)}), measured on the files |"
+            f"| relative error of a layer's weights | at most {errors[worst]:.5f} ("
+            f"{_escaped(worst)}), measured on the files |"
         )
     if manifest.check:
         yield from _render_check(manifest.check)
     yield (
-        "\n`vllm serve` reads it as it is, and so does transformers with the "
-        "`compressed-tensors` library."
+        "\n`vllm serve` reads it as it is, and so does transformers with the `compressed-tensors` "
+        "library."
     )
     yield (
         "`bitpress.json` holds the recipe with every option, the error of every layer, and the "

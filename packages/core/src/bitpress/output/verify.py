@@ -172,8 +172,8 @@ def _compare_source_shapes(written: WrittenModel, source: Checkpoint) -> Iterato
         if entry is None or (entry.dtype, entry.shape) != (record.dtype, record.shape):
             yield Fault(
                 module,
-                f"the source's weight is not {record.dtype} {list(record.shape)}, of "
-                "which this was made",
+                f"the source's weight is not {record.dtype} {list(record.shape)}, of which this "
+                "was made",
             )
 
 

@@ -157,8 +157,8 @@ def _check_config(table: Mapping[str, Any]) -> Iterator[Fault]:
     if table.get("quantization_status") != "compressed":
         yield Fault(
             "config.json",
-            "quantization_status is not 'compressed': transformers would leave "
-            "random weights, without an error",
+            "quantization_status is not 'compressed': transformers would leave random weights, "
+            "without an error",
         )
 
     formats = {
@@ -201,8 +201,8 @@ def _check_layers(
         if module in compressed and len(names) != 1:
             yield Fault(
                 module,
-                f"it is compressed, and {len(names) or 'none'} of the config's groups "
-                "and ignored layers name it so",
+                f"it is compressed, and {len(names) or 'none'} of the config's groups and ignored "
+                "layers name it so",
             )
         elif module not in compressed and names:
             yield Fault(module, "it is stored as it was, and the config says that it is compressed")
@@ -237,8 +237,8 @@ def _check_layer(
     num_bits = int((group.get("weights") or {}).get("num_bits", 0))
     if len(shape) != 2 or shape[0] != rows or -(-shape[1] * num_bits // 32) != codes.shape[1]:
         yield (
-            f"weight_shape says {list(shape)}, and the codes are {list(codes.shape)} words "
-            f"of {num_bits}-bit numbers"
+            f"weight_shape says {list(shape)}, and the codes are {list(codes.shape)} words of "
+            f"{num_bits}-bit numbers"
         )
         return
     yield from _check_scale_shape(group, tensors, rows, shape[1])
@@ -280,8 +280,8 @@ def _check_scale_shape(
     }.get(str(strategy))
     if expected is not None and tensors["weight_scale"].shape != expected:
         yield (
-            f"weight_scale is {list(tensors['weight_scale'].shape)}, and strategy {strategy} "
-            f"needs {list(expected)}"
+            f"weight_scale is {list(tensors['weight_scale'].shape)}, and strategy {strategy} needs "
+            f"{list(expected)}"
         )
 
 
@@ -315,8 +315,8 @@ def _check_block_rows(members: Mapping[str, ModuleTensors], group: ConfigGroup) 
         if rows % block_rows:
             yield Fault(
                 module,
-                f"{rows} rows are no multiple of {block_rows}, the height of a block, and "
-                "engines fuse it with others",
+                f"{rows} rows are no multiple of {block_rows}, the height of a block, and engines "
+                "fuse it with others",
             )
 
 

@@ -178,8 +178,8 @@ def _digest(source: Checkpoint, recipe: Recipe, data: str) -> str:
 def _warnings(source: Checkpoint, recipe: Recipe, modules: Sequence[str]) -> Iterator[str]:
     for pattern in recipe.idle_patterns(modules):
         yield (
-            f"the rule for {pattern!r} comes too late: what is before it takes all layers that "
-            "it matches"
+            f"the rule for {pattern!r} comes too late: what is before it takes all layers that it "
+            "matches"
         )
     experts = [
         entry

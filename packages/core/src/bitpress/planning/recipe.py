@@ -76,10 +76,9 @@ class Recipe:
                 )
             if not any(fnmatchcase(module, pattern) for module in modules):
                 raise RecipeError(
-                    f"the pattern {pattern!r} matches none of the {len(modules)} linear "
-                    f"layers{_hint(pattern, modules)} "
-                    "(embeddings, lm_head, norms, routers and vision towers are left alone in any "
-                    "case)"
+                    f"the pattern {pattern!r} matches none of the {len(modules)} linear layers"
+                    f"{_hint(pattern, modules)} (embeddings, lm_head, norms, routers and vision "
+                    "towers are left alone in any case)"
                 )
         return {module: self.steps(module) for module in modules}
 

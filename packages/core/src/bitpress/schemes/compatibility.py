@@ -70,7 +70,7 @@ def hook_fault(manager: pluggy.PluginManager, plugin: Any) -> str | None:
         for argument in inspect.signature(getattr(plugin, name)).parameters:
             if argument not in given:
                 return (
-                    f"{hook} asks for {argument!r}, which {here} does not "
-                    f"give{nearest(argument, given)} {upgrade}"
+                    f"{hook} asks for {argument!r}, which {here} does not give"
+                    f"{nearest(argument, given)} {upgrade}"
                 )
     return None

@@ -137,8 +137,8 @@ class Registry:
                 )
         hint, installed = nearest(name, self.schemes), ", ".join(self.schemes) or "none"
         raise RecipeError(
-            f"scheme {name!r} is not installed{hint} (installed: {installed}); "
-            "schemes are packages, bitpress-scheme-NAME: pip install the one that provides it"
+            f"scheme {name!r} is not installed{hint} (installed: {installed}); schemes are "
+            "packages, bitpress-scheme-NAME: pip install the one that provides it"
         )
 
 

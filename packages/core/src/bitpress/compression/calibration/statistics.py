@@ -83,8 +83,8 @@ def _usable(name: str, arrival: Arrival) -> Arrival:
     if bad > UNUSABLE * len(good):
         raise CheckpointError(
             f"layer {name}: {bad} of {len(good)} calibration tokens reach it as NaN or infinity: "
-            "the model itself makes them "
-            "(or its weights are damaged); check that it runs in this precision"
+            "the model itself makes them (or its weights are damaged); check that it runs in this "
+            "precision"
         )
     return arrival.only(good)
 
@@ -111,9 +111,8 @@ def few(tokens: Mapping[str, int]) -> Iterator[str]:
             )
             yield (
                 f"{experts}: {len(short)} of {len(counts)} experts were sent fewer than "
-                f"{MIN_EXPERT_TOKENS} tokens and are compressed as "
-                f"without data: {names}{', ...' if len(short) > TOLD else ''}; give more text, or "
-                "--all-experts"
+                f"{MIN_EXPERT_TOKENS} tokens and are compressed as without data: "
+                f"{names}{', ...' if len(short) > TOLD else ''}; give more text, or --all-experts"
             )
 
 

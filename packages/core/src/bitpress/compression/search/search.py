@@ -146,8 +146,7 @@ def _limit(units: Sequence[Unit], names: Sequence[str], budget: float) -> int:
     if not round(least, 2) <= budget:
         raise RecipeError(
             f"--budget {budget:g}: {', '.join(names)} take from {least:.2f} to {most:.2f} bits per "
-            "weight, scales included; give "
-            "more, or a smaller scheme"
+            "weight, scales included; give more, or a smaller scheme"
         )
     return int((min(budget, most) + ROUNDING) * weights / 8)
 

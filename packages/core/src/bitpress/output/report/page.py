@@ -123,8 +123,8 @@ def _drift(note: Manifest) -> str:
     if note.check and note.check.drift:
         drawn["the check's text"] = list(enumerate(note.check.drift))
     text = (
-        "|h − h′| / |h′| of the hidden states after each block, h′ being the source's: how "
-        "errors add up on the way."
+        "|h − h′| / |h′| of the hidden states after each block, h′ being the source's: how errors "
+        "add up on the way."
     )
     return (
         _section("How far hidden states drift", charts.by_block(drawn, "relative distance"), text)
@@ -194,8 +194,8 @@ def _settings(note: Manifest) -> str:
     recipe = html.escape(json.dumps(note.recipe, indent=2))
     warnings = "".join(f"<li>{html.escape(text)}</li>" for text in note.warnings)
     told = (
-        f"<details><summary>{len(note.warnings)} warnings of the "
-        f"run</summary><ul>{warnings}</ul></details>"
+        f"<details><summary>{len(note.warnings)} warnings of the run</summary><ul>"
+        f"{warnings}</ul></details>"
         if warnings
         else ""
     )
