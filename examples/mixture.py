@@ -83,10 +83,10 @@ def grown() -> MixtralForCausalLM:
 
 def train(model: MixtralForCausalLM, ids: torch.Tensor, tokens: int) -> None:
     """So many tokens of a text, once or more often, in sequences drawn anew each time."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     steps = tokens // (LENGTH * BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, RATE, total_steps=steps + 1, pct_start=0.1
+        optimizer, RATE, total_steps=steps + 1, pct_start=0.1
     )
     for step in range(steps):
         starts = torch.randint(len(ids) - LENGTH, (BATCH,)).tolist()
@@ -94,8 +94,8 @@ def train(model: MixtralForCausalLM, ids: torch.Tensor, tokens: int) -> None:
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
         if step % 10 == 0:
             print(f"step {step} of {steps}: loss {loss.item():.3f}", flush=True)

@@ -1,4 +1,4 @@
-"""Steps joined by `+`: whatever is pruned first stays zero through every quantising scheme, and
+"""Steps joined by `+`: whatever is pruned first stays zero through every quantizing scheme, and
 nothing is corrected twice.
 """
 
@@ -29,7 +29,7 @@ PRUNING = {
     "half": ("sparse", {}),
     "a third, with data": ("sparse", {"algorithm": "sparsegpt", "sparsity": 1 / 3}),
 }
-QUANTISING = {
+QUANTIZING = {
     "fp8": ("fp8", {}),
     "fp8 per tensor": ("fp8", {"weights": "tensor"}),
     "fp8-block": ("fp8-block", {}),
@@ -46,7 +46,7 @@ WIDTH = 128
 
 
 def steps(first: str, second: str | None = None) -> tuple[Step, ...]:
-    names = [PRUNING[first], *([QUANTISING[second]] if second else [])]
+    names = [PRUNING[first], *([QUANTIZING[second]] if second else [])]
     return tuple(discover().get(name).step(options) for name, options in names)
 
 
@@ -93,7 +93,7 @@ def missing(weight: torch.Tensor, found: torch.Tensor, moved: float = 0.2) -> fl
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(
     st.sampled_from(list(PRUNING)),
-    st.sampled_from(list(QUANTISING)),
+    st.sampled_from(list(QUANTIZING)),
     st.integers(1, 5),
     st.integers(0, 1000),
 )
@@ -118,8 +118,8 @@ def test_what_is_pruned_stays_zero_and_what_is_stored_comes_back(
 
 
 def rounded(second: str, weight: torch.Tensor) -> float:
-    """What is missing after the quantising step alone."""
-    name, options = QUANTISING[second]
+    """What is missing after the quantizing step alone."""
+    name, options = QUANTIZING[second]
     return missing(weight, result((discover().get(name).step(options),), weight).weight)
 
 
@@ -236,7 +236,7 @@ def test_a_mixed_recipe_names_every_group_and_ignores_the_rest_by_full_path(tmp_
     assert tensors_of(tmp_path / "dense").keys() == tensors_of(source).keys()
 
 
-def test_a_bitmask_beside_a_quantised_group_names_its_layers(tmp_path: Path) -> None:
+def test_a_bitmask_beside_a_quantized_group_names_its_layers(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(
         '[[layers]]\nmatch = "*.mlp.*"\nsteps = [{ use = "sparse", layout = "bitmask" }]\n'
         '[[layers]]\nmatch = "*"\nsteps = ["fp8"]\n'

@@ -74,7 +74,7 @@ def with_restored_weights(source: Path, out: Path, recipe: Recipe) -> torch.nn.M
 
 
 def loaded(out: Path) -> torch.nn.Module:
-    """The output as transformers loads it, its activations left unquantised."""
+    """The output as transformers loads it, its activations left unquantized."""
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     model.apply(disable_quantization)
     return model

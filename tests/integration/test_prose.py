@@ -68,7 +68,7 @@ def test_every_hook_is_specified_with_its_arguments() -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
-def test_a_package_has_its_own_version_notes_readme_licence_and_types(package: Path) -> None:
+def test_a_package_has_its_own_version_notes_readme_license_and_types(package: Path) -> None:
     table = project(package)
     assert f"## {table['version']}" in (package / "CHANGELOG.md").read_text()
     assert table["name"] in (package / "README.md").read_text()

@@ -157,7 +157,7 @@ def test_a_file_that_is_nearly_all_hole_and_claims_a_gigantic_layer_fills_no_mem
     assert taken[0] < 100_000_000
 
 
-def test_names_that_would_be_paths_or_colours_or_markup_are_names_and_nothing_else(
+def test_names_that_would_be_paths_or_colors_or_markup_are_names_and_nothing_else(
     tmp_path: Path, toy: Path
 ) -> None:
     names = [

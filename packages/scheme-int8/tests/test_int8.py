@@ -100,8 +100,8 @@ def test_hardware_is_judged_by_what_its_engine_runs(device: str, level: str) -> 
 @pytest.mark.parametrize("static", [False, True])
 def test_an_outlier_channel_is_smoothed_and_an_even_input_is_left_alone(static: bool) -> None:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
-    assert smoothing.factors(weight, smoothing.observed(inputs()), None, static) is None
-    found = smoothing.factors(weight, smoothing.observed(inputs(outlier=60)), None, static)
+    assert smoothing.factors(weight, smoothing.observe_channels(inputs()), None, static) is None
+    found = smoothing.factors(weight, smoothing.observe_channels(inputs(outlier=60)), None, static)
     assert found is not None
     assert found.argmax() == 5
     assert torch.equal(found, found.log2().round().exp2())
@@ -112,7 +112,7 @@ def test_smoothing_lowers_the_true_error_of_integer_arithmetic() -> None:
         inputs(outlier=60),
         torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02,
     )
-    s = smoothing.factors(weight, smoothing.observed(x), None, static=False)
+    s = smoothing.factors(weight, smoothing.observe_channels(x), None, static=False)
     assert s is not None
 
     def rounded(values: torch.Tensor) -> torch.Tensor:

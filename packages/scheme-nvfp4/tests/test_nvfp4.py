@@ -52,7 +52,7 @@ def numbers(rows: int, columns: int, seed: int = 0, spread: float = 0.0) -> torc
     return grouped.view(rows, -1)[:, :columns].bfloat16().float()
 
 
-def quantised(weight: torch.Tensor, used: Step, stats: dict[str, Statistic] | None = None) -> Layer:
+def quantized(weight: torch.Tensor, used: Step, stats: dict[str, Statistic] | None = None) -> Layer:
     layer = Layer("layer", weight, torch.bfloat16)
     return pipeline.quantize_whole(layer, [used], [stats or {}])
 
@@ -107,7 +107,7 @@ AWKWARD = {
 def test_what_is_stored_is_decoded_exactly(
     kind: str, rows: int, groups: int, seed: int, spread: float
 ) -> None:
-    layer = quantised(
+    layer = quantized(
         AWKWARD[kind](numbers(rows, 16 * groups, seed, spread)), this := step(**PLAIN)
     )
     record = stored(layer, this)
@@ -121,13 +121,13 @@ def test_what_is_stored_is_decoded_exactly(
 @pytest.mark.parametrize("kind", ["normal", "tiny", "denormal", "huge"])
 def test_numbers_of_any_size_lose_alike(kind: str) -> None:
     weight = AWKWARD[kind](numbers(8, 64))
-    found = quantised(weight, step(**PLAIN)).weight
+    found = quantized(weight, step(**PLAIN)).weight
     assert (found - weight).double().norm() < 0.12 * weight.double().norm()
 
 
 def test_two_codes_lie_in_a_byte_the_even_column_in_its_low_half() -> None:
     row = torch.cat([MAGNITUDES, -MAGNITUDES]).unsqueeze(0)
-    layer = quantised(row, this := step(**PLAIN))
+    layer = quantized(row, this := step(**PLAIN))
     scale = all_at_once(layer).flatten()
     # all of them are representable
     assert torch.equal(layer.weight / scale, row / scale)
@@ -143,7 +143,7 @@ def test_the_record_is_what_compressed_tensors_calls_it(
     activations: str, given_inputs: bool
 ) -> None:
     this = step(activations=activations, algorithm="rtn")
-    record = stored(quantised(numbers(24, 64), this), this)
+    record = stored(quantized(numbers(24, 64), this), this)
     inputs = {"input_global_scale": (torch.float32, (1,))} if given_inputs else {}
     assert {n: (t.dtype, tuple(t.shape)) for n, t in record.tensors.items()} == {
         "weight_packed": (torch.uint8, (24, 32)),
@@ -160,7 +160,7 @@ def test_the_record_is_what_compressed_tensors_calls_it(
 
 def test_a_group_s_scale_is_the_best_e4m3_number_of_an_octave() -> None:
     weight = numbers(16, 64, spread=1)
-    layer = quantised(weight, step(**PLAIN))
+    layer = quantized(weight, step(**PLAIN))
     divisor, groups = layer.qparams["global_scale"], weight.view(16, 4, 16)
     costs = []
     for local in LOCALS:
@@ -183,7 +183,7 @@ def test_a_group_s_scale_is_the_best_e4m3_number_of_an_octave() -> None:
 
 def test_rounding_loses_what_was_worked_out_for_normal_numbers() -> None:
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(3))
-    found = quantised(weight, step(**PLAIN)).weight
+    found = quantized(weight, step(**PLAIN)).weight
     # amax / 6 gives 0.0090
     assert float((found - weight).square().mean()) == pytest.approx(0.0065, abs=0.0002)
 
@@ -224,7 +224,7 @@ def test_error_feedback_beats_rounding(activations: str) -> None:
 
     def error(algorithm: str) -> float:
         this = step(activations=activations, algorithm=algorithm)
-        found = quantised(weight, this, observed(this, x, weight)).weight
+        found = quantized(weight, this, observed(this, x, weight)).weight
         return float(((found - weight) @ x.T).norm() / (weight @ x.T).norm())
 
     assert error("gptq") < 0.75 * error("rtn")
@@ -233,14 +233,14 @@ def test_error_feedback_beats_rounding(activations: str) -> None:
 def test_the_inputs_global_scale_reaches_the_largest_that_was_seen() -> None:
     this, weight = step(algorithm="rtn"), numbers(8, 32)
     stats = observed(this, torch.linspace(-5, 3, 64).view(2, 32), weight)
-    assert stored(quantised(weight, this, stats), this).tensors[
+    assert stored(quantized(weight, this, stats), this).tensors[
         "input_global_scale"
     ].item() == pytest.approx(2688 / 5)
 
 
 def test_a_layer_without_data_takes_inputs_up_to_2688() -> None:
     this = step()
-    assert stored(quantised(numbers(8, 32), this), this).tensors["input_global_scale"].item() == 1.0
+    assert stored(quantized(numbers(8, 32), this), this).tensors["input_global_scale"].item() == 1.0
 
 
 def as_compressed_tensors_serves(x: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
@@ -255,7 +255,7 @@ def test_inputs_are_rounded_as_compressed_tensors_rounds_them(divisor: float) ->
     x = numbers(64, 64, spread=2)
     # a token of zeros, and groups below the least scale
     x[3], x[:, 16:32] = 0, x[:, 16:32] / 1e6
-    record = stored(quantised(numbers(8, 64), this := step(algorithm="rtn")), this)
+    record = stored(quantized(numbers(8, 64), this := step(algorithm="rtn")), this)
     tensors = {**record.tensors, "input_global_scale": torch.tensor([divisor])}
     found = input_rounding(tensors, record.config, [this])(x)
     assert torch.equal(found, as_compressed_tensors_serves(x, torch.tensor([divisor])))

@@ -172,7 +172,7 @@ def test_verify_counts_the_zeros(tmp_path: Path, scheme: str) -> None:
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     done = command("verify", out)
     assert done.returncode == 1
-    most = "3 of 4 neighbours" if scheme == "sparse-2of4" else "65 of 128 neighbours"
+    most = "3 of 4 neighbors" if scheme == "sparse-2of4" else "65 of 128 neighbors"
     assert f"{LAYER}: {scheme}: {most} are not zero" in done.stderr
 
 

@@ -28,7 +28,7 @@ def numbers(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return (weight + 0.01).bfloat16().float()
 
 
-def quantised(
+def quantized(
     weight: torch.Tensor,
     used: Step,
     stats: dict[str, Statistic] | None = None,
@@ -76,7 +76,7 @@ def test_restoring_what_is_packed_is_exact(
     name, group, symmetric = used
     width = odd if group == "channel" else group * groups
     this = step(name, group_size=group, symmetric=symmetric)
-    layer = quantised(numbers(rows, width, seed), this)
+    layer = quantized(numbers(rows, width, seed), this)
     record = stored(layer, this)
     assert torch.equal(pipeline.dequantize(record.tensors, record.config, [this]), layer.weight)
     assert torch.equal(loaded(record), layer.weight)
@@ -86,7 +86,7 @@ def test_restoring_what_is_packed_is_exact(
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_words_are_those_of_compressed_tensors_to_the_bit(name: str, symmetric: bool) -> None:
     this, bits = step(name, symmetric=symmetric), BITS[name]
-    layer = quantised(numbers(24, 384), this)
+    layer = quantized(numbers(24, 384), this)
     tensors = stored(layer, this).tensors
     assert torch.equal(tensors["weight_packed"], pack_to_int32(layer.codes, bits))
     assert torch.equal(
@@ -166,7 +166,7 @@ CASES: dict[
 def test_the_record_is_what_compressed_tensors_calls_it(case: str) -> None:
     name, options, weights, tensors = CASES[case]
     this = step(name, **options)
-    record = stored(quantised(numbers(16, 384), this), this)
+    record = stored(quantized(numbers(16, 384), this), this)
     found = {suffix: (t.dtype, tuple(t.shape)) for suffix, t in record.tensors.items()}
     assert found == tensors | {"weight_shape": (torch.int64, (2,))}
     assert record.tensors["weight_shape"].tolist() == [16, 384]
@@ -182,7 +182,7 @@ def test_scales_are_stored_in_the_model_s_own_dtype_and_codes_made_for_them(
     dtype: torch.dtype,
 ) -> None:
     this = step("w4a16")
-    layer = quantised(numbers(8, 128), this, dtype=dtype)
+    layer = quantized(numbers(8, 128), this, dtype=dtype)
     record = stored(layer, this)
     assert record.tensors["weight_scale"].dtype == dtype
     scale = record.tensors["weight_scale"].float()
@@ -201,7 +201,7 @@ def test_the_searched_grid_costs_less_than_the_whole_range(symmetric: bool) -> N
         scale = (high - low) / 15
         zero = (-8 - low / scale).round()
     plain = ((grouped / scale).round().add(zero).clamp(-8, 7) - zero) * scale
-    found = quantised(weight, step("w4a16", symmetric=symmetric)).weight
+    found = quantized(weight, step("w4a16", symmetric=symmetric)).weight
     assert (found - weight).square().sum() < (plain.view(64, 256) - weight).square().sum()
 
 
@@ -210,7 +210,7 @@ def test_16_bit_activations_store_a_scale_from_the_largest_input() -> None:
     assert this.calibrated
     x = torch.linspace(-3, 2, 256).view(2, 128)
     stats = this.call("observe", inputs=x, reference=None, residual=None, weight=None)
-    record = stored(quantised(numbers(8, 128), this, stats), this)
+    record = stored(quantized(numbers(8, 128), this, stats), this)
     assert record.tensors["input_scale"].tolist() == pytest.approx([3 / 32767.5])
     assert record.config["input_activations"] == INT | {
         "num_bits": 16,
@@ -222,4 +222,4 @@ def test_16_bit_activations_store_a_scale_from_the_largest_input() -> None:
 
 def test_16_bit_activations_of_a_layer_without_data_have_scale_one() -> None:
     this = step("w8a16", activations="int16")
-    assert stored(quantised(numbers(8, 128), this), this).tensors["input_scale"].tolist() == [1.0]
+    assert stored(quantized(numbers(8, 128), this), this).tensors["input_scale"].tolist() == [1.0]

@@ -115,8 +115,8 @@ def both(
         plain[tensor] = decoded(codes, scales, high, wide)
     (folder / "coded").mkdir()
     (folder / "plain").mkdir()
-    quantised = dict(config) | {"quantization_config": table}
-    return write(folder / "coded/m", coded, quantised), write(
+    quantized = dict(config) | {"quantization_config": table}
+    return write(folder / "coded/m", coded, quantized), write(
         folder / "plain/m", plain, dict(config)
     )
 

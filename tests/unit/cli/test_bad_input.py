@@ -49,7 +49,7 @@ def config_is_not_text(model: Path) -> None:
     (model / "config.json").write_bytes(b"\xff\xfe\x00")
 
 
-def config_is_quantised(model: Path) -> None:
+def config_is_quantized(model: Path) -> None:
     (model / "config.json").write_text(
         json.dumps({**LLAMA, "quantization_config": {"quant_method": "gptq"}})
     )
@@ -98,7 +98,7 @@ def two_files_and_no_index(model: Path) -> None:
         (config_is_a_list, ["config.json", "an object is expected"]),
         (config_is_cut_short, ["config.json", "not valid JSON"]),
         (config_is_not_text, ["config.json", "not valid JSON"]),
-        (config_is_quantised, ["already quantized (gptq)", "start from the original"]),
+        (config_is_quantized, ["already quantized (gptq)", "start from the original"]),
         (weights_are_fp8, [LAYER, "F8_E4M3", "already quantized"]),
         (weights_are_pickled, ["pytorch_model.bin", "from_pretrained", "save_pretrained"]),
         (

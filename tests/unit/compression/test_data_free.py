@@ -91,19 +91,19 @@ def test_every_other_file_of_the_source_is_carried_over(
     )
 
 
-def test_the_config_gains_the_quantisation_and_nothing_else(
+def test_the_config_gains_the_quantization_and_nothing_else(
     tmp_path: Path, with_toy: Path, model: Path
 ) -> None:
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     before, after = (
         json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "out")
     )
-    quantised = after.pop("quantization_config")
+    quantized = after.pop("quantization_config")
     assert after == before
-    assert quantised["quant_method"] == "compressed-tensors"
-    assert quantised["quantization_status"] == "compressed"
-    assert quantised["format"] == "int-quantized"
-    assert list(quantised["config_groups"].values()) == [
+    assert quantized["quant_method"] == "compressed-tensors"
+    assert quantized["quantization_status"] == "compressed"
+    assert quantized["format"] == "int-quantized"
+    assert list(quantized["config_groups"].values()) == [
         {
             "targets": ["Linear"],
             "format": "int-quantized",
@@ -111,7 +111,7 @@ def test_the_config_gains_the_quantisation_and_nothing_else(
         }
     ]
     assert {"lm_head", "visual.blocks.0.attn.qkv", "mtp.layers.0.mlp.up_proj"} <= set(
-        quantised["ignore"]
+        quantized["ignore"]
     )
 
 

@@ -128,7 +128,7 @@ BROKEN = {
     ),
     "shares a scale": (
         [("amax(1, keepdim=True)", "amax().expand(len(layer.weight), 1)")],
-        "do_not_know_their_neighbours",
+        "do_not_know_their_neighbors",
         "declare how many rows share numbers in `Options.row_block` (now 1)",
     ),
     "has parts that lie across": (

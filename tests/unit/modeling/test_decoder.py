@@ -261,7 +261,7 @@ print(model.model.layers[0].mlp.up_proj.weight.std().item())
 """
 
 
-def test_models_that_a_program_builds_afterwards_are_initialised_as_ever(tmp_path: Path) -> None:
+def test_models_that_a_program_builds_afterwards_are_initialized_as_ever(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON)).save_pretrained(
         tmp_path / "m"
     )

@@ -84,7 +84,7 @@ def test_a_gigabyte_of_nothing_fills_no_memory(model: Path, tmp_path: Path, seed
     assert taken[0] < 900e6
 
 
-def test_one_text_longer_than_is_wanted_is_tokenised_no_further(
+def test_one_text_longer_than_is_wanted_is_tokenized_no_further(
     model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "some words " * 1_000_000}))

@@ -61,7 +61,7 @@ def test_multiplying_is_the_inverse_of_solving() -> None:
 
 
 @pytest.mark.parametrize("together", [1, 4, 12, 48])
-def test_neighbours_stay_together_the_most_active_first(together: int) -> None:
+def test_neighbors_stay_together_the_most_active_first(together: int) -> None:
     x = inputs(48)
     order = factored(x, together).order.view(-1, together)
     assert sorted(order.flatten().tolist()) == list(range(48))

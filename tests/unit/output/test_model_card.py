@@ -21,7 +21,7 @@ from bitpress.conformance.commands import command, refusal
 from bitpress.conformance.models import files_of, write_model
 
 OWN = (
-    "---\nlicense: other\nlicense_name: my-licence\nlicense_link: LICENSE\nlanguage: [en, de]"
+    "---\nlicense: other\nlicense_name: my-license\nlicense_link: LICENSE\nlanguage: [en, de]"
     "\ntags: [mine]\n---\n# Mine\n"
 )
 
@@ -39,14 +39,14 @@ def front(folder: Path) -> dict[str, Any]:
     return dict(yaml.safe_load(text.split("---\n")[1]))
 
 
-def test_the_hub_finds_base_licence_and_tags(with_toy: Path, model: Path, tmp_path: Path) -> None:
+def test_the_hub_finds_base_license_and_tags(with_toy: Path, model: Path, tmp_path: Path) -> None:
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     data = ModelCard.load(tmp_path / "out/README.md", ignore_metadata_errors=False).data
     assert data.base_model == "model"
     assert data.base_model_relation == "quantized"
     assert (data.license, data.license_name, data.license_link, data.language) == (
         "other",
-        "my-licence",
+        "my-license",
         "LICENSE",
         ["en", "de"],
     )

@@ -63,7 +63,7 @@ def test_the_page_needs_nothing_but_itself(page: str) -> None:
     assert all(link.startswith("#") for link in links)
 
 
-def test_charts_are_drawings_in_colours_that_both_light_and_dark_define(page: str) -> None:
+def test_charts_are_drawings_in_colors_that_both_light_and_dark_define(page: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     # sizes, errors, and how far hidden states drift
     assert len(drawings) == 3

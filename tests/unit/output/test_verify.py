@@ -98,7 +98,7 @@ def scale(value: float) -> Callable[[Path], None]:
     return tensors(lambda found: found[f"{LAYER}.weight_scale"][7].fill_(value))
 
 
-def quantised(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def quantized(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return table("config.json", lambda config: change(config["quantization_config"]))
 
 
@@ -179,15 +179,15 @@ FORGED = {
         [f"{LAYER}.bias", "missing"],
     ),
     "the config says other bits": (
-        quantised(lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=4)),
+        quantized(lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=4)),
         [CONFIG],
     ),
-    "the config ignores too little": (quantised(lambda q: q["ignore"].pop()), [CONFIG]),
+    "the config ignores too little": (quantized(lambda q: q["ignore"].pop()), [CONFIG]),
     "the config ignores a compressed layer": (
-        quantised(lambda q: q["ignore"].append(LAYER)),
+        quantized(lambda q: q["ignore"].append(LAYER)),
         [CONFIG],
     ),
-    "the config has no status": (quantised(lambda q: q.pop("quantization_status")), [CONFIG]),
+    "the config has no status": (quantized(lambda q: q.pop("quantization_status")), [CONFIG]),
     "the config says nothing": (
         table("config.json", lambda c: c.pop("quantization_config")),
         [CONFIG],

@@ -176,7 +176,7 @@ CASES = {
 
 @pytest.mark.parametrize("files", [1, 2, 3], ids=lambda n: f"{n} files")
 @pytest.mark.parametrize("name", CASES)
-def test_layers_and_stacks_are_those_that_engines_quantise_and_fuse(name: str, files: int) -> None:
+def test_layers_and_stacks_are_those_that_engines_quantize_and_fuse(name: str, files: int) -> None:
     case = CASES[name]
     found = linear_layers(checkpoint(case.tensors, case.config, files))
     assert set(group_fused(found)) == case.expected
@@ -263,7 +263,7 @@ def test_a_layer_that_no_rule_matched_is_listed_too() -> None:
             r"h\.0\.attn\.c_attn is stored transposed \(in, out\), as GPT-2 does",
         ),
     ],
-    ids=["no blocks", "quantised", "transposed"],
+    ids=["no blocks", "quantized", "transposed"],
 )
 def test_what_cannot_be_compressed_is_refused(tensors: Shapes, dtype: str, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):

@@ -78,7 +78,7 @@ def test_every_item_falls_to_one_rank_and_none_has_much_more_than_another(count:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_neighbours_stay_together_and_parts_are_as_even_as_can_be(count: int) -> None:
+def test_neighbors_stay_together_and_parts_are_as_even_as_can_be(count: int) -> None:
     parts = [Ranks(rank, count).part("abcdefg") for rank in range(count)]
     assert [place for part in parts for place in part] == list(range(7))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -1,5 +1,5 @@
 """Schemes are found by their entry points: a broken one is reported and harms nobody, and none
-reaches its neighbour.
+reaches its neighbor.
 """
 
 from __future__ import annotations
@@ -141,22 +141,22 @@ def test_a_scheme_that_fails_to_judge_a_device_is_listed_and_says_so(tmp_path: P
     assert "ValueError: no idea" in command("schemes", "silly", path=folder).stdout
 
 
-# --- neighbours and extensions
+# --- neighbors and extensions
 # ----------------------------------------------------------------------
 
 GREEDY = (
     TOY.replace('"""Toy integers, for tests."""', '"""Wants to be called first, always."""')
     .replace("@hookimpl\n", "@hookimpl(tryfirst=True)\n")
-    .replace("    scale =", "    raise RuntimeError('a neighbour was called')\n    scale =")
+    .replace("    scale =", "    raise RuntimeError('a neighbor was called')\n    scale =")
 )
 WRAPPER = (
-    "\n@hookimpl(wrapper=True)\ndef pack(layer):\n    raise RuntimeError('a neighbour was called')"
+    "\n@hookimpl(wrapper=True)\ndef pack(layer):\n    raise RuntimeError('a neighbor was called')"
     "\n    yield\n"
 )
 
 
 @pytest.mark.parametrize("module", [GREEDY, TOY + WRAPPER], ids=["first", "wrapper"])
-def test_a_hook_never_reaches_a_neighbour(tmp_path: Path, module: str) -> None:
+def test_a_hook_never_reaches_a_neighbor(tmp_path: Path, module: str) -> None:
     model = write_model(tmp_path / "m")
     with plugins(install_toy(tmp_path / "alone")):
         bitpress.compress(model, tmp_path / "expected", scheme="toy")

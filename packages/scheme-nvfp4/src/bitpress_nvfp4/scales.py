@@ -24,7 +24,7 @@ GROUP = 16
 # the local scale of the largest group, below E4M3's 448: there are larger ones to try
 ROOM = 256.0
 # E4M3 numbers to try, counted from the power of two below the one that reaches the largest weight
-NEIGHBOURS = range(-7, 17)
+NEIGHBORS = range(-7, 17)
 # exponent of E4M3's greatest power of two, from which there are but seven numbers, up to 448
 TOP = 8
 # of E4M3
@@ -97,15 +97,15 @@ def fit(weight: Tensor, importance: Tensor | None, divisor: Tensor) -> Grid:
 
 
 def _beside() -> Tensor:
-    """E4M3 numbers around 1, as they are around every power of two (NEIGHBOURS,)."""
+    """E4M3 numbers around 1, as they are around every power of two (NEIGHBORS,)."""
     import torch
 
-    return torch.tensor([(1 + k % 8 / 8) * 2.0 ** (k // 8) for k in NEIGHBOURS])
+    return torch.tensor([(1 + k % 8 / 8) * 2.0 ** (k // 8) for k in NEIGHBORS])
 
 
 @functools.lru_cache
 def _costs(device: torch.device) -> Tensor:
-    """Of weights in units of the span, below the top and at the top: (2, places, NEIGHBOURS)."""
+    """Of weights in units of the span, below the top and at the top: (2, places, NEIGHBORS)."""
     import torch
 
     scale = _beside()

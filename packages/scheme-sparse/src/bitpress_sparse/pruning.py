@@ -146,7 +146,7 @@ def validate_weight(weight: Tensor, options: PruningOptions) -> str | None:
     group, kept = options.group(width), options.kept(width)
     most = int((weight != 0).view(-1, group).sum(1).amax())
     return (
-        f"{most} of {group} neighbours are not zero, where at most {kept} may be"
+        f"{most} of {group} neighbors are not zero, where at most {kept} may be"
         if most > kept
         else None
     )

@@ -1,5 +1,5 @@
 """2:4 sparsity: two of every four weights along the input dimension are zero, alone or before a
-quantising scheme.
+quantizing scheme.
 """
 
 from __future__ import annotations

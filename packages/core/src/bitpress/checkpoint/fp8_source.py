@@ -36,7 +36,7 @@ def readable(config: Mapping[str, Any]) -> bool:
     return ACTIVATIONS in found or (found.get("quant_method") == METHOD and bool(weights) and plain)
 
 
-def dequantised(checkpoint: Checkpoint) -> dict[str, Entry]:
+def dequantized(checkpoint: Checkpoint) -> dict[str, Entry]:
     """Every tensor, those in FP8 as matrices of the dtype that the config names.
 
     Raises:

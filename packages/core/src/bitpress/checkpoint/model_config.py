@@ -17,13 +17,13 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def table(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config says of how the model is quantised; empty where it says nothing."""
+    """What a config says of how the model is quantized; empty where it says nothing."""
     found = config.get(KEY) or text_part(config).get(KEY)
     return found if isinstance(found, dict) else {}
 
 
-def quantised_already(config: Mapping[str, Any]) -> str | None:
-    """The method by which a model's config says that it is quantised, or None."""
+def quantized_already(config: Mapping[str, Any]) -> str | None:
+    """The method by which a model's config says that it is quantized, or None."""
     if not (config.get(KEY) or text_part(config).get(KEY)):
         return None
     return str(table(config).get("quant_method") or "an unnamed method")

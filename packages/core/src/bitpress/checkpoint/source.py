@@ -37,7 +37,7 @@ def seen(checkpoint: Checkpoint) -> Source:
     if isinstance(checkpoint, Source):
         return checkpoint
     if fp8_source.readable(checkpoint.config):
-        entries, config = fp8_source.dequantised(checkpoint), dict(checkpoint.config)
+        entries, config = fp8_source.dequantized(checkpoint), dict(checkpoint.config)
         if text := text_part(config):
             config["text_config"] = {key: value for key, value in text.items() if key != KEY}
         config.pop(KEY, None)

@@ -95,7 +95,7 @@ def test_masked_positions_stay_masked(step: Step) -> None:
     )
 
 
-def test_rows_do_not_know_their_neighbours(step: Step) -> None:
+def test_rows_do_not_know_their_neighbors(step: Step) -> None:
     weight, block = trial.weights(step)["rows of unlike size"], step.options.row_block
     stats = trial.observe(step, weight, [trial.inputs(step)])
     whole = trial.quantize(step, weight, stats=stats)

@@ -112,7 +112,7 @@ def quantize(
 
 
 def tiles(step: Step, weight: Tensor, stats: Mapping[str, Statistic], block: int) -> list[Layer]:
-    """The layers of so many rows each, quantised by themselves."""
+    """The layers of so many rows each, quantized by themselves."""
     rows = [slice(first, first + block) for first in range(0, len(weight), block)]
     return [
         quantize(step, weight[tile], stats={name: stat.of(tile) for name, stat in stats.items()})
@@ -121,7 +121,7 @@ def tiles(step: Step, weight: Tensor, stats: Mapping[str, Statistic], block: int
 
 
 def stored(step: Step, layer: Layer) -> StoredLayer:
-    """What is stored of a quantised layer, having been through a safetensors file and JSON."""
+    """What is stored of a quantized layer, having been through a safetensors file and JSON."""
     found = pipeline.record(
         pipeline.join([pipeline.pack(layer, [step])], tuple(layer.weight.shape)), [step]
     )

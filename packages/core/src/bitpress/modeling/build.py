@@ -73,7 +73,7 @@ def _parameters_on_meta() -> Iterator[None]:
     """
     register, drawing = nn.Module.register_parameter, False
     names = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
-    initialisers = {name: getattr(nn.init, name) for name in names}
+    initializers = {name: getattr(nn.init, name) for name in names}
 
     def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(
@@ -82,19 +82,19 @@ def _parameters_on_meta() -> Iterator[None]:
             None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False),
         )
 
-    def undrawn(initialiser: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def undrawn(initializer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """Whoever is imported meanwhile may keep it for good, so that it has to work afterwards."""
         return lambda tensor, *args, **kwargs: (
-            initialiser(tensor, *args, **kwargs) if drawing else tensor
+            initializer(tensor, *args, **kwargs) if drawing else tensor
         )
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     for name in names:
-        setattr(nn.init, name, undrawn(initialisers[name]))
+        setattr(nn.init, name, undrawn(initializers[name]))
     try:
         yield
     finally:
         drawing = True
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-        for name, function in initialisers.items():
+        for name, function in initializers.items():
             setattr(nn.init, name, function)

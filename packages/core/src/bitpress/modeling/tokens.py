@@ -73,7 +73,7 @@ def stretch(
     config: Mapping[str, Any],
     trust_remote_code: bool = False,
 ) -> Stretch:
-    """At most so many tokens of a text, tokenised as `load` does, in sequences of `length` that do
+    """At most so many tokens of a text, tokenized as `load` does, in sequences of `length` that do
     not overlap.
 
     Raises:
@@ -84,7 +84,7 @@ def stretch(
     if length < 1 or most < 1:
         raise DataError(f"{most} tokens in sequences of {length}: both are at least 1")
     tokenizer = _tokenizer(folder, trust_remote_code)
-    tokens, name = _tokenise(CalibrationConfig(source), most + 1, tokenizer)
+    tokens, name = _tokenize(CalibrationConfig(source), most + 1, tokenizer)
     _check_vocabulary(tokens, tokenizer, folder, config)
     tokens = tokens[: most + 1]
     if len(tokens) <= SHORTEST:
@@ -106,7 +106,7 @@ def load(
 ) -> Sequences:
     """Full sequences of tokens, made by the tokenizer of a model folder from the texts chosen.
 
-    Texts are joined by single newlines and tokenised once, as one string, which is cut into
+    Texts are joined by single newlines and tokenized once, as one string, which is cut into
     sequences from its start; a last one that is not full is left out. A chat becomes a text through
     the tokenizer's chat template.
 
@@ -130,7 +130,7 @@ def load(
         )
         length = most
     tokenizer = _tokenizer(folder, trust_remote_code)
-    tokens, name = _tokenise(choice, choice.samples * length, tokenizer)
+    tokens, name = _tokenize(choice, choice.samples * length, tokenizer)
     _check_vocabulary(tokens, tokenizer, folder, config)
     if len(tokens) < min(length, SHORTEST):
         raise DataError(
@@ -157,7 +157,7 @@ def load(
     return Sequences(ids, name, _digest(ids), tuple(warnings), choice.seed, choice.all_experts)
 
 
-def _tokenise(choice: CalibrationConfig, wanted: int, tokenizer: Any) -> tuple[Tensor, str]:
+def _tokenize(choice: CalibrationConfig, wanted: int, tokenizer: Any) -> tuple[Tensor, str]:
     """All tokens of the texts, or with seed 0 at least as many as wanted where there are so many;
     and the source's name.
     """
@@ -177,7 +177,7 @@ def _tokenise(choice: CalibrationConfig, wanted: int, tokenizer: Any) -> tuple[T
 
     # Where the first tokens are all that is wanted, the beginning of the text is all that is read:
     # a tokenizer hardly looks further than a word ahead, so that they are the same, and nobody
-    # waits for gigabytes to be tokenised for them.
+    # waits for gigabytes to be tokenized for them.
     limit = None if choice.seed else GENEROUS * wanted
     while True:
         text, name = text_sources.read(choice.source, limit, render)

@@ -98,7 +98,7 @@ def factorize_hessian(hessian: Tensor, tokens: float, together: int = 1) -> Fact
 
     Args:
         hessian: (in, in) float32, the sum of x xᵀ over tokens.
-        together: so many neighbours stay side by side, in the order of the most active of each; the
+        together: so many neighbors stay side by side, in the order of the most active of each; the
             width is a multiple of it.
     """
     diagonal = hessian.diagonal() / max(tokens, 1.0)

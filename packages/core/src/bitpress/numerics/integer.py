@@ -121,7 +121,7 @@ def fit_asymmetric(
     """The grid with zero points that costs the weight least; 0 is always on it.
 
     As `fit_symmetric`, with ratios in units of (max - min) / (2^bits - 1), and for each the zero
-    point nearest to the range's end and its two neighbours. A single ratio is taken, with the
+    point nearest to the range's end and its two neighbors. A single ratio is taken, with the
     nearest zero point: nothing is searched.
     """
     lowest, greatest = integer_range(bits)

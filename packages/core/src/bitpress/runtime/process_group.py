@@ -67,7 +67,7 @@ class Ranks:
         return [items[i] for i in sorted(own)]
 
     def part(self, items: Sequence[Item]) -> range:
-        """Places of a rank's share of items, where neighbours stay together: shares differ by one
+        """Places of a rank's share of items, where neighbors stay together: shares differ by one
         item at most.
         """
         return range(

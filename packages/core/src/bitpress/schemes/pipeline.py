@@ -190,7 +190,7 @@ def join(tiles: Iterable[Layer], shape: tuple[int, ...]) -> Layer:
 
 
 def record(layer: Layer, steps: Sequence[Step]) -> StoredLayer:
-    """What the last step that serialises stores of a whole layer.
+    """What the last step that serializes stores of a whole layer.
 
     Raises:
         SchemeError: no step does, or it returned something else.

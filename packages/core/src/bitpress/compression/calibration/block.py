@@ -67,7 +67,7 @@ def compress_block(
             layer = Layer(site.stack.name, site.weight, site.stack.dtype)
             # what observing took: what comes now is larger, and would not fit into its holes
             memory.give_back(streams.allowed)
-            quantised = (
+            quantized = (
                 pipeline.quantize_whole(layer, site.stack.steps, stats)
                 if owner == ranks.rank
                 else None
@@ -76,9 +76,9 @@ def compress_block(
         told_of = dict.fromkeys(text for theirs in texts for text in theirs)
         notes.warnings.extend(f"{site.stack.name}: {text}" for text in told_of)
         _note(site, tokens, notes)
-        error = _store(site, quantised, sample, write, notes, ranks, owner)
+        error = _store(site, quantized, sample, write, notes, ranks, owner)
         told(site.stack.source_bytes, f"{site.stack.name}: error {error:.4f}")
-        del stats, layer, quantised, sample
+        del stats, layer, quantized, sample
         memory.give_back(streams.allowed)
     for door in doors:
         door.close()
@@ -101,7 +101,7 @@ def _note(site: Site, tokens: int, notes: BlockNotes) -> None:
 
 def _store(
     site: Site,
-    quantised: Layer | None,
+    quantized: Layer | None,
     sample: Tensor | None,
     write: Write,
     notes: BlockNotes,
@@ -115,7 +115,7 @@ def _store(
     """
     steps = site.stack.steps
     heights = [entry.shape[0] for entry in site.stack.members.values()]
-    members = [None for _ in heights] if quantised is None else pipeline.split(quantised, heights)
+    members = [None for _ in heights] if quantized is None else pipeline.split(quantized, heights)
     for (name, weight), member in zip(site.weights.items(), members, strict=True):
         planned, config = site.stack.describe_stored(name)
         if member is None:

@@ -1,4 +1,4 @@
-"""Charts as SVG whose colours are the page's variables, so that one drawing serves light and
+"""Charts as SVG whose colors are the page's variables, so that one drawing serves light and
 dark.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 
 from bitpress.errors import BitpressError
 
-# colours that the page has for series
+# colors that the page has for series
 SERIES = 8
 
-# stand for the page's variables, as the series' colours do
+# stand for the page's variables, as the series' colors do
 INK, LINE = "#010203", "#010204"
 
 # by series: (block, value)
@@ -29,10 +29,10 @@ def by_block(points: Points, what: str) -> str:
     plot = _matplotlib()
     figure, axes = plot.subplots(figsize=(9, 3.6), layout="constrained")
     for number, (name, series) in enumerate(points.items()):
-        colour, at = _colour(number % SERIES), sorted({block for block, _ in series})
+        color, at = _color(number % SERIES), sorted({block for block, _ in series})
         means = [_mean([value for block, value in series if block == place]) for place in at]
-        axes.plot(at, means, color=colour, linewidth=1.6, label=name)
-        axes.plot(*zip(*series, strict=True), "o", color=colour, markersize=3.6, alpha=0.9)
+        axes.plot(at, means, color=color, linewidth=1.6, label=name)
+        axes.plot(*zip(*series, strict=True), "o", color=color, markersize=3.6, alpha=0.9)
     values = [value for series in points.values() for _, value in series if value > 0]
     if values and max(values) > 20 * min(values):
         axes.set_yscale("log")
@@ -51,7 +51,7 @@ def bars(values: Mapping[str, float], unit: str) -> str:
     """Horizontal bars, each with its value."""
     plot = _matplotlib()
     figure, axes = plot.subplots(figsize=(9, 0.45 + 0.4 * len(values)), layout="constrained")
-    drawn = axes.barh(list(values), list(values.values()), color=_colour(0), height=0.62)
+    drawn = axes.barh(list(values), list(values.values()), color=_color(0), height=0.62)
     axes.bar_label(
         drawn, fmt=lambda value: f"{value:,.2f} {unit}", padding=6, color=INK, fontsize=10
     )
@@ -65,7 +65,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _colour(number: int) -> str:
+def _color(number: int) -> str:
     return f"#0101{16 + number:02x}"
 
 
