@@ -8,7 +8,6 @@ from pathlib import Path
 
 from bitpress.checkpoint import filenames, layer_names
 from bitpress.checkpoint.hub import resolve
-from bitpress.checkpoint.model_config import quantized_already
 from bitpress.checkpoint.reader import Checkpoint, Reader, open_checkpoint
 from bitpress.checkpoint.source import kept_fused, seen
 from bitpress.checkpoint.writer import OutputFolder
@@ -341,7 +340,7 @@ def _subject(folder: Path, reader: Reader) -> Subject:
             written, reader, layer_names.container(next(iter(written.layers))), folder
         )
     checkpoint = seen(checkpoint)
-    if method := quantized_already(checkpoint.config):
+    if method := checkpoint.model_config.quantization_method:
         raise CheckpointError(
             f"{folder} is quantized ({method}), and not by bitpress: only plain models and its own "
             "can be run"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitpress.checkpoint.model_config import METHOD, table, text_part
+from bitpress.checkpoint.model_config import METHOD, ModelConfig, text_part
 from bitpress.checkpoint.reader import NAMES, Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.views import View
@@ -31,9 +31,13 @@ TILE = (128, 128)
 
 def readable(config: Mapping[str, Any]) -> bool:
     """Whether a config says that its weights are in FP8, in a layout that is known here."""
-    found, weights = table(config), _weights(config)
+    found, weights = _table(config), _weights(config)
     plain = all((w.get("type"), w.get("num_bits")) == ("float", 8) for w in weights)
     return ACTIVATIONS in found or (found.get("quant_method") == METHOD and bool(weights) and plain)
+
+
+def _table(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return ModelConfig.from_json(config).quantization or {}
 
 
 def dequantized(checkpoint: Checkpoint) -> dict[str, Entry]:
@@ -93,7 +97,7 @@ def _tile(
 def _tiles(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     """The tiles that a config names."""
     sizes = [
-        table(config).get("weight_block_size"),
+        _table(config).get("weight_block_size"),
         *(weights.get("block_structure") for weights in _weights(config)),
     ]
     pairs = [size for size in sizes if isinstance(size, list) and len(size) == 2]
@@ -104,7 +108,7 @@ def _tiles(config: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 def _weights(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What compressed-tensors says of the weights of each group."""
-    groups = table(config).get("config_groups")
+    groups = _table(config).get("config_groups")
     found = (
         [group.get("weights") for group in groups.values() if isinstance(group, dict)]
         if isinstance(groups, dict)

@@ -8,12 +8,11 @@ cut is read from its shape and from the config, and where these leave a doubt it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from attrs import frozen
 
-from bitpress.checkpoint import layer_names, model_config
-from bitpress.checkpoint.model_config import text_part
+from bitpress.checkpoint import layer_names
+from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.views import View, part
@@ -35,11 +34,6 @@ REFUSED: Mapping[str, str] = {
     "granitemoe": "vLLM reads Granite's experts in one tensor, and not in this format",
 }
 
-COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-# of an expert, the first that the config has
-WIDTHS = ("moe_intermediate_size", "intermediate_size")
-
 PAIR = ("gate_up_proj", "down_proj")
 
 
@@ -53,16 +47,15 @@ class Fused:
 
 def unfolded(checkpoint: Checkpoint) -> tuple[dict[str, list[View]], list[Fused]]:
     """By the name of each fused tensor the layers in it, and what cannot be cut."""
-    table = text_part(checkpoint.config) or checkpoint.config
-    count = next((table[key] for key in COUNTS if isinstance(table.get(key), int)), 0)
-    kind = str(table.get("model_type") or checkpoint.config.get("model_type"))
+    config = checkpoint.model_config
+    kind = str(config.model_type)
     fused: dict[str, dict[str, Entry]] = {}
     for name, entry in checkpoint.entries.items():
         place = layer_names.BLOCK.fullmatch(f"{name.removesuffix('.weight')}.weight")
         if (
             place
             and len(entry.shape) == 3
-            and entry.shape[0] == count
+            and entry.shape[0] == (config.num_experts or 0)
             and not layer_names.OUTSIDE.search(name)
         ):
             module, _, leaf = name.removesuffix(".weight").rpartition(".")
@@ -78,19 +71,19 @@ def unfolded(checkpoint: Checkpoint) -> tuple[dict[str, list[View]], list[Fused]
             )
         if why is None:
             both, down = (tensors[leaf] for leaf in PAIR)
-            views = _cut(module, both, down, table)
+            views = _cut(module, both, down, config)
             found |= views
-            why = None if views else _neither(both, down, table)
+            why = None if views else _neither(both, down, config)
         if why is not None:
             left.append(Fused(module, why))
     return found, left
 
 
-def _cut(module: str, both: Entry, down: Entry, table: Mapping[str, Any]) -> dict[str, list[View]]:
+def _cut(module: str, both: Entry, down: Entry, config: ModelConfig) -> dict[str, list[View]]:
     """The layers in a pair of tensors, which lie one way in both, and with gate before up; nothing
     where they lie in neither.
     """
-    hidden, width = _sizes(table)
+    hidden, width = config.hidden_size or 0, config.expert_size or 0
     ways = {
         # each (out, in)
         False: ((2 * width, hidden), (hidden, width)),
@@ -111,15 +104,8 @@ def _cut(module: str, both: Entry, down: Entry, table: Mapping[str, Any]) -> dic
     }
 
 
-def _sizes(table: Mapping[str, Any]) -> tuple[int, int]:
-    """Channels of the hidden states, and of an expert."""
-    return model_config.hidden_size(table) or 0, next(
-        (table[key] for key in WIDTHS if isinstance(table.get(key), int)), 0
-    )
-
-
-def _neither(both: Entry, down: Entry, table: Mapping[str, Any]) -> str:
-    hidden, width = _sizes(table)
+def _neither(both: Entry, down: Entry, config: ModelConfig) -> str:
+    hidden, width = config.hidden_size or 0, config.expert_size or 0
     return (
         f"{both.name} is {list(both.shape)} and {down.name} {list(down.shape)}, which with "
         f"{hidden} channels, and {width} of an expert, lie neither (out, in) nor (in, out), and "

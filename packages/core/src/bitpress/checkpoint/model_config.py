@@ -1,84 +1,115 @@
-"""`config.json`, read in one place."""
+"""`config.json`, read in one place: the sizes of a model and how it is quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from attrs import frozen
+
 KEY = "quantization_config"
 
 METHOD = "compressed-tensors"
 
+# Where models with several parts describe the one that writes text: transformers' own classes, then
+# InternVL, then DeepSeek-VL.
+TEXT_PARTS = ("text_config", "llm_config", "language_config")
+
+
+@frozen
+class ModelConfig:
+    """What a `config.json` says of the decoder; None where it says nothing.
+
+    A model with several parts has a `text_config` (or `llm_config`, `language_config`). It may
+    repeat values at the top level. The text part's own values win, as in transformers, and the top
+    level fills in what it lacks. `quantization_config` is looked for at the top level first, where
+    transformers and vLLM read it.
+
+    Attributes:
+        model_type: the text part's, where there is one.
+        hidden_size: channels of the hidden states.
+        head_dim: channels of an attention head.
+        num_layers: decoder blocks; 0 where the config says that there are none.
+        num_heads: attention heads.
+        num_kv_heads: heads of keys and values.
+        vocab_size: tokens of the vocabulary.
+        max_position_embeddings: tokens of the longest sequence.
+        num_experts: experts of a block.
+        experts_per_token: of these, how many compute a token.
+        expert_size: channels inside an expert, or inside the MLP where the config has one size.
+        quantization: the `quantization_config`; empty where it is not a table.
+    """
+
+    model_type: str | None = None
+    hidden_size: int | None = None
+    head_dim: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    expert_size: int | None = None
+    quantization: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """The values of a parsed `config.json`."""
+        levels = (text_part(config), config)
+
+        def first_integer(*keys: str, least: int = 1) -> int | None:
+            values = (level.get(key) for level in levels for key in keys)
+            return next((v for v in values if type(v) is int and v >= least), None)
+
+        # transformers' own default for a config that does not name the size of a head.
+        num_heads = first_integer("num_attention_heads")
+        head_dim, hidden_size = first_integer("head_dim"), first_integer("hidden_size")
+        if head_dim is None and hidden_size is not None and num_heads is not None:
+            head_dim = hidden_size // num_heads or None
+
+        return cls(
+            model_type=next((str(x["model_type"]) for x in levels if x.get("model_type")), None),
+            hidden_size=first_integer("hidden_size", "n_embd", "d_model"),
+            head_dim=head_dim,
+            num_layers=first_integer("num_hidden_layers", "n_layer", "num_layers", least=0),
+            num_heads=num_heads,
+            num_kv_heads=first_integer("num_key_value_heads"),
+            vocab_size=first_integer("vocab_size"),
+            max_position_embeddings=first_integer("max_position_embeddings"),
+            num_experts=first_integer(
+                "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
+            ),
+            experts_per_token=first_integer("num_experts_per_tok"),
+            expert_size=first_integer("moe_intermediate_size", "intermediate_size"),
+            quantization=_quantization(config),
+        )
+
+    @property
+    def quantization_method(self) -> str | None:
+        """The method by which the model is quantized already, or None."""
+        if self.quantization is None:
+            return None
+        return str(self.quantization.get("quant_method") or "an unnamed method")
+
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the text part of a model that has several; empty where it has not."""
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else {}
+    parts = (config.get(key) for key in TEXT_PARTS)
+    return next((part for part in parts if isinstance(part, dict)), {})
 
 
-def table(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config says of how the model is quantized; empty where it says nothing."""
-    found = config.get(KEY) or text_part(config).get(KEY)
-    return found if isinstance(found, dict) else {}
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` that does not say that the model is quantized."""
+    plain = {key: value for key, value in config.items() if key != KEY}
+    for part in TEXT_PARTS:
+        if isinstance(plain.get(part), dict):
+            plain[part] = {key: value for key, value in plain[part].items() if key != KEY}
+    return plain
 
 
-def quantized_already(config: Mapping[str, Any]) -> str | None:
-    """The method by which a model's config says that it is quantized, or None."""
-    if not (config.get(KEY) or text_part(config).get(KEY)):
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    table = config.get(KEY) or text_part(config).get(KEY)
+    if not table:
         return None
-    return str(table(config).get("quant_method") or "an unnamed method")
-
-
-def head_size(config: Mapping[str, Any]) -> int | None:
-    """Channels of an attention head, as far as the config says."""
-    for table in (config, config.get("text_config")):
-        if isinstance(table, dict):
-            heads, size, hidden = (
-                table.get(key) for key in ("num_attention_heads", "head_dim", "hidden_size")
-            )
-            if isinstance(size, int) and size > 0:
-                return size
-            if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
-                return hidden // heads or None
-    return None
-
-
-def hidden_size(config: Mapping[str, Any]) -> int | None:
-    """Channels of the hidden states, as far as the config says."""
-    return _count(config, "hidden_size", "n_embd", "d_model")
-
-
-def experts_of_a_token(config: Mapping[str, Any]) -> int | None:
-    """How many experts of a block compute a token, as far as the config says."""
-    return _count(config, "num_experts_per_tok")
-
-
-def _count(config: Mapping[str, Any], *keys: str) -> int | None:
-    """The first of these that is a positive number, the text's own config before the whole
-    model's.
-    """
-    tables = (table for table in (config.get("text_config"), config) if isinstance(table, dict))
-    found = (table.get(key) for table in tables for key in keys)
-    return next((count for count in found if isinstance(count, int) and count > 0), None)
-
-
-def block_count(config: Mapping[str, Any]) -> int | None:
-    """How many decoder blocks the config says that there are."""
-    for table in (
-        config,
-        *(config.get(key) for key in ("text_config", "llm_config", "language_config")),
-    ):
-        for key in ("num_hidden_layers", "n_layer", "num_layers"):
-            if isinstance(table, dict) and isinstance(table.get(key), int):
-                return int(table[key])
-    return None
-
-
-def _number(config: Mapping[str, Any], key: str) -> int | None:
-    """A count from the config, or from the text part of a multimodal one; None where neither has
-    it.
-    """
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and isinstance(part.get(key), int) and part[key] > 0:
-            return int(part[key])
-    return None
+    return table if isinstance(table, dict) else {}

@@ -16,6 +16,7 @@ import torch
 from attrs import frozen
 
 from bitpress.checkpoint.filenames import FILE_NAME, INDEX, WEIGHT_SUFFIXES
+from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.checkpoint.safetensors import LARGEST, Entry, Header, encodable, read_header
 from bitpress.checkpoint.views import View
 from bitpress.errors import CheckpointError
@@ -61,6 +62,11 @@ class Checkpoint:
     headers: Mapping[str, Header]
     entries: Mapping[str, Entry]
     others: tuple[str, ...]
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """What `config.json` says of the model."""
+        return ModelConfig.from_json(self.config)
 
 
 def open_checkpoint(folder: Path, config: Mapping[str, Any] | None = None) -> Checkpoint:

@@ -10,7 +10,7 @@ import attrs
 from attrs import frozen
 
 from bitpress.checkpoint import fp8_source, fused_experts
-from bitpress.checkpoint.model_config import KEY, text_part
+from bitpress.checkpoint.model_config import without_quantization
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.views import View
@@ -37,11 +37,11 @@ def seen(checkpoint: Checkpoint) -> Source:
     if isinstance(checkpoint, Source):
         return checkpoint
     if fp8_source.readable(checkpoint.config):
-        entries, config = fp8_source.dequantized(checkpoint), dict(checkpoint.config)
-        if text := text_part(config):
-            config["text_config"] = {key: value for key, value in text.items() if key != KEY}
-        config.pop(KEY, None)
-        checkpoint = attrs.evolve(checkpoint, entries=entries, config=config)
+        checkpoint = attrs.evolve(
+            checkpoint,
+            entries=fp8_source.dequantized(checkpoint),
+            config=without_quantization(checkpoint.config),
+        )
     return unfolded(checkpoint)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitpress.checkpoint import model_config
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.errors import CheckpointError
@@ -22,7 +21,7 @@ def build(checkpoint: Checkpoint, trust: bool, dtype: torch.dtype = torch.float3
     """
     import transformers
 
-    count = model_config.block_count(checkpoint.config)
+    count = checkpoint.model_config.num_layers
     # building them would go on for ever
     if count is not None and count > len(checkpoint.entries):
         raise CheckpointError(

@@ -14,7 +14,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from bitpress.checkpoint.model_config import _number
+from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.errors import CheckpointError, DataError, first_line
 from bitpress.modeling import text_sources
 from bitpress.planning.calibration_config import CalibrationConfig
@@ -92,7 +92,8 @@ def stretch(
             f"{name}: it gives {len(tokens)} tokens, too few to judge a model by; give a longer "
             "text"
         )
-    size = min(length, len(tokens) - 1, _number(config, "max_position_embeddings") or length)
+    longest = ModelConfig.from_json(config).max_position_embeddings or length
+    size = min(length, len(tokens) - 1, longest)
     count = (len(tokens) - 1) // size
     inputs, targets = (tokens[start : start + count * size].view(count, size) for start in (0, 1))
     return Stretch(inputs, targets, name, _digest(inputs))
@@ -123,7 +124,8 @@ def load(
             "1"
         )
     warnings = []
-    length, most = choice.sequence_length, _number(config, "max_position_embeddings")
+    length = choice.sequence_length
+    most = ModelConfig.from_json(config).max_position_embeddings
     if most is not None and length > most:
         warnings.append(
             f"sequences of {length} tokens cut to {most}, the model's max_position_embeddings"
@@ -213,7 +215,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 def _check_vocabulary(
     tokens: Tensor, tokenizer: Any, folder: Path, config: Mapping[str, Any]
 ) -> None:
-    size = _number(config, "vocab_size")
+    size = ModelConfig.from_json(config).vocab_size
     if size is not None and len(tokens) and int(tokens.max()) >= size:
         token = int(tokens.max())
         raise CheckpointError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from bitpress.checkpoint.layer_names import (
     BLOCK,
@@ -14,7 +13,7 @@ from bitpress.checkpoint.layer_names import (
     ROUTERS,
     _grouped,
 )
-from bitpress.checkpoint.model_config import block_count
+from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import CheckpointError
@@ -33,7 +32,7 @@ def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
         CheckpointError: there are none, they are quantized already, or they are stored transposed.
     """
     layers_of: dict[str, dict[str, Entry]] = defaultdict(dict)
-    count = block_count(checkpoint.config)
+    count = checkpoint.model_config.num_layers
     for name, entry in checkpoint.entries.items():
         # Other names are not even tried: the pattern takes long to fail on a long name.
         match = BLOCK.fullmatch(name) if name.endswith(".weight") else None
@@ -55,14 +54,14 @@ def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
     return layers
 
 
-def explain_plain(entry: Entry, container: str, config: Mapping[str, Any]) -> str:
+def explain_plain(entry: Entry, container: str, model_config: ModelConfig) -> str:
     """Why a tensor is not a linear layer of the decoder blocks, in a few words.
 
     Args:
         container: the name of the list of decoder blocks.
     """
     name, match = entry.name, BLOCK.fullmatch(entry.name)
-    count = block_count(config)
+    count = model_config.num_layers
     if len(entry.shape) < 2:
         return "not a matrix (a norm, a bias)"
     if OUTSIDE.search(name):

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import torch
 
-from bitpress.checkpoint import filenames, layer_names, model_config
+from bitpress.checkpoint import filenames, layer_names
 from bitpress.checkpoint.filenames import INDEX
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import Checkpoint
@@ -95,14 +95,12 @@ class Plan:
         """The width of the hidden states: where the config does not say, the smallest input of a
         layer.
         """
-        return model_config.hidden_size(self.source.config) or min(
-            stack.shape[1] for stack in self.stacks
-        )
+        return self.source.model_config.hidden_size or min(stack.shape[1] for stack in self.stacks)
 
     @property
     def head_dim(self) -> int | None:
         """Channels of an attention head, as far as the config says."""
-        return model_config.head_size(self.source.config)
+        return self.source.model_config.head_dim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,13 +111,13 @@ class Plan:
     def uncompressed(self) -> list[tuple[Entry, str]]:
         """Every tensor that is copied, and why it is not compressed."""
         layers = linear_layers.linear_layers(self.source)
-        reasons = []
+        reasons, model_config = [], self.source.model_config
         for entry in (entry for shard in self.shards for entry in shard.copies):
             module = entry.name.removesuffix(".weight")
             if module in layers:
                 reason = self.recipe.reason(module)
             else:
-                reason = linear_layers.explain_plain(entry, self.container, self.source.config)
+                reason = linear_layers.explain_plain(entry, self.container, model_config)
             reasons.append((entry, reason))
         return reasons
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import attrs
 
 from bitpress.checkpoint import layer_names
-from bitpress.checkpoint.model_config import quantized_already
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import Source, kept_fused, seen
@@ -86,7 +85,7 @@ def with_calibration(plan: Plan, data: str) -> Plan:
 def _resolve_source(checkpoint: Checkpoint) -> Source:
     """The checkpoint as schemes see it, which must not be quantized."""
     source = seen(checkpoint)
-    if method := quantized_already(source.config):
+    if method := source.model_config.quantization_method:
         raise CheckpointError(
             f"{source.folder} is already quantized ({method}): start from the original, or "
             "decompress it first"

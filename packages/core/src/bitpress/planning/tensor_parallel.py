@@ -4,8 +4,7 @@ anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from attrs import frozen
 
@@ -73,7 +72,7 @@ def _find_all(plan: Plan, num_ranks: int) -> Iterator[tuple[str, Finding]]:
     for fault in engine_rules.find_faults(plan.config, entries):
         yield fault.subject, Finding("unsupported", fault.text)
 
-    num_heads = _config_int(plan.source.config, "num_attention_heads")
+    num_heads = plan.source.model_config.num_heads
     if num_heads and num_heads % num_ranks:
         text = f"{num_heads} attention heads cannot be shared by {num_ranks} ranks"
         yield "the model", Finding("unsupported", text)
@@ -114,16 +113,9 @@ def _replicated_shape(plan: Plan, entry: Entry, module: str, num_ranks: int) -> 
     values than ranks, several ranks hold the same head.
     """
     rows, columns = entry.shape
-    num_heads = _config_int(plan.source.config, "num_key_value_heads")
+    num_heads = plan.source.model_config.num_kv_heads
     head_dim = plan.head_dim
     is_key_value = module.rpartition(".")[2] in KEY_VALUE
     if is_key_value and num_heads and head_dim and rows == num_heads * head_dim:
         rows = max(num_heads, num_ranks) * head_dim
     return rows, columns
-
-
-def _config_int(config: Mapping[str, Any], key: str) -> int | None:
-    for table in (config, config.get("text_config")):
-        if isinstance(table, dict) and isinstance(table.get(key), int):
-            return int(table[key])
-    return None

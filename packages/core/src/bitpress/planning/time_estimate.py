@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from attrs import frozen
 
-from bitpress.checkpoint import layer_names, model_config
+from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.safetensors import BITS, Entry
 from bitpress.checkpoint.views import View
 from bitpress.numerics.gram import stripes
@@ -205,7 +205,7 @@ def _token_shares(plan: Plan, shard: Shard) -> Callable[[Entry], float]:
         for entry in shard.entries
     }
     num_experts = len({match["number"] for match in matches.values() if match})
-    experts_per_token = model_config.experts_of_a_token(plan.source.config)
+    experts_per_token = plan.source.model_config.experts_per_token
 
     def share_of(entry: Entry) -> float:
         experts = 0
