@@ -48,7 +48,7 @@ def written() -> str:
     head = ["model type", "what is special", *COLUMNS, "in vLLM"]
     rows, refusals = lines(ARCHITECTURES)
     table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows]
-    return "\n".join([*table, "", "What is said where one is refused:", "", *refusals, ""])
+    return "\n".join([*table, "", "Messages for the refused models:", "", *refusals, ""])
 
 
 if __name__ == "__main__":
