@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from fixtures.learner_scheme import CONFIG, runnable_model
 
-from bitpress.checkpoint import lock
+from bitpress.checkpoint.filenames import LOCK
 from bitpress.conformance.models import files_of
 from bitpress.schemes.registry import discover
 
@@ -135,7 +135,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
     killed as its very last deed.
     """
     found = files_of(folder) if folder.exists() else {}
-    return {name: data for name, data in found.items() if name != lock.NAME}
+    return {name: data for name, data in found.items() if name != LOCK}
 
 
 @pytest.mark.parametrize("points", [3, pytest.param(100, marks=pytest.mark.long)])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from bitpress import CheckpointError
 from bitpress.checkpoint.hub import resolve
 from bitpress.checkpoint.reader import DTYPES, NAMES, Reader, open_checkpoint
-from bitpress.checkpoint.safetensors import index, lay_out, read_header
+from bitpress.checkpoint.safetensors import TensorSpec, lay_out, make_index, read_header
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.conformance.models import llama_tensors, write_model
 
@@ -56,7 +56,7 @@ def test_a_file_written_here_is_what_the_library_reads(
     )
     header = lay_out(
         folder / "f",
-        [(name, NAMES[t.dtype], tuple(t.shape)) for name, t in given_.items()],
+        {name: TensorSpec(NAMES[t.dtype], tuple(t.shape)) for name, t in given_.items()},
         metadata,
     )
     with OutputFolder(folder).shard("f", header) as writer:
@@ -110,7 +110,8 @@ def test_rows_are_read_alone(tmp_path: Path) -> None:
 
 def test_rows_are_written_alone(tmp_path: Path) -> None:
     weight = torch.randn(40, 7)
-    header = lay_out(tmp_path / "f", [("weight", "F32", (40, 7)), ("a", "F64", (3,))], {})
+    specs = {"weight": TensorSpec("F32", (40, 7)), "a": TensorSpec("F64", (3,))}
+    header = lay_out(tmp_path / "f", specs, {})
     with OutputFolder(tmp_path).shard("f", header) as writer:
         for first in (30, 0, 10, 20):
             writer.write_rows(
@@ -229,7 +230,7 @@ def test_a_folder_s_inventory_is_every_tensor_and_every_other_file(
     found = open_checkpoint(folder)
     assert found.entries.keys() == llama_tensors().keys()
     assert len(found.headers) == shards
-    assert found.others == ("config.json", "tokenizer_config.json", "sub/chat_template.jinja")
+    assert found.side_files == ("config.json", "tokenizer_config.json", "sub/chat_template.jinja")
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
@@ -265,9 +266,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path: Path) -> None:
 
 
 def test_an_index_maps_every_tensor_to_its_file_and_counts_bytes(tmp_path: Path) -> None:
-    a = lay_out(tmp_path / "a", [("x", "F32", (2, 3))], {}).entries
-    b = lay_out(tmp_path / "b", [("y", "BF16", (5,)), ("z", "U8", (1,))], {}).entries
-    assert index({"a": a, "b": b}) == {
+    a = lay_out(tmp_path / "a", {"x": TensorSpec("F32", (2, 3))}, {}).entries
+    specs = {"y": TensorSpec("BF16", (5,)), "z": TensorSpec("U8", (1,))}
+    b = lay_out(tmp_path / "b", specs, {}).entries
+    assert make_index({"a": a, "b": b}) == {
         "metadata": {"total_size": 35},
         "weight_map": {"x": "a", "y": "b", "z": "b"},
     }
@@ -294,3 +296,12 @@ def test_a_name_that_the_hub_does_not_give_is_told_in_one_line() -> None:
         CheckpointError, match=r"some/model is no folder, and the Hub did not give it: no route$"
     ):
         resolve("some/model", fetch)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "nbytes"), [("F32", (3, 5), 60), ("F4", (3, 4), 6), ("U8", (), 1)]
+)
+def test_a_spec_counts_the_bytes_of_its_numbers(
+    dtype: str, shape: tuple[int, ...], nbytes: int
+) -> None:
+    assert TensorSpec(dtype, shape).nbytes == nbytes

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import bitpress
 from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.reader import Reader, open_checkpoint
-from bitpress.checkpoint.source import seen
+from bitpress.checkpoint.source import resolve_source
 from bitpress.compression import calibrated
 from bitpress.compression.calibration.activation_streams import Streams
 from bitpress.conformance.commands import command, plugins, refusal
@@ -73,7 +73,7 @@ def whole(folder: Path) -> torch.nn.Module:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_run_alone_give_what_the_whole_model_gives(tmp_path: Path, family: str) -> None:
     folder = build(family, tmp_path / "m")
-    source = seen(open_checkpoint(folder))
+    source = resolve_source(open_checkpoint(folder))
     with Reader() as reader, torch.no_grad():
         container = layer_names.container(next(iter(linear_layers.linear_layers(source))))
         decoder = Decoder(source, container, reader, CPU, FLOAT)

@@ -17,8 +17,7 @@ from fixtures.toy_scheme import TOY, install_deadly
 
 import bitpress
 from bitpress import VerificationError
-from bitpress.checkpoint import lock
-from bitpress.checkpoint.filenames import RUN_RECORD
+from bitpress.checkpoint.filenames import LOCK, RUN_RECORD
 from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import read_header
 from bitpress.checkpoint.writer import OutputFolder
@@ -164,7 +163,7 @@ def test_until_every_other_file_has_its_name_the_folder_is_no_model(
             subprocess.run(list(map(str, words)), capture_output=True, check=False).returncode
             == -signal.SIGKILL
         )
-    left = [name for name in files_of(out) if not name.endswith((".part", lock.NAME))]
+    left = [name for name in files_of(out) if not name.endswith((".part", LOCK))]
     assert len(left) == renames
     assert "config.json" not in left
     if renames == 9:

@@ -23,7 +23,8 @@ from fixtures.toy_scheme import TOY, install_toy
 
 import bitpress
 from bitpress import OutputError
-from bitpress.checkpoint import lock
+from bitpress.checkpoint.filenames import LOCK
+from bitpress.checkpoint.lock import lock_folder
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compression import run
 from bitpress.compression.job import prepare_job
@@ -34,8 +35,7 @@ from bitpress.planning.recipe_source import RecipeSource
 
 HOLDER = """
 import pathlib, sys, time
-from bitpress.checkpoint.lock import locked
-with locked(pathlib.Path(sys.argv[1])):
+with lock_folder(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -69,12 +69,12 @@ def test_a_second_run_into_a_folder_is_refused_and_named_the_first_until_that_is
     try:
         line = refusal("compress", model, out, "--scheme", "toy", path=toy)
         assert f"another run writes into it (process {holder.pid} on " in line
-        assert os.listdir(out) == [lock.NAME]
+        assert os.listdir(out) == [LOCK]
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     # the dead cannot tidy up
-    assert (out / lock.NAME).exists()
+    assert (out / LOCK).exists()
     assert command("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
     assert not [name for name in files_of(out) if name.startswith(".bitpress")]
 
@@ -111,14 +111,14 @@ def test_a_lock_whose_file_was_taken_away_is_not_mistaken_for_the_folder_s(tmp_p
         file.
         """
         if slots.pop():
-            (tmp_path / lock.NAME).unlink()
+            (tmp_path / LOCK).unlink()
         flock(descriptor, how)
 
     slots = [False, True]
-    with patch.object(fcntl, "flock", slow), lock.locked(tmp_path):
+    with patch.object(fcntl, "flock", slow), lock_folder(tmp_path):
         assert slots == []
         patch.stopall()
-        with patch.object(fcntl, "flock", flock), pytest.raises(OutputError), lock.locked(tmp_path):
+        with patch.object(fcntl, "flock", flock), pytest.raises(OutputError), lock_folder(tmp_path):
             pass
 
 
@@ -127,7 +127,7 @@ def test_where_a_file_system_has_no_locks_the_run_goes_on_with_a_warning(tmp_pat
         raise OSError(38, "Function not implemented")
 
     told = pytest.warns(UserWarning, match="this file system has no locks")
-    with patch.object(fcntl, "flock", none), told, lock.locked(tmp_path):
+    with patch.object(fcntl, "flock", none), told, lock_folder(tmp_path):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -136,7 +136,7 @@ def test_decompress_takes_the_lock_too(tmp_path: Path, toy: Path) -> None:
     model, out, dense = write_model(tmp_path / "model"), tmp_path / "out", tmp_path / "dense"
     assert command("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
     dense.mkdir()
-    with lock.locked(dense):
+    with lock_folder(dense):
         assert "another run writes into it" in refusal("decompress", out, dense, path=toy)
     assert command("decompress", out, dense, path=toy).returncode == 0
 
@@ -387,7 +387,7 @@ def test_an_interrupted_process_leaves_no_lock_and_goes_on(tmp_path: Path) -> No
     running = process("compress", model, out, "--scheme", "toy", "--threads", 1, path=path)
     while not list(out.glob("*.part")) and running.poll() is None:
         time.sleep(0.05)
-    assert (out / lock.NAME).exists()
+    assert (out / LOCK).exists()
     running.send_signal(signal.SIGINT)
     assert running.wait(60) == 130
     assert files_of(out) == {}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
 
 import bitpress
@@ -223,3 +224,14 @@ def test_a_scheme_whose_files_an_engine_would_refuse_is_found_out_before_it_writ
         2,
         "weight_zero_point is missing, and the config's weights say otherwise",
     ) in said
+
+
+def test_a_tensor_named_as_one_that_a_scheme_stores_is_refused_before_anything_is_written(
+    tmp_path: Path, with_toy: Path
+) -> None:
+    name = "model.layers.0.mlp.down_proj.weight_scale"
+    model = write_model(tmp_path / "model", {**llama_tensors(), name: torch.ones(1)})
+    with pytest.raises(bitpress.CheckpointError, match=f"it holds a tensor {name}"):
+        bitpress.compress(model, tmp_path / "out", scheme="toy")
+    assert not (tmp_path / "out").exists()
+    bitpress.compress(model, tmp_path / "out", scheme="toy", ignore=["*.0.mlp.down_proj"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from bitpress.checkpoint import filenames, layer_names
 from bitpress.checkpoint.hub import resolve
 from bitpress.checkpoint.reader import Checkpoint, Reader, open_checkpoint
-from bitpress.checkpoint.source import kept_fused, seen
+from bitpress.checkpoint.source import fuse_uncompressed_experts, resolve_source
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compression.job import prepare_job
 from bitpress.compression.run import run
@@ -202,7 +202,7 @@ def verify(
         )
         return verification.Report((Fault(filenames.MANIFEST, fault),), {})
     note = read_manifest(folder)
-    source = seen(open_checkpoint(resolve(against))) if against is not None else None
+    source = resolve_source(open_checkpoint(resolve(against))) if against is not None else None
     faults = tuple(verification.verify_files(note.files, folder, count))
     try:
         checkpoint = open_checkpoint(folder)
@@ -210,7 +210,7 @@ def verify(
         return verification.Report((*faults, Fault("", str(e))), {})
     size = sum(header.nbytes for header in checkpoint.headers.values())
     with torch_threads(1):
-        known = None if source is None else kept_fused(source, note.layers)
+        known = None if source is None else fuse_uncompressed_experts(source, note.layers)
         report = verification.verify_tensors(
             _written(note, checkpoint), known, count, progress("verifying", size)
         )
@@ -246,7 +246,7 @@ def report(out: str | Path, file: str | Path | None = None) -> Path:
     if target.exists() and not _is_page(target):
         raise OutputError(f"{target} is there and no page: name another file (--html)")
     content = page(read_manifest(folder), folder.resolve().name)
-    OutputFolder(target.absolute().parent).text(target.name, content)
+    OutputFolder(target.absolute().parent).write_text(target.name, content)
     return target
 
 
@@ -339,7 +339,7 @@ def _subject(folder: Path, reader: Reader) -> Subject:
         return compressed_model.served(
             written, reader, layer_names.container(next(iter(written.layers))), folder
         )
-    checkpoint = seen(checkpoint)
+    checkpoint = resolve_source(checkpoint)
     if method := checkpoint.model_config.quantization_method:
         raise CheckpointError(
             f"{folder} is quantized ({method}), and not by bitpress: only plain models and its own "

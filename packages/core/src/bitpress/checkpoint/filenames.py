@@ -5,32 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-MODEL_CARD = "README.md"
+CONFIG = "config.json"
 
-# what becomes of the source's own card
-KEPT = re.compile(r"README(\.source)+\.md")
-
-
-def kept(names: Iterable[str]) -> str:
-    """A name for the source's card that none of its files has."""
-    taken, name = set(names), "README.source.md"
-    while name in taken:
-        name = name.replace(".md", ".source.md")
-    return name
-
-
-def original(names: Iterable[str]) -> str | None:
-    """Which of an output's files is its source's card."""
-    return max((name for name in names if KEPT.fullmatch(name)), key=len, default=None)
-
-
-MANIFEST = "bitpress.json"
-
-# of a finished block: what the summary tells of it, until the run is over
-BLOCK_RESULT_SUFFIX = ".notes"
+WEIGHTS = "model.safetensors"
 
 INDEX = "model.safetensors.index.json"
 
+MODEL_CARD = "README.md"
+
+MANIFEST = "bitpress.json"
+
+# Beside a block's shard until the run is over: what the run's summary says of the block.
+BLOCK_RESULT_SUFFIX = ".notes"
+
+# Until the run is over: what it is made of, so that only the same run is resumed.
+RUN_RECORD = ".bitpress.run"
+
+# While a run writes into the folder.
+LOCK = ".bitpress.lock"
+
+# A name that an index may give a weight file: in the folder itself, and short enough for any file
+# system together with the suffixes that a run adds.
 FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,180}\.safetensors")
 
 WEIGHT_SUFFIXES = (
@@ -49,5 +44,18 @@ WEIGHT_SUFFIXES = (
     ".part",
 )
 
-# until the run is over: what it is made of
-RUN_RECORD = ".bitpress.run"
+# The source's own model card in an output, whose README.md describes the output.
+SOURCE_CARD = re.compile(r"README(\.source)+\.md")
+
+
+def rename_source_card(names: Iterable[str]) -> str:
+    """A name for the source's model card that none of its files has."""
+    taken, name = set(names), "README.source.md"
+    while name in taken:
+        name = name.replace(".md", ".source.md")
+    return name
+
+
+def find_source_card(names: Iterable[str]) -> str | None:
+    """Which of an output's files is its source's model card."""
+    return max((name for name in names if SOURCE_CARD.fullmatch(name)), key=len, default=None)

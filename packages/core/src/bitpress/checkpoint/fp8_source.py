@@ -1,8 +1,9 @@
-"""Models that come in FP8, seen as what they stand for: every weight times its scale, made while it
-is read.
+"""Models that come in FP8, read as the weights that they stand for: every weight times its scale,
+computed while it is read.
 
-Two layouts: transformers' own with `weight_scale_inv` (DeepSeek's: one for each tile of 128 x 128,
-or one for all), and compressed-tensors with `weight_scale`. Both scales multiply.
+Two layouts are known. transformers' own has `weight_scale_inv` (DeepSeek's: one scale for each tile
+of 128 x 128 weights, or one for all). compressed-tensors has `weight_scale`. In both the scale
+multiplies, whatever its name says.
 """
 
 from __future__ import annotations
@@ -16,55 +17,53 @@ from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.views import View
 from bitpress.errors import CheckpointError
 
-CODES = "F8_E4M3"
+FP8 = "F8_E4M3"
 
 SCALES = ("weight_scale_inv", "weight_scale")
 
-# with which the source is served
-LEFT_OUT = (*SCALES, "input_scale", "activation_scale")
+# Tensors beside a weight in FP8 that the dequantized model has not.
+SCALE_TENSORS = (*SCALES, "input_scale", "activation_scale")
 
-# a key of the first layout's config, and of no other's
-ACTIVATIONS = "activation_scheme"
+# The key of quantization_config that only transformers' own layout has.
+ACTIVATION_SCHEME = "activation_scheme"
 
-TILE = (128, 128)
-
-
-def readable(config: Mapping[str, Any]) -> bool:
-    """Whether a config says that its weights are in FP8, in a layout that is known here."""
-    found, weights = _table(config), _weights(config)
-    plain = all((w.get("type"), w.get("num_bits")) == ("float", 8) for w in weights)
-    return ACTIVATIONS in found or (found.get("quant_method") == METHOD and bool(weights) and plain)
+# DeepSeek's weight_block_size, where the config names none.
+DEFAULT_TILE = (128, 128)
 
 
-def _table(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return ModelConfig.from_json(config).quantization or {}
+def is_fp8(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that its weights are in FP8, in one of the two layouts."""
+    table, weights = _quantization(config), _weight_arguments(config)
+    if ACTIVATION_SCHEME in table:
+        return True
+    are_fp8 = all((w.get("type"), w.get("num_bits")) == ("float", 8) for w in weights)
+    return table.get("quant_method") == METHOD and bool(weights) and are_fp8
 
 
-def dequantized(checkpoint: Checkpoint) -> dict[str, Entry]:
-    """Every tensor, those in FP8 as matrices of the dtype that the config names.
+def view_dequantized(checkpoint: Checkpoint) -> dict[str, Entry]:
+    """Every tensor, those in FP8 as views in the dtype that the config names.
 
     Raises:
         CheckpointError: a weight has no scale, or one of a shape that fits no layout; the message
             names it.
     """
     dtype = _dtype(checkpoint.config)
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for name, entry in checkpoint.entries.items():
         module, _, leaf = name.rpartition(".")
-        if leaf in LEFT_OUT and _is_codes(checkpoint.entries.get(f"{module}.weight")):
+        weight = checkpoint.entries.get(f"{module}.weight")
+        if leaf in SCALE_TENSORS and weight is not None and weight.dtype == FP8:
             continue
-        found[name] = _view(entry, module, checkpoint, dtype) if entry.dtype == CODES else entry
-    return found
-
-
-def _is_codes(entry: Entry | None) -> bool:
-    return entry is not None and entry.dtype == CODES
+        if entry.dtype == FP8:
+            entries[name] = _view(entry, module, checkpoint, dtype)
+        else:
+            entries[name] = entry
+    return entries
 
 
 def _view(entry: Entry, module: str, checkpoint: Checkpoint, dtype: str) -> View:
-    scale = next(
-        (e for s in SCALES if (e := checkpoint.entries.get(f"{module}.{s}")) is not None), None
-    )
+    scales = [checkpoint.entries.get(f"{module}.{name}") for name in SCALES]
+    scale = next((scale for scale in scales if scale is not None), None)
     if scale is None or not entry.name.endswith(".weight") or len(entry.shape) != 2:
         raise CheckpointError(
             f"{entry.file}: tensor {entry.name} is in FP8 and has no {' or '.join(SCALES)} beside "
@@ -85,7 +84,7 @@ def _view(entry: Entry, module: str, checkpoint: Checkpoint, dtype: str) -> View
 def _tile(
     shape: Sequence[int], scale: Sequence[int], tiles: Sequence[tuple[int, int]]
 ) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None where its shape says neither."""
+    """Rows and columns that share a scale; None where the scales' shape fits none."""
     rows, width = shape
     if tuple(scale) in ((), (1,), (1, 1)):
         return rows, width
@@ -95,31 +94,33 @@ def _tile(
 
 
 def _tiles(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """The tiles that a config names."""
+    """The tile sizes (rows, columns) that a config names."""
     sizes = [
-        _table(config).get("weight_block_size"),
-        *(weights.get("block_structure") for weights in _weights(config)),
+        _quantization(config).get("weight_block_size"),
+        *(weights.get("block_structure") for weights in _weight_arguments(config)),
     ]
     pairs = [size for size in sizes if isinstance(size, list) and len(size) == 2]
-    return [
-        (h, w) for h, w in pairs if isinstance(h, int) and isinstance(w, int) and min(h, w) > 0
-    ] or [TILE]
+    tiles = [(h, w) for h, w in pairs if isinstance(h, int) and isinstance(w, int)]
+    return [tile for tile in tiles if min(tile) > 0] or [DEFAULT_TILE]
 
 
-def _weights(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What compressed-tensors says of the weights of each group."""
-    groups = _table(config).get("config_groups")
-    found = (
-        [group.get("weights") for group in groups.values() if isinstance(group, dict)]
-        if isinstance(groups, dict)
-        else []
-    )
-    return [weights if isinstance(weights, dict) else {} for weights in found]
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return ModelConfig.from_json(config).quantization or {}
+
+
+def _weight_arguments(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The `weights` of each of compressed-tensors' config groups; empty for what is no table."""
+    groups = _quantization(config).get("config_groups")
+    if not isinstance(groups, dict):
+        return []
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+    return [table if isinstance(table, dict) else {} for table in weights]
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
+    """The model's dtype, as safetensors names it; bfloat16 where the config names none."""
     names = {str(dtype).removeprefix("torch."): name for dtype, name in NAMES.items()}
-    said = [
+    dtypes = [
         part.get(key) for part in (config, text_part(config)) for key in ("dtype", "torch_dtype")
     ]
-    return next((names[dtype] for dtype in said if dtype in ("float16", "float32")), "BF16")
+    return next((names[dtype] for dtype in dtypes if dtype in ("float16", "float32")), "BF16")

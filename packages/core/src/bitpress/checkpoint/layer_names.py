@@ -1,4 +1,4 @@
-"""What the names of tensors say: decoder blocks, experts, and layers that engines fuse."""
+"""What the names of tensors say: decoder blocks, experts, and the layers that engines fuse."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-# what vLLM loads into one weight, in its order of rows
+# What vLLM 0.32 loads into one weight (`packed_modules_mapping`), in its order of rows.
 FUSED: Sequence[Sequence[str]] = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -16,22 +16,26 @@ FUSED: Sequence[Sequence[str]] = (
     ("in_proj_b", "in_proj_a"),
 )
 
+# The layers of an expert, by the name that they have in different models.
 EXPERT: Sequence[Sequence[str]] = (
     ("gate_proj", "up_proj", "down_proj"),
     ("w1", "w3", "w2"),
     ("up_proj", "down_proj"),
 )
 
+# Layers that choose the experts of a token: engines read them unquantized.
 ROUTERS = ("gate", "router", "shared_expert_gate")
 
+# Parts of a name that stand for another model beside the decoder.
 OUTSIDE = re.compile(
     r"visual|vision|image|audio|speech|mtp|nextn|projector|draft|eagle", re.IGNORECASE
 )
 
-# of a block, or an expert
+# The number of a block, or of an expert.
 NUMBER = re.compile(r"[0-9]{1,6}")
 
-PLACE = re.compile(r"(?<=\.)\d+(?=\.)")
+# A number between two dots of a name.
+INDEX_PART = re.compile(r"(?<=\.)\d+(?=\.)")
 
 OF_EXPERT = re.compile(rf"(?P<experts>.+\.experts)\.(?P<number>{NUMBER.pattern})\.(?P<leaf>\w+)")
 
@@ -42,37 +46,39 @@ T = TypeVar("T", bound=Hashable)
 BLOCK = re.compile(rf"(?P<container>.+?)\.(?P<index>{NUMBER.pattern})\.(?P<inside>.+)\.weight")
 
 
-def experts(names: Iterable[str]) -> list[list[str]]:
-    """Module names of the experts of a block together, which engines compute in one kernel."""
-    found: dict[str, list[str]] = {}
+def group_experts(names: Iterable[str]) -> list[list[str]]:
+    """Module names of experts by block: engines compute the experts of a block in one kernel."""
+    groups: dict[str, list[str]] = {}
     for name in names:
-        if place := OF_EXPERT.fullmatch(name):
-            found.setdefault(place["experts"], []).append(name)
-    return list(found.values())
+        if match := OF_EXPERT.fullmatch(name):
+            groups.setdefault(match["experts"], []).append(name)
+    return list(groups.values())
 
 
-def fused(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Module names grouped by what engines make one layer of, told from the names alone."""
-    return _grouped(dict.fromkeys(names), lambda members: True)
+def find_fused(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Module names grouped by what engines fuse into one layer, as the names alone say."""
+    return group_siblings(dict.fromkeys(names), lambda members: True)
 
 
-def _grouped(
-    names: Mapping[str, Any], fit: Callable[[Sequence[str]], bool]
+def group_siblings(
+    names: Mapping[str, Any], can_fuse: Callable[[Sequence[str]], bool]
 ) -> list[tuple[str, ...]]:
+    """Module names grouped by what engines fuse into one layer, in the order of the first members.
+
+    Args:
+        can_fuse: whether these modules, whose names would make them one layer, may be one.
+    """
     groups: list[tuple[str, ...]] = []
-    taken: set[str] = set()
+    grouped: set[str] = set()
     for module in names:
-        if module in taken:
+        if module in grouped:
             continue
         leaf = module.rpartition(".")[2]
         parent = module.removesuffix(leaf)
-        members = [
-            parent + n
-            for n in next((f for f in FUSED if leaf in f), (leaf,))
-            if parent + n in names
-        ]
-        groups.append(tuple(members) if fit(members) else (module,))
-        taken.update(groups[-1])
+        siblings = next((fused for fused in FUSED if leaf in fused), (leaf,))
+        members = [parent + sibling for sibling in siblings if parent + sibling in names]
+        groups.append(tuple(members) if can_fuse(members) else (module,))
+        grouped.update(groups[-1])
     return groups
 
 
@@ -80,29 +86,28 @@ def container(module: str) -> str:
     """The name of the list of blocks that a layer lies in: `model.layers` for
     `model.layers.0.mlp.up_proj`.
     """
-    place = BLOCK.fullmatch(f"{module}.weight")
-    assert place is not None, module
-    return place["container"]
+    match = BLOCK.fullmatch(f"{module}.weight")
+    assert match is not None, module
+    return match["container"]
 
 
 def block_index(tensor: str, container: str) -> int | None:
     """The number of the block that a tensor lies in; None outside that list of blocks."""
-    number = (
-        tensor.removeprefix(f"{container}.").split(".")[0]
-        if tensor.startswith(f"{container}.")
-        else ""
-    )
+    prefix = f"{container}."
+    if not tensor.startswith(prefix):
+        return None
+    number = tensor.removeprefix(prefix).split(".")[0]
     return int(number) if NUMBER.fullmatch(number) else None
 
 
-def alike(names: Iterable[tuple[str, T]]) -> list[tuple[str, T, int]]:
-    """Names with what is said of them, those that differ in numbers alone put together with stars
-    for these, and how many.
+def group_numbered(items: Iterable[tuple[str, T]]) -> list[tuple[str, T, int]]:
+    """Items (name, value), of which those of one value whose names differ in numbers alone are one:
+    its name, with stars for the numbers, its value, and how many they are.
     """
-    found: dict[tuple[str, T], list[str]] = {}
-    for name, what in names:
-        found.setdefault((PLACE.sub("*", name), what), []).append(name)
+    groups: dict[tuple[str, T], list[str]] = {}
+    for name, value in items:
+        groups.setdefault((INDEX_PART.sub("*", name), value), []).append(name)
     return [
-        (star if len(same) > 1 else same[0], what, len(same))
-        for (star, what), same in found.items()
+        (pattern if len(names) > 1 else names[0], value, len(names))
+        for (pattern, value), names in groups.items()
     ]

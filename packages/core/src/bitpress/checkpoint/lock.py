@@ -3,69 +3,73 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import os
 import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from bitpress.checkpoint.filenames import LOCK
 from bitpress.errors import OutputError
 
-NAME = ".bitpress.lock"
+# How a file system without locks refuses flock: Lustre mounted without them gives ENOSYS, some FUSE
+# file systems ENOTSUP, and NFS whose lock daemon does not run ENOLCK.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Inside the block no other run, in this process or another, gets the folder's lock.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock inside the block: no other run, in this process or another, gets it.
 
-    The system holds the lock (flock) for the process and lets go of it when the process ends,
-    however it ends: a file that was left behind hinders nobody. It is a file, and not the folder
-    itself, because NFS locks only what is open for writing; there the server holds the lock, for
-    clients on every machine, and gives that of a lost client up after its lease. A file system that
-    has no locks (Lustre mounted without them) is told of by a warning, and the run goes on.
+    The system holds the lock (flock) for the process, and releases it when the process ends in any
+    way. A lock file that a killed run left behind hinders nobody. On NFS the server holds the lock,
+    for clients on every machine, and releases that of a lost client after its lease. A file system
+    without locks causes a warning, and the run goes on.
 
     Raises:
         OutputError: another run has the lock.
     """
-    file = folder / NAME
-    descriptor = _take(file, folder)
+    file = folder / LOCK
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
+    _acquire(lock, folder)
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        # while it is still held
+        # Removed while it is held: after the release it may be the next run's.
         file.unlink(missing_ok=True)
-        os.close(descriptor)
+        lock.release()
 
 
-def _take(file: Path, folder: Path) -> int:
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+def _acquire(lock: FileLock, folder: Path) -> None:
+    while not lock.is_locked:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(descriptor, 300, 0).decode(errors="replace") or "just begun"
-            os.close(descriptor)
-            raise OutputError(
-                f"{folder}: another run writes into it ({owner}); wait for it, or name another "
-                "folder"
-            ) from None
+            lock.acquire()
+        except Timeout:
+            owner = _read_owner(folder / LOCK)
+            # None: the run that had the lock has just ended, and has removed its file.
+            if owner is not None:
+                raise OutputError(
+                    f"{folder}: another run writes into it ({owner or 'just begun'}); wait for it, "
+                    "or name another folder"
+                ) from None
         except OSError as e:
+            if e.errno not in NO_LOCKS:
+                raise
             warnings.warn(
                 f"{folder}: this file system has no locks ({e.strerror}); let only one run write "
                 "there",
-                stacklevel=2,
+                stacklevel=4,
             )
-        if _is_at(descriptor, file):
-            return descriptor
-        # the run that had it has ended meanwhile, and has taken the file away
-        os.close(descriptor)
+            return
 
 
-def _is_at(descriptor: int, file: Path) -> bool:
+def _read_owner(file: Path) -> str | None:
+    """What the run that holds a lock has written into its file; None where there is no file."""
     try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
+        return file.read_text(errors="replace")[:300]
     except FileNotFoundError:
-        return False
+        return None

@@ -1,4 +1,4 @@
-"""A model folder as it lies on disk: what is in it, known from headers, and its numbers, read by
+"""A model folder as it lies on disk: its tensors, known from headers, and their numbers, read by
 rows.
 """
 
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from bitpress.checkpoint.filenames import FILE_NAME, INDEX, WEIGHT_SUFFIXES
+from bitpress.checkpoint.filenames import CONFIG, FILE_NAME, INDEX, WEIGHT_SUFFIXES, WEIGHTS
 from bitpress.checkpoint.model_config import ModelConfig
-from bitpress.checkpoint.safetensors import LARGEST, Entry, Header, encodable, read_header
+from bitpress.checkpoint.safetensors import MAX_HEADER_BYTES, Entry, Header, encodable, read_header
 from bitpress.checkpoint.views import View
 from bitpress.errors import CheckpointError
 
@@ -42,26 +42,26 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
-# of a JSON file: lists and tables within one another
-DEEPEST = 100
+# Lists and tables within one another in a JSON file.
+MAX_JSON_DEPTH = 100
 
 
 @frozen(eq=False)
 class Checkpoint:
-    """The inventory of a model folder.
+    """The tensors and files of a model folder.
 
     Attributes:
-        config: `config.json`.
+        config: the contents of `config.json`.
         headers: by file name, in the order in which the files are numbered.
         entries: every tensor by name, file by file, in the order of their bytes.
-        others: relative paths of all files that hold no weights.
+        side_files: relative paths of the files that hold no weights.
     """
 
     folder: Path
     config: Mapping[str, Any]
     headers: Mapping[str, Header]
     entries: Mapping[str, Entry]
-    others: tuple[str, ...]
+    side_files: tuple[str, ...]
 
     @property
     def model_config(self) -> ModelConfig:
@@ -70,13 +70,15 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, config: Mapping[str, Any] | None = None) -> Checkpoint:
-    """The inventory of a folder, from its headers alone; `config` stands in for a `config.json`
-    that is not written yet.
+    """The tensors and files of a model folder, from headers alone.
+
+    Args:
+        config: stands in for a `config.json` that is not written yet.
 
     Raises:
         CheckpointError: it is not a model folder, or index, headers and files do not agree.
     """
-    config = read_json(folder / "config.json") if config is None else config
+    config = read_json(folder / CONFIG) if config is None else config
     headers: dict[str, Header] = {}
     entries: dict[str, Entry] = {}
     for name in _weight_files(folder):
@@ -90,7 +92,9 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any] | None = None) -> Ch
             entries[entry.name] = entry
     if (folder / INDEX).is_file():
         _check_index(folder, entries)
-    return Checkpoint(folder, config, headers, entries, tuple(other_files(folder, WEIGHT_SUFFIXES)))
+    return Checkpoint(
+        folder, config, headers, entries, tuple(list_side_files(folder, WEIGHT_SUFFIXES))
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -100,17 +104,19 @@ def read_json(file: Path) -> dict[str, Any]:
             f"{file.parent} is not a folder: name one with {file.name} and safetensors files"
         )
     try:
-        # opening a pipe would wait for ever
+        # Opening a pipe would wait forever.
         if file.exists() and not file.is_file():
             raise CheckpointError(f"{file}: not a regular file")
-        if (size := file.stat().st_size) > LARGEST:
+        if (size := file.stat().st_size) > MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"{file}: {size} bytes, and at most {LARGEST} are read; it is not what its name "
-                "says"
+                f"{file}: {size} bytes, and at most {MAX_HEADER_BYTES} are read; it is not what "
+                "its name says"
             )
         value = json.loads(file.read_bytes())
         if not _writable(value):
-            raise ValueError(f"a text in it is not Unicode, or it is nested deeper than {DEEPEST}")
+            raise ValueError(
+                f"a text in it is not Unicode, or it is nested deeper than {MAX_JSON_DEPTH}"
+            )
     except FileNotFoundError:
         raise CheckpointError(
             f"{file.parent} is not a model folder: it has no {file.name}"
@@ -124,7 +130,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _writable(value: Any, depth: int = DEEPEST) -> bool:
+def _writable(value: Any, depth: int = MAX_JSON_DEPTH) -> bool:
     """Whether a JSON value could be written again."""
     if isinstance(value, str):
         return encodable(value)
@@ -138,8 +144,8 @@ def _weight_files(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
         return sorted({str(name) for name in _weight_map(folder).values()})
     files = sorted(f.name for f in folder.glob("*.safetensors"))
-    if "model.safetensors" in files:
-        return ["model.safetensors"]
+    if WEIGHTS in files:
+        return [WEIGHTS]
     if len(files) == 1:
         return files
     if files:
@@ -191,19 +197,20 @@ def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
 
 
 class Reader:
-    """Reads numbers of a checkpoint's files: explicit reads into fresh memory, never a mapping, so
-    that memory stays bounded and a file that shrinks is an error and not a crash. Safe to use from
-    several threads; close it, or use it in `with`.
+    """Reads the numbers of a checkpoint's files, from any thread; use it in `with`.
+
+    It reads into fresh memory and never maps a file: memory stays bounded, and a file that shrinks
+    is an error instead of a crash.
 
     Args:
-        pinned: whether rows are read into pages that GPUs copy from by themselves.
+        pinned: whether rows are read into page-locked memory, from which GPUs copy without the CPU.
     """
 
     def __init__(self, pinned: bool = False) -> None:
         self._pinned = pinned
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
-        self._turned = threading.local()
+        self._transposed = threading.local()
 
     def __enter__(self) -> Reader:
         return self
@@ -219,8 +226,10 @@ class Reader:
         self._descriptors.clear()
 
     def rows(self, entry: Entry, first: int, last: int) -> torch.Tensor:
-        """Rows `first` to `last` (exclusive) of a tensor, in its own dtype; all of it for a tensor
-        without axes.
+        """Rows `first` to `last` (exclusive), in the tensor's dtype; all of one without axes.
+
+        Raises:
+            CheckpointError: torch has no such dtype, or the file cannot be read or ends too early.
         """
         if entry.dtype not in DTYPES:
             raise CheckpointError(
@@ -231,41 +240,46 @@ class Reader:
             return entry.rows(self, first, last, DTYPES[entry.dtype])
         shape = (last - first, *entry.shape[1:]) if entry.shape else ()
         tensor = torch.empty(shape, dtype=DTYPES[entry.dtype], pin_memory=self._pinned)
-        row = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else entry.nbytes
-        self._fill(entry, first * row, tensor.reshape(-1).view(torch.uint8))
+        num_rows = entry.shape[0] if entry.shape else 1
+        row_bytes = entry.nbytes // max(num_rows, 1)
+        self._fill(entry, first * row_bytes, tensor.reshape(-1).view(torch.uint8))
         return tensor
 
     def whole(self, entry: Entry) -> torch.Tensor:
-        """All of a tensor, in its own dtype."""
+        """All of a tensor, in its dtype."""
         return self.rows(entry, 0, entry.shape[0] if entry.shape else 1)
 
-    def turned(self, entry: Entry) -> torch.Tensor:
-        """All of a matrix, transposed; a thread's last is kept, since it is asked for in tiles."""
-        if getattr(self._turned, "entry", None) != entry:
-            # two would be held otherwise
-            self._turned.matrix = None
-            self._turned.entry, self._turned.matrix = entry, self.whole(entry).T
-        return self._turned.matrix  # type: ignore[no-any-return]
+    def transposed(self, entry: Entry) -> torch.Tensor:
+        """All of a matrix, transposed. Each thread caches its last, which is read tile by tile."""
+        cache = self._transposed
+        if getattr(cache, "entry", None) != entry:
+            # The old matrix is released first, so that a thread never holds two.
+            cache.matrix = None
+            cache.entry, cache.matrix = entry, self.whole(entry).T
+        return cache.matrix  # type: ignore[no-any-return]
 
     def chunks(self, entry: Entry, size: int = 1 << 22) -> Iterator[torch.Tensor]:
-        """The bytes of a tensor of any dtype, in order, as uint8 tensors of at most `size`; each is
-        overwritten by the next.
+        """The bytes of a tensor of any dtype in order, as uint8 tensors of at most `size` bytes.
+
+        Each tensor overwrites the one before.
         """
         if isinstance(entry, View):
             yield from torch.split(self.whole(entry).reshape(-1).view(torch.uint8), size)
             return
         buffer = torch.empty(min(size, entry.nbytes), dtype=torch.uint8)
-        for at in range(0, entry.nbytes, size):
-            part = buffer[: min(size, entry.nbytes - at)]
-            self._fill(entry, at, part)
-            yield part
+        for offset in range(0, entry.nbytes, size):
+            chunk = buffer[: min(size, entry.nbytes - offset)]
+            self._fill(entry, offset, chunk)
+            yield chunk
 
     def _fill(self, entry: Entry, offset: int, target: torch.Tensor) -> None:
+        """Read the tensor's bytes from `offset` on into all of `target` (uint8)."""
         view = memoryview(target.numpy())  # type: ignore[arg-type]
-        at = 0
-        while at < len(view):
+        num_read = 0
+        while num_read < len(view):
+            position = entry.start + offset + num_read
             try:
-                count = os.preadv(self._open(entry.file), [view[at:]], entry.start + offset + at)
+                count = os.preadv(self._open(entry.file), [view[num_read:]], position)
             except OSError as e:
                 raise CheckpointError(
                     f"{entry.file}: {e.strerror or e} (while reading {entry.name})"
@@ -275,7 +289,7 @@ class Reader:
                     f"{entry.file}: it ended inside tensor {entry.name}; did it change during the "
                     "run?"
                 )
-            at += count
+            num_read += count
 
     def _open(self, file: Path) -> int:
         with self._lock:
@@ -284,8 +298,8 @@ class Reader:
             return self._descriptors[file]
 
 
-def other_files(folder: Path, weights: tuple[str, ...]) -> Iterator[str]:
-    """Relative paths of the files of a model's folder but those that end as weights do.
+def list_side_files(folder: Path, weights: tuple[str, ...]) -> Iterator[str]:
+    """Relative paths of the files of a model folder, without those that end as weights do.
 
     Raises:
         CheckpointError: one cannot be copied.
@@ -295,13 +309,13 @@ def other_files(folder: Path, weights: tuple[str, ...]) -> Iterator[str]:
         for name in sorted(files):
             relative = (Path(root) / name).relative_to(folder)
             if not name.startswith(".") and not name.endswith(weights):
-                _check_other(folder, folder / relative)
+                _check_side_file(folder, folder / relative)
                 yield relative.as_posix()
 
 
-def _check_other(folder: Path, file: Path) -> None:
-    """A file that will be copied: regular, readable, and not a link to what is no part of the
-    model, such as a private key.
+def _check_side_file(folder: Path, file: Path) -> None:
+    """Raise CheckpointError unless a file can be copied: regular, readable, and no link out of the
+    model folder, to a private key for example.
 
     The Hub's cache keeps a model's files as links into the `blobs` beside its `snapshots`.
     """

@@ -41,20 +41,39 @@ BITS: Mapping[str, int] = {
     "C64": 64,
 }
 
-# bytes; the same limit as the safetensors library
-LARGEST = 100_000_000
+# The limit of the safetensors library, in bytes.
+MAX_HEADER_BYTES = 100_000_000
 
-# characters of a tensor's name; real ones have a tenth
-LONGEST = 1000
+# Characters of a tensor's name; those of published models have a tenth.
+MAX_NAME_LENGTH = 1000
 
-# of a shape, as torch allows
-DIMENSIONS = 64
+# Axes of a shape, as torch allows.
+MAX_DIMENSIONS = 64
 
-# of a shape or an offset
-MOST = 2**63
+# A number in a shape, or an offset, is smaller.
+MAX_SIZE = 2**63
 
-# bytes of a header from which on it is looked at for what would fill memory when it is parsed
-CROWDED = 1_000_000
+# Headers of more bytes are checked for nested lists, which fill memory when they are parsed: 1 MB
+# of `[]` becomes 22 MB of Python lists (measured with tracemalloc).
+NESTING_CHECK_BYTES = 1_000_000
+
+
+@frozen
+class TensorSpec:
+    """How a tensor is stored: its dtype, as safetensors names it, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return self.numel * BITS[self.dtype] // 8
 
 
 @frozen
@@ -70,21 +89,30 @@ class Entry:
     start: int
 
     @property
+    def spec(self) -> TensorSpec:
+        """How it is stored."""
+        return TensorSpec(self.dtype, self.shape)
+
+    @property
     def numel(self) -> int:
+        """How many numbers it holds."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        return self.numel * BITS[self.dtype] // 8
+        """Bytes of its numbers."""
+        return self.spec.nbytes
 
 
 @frozen
 class Header:
-    """One file's tensors in the order of their bytes, its metadata, and the header itself as
-    stored.
+    """The header of a file.
 
     Attributes:
-        stamp: size and time of change (ns) of a file that was read.
+        entries: the tensors, in the order of their bytes.
+        metadata: texts by name.
+        raw: the header's bytes, its length included.
+        stamp: size in bytes and time of the last change in ns, of a file that was read.
     """
 
     entries: tuple[Entry, ...]
@@ -95,40 +123,47 @@ class Header:
     @property
     def nbytes(self) -> int:
         """Size of the whole file."""
-        return len(self.raw) + sum(e.nbytes for e in self.entries)
+        return len(self.raw) + sum(entry.nbytes for entry in self.entries)
 
 
-def lay_out(
-    file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> Header:
-    """The header of a file to be written: (name, dtype, shape) in any order, laid out widest dtype
-    first, then by name.
+def lay_out(file: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> Header:
+    """The header of a file to be written, the tensors with the widest numbers first, then by name.
+
+    Args:
+        specs: by the tensor's name, in any order.
     """
-    ordered = sorted(tensors, key=lambda t: (-BITS[t[1]], t[0]))
+    ordered = sorted(specs.items(), key=lambda item: (-BITS[item[1].dtype], item[0]))
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at, starts = 0, []
-    for name, dtype, shape in ordered:
-        starts.append(at)
-        at += math.prod(shape) * BITS[dtype] // 8
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[-1], at]}
+    begin = 0
+    for name, spec in ordered:
+        end = begin + spec.nbytes
+        table[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+
+    # The header is padded to 8 bytes, so that the widest numbers are aligned.
     text = json.dumps(table, separators=(",", ":")).encode()
-    # so that the widest numbers are aligned
     text += b" " * (-len(text) % 8)
     raw = len(text).to_bytes(8, "little") + text
-    places = zip(ordered, starts, strict=True)
-    return Header(
-        tuple(Entry(n, d, s, file, len(raw) + start) for (n, d, s), start in places), metadata, raw
-    )
+
+    entries = []
+    for name, spec in ordered:
+        start = len(raw) + table[name]["data_offsets"][0]
+        entries.append(Entry(name, spec.dtype, spec.shape, file, start))
+    return Header(tuple(entries), metadata, raw)
 
 
-def index(files: Mapping[str, Iterable[Entry]]) -> dict[str, Any]:
+def make_index(files: Mapping[str, Iterable[Entry]]) -> dict[str, Any]:
     """`model.safetensors.index.json` of several files."""
-    places = sorted(
-        (entry.name, name, entry.nbytes) for name, entries in files.items() for entry in entries
+    tensors = sorted(
+        (entry.name, file, entry.nbytes) for file, entries in files.items() for entry in entries
     )
     return {
-        "metadata": {"total_size": sum(size for *_, size in places)},
-        "weight_map": {tensor: name for tensor, name, _ in places},
+        "metadata": {"total_size": sum(nbytes for *_, nbytes in tensors)},
+        "weight_map": {name: file for name, file, _ in tensors},
     }
 
 
@@ -139,24 +174,57 @@ def read_header(file: Path) -> Header:
         CheckpointError: the file is missing, cut short, or its header is not consistent; the
             message names file and tensor.
     """
-    # opening a pipe would wait for ever
+    raw, status = _read_raw_header(file)
+    table = _parse_header(file, raw)
+    metadata = table.pop("__metadata__", {})
+    entries = sorted(
+        (_entry(file, name, item, len(raw)) for name, item in table.items()),
+        key=lambda entry: (entry.start, entry.nbytes),
+    )
+
+    end = len(raw)
+    for entry in entries:
+        if entry.start != end:
+            raise CheckpointError(
+                f"{file}: tensor {entry.name} overlaps another or leaves a gap; fetch the file "
+                "again"
+            )
+        end += entry.nbytes
+    size = status.st_size
+    if end != size:
+        what = "is cut short: fetch it again" if end > size else "is longer than its header says"
+        raise CheckpointError(f"{file}: {size} bytes where its header describes {end}; it {what}")
+    return Header(
+        tuple(entries),
+        metadata if isinstance(metadata, dict) else {},
+        raw,
+        (size, status.st_mtime_ns),
+    )
+
+
+def _read_raw_header(file: Path) -> tuple[bytes, os.stat_result]:
+    # Opening a pipe would wait forever.
     if file.exists() and not file.is_file():
         raise CheckpointError(f"{file}: not a regular file")
     try:
         with file.open("rb") as f:
-            found = os.fstat(f.fileno())
-            size = found.st_size
+            status = os.fstat(f.fileno())
             length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST):
+            if status.st_size < 8 or length > min(status.st_size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
-                    f"{file}: cut short or not a safetensors file ({size} bytes); fetch it again"
+                    f"{file}: cut short or not a safetensors file ({status.st_size} bytes); fetch "
+                    "it again"
                 )
-            raw = length.to_bytes(8, "little") + f.read(length)
+            return length.to_bytes(8, "little") + f.read(length), status
     except OSError as e:
         raise CheckpointError(f"{file}: {e.strerror or e}") from None
+
+
+def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:
     try:
-        # a tensor has three, and 50 bytes
-        if len(raw) > CROWDED and 12 * (raw.count(b"[") + raw.count(b"{")) > len(raw):
+        # A tensor takes three brackets and at least 50 bytes.
+        num_brackets = raw.count(b"[") + raw.count(b"{")
+        if len(raw) > NESTING_CHECK_BYTES and 12 * num_brackets > len(raw):
             raise ValueError("it is nested as no header is")
         table = json.loads(raw[8:], object_pairs_hook=_unique)
         if not isinstance(table, dict):
@@ -165,28 +233,7 @@ def read_header(file: Path) -> Header:
         raise CheckpointError(
             f"{file}: the safetensors header is not valid ({e}); fetch the file again"
         ) from None
-    metadata = table.pop("__metadata__", {})
-    entries = sorted(
-        (_entry(file, name, item, len(raw)) for name, item in table.items()),
-        key=lambda e: (e.start, e.nbytes),
-    )
-    at = len(raw)
-    for entry in entries:
-        if entry.start != at:
-            raise CheckpointError(
-                f"{file}: tensor {entry.name} overlaps another or leaves a gap; fetch the file "
-                "again"
-            )
-        at += entry.nbytes
-    if at != size:
-        what = "is cut short: fetch it again" if at > size else "is longer than its header says"
-        raise CheckpointError(f"{file}: {size} bytes where its header describes {at}; it {what}")
-    return Header(
-        tuple(entries),
-        metadata if isinstance(metadata, dict) else {},
-        raw,
-        (size, found.st_mtime_ns),
-    )
+    return table
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -197,14 +244,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_name(text: str) -> bool:
-    """Whether a text can be a tensor's name: not endless, and no half of a surrogate pair in it,
-    which no file can hold.
-    """
-    return len(text) <= LONGEST and encodable(text)
+    """Whether a text can be a tensor's name: at most `MAX_NAME_LENGTH` characters, all Unicode."""
+    return len(text) <= MAX_NAME_LENGTH and encodable(text)
 
 
 def encodable(text: str) -> bool:
-    """Whether a text is Unicode: JSON may spell halves of surrogate pairs."""
+    """Whether a text can be written as UTF-8: JSON may spell halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -212,9 +257,9 @@ def encodable(text: str) -> bool:
     return True
 
 
-def _entry(file: Path, name: str, item: Any, data: int) -> Entry:
-    """One header item checked on its own: dtype known, shape and offsets whole numbers that
-    agree.
+def _entry(file: Path, name: str, item: Any, header_bytes: int) -> Entry:
+    """One item of a header, checked on its own: its dtype is known, its shape and offsets are whole
+    numbers that agree.
     """
     if not is_name(name):
         raise CheckpointError(
@@ -222,18 +267,21 @@ def _entry(file: Path, name: str, item: Any, data: int) -> Entry:
         )
     try:
         dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
-        # before it is copied
-        whole = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= DIMENSIONS
-        whole = whole and all(type(n) is int and 0 <= n < MOST for n in (*shape, begin, end))
+        # The number of axes is checked first: a hostile header's may be millions.
+        is_valid = isinstance(dtype, str) and isinstance(shape, list)
+        is_valid = is_valid and len(shape) <= MAX_DIMENSIONS
+        is_valid = is_valid and all(
+            type(n) is int and 0 <= n < MAX_SIZE for n in (*shape, begin, end)
+        )
     except (KeyError, TypeError, ValueError):
-        whole, dtype, shape, begin, end = False, None, [], 0, 0
-    if not whole:
+        is_valid, dtype, shape, begin, end = False, None, [], 0, 0
+    if not is_valid:
         raise CheckpointError(
             f"{file}: tensor {name} has no valid dtype, shape and offsets; fetch the file again"
         )
     if dtype not in BITS:
         raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype[:20]!r}")
-    entry = Entry(name, dtype, tuple(shape), file, data + begin)
+    entry = Entry(name, dtype, tuple(shape), file, header_bytes + begin)
     if entry.nbytes != end - begin:
         raise CheckpointError(
             f"{file}: tensor {name} is said to have {end - begin} bytes, its shape needs "

@@ -1,5 +1,5 @@
-"""A model folder as schemes see it: matrices (out, in), one for each linear layer, in whatever form
-the files hold them.
+"""A model folder as schemes read it: one matrix (out, in) for each linear layer, in whatever form
+the files hold it.
 """
 
 from __future__ import annotations
@@ -21,35 +21,34 @@ class Source(Checkpoint):
     """A checkpoint some of whose tensors are views.
 
     Attributes:
-        left: modules whose experts stay fused, and why.
+        unsplit: experts that stay in one tensor, and why.
     """
 
-    left: tuple[fused_experts.Fused, ...] = ()
+    unsplit: tuple[fused_experts.UnsplitExperts, ...] = ()
 
 
-def seen(checkpoint: Checkpoint) -> Source:
-    """A checkpoint with views of what its files hold in another form; itself where it has them
-    already.
+def resolve_source(checkpoint: Checkpoint) -> Source:
+    """The checkpoint with views of weights in FP8 and of fused experts; a Source as it is.
 
     Raises:
-        CheckpointError: it is in FP8, and not as its config says.
+        CheckpointError: it is in FP8, and not in the layout that its config describes.
     """
     if isinstance(checkpoint, Source):
         return checkpoint
-    if fp8_source.readable(checkpoint.config):
+    if fp8_source.is_fp8(checkpoint.config):
         checkpoint = attrs.evolve(
             checkpoint,
-            entries=fp8_source.dequantized(checkpoint),
+            entries=fp8_source.view_dequantized(checkpoint),
             config=without_quantization(checkpoint.config),
         )
-    return unfolded(checkpoint)
+    return split_experts(checkpoint)
 
 
-def unfolded(checkpoint: Checkpoint) -> Source:
-    """A checkpoint with views of the experts in fused tensors, where engines read them one by
-    one.
+def split_experts(checkpoint: Checkpoint) -> Source:
+    """The checkpoint with a view of every expert of a fused tensor, where engines read experts one
+    by one.
     """
-    views, left = fused_experts.unfolded(checkpoint)
+    views, unsplit = fused_experts.split_experts(checkpoint)
     entries: dict[str, Entry] = {}
     for name, entry in checkpoint.entries.items():
         entries |= {view.name: view for view in views[name]} if name in views else {name: entry}
@@ -58,20 +57,23 @@ def unfolded(checkpoint: Checkpoint) -> Source:
         checkpoint.config,
         checkpoint.headers,
         entries,
-        checkpoint.others,
-        tuple(left),
+        checkpoint.side_files,
+        tuple(unsplit),
     )
 
 
-def kept_fused(source: Checkpoint, compressed: Container[str]) -> Checkpoint:
-    """The source with experts fused again of which none is compressed: they are copied as they
-    are.
+def fuse_uncompressed_experts(source: Checkpoint, compressed: Container[str]) -> Checkpoint:
+    """The source without the views of fused tensors of which no expert is compressed: these tensors
+    are copied as they are.
+
+    Args:
+        compressed: module names.
     """
     entries: dict[str, Entry] = {}
     for name, entry in source.entries.items():
-        whole = entry.whole if isinstance(entry, View) else None
-        if whole is None or name.removesuffix(".weight") in compressed:
+        fused = entry.whole if isinstance(entry, View) else None
+        if fused is None or name.removesuffix(".weight") in compressed:
             entries[name] = entry
         else:
-            entries[whole.name] = whole
+            entries[fused.name] = fused
     return attrs.evolve(source, entries=entries)

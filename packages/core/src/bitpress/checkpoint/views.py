@@ -1,5 +1,5 @@
-"""Matrices that files hold in another form: an expert inside one tensor, transposed, or in FP8 with
-scales. Made while read.
+"""Matrices that files hold in another form: inside a tensor of all experts, transposed, or in FP8
+with scales. They are computed while they are read.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from attrs import frozen
 from bitpress.checkpoint.safetensors import Entry
 
 
-class Read(Protocol):
-    """What a view needs of a reader."""
+class MatrixReader(Protocol):
+    """The methods of a reader that a view calls."""
 
     def rows(self, entry: Entry, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` (exclusive) of a tensor."""
@@ -21,7 +21,7 @@ class Read(Protocol):
     def whole(self, entry: Entry) -> torch.Tensor:
         """All of a tensor."""
 
-    def turned(self, entry: Entry) -> torch.Tensor:
+    def transposed(self, entry: Entry) -> torch.Tensor:
         """All of a matrix, transposed."""
 
 
@@ -30,12 +30,11 @@ class View(Entry):
     """A matrix (out, in) made of stored tensors; name, dtype and shape are the view's own.
 
     Attributes:
-        stored: the matrix whose numbers it holds some rows of, or columns where that is stored (in,
-            out).
-        first: the first of them.
-        transposed: whether it is stored (in, out).
-        whole: the tensor of which `stored` is a part; None where it is not.
-        scale: what a stored number is multiplied by: one for all, (out, 1), or one for each tile.
+        stored: the matrix of which the view is some rows, or some columns where that is (in, out).
+        first: the first of these rows or columns.
+        transposed: whether `stored` is (in, out).
+        whole: the tensor of all experts of which `stored` is a part; None where it is none.
+        scale: the factors of the stored numbers: one for all, (out, 1), or one for each tile.
         tile: rows and columns that share a scale.
     """
 
@@ -46,30 +45,28 @@ class View(Entry):
     scale: Entry | None = None
     tile: tuple[int, int] = (1, 1)
 
-    def rows(self, reader: Read, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows `first` to `last` (exclusive), in a dtype."""
+    def rows(self, reader: MatrixReader, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `first` to `last` (exclusive), those with a scale in this dtype."""
         first, last = self.first + first, self.first + last
         if self.transposed:
-            return reader.turned(self.stored)[first:last].contiguous()
-        found = reader.rows(self.stored, first, last)
+            return reader.transposed(self.stored)[first:last].contiguous()
+        numbers = reader.rows(self.stored, first, last)
         if self.scale is None:
-            return found
-        high, wide = self.tile
-        scale = (
-            reader.whole(self.scale)
-            .float()
-            .reshape(-1, self.scale.shape[-1] if len(self.scale.shape) > 1 else 1)
-        )
-        # some rows have scales of their own
+            return numbers
+
+        # Scales grow to (rows, in), or stay at 1 on an axis along which all numbers share one.
+        tile_height, tile_width = self.tile
+        num_columns = self.scale.shape[-1] if len(self.scale.shape) > 1 else 1
+        scale = reader.whole(self.scale).float().reshape(-1, num_columns)  # (tiles, tiles)
         if len(scale) > 1:
-            scale = scale.index_select(0, torch.arange(first, last) // high)
+            scale = scale.index_select(0, torch.arange(first, last) // tile_height)
         if scale.shape[1] > 1:
-            scale = scale.repeat_interleave(wide, 1)[:, : self.shape[1]]
-        return (found.float() * scale).to(dtype)
+            scale = scale.repeat_interleave(tile_width, 1)[:, : self.shape[1]]
+        return (numbers.float() * scale).to(dtype)
 
 
-def part(stored: Entry, number: int) -> Entry:
-    """One of the matrices of a tensor (matrices, rows, columns), itself a tensor of the file."""
+def select_matrix(stored: Entry, number: int) -> Entry:
+    """One matrix of a tensor (matrices, rows, columns), as a tensor of the file."""
     shape = stored.shape[1:]
     size = stored.nbytes // stored.shape[0]
     return Entry(

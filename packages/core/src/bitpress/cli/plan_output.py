@@ -117,7 +117,7 @@ def print_remarks(plan: Plan, warnings: Iterable[str], remarks: Iterable[Remark]
 
 def _print_layers(plan: Plan) -> None:
     # it imports torch, which takes a second
-    from bitpress.checkpoint.layer_names import alike
+    from bitpress.checkpoint.layer_names import group_numbered
 
     cells = []
     for stack in plan.stacks:
@@ -125,13 +125,13 @@ def _print_layers(plan: Plan) -> None:
         reason = plan.recipe.reason(next(iter(stack.members)))
         cells.append((stack.name, (steps, f"{_mean_bits(stack):.2f}", reason)))
     if len(cells) > MAX_STACKS:
-        rows = [(name, count, *row) for name, row, count in alike(cells)]
+        rows = [(name, count, *row) for name, row, count in group_numbered(cells)]
     else:
         rows = [(name, 1, *row) for name, row in cells]
     print_table(("layers", "count", "steps", "bits per weight", "why"), rows)
     print()
 
-    copies = alike((entry.name, reason) for entry, reason in plan.uncompressed)
+    copies = group_numbered((entry.name, reason) for entry, reason in plan.uncompressed)
     print_table(
         ("copied unchanged", "count", "why"),
         [(name, count, reason) for name, reason, count in copies],

@@ -149,7 +149,7 @@ def _block(
         output.folder / f"{shard.name}{BLOCK_RESULT_SUFFIX}",
     )
     ranks = streams.ranks
-    if ranks.same(ranks.first and output.finished(shard.name, shard.header) and kept.is_file()):
+    if ranks.same(ranks.first and output.has_shard(shard.name, shard.header) and kept.is_file()):
         _take_up(shard, prefix, output, reader, streams.block)
         told(shard.source_bytes, f"{shard.name}: finished earlier")
         return BlockNotes(**json.loads(kept.read_text()))
@@ -174,7 +174,7 @@ def _block(
             else:
                 copy_entry(entry, places[entry.name], reader, writer)
             told(entry.nbytes, entry.name)
-        output.text(kept.name, json.dumps(notes.as_json()))
+        output.write_text(kept.name, json.dumps(notes.as_json()))
     return notes
 
 

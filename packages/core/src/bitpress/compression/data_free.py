@@ -50,7 +50,7 @@ def write_shard(
     shard: Shard, output: OutputFolder, reader: Reader, resources: Resources, progress: Told
 ) -> None:
     """Write a shard unless an earlier run has; its stacks need no data."""
-    if output.finished(shard.name, shard.header):
+    if output.has_shard(shard.name, shard.header):
         progress(shard.source_bytes)
         return
     with output.shard(shard.name, shard.header) as writer:

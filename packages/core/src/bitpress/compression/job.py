@@ -71,7 +71,9 @@ def prepare_job(
         return Job(plan, None, str(model), check_text, command)
 
     sequences = load(config, source.folder, source.config, options.trust_remote_code)
-    if config.all_experts and not any(layer_names.experts(stack.members) for stack in plan.stacks):
+    if config.all_experts and not any(
+        layer_names.group_experts(stack.members) for stack in plan.stacks
+    ):
         raise RecipeError("--all-experts: no experts of this model are compressed; leave it out")
     # the digest of the plan covers the calibration data
     plan = with_calibration(plan, sequences.digest + " all experts" * config.all_experts)

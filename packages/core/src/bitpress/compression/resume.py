@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from bitpress.checkpoint.filenames import RUN_RECORD
+from bitpress.checkpoint.filenames import CONFIG, RUN_RECORD
 from bitpress.checkpoint.reader import Checkpoint
-from bitpress.checkpoint.writer import OutputFolder, json_text
+from bitpress.checkpoint.writer import OutputFolder, format_json
 from bitpress.errors import CheckpointError, OutputError
 from bitpress.modeling.tokens import Sequences
 from bitpress.planning.plan import Plan
@@ -49,7 +49,7 @@ def keep_record(
     # an interrupt may come as soon as the record has its name
     try:
         if earlier_record is None or not _has_shards(output, plan):
-            output.text(RUN_RECORD, json_text(record))
+            output.write_text(RUN_RECORD, format_json(record))
         else:
             _require_same_run(output, earlier_record, record)
         yield
@@ -109,7 +109,7 @@ def read_stamps(source: Checkpoint) -> Stamps:
     now if it has no weights.
     """
     return {name: header.stamp for name, header in source.headers.items()} | {
-        name: _read_stamp(source, name) for name in source.others
+        name: _read_stamp(source, name) for name in source.side_files
     }
 
 
@@ -149,7 +149,7 @@ def _describe_run(plan: Plan, data: Sequences | None, device: torch.device) -> A
             }
             for name, header in source.headers.items()
         },
-        "config.json": dict(source.config),
+        CONFIG: dict(source.config),
         "calibration": data
         and {
             "text": data.source,

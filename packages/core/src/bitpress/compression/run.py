@@ -12,7 +12,7 @@ import attrs
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.filenames import INDEX
 from bitpress.checkpoint.reader import open_checkpoint
-from bitpress.checkpoint.writer import OutputFolder, json_text
+from bitpress.checkpoint.writer import OutputFolder, format_json
 from bitpress.compression import accuracy_check, calibrated, data_free, resume
 from bitpress.compression.accuracy_check import AccuracyCheck
 from bitpress.compression.calibration.block_result import BlockNotes
@@ -55,7 +55,7 @@ def run(
 
         with _keep_record(job, output, resources):
             resume.require_same_on_ranks(ranks, plan, job.calibration, resources.device)
-            if not output.locked:
+            if not output.is_locked:
                 raise OutputError(
                     f"rank {ranks.rank} does not see {out} as rank 0 has prepared it: all need one "
                     "file system"
@@ -179,9 +179,9 @@ def _copy_side_files(plan: Plan, output: OutputFolder, ranks: Ranks) -> None:
     if not ranks.first:
         return
     for name, source_name in plan.side_files.items():
-        output.copy(name, plan.source.folder / source_name)
+        output.copy_file(name, plan.source.folder / source_name)
     if plan.index:
-        output.text(INDEX, json_text(plan.index))
+        output.write_text(INDEX, format_json(plan.index))
 
 
 def _verify(
@@ -239,8 +239,8 @@ def _publish(job: Job, manifest: Manifest, output: OutputFolder) -> Manifest:
     for a model.
     """
     manifest = write_model_card(job, manifest, output)
-    output.text(filenames.MANIFEST, manifests.serialize(manifest))
-    output.text("config.json", json_text(job.plan.config))
+    output.write_text(filenames.MANIFEST, manifests.serialize(manifest))
+    output.write_text(filenames.CONFIG, format_json(job.plan.config))
     output.remove(_block_results(job.plan))
     return manifest
 

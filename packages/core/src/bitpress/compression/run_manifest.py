@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from bitpress.checkpoint import filenames
-from bitpress.checkpoint.writer import OutputFolder, json_text
+from bitpress.checkpoint.writer import OutputFolder, format_json
 from bitpress.compression.calibration.block_result import BlockNotes
 from bitpress.compression.job import Job, display_name
 from bitpress.compression.resources import Resources
@@ -63,7 +63,7 @@ def write_model_card(job: Job, manifest: Manifest, output: OutputFolder) -> Mani
         job.command, plan.source_bytes, plan.output_bytes, plan.source.folder, source_card
     )
     content = model_card.render_card(manifest, made)
-    output.text(filenames.MODEL_CARD, content)
+    output.write_text(filenames.MODEL_CARD, content)
     files = {**manifest.files, filenames.MODEL_CARD: _describe_bytes(content.encode())}
     return attrs.evolve(manifest, files=files)
 
@@ -72,14 +72,14 @@ def _describe_files(
     job: Job, output: OutputFolder, resources: Resources, with_digests: bool
 ) -> Mapping[str, FileRecord]:
     """Files that are written already, and config.json, which is written last."""
-    written_later = ("config.json", filenames.MANIFEST, filenames.MODEL_CARD)
+    written_later = (filenames.CONFIG, filenames.MANIFEST, filenames.MODEL_CARD)
     files = manifests.describe_files(
         {name: output.folder / name for name in job.plan.files if name not in written_later},
         resources.num_threads,
         with_digests,
         resources.ranks,
     )
-    files["config.json"] = _describe_bytes(json_text(job.plan.config).encode())
+    files[filenames.CONFIG] = _describe_bytes(format_json(job.plan.config).encode())
     return files
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from bitpress.checkpoint.reader import Checkpoint, Reader
 from bitpress.checkpoint.safetensors import Entry
-from bitpress.checkpoint.source import unfolded
+from bitpress.checkpoint.source import split_experts
 from bitpress.errors import CheckpointError
 from bitpress.modeling.build import build
 from bitpress.modeling.parameter_names import lay_out
@@ -46,7 +46,7 @@ class Decoder:
     ) -> None:
         self.model: Any = build(checkpoint, trust, dtype)
         # also of experts that a run leaves as they are
-        checkpoint = unfolded(checkpoint)
+        checkpoint = split_experts(checkpoint)
         layout = lay_out(self.model, checkpoint, container, everything)
         self.container, self.blocks = layout.container, layout.blocks
         self._checkpoint, self._reader, self._device, self._dtype = (

@@ -11,8 +11,8 @@ from bitpress.checkpoint import filenames
 from bitpress.checkpoint.filenames import INDEX, MANIFEST
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import DTYPES, Reader
-from bitpress.checkpoint.safetensors import Entry, Header, index, lay_out
-from bitpress.checkpoint.writer import OutputFolder, ShardWriter, copy_entry, json_text
+from bitpress.checkpoint.safetensors import Entry, Header, TensorSpec, lay_out, make_index
+from bitpress.checkpoint.writer import OutputFolder, ShardWriter, copy_entry, format_json
 from bitpress.output.written_model import WrittenModel
 from bitpress.runtime.progress import Told
 from bitpress.schemes import pipeline
@@ -37,7 +37,7 @@ def write_dense(written: WrittenModel, output: OutputFolder, progress: Told) -> 
     }
     index_files = [INDEX] if len(headers) > 1 else []
     output.prepare(
-        [*headers, *side_files, *index_files, "config.json"],
+        [*headers, *side_files, *index_files, filenames.CONFIG],
         sum(header.nbytes for header in headers.values()),
     )
 
@@ -49,26 +49,26 @@ def write_dense(written: WrittenModel, output: OutputFolder, progress: Told) -> 
                     progress(entry.nbytes)
 
     for name, source_name in side_files.items():
-        output.copy(name, checkpoint.folder / source_name)
+        output.copy_file(name, checkpoint.folder / source_name)
     if index_files:
         entries = {name: header.entries for name, header in headers.items()}
-        output.text(INDEX, json_text(index(entries)))
+        output.write_text(INDEX, format_json(make_index(entries)))
 
     # The config comes last: without it no loader takes the folder for a model.
     config = {key: value for key, value in checkpoint.config.items() if key != KEY}
-    output.text("config.json", json_text(config))
+    output.write_text(filenames.CONFIG, format_json(config))
 
 
 def _side_files(written: WrittenModel) -> dict[str, str]:
     """What is copied, and its name in the output: the source's own card takes its name again, and
     what bitpress wrote about the output is left out.
     """
-    others = written.checkpoint.others
-    source_card = filenames.original(others)
+    others = written.checkpoint.side_files
+    source_card = filenames.find_source_card(others)
     return {
         filenames.MODEL_CARD if name == source_card else name: name
         for name in others
-        if name not in (MANIFEST, filenames.MODEL_CARD, "config.json")
+        if name not in (MANIFEST, filenames.MODEL_CARD, filenames.CONFIG)
     }
 
 
@@ -76,19 +76,15 @@ def _dense_header(
     written: WrittenModel, header: Header, layer_of: Mapping[str, str], file: Path
 ) -> Header:
     """A shard's header with every compressed layer's tensors replaced by its weight."""
-    copies = [
-        (entry.name, entry.dtype, entry.shape)
-        for entry in header.entries
-        if entry.name not in layer_of
-    ]
-    modules = dict.fromkeys(
-        layer_of[entry.name] for entry in header.entries if entry.name in layer_of
-    )
-    weights = [
-        (f"{module}.weight", written.layers[module].dtype, written.layers[module].shape)
-        for module in modules
-    ]
-    return lay_out(file, [*copies, *weights], {"format": "pt"})
+    specs: dict[str, TensorSpec] = {}
+    for entry in header.entries:
+        if entry.name in layer_of:
+            module = layer_of[entry.name]
+            layer = written.layers[module]
+            specs[f"{module}.weight"] = TensorSpec(layer.dtype, layer.shape)
+        else:
+            specs[entry.name] = entry.spec
+    return lay_out(file, specs, {"format": "pt"})
 
 
 def _write_tensor(written: WrittenModel, entry: Entry, reader: Reader, writer: ShardWriter) -> None:

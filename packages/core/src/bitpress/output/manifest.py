@@ -17,7 +17,7 @@ from attrs import field, frozen, validators
 from bitpress.checkpoint.filenames import MANIFEST
 from bitpress.checkpoint.reader import read_json
 from bitpress.checkpoint.safetensors import is_name
-from bitpress.checkpoint.writer import json_text
+from bitpress.checkpoint.writer import format_json
 from bitpress.errors import CheckpointError
 from bitpress.output.typed_json import parse_typed
 from bitpress.runtime.process_group import ALONE, Ranks
@@ -186,7 +186,7 @@ def serialize(manifest: Manifest) -> str:
     zeros in the place of the digest.
     """
     zeros = "0" * 64
-    blank = json_text({**manifest.as_json(), OWN_DIGEST: zeros})
+    blank = format_json({**manifest.as_json(), OWN_DIGEST: zeros})
     digest = hashlib.sha256(blank.encode()).hexdigest()
     return digest.join(blank.rsplit(zeros, 1))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from bitpress.checkpoint.filenames import CONFIG
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint, Reader
 from bitpress.errors import BitpressError, Fault
@@ -148,7 +149,7 @@ def find_structure_faults(
     plain = linear_layers.uncompressed_modules(checkpoint, written.layers)
     expected_config = quantization_config(fragments, plain)
     if _sort_ignored(checkpoint.config.get(KEY)) != _sort_ignored(expected_config):
-        yield Fault("config.json", f"its {KEY} does not describe what is stored")
+        yield Fault(CONFIG, f"its {KEY} does not describe what is stored")
 
 
 def _compare_entry(

@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.checkpoint import layer_names
+from bitpress.checkpoint.filenames import CONFIG
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import Fault
@@ -88,7 +89,7 @@ def find_faults(
     if not isinstance(table, dict):
         if compressed:
             yield Fault(
-                "config.json",
+                CONFIG,
                 f"it has no {KEY}, and {next(iter(compressed))} is stored compressed",
             )
         return
@@ -145,7 +146,7 @@ def _check_config(table: Mapping[str, Any]) -> Iterator[Fault]:
     """Whether loaders take the table for compressed-tensors, and its formats agree."""
     if table.get("quant_method") != "compressed-tensors":
         yield Fault(
-            "config.json",
+            CONFIG,
             f"quant_method is {table.get('quant_method')!r}, not 'compressed-tensors'",
         )
 
@@ -156,7 +157,7 @@ def _check_config(table: Mapping[str, Any]) -> Iterator[Fault]:
     # transformers initializes compressed layers at random under any other status.
     if table.get("quantization_status") != "compressed":
         yield Fault(
-            "config.json",
+            CONFIG,
             "quantization_status is not 'compressed': transformers would leave random weights, "
             "without an error",
         )
@@ -168,10 +169,10 @@ def _check_config(table: Mapping[str, Any]) -> Iterator[Fault]:
     }
     expected = next(iter(formats)) if len(formats) == 1 else "mixed-precision"
     if not formats:
-        yield Fault("config.json", "it has no config_groups")
+        yield Fault(CONFIG, "it has no config_groups")
     elif table.get("format") != expected:
         yield Fault(
-            "config.json",
+            CONFIG,
             f"its format is {table.get('format')!r}, and those of its groups are "
             f"{', '.join(map(str, formats))}",
         )
@@ -181,7 +182,7 @@ def _check_ignored(ignored: Sequence[str], modules: Mapping[str, ModuleTensors])
     for pattern in _unmatched(ignored, modules):
         # A head that is tied to the embeddings is ignored and stores nothing.
         if pattern != "lm_head":
-            yield Fault("config.json", f"it ignores {pattern}, which is not there")
+            yield Fault(CONFIG, f"it ignores {pattern}, which is not there")
 
 
 def _check_targets(
@@ -189,7 +190,7 @@ def _check_targets(
 ) -> Iterator[Fault]:
     for name, group in groups.items():
         for target in _unmatched(group.get("targets"), linear):
-            yield Fault("config.json", f"{name} targets {target}, which is not there")
+            yield Fault(CONFIG, f"{name} targets {target}, which is not there")
 
 
 def _check_layers(
@@ -287,7 +288,7 @@ def _check_scale_shape(
 
 def _check_fused_layers(layers: _LinearLayers, read: ReadTensor | None) -> Iterator[Fault]:
     """Whether layers that engines make one of are stored in one way, with equal shared numbers."""
-    for members in layer_names.fused(layers.tensors):
+    for members in layer_names.find_fused(layers.tensors):
         if len(members) == 1:
             continue
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ import torch
 from attrs import evolve, frozen
 
 from bitpress.checkpoint import layer_names
+from bitpress.checkpoint.filenames import WEIGHTS
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint
-from bitpress.checkpoint.safetensors import BITS, Entry, Header, lay_out
-from bitpress.errors import SchemeError
+from bitpress.checkpoint.safetensors import Entry, Header, TensorSpec, lay_out
+from bitpress.errors import CheckpointError, SchemeError
 from bitpress.schemes import stored_layout
 from bitpress.schemes.registry import Step
 from bitpress.schemes.values import StoredLayer
-
-# (dtype, shape) of a tensor, the dtype as safetensors names it.
-TensorSpec = tuple[str, tuple[int, ...]]
 
 
 @frozen(eq=False)
@@ -79,7 +76,7 @@ class Stack:
         entry = self.members[module]
         stored = stored_layout.describe(*entry.shape, DTYPES[entry.dtype], self.steps)
         specs = {
-            f"{module}.{suffix}": (NAMES[tensor.dtype], tuple(tensor.shape))
+            f"{module}.{suffix}": TensorSpec(NAMES[tensor.dtype], tuple(tensor.shape))
             for suffix, tensor in stored.tensors.items()
         }
         return specs, stored.config
@@ -90,18 +87,19 @@ class Stack:
         """
         planned, _ = self.describe_stored(module)
         actual = {
-            f"{module}.{suffix}": (NAMES.get(tensor.dtype), tuple(tensor.shape))
+            f"{module}.{suffix}": TensorSpec(str(NAMES.get(tensor.dtype)), tuple(tensor.shape))
             for suffix, tensor in stored.tensors.items()
         }
         if actual != planned:
             raise SchemeError(
-                f"{self.steps[-1].scheme}: layer {module} became {actual}, planned was {planned}"
+                f"{self.steps[-1].scheme}: layer {module} became {_describe(actual)}, planned was "
+                f"{_describe(planned)}"
             )
 
     def stored_bytes(self, module: str) -> int:
         """Bytes of what is stored of a member."""
         specs, _ = self.describe_stored(module)
-        return sum(tensor_bytes(*spec) for spec in specs.values())
+        return sum(spec.nbytes for spec in specs.values())
 
     def bits(self, module: str) -> float:
         """Stored bits per weight of a member, scales included."""
@@ -140,8 +138,8 @@ class Shard:
     def with_digest(self, digest: str) -> Shard:
         """The same file, of a plan with this digest."""
         file = self.header.entries[0].file
-        tensors = [(entry.name, entry.dtype, entry.shape) for entry in self.header.entries]
-        return evolve(self, header=_lay_out(file, tensors, digest))
+        specs = {entry.name: entry.spec for entry in self.header.entries}
+        return evolve(self, header=_lay_out(file, specs, digest))
 
 
 def cut_shards(
@@ -167,15 +165,21 @@ def cut_shards(
 
     shards = []
     for number, (block, own, copies) in enumerate(contents, 1):
-        name = "model.safetensors"
+        name = WEIGHTS
         if len(contents) > 1:
             name = f"model-{number:05d}-of-{len(contents):05d}.safetensors"
-        tensors = [(entry.name, entry.dtype, entry.shape) for entry in copies]
+        specs = {entry.name: entry.spec for entry in copies}
         for stack in own:
             for module in stack.members:
-                specs, _ = stack.describe_stored(module)
-                tensors += [(tensor, *spec) for tensor, spec in specs.items()]
-        header = _lay_out(source.folder / name, tensors, digest)
+                stored, _ = stack.describe_stored(module)
+                if duplicates := sorted((stored.keys() & source.entries.keys()) - compressed):
+                    raise CheckpointError(
+                        f"{source.folder}: it holds a tensor {duplicates[0]}, and layer {module} "
+                        "would store another of that name; remove it from the source, or --ignore "
+                        "the layer"
+                    )
+                specs |= stored
+        header = _lay_out(source.folder / name, specs, digest)
         shards.append(Shard(name, tuple(own), tuple(copies), header, block))
     return shards
 
@@ -192,12 +196,9 @@ def _partition(source: Checkpoint, module: str, by_block: bool) -> dict[Any, lis
     return parts
 
 
-def _lay_out(
-    file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], digest: str
-) -> Header:
-    return lay_out(file, tensors, {"format": "pt", "bitpress": digest})
+def _lay_out(file: Path, specs: Mapping[str, TensorSpec], digest: str) -> Header:
+    return lay_out(file, specs, {"format": "pt", "bitpress": digest})
 
 
-def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a stored tensor."""
-    return math.prod(shape) * BITS[dtype] // 8
+def _describe(specs: Mapping[str, TensorSpec]) -> str:
+    return ", ".join(f"{name} {spec.dtype} {list(spec.shape)}" for name, spec in specs.items())

@@ -11,7 +11,7 @@ from bitpress.checkpoint.layer_names import (
     IN_BLOCK,
     OUTSIDE,
     ROUTERS,
-    _grouped,
+    group_siblings,
 )
 from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.checkpoint.reader import Checkpoint
@@ -88,7 +88,7 @@ def group_fused(layers: Mapping[str, Entry]) -> list[tuple[str, ...]]:
     def have_one_width(members: Sequence[str]) -> bool:
         return len({layers[member].shape[1] for member in members}) == 1
 
-    return _grouped(layers, have_one_width)
+    return group_siblings(layers, have_one_width)
 
 
 def uncompressed_modules(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[str]:

@@ -13,8 +13,8 @@ from bitpress.checkpoint import filenames, layer_names
 from bitpress.checkpoint.filenames import INDEX
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import Checkpoint
-from bitpress.checkpoint.safetensors import Entry, index
-from bitpress.checkpoint.writer import json_text
+from bitpress.checkpoint.safetensors import Entry, make_index
+from bitpress.checkpoint.writer import format_json
 from bitpress.planning import linear_layers
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.quantization_config import quantization_config
@@ -73,7 +73,7 @@ class Plan:
         """The output's index; None for a single file."""
         if len(self.shards) == 1:
             return None
-        return index({shard.name: shard.header.entries for shard in self.shards})
+        return make_index({shard.name: shard.header.entries for shard in self.shards})
 
     @property
     def source_bytes(self) -> int:
@@ -125,7 +125,7 @@ class Plan:
     def files(self) -> list[str]:
         """Every file that the output will hold."""
         written = [shard.name for shard in self.shards]
-        written += [filenames.MANIFEST, filenames.MODEL_CARD, "config.json"]
+        written += [filenames.MANIFEST, filenames.MODEL_CARD, filenames.CONFIG]
         written += [INDEX] if self.index else []
         return written + [name for name in self.side_files if name not in written]
 
@@ -135,10 +135,12 @@ class Plan:
         differ for the source's model card.
         """
         others = [
-            name for name in self.source.others if name not in ("config.json", filenames.MANIFEST)
+            name
+            for name in self.source.side_files
+            if name not in (filenames.CONFIG, filenames.MANIFEST)
         ]
         return {
-            filenames.kept(others) if name == filenames.MODEL_CARD else name: name
+            filenames.rename_source_card(others) if name == filenames.MODEL_CARD else name: name
             for name in others
         }
 
@@ -148,8 +150,8 @@ class Plan:
         what the run measures.
         """
         sizes = {shard.name: shard.header.nbytes for shard in self.shards}
-        texts = {"config.json": self.config} | ({INDEX: self.index} if self.index else {})
-        sizes |= {name: len(json_text(value).encode()) for name, value in texts.items()}
+        texts = {filenames.CONFIG: self.config} | ({INDEX: self.index} if self.index else {})
+        sizes |= {name: len(format_json(value).encode()) for name, value in texts.items()}
         for name, source_name in self.side_files.items():
             if name not in sizes:
                 sizes[name] = (self.source.folder / source_name).stat().st_size

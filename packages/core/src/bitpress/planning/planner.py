@@ -11,7 +11,7 @@ import attrs
 from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
-from bitpress.checkpoint.source import Source, kept_fused, seen
+from bitpress.checkpoint.source import Source, fuse_uncompressed_experts, resolve_source
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
 from bitpress.planning import linear_layers
 from bitpress.planning.layout import Stack, cut_shards
@@ -52,7 +52,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     }
 
     # Experts of which none is compressed are copied as they lie in the files.
-    source = kept_fused(source, fragments)
+    source = fuse_uncompressed_experts(source, fragments)
     ignored = tuple(linear_layers.uncompressed_modules(source, fragments))
     # Raises where one config cannot describe all of the layers.
     quantization_config(fragments, ignored)
@@ -84,7 +84,7 @@ def with_calibration(plan: Plan, data: str) -> Plan:
 
 def _resolve_source(checkpoint: Checkpoint) -> Source:
     """The checkpoint as schemes see it, which must not be quantized."""
-    source = seen(checkpoint)
+    source = resolve_source(checkpoint)
     if method := source.model_config.quantization_method:
         raise CheckpointError(
             f"{source.folder} is already quantized ({method}): start from the original, or "
@@ -97,12 +97,13 @@ def _assign_steps(
     source: Source, recipe: Recipe, layers: Mapping[str, Entry]
 ) -> Mapping[str, tuple[Step, ...]]:
     """The steps of every layer; experts that stay in one tensor must get none."""
-    steps_of = recipe.assign([*layers, *(experts.module for experts in source.left)])
-    for experts in source.left:
+    steps_of = recipe.assign([*layers, *(experts.module for experts in source.unsplit)])
+    for experts in source.unsplit:
         if steps_of[experts.module]:
+            leaf = experts.module.rpartition(".")[2]
             raise CheckpointError(
                 f"{source.folder}: the experts {experts.module} cannot be compressed: "
-                f"{experts.why}; --ignore '*.{experts.module.rpartition('.')[2]}' copies them as "
+                f"{experts.reason}; --ignore '*.{leaf}' copies them as "
                 "they are (in a recipe: a rule with `steps = []`)"
             )
     return steps_of
@@ -113,7 +114,7 @@ def _group_stacks(
 ) -> dict[str, Stack]:
     """The stacks that get steps, by the name of their first member."""
     # vLLM reads the config of all experts of a block from that of the first.
-    for experts in layer_names.experts(layers):
+    for experts in layer_names.group_experts(layers):
         _common_steps(experts, steps_of)
 
     stacks = {}

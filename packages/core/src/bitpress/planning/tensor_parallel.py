@@ -62,7 +62,7 @@ def remarks(plan: Plan, num_ranks: int = 1) -> list[Remark]:
     """
     if num_ranks < 1:
         raise RecipeError(f"--tensor-parallel {num_ranks}: an engine has at least one rank")
-    findings = layer_names.alike(_find_all(plan, num_ranks))
+    findings = layer_names.group_numbered(_find_all(plan, num_ranks))
     return [Remark(name, count, finding) for name, finding, count in findings]
 
 

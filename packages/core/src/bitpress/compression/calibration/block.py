@@ -120,8 +120,8 @@ def _store(
         planned, config = site.stack.describe_stored(name)
         if member is None:
             tensors = {
-                n.removeprefix(f"{name}."): weight.new_empty(s, dtype=DTYPES[t])
-                for n, (t, s) in planned.items()
+                n.removeprefix(f"{name}."): weight.new_empty(spec.shape, dtype=DTYPES[spec.dtype])
+                for n, spec in planned.items()
             }
         else:
             record = pipeline.record(pipeline.pack(member, steps), steps)

@@ -166,7 +166,7 @@ def rescale(
                 "rescaled"
             )
     # experts follow one another
-    for _, alike in itertools.groupby(unknown, lambda name: layer_names.PLACE.sub("*", name)):
+    for _, alike in itertools.groupby(unknown, lambda name: layer_names.INDEX_PART.sub("*", name)):
         first, *more = alike
         others = f" and {len(more)} like it" if more else ""
         notes.warnings.append(

@@ -112,7 +112,7 @@ def run_search(
     choices = zip(job.units, choose(knapsack, job.limit), strict=True)
     chosen = {unit.name: names[i] for unit, i in choices}
     result = Found(job, chosen, damages, parts(job.data.ids)[1].numel())
-    OutputFolder(Path(out).absolute().parent).text(Path(out).name, text(result))
+    OutputFolder(Path(out).absolute().parent).write_text(Path(out).name, text(result))
     return result
 
 
