@@ -35,6 +35,7 @@ from bitpress.planning.recipe_source import RecipeSource
 
 HOLDER = """
 import pathlib, sys, time
+from bitpress.checkpoint.lock import lock_folder
 with lock_folder(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -110,7 +111,7 @@ def test_a_lock_whose_file_was_taken_away_is_not_mistaken_for_the_folder_s(tmp_p
         """The first time, the run that had the lock ends between the opening and the locking of its
         file.
         """
-        if slots.pop():
+        if slots and slots.pop():
             (tmp_path / LOCK).unlink()
         flock(descriptor, how)
 

@@ -234,4 +234,3 @@ def test_a_tensor_named_as_one_that_a_scheme_stores_is_refused_before_anything_i
     with pytest.raises(bitpress.CheckpointError, match=f"it holds a tensor {name}"):
         bitpress.compress(model, tmp_path / "out", scheme="toy")
     assert not (tmp_path / "out").exists()
-    bitpress.compress(model, tmp_path / "out", scheme="toy", ignore=["*.0.mlp.down_proj"])

@@ -175,8 +175,7 @@ def cut_shards(
                 if duplicates := sorted((stored.keys() & source.entries.keys()) - compressed):
                     raise CheckpointError(
                         f"{source.folder}: it holds a tensor {duplicates[0]}, and layer {module} "
-                        "would store another of that name; remove it from the source, or --ignore "
-                        "the layer"
+                        "would store another of that name; remove it from the source"
                     )
                 specs |= stored
         header = _lay_out(source.folder / name, specs, digest)
