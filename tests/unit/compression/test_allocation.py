@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, strategies as st
 
-from bitpress.compression.search.allocation import Option, choose
+from bitpress.compression.search.allocation import Option, choose_options
 
 OPTIONS = st.builds(
     Option, st.integers(0, 12), st.sampled_from([0.0, 0.25, 1.0, 3.0]) | st.floats(0, 2)
@@ -21,12 +21,12 @@ def size(units: Sequence[Sequence[Option]], chosen: Sequence[int]) -> int:
     return sum(options[i].size for options, i in zip(units, chosen, strict=True))
 
 
-def damage(units: Sequence[Sequence[Option]], chosen: Sequence[int]) -> float:
-    return sum(options[i].damage for options, i in zip(units, chosen, strict=True))
+def cost(units: Sequence[Sequence[Option]], chosen: Sequence[int]) -> float:
+    return sum(options[i].cost for options, i in zip(units, chosen, strict=True))
 
 
 @given(UNITS, st.integers(0, 50))
-def test_no_choice_that_keeps_to_the_limit_has_less_damage(
+def test_no_choice_that_keeps_to_the_limit_has_less_cost(
     units: list[list[Option]], limit: int
 ) -> None:
     fitting = [
@@ -34,23 +34,21 @@ def test_no_choice_that_keeps_to_the_limit_has_less_damage(
     ]
     if not fitting:
         with pytest.raises(ValueError, match="no choice"):
-            choose(units, limit)
+            choose_options(units, limit)
         return
-    chosen = choose(units, limit)
+    chosen = choose_options(units, limit)
     assert size(units, chosen) <= limit
-    assert damage(units, chosen) == pytest.approx(
-        min(damage(units, c) for c in fitting), rel=1e-9, abs=1e-12
+    assert cost(units, chosen) == pytest.approx(
+        min(cost(units, c) for c in fitting), rel=1e-9, abs=1e-12
     )
 
 
 def by_table(units: Sequence[Sequence[Option]], limit: int) -> float:
-    """The least damage by dynamic programming over every size."""
+    """The least cost by dynamic programming over every size."""
     least = [0.0] * (limit + 1)
     for options in units:
         least = [
-            min(
-                (least[s - o.size] + o.damage for o in options if o.size <= s), default=float("inf")
-            )
+            min((least[s - o.size] + o.cost for o in options if o.size <= s), default=float("inf"))
             for s in range(limit + 1)
         ]
     return least[limit]
@@ -71,6 +69,6 @@ def test_of_the_units_of_a_large_model_too(share: float) -> None:
         )
     least, most = (sum(ends(o.size for o in u) for u in units) for ends in (min, max))
     limit = int(least + share * (most - least))
-    chosen = choose(units, limit)
+    chosen = choose_options(units, limit)
     assert size(units, chosen) <= limit
-    assert damage(units, chosen) == pytest.approx(by_table(units, limit), rel=1e-9)
+    assert cost(units, chosen) == pytest.approx(by_table(units, limit), rel=1e-9)

@@ -239,7 +239,7 @@ def test_where_memory_is_short_no_forward_is_left_waiting(tmp_path: Path, learne
 def test_a_block_s_weights_are_freed_as_soon_as_it_is_left(
     tmp_path: Path, learner: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filled, alive, block = [], [], Decoder.block
+    filled, alive, block = [], [], Decoder.load_block
 
     def noted(self: Decoder, index: int) -> torch.nn.Module:
         alive.append(sum(reference() is not None for reference in filled))
@@ -247,7 +247,7 @@ def test_a_block_s_weights_are_freed_as_soon_as_it_is_left(
         filled.append(weakref.ref(next(found.parameters())))
         return found
 
-    monkeypatch.setattr(Decoder, "block", noted)
+    monkeypatch.setattr(Decoder, "load_block", noted)
     source = runnable_model(tmp_path / "m", config=CONFIG | {"num_hidden_layers": 4})
     # a block may take gigabytes: they cannot wait until garbage is looked for
     gc.disable()

@@ -26,9 +26,9 @@ from bitpress.compression import calibrated
 from bitpress.compression.calibration.activation_streams import Streams
 from bitpress.conformance.commands import command, plugins, refusal
 from bitpress.conformance.models import files_of, tensors_of
-from bitpress.modeling.capture import record
+from bitpress.modeling.capture import capture_inputs
 from bitpress.modeling.decoder import Decoder
-from bitpress.modeling.hidden_states import States
+from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.tokens import load
 from bitpress.planning import linear_layers
 from bitpress.planning.calibration_config import CalibrationConfig
@@ -76,12 +76,12 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(tmp_path: Path, family
     source = resolve_source(open_checkpoint(folder))
     with Reader() as reader, torch.no_grad():
         container = layer_names.container(next(iter(linear_layers.linear_layers(source))))
-        decoder = Decoder(source, container, reader, CPU, FLOAT)
-        decoder.require()
-        recording = record(decoder, BATCHES, CPU, FLOAT)
-        streams = Streams(recording.hidden, States([]), [], waiting=0, device=CPU)
+        decoder = Decoder(source, container, reader)
+        decoder.require_parameters()
+        captured = capture_inputs(decoder, BATCHES)
+        streams = Streams(captured.hidden_states, HiddenStates([]), [], waiting=0, device=CPU)
         for index in range(len(decoder)):
-            streams.enter(decoder.block(index), None, recording.calls[index])
+            streams.enter(decoder.load_block(index), None, captured.calls[index])
             streams.leave()
         model, outputs = whole(folder), []
 
@@ -96,7 +96,7 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(tmp_path: Path, family
         for i, batch in enumerate(BATCHES):
             with pytest.raises(LastBlockReached):
                 model(input_ids=batch, use_cache=False)
-            torch.testing.assert_close(recording.hidden[i], outputs[i], atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(captured.hidden_states[i], outputs[i], atol=2e-6, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from fixtures.toy_scheme import TOY, install_toy
 
 import bitpress
 from bitpress.api import search
-from bitpress.compression.search.sensitivity import parts
+from bitpress.compression.search.sensitivity import split_sequences
 from bitpress.conformance.commands import bitpress as process, command, install, plugins, refusal
 from bitpress.conformance.models import write_model
 from bitpress.errors import RecipeError
@@ -75,13 +75,13 @@ def words(sequences: torch.Tensor) -> str:
     ids=["without data", "calibrated, inputs rounded", "rescaled"],
 )
 @pytest.mark.parametrize("layer", ["self_attn.o_proj", "mlp.down_proj"])
-def test_a_damage_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
+def test_a_cost_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
     installed: Path, model: Path, tmp_path: Path, scheme: str, settings: list[str], layer: str
 ) -> None:
     text = model.parent / "text.txt"
     asked = {"schemes": [scheme, "none"], "budget": 200, "settings": settings, "calibration": text}
     found = search(model, tmp_path / "r.toml", **asked, **CHEAP)
-    fitted, judged = parts(
+    fitted, judged = split_sequences(
         torch.tensor([int(word[1:]) for word in text.read_text().split()[: 16 * 64]]).view(16, 64)
     )
     (tmp_path / "fitted.txt").write_text(words(fitted))
@@ -103,8 +103,8 @@ def test_a_damage_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
     ).kl
     assert wanted is not None
     assert wanted > 1e-6
-    assert found.damages[name, scheme] == pytest.approx(wanted, rel=1e-3)
-    assert found.damages[name, "none"] == 0
+    assert found.divergences[name, scheme] == pytest.approx(wanted, rel=1e-3)
+    assert found.divergences[name, "none"] == 0
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_damage_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
 )
 def test_no_sequence_that_candidates_are_fitted_to_judges_them(count: int, length: int) -> None:
     ids = torch.arange(count)[:, None].expand(count, length)
-    fitted, judged = (set(part[:, 0].tolist()) for part in parts(ids))
+    fitted, judged = (set(part[:, 0].tolist()) for part in split_sequences(ids))
     assert fitted | judged == set(range(count))
     assert count == 1 or not fitted & judged
     assert 1 <= len(judged) <= max(4096 // length, 1)
@@ -231,10 +231,10 @@ def test_with_room_for_it_every_layer_gets_what_costs_least(
         **CHEAP,
     )
     least = {
-        u.name: min(("short", "toy"), key=lambda n: found.damages[u.name, n])
+        u.name: min(("short", "toy"), key=lambda n: found.divergences[u.name, n])
         for u in found.search.units
     }
-    assert found.chosen == least
+    assert found.choice == least
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
@@ -255,7 +255,7 @@ def test_experts_of_a_block_share_one_scheme(installed: Path, tmp_path: Path, fa
     experts = [unit for unit in found.search.units if len(unit.modules) == 12]
     assert [unit.block for unit in experts] == [0, 1]
     assert all(len(unit.patterns) == 1 for unit in experts)
-    assert all(found.damages[unit.name, "short"] > 0 for unit in experts)
+    assert all(found.divergences[unit.name, "short"] > 0 for unit in experts)
     plan = bitpress.plan(source, recipe_file=tmp_path / "r.toml")
     assert {m for stack in plan.stacks for m in stack.members} == {
         m for unit in found.search.units for m in unit.modules
@@ -341,4 +341,4 @@ def test_memory_that_is_short_changes_nothing(installed: Path, model: Path, tmp_
         assert not files.called
         spilled = search(model, tmp_path / "spilled.toml", max_memory=least, **given)
         assert files.called
-    assert held.damages == spilled.damages
+    assert held.divergences == spilled.divergences

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.compression.calibration.activation_streams import Streams
 from bitpress.compression.calibration.resumable_forward import Doors, course
-from bitpress.modeling.capture import head, record
+from bitpress.modeling.capture import capture_inputs, open_head
 from bitpress.modeling.decoder import Decoder
-from bitpress.modeling.hidden_states import States
+from bitpress.modeling.hidden_states import HiddenStates
 
 COMMON = {
     "hidden_size": 32,
@@ -91,12 +91,12 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(
 ) -> None:
     folder, container = family
     with Reader() as reader, torch.no_grad():
-        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
-        recording = record(decoder, BATCHES, CPU, FLOAT, tmp_path if spilled else None)
-        states = recording.hidden
-        streams = Streams(states, States([]), [], waiting=0, device=CPU)
+        decoder = Decoder(open_checkpoint(folder), container, reader)
+        captured = capture_inputs(decoder, BATCHES, tmp_path if spilled else None)
+        states = captured.hidden_states
+        streams = Streams(states, HiddenStates([]), [], waiting=0, device=CPU)
         for index in range(len(decoder)):
-            streams.enter(decoder.block(index), None, recording.calls[index])
+            streams.enter(decoder.load_block(index), None, captured.calls[index])
             streams.leave()
     for i, batch in enumerate(BATCHES):
         assert torch.equal(states[i], last_hidden(folder, container, batch))
@@ -108,8 +108,8 @@ def test_the_head_makes_of_the_last_block_s_outputs_what_the_whole_model_makes(
     folder, container = family
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=FLOAT).eval()
     with Reader() as reader, torch.no_grad():
-        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
-        with head(decoder, () if container == "transformer.h" else None) as logits:
+        decoder = Decoder(open_checkpoint(folder), container, reader)
+        with open_head(decoder, () if container == "transformer.h" else None) as logits:
             hidden = last_hidden(folder, container, BATCHES[0]).flatten(0, 1)
             found = torch.cat([logits(piece) for piece in hidden.split(7)])
         expected = model(input_ids=BATCHES[0], use_cache=False).logits.flatten(0, 1)
@@ -125,16 +125,18 @@ def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees
 ) -> None:
     folder, container = family
     with Reader() as reader, torch.no_grad():
-        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
-        recording = record(decoder, BATCHES, CPU, FLOAT)
-        block, calls = decoder.block(0), recording.calls[0]
-        names = course(block, linear_names(block), calls[0], recording.hidden[0]).called
+        decoder = Decoder(open_checkpoint(folder), container, reader)
+        captured = capture_inputs(decoder, BATCHES)
+        block, calls = decoder.load_block(0), captured.calls[0]
+        names = course(block, linear_names(block), calls[0], captured.hidden_states[0]).called
         assert set(names) == set(linear_names(block))
         doors = Doors(block, names)
         seen: dict[int, list[Tensor | None]] = {}
         # of two batches
         for waiting in (2, 1, 0):
-            streams = Streams(States(list(recording.hidden)), States([]), [], waiting, CPU)
+            streams = Streams(
+                HiddenStates(list(captured.hidden_states)), HiddenStates([]), [], waiting, CPU
+            )
             streams.enter(block, None, calls)
             inputs = [
                 found.inputs
@@ -155,17 +157,19 @@ def test_a_waiting_forward_goes_on_with_the_weights_that_a_layer_has_by_then(
 ) -> None:
     folder, container = family
     with Reader() as reader, torch.no_grad():
-        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
-        recording = record(decoder, BATCHES, CPU, FLOAT)
+        decoder = Decoder(open_checkpoint(folder), container, reader)
+        captured = capture_inputs(decoder, BATCHES)
         outputs = []
         for early in (True, False):
-            block, calls = decoder.block(0), recording.calls[0]
-            names = course(block, linear_names(block), calls[0], recording.hidden[0]).called
+            block, calls = decoder.load_block(0), captured.calls[0]
+            names = course(block, linear_names(block), calls[0], captured.hidden_states[0]).called
             if early:
                 for name in names:
                     block.get_parameter(f"{name}.weight").mul_(0.5)
             doors = Doors(block, names)
-            streams = Streams(States(list(recording.hidden)), States([]), [], 9, CPU)
+            streams = Streams(
+                HiddenStates(list(captured.hidden_states)), HiddenStates([]), [], 9, CPU
+            )
             streams.enter(block, None, calls)
             for site, name in enumerate(names):
                 list(streams.arrivals(site, False))
@@ -180,9 +184,9 @@ def test_a_waiting_forward_goes_on_with_the_weights_that_a_layer_has_by_then(
 def test_no_weight_is_in_memory_before_it_is_needed(family: tuple[Path, str]) -> None:
     folder, container = family
     with Reader() as reader, torch.no_grad():
-        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
+        decoder = Decoder(open_checkpoint(folder), container, reader)
         assert all(parameter.is_meta for parameter in decoder.model.parameters())
-        record(decoder, BATCHES, CPU, FLOAT)
+        capture_inputs(decoder, BATCHES)
         assert all(parameter.is_meta for parameter in decoder.model.parameters())
 
 
@@ -192,31 +196,31 @@ def test_hidden_states_that_go_to_disk_are_not_held_while_others_are_recorded(
     folder, container = family
     shape = (*BATCHES[0].shape, COMMON["hidden_size"])
     with Reader() as reader, torch.no_grad():
-        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
-        recording = record(decoder, BATCHES, CPU, FLOAT, tmp_path)
+        decoder = Decoder(open_checkpoint(folder), container, reader)
+        captured = capture_inputs(decoder, BATCHES, tmp_path)
         gc.collect()
         held = [
             o for o in gc.get_objects() if type(o) is Tensor and o.shape == shape and not o.is_meta
         ]
-    assert len(recording.hidden) == len(BATCHES)
+    assert len(captured.hidden_states) == len(BATCHES)
     assert not held
 
 
 def test_forwards_that_do_not_wait_hold_nothing(family: tuple[Path, str], tmp_path: Path) -> None:
     folder, container = family
     with Reader() as reader, torch.no_grad():
-        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
-        recording = record(decoder, BATCHES, CPU, FLOAT, tmp_path)
-        block, source, calls = decoder.block(0), decoder.block(0), recording.calls[0]
-        found = course(block, linear_names(block), calls[0], recording.hidden[0])
+        decoder = Decoder(open_checkpoint(folder), container, reader)
+        captured = capture_inputs(decoder, BATCHES, tmp_path)
+        block, source, calls = decoder.load_block(0), decoder.load_block(0), captured.calls[0]
+        found = course(block, linear_names(block), calls[0], captured.hidden_states[0])
         doors = [Doors(b, found.called, found.writers) for b in (block, source)]
-        reference = States((recording.hidden[i] for i in range(2)), tmp_path)
-        streams = Streams(recording.hidden, reference, [0, 1], 0, CPU)
+        reference = HiddenStates((captured.hidden_states[i] for i in range(2)), tmp_path)
+        streams = Streams(captured.hidden_states, reference, [0, 1], 0, CPU)
         streams.enter(block, source, calls)
         site = len(found.called) - 1
         assert all(arrival.residual is not None for arrival in streams.arrivals(site, True))
         gc.collect()
-        size = recording.hidden[0].numel()
+        size = captured.hidden_states[0].numel()
         held = [
             o for o in gc.get_objects() if type(o) is Tensor and o.numel() == size and not o.is_meta
         ]
@@ -231,18 +235,18 @@ def test_a_forward_that_is_given_up_lets_go_of_its_block_at_once(family: tuple[P
     gc.disable()
     try:
         with Reader() as reader, torch.no_grad():
-            decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
-            recording = record(decoder, BATCHES, CPU, FLOAT)
-            block, calls = decoder.block(0), recording.calls[0]
+            decoder = Decoder(open_checkpoint(folder), container, reader)
+            captured = capture_inputs(decoder, BATCHES)
+            block, calls = decoder.load_block(0), captured.calls[0]
             held = weakref.ref(block)
             doors = Doors(block, linear_names(block)[:1])
-            streams = Streams(recording.hidden, None, [], 2, CPU)
+            streams = Streams(captured.hidden_states, None, [], 2, CPU)
             streams.enter(block, None, calls)
             # both wait there
             assert len(list(streams.arrivals(0, False))) == 2
             doors.close()
             del block
-            streams.enter(decoder.block(1), None, calls)
+            streams.enter(decoder.load_block(1), None, calls)
             assert held() is None
     finally:
         gc.enable()
@@ -253,8 +257,7 @@ import sys, torch, transformers
 from pathlib import Path
 from bitpress.modeling.decoder import Decoder
 from bitpress.checkpoint.reader import Reader, open_checkpoint
-checkpoint, cpu = open_checkpoint(Path(sys.argv[1])), torch.device("cpu")
-decoder = Decoder(checkpoint, "model.layers", Reader(), cpu, torch.float32)
+decoder = Decoder(open_checkpoint(Path(sys.argv[1])), "model.layers", Reader())
 config = transformers.AutoConfig.for_model("gemma2", **eval(sys.argv[2]))
 model = transformers.AutoModelForCausalLM.from_config(config)
 print(model.model.layers[0].mlp.up_proj.weight.std().item())
@@ -291,12 +294,12 @@ def test_the_layers_whose_outputs_a_block_adds_to_its_input_are_found(
 ) -> None:
     folder, container = family
     with Reader() as reader, torch.no_grad():
-        decoder = Decoder(open_checkpoint(folder), container, reader, CPU, FLOAT)
-        recording = record(decoder, BATCHES, CPU, FLOAT)
+        decoder = Decoder(open_checkpoint(folder), container, reader)
+        captured = capture_inputs(decoder, BATCHES)
         for index in range(2):
-            block = decoder.block(index)
+            block = decoder.load_block(index)
             found = course(
-                block, linear_names(block), recording.calls[index][0], recording.hidden[0]
+                block, linear_names(block), captured.calls[index][0], captured.hidden_states[0]
             )
             kind = AutoConfig.from_pretrained(folder).model_type
             assert set(found.writers) == WRITERS.get(kind, {"self_attn.o_proj", "mlp.down_proj"})

@@ -135,7 +135,7 @@ def test_the_figures_do_not_depend_on_how_much_is_held(
     model: Path, other: Path, monkeypatch: pytest.MonkeyPatch, logits: int, spilled: bool
 ) -> None:
     whole = run(other, model)
-    monkeypatch.setattr(metrics, "LOGITS", logits)
+    monkeypatch.setattr(metrics, "MAX_LOGITS", logits)
     monkeypatch.setattr(memory, "available", lambda: 0 if spilled else 1 << 40)
     found = run(other, model)
     for name in ("perplexity", "source_perplexity", "kl", "top1"):

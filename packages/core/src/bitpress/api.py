@@ -14,9 +14,10 @@ from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compression.job import prepare_job
 from bitpress.compression.run import run
 from bitpress.compression.search import search as searching
-from bitpress.compression.search.result import Found
+from bitpress.compression.search.result import SearchResult
 from bitpress.errors import CheckpointError, Fault, OutputError
-from bitpress.modeling.block_runner import Subject, plain
+from bitpress.modeling.block_runner import RunnableModel
+from bitpress.modeling.decoder import DecoderOptions
 from bitpress.modeling.tokens import stretch
 from bitpress.output import (
     compressed_model,
@@ -143,7 +144,7 @@ def search(
     settings: Iterable[str] = (),
     ignore: Iterable[str] = (),
     calibration: str | Path | None = None,
-    samples: int = searching.SAMPLES,
+    samples: int = searching.NUM_SEQUENCES,
     sequence_length: int = CalibrationConfig().sequence_length,
     seed: int = 0,
     all_experts: bool = False,
@@ -152,7 +153,7 @@ def search(
     max_memory: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = quiet,
-) -> Found:
+) -> SearchResult:
     """Measure what each scheme costs each layer, and write the recipe that costs least in a budget
     into the file `out`.
 
@@ -306,9 +307,10 @@ def evaluate_model(
     """`evaluate`, its options as values."""
     device = device_named(options.device)
     with Reader() as reader, torch_threads(options.num_threads or cores()):
-        subject = _subject(resolve(model), reader)
-        other = None if against is None else _subject(resolve(against), reader)
-        tokenizer_source = (other or subject).checkpoint
+        folders = [resolve(model)] if against is None else [resolve(model), resolve(against)]
+        models = [_open_runnable_model(folder, reader) for folder in folders]
+        # texts are tokenized as the reference tokenizes them, where there is one
+        tokenizer_source = models[-1].checkpoint
         tokens = stretch(
             config.text,
             config.sequence_length,
@@ -317,26 +319,24 @@ def evaluate_model(
             tokenizer_source.config,
             options.trust_remote_code,
         )
-        hidden_states_folder = evaluation.spill(
-            subject, other, tokens.inputs.numel(), options.max_memory, Path(tempfile.gettempdir())
+        hidden_states_folder = evaluation.choose_folder(
+            models, tokens.inputs.numel(), options.max_memory, Path(tempfile.gettempdir())
         )
         return evaluation.evaluate(
-            subject,
-            other,
+            models,
             tokens,
-            device,
+            DecoderOptions(device, trust_remote_code=options.trust_remote_code),
             hidden_states_folder,
-            options.trust_remote_code,
-            progress("evaluating", evaluation.work(subject, other)),
+            progress("evaluating", evaluation.count_bytes(models)),
         )
 
 
-def _subject(folder: Path, reader: Reader) -> Subject:
+def _open_runnable_model(folder: Path, reader: Reader) -> RunnableModel:
     """A plain model, or one that bitpress wrote, ready to be run."""
     checkpoint = open_checkpoint(folder)
     if (folder / filenames.MANIFEST).is_file():
         written = _as_planned(checkpoint)
-        return compressed_model.served(
+        return compressed_model.open_compressed(
             written, reader, layer_names.container(next(iter(written.layers))), folder
         )
     checkpoint = resolve_source(checkpoint)
@@ -345,7 +345,7 @@ def _subject(folder: Path, reader: Reader) -> Subject:
             f"{folder} is quantized ({method}), and not by bitpress: only plain models and its own "
             "can be run"
         )
-    return plain(
+    return RunnableModel(
         checkpoint,
         reader,
         layer_names.container(next(iter(linear_layers.linear_layers(checkpoint)))),

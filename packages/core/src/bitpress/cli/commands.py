@@ -161,7 +161,7 @@ def search(
         from bitpress.compression.search.search import prepare_search, run_search
 
     job = prepare_search(model, out, goal, calibration, run_options)
-    warn(job.data.warnings)
+    warn(job.calibration.warnings)
     with progress_bars() as progress:
         result = run_search(job, out, run_options, progress)
     show(SearchSummary(result, out))

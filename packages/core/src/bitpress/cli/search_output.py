@@ -10,14 +10,14 @@ from attrs import frozen
 from bitpress.cli.text import print_table
 
 if TYPE_CHECKING:
-    from bitpress.compression.search.result import Found
+    from bitpress.compression.search.result import SearchResult
 
 
 @frozen(eq=False)
 class SearchSummary:
     """A choice of candidates for layers, and the recipe file that holds it."""
 
-    result: Found
+    result: SearchResult
     out: Path
 
     def as_json(self) -> dict[str, Any]:
@@ -26,7 +26,7 @@ class SearchSummary:
         everywhere = {
             name: {
                 "bits": result.bits(result.everywhere(name)),
-                "kl": result.damage(result.everywhere(name)),
+                "kl": result.divergence(result.everywhere(name)),
             }
             for name in search.candidates
         }
@@ -34,9 +34,9 @@ class SearchSummary:
             {
                 "name": unit.name,
                 "modules": unit.modules,
-                "chosen": result.chosen[unit.name],
+                "chosen": result.choice[unit.name],
                 "candidates": {
-                    name: {"bytes": unit.size(name), "kl": result.damages[unit.name, name]}
+                    name: {"bytes": unit.num_bytes(name), "kl": result.divergences[unit.name, name]}
                     for name in search.candidates
                 },
             }
@@ -46,10 +46,10 @@ class SearchSummary:
             "recipe": str(self.out),
             "budget": search.budget,
             "bits": result.bits(),
-            "kl": result.damage(),
+            "kl": result.divergence(),
             "everywhere": everywhere,
             "layers": layers,
-            "text": search.data.source,
+            "text": search.calibration.source,
             "tokens": result.tokens,
         }
 
@@ -61,18 +61,18 @@ class SearchSummary:
         candidates = list(search.candidates)
         print(
             f"nats per token that each layer costs by itself, on {result.tokens:,} tokens of "
-            f"{search.data.source}:"
+            f"{search.calibration.source}:"
         )
         rows = []
         for unit in search.units:
-            damages = [f"{result.damages[unit.name, name]:.6f}" for name in candidates]
-            rows.append((unit.name, *damages, result.chosen[unit.name]))
+            divergences = [f"{result.divergences[unit.name, name]:.6f}" for name in candidates]
+            rows.append((unit.name, *divergences, result.choice[unit.name]))
         print_table(("layers", *candidates, "chosen"), rows)
 
-        choices = {"chosen": result.chosen}
+        choices = {"chosen": result.choice}
         choices |= {f"{name} everywhere": result.everywhere(name) for name in candidates}
         totals = [
-            (name, f"{result.bits(choice):.2f}", f"{result.damage(choice):.6f}")
+            (name, f"{result.bits(choice):.2f}", f"{result.divergence(choice):.6f}")
             for name, choice in choices.items()
         ]
         print_table(("", "bits per weight", "expected KL divergence"), totals)

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from attrs import frozen
 
 from bitpress.checkpoint.reader import Reader
 from bitpress.compression.resources import Resources
 from bitpress.errors import VerificationError
-from bitpress.modeling import block_runner
-from bitpress.modeling.decoder import Decoder
+from bitpress.modeling.block_runner import RunnableModel
+from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.tokens import Stretch, stretch
 from bitpress.output import compressed_model, evaluate
 from bitpress.output.manifest import Check
@@ -33,14 +32,8 @@ def read_text(plan: Plan, file: str, trust_remote_code: bool) -> Stretch:
     for stack in plan.stacks:
         activation_quantizer.known(stack.describe_stored(next(iter(stack.members)))[1], stack.steps)
     with Reader() as reader:
-        Decoder(
-            plan.source,
-            plan.container,
-            reader,
-            torch.device("cpu"),
-            torch.float32,
-            trust_remote_code,
-        ).require()
+        options = DecoderOptions(trust_remote_code=trust_remote_code)
+        Decoder(plan.source, plan.container, reader, options).require_parameters()
 
     config = EvaluationConfig(file)
     return stretch(
@@ -69,18 +62,17 @@ class AccuracyCheck:
     def measure(self, written: WrittenModel, resources: Resources, progress: Progress) -> Check:
         """Compare what was written with its source."""
         with Reader() as reader:
-            source = block_runner.plain(self.plan.source, reader, self.plan.container)
-            result = compressed_model.served(
+            source = RunnableModel(self.plan.source, reader, self.plan.container)
+            result = compressed_model.open_compressed(
                 written, reader, self.plan.container, self.plan.source.folder
             )
+            models = [result, source]
             return evaluate.evaluate(
-                result,
-                source,
+                models,
                 self.text,
-                resources.device,
+                DecoderOptions(resources.device, trust_remote_code=resources.trust_remote_code),
                 self.hidden_states_folder,
-                resources.trust_remote_code,
-                progress("checking", evaluate.work(result, source)),
+                progress("checking", evaluate.count_bytes(models)),
             )
 
 
@@ -89,9 +81,9 @@ def prepare_check(plan: Plan, text: Stretch, max_memory: int | None, folder: Pat
     folder; raises RecipeError where `max_memory`, in bytes, is too low for either.
     """
     with Reader() as reader:
-        source = block_runner.plain(plan.source, reader, plan.container)
-        hidden_states_folder = evaluate.spill(
-            source, source, text.inputs.numel(), max_memory, folder
+        source = RunnableModel(plan.source, reader, plan.container)
+        hidden_states_folder = evaluate.choose_folder(
+            [source, source], text.inputs.numel(), max_memory, folder
         )
     return AccuracyCheck(plan, text, hidden_states_folder)
 

@@ -24,9 +24,9 @@ from bitpress.compression.calibration.block_result import BlockNotes
 from bitpress.compression.calibration.layer_groups import Site
 from bitpress.compression.data_free import write_shard
 from bitpress.compression.resources import Resources
-from bitpress.modeling.capture import Recording, record
-from bitpress.modeling.decoder import Decoder
-from bitpress.modeling.hidden_states import States
+from bitpress.modeling.capture import CapturedInputs, capture_inputs
+from bitpress.modeling.decoder import Decoder, DecoderOptions
+from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.tokens import Sequences
 from bitpress.planning import memory_estimate
 from bitpress.planning.layout import Shard
@@ -65,15 +65,8 @@ def write_shards(
     dtype = _dtype(plan, device)
     notes = []
     with Reader() as reader, torch.no_grad(), memory.freed_kept():
-        decoder = Decoder(
-            plan.source,
-            plan.container,
-            reader,
-            device,
-            dtype,
-            resources.trust_remote_code,
-            data.all_experts,
-        )
+        options = DecoderOptions(device, dtype, resources.trust_remote_code, data.all_experts)
+        decoder = Decoder(plan.source, plan.container, reader, options)
         shards = {
             shard.block: shard
             for shard in plan.shards
@@ -83,11 +76,11 @@ def write_shards(
         for shard in ranks.deal(outside, lambda shard: shard.source_bytes):
             write_shard(shard, output, reader, Resources((device,)), told)
 
-        recording, streams = _start(plan, decoder, data, output, resources)
+        inputs, streams = _start(plan, decoder, data, output, resources)
         for index in range(len(decoder)):
-            calls, recording.calls[index] = recording.calls[index], []
-            source_block = decoder.block(index) if streams.chosen else None
-            streams.enter(decoder.block(index), source_block, calls)
+            calls, inputs.calls[index] = inputs.calls[index], []
+            source_block = decoder.load_block(index) if streams.chosen else None
+            streams.enter(decoder.load_block(index), source_block, calls)
             if index in shards:
                 notes.append(_block(plan, shards[index], output, reader, streams, told))
             drift = streams.leave(last=index + 1 == len(decoder))
@@ -110,7 +103,7 @@ def _dtype(plan: Plan, device: torch.device) -> torch.dtype:
 
 def _start(
     plan: Plan, decoder: Decoder, data: Sequences, output: OutputFolder, resources: Resources
-) -> tuple[Recording, Streams]:
+) -> tuple[CapturedInputs, Streams]:
     """What every block is called with, and the hidden states before the first of them.
 
     Those of every eighth batch are there once more where a scheme asks for the source's.
@@ -128,16 +121,16 @@ def _start(
     need = memory_estimate.estimate_calibration(plan, sum(batch.numel() for batch in own))
     folder = output.folder if need.spilled_bytes(allowed) else None
 
-    recording = record(decoder, own, device, _dtype(plan, device), folder)
+    inputs = capture_inputs(decoder, own, folder)
     chosen = [
         position
         for position, number in enumerate(part)
         if plan.recipe.compares and number % memory_estimate.REFERENCE_INTERVAL == 0
     ]
-    reference = States((recording.hidden[i].clone() for i in chosen), folder)
+    reference = HiddenStates((inputs.hidden_states[i].clone() for i in chosen), folder)
     num_waiting = need.num_waiting(allowed, own[0].numel())
-    streams = Streams(recording.hidden, reference, chosen, num_waiting, device, ranks, allowed)
-    return recording, streams
+    streams = Streams(inputs.hidden_states, reference, chosen, num_waiting, device, ranks, allowed)
+    return inputs, streams
 
 
 def _block(

@@ -1,135 +1,124 @@
-"""A model run block by block on batches of tokens."""
+"""A model run on batches of tokens, one decoder block in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
 from bitpress.checkpoint.reader import Checkpoint, Reader
-from bitpress.modeling.capture import Call, record
-from bitpress.modeling.decoder import Decoder
-from bitpress.modeling.hidden_states import States
-from bitpress.planning import memory_estimate
-from bitpress.runtime.progress import Told
+from bitpress.modeling.capture import BlockCall, ExtraOutputs, capture_inputs
+from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.schemes.activation_quantizer import Rounding
 
 
-class _Run:
-    """A model on its way through its blocks."""
-
-    def __init__(
-        self,
-        subject: Subject,
-        batches: Sequence[Tensor],
-        device: torch.device,
-        place: Path | None,
-        trust: bool,
-    ) -> None:
-        self.decoder = Decoder(
-            subject.checkpoint, subject.container, subject.reader, device, torch.float32, trust
-        )
-        self.beside: tuple[Any, ...] | None = None
-        self._subject, self.device = subject, device
-        recording = record(self.decoder, batches, device, torch.float32, place)
-        self.states, self._calls = recording.hidden, recording.calls
-
-    def advance(self, index: int, told: Told) -> None:
-        """Go through one block."""
-        prefix = f"{self._subject.container}.{index}."
-        block = self.decoder.block(index)
-        for name, rounding in self._subject.rounding.items():
-            if name.startswith(prefix):
-                block.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(
-                    _rounded(rounding)
-                )
-        calls, self._calls[index] = self._calls[index], []
-        for i, call in enumerate(calls):
-            found = call.whole(block, self.states[i].to(self.device))
-            self.beside = tuple(found[1:]) if isinstance(found, tuple) else None
-            self.states[i] = found[0] if isinstance(found, tuple) else found
-        told(
-            memory_estimate.NUMBER_BYTES
-            * sum(parameter.numel() for parameter in block.parameters()),
-            prefix.removesuffix("."),
-        )
-
-
-def _rounded(
-    rounding: Callable[[Tensor], Tensor],
-) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """A hook that rounds a layer's inputs."""
-
-    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        inputs = arguments[0]
-        return (
-            rounding(inputs.flatten(0, -2).float()).view(inputs.shape).to(inputs.dtype),
-            *arguments[1:],
-        )
-
-    return hook
-
-
 @frozen(eq=False)
-class Subject:
+class RunnableModel:
     """A model that can be run.
 
     Attributes:
         checkpoint: its tensors as they are computed with.
         reader: reads them.
         container: the name of the list of decoder blocks.
-        rounding: by layer, what is made of its inputs (tokens, in) before it computes with them.
+        activation_quantizers: by layer, what is made of its inputs (tokens, in) before it computes
+            with them; none in a model whose activations are not quantized.
     """
 
     checkpoint: Checkpoint
     reader: Reader
     container: str
-    rounding: Mapping[str, Rounding] = field(factory=dict)
+    activation_quantizers: Mapping[str, Rounding] = field(factory=dict)
 
 
-def plain(checkpoint: Checkpoint, reader: Reader, container: str) -> Subject:
-    """A model whose tensors are computed with as they are stored."""
-    return Subject(checkpoint, reader, container)
+class BlockRunner:
+    """Batches on their way through the blocks of a model.
 
-
-class _Way:
-    """The judged batches on their way through the blocks.
+    Blocks are run in order, each on whichever hidden states it is given the numbers of.
 
     Args:
-        states: of many ways; `places` are this one's.
+        batches: token ids, (sequences, length) int64.
+        folder: where hidden states are kept; None keeps them in memory.
+
+    Attributes:
+        hidden_states: of the batches, and of what was forked from them.
+        extra_outputs: what the block that ran last returned with its output.
+
+    Raises:
+        CheckpointError: transformers cannot build the model, or the model cannot be run.
     """
 
-    def __init__(self, states: States, places: Sequence[int]) -> None:
-        self._states, self._places = states, places
-        # what the last block returned with its output
-        self.beside: tuple[Any, ...] | None = None
+    def __init__(
+        self,
+        model: RunnableModel,
+        batches: Iterable[Tensor],
+        options: DecoderOptions,
+        folder: Path | None = None,
+    ) -> None:
+        self.decoder = Decoder(model.checkpoint, model.container, model.reader, options)
+        self.extra_outputs: ExtraOutputs = None
+        self._model = model
+        inputs = capture_inputs(self.decoder, batches, folder)
+        self.hidden_states, self._calls = inputs.hidden_states, inputs.calls
 
     def __len__(self) -> int:
-        return len(self._places)
+        """Blocks of the model."""
+        return len(self.decoder)
 
-    def __getitem__(self, batch: int) -> Tensor:
-        return self._states[self._places[batch]].flatten(0, -2)
+    def load_block(self, index: int) -> nn.Module:
+        """A copy of a block that computes as it is served, its activations quantized."""
+        block = self.decoder.load_block(index)
+        prefix = f"{self._model.container}.{index}."
+        for name, quantize in self._model.activation_quantizers.items():
+            if name.startswith(prefix):
+                module = block.get_submodule(name.removeprefix(prefix))
+                module.register_forward_pre_hook(_quantize_input(quantize))
+        return block
 
-    def go(self, block: nn.Module, calls: Sequence[Call], device: torch.device) -> None:
-        """On through one block."""
-        for place, output in zip(self._places, self._outputs(block, calls, device), strict=True):
-            self._states[place] = output
+    def take_calls(self, index: int) -> list[BlockCall]:
+        """What a block is called with, batch by batch; they are handed out once, and not held."""
+        calls, self._calls[index] = self._calls[index], []
+        return calls
 
-    def branch(self, block: nn.Module, calls: Sequence[Call], device: torch.device) -> _Way:
-        """Another way, that goes through another block here."""
-        first = len(self._states)
-        for output in self._outputs(block, calls, device):
-            self._states.append(output.cpu())
-        return _Way(self._states, range(first, len(self._states)))
+    def tokens(self, number: int) -> Tensor:
+        """Hidden states by their number, (tokens, channels)."""
+        return self.hidden_states[number].flatten(0, -2)
+
+    def run(self, block: nn.Module, calls: Sequence[BlockCall], numbers: Sequence[int]) -> None:
+        """Replace hidden states by what a block makes of them.
+
+        Args:
+            calls: of their batches.
+            numbers: of the hidden states.
+        """
+        for number, output in zip(numbers, self._outputs(block, calls, numbers), strict=True):
+            self.hidden_states[number] = output
+
+    def fork(self, block: nn.Module, calls: Sequence[BlockCall], numbers: Sequence[int]) -> range:
+        """As `run`, but hidden states stay as they are; returns the numbers of the outputs."""
+        first = len(self.hidden_states)
+        for output in self._outputs(block, calls, numbers):
+            self.hidden_states.append(output.cpu())
+        return range(first, len(self.hidden_states))
 
     def _outputs(
-        self, block: nn.Module, calls: Sequence[Call], device: torch.device
+        self, block: nn.Module, calls: Sequence[BlockCall], numbers: Sequence[int]
     ) -> Iterator[Tensor]:
-        for place, call in zip(self._places, calls, strict=True):
-            found = call.whole(block, self._states[place].to(device))
-            self.beside = tuple(found[1:]) if isinstance(found, tuple) else None
-            yield found[0] if isinstance(found, tuple) else found
+        device = self.decoder.options.device
+        for number, call in zip(numbers, calls, strict=True):
+            output, self.extra_outputs = call.run(block, self.hidden_states[number].to(device))
+            yield output
+
+
+def _quantize_input(
+    quantize: Rounding,
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A hook that quantizes what a layer is given."""
+
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs, *others = arguments
+        quantized = quantize(inputs.flatten(0, -2).float())  # (tokens, in)
+        return quantized.view(inputs.shape).to(inputs.dtype), *others
+
+    return hook

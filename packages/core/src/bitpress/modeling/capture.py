@@ -1,4 +1,4 @@
-"""What every block is called with, noted in one pass through a model whose blocks are stand-ins.
+"""What every block is called with, found in one pass through a model whose blocks are stand-ins.
 
 Works for any decoder, since nothing is known of its architecture: the model itself makes its masks,
 positions and whatever else its blocks are given.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from attrs import frozen
@@ -17,32 +17,107 @@ from torch import Tensor, nn
 
 from bitpress.errors import BitpressError, CheckpointError, first_line
 from bitpress.modeling.decoder import Decoder
-from bitpress.modeling.hidden_states import States
+from bitpress.modeling.hidden_states import HiddenStates
+from bitpress.modeling.metrics import Head
+
+# What a block returns in a tuple with its output; None where the output is all it returns.
+ExtraOutputs: TypeAlias = tuple[Any, ...] | None
 
 
 @frozen(eq=False)
-class Call:
+class BlockCall:
     """What a block is called with beside the hidden states."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output."""
-        found = self.whole(block, hidden)
-        return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+    def __call__(self, block: nn.Module, hidden_states: Tensor) -> Tensor:
+        """The block's output, (sequences, length, channels) as the hidden states are."""
+        return self.run(block, hidden_states)[0]
 
-    def whole(self, block: nn.Module, hidden: Tensor) -> Any:
-        """All that the block returns; some wrap their output in a tuple."""
-        return block(hidden, *self.arguments, **self.keywords)
+    def run(self, block: nn.Module, hidden_states: Tensor) -> tuple[Tensor, ExtraOutputs]:
+        """The block's output, and what else it returns."""
+        returned = block(hidden_states, *self.arguments, **self.keywords)
+        if isinstance(returned, tuple):
+            return returned[0], tuple(returned[1:])
+        return returned, None
 
 
 @frozen(eq=False)
-class Recording:
-    """Per batch the first block's input, and per block and batch its call."""
+class CapturedInputs:
+    """What a model gives its blocks.
 
-    hidden: States
-    calls: list[list[Call]]
+    Attributes:
+        hidden_states: of each batch the first block's input.
+        calls: of each block, and in it of each batch.
+    """
+
+    hidden_states: HiddenStates
+    calls: list[list[BlockCall]]
+
+
+def capture_inputs(
+    decoder: Decoder, batches: Iterable[Tensor], folder: Path | None = None
+) -> CapturedInputs:
+    """Run a model up to its blocks, and note what they would be called with.
+
+    Args:
+        batches: token ids, (sequences, length) int64.
+        folder: where hidden states are kept; None keeps them in memory.
+    """
+    device, dtype = decoder.options.device, decoder.options.dtype
+    # once the first block has been run
+    extra_outputs: list[ExtraOutputs] = []
+
+    def wrap_output(call: BlockCall, hidden_states: Tensor) -> Any:
+        # some models unpack what a block returns: what that is, the first block itself says
+        if not extra_outputs:
+            extra_outputs.append(call.run(decoder.load_block(0), hidden_states.to(dtype))[1])
+        return _as_returned(hidden_states, extra_outputs[0])
+
+    last = len(decoder) - 1
+    recorders = [_Recorder(block, i == last, wrap_output) for i, block in enumerate(decoder.blocks)]
+    hidden_states = HiddenStates(folder=folder)
+    with decoder.replace_blocks(recorders) as model:
+        decoder.load_embeddings()
+        for batch in batches:
+            try:
+                with _explain_failures(model):
+                    model(input_ids=batch.to(device), use_cache=False)
+            except _LastBlockReached:
+                first_input = recorders[0].hidden_states
+                assert first_input is not None
+                hidden_states.append(first_input.to(dtype).cpu())
+    return CapturedInputs(hidden_states, [recorder.calls for recorder in recorders])
+
+
+@contextlib.contextmanager
+def open_head(decoder: Decoder, extra_outputs: ExtraOutputs) -> Iterator[Head]:
+    """What the model makes of its last block's outputs: (tokens, channels) -> logits (tokens,
+    vocabulary).
+
+    All of the model that follows its blocks is run, whatever it is; tokens must not know each other
+    there.
+
+    Args:
+        extra_outputs: what its blocks return with their output.
+    """
+    replayers = [_Replayer(block) for block in decoder.blocks]
+    with decoder.replace_blocks(replayers) as model:
+
+        def head(hidden_states: Tensor) -> Tensor:
+            batch = hidden_states.to(decoder.options.device).unsqueeze(0)  # (1, tokens, channels)
+            for replayer in replayers:
+                replayer.output = _as_returned(batch, extra_outputs)
+            with _explain_failures(model):
+                return model(inputs_embeds=batch, use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+        yield head
+
+
+def _as_returned(output: Tensor, extra_outputs: ExtraOutputs) -> Any:
+    """What a block returns that makes this output."""
+    return output if extra_outputs is None else (output, *extra_outputs)
 
 
 class _LastBlockReached(Exception):  # noqa: N818 (a way out, not a fault)
@@ -65,106 +140,46 @@ class _StandIn(nn.Module):
 
 
 class _Recorder(_StandIn):
-    """Notes the call and hands the hidden states on unchanged.
+    """Keeps each call, and hands the hidden states on unchanged.
 
     Args:
-        form: makes of hidden states, and of the call with them, what the blocks of this model
-            return.
+        is_last: whether nothing is needed of what follows.
+        wrap_output: makes of a call and the hidden states what blocks of this model return.
     """
 
-    def __init__(self, block: nn.Module, last: bool, form: Callable[[Call, Tensor], Any]) -> None:
+    def __init__(
+        self, block: nn.Module, is_last: bool, wrap_output: Callable[[BlockCall, Tensor], Any]
+    ) -> None:
         super().__init__(block)
-        self.calls: list[Call] = []
-        self.hidden: Tensor | None = None
-        self._last, self._form = last, form
+        self.calls: list[BlockCall] = []
+        self.hidden_states: Tensor | None = None
+        self._is_last, self._wrap_output = is_last, wrap_output
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        """Note the call."""
         if arguments:
-            hidden, arguments = arguments[0], arguments[1:]
+            hidden_states, *others = arguments
         else:
-            hidden = keywords.pop("hidden_states")
-        self.hidden = hidden
-        self.calls.append(_shared(Call(arguments, keywords), self.calls[0] if self.calls else None))
-        if self._last:
+            hidden_states, others = keywords.pop("hidden_states"), []
+        self.hidden_states = hidden_states
+        call = BlockCall(tuple(others), keywords)
+        self.calls.append(_share_tensors(call, self.calls[0]) if self.calls else call)
+        if self._is_last:
             raise _LastBlockReached
-        return self._form(self.calls[-1], hidden)
+        return self._wrap_output(self.calls[-1], hidden_states)
 
 
 class _Replayer(_StandIn):
-    """Returns what it was told to, whatever it is called with."""
+    """Returns the output that it was given, whatever it is called with."""
 
     output: Any = None
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        """What was told."""
         return self.output
 
 
 @contextlib.contextmanager
-def head(decoder: Decoder, beside: tuple[Any, ...] | None) -> Iterator[Callable[[Tensor], Tensor]]:
-    """What the model makes of its last block's outputs: (tokens, channels) -> logits (tokens,
-    vocabulary).
-
-    All of the model that follows its blocks is run, whatever it is; tokens must not know each other
-    there.
-
-    Args:
-        beside: what the blocks return in a tuple with their output; None where that is all.
-    """
-    replayers = [_Replayer(block) for block in decoder.blocks]
-    with decoder.instead_of_blocks(list(replayers)) as model:
-
-        def logits(hidden: Tensor) -> Tensor:
-            batch = hidden.unsqueeze(0)
-            for replayer in replayers:
-                replayer.output = batch if beside is None else (batch, *beside)
-            with _running(model):
-                return model(inputs_embeds=batch, use_cache=False).logits[0]  # type: ignore[no-any-return]
-
-        yield logits
-
-
-def record(
-    decoder: Decoder,
-    batches: Iterable[Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    folder: Path | None = None,
-) -> Recording:
-    """The recording of all batches (sequences, length) of token ids; hidden states are kept on the
-    CPU, or in a file.
-    """
-    # what blocks return beside the hidden states; None where that is all
-    others: list[tuple[Any, ...] | None] = []
-
-    def form(call: Call, given: Tensor) -> Any:
-        # asked of the first block, since the model may unpack what it is given
-        if not others:
-            found = call.whole(decoder.block(0), given.to(dtype))
-            others.append(tuple(found[1:]) if isinstance(found, tuple) else None)
-        return given if others[0] is None else (given, *others[0])
-
-    recorders = [
-        _Recorder(block, i == len(decoder) - 1, form) for i, block in enumerate(decoder.blocks)
-    ]
-    hidden = States(folder=folder)
-    with decoder.instead_of_blocks(list(recorders)) as model:
-        decoder.fill_embeddings()
-        for batch in batches:
-            try:
-                with _running(model):
-                    model(input_ids=batch.to(device), use_cache=False)
-            except _LastBlockReached:
-                first = recorders[0].hidden
-                assert first is not None
-                hidden.append(first.to(dtype).cpu())
-    return Recording(hidden, [recorder.calls for recorder in recorders])
-
-
-@contextlib.contextmanager
-def _running(model: nn.Module) -> Iterator[None]:
-    """Whatever a model's own code raises is told as the model's fault."""
+def _explain_failures(model: nn.Module) -> Iterator[None]:
+    """Whatever a model's own code raises becomes a CheckpointError."""
     try:
         yield
     except (_LastBlockReached, BitpressError, MemoryError, torch.OutOfMemoryError):
@@ -177,32 +192,26 @@ def _running(model: nn.Module) -> Iterator[None]:
         raise CheckpointError(f"{fact} ({first_line(e)})") from e
 
 
-def _shared(call: Call, first: Call | None) -> Call:
+def _share_tensors(call: BlockCall, first: BlockCall) -> BlockCall:
     """The call with every tensor that the first batch's call had too, replaced by that one: masks
-    and positions are kept once.
+    and positions are held once.
     """
-    if first is None:
-        return call
-    arguments = tuple(
-        _same(a, b)
-        for a, b in zip(call.arguments, _padded(first.arguments, len(call.arguments)), strict=True)
-    )
-    return Call(
-        arguments,
-        {name: _same(value, first.keywords.get(name)) for name, value in call.keywords.items()},
-    )
+    first_arguments = _pad(first.arguments, len(call.arguments))
+    arguments = map(_share_value, call.arguments, first_arguments)
+    keywords = {
+        name: _share_value(value, first.keywords.get(name)) for name, value in call.keywords.items()
+    }
+    return BlockCall(tuple(arguments), keywords)
 
 
-def _padded(values: Sequence[Any], count: int) -> list[Any]:
-    return [*values, *([None] * count)][:count]
+def _pad(values: Sequence[Any], length: int) -> list[Any]:
+    return [*values, *([None] * length)][:length]
 
 
-def _same(value: Any, known: Any) -> Any:
-    if isinstance(value, Tensor) and isinstance(known, Tensor):
-        same = (
-            value.dtype == known.dtype and value.shape == known.shape and torch.equal(value, known)
-        )
-        return known if same else value
-    if isinstance(value, tuple) and isinstance(known, tuple) and len(value) == len(known):
-        return tuple(_same(a, b) for a, b in zip(value, known, strict=True))
+def _share_value(value: Any, first: Any) -> Any:
+    if isinstance(value, Tensor) and isinstance(first, Tensor):
+        is_alike = value.dtype == first.dtype and value.shape == first.shape
+        return first if is_alike and torch.equal(value, first) else value
+    if isinstance(value, tuple) and isinstance(first, tuple) and len(value) == len(first):
+        return tuple(map(_share_value, value, first))
     return value

@@ -1,6 +1,4 @@
-"""The hidden states between two blocks, one tensor per batch: in memory, or in a file without a
-name where memory is short.
-"""
+"""The hidden states between two blocks, one tensor for each batch, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -12,41 +10,47 @@ import torch
 from torch import Tensor
 
 
-class States:
+class HiddenStates:
     """The hidden states of batches; each can be read, and replaced by one of the same shape.
 
     Args:
-        folder: where the file is made, which vanishes with the process; None keeps them in memory.
+        tensors: one for each batch, (sequences, length, channels).
+        folder: where they are kept in a file without a name, which vanishes with the process; None
+            keeps them in memory.
     """
 
-    def __init__(self, states: Iterable[Tensor] = (), folder: Path | None = None) -> None:
-        self._states: list[Tensor] = []
-        self._places = [0]
-        self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
-        for state in states:
-            self.append(state)
+    def __init__(self, tensors: Iterable[Tensor] = (), folder: Path | None = None) -> None:
+        # where they are in a file, tensors without numbers say their shapes and dtypes
+        self._tensors: list[Tensor] = []
+        self._offsets = [0]
+        self._file = None
+        if folder is not None:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
+        for tensor in tensors:
+            self.append(tensor)
 
-    def append(self, state: Tensor) -> None:
+    def append(self, tensor: Tensor) -> None:
         """Take one more batch's."""
-        self._states.append(state if self._file is None else state.to("meta"))
-        self._places.append(self._places[-1] + state.numel() * state.element_size())
-        self[len(self) - 1] = state
+        self._tensors.append(tensor if self._file is None else tensor.to("meta"))
+        self._offsets.append(self._offsets[-1] + tensor.numel() * tensor.element_size())
+        self[len(self) - 1] = tensor
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self._tensors)
 
     def __getitem__(self, index: int) -> Tensor:
-        state = self._states[index]
+        tensor = self._tensors[index]
         if self._file is None:
-            return state
-        found = torch.empty(state.shape, dtype=state.dtype)
-        self._file.seek(self._places[index])
-        self._file.readinto(memoryview(found.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        return found
+            return tensor
+        loaded = torch.empty(tensor.shape, dtype=tensor.dtype)
+        self._file.seek(self._offsets[index])
+        self._file.readinto(memoryview(loaded.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        return loaded
 
-    def __setitem__(self, index: int, state: Tensor) -> None:
+    def __setitem__(self, index: int, tensor: Tensor) -> None:
         if self._file is None:
-            self._states[index] = state.cpu()
+            self._tensors[index] = tensor.cpu()
             return
-        self._file.seek(self._places[index])
-        self._file.write(memoryview(state.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._file.seek(self._offsets[index])
+        self._file.write(memoryview(content.numpy()))  # type: ignore[arg-type]

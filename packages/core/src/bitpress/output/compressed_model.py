@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import Entry
-from bitpress.modeling.block_runner import Subject
+from bitpress.modeling.block_runner import RunnableModel
 from bitpress.output.written_model import WrittenModel
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import INPUTS, input_rounding, known
@@ -42,7 +42,9 @@ class Restorer(Reader):
         return found[first:last]
 
 
-def served(written: WrittenModel, reader: Reader, container: str, built_from: Path) -> Subject:
+def open_compressed(
+    written: WrittenModel, reader: Reader, container: str, built_from: Path
+) -> RunnableModel:
     """An output as it will be served.
 
     Args:
@@ -73,4 +75,4 @@ def served(written: WrittenModel, reader: Reader, container: str, built_from: Pa
             assert found is not None
             rounding[module] = found
     checkpoint = attrs.evolve(written.checkpoint, folder=built_from, entries=entries)
-    return Subject(checkpoint, Restorer(written, reader), container, rounding)
+    return RunnableModel(checkpoint, Restorer(written, reader), container, rounding)

@@ -14,181 +14,243 @@ from pathlib import Path
 
 import attrs
 import torch
+from attrs import frozen
+from torch import Tensor
 
 from bitpress.checkpoint.layer_names import block_index
 from bitpress.checkpoint.reader import Reader
 from bitpress.errors import CheckpointError, RecipeError
-from bitpress.modeling.block_runner import Subject, _Run
-from bitpress.modeling.capture import head
-from bitpress.modeling.metrics import LOGITS, _compare, _perplexity, _Sums
+from bitpress.modeling import metrics
+from bitpress.modeling.block_runner import BlockRunner, RunnableModel
+from bitpress.modeling.capture import open_head
+from bitpress.modeling.decoder import DecoderOptions
 from bitpress.modeling.tokens import Stretch
 from bitpress.output.manifest import Check
 from bitpress.planning import memory_estimate
 from bitpress.runtime import memory
 from bitpress.runtime.progress import Told
 
-# times as many are held while they are compared
-HELD = 4
+# Tensors of logits' size that each model holds while predictions are compared: logits, their
+# logarithms, and what is made of those on the way to a sum.
+LOGITS_TENSORS = 4
+
+
+@frozen
+class _Sums:
+    """Figures of a comparison, as sums over tokens.
+
+    Attributes:
+        nll: -log q of the tokens that follow, q being what the model expects.
+        reference_nll: -log p of them, p being what the reference expects.
+        kl: Σ p (log p - log q).
+        num_agreements: tokens for which both expect the same token most.
+    """
+
+    nll: float
+    reference_nll: float
+    kl: float
+    num_agreements: int
 
 
 def evaluate(
-    subject: Subject,
-    against: Subject | None,
+    models: Sequence[RunnableModel],
     text: Stretch,
-    device: torch.device,
-    place: Path | None,
-    trust: bool,
-    told: Told,
+    options: DecoderOptions,
+    folder: Path | None,
+    progress: Told,
 ) -> Check:
-    """The figures of a model on a text, and beside another where one is given, computed in float32.
+    """The figures of a model on a text, and beside a reference where one is given.
 
-    KL is the mean over tokens of Σ p (log p - log q), p being what the other model expects; top-1
-    the share of tokens whose most likely successor is the same.
+    KL is the mean over tokens of Σ p (log p - log q), p being what the reference expects; top-1 the
+    share of tokens whose most likely successor is the same.
 
     Args:
-        place: a folder in which hidden states are kept; None keeps them in memory.
-        told: is told the bytes of every tensor of a block.
+        models: the model, or the model and its reference.
+        folder: where hidden states are kept; None keeps them in memory.
+        progress: is given the bytes of every block that was run, in float32.
 
     Raises:
         CheckpointError: transformers cannot build a model, the two are unlike, or one makes numbers
             that are not finite.
     """
-    batches = torch.split(text.inputs, max(memory_estimate.BATCH_TOKENS // text.inputs.shape[1], 1))
+    batch_size = max(memory_estimate.BATCH_TOKENS // text.inputs.shape[1], 1)
+    batches = torch.split(text.inputs, batch_size)
+    targets = torch.split(text.targets, batch_size)
     with torch.no_grad():
-        runs = [_Run(s, batches, device, place, trust) for s in (subject, against) if s is not None]
-        if len({len(run.decoder) for run in runs}) > 1:
+        runners = [BlockRunner(model, batches, options, folder) for model in models]
+        if len({len(runner) for runner in runners}) > 1:
             raise CheckpointError(
-                f"{subject.checkpoint.folder}: the models have not the same number of blocks: not "
-                "one's result"
+                f"{models[0].checkpoint.folder}: the models have not the same number of blocks: "
+                "not one's result"
             )
+
         drift = []
-        for index in range(len(runs[0].decoder)):
-            for run in runs:
-                run.advance(index, told)
+        for index in range(len(runners[0])):
+            for model, runner in zip(models, runners, strict=True):
+                num_bytes = _run_block(runner, index, len(batches))
+                progress(num_bytes, f"{model.container}.{index}")
                 memory.give_back()
-            drift.append(_distance(runs))
-        with contextlib.ExitStack() as stack:
-            heads = [
-                stack.enter_context(head(run.decoder, run.beside))
-                for run in (runs[:1] if _one_head(subject, against) else runs)
-            ]
-            sums = _compare(
-                runs, heads * (3 - len(heads)), torch.split(text.targets, len(batches[0]))
-            )
-    return _figures(sums, text, drift if against else [])
+            if len(runners) > 1:
+                drift.append(_measure_drift(*runners))
+        sums = _compare(models, runners, targets)
+    return _summarize(sums, text, drift)
 
 
-def need(subject: Subject, against: Subject | None, tokens: int) -> tuple[int, int]:
+def estimate_memory(models: Sequence[RunnableModel], num_tokens: int) -> tuple[int, int]:
     """Bytes that `evaluate` holds with hidden states on disk, and in memory, beyond what the
     interpreter takes.
     """
-    blocks: dict[int, int] = {}
-    outside, width, hidden = 0, 1, 1 << 62
-    for entry in subject.checkpoint.entries.values():
-        index = block_index(entry.name, subject.container)
+    container = models[0].container
+    block_weights: dict[int, int] = {}
+    outside_weights, width, hidden_size = 0, 1, 1 << 62
+    for entry in models[0].checkpoint.entries.values():
+        index = block_index(entry.name, container)
         if index is None:
-            outside += entry.numel
-        else:
-            blocks[index] = blocks.get(index, 0) + entry.numel
-            if len(entry.shape) == 2:
-                width, hidden = max(width, *entry.shape), min(hidden, entry.shape[1])
-    models = 1 if against is None else 2
-    block = (
-        max(blocks.values(), default=0)
-        + memory_estimate.TEMPORARIES * memory_estimate.BATCH_TOKENS * width
-    )
-    least = memory_estimate.NUMBER_BYTES * max(
-        outside, block, outside // 2 + HELD * models * LOGITS
-    )
-    return least, least + memory_estimate.NUMBER_BYTES * models * tokens * hidden
+            outside_weights += entry.numel
+            continue
+        block_weights[index] = block_weights.get(index, 0) + entry.numel
+        if len(entry.shape) == 2:
+            width, hidden_size = max(width, *entry.shape), min(hidden_size, entry.shape[1])
+
+    # running a block; and comparing, with embeddings or the head beside, of the two the larger
+    activations = memory_estimate.TEMPORARIES * memory_estimate.BATCH_TOKENS * width
+    running = max(block_weights.values(), default=0) + activations
+    comparing = outside_weights // 2 + LOGITS_TENSORS * len(models) * metrics.MAX_LOGITS
+    on_disk = memory_estimate.NUMBER_BYTES * max(outside_weights, running, comparing)
+    hidden_states = memory_estimate.NUMBER_BYTES * len(models) * num_tokens * hidden_size
+    return on_disk, on_disk + hidden_states
 
 
-def spill(
-    subject: Subject, against: Subject | None, tokens: int, limit: int | None, folder: Path
+def choose_folder(
+    models: Sequence[RunnableModel], num_tokens: int, max_memory: int | None, folder: Path
 ) -> Path | None:
     """Where an evaluation keeps its hidden states: in memory (None) where that is allowed, else in
     a folder.
 
+    Args:
+        max_memory: bytes of the process; None: half of what is free.
+
     Raises:
-        RecipeError: the limit, in bytes, is too low for either.
+        RecipeError: `max_memory` is too low for either.
     """
-    least, held = (memory.TRANSFORMERS_BYTES + size for size in need(subject, against, tokens))
-    if limit is not None and limit < least:
+    on_disk, in_memory = (
+        memory.TRANSFORMERS_BYTES + num_bytes for num_bytes in estimate_memory(models, num_tokens)
+    )
+    if max_memory is None:
+        max_memory = memory.TRANSFORMERS_BYTES + memory.available() // 2
+    elif max_memory < on_disk:
         raise RecipeError(
-            f"running the model needs about {least / 1e6:,.0f} MB of memory, more than the "
-            f"{limit / 1e6:,.0f} MB allowed"
+            f"running the model needs about {on_disk / 1e6:,.0f} MB of memory, more than the "
+            f"{max_memory / 1e6:,.0f} MB allowed"
         )
-    return (
-        folder
-        if held > (memory.TRANSFORMERS_BYTES + memory.available() // 2 if limit is None else limit)
-        else None
-    )
+    return folder if in_memory > max_memory else None
 
 
-def work(subject: Subject, against: Subject | None) -> int:
-    """The bytes that `evaluate` tells of."""
-    subjects = [s for s in (subject, against) if s is not None]
-    entries = [(e, s.container) for s in subjects for e in s.checkpoint.entries.values()]
+def count_bytes(models: Sequence[RunnableModel]) -> int:
+    """The bytes that `evaluate` gives its progress in all: those of all blocks in float32."""
     return memory_estimate.NUMBER_BYTES * sum(
-        e.numel for e, container in entries if block_index(e.name, container) is not None
+        entry.numel
+        for model in models
+        for entry in model.checkpoint.entries.values()
+        if block_index(entry.name, model.container) is not None
     )
 
 
-def _distance(runs: Sequence[_Run]) -> float:
-    """||h - h'|| / ||h'|| of the hidden states of two models."""
-    if len(runs) < 2:
-        return 0.0
-    moved = size = 0.0
-    for i in range(len(runs[0].states)):
-        ours, theirs = runs[0].states[i], runs[1].states[i]
-        moved += float((ours - theirs).square().sum(dtype=torch.float64))
-        size += float(theirs.square().sum(dtype=torch.float64))
-    return math.sqrt(moved / size) if size else 0.0
+def _run_block(runner: BlockRunner, index: int, num_batches: int) -> int:
+    """Run all batches through one block; returns the block's bytes in float32."""
+    block = runner.load_block(index)
+    runner.run(block, runner.take_calls(index), range(num_batches))
+    num_weights = sum(parameter.numel() for parameter in block.parameters())
+    return memory_estimate.NUMBER_BYTES * num_weights
 
 
-def _one_head(subject: Subject, against: Subject | None) -> bool:
-    """Whether all that lies outside the blocks is the same to the byte, so that one copy in memory
-    does for both.
+def _measure_drift(runner: BlockRunner, reference: BlockRunner) -> float:
+    """||h - h'|| / ||h'|| of the hidden states h of a model, and h' of its reference."""
+    squared_error = squared_norm = 0.0
+    for number in range(len(runner.hidden_states)):
+        hidden = runner.hidden_states[number]
+        error, norm = metrics.squared_distance(hidden, reference.hidden_states[number])
+        squared_error += error
+        squared_norm += norm
+    return metrics.relative_error(squared_error, squared_norm)
+
+
+def _compare(
+    models: Sequence[RunnableModel], runners: Sequence[BlockRunner], targets: Sequence[Tensor]
+) -> _Sums:
+    """Compare what the models expect to follow each token, once all blocks have been run.
+
+    Args:
+        targets: by batch the tokens that follow, (sequences, length) int64.
     """
-    if against is None:
-        return True
-    ours, theirs = (
+    nll = reference_nll = kl = 0.0
+    num_agreements = 0
+    batches = ([runner.tokens(number) for runner in runners] for number in range(len(targets)))
+    with contextlib.ExitStack() as stack:
+        opened = runners[:1] if _share_a_head(models) else runners
+        heads = [
+            stack.enter_context(open_head(runner.decoder, runner.extra_outputs))
+            for runner in opened
+        ]
+        if len(heads) < len(runners):
+            heads *= len(runners)
+
+        for number, chunk, log_probabilities in metrics.compare_logits(batches, heads):
+            log_q, *references = log_probabilities
+            target_ids = targets[number].flatten()[chunk].to(log_q.device)
+            nll += metrics.negative_log_likelihood(log_q, target_ids)
+            for log_p in references:
+                reference_nll += metrics.negative_log_likelihood(log_p, target_ids)
+                num_agreements += metrics.count_agreements(log_p, log_q)
+                kl += metrics.kl_divergence(log_p, log_q)
+    return _Sums(nll, reference_nll, kl, num_agreements)
+
+
+def _share_a_head(models: Sequence[RunnableModel]) -> bool:
+    """Whether all that lies outside the blocks is the same to the byte, so that one copy in memory
+    does for all models.
+    """
+    outside = [
         {
-            name: e
-            for name, e in s.checkpoint.entries.items()
-            if block_index(name, s.container) is None
+            name: entry
+            for name, entry in model.checkpoint.entries.items()
+            if block_index(name, model.container) is None
         }
-        for s in (subject, against)
-    )
-    if {n: (e.dtype, e.shape) for n, e in ours.items()} != {
-        n: (e.dtype, e.shape) for n, e in theirs.items()
-    }:
+        for model in models
+    ]
+    specs = [
+        {name: (entry.dtype, entry.shape) for name, entry in entries.items()} for entries in outside
+    ]
+    if any(spec != specs[0] for spec in specs):
         return False
     with Reader() as reader:
         return all(
-            torch.equal(a, b)
-            for name, entry in ours.items()
-            for a, b in zip(reader.chunks(entry), reader.chunks(theirs[name]), strict=True)
+            torch.equal(chunk, other_chunk)
+            for others in outside[1:]
+            for name, entry in outside[0].items()
+            for chunk, other_chunk in zip(
+                reader.chunks(entry), reader.chunks(others[name]), strict=True
+            )
         )
 
 
-def _figures(sums: _Sums, text: Stretch, drift: Sequence[float]) -> Check:
-    count = text.targets.numel()
-    if not math.isfinite(sums.nll + sums.nll_against + sums.kl):
+def _summarize(sums: _Sums, text: Stretch, drift: Sequence[float]) -> Check:
+    """Means over tokens; those of a comparison where there is a drift."""
+    num_tokens = text.targets.numel()
+    if not math.isfinite(sums.nll + sums.reference_nll + sums.kl):
         raise CheckpointError(
             "the model makes NaN or infinity of this text: its weights are damaged, or the text is "
             "none of its kind"
         )
-    found = Check(
-        text.source, text.digest, count, text.inputs.shape[1], _perplexity(sums.nll / count)
-    )
+    perplexity = metrics.perplexity(sums.nll / num_tokens)
+    check = Check(text.source, text.digest, num_tokens, text.inputs.shape[1], perplexity)
     if not drift:
-        return found
+        return check
     return attrs.evolve(
-        found,
-        source_perplexity=_perplexity(sums.nll_against / count),
-        rise=(sums.nll - sums.nll_against) / count,
-        kl=sums.kl / count,
-        top1=sums.same / count,
+        check,
+        source_perplexity=metrics.perplexity(sums.reference_nll / num_tokens),
+        rise=(sums.nll - sums.reference_nll) / num_tokens,
+        kl=sums.kl / num_tokens,
+        top1=sums.num_agreements / num_tokens,
         drift=tuple(drift),
     )

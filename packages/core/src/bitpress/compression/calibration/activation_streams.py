@@ -12,8 +12,8 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from bitpress.compression.calibration.resumable_forward import Course, Walk, course
-from bitpress.modeling.capture import Call
-from bitpress.modeling.hidden_states import States
+from bitpress.modeling.capture import BlockCall
+from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.runtime.process_group import ALONE, Ranks
 
 
@@ -71,8 +71,8 @@ class Streams:
 
     def __init__(
         self,
-        states: States,
-        reference: States | None,
+        states: HiddenStates,
+        reference: HiddenStates | None,
         chosen: Sequence[int],
         waiting: int,
         device: torch.device,
@@ -86,7 +86,7 @@ class Streams:
         self._source_walks: dict[int, Walk] = {}
         self._courses: dict[tuple[object, ...], Course] = {}
 
-    def enter(self, block: nn.Module, source: nn.Module | None, calls: Sequence[Call]) -> None:
+    def enter(self, block: nn.Module, source: nn.Module | None, calls: Sequence[BlockCall]) -> None:
         """Stand before a block; `source` is the same with the weights it came with."""
         self.block, self.source, self.calls = block, source, calls
         self._walks = [self.walk(i, streaming=i in self.chosen) for i in range(len(calls))]
@@ -101,7 +101,7 @@ class Streams:
         """A new walk of a batch through the block."""
         return Walk(self.block, self.calls[batch], self._reader(self.states, batch), streaming)
 
-    def sample(self) -> tuple[Call, Tensor]:
+    def sample(self) -> tuple[BlockCall, Tensor]:
         """The first batch's call and hidden states."""
         return self.calls[0], self.states[0].to(self.device)
 
@@ -161,5 +161,5 @@ class Streams:
         del self.block, self.source, self.calls
         return math.sqrt(moved / size) if size else None
 
-    def _reader(self, states: States, place: int) -> Callable[[], Tensor]:
+    def _reader(self, states: HiddenStates, place: int) -> Callable[[], Tensor]:
         return lambda: states[place].to(self.device)

@@ -19,7 +19,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bitpress.modeling.capture import Call
+from bitpress.modeling.capture import BlockCall
 
 # of a block's output: by how much sums in another order may differ
 SAME = 1e-5
@@ -40,12 +40,14 @@ class _Forward(greenlet.greenlet):
     stream: Tensor | None = None
 
     def __init__(
-        self, block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool
+        self, block: nn.Module, call: BlockCall, hidden: Callable[[], Tensor], streaming: bool
     ) -> None:
         super().__init__(functools.partial(_forward, block, call, hidden, streaming))
 
 
-def _forward(block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool) -> Tensor:
+def _forward(
+    block: nn.Module, call: BlockCall, hidden: Callable[[], Tensor], streaming: bool
+) -> Tensor:
     given = hidden()
     if streaming:
         greenlet.getcurrent().stream = given  # type: ignore[attr-defined]
@@ -60,7 +62,11 @@ class Walk:
     """
 
     def __init__(
-        self, block: nn.Module, call: Call, hidden: Callable[[], Tensor], streaming: bool = False
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        hidden: Callable[[], Tensor],
+        streaming: bool = False,
     ) -> None:
         self._start = lambda: _Forward(block, call, hidden, streaming)
         self._run: _Forward | None = None
@@ -149,7 +155,7 @@ class Course:
     writers: tuple[str, ...]
 
 
-def course(block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor) -> Course:
+def course(block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor) -> Course:
     """The course of a forward, found by running one."""
     called: dict[str, Tensor | None] = {}
 

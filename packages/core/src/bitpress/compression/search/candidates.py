@@ -1,4 +1,4 @@
-"""What a scheme is chosen for, and what each scheme makes of its size: known from headers."""
+"""What a scheme is chosen for, and what each candidate makes of its size: known from headers."""
 
 from __future__ import annotations
 
@@ -13,80 +13,82 @@ from bitpress.planning.plan import Plan
 
 
 @frozen(eq=False)
-class Unit:
+class SearchUnit:
     """Layers that must get the same steps: those that engines fuse, or all experts of a block.
 
     Attributes:
         patterns: what matches all of them and no other layers, as a recipe takes it.
         block: the number of their decoder block.
-        made: by candidate the stacks that they become; those of one that leaves them as they are
+        stacks: by candidate the stacks that they become; those of one that leaves them as they are
             have no steps.
     """
 
     name: str
     patterns: tuple[str, ...]
     block: int
-    made: Mapping[str, tuple[Stack, ...]]
+    stacks: Mapping[str, tuple[Stack, ...]]
 
     @property
     def modules(self) -> list[str]:
-        """Their names."""
-        return [module for stack in next(iter(self.made.values())) for module in stack.members]
+        """Names of the layers."""
+        return [module for stack in self._any_stacks for module in stack.members]
 
     @property
-    def weights(self) -> int:
-        """How many there are."""
-        return sum(
-            entry.numel
-            for stack in next(iter(self.made.values()))
-            for entry in stack.members.values()
-        )
+    def num_weights(self) -> int:
+        """Weights of all layers."""
+        return sum(entry.numel for stack in self._any_stacks for entry in stack.members.values())
 
-    def size(self, candidate: str) -> int:
-        """Bytes of all that is stored of them."""
+    def num_bytes(self, candidate: str) -> int:
+        """Bytes of all that a candidate stores of them."""
         return sum(
             stack.stored_bytes(module) if stack.steps else entry.nbytes
-            for stack in self.made[candidate]
+            for stack in self.stacks[candidate]
             for module, entry in stack.members.items()
         )
 
+    @property
+    def _any_stacks(self) -> tuple[Stack, ...]:
+        """Those of one candidate: all have the same layers."""
+        return next(iter(self.stacks.values()))
 
-def units(plans: Mapping[str, Plan], plain: Sequence[str]) -> list[Unit]:
+
+def find_units(plans: Mapping[str, Plan], uncompressed: Sequence[str]) -> list[SearchUnit]:
     """What is to be chosen for, block by block.
 
     Args:
         plans: by candidate what it would do everywhere.
-        plain: candidates that leave layers as they are.
+        uncompressed: candidates that leave layers as they are.
     """
     first = next(iter(plans.values()))
-    # by unit the first members of its stacks
-    found: dict[str, list[str]] = {}
-    for stack in first.stacks:
-        head = next(iter(stack.members))
-        place = layer_names.OF_EXPERT.fullmatch(head)
-        found.setdefault(place["experts"] if place else stack.name, []).append(head)
-    by_head = {
-        name: {next(iter(s.members)): s for s in plan.stacks} for name, plan in plans.items()
+    # stacks by their first layers, which are the same for every candidate
+    stacks = {
+        candidate: {next(iter(stack.members)): stack for stack in plan.stacks}
+        for candidate, plan in plans.items()
     }
-    own = by_head[next(iter(plans))]
-    kept = {head: Stack(stack.members, ()) for head, stack in own.items()}
-    by_head |= dict.fromkeys(plain, kept)
-    made = [
-        Unit(
-            name,
-            _patterns(name, [module for head in heads for module in own[head].members]),
-            layer_names.block_index(heads[0], first.container) or 0,
-            {
-                candidate: tuple(known[head] for head in heads)
-                for candidate, known in by_head.items()
-            },
-        )
-        for name, heads in found.items()
-    ]
-    return sorted(made, key=lambda unit: unit.block)
+    layers = {next(iter(stack.members)): stack for stack in first.stacks}
+    as_they_are = {layer: Stack(stack.members, ()) for layer, stack in layers.items()}
+    stacks |= dict.fromkeys(uncompressed, as_they_are)
+
+    first_layers: dict[str, list[str]] = {}
+    for layer, stack in layers.items():
+        expert = layer_names.OF_EXPERT.fullmatch(layer)
+        name = expert["experts"] if expert else stack.name
+        first_layers.setdefault(name, []).append(layer)
+
+    units = []
+    for name, unit_layers in first_layers.items():
+        modules = [module for layer in unit_layers for module in layers[layer].members]
+        block = layer_names.block_index(unit_layers[0], first.container) or 0
+        stacks_of_unit = {
+            candidate: tuple(by_layer[layer] for layer in unit_layers)
+            for candidate, by_layer in stacks.items()
+        }
+        units.append(SearchUnit(name, _match_patterns(name, modules), block, stacks_of_unit))
+    return sorted(units, key=lambda unit: unit.block)
 
 
-def _patterns(name: str, modules: Sequence[str]) -> tuple[str, ...]:
+def _match_patterns(name: str, modules: Sequence[str]) -> tuple[str, ...]:
+    """Patterns that match the layers of a unit alone: one for all experts of a block."""
     if all(layer_names.OF_EXPERT.fullmatch(module) for module in modules):
         return (f"{glob.escape(name)}.*",)
     return tuple(map(glob.escape, modules))

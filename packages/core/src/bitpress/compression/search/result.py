@@ -1,4 +1,4 @@
-"""What a search found, and the recipe that it writes."""
+"""What a search has chosen, and the recipe that it writes."""
 
 from __future__ import annotations
 
@@ -9,129 +9,112 @@ from typing import Any
 import attrs
 from attrs import frozen
 
-from bitpress.compression.search.candidates import Unit
-from bitpress.compression.search.sensitivity import Damages
-from bitpress.modeling.tokens import Sequences
-from bitpress.planning.plan import Plan
+from bitpress.compression.search.search_job import Divergences, SearchJob
 from bitpress.runtime.version import __version__
 from bitpress.schemes.registry import Step
 
-
-@frozen(eq=False)
-class Search:
-    """What headers say of it, and the texts that it will be measured on.
-
-    Attributes:
-        model: as it was named.
-        candidates: by name their steps; none where one leaves layers as they are.
-        plans: of those with steps, everywhere.
-        budget: stored bits per weight, to two decimals.
-        limit: the same as bytes of all layers.
-    """
-
-    model: str
-    candidates: Mapping[str, tuple[Step, ...]]
-    plans: Mapping[str, Plan]
-    units: tuple[Unit, ...]
-    budget: float
-    limit: int
-    data: Sequences
-
-    @property
-    def plan(self) -> Plan:
-        """Of any candidate."""
-        return next(iter(self.plans.values()))
+# A candidate for each unit, both by name.
+Choice = Mapping[str, str]
 
 
 @frozen(eq=False)
-class Found:
-    """A choice.
+class SearchResult:
+    """The choice that costs least in a budget.
 
     Attributes:
-        chosen: by unit the candidate.
-        damages: by unit and candidate, in nats per token.
-        tokens: on which they were measured.
+        search: what was searched.
+        choice: by unit the candidate.
+        divergences: by unit and candidate, what that alone costs, in nats per token.
+        tokens: how many these were measured on.
     """
 
-    search: Search
-    chosen: Mapping[str, str]
-    damages: Damages
+    search: SearchJob
+    choice: Choice
+    divergences: Divergences
     tokens: int
 
-    def bits(self, chosen: Mapping[str, str] | None = None) -> float:
+    def bits(self, choice: Choice | None = None) -> float:
         """Stored bits per weight of this or another choice, scales included."""
-        chosen, units = chosen or self.chosen, self.search.units
-        return 8 * sum(u.size(chosen[u.name]) for u in units) / sum(u.weights for u in units)
+        choice, units = choice or self.choice, self.search.units
+        num_bytes = sum(unit.num_bytes(choice[unit.name]) for unit in units)
+        return 8 * num_bytes / sum(unit.num_weights for unit in units)
 
-    def damage(self, chosen: Mapping[str, str] | None = None) -> float:
-        """The sum of the damages of this or another choice."""
-        return sum(self.damages[choice] for choice in (chosen or self.chosen).items())
+    def divergence(self, choice: Choice | None = None) -> float:
+        """The sum of what this or another choice costs unit by unit, in nats per token."""
+        return sum(self.divergences[item] for item in (choice or self.choice).items())
 
-    def everywhere(self, candidate: str) -> Mapping[str, str]:
+    def everywhere(self, candidate: str) -> Choice:
         """The choice of one candidate for all."""
-        return dict.fromkeys(self.chosen, candidate)
+        return dict.fromkeys(self.choice, candidate)
 
 
-def text(found: Found) -> str:
+def render_recipe(result: SearchResult) -> str:
     """The TOML file: for each candidate the layers that get it, those that must stay together on
     one line.
     """
-    return "\n".join(_lines(found)) + "\n"
+    lines = list(_render_head(result))
+    for candidate in result.search.candidates:
+        if candidate in result.choice.values():
+            lines += ["", *_render_rule(result, candidate)]
+    return "\n".join(lines) + "\n"
 
 
-def _lines(found: Found) -> Iterator[str]:
-    search = found.search
-    others = [name for name in search.candidates if name in found.chosen.values()]
-    asked = f"--budget {search.budget:g} --schemes {','.join(search.candidates)}"
-    yield f"# by bitpress {__version__}: search {_quoted(search.model)} {asked}"
+def _render_head(result: SearchResult) -> Iterator[str]:
+    search = result.search
+    options = f"--budget {search.budget:g} --schemes {','.join(search.candidates)}"
+    yield f"# by bitpress {__version__}: search {_quote(search.model)} {options}"
     yield (
-        f"# {found.bits():.2f} bits per weight, expected KL divergence {found.damage():.6f} nats "
-        "per token"
+        f"# {result.bits():.2f} bits per weight, expected KL divergence {result.divergence():.6f} "
+        "nats per token"
     )
     for name in search.candidates:
-        same = found.everywhere(name)
+        choice = result.everywhere(name)
         yield (
-            f"# {name} everywhere: {found.bits(same):.2f} bits per weight, {found.damage(same):.6f}"
+            f"# {name} everywhere: {result.bits(choice):.2f} bits per weight, "
+            f"{result.divergence(choice):.6f}"
         )
     yield "#"
     yield (
         "# What a line costs by itself, in nats per token, stands behind it: measured on "
-        f"{found.tokens:,} tokens of"
+        f"{result.tokens:,} tokens of"
     )
     yield (
-        f"# {_quoted(search.data.source)}. A line may be moved to another list; what is on one "
-        "line must get the same steps."
+        f"# {_quote(search.calibration.source)}. A line may be moved to another list; what is on "
+        "one line must get the same steps."
     )
-    for name in others:
-        yield ""
-        yield "[[layers]]"
-        yield "match = ["
-        for unit in search.units:
-            if found.chosen[unit.name] == name:
-                costs = ", ".join(
-                    f"{n} {found.damages[unit.name, n]:.6f}" for n in search.candidates
-                )
-                yield (
-                    f"    {' '.join(f'{_quoted(pattern)},' for pattern in unit.patterns)}  # "
-                    f"{costs}"
-                )
-        yield "]"
-        yield f"steps = [{', '.join(map(_step, search.candidates[name]))}]"
 
 
-def _step(step: Step) -> str:
+def _render_rule(result: SearchResult, candidate: str) -> Iterator[str]:
+    search = result.search
+    yield "[[layers]]"
+    yield "match = ["
+    for unit in search.units:
+        if result.choice[unit.name] == candidate:
+            patterns = " ".join(f"{_quote(pattern)}," for pattern in unit.patterns)
+            costs = ", ".join(
+                f"{name} {result.divergences[unit.name, name]:.6f}" for name in search.candidates
+            )
+            yield f"    {patterns}  # {costs}"
+    yield "]"
+    yield f"steps = [{', '.join(map(_render_step, search.candidates[candidate]))}]"
+
+
+def _render_step(step: Step) -> str:
     """The scheme's name, or a table with the options that are not the default ones."""
-    usual, options = step.scheme.step().options, attrs.asdict(step.options)
-    set_ = {name: value for name, value in options.items() if value != getattr(usual, name)}
-    if not set_:
-        return _quoted(step.scheme.name)
-    return (
-        f"{{ use = {_quoted(step.scheme.name)}, "
-        f"{', '.join(f'{name} = {_quoted(value)}' for name, value in set_.items())} }}"
-    )
+    defaults = step.scheme.step().options
+    options = {
+        name: value
+        for name, value in attrs.asdict(step.options).items()
+        if value != getattr(defaults, name)
+    }
+    scheme = _quote(step.scheme.name)
+    if not options:
+        return scheme
+    values = ", ".join(f"{name} = {_quote(value)}" for name, value in options.items())
+    return f"{{ use = {scheme}, {values} }}"
 
 
-def _quoted(value: Any) -> str:
+def _quote(value: Any) -> str:
     """As TOML, which takes JSON's numbers, lists and (but for characters that no name has)
     strings.
     """

@@ -6,18 +6,21 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from bitpress.checkpoint.hub import resolve
 from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.checkpoint.writer import OutputFolder
-from bitpress.compression.search.allocation import Option, choose
-from bitpress.compression.search.candidates import Unit, units
-from bitpress.compression.search.result import Found, Search, text
-from bitpress.compression.search.sensitivity import Room, measure, parts
+from bitpress.compression.search.allocation import Option, choose_options
+from bitpress.compression.search.candidates import SearchUnit, find_units
+from bitpress.compression.search.result import SearchResult, render_recipe
+from bitpress.compression.search.search_job import SearchJob
+from bitpress.compression.search.sensitivity import (
+    MeasurementMemory,
+    measure_divergences,
+    split_sequences,
+)
 from bitpress.errors import OutputError, RecipeError
-from bitpress.modeling import block_runner
-from bitpress.modeling.decoder import Decoder
+from bitpress.modeling.block_runner import RunnableModel
+from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.tokens import load
 from bitpress.output import evaluate
 from bitpress.planning import memory_estimate, recipe
@@ -32,13 +35,13 @@ from bitpress.runtime.progress import Progress, quiet
 from bitpress.schemes.registry import Step, discover
 
 # The candidate that leaves layers as they are.
-PLAIN = "none"
+UNCOMPRESSED = "none"
 
 # Bits per weight: a budget is kept to the two decimals that tables show.
-ROUNDING = 0.005
+BUDGET_ROUNDING = 0.005
 
 # Sequences of calibration data, unless the user asks for another number.
-SAMPLES = 64
+NUM_SEQUENCES = 64
 
 
 def prepare_search(
@@ -47,13 +50,18 @@ def prepare_search(
     goal: SearchGoal,
     calibration: CalibrationConfig,
     options: RunOptions,
-) -> Search:
-    """What headers can refuse is refused before texts are read."""
+) -> SearchJob:
+    """Find what is to be chosen for; what headers can refuse is refused before texts are read.
+
+    Raises:
+        BitpressError: the model, a scheme or the texts cannot be used, no choice keeps to the
+            budget, or `out` is there already.
+    """
     names = tuple(dict.fromkeys(goal.schemes))
     if len(names) < 2:
         raise RecipeError(
-            f"--schemes {','.join(names)}: name two or more to choose from ({PLAIN} leaves layers "
-            "as they are)"
+            f"--schemes {','.join(names)}: name two or more to choose from ({UNCOMPRESSED} leaves "
+            "layers as they are)"
         )
     if Path(out).exists():
         raise OutputError(f"{out} is there already: name another file (--out)")
@@ -67,66 +75,61 @@ def prepare_search(
         for name, steps in candidates.items()
         if steps
     }
-    choices = units(plans, [name for name, steps in candidates.items() if not steps])
-    limit = _limit(choices, names, goal.budget)
+    units = find_units(plans, [name for name, steps in candidates.items() if not steps])
+    max_bytes = _budget_bytes(units, names, goal.budget)
     # raises where the candidates cannot lie in one model
-    make_plan(source, _mixed(choices, candidates))
+    make_plan(source, _mix_candidates(units, candidates))
 
     plan = next(iter(plans.values()))
+    decoder_options = DecoderOptions(trust_remote_code=options.trust_remote_code)
     with Reader() as reader:
-        Decoder(
-            plan.source,
-            plan.container,
-            reader,
-            torch.device("cpu"),
-            torch.float32,
-            options.trust_remote_code,
-        ).require()
+        Decoder(plan.source, plan.container, reader, decoder_options).require_parameters()
     sequences = load(calibration, source.folder, source.config, options.trust_remote_code)
-    return Search(str(model), candidates, plans, tuple(choices), goal.budget, limit, sequences)
+    return SearchJob(str(model), candidates, plans, tuple(units), goal.budget, max_bytes, sequences)
 
 
 def run_search(
-    job: Search, out: str | Path, options: RunOptions, progress: Progress = quiet
-) -> Found:
+    job: SearchJob, out: str | Path, options: RunOptions, progress: Progress = quiet
+) -> SearchResult:
     """Measure what each candidate costs each unit, and write the best choice as a recipe file."""
-    device = device_named(options.device)
-    room = _room(job, Path(out).absolute().parent, options.max_memory)
-    names = list(job.candidates)
+    folder = Path(out).absolute().parent
+    decoder_options = DecoderOptions(
+        device_named(options.device),
+        trust_remote_code=options.trust_remote_code,
+        all_experts=job.calibration.all_experts,
+    )
+    measurement_memory = _plan_memory(job, folder, options.max_memory)
 
     num_bytes = len(job.plans) * sum(stack.source_bytes for stack in job.plan.stacks)
     with torch_threads(options.num_threads or cores()):
-        damages = measure(
-            job.plan,
-            job.units,
-            job.data,
-            device,
-            room,
-            options.trust_remote_code,
-            progress("measuring", num_bytes),
+        divergences = measure_divergences(
+            job, decoder_options, measurement_memory, progress("measuring", num_bytes)
         )
 
+    names = list(job.candidates)
     knapsack = [
-        [Option(unit.size(name), damages[unit.name, name]) for name in names] for unit in job.units
+        [Option(unit.num_bytes(name), divergences[unit.name, name]) for name in names]
+        for unit in job.units
     ]
-    choices = zip(job.units, choose(knapsack, job.limit), strict=True)
-    chosen = {unit.name: names[i] for unit, i in choices}
-    result = Found(job, chosen, damages, parts(job.data.ids)[1].numel())
-    OutputFolder(Path(out).absolute().parent).write_text(Path(out).name, text(result))
+    numbers = choose_options(knapsack, job.max_bytes)
+    choice = {unit.name: names[i] for unit, i in zip(job.units, numbers, strict=True)}
+    _, judged = split_sequences(job.calibration.ids)
+    result = SearchResult(job, choice, divergences, judged.numel())
+    OutputFolder(folder).write_text(Path(out).name, render_recipe(result))
     return result
 
 
 def _read_candidates(names: Sequence[str], settings: Sequence[str]) -> dict[str, tuple[Step, ...]]:
     """The steps of every candidate, by its name."""
-    table = {"layers": [{"match": "*", "steps": _steps(name)} for name in names]}
+    table = {"layers": [{"match": "*", "steps": _parse_steps(name)} for name in names]}
     rules = recipe.from_json(table, discover(), "--schemes", settings).rules
     return {name: rule.steps for name, rule in zip(names, rules, strict=True)}
 
 
-def _steps(candidate: str) -> list[dict[str, str]]:
+def _parse_steps(candidate: str) -> list[dict[str, str]]:
     """The steps of a candidate, as a recipe has them."""
     steps = []
-    for step in candidate.split("+") if candidate != PLAIN else ():
+    for step in candidate.split("+") if candidate != UNCOMPRESSED else ():
         name, *settings = step.split(":")
         pairs = [setting.partition("=") for setting in settings]
         if not all(equals for _, equals, _ in pairs):
@@ -137,72 +140,83 @@ def _steps(candidate: str) -> list[dict[str, str]]:
     return steps
 
 
-def _limit(units: Sequence[Unit], names: Sequence[str], budget: float) -> int:
-    """The bytes of a budget; raises RecipeError where no choice keeps to it."""
-    weights = sum(unit.weights for unit in units)
+def _budget_bytes(units: Sequence[SearchUnit], names: Sequence[str], budget: float) -> int:
+    """The bytes of a budget in bits per weight; raises RecipeError where no choice keeps to it."""
+    num_weights = sum(unit.num_weights for unit in units)
     least, most = (
-        8 * sum(ends(map(unit.size, names)) for unit in units) / weights for ends in (min, max)
+        8 * sum(extreme(map(unit.num_bytes, names)) for unit in units) / num_weights
+        for extreme in (min, max)
     )
+    # NaN keeps to nothing
     if not round(least, 2) <= budget:
         raise RecipeError(
             f"--budget {budget:g}: {', '.join(names)} take from {least:.2f} to {most:.2f} bits per "
             "weight, scales included; give more, or a smaller scheme"
         )
-    return int((min(budget, most) + ROUNDING) * weights / 8)
+    return int((min(budget, most) + BUDGET_ROUNDING) * num_weights / 8)
 
 
-def _mixed(units: Sequence[Unit], candidates: Mapping[str, tuple[Step, ...]]) -> Recipe:
+def _mix_candidates(
+    units: Sequence[SearchUnit], candidates: Mapping[str, tuple[Step, ...]]
+) -> Recipe:
     """All candidates in one model, in turn."""
     steps = list(candidates.values())
-    return Recipe(
-        tuple(Rule(p, steps[i % len(steps)]) for i, unit in enumerate(units) for p in unit.patterns)
-    )
+    rules = [
+        Rule(pattern, steps[i % len(steps)])
+        for i, unit in enumerate(units)
+        for pattern in unit.patterns
+    ]
+    return Recipe(tuple(rules))
 
 
-def _room(job: Search, folder: Path, max_memory: int | None) -> Room:
-    """Where hidden states are kept: in memory, or in that folder.
+def _plan_memory(job: SearchJob, folder: Path, max_memory: int | None) -> MeasurementMemory:
+    """Whether hidden states are kept in memory or in that folder, and how many forwards wait.
+
+    Args:
+        max_memory: bytes of the process; None: half of what is free.
 
     Raises:
-        BitpressError: there is no room for them, or the limit, in bytes, is too low in any case.
+        BitpressError: there is no room for hidden states, or `max_memory` is too low in any case.
     """
     with Reader() as reader:
-        subject = block_runner.plain(job.plan.source, reader, job.plan.container)
+        model = RunnableModel(job.plan.source, reader, job.plan.container)
         # a block as it was, and as it becomes
-        needs = [2 * evaluate.need(subject, None, 0)[0]]
+        running_bytes = 2 * evaluate.estimate_memory([model], 0)[0]
     estimates = [
         memory_estimate.estimate_calibration(plan, 0)
         for plan in job.plans.values()
         if plan.recipe.calibrated
     ]
-    least = memory.TRANSFORMERS_BYTES + max(needs + [estimate.on_disk for estimate in estimates])
-    if max_memory is not None and max_memory < least:
+    least = memory.TRANSFORMERS_BYTES + max(
+        [running_bytes, *(estimate.on_disk for estimate in estimates)]
+    )
+    if max_memory is None:
+        limit = memory.TRANSFORMERS_BYTES + memory.available() // 2
+    elif max_memory < least:
         raise RecipeError(
             f"the search needs about {least / 1e6:,.0f} MB of memory, more than the "
             f"{max_memory / 1e6:,.0f} MB allowed"
         )
-    fitted, judged = (ids.numel() for ids in parts(job.data.ids))
-    states = (
-        memory_estimate.NUMBER_BYTES
-        * job.plan.hidden_size
-        * (fitted + judged * (1 + len(job.plans) * len(job.units)))
-    )
-    allowed = (
-        memory.TRANSFORMERS_BYTES + memory.available() // 2 if max_memory is None else max_memory
-    )
-    waiting = max(
-        (
-            estimate.num_waiting(
-                allowed - least - states + estimate.in_memory, memory_estimate.BATCH_TOKENS
-            )
-            for estimate in estimates
-        ),
-        default=0,
-    )
-    if least + states <= allowed:
-        return Room(None, waiting)
-    if (free := shutil.disk_usage(folder).free) < states:
-        raise OutputError(
-            f"{folder}: {states / 1e9:.2f} GB of hidden states go there, and {free / 1e9:.2f} GB "
-            "are free"
+    else:
+        limit = max_memory
+
+    # judged tokens have the source's hidden states, and those of every trial
+    fitted, judged = (ids.numel() for ids in split_sequences(job.calibration.ids))
+    num_trials = len(job.plans) * len(job.units)
+    num_tokens = fitted + judged * (1 + num_trials)
+    states_bytes = memory_estimate.NUMBER_BYTES * job.plan.hidden_size * num_tokens
+    waiting = [
+        estimate.num_waiting(
+            limit - least - states_bytes + estimate.in_memory, memory_estimate.BATCH_TOKENS
         )
-    return Room(folder, waiting)
+        for estimate in estimates
+    ]
+    num_waiting = max(waiting, default=0)
+    if least + states_bytes <= limit:
+        return MeasurementMemory(None, num_waiting)
+    if (free := shutil.disk_usage(folder).free) < states_bytes:
+        raise OutputError(
+            f"{folder}: {states_bytes / 1e9:.2f} GB of hidden states go there, and "
+            f"{free / 1e9:.2f} GB are free"
+        )
+    return MeasurementMemory(folder, num_waiting)

@@ -1,6 +1,16 @@
 """What each choice costs: the KL divergence that one unit, compressed alone, causes in a model that
 is otherwise the source.
 
+With p(. | t) what the source expects to follow token t, and q[u, c] the same of the source with
+unit u compressed by candidate c, and nothing else,
+
+    D[u, c] = 1/T Σ_t Σ_v p(v | t) (log p(v | t) - log q[u, c](v | t))
+
+over the T tokens that candidates are judged on and the v of the vocabulary. The search takes the
+cost of a recipe for the sum of the D[u, c(u)] of its units, as mixed-precision searches do (HAWQ,
+https://arxiv.org/abs/1905.03696, with the Hessian's eigenvalues in place of a divergence);
+docs/recipes.md says how far that holds.
+
 The model is gone through once, one block in memory at a time. Most sequences serve to fit
 candidates, as in a calibrated run; the others, which no candidate has seen, to judge them. In each
 block every candidate compresses every unit in turn; the hidden states that the block then makes of
@@ -13,7 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,223 +37,220 @@ from bitpress.compression.calibration.fold import rescale
 from bitpress.compression.calibration.layer_groups import Site, in_order
 from bitpress.compression.calibration.resumable_forward import Doors
 from bitpress.compression.calibration.statistics import nothing, observe
-from bitpress.compression.search.candidates import Unit
+from bitpress.compression.search.candidates import SearchUnit
+from bitpress.compression.search.search_job import Divergences, SearchJob
 from bitpress.errors import CheckpointError
-from bitpress.modeling.block_runner import _Way
-from bitpress.modeling.capture import head, record
-from bitpress.modeling.decoder import Decoder
-from bitpress.modeling.metrics import LOGITS, divergence
-from bitpress.modeling.tokens import Sequences
+from bitpress.modeling import metrics
+from bitpress.modeling.block_runner import BlockRunner, RunnableModel
+from bitpress.modeling.capture import open_head
+from bitpress.modeling.decoder import DecoderOptions
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS
-from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
 from bitpress.runtime.progress import Told
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import input_rounding
 from bitpress.schemes.values import Layer
 
-# tokens on which candidates are judged
-JUDGED = 4096
+# Tokens on which candidates are judged.
+JUDGED_TOKENS = 4096
 
-# choices whose predictions are compared with the source's while these are at hand
-TOGETHER = 8
-
-# by unit and candidate, nats per token
-Damages = Mapping[tuple[str, str], float]
+# Trials whose predictions are compared with the source's while those are in memory.
+TRIALS_TOGETHER = 8
 
 
 @frozen
-class Room:
-    """What the measurement may hold.
+class MeasurementMemory:
+    """What a measurement may hold.
 
     Attributes:
-        place: a folder in which hidden states are kept; None keeps them in memory.
-        waiting: how many forwards may wait inside a block.
+        folder: where hidden states are kept; None keeps them in memory.
+        num_waiting: how many forwards may wait inside a block.
     """
 
-    place: Path | None
-    waiting: int
+    folder: Path | None
+    num_waiting: int
 
 
-def parts(ids: Tensor) -> tuple[Tensor, Tensor]:
+def split_sequences(ids: Tensor) -> tuple[Tensor, Tensor]:
     """The sequences that candidates are fitted to, and those that they are judged on, which are
-    spread over all.
-
-    One alone serves for both.
-    """
-    count = min(max(JUDGED // ids.shape[1], 1), len(ids) // 2)
-    chosen = torch.zeros(len(ids), dtype=torch.bool)
-    chosen[[i * len(ids) // count for i in range(count)]] = True
-    return (ids[~chosen], ids[chosen]) if count else (ids, ids)
-
-
-def measure(
-    plan: Plan,
-    units: Sequence[Unit],
-    data: Sequences,
-    device: torch.device,
-    room: Room,
-    trust: bool,
-    told: Told,
-) -> Damages:
-    """Every candidate's damage to every unit.
+    spread over all. One alone serves for both.
 
     Args:
-        plan: of any candidate: where the model lies, and how it is built.
-        told: is told the bytes of every unit's source, once for each candidate.
+        ids: token ids, (sequences, length).
+    """
+    num_judged = min(max(JUDGED_TOKENS // ids.shape[1], 1), len(ids) // 2)
+    if not num_judged:
+        return ids, ids
+    is_judged = torch.zeros(len(ids), dtype=torch.bool)
+    is_judged[[i * len(ids) // num_judged for i in range(num_judged)]] = True
+    return ids[~is_judged], ids[is_judged]
+
+
+def measure_divergences(
+    job: SearchJob, options: DecoderOptions, limits: MeasurementMemory, progress: Told
+) -> Divergences:
+    """What every candidate costs every unit, D[u, c].
+
+    Args:
+        progress: is given the bytes of every unit's source, once for each candidate.
 
     Raises:
         CheckpointError: transformers cannot build the model, or it makes numbers that are not
             finite.
     """
-    names = [name for name, stacks in units[0].made.items() if stacks[0].steps]
-    fitted, judged = _split_batches(data.ids)
-    if not any(stack.calibrated for name in names for stack in units[0].made[name]):
-        # nothing is fitted to them: one shows how a forward goes
-        fitted = fitted[:1]
+    plan = job.plan
+    fitted, judged = _split_batches(job)
     with Reader() as reader, torch.no_grad(), memory.freed_kept():
-        decoder = Decoder(
-            plan.source, plan.container, reader, device, torch.float32, trust, data.all_experts
-        )
-        recording = record(decoder, [*fitted, *judged], device, torch.float32, room.place)
-        states = recording.hidden
-        plain = _Way(states, range(len(fitted), len(states)))
-        trials: dict[tuple[str, str], _Way] = {}
-        streams = Streams(states, None, (), room.waiting, device)
-        for index in range(len(decoder)):
-            own = [unit for unit in units if unit.block == index]
-            prefix = f"{plan.container}.{index}."
-            calls, recording.calls[index] = recording.calls[index], []
-            fitting, judging = calls[: len(fitted)], calls[len(fitted) :]
-            block = decoder.block(index)
-            for way in trials.values():
-                way.go(block, judging, device)
-            for name in names if own else ():
-                streams.enter(decoder.block(index), None, fitting)
-                for unit in _compressed(own, name, prefix, streams, plan.head_dim):
-                    trials[unit.name, name] = plain.branch(streams.block, judging, device)
-                    num_bytes = sum(stack.source_bytes for stack in unit.made[name])
-                    told(num_bytes, f"{unit.name}: {name}")
-            if index + 1 < len(decoder):
-                streams.enter(block, None, fitting)
+        model = RunnableModel(plan.source, reader, plan.container)
+        runner = BlockRunner(model, [*fitted, *judged], options, limits.folder)
+        # numbers of the judged batches' hidden states: the source's, and those of each trial
+        source_states = range(len(fitted), len(fitted) + len(judged))
+        trials: dict[tuple[str, str], range] = {}
+        streams = Streams(runner.hidden_states, None, (), limits.num_waiting, options.device)
+        for index in range(len(runner)):
+            calls = runner.take_calls(index)
+            fitting_calls, judging_calls = calls[: len(fitted)], calls[len(fitted) :]
+            block = runner.load_block(index)
+            for trial_states in trials.values():
+                runner.run(block, judging_calls, trial_states)
+
+            units = [unit for unit in job.units if unit.block == index]
+            for candidate in job.plans if units else ():
+                streams.enter(runner.load_block(index), None, fitting_calls)
+                for unit in _compress_in_turn(units, candidate, streams, job):
+                    trials[unit.name, candidate] = runner.fork(
+                        streams.block, judging_calls, source_states
+                    )
+                    num_bytes = sum(stack.source_bytes for stack in unit.stacks[candidate])
+                    progress(num_bytes, f"{unit.name}: {candidate}")
+
+            if index + 1 < len(runner):
+                streams.enter(block, None, fitting_calls)
                 streams.leave()
-            plain.go(block, judging, device)
+            runner.run(block, judging_calls, source_states)
             memory.give_back()
-        with head(decoder, plain.beside) as logits:
-            found = _divergences(logits, plain, list(trials.values()), device)
-    if not all(map(math.isfinite, found)):
+        divergences = _compare_trials(runner, source_states, list(trials.values()))
+
+    if not all(map(math.isfinite, divergences)):
         raise CheckpointError(
             f"{plan.source.folder}: the model makes NaN or infinity of the calibration text; check "
             "its weights"
         )
-    return _damages(units, dict(zip(trials, found, strict=True)))
-
-
-def _split_batches(ids: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The batches that candidates are fitted to, and those that they are judged on."""
-    fitted, judged = parts(ids)
-    sequences = max(memory_estimate.BATCH_TOKENS // ids.shape[1], 1)
-    return torch.split(fitted, sequences), torch.split(judged, sequences)
-
-
-def _damages(units: Sequence[Unit], divergences: Damages) -> Damages:
-    """What every candidate costs every unit; one that leaves it as it is costs nothing."""
+    measured = dict(zip(trials, divergences, strict=True))
     return {
-        # a divergence is below 0 only by rounding
-        (unit.name, name): max(divergences.get((unit.name, name), 0.0), 0.0)
-        for unit in units
-        for name in unit.made
+        # a divergence is below 0 only by rounding; layers that stay as they are cost nothing
+        (unit.name, candidate): max(measured.get((unit.name, candidate), 0.0), 0.0)
+        for unit in job.units
+        for candidate in unit.stacks
     }
 
 
-def _compressed(
-    units: Sequence[Unit], candidate: str, prefix: str, streams: Streams, heads: int | None
-) -> Iterator[Unit]:
+def _split_batches(job: SearchJob) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The batches that candidates are fitted to, and those that they are judged on."""
+    ids = job.calibration.ids
+    batch_size = max(memory_estimate.BATCH_TOKENS // ids.shape[1], 1)
+    fitted, judged = (torch.split(part, batch_size) for part in split_sequences(ids))
+    stacks = [stack for candidate in job.plans for stack in job.units[0].stacks[candidate]]
+    if not any(stack.calibrated for stack in stacks):
+        # nothing is fitted to them: one shows how a forward goes
+        fitted = fitted[:1]
+    return fitted, judged
+
+
+def _compress_in_turn(
+    units: Sequence[SearchUnit], candidate: str, streams: Streams, job: SearchJob
+) -> Iterator[SearchUnit]:
     """One unit after another, while the block computes with it compressed and with all else as the
     source has it.
 
     Args:
-        prefix: what the names of the block's tensors begin with.
-        heads: channels of an attention head, where it is known.
+        units: of the block that the streams stand before.
     """
-    belongs = {stack.name: unit for unit in units for stack in unit.made[candidate]}
-    left = {unit.name: len(unit.made[candidate]) for unit in units}
-    sites = in_order([stack for unit in units for stack in unit.made[candidate]], prefix, streams)
-    rescale(sites, prefix, streams, heads, BlockNotes())
+    prefix = f"{job.plan.container}.{units[0].block}."
+    unit_of = {stack.name: unit for unit in units for stack in unit.stacks[candidate]}
+    stacks = [stack for unit in units for stack in unit.stacks[candidate]]
+    sites = in_order(stacks, prefix, streams)
+    rescale(sites, prefix, streams, job.plan.head_dim, BlockNotes())
     doors = Doors(streams.block, [site.entrance for site in sites if site.entrance is not None])
     for site in sites:
         site.round_inputs()
-    waiting: dict[str, list[Callable[[], None]]] = {}
+
+    # a unit may have several stacks: it is compressed once all of them have been solved
+    num_unsolved = {unit.name: len(unit.stacks[candidate]) for unit in units}
+    install: dict[str, list[Callable[[], None]]] = {unit.name: [] for unit in units}
     for number, site in enumerate(sites):
-        unit = belongs[site.stack.name]
-        waiting.setdefault(unit.name, []).append(_solved(site, number, streams))
-        left[unit.name] -= 1
-        if not left[unit.name]:
-            before = [
-                (weight, weight.clone())
-                for s in sites
-                if belongs[s.stack.name] is unit
-                for weight in s.weights.values()
-            ]
-            for replace in waiting.pop(unit.name):
-                replace()
-            yield unit
-            for weight, kept in before:
-                weight.copy_(kept)
-            for other in sites:
-                other.roundings.clear()
+        unit = unit_of[site.stack.name]
+        install[unit.name].append(_solve(site, number, streams))
+        num_unsolved[unit.name] -= 1
+        if num_unsolved[unit.name]:
+            continue
+        sites_of_unit = [other for other in sites if unit_of[other.stack.name] is unit]
+        source_weights = [
+            (weight, weight.clone()) for other in sites_of_unit for weight in other.weights.values()
+        ]
+        for install_site in install.pop(unit.name):
+            install_site()
+        yield unit
+        for weight, source_weight in source_weights:
+            weight.copy_(source_weight)
+        for other in sites:
+            other.roundings.clear()
     doors.close()
 
 
-def _solved(site: Site, number: int, streams: Streams) -> Callable[[], None]:
+def _solve(site: Site, number: int, streams: Streams) -> Callable[[], None]:
     """Compress a site; what is returned lets the block compute with the result."""
     steps = site.stack.steps
     with warnings.catch_warnings():
-        # `compress` tells of them
+        # `compress` warns of the same
         warnings.simplefilter("ignore", UserWarning)
-        stats, _, tokens = observe(site, streams.arrivals(number, False) if site.entrance else ())
-        stats = nothing(site) if site.routed and tokens < MIN_EXPERT_TOKENS else stats
+        arrivals = streams.arrivals(number, False) if site.entrance else ()
+        stats, _, num_tokens = observe(site, arrivals)
+        if site.routed and num_tokens < MIN_EXPERT_TOKENS:
+            stats = nothing(site)
         layer = pipeline.quantize_whole(
             Layer(site.stack.name, site.weight, site.stack.dtype), steps, stats
         )
+
     heights = [entry.shape[0] for entry in site.stack.members.values()]
-    made = []
-    for (name, weight), member in zip(
-        site.weights.items(), pipeline.split(layer, heights), strict=True
-    ):
+    members = pipeline.split(layer, heights)
+    results = []
+    for (name, weight), member in zip(site.weights.items(), members, strict=True):
         stored = pipeline.record(pipeline.pack(member, steps), steps)
         restored = pipeline.dequantize(stored.tensors, stored.config, steps, tuple(weight.shape))
-        made.append((name, weight, restored, input_rounding(stored.tensors, stored.config, steps)))
+        rounding = input_rounding(stored.tensors, stored.config, steps)
+        results.append((name, weight, restored, rounding))
 
-    def replace() -> None:
-        for name, weight, restored, rounding in made:
+    def install() -> None:
+        for name, weight, restored, rounding in results:
             weight.copy_(restored)
             if rounding is not None:
                 site.roundings[name] = rounding
 
-    return replace
+    return install
 
 
-def _divergences(
-    logits: Callable[[Tensor], Tensor], plain: _Way, ways: Sequence[_Way], device: torch.device
+def _compare_trials(
+    runner: BlockRunner, source_states: Sequence[int], trials: Sequence[Sequence[int]]
 ) -> list[float]:
-    """KL divergence of each way from the plain one, in nats per token."""
-    sums, tokens = [0.0] * len(ways), 0
-    for batch in range(len(plain)):
-        source = plain[batch]
-        tokens += len(source)
-        for first in range(0, len(ways), TOGETHER):
-            others = [way[batch] for way in ways[first : first + TOGETHER]]
-            at, count = 0, 1
-            while at < len(source):
-                piece = slice(at, at + count)
-                expected = (
-                    logits(source[piece].to(device)).float().log_softmax(-1)
-                )  # (tokens, vocabulary)
-                for i, other in enumerate(others, first):
-                    sums[i] += divergence(
-                        expected, logits(other[piece].to(device)).float().log_softmax(-1)
-                    )
-                at, count = at + count, max(LOGITS // expected.shape[1], 1)
-    return [total / tokens for total in sums]
+    """KL divergence of each trial from the source, in nats per token.
+
+    Args:
+        source_states: by judged batch the number of the source's last hidden states.
+        trials: the same of each trial.
+    """
+    sums, num_tokens = [0.0] * len(trials), 0
+    with open_head(runner.decoder, runner.extra_outputs) as head:
+        for batch, source_number in enumerate(source_states):
+            source = runner.tokens(source_number)
+            num_tokens += len(source)
+            for first in range(0, len(trials), TRIALS_TOGETHER):
+                together = trials[first : first + TRIALS_TOGETHER]
+                hidden_states = [source, *(runner.tokens(trial[batch]) for trial in together)]
+                heads = [head] * len(hidden_states)
+                for _, _, models in metrics.compare_logits([hidden_states], heads):
+                    log_p = next(models)
+                    for i, log_q in enumerate(models, first):
+                        sums[i] += metrics.kl_divergence(log_p, log_q)
+    return [total / num_tokens for total in sums]
