@@ -29,7 +29,7 @@ from bitpress.conformance.models import files_of, tensors_of
 from bitpress.modeling.capture import capture_inputs
 from bitpress.modeling.decoder import Decoder
 from bitpress.modeling.hidden_states import HiddenStates
-from bitpress.modeling.tokens import load
+from bitpress.modeling.tokens import load_calibration_data
 from bitpress.planning import linear_layers
 from bitpress.planning.calibration_config import CalibrationConfig
 
@@ -134,7 +134,9 @@ def sent(folder: Path, samples: int) -> tuple[Tensor, list[Tensor]]:
     model.get_submodule(EXPERTS).register_forward_pre_hook(
         lambda module, arguments: calls.append(arguments)
     )
-    ids = load(CalibrationConfig(str(folder.parent / "text.txt"), samples, 32), folder, {}).ids
+    ids = load_calibration_data(
+        CalibrationConfig(str(folder.parent / "text.txt"), samples, 32), folder, {}
+    ).input_ids
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     hidden, index, _ = calls[0]

@@ -17,7 +17,7 @@ from fixtures.processes import memory_taken
 
 from bitpress import CheckpointError, DataError
 from bitpress.modeling import text_sources
-from bitpress.modeling.tokens import load
+from bitpress.modeling.tokens import load_calibration_data
 from bitpress.planning.calibration_config import CalibrationConfig
 
 
@@ -54,7 +54,7 @@ def test_a_file_that_holds_no_texts_is_refused(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=expected) as refusal:
-        load(CalibrationConfig(str(tmp_path / name)), model, CONFIG)
+        load_calibration_data(CalibrationConfig(str(tmp_path / name)), model, CONFIG)
     assert len(str(refusal.value).splitlines()) == 1
 
 
@@ -71,7 +71,7 @@ def test_a_line_of_a_gigabyte_is_refused_without_reading_it(model: Path, tmp_pat
         memory_taken() as taken,
         pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than 67,108,864 bytes"),
     ):
-        load(CalibrationConfig(str(file)), model, CONFIG)
+        load_calibration_data(CalibrationConfig(str(file)), model, CONFIG)
     assert taken[0] < 300e6
 
 
@@ -80,7 +80,7 @@ def test_a_gigabyte_of_nothing_fills_no_memory(model: Path, tmp_path: Path, seed
     file = sparse(tmp_path / "a.txt", b"", 1 << 30)
     refused = pytest.raises(DataError, match=r"a\.txt: it holds more than 268,435,456 characters")
     with memory_taken() as taken, refused if seed else nullcontext():
-        load(CalibrationConfig(str(file), 2, 32, seed), model, CONFIG)
+        load_calibration_data(CalibrationConfig(str(file), 2, 32, seed), model, CONFIG)
     assert taken[0] < 900e6
 
 
@@ -90,7 +90,9 @@ def test_one_text_longer_than_is_wanted_is_tokenized_no_further(
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "some words " * 1_000_000}))
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "some words " * 100}))
     long, short = (
-        load(CalibrationConfig(str(tmp_path / f"{name}.jsonl"), 2, 32), model, CONFIG)
+        load_calibration_data(
+            CalibrationConfig(str(tmp_path / f"{name}.jsonl"), 2, 32), model, CONFIG
+        )
         for name in ("long", "short")
     )
     assert long.digest == short.digest
@@ -108,7 +110,9 @@ def test_one_text_longer_than_is_wanted_is_tokenized_no_further(
 )
 def test_odd_text_is_text(model: Path, tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    assert load(CalibrationConfig(str(tmp_path / name), 2, 32), model, CONFIG).ids.shape == (2, 32)
+    assert load_calibration_data(
+        CalibrationConfig(str(tmp_path / name), 2, 32), model, CONFIG
+    ).input_ids.shape == (2, 32)
 
 
 def test_any_bytes_are_texts_or_refused_in_one_line(model: Path, tmp_path: Path) -> None:
@@ -141,7 +145,7 @@ def test_a_file_that_is_not_there_is_said_with_the_nearest_name(
 ) -> None:
     (tmp_path / "texts.jsonl").touch()
     with pytest.raises(DataError, match=r"there is no such file; did you mean 'texts.jsonl'\?"):
-        load(CalibrationConfig(str(tmp_path / "text.jsonl")), model, CONFIG)
+        load_calibration_data(CalibrationConfig(str(tmp_path / "text.jsonl")), model, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_a_missing_library_is_said_with_the_extra_that_brings_it(
     Path("a.parquet").touch()
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=rf"bitpress-core\[{extra}\]"):
-        load(CalibrationConfig(source), model, CONFIG)
+        load_calibration_data(CalibrationConfig(source), model, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +172,7 @@ def test_a_missing_library_is_said_with_the_extra_that_brings_it(
 )
 def test_numbers_that_cannot_be_are_refused(model: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(DataError, match="at least 1"):
-        load(CalibrationConfig(**wrong), model, CONFIG)
+        load_calibration_data(CalibrationConfig(**wrong), model, CONFIG)
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"version": "1.0"}'])
@@ -178,10 +182,10 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(model: Path, content: st
         model / "tokenizer.json"
     ).write_text(content)
     with pytest.raises(CheckpointError, match="no usable tokenizer") as refusal:
-        load(CalibrationConfig(), model, CONFIG)
+        load_calibration_data(CalibrationConfig(), model, CONFIG)
     assert len(str(refusal.value).splitlines()) == 1
 
 
 def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
     with pytest.raises(CheckpointError, match=r"token id \d+ .* vocab_size is 1000"):
-        load(CalibrationConfig(), model, {**CONFIG, "vocab_size": 1000})
+        load_calibration_data(CalibrationConfig(), model, {**CONFIG, "vocab_size": 1000})

@@ -15,7 +15,7 @@ from fixtures.learner_scheme import TINY, TINY_CONFIG as CONFIG, tokenizer_folde
 from transformers import AutoTokenizer
 
 from bitpress import DataError
-from bitpress.modeling.tokens import Sequences, load
+from bitpress.modeling.tokens import CalibrationData, load_calibration_data
 from bitpress.planning.calibration_config import CalibrationConfig
 
 TEXTS = [
@@ -65,8 +65,10 @@ def tokens_of(text: str, special: bool = True) -> list[int]:
 
 def loaded(
     model: Path, source: object, samples: int = 10_000, length: int = 32, seed: int = 0
-) -> Sequences:
-    return load(CalibrationConfig(str(source), samples, length, seed), model, CONFIG)
+) -> CalibrationData:
+    return load_calibration_data(
+        CalibrationConfig(str(source), samples, length, seed), model, CONFIG
+    )
 
 
 # --- packing
@@ -76,9 +78,9 @@ def loaded(
 def test_packing_loses_and_repeats_no_token(model: Path, tmp_path: Path) -> None:
     found = loaded(model, json_lines(tmp_path / "a.jsonl"))
     tokens = tokens_of("\n".join(TEXTS))
-    assert found.ids.shape == (len(tokens) // 32, 32)
-    assert found.ids.dtype == torch.int64
-    assert found.ids.flatten().tolist() == tokens[: found.ids.numel()]
+    assert found.input_ids.shape == (len(tokens) // 32, 32)
+    assert found.input_ids.dtype == torch.int64
+    assert found.input_ids.flatten().tolist() == tokens[: found.input_ids.numel()]
 
 
 @pytest.mark.parametrize("write", [json_lines, parquet])
@@ -88,7 +90,7 @@ def test_every_kind_of_file_gives_the_same_tokens(
     kind = write.__name__.replace("json_lines", "jsonl")
     found = loaded(model, write(tmp_path / f"a.{kind}"))
     same = loaded(model, plain(tmp_path / "a.txt"))
-    assert torch.equal(found.ids, same.ids)
+    assert torch.equal(found.input_ids, same.input_ids)
     assert found.digest == same.digest
     assert (found.source, same.source) == (f"a.{kind}", "a.txt")
 
@@ -101,13 +103,13 @@ def test_where_few_are_wanted_the_beginning_is_read_and_gives_the_same(
         tmp_path
         / ("a" + {"json_lines": ".jsonl", "plain": ".txt", "parquet": ".parquet"}[write.__name__])
     )
-    assert torch.equal(loaded(model, file, samples=2).ids, loaded(model, file).ids[:2])
+    assert torch.equal(loaded(model, file, samples=2).input_ids, loaded(model, file).input_ids[:2])
 
 
 def test_lines_that_are_not_needed_are_not_read(model: Path, tmp_path: Path) -> None:
     file = json_lines(tmp_path / "a.jsonl")
     file.write_text(file.read_text() + "not JSON\n")
-    assert loaded(model, file, samples=2).ids.shape == (2, 32)
+    assert loaded(model, file, samples=2).input_ids.shape == (2, 32)
     with pytest.raises(DataError, match="line 81: not valid JSON"):
         loaded(model, file, samples=2, seed=1)
 
@@ -117,8 +119,8 @@ def test_text_of_uncommonly_long_tokens_is_read_as_far_as_needed(
 ) -> None:
     (model / "tokenizer.json").write_text(word_tokenizer(200))
     (tmp_path / "a.txt").write_text(" ".join(["x" * 200] * 500))
-    found = load(CalibrationConfig(str(tmp_path / "a.txt"), 4, 16), model, {})
-    assert found.ids.shape == (4, 16)
+    found = load_calibration_data(CalibrationConfig(str(tmp_path / "a.txt"), 4, 16), model, {})
+    assert found.input_ids.shape == (4, 16)
     assert not found.warnings
 
 
@@ -134,12 +136,12 @@ def test_the_same_choice_gives_the_same_and_another_seed_another_draw_of_the_sam
     model: Path, tmp_path: Path
 ) -> None:
     file = json_lines(tmp_path / "a.jsonl")
-    everything = {tuple(row) for row in loaded(model, file).ids.tolist()}
+    everything = {tuple(row) for row in loaded(model, file).input_ids.tolist()}
     draws = [loaded(model, file, samples=8, seed=seed) for seed in (0, 0, 1, 1, 2)]
     assert [draws[0].digest == draw.digest for draw in draws] == [True, True, False, False, False]
     assert draws[2].digest == draws[3].digest != draws[4].digest
     for draw in draws:
-        rows = [tuple(row) for row in draw.ids.tolist()]
+        rows = [tuple(row) for row in draw.input_ids.tolist()]
         assert len(set(rows)) == 8
         assert set(rows) <= everything
 
@@ -147,7 +149,7 @@ def test_the_same_choice_gives_the_same_and_another_seed_another_draw_of_the_sam
 def test_the_digest_depends_on_the_shape(model: Path, tmp_path: Path) -> None:
     file = json_lines(tmp_path / "a.jsonl")
     one, other = loaded(model, file, 4, 32), loaded(model, file, 8, 16)
-    assert torch.equal(one.ids.flatten(), other.ids.flatten())
+    assert torch.equal(one.input_ids.flatten(), other.input_ids.flatten())
     assert one.digest != other.digest
 
 
@@ -165,7 +167,10 @@ def test_chats_go_through_the_template(
         write(tmp_path / ("a.jsonl" if write is json_lines else "a.parquet"), "messages", CHATS),
     )
     rendered = "\n".join(f"<s>[user] {text}[assistant] Noted." for text in TEXTS)
-    assert found.ids.flatten().tolist() == tokens_of(rendered, special=False)[: found.ids.numel()]
+    assert (
+        found.input_ids.flatten().tolist()
+        == tokens_of(rendered, special=False)[: found.input_ids.numel()]
+    )
 
 
 def test_a_chat_without_a_template_is_refused(model: Path, tmp_path: Path) -> None:
@@ -188,25 +193,29 @@ def test_a_template_that_refuses_is_quoted(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_default_text_needs_nothing(model: Path) -> None:
-    found = load(CalibrationConfig(), model, {**CONFIG, "max_position_embeddings": 1024})
+    found = load_calibration_data(
+        CalibrationConfig(), model, {**CONFIG, "max_position_embeddings": 1024}
+    )
     assert found.source == "the text that ships with bitpress"
     assert not found.warnings
-    assert found.ids.shape[1] == 512
-    assert found.ids.shape[0] > 128
+    assert found.input_ids.shape[1] == 512
+    assert found.input_ids.shape[0] > 128
 
 
 def test_too_little_is_said_with_how_much_there_was(model: Path, tmp_path: Path) -> None:
     count = len(tokens_of("\n".join(TEXTS)))
     [warning] = loaded(model, json_lines(tmp_path / "a.jsonl"), samples=900).warnings
     assert warning == f"{count // 32} of 900 sequences of 32 tokens: a.jsonl holds {count:,} tokens"
-    [warning] = load(CalibrationConfig(samples=5000, sequence_length=64), model, CONFIG).warnings
+    [warning] = load_calibration_data(
+        CalibrationConfig(samples=5000, sequence_length=64), model, CONFIG
+    ).warnings
     assert "of 5000 sequences of 64 tokens: the text that ships with bitpress holds" in warning
 
 
 def test_less_than_one_sequence_is_one_shorter_sequence(model: Path, tmp_path: Path) -> None:
     count = len(tokens_of(TEXTS[0] + "\n" + TEXTS[1]))
     found = loaded(model, json_lines(tmp_path / "a.jsonl", values=TEXTS[:2]), samples=4, length=100)
-    assert found.ids.shape == (1, count)
+    assert found.input_ids.shape == (1, count)
     assert found.warnings == (
         f"0 of 4 sequences of 100 tokens, one of {count} tokens: a.jsonl holds {count} tokens",
     )
@@ -217,8 +226,10 @@ def test_a_length_beyond_the_model_s_is_cut_with_a_warning(
     model: Path, tmp_path: Path, nested: bool
 ) -> None:
     config = {"text_config": CONFIG} if nested else CONFIG
-    found = load(CalibrationConfig(str(json_lines(tmp_path / "a.jsonl")), 2, 4096), model, config)
-    assert found.ids.shape == (2, 128)
+    found = load_calibration_data(
+        CalibrationConfig(str(json_lines(tmp_path / "a.jsonl")), 2, 4096), model, config
+    )
+    assert found.input_ids.shape == (2, 128)
     assert found.warnings == (
         "sequences of 4096 tokens cut to 128, the model's max_position_embeddings",
     )
@@ -255,7 +266,7 @@ def test_a_dataset_is_streamed_by_name_and_subset(
     found = loaded(model, "someone/texts:small")
     assert asked == [("someone/texts", "small", "train", True)]
     assert found.source == "someone/texts:small"
-    assert torch.equal(found.ids, loaded(model, plain(tmp_path / "a.txt")).ids)
+    assert torch.equal(found.input_ids, loaded(model, plain(tmp_path / "a.txt")).input_ids)
     with pytest.raises(
         DataError, match=r"gone: it is neither a file nor a dataset .* \(Couldn't reach the Hub\)$"
     ):

@@ -18,7 +18,7 @@ from bitpress.compression.search.result import SearchResult
 from bitpress.errors import CheckpointError, Fault, OutputError
 from bitpress.modeling.block_runner import RunnableModel
 from bitpress.modeling.decoder import DecoderOptions
-from bitpress.modeling.tokens import stretch
+from bitpress.modeling.tokens import load_evaluation_text
 from bitpress.output import (
     compressed_model,
     evaluate as evaluation,
@@ -311,16 +311,14 @@ def evaluate_model(
         models = [_open_runnable_model(folder, reader) for folder in folders]
         # texts are tokenized as the reference tokenizes them, where there is one
         tokenizer_source = models[-1].checkpoint
-        tokens = stretch(
-            config.text,
-            config.sequence_length,
-            config.max_tokens,
+        tokens = load_evaluation_text(
+            config,
             tokenizer_source.folder,
             tokenizer_source.config,
             options.trust_remote_code,
         )
         hidden_states_folder = evaluation.choose_folder(
-            models, tokens.inputs.numel(), options.max_memory, Path(tempfile.gettempdir())
+            models, tokens.input_ids.numel(), options.max_memory, Path(tempfile.gettempdir())
         )
         return evaluation.evaluate(
             models,

@@ -13,7 +13,7 @@ from bitpress.compression.resources import Resources
 from bitpress.errors import VerificationError
 from bitpress.modeling.block_runner import RunnableModel
 from bitpress.modeling.decoder import Decoder, DecoderOptions
-from bitpress.modeling.tokens import Stretch, stretch
+from bitpress.modeling.tokens import EvaluationText, load_evaluation_text
 from bitpress.output import compressed_model, evaluate
 from bitpress.output.manifest import Check
 from bitpress.output.written_model import WrittenModel
@@ -23,7 +23,7 @@ from bitpress.runtime.progress import Progress
 from bitpress.schemes import activation_quantizer
 
 
-def read_text(plan: Plan, file: str, trust_remote_code: bool) -> Stretch:
+def read_text(plan: Plan, file: str, trust_remote_code: bool) -> EvaluationText:
     """The tokens of a text, once it is known that the plan's source and its result can be run.
 
     Raises:
@@ -35,14 +35,8 @@ def read_text(plan: Plan, file: str, trust_remote_code: bool) -> Stretch:
         options = DecoderOptions(trust_remote_code=trust_remote_code)
         Decoder(plan.source, plan.container, reader, options).require_parameters()
 
-    config = EvaluationConfig(file)
-    return stretch(
-        config.text,
-        config.sequence_length,
-        config.max_tokens,
-        plan.source.folder,
-        plan.source.config,
-        trust_remote_code,
+    return load_evaluation_text(
+        EvaluationConfig(file), plan.source.folder, plan.source.config, trust_remote_code
     )
 
 
@@ -56,7 +50,7 @@ class AccuracyCheck:
     """
 
     plan: Plan
-    text: Stretch
+    text: EvaluationText
     hidden_states_folder: Path | None
 
     def measure(self, written: WrittenModel, resources: Resources, progress: Progress) -> Check:
@@ -76,14 +70,16 @@ class AccuracyCheck:
             )
 
 
-def prepare_check(plan: Plan, text: Stretch, max_memory: int | None, folder: Path) -> AccuracyCheck:
+def prepare_check(
+    plan: Plan, text: EvaluationText, max_memory: int | None, folder: Path
+) -> AccuracyCheck:
     """A check that keeps its hidden states in memory where that has room for them, else in a
     folder; raises RecipeError where `max_memory`, in bytes, is too low for either.
     """
     with Reader() as reader:
         source = RunnableModel(plan.source, reader, plan.container)
         hidden_states_folder = evaluate.choose_folder(
-            [source, source], text.inputs.numel(), max_memory, folder
+            [source, source], text.input_ids.numel(), max_memory, folder
         )
     return AccuracyCheck(plan, text, hidden_states_folder)
 

@@ -27,7 +27,7 @@ from bitpress.compression.resources import Resources
 from bitpress.modeling.capture import CapturedInputs, capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.hidden_states import HiddenStates
-from bitpress.modeling.tokens import Sequences
+from bitpress.modeling.tokens import CalibrationData
 from bitpress.planning import memory_estimate
 from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
@@ -44,7 +44,7 @@ BFLOAT16 = ("avx512_bf16", "amx_bf16")
 def write_shards(
     plan: Plan,
     output: OutputFolder,
-    data: Sequences,
+    data: CalibrationData,
     resources: Resources,
     told: Told,
 ) -> list[BlockNotes]:
@@ -102,14 +102,14 @@ def _dtype(plan: Plan, device: torch.device) -> torch.dtype:
 
 
 def _start(
-    plan: Plan, decoder: Decoder, data: Sequences, output: OutputFolder, resources: Resources
+    plan: Plan, decoder: Decoder, data: CalibrationData, output: OutputFolder, resources: Resources
 ) -> tuple[CapturedInputs, Streams]:
     """What every block is called with, and the hidden states before the first of them.
 
     Those of every eighth batch are there once more where a scheme asks for the source's.
     """
     device, ranks = resources.device, resources.ranks
-    batches = memory_estimate.split_batches(data.ids, ranks.count)
+    batches = memory_estimate.split_batches(data.input_ids, ranks.count)
     part = ranks.part(batches)
     own = [batches[i] for i in part]
 

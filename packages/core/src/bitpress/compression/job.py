@@ -11,7 +11,11 @@ from bitpress.checkpoint.hub import resolve
 from bitpress.checkpoint.reader import open_checkpoint
 from bitpress.compression import accuracy_check
 from bitpress.errors import RecipeError
-from bitpress.modeling.tokens import Sequences, Stretch, load
+from bitpress.modeling.tokens import (
+    CalibrationData,
+    EvaluationText,
+    load_calibration_data,
+)
 from bitpress.output import model_card
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.plan import Plan
@@ -33,9 +37,9 @@ class Job:
     """
 
     plan: Plan
-    calibration: Sequences | None
+    calibration: CalibrationData | None
     model: str
-    check_text: Stretch | None = None
+    check_text: EvaluationText | None = None
     command: str = ""
 
     @property
@@ -70,7 +74,9 @@ def prepare_job(
     if config is None:
         return Job(plan, None, str(model), check_text, command)
 
-    sequences = load(config, source.folder, source.config, options.trust_remote_code)
+    sequences = load_calibration_data(
+        config, source.folder, source.config, options.trust_remote_code
+    )
     if config.all_experts and not any(
         layer_names.group_experts(stack.members) for stack in plan.stacks
     ):

@@ -19,7 +19,7 @@ from bitpress.checkpoint.filenames import CONFIG, RUN_RECORD
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.writer import OutputFolder, format_json
 from bitpress.errors import CheckpointError, OutputError
-from bitpress.modeling.tokens import Sequences
+from bitpress.modeling.tokens import CalibrationData
 from bitpress.planning.plan import Plan
 from bitpress.runtime.process_group import Ranks
 from bitpress.runtime.version import __version__
@@ -35,7 +35,7 @@ Stamps = Mapping[str, tuple[int, int] | None]
 
 @contextlib.contextmanager
 def keep_record(
-    output: OutputFolder, plan: Plan, data: Sequences | None, device: torch.device
+    output: OutputFolder, plan: Plan, data: CalibrationData | None, device: torch.device
 ) -> Iterator[None]:
     """Keep a record of what the run is made of beside its shards, until the block has ended well
     or leaves no finished shard behind.
@@ -61,7 +61,7 @@ def keep_record(
 
 
 def require_same_on_ranks(
-    ranks: Ranks, plan: Plan, data: Sequences | None, device: torch.device
+    ranks: Ranks, plan: Plan, data: CalibrationData | None, device: torch.device
 ) -> None:
     """Raise OutputError, naming what differs, unless all ranks are about to make the same."""
     first, *others = ranks.gather(_describe_run(plan, data, device))
@@ -132,7 +132,7 @@ def _read_stamp(source: Checkpoint, name: str) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _describe_run(plan: Plan, data: Sequences | None, device: torch.device) -> Any:
+def _describe_run(plan: Plan, data: CalibrationData | None, device: torch.device) -> Any:
     """Everything that the output's bytes depend on, as it is after a way through JSON."""
     source = plan.source
     record = {
@@ -153,8 +153,8 @@ def _describe_run(plan: Plan, data: Sequences | None, device: torch.device) -> A
         "calibration": data
         and {
             "text": data.source,
-            "sequences": len(data.ids),
-            "tokens of a sequence": data.ids.shape[1],
+            "sequences": len(data.input_ids),
+            "tokens of a sequence": data.input_ids.shape[1],
             "seed": data.seed,
             "all experts": data.all_experts,
             "SHA-256 of the tokens": data.digest,

@@ -120,7 +120,7 @@ def _check_options(job: Job, options: RunOptions, resources: Resources) -> None:
 
 def _num_tokens(job: Job, ranks: Ranks) -> int:
     """Calibration tokens of each rank, at most."""
-    return math.ceil(job.calibration.ids.numel() / ranks.count) if job.calibration else 0
+    return math.ceil(job.calibration.input_ids.numel() / ranks.count) if job.calibration else 0
 
 
 def _prepare_output(job: Job, output: OutputFolder, resources: Resources) -> AccuracyCheck | None:

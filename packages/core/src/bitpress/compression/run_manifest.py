@@ -110,7 +110,7 @@ def _describe_calibration(job: Job) -> dict[str, str] | None:
         return None
     description = {
         "source": calibration.source,
-        "tokens": str(calibration.ids.numel()),
+        "tokens": str(calibration.input_ids.numel()),
         "sha256": calibration.digest,
     }
     if calibration.all_experts:

@@ -18,20 +18,21 @@ from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.errors import CheckpointError, DataError, first_line
 from bitpress.modeling import text_sources
 from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.planning.evaluation_config import EvaluationConfig
 
-# tokens: a lone sequence shorter than this says nothing about a model
-SHORTEST = 16
+# Tokens of a lone sequence: a shorter one says nothing about a model.
+MIN_TOKENS = 16
 
-# characters read per token wanted; a token of prose has three to five
-GENEROUS = 16
+# Characters that are read for each token that is needed; a token of prose has three to five.
+CHARACTERS_PER_TOKEN = 16
 
 
 @frozen(eq=False)
-class Sequences:
+class CalibrationData:
     """Token sequences, every one full.
 
     Attributes:
-        ids: (sequences, length) int64.
+        input_ids: (sequences, length) int64.
         source: for people: a file's name, a dataset's, or "the text that ships with bitpress".
         digest: SHA-256 of shape and ids: the same ids have the same digest, wherever they come
             from.
@@ -40,7 +41,7 @@ class Sequences:
         all_experts: whether every expert is given all of them.
     """
 
-    ids: Tensor
+    input_ids: Tensor
     source: str
     digest: str
     warnings: tuple[str, ...]
@@ -49,122 +50,136 @@ class Sequences:
 
 
 @frozen(eq=False)
-class Stretch:
+class EvaluationText:
     """The tokens from a text's start in full sequences, and for each token the one that follows it.
 
     Attributes:
-        inputs: (sequences, length) int64.
-        targets: (sequences, length) int64.
+        input_ids: (sequences, length) int64.
+        target_ids: (sequences, length) int64.
         source: for people, a file's name or a dataset's.
         digest: SHA-256 of shape and ids of the inputs.
     """
 
-    inputs: Tensor
-    targets: Tensor
+    input_ids: Tensor
+    target_ids: Tensor
     source: str
     digest: str
 
 
-def stretch(
-    source: str,
-    length: int,
-    most: int,
+def load_evaluation_text(
+    config: EvaluationConfig,
     folder: Path,
-    config: Mapping[str, Any],
+    model_config: Mapping[str, Any],
     trust_remote_code: bool = False,
-) -> Stretch:
-    """At most so many tokens of a text, tokenized as `load` does, in sequences of `length` that do
-    not overlap.
+) -> EvaluationText:
+    """Tokens of a text, made as those of `load_calibration_data`, in sequences that do not overlap.
+
+    Args:
+        folder: of the model whose tokenizer makes them.
+        model_config: the content of that model's config.json.
 
     Raises:
         DataError: the numbers are none, or the text cannot be read or is too short.
         CheckpointError: the folder has no usable tokenizer, or one that does not belong to this
             config.
     """
-    if length < 1 or most < 1:
-        raise DataError(f"{most} tokens in sequences of {length}: both are at least 1")
-    tokenizer = _tokenizer(folder, trust_remote_code)
-    tokens, name = _tokenize(CalibrationConfig(source), most + 1, tokenizer)
-    _check_vocabulary(tokens, tokenizer, folder, config)
-    tokens = tokens[: most + 1]
-    if len(tokens) <= SHORTEST:
+    length, num_tokens = config.sequence_length, config.max_tokens
+    if length < 1 or num_tokens < 1:
+        raise DataError(f"{num_tokens} tokens in sequences of {length}: both are at least 1")
+    tokenizer = _load_tokenizer(folder, trust_remote_code)
+    # one more than is judged: each is judged by the token that follows it
+    tokens, name = _tokenize(CalibrationConfig(config.text), num_tokens + 1, tokenizer)
+    _check_vocabulary(tokens, tokenizer, folder, model_config)
+    tokens = tokens[: num_tokens + 1]
+    if len(tokens) <= MIN_TOKENS:
         raise DataError(
             f"{name}: it gives {len(tokens)} tokens, too few to judge a model by; give a longer "
             "text"
         )
-    longest = ModelConfig.from_json(config).max_position_embeddings or length
-    size = min(length, len(tokens) - 1, longest)
-    count = (len(tokens) - 1) // size
-    inputs, targets = (tokens[start : start + count * size].view(count, size) for start in (0, 1))
-    return Stretch(inputs, targets, name, _digest(inputs))
+
+    max_length = ModelConfig.from_json(model_config).max_position_embeddings or length
+    length = min(length, len(tokens) - 1, max_length)
+    num_sequences = (len(tokens) - 1) // length
+    input_ids, target_ids = (
+        tokens[start : start + num_sequences * length].view(num_sequences, length)
+        for start in (0, 1)
+    )
+    return EvaluationText(input_ids, target_ids, name, _digest(input_ids))
 
 
-def load(
-    choice: CalibrationConfig,
+def load_calibration_data(
+    config: CalibrationConfig,
     folder: Path,
-    config: Mapping[str, Any],
+    model_config: Mapping[str, Any],
     trust_remote_code: bool = False,
-) -> Sequences:
+) -> CalibrationData:
     """Full sequences of tokens, made by the tokenizer of a model folder from the texts chosen.
 
     Texts are joined by single newlines and tokenized once, as one string, which is cut into
     sequences from its start; a last one that is not full is left out. A chat becomes a text through
     the tokenizer's chat template.
 
+    Args:
+        folder: of the model whose tokenizer makes them.
+        model_config: the content of that model's config.json.
+
     Raises:
-        DataError: the choice is none, or the texts cannot be read or are too short for even one
-            short sequence.
+        DataError: the config's numbers are none, or the texts cannot be read or are too short for
+            even one short sequence.
         CheckpointError: the folder has no usable tokenizer, or one that does not belong to this
             config.
     """
-    if choice.samples < 1 or choice.sequence_length < 1 or not 0 <= choice.seed < 2**63:
+    if config.samples < 1 or config.sequence_length < 1 or not 0 <= config.seed < 2**63:
         raise DataError(
-            f"{choice.samples} sequences of {choice.sequence_length} tokens with seed "
-            f"{choice.seed}: sequences and tokens are at least 1, a seed is from 0 to 2**63 - "
-            "1"
+            f"{config.samples} sequences of {config.sequence_length} tokens with seed "
+            f"{config.seed}: sequences and tokens are at least 1, a seed is from 0 to 2**63 - 1"
         )
     warnings = []
-    length = choice.sequence_length
-    most = ModelConfig.from_json(config).max_position_embeddings
-    if most is not None and length > most:
+    length = config.sequence_length
+    max_length = ModelConfig.from_json(model_config).max_position_embeddings
+    if max_length is not None and length > max_length:
         warnings.append(
-            f"sequences of {length} tokens cut to {most}, the model's max_position_embeddings"
+            f"sequences of {length} tokens cut to {max_length}, the model's max_position_embeddings"
         )
-        length = most
-    tokenizer = _tokenizer(folder, trust_remote_code)
-    tokens, name = _tokenize(choice, choice.samples * length, tokenizer)
-    _check_vocabulary(tokens, tokenizer, folder, config)
-    if len(tokens) < min(length, SHORTEST):
+        length = max_length
+
+    tokenizer = _load_tokenizer(folder, trust_remote_code)
+    tokens, name = _tokenize(config, config.samples * length, tokenizer)
+    _check_vocabulary(tokens, tokenizer, folder, model_config)
+    if len(tokens) < min(length, MIN_TOKENS):
         raise DataError(
             f"{name}: it gives {len(tokens)} tokens, too few to run a model on; give a longer text"
         )
 
-    size = min(length, len(tokens))
-    count = len(tokens) // size
-    packed = tokens[: count * size].view(count, size)
-    if choice.seed:
-        packed = packed[torch.randperm(count, generator=torch.Generator().manual_seed(choice.seed))]
-    ids = packed[: choice.samples].clone()
+    cut_length = min(length, len(tokens))
+    num_sequences = len(tokens) // cut_length
+    sequences = tokens[: num_sequences * cut_length].view(num_sequences, cut_length)
+    if config.seed:
+        generator = torch.Generator().manual_seed(config.seed)
+        sequences = sequences[torch.randperm(num_sequences, generator=generator)]
+    input_ids = sequences[: config.samples].clone()
 
     # the default numbers are nobody's wish, and the text that ships is as long as it is
-    if (count < choice.samples or size < length) and attrs.evolve(
-        choice, seed=0, all_experts=False
-    ) != CalibrationConfig():
-        shorter = f", one of {size} tokens" if size < length else ""
-        full = 0 if shorter else count
+    is_default = attrs.evolve(config, seed=0, all_experts=False) == CalibrationConfig()
+    if (num_sequences < config.samples or cut_length < length) and not is_default:
+        num_full, shorter = num_sequences, ""
+        if cut_length < length:
+            num_full, shorter = 0, f", one of {cut_length} tokens"
         warnings.append(
-            f"{full} of {choice.samples} sequences of {length} tokens{shorter}: {name} holds "
+            f"{num_full} of {config.samples} sequences of {length} tokens{shorter}: {name} holds "
             f"{len(tokens):,} tokens"
         )
-    return Sequences(ids, name, _digest(ids), tuple(warnings), choice.seed, choice.all_experts)
+    return CalibrationData(
+        input_ids, name, _digest(input_ids), tuple(warnings), config.seed, config.all_experts
+    )
 
 
-def _tokenize(choice: CalibrationConfig, wanted: int, tokenizer: Any) -> tuple[Tensor, str]:
-    """All tokens of the texts, or with seed 0 at least as many as wanted where there are so many;
-    and the source's name.
+def _tokenize(config: CalibrationConfig, num_tokens: int, tokenizer: Any) -> tuple[Tensor, str]:
+    """The tokens of the texts, and the source's name: all tokens, or with seed 0 the first ones, so
+    many or more where there are so many.
     """
 
-    def render(messages: list[Any]) -> str:
+    def render_chat(messages: list[Any]) -> str:
         if not tokenizer.chat_template:
             raise DataError(
                 "a chat, and the model's tokenizer has no chat template; give it as one text"
@@ -177,22 +192,22 @@ def _tokenize(choice: CalibrationConfig, wanted: int, tokenizer: Any) -> tuple[T
                 f"the tokenizer's chat template does not take these messages ({first_line(e)})"
             ) from None
 
-    # Where the first tokens are all that is wanted, the beginning of the text is all that is read:
+    # Where the first tokens are all that is needed, the beginning of the text is all that is read:
     # a tokenizer hardly looks further than a word ahead, so that they are the same, and nobody
     # waits for gigabytes to be tokenized for them.
-    limit = None if choice.seed else GENEROUS * wanted
+    max_characters = None if config.seed else CHARACTERS_PER_TOKEN * num_tokens
     while True:
-        text, name = text_sources.read(choice.source, limit, render)
+        text, name = text_sources.read(config.source, max_characters, render_chat)
         # a chat template writes the token that begins a sequence itself
-        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        found = tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"]
-        if limit is None or len(text) < limit or len(found) >= wanted:
-            return torch.tensor(found, dtype=torch.int64), name
+        has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        ids = tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
+        if max_characters is None or len(text) < max_characters or len(ids) >= num_tokens:
+            return torch.tensor(ids, dtype=torch.int64), name
         # a text of uncommonly long tokens
-        limit *= GENEROUS
+        max_characters *= CHARACTERS_PER_TOKEN
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -201,31 +216,31 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         )
     except Exception as e:
         # whatever the parsers of its files raise
-        hint = (
-            "; if you trust that code, --trust-remote-code runs it"
-            if "trust_remote_code" in str(e)
-            else ""
-        )
-        fact = first_line(e)
+        hint = ""
+        if "trust_remote_code" in str(e):
+            hint = "; if you trust that code, --trust-remote-code runs it"
         raise CheckpointError(
-            f"{folder}: no usable tokenizer, which running the model on text needs ({fact}){hint}"
+            f"{folder}: no usable tokenizer, which running the model on text needs "
+            f"({first_line(e)}){hint}"
         ) from None
 
 
 def _check_vocabulary(
-    tokens: Tensor, tokenizer: Any, folder: Path, config: Mapping[str, Any]
+    tokens: Tensor, tokenizer: Any, folder: Path, model_config: Mapping[str, Any]
 ) -> None:
-    size = ModelConfig.from_json(config).vocab_size
-    if size is not None and len(tokens) and int(tokens.max()) >= size:
-        token = int(tokens.max())
+    """Raise CheckpointError where a tokenizer gives ids that the model has no embedding for."""
+    vocab_size = ModelConfig.from_json(model_config).vocab_size
+    largest = int(tokens.max()) if len(tokens) else 0
+    if vocab_size is not None and largest >= vocab_size:
         raise CheckpointError(
-            f"{folder}: its tokenizer gives the token id {token} ("
-            f"{tokenizer.convert_ids_to_tokens(token)!r}) and the config's vocab_size is "
-            f"{size}; they are not of one model"
+            f"{folder}: its tokenizer gives the token id {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}) and the config's vocab_size is "
+            f"{vocab_size}; they are not of one model"
         )
 
 
 def _digest(ids: Tensor) -> str:
-    return hashlib.sha256(
-        repr(tuple(ids.shape)).encode() + ids.numpy().astype("<i8").tobytes()
-    ).hexdigest()
+    """SHA-256 of shape and numbers; as little-endian int64 on every machine."""
+    digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
+    digest.update(ids.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

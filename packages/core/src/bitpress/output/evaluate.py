@@ -24,7 +24,7 @@ from bitpress.modeling import metrics
 from bitpress.modeling.block_runner import BlockRunner, RunnableModel
 from bitpress.modeling.capture import open_head
 from bitpress.modeling.decoder import DecoderOptions
-from bitpress.modeling.tokens import Stretch
+from bitpress.modeling.tokens import EvaluationText
 from bitpress.output.manifest import Check
 from bitpress.planning import memory_estimate
 from bitpress.runtime import memory
@@ -54,7 +54,7 @@ class _Sums:
 
 def evaluate(
     models: Sequence[RunnableModel],
-    text: Stretch,
+    text: EvaluationText,
     options: DecoderOptions,
     folder: Path | None,
     progress: Told,
@@ -73,9 +73,9 @@ def evaluate(
         CheckpointError: transformers cannot build a model, the two are unlike, or one makes numbers
             that are not finite.
     """
-    batch_size = max(memory_estimate.BATCH_TOKENS // text.inputs.shape[1], 1)
-    batches = torch.split(text.inputs, batch_size)
-    targets = torch.split(text.targets, batch_size)
+    batch_size = max(memory_estimate.BATCH_TOKENS // text.input_ids.shape[1], 1)
+    batches = torch.split(text.input_ids, batch_size)
+    targets = torch.split(text.target_ids, batch_size)
     with torch.no_grad():
         runners = [BlockRunner(model, batches, options, folder) for model in models]
         if len({len(runner) for runner in runners}) > 1:
@@ -234,16 +234,16 @@ def _share_a_head(models: Sequence[RunnableModel]) -> bool:
         )
 
 
-def _summarize(sums: _Sums, text: Stretch, drift: Sequence[float]) -> Check:
+def _summarize(sums: _Sums, text: EvaluationText, drift: Sequence[float]) -> Check:
     """Means over tokens; those of a comparison where there is a drift."""
-    num_tokens = text.targets.numel()
+    num_tokens = text.target_ids.numel()
     if not math.isfinite(sums.nll + sums.reference_nll + sums.kl):
         raise CheckpointError(
             "the model makes NaN or infinity of this text: its weights are damaged, or the text is "
             "none of its kind"
         )
     perplexity = metrics.perplexity(sums.nll / num_tokens)
-    check = Check(text.source, text.digest, num_tokens, text.inputs.shape[1], perplexity)
+    check = Check(text.source, text.digest, num_tokens, text.input_ids.shape[1], perplexity)
     if not drift:
         return check
     return attrs.evolve(

@@ -21,7 +21,7 @@ from bitpress.compression.search.sensitivity import (
 from bitpress.errors import OutputError, RecipeError
 from bitpress.modeling.block_runner import RunnableModel
 from bitpress.modeling.decoder import Decoder, DecoderOptions
-from bitpress.modeling.tokens import load
+from bitpress.modeling.tokens import load_calibration_data
 from bitpress.output import evaluate
 from bitpress.planning import memory_estimate, recipe
 from bitpress.planning.calibration_config import CalibrationConfig
@@ -84,8 +84,10 @@ def prepare_search(
     decoder_options = DecoderOptions(trust_remote_code=options.trust_remote_code)
     with Reader() as reader:
         Decoder(plan.source, plan.container, reader, decoder_options).require_parameters()
-    sequences = load(calibration, source.folder, source.config, options.trust_remote_code)
-    return SearchJob(str(model), candidates, plans, tuple(units), goal.budget, max_bytes, sequences)
+    data = load_calibration_data(
+        calibration, source.folder, source.config, options.trust_remote_code
+    )
+    return SearchJob(str(model), candidates, plans, tuple(units), goal.budget, max_bytes, data)
 
 
 def run_search(
@@ -113,7 +115,7 @@ def run_search(
     ]
     numbers = choose_options(knapsack, job.max_bytes)
     choice = {unit.name: names[i] for unit, i in zip(job.units, numbers, strict=True)}
-    _, judged = split_sequences(job.calibration.ids)
+    _, judged = split_sequences(job.calibration.input_ids)
     result = SearchResult(job, choice, divergences, judged.numel())
     OutputFolder(folder).write_text(Path(out).name, render_recipe(result))
     return result
@@ -201,7 +203,7 @@ def _plan_memory(job: SearchJob, folder: Path, max_memory: int | None) -> Measur
         limit = max_memory
 
     # judged tokens have the source's hidden states, and those of every trial
-    fitted, judged = (ids.numel() for ids in split_sequences(job.calibration.ids))
+    fitted, judged = (ids.numel() for ids in split_sequences(job.calibration.input_ids))
     num_trials = len(job.plans) * len(job.units)
     num_tokens = fitted + judged * (1 + num_trials)
     states_bytes = memory_estimate.NUMBER_BYTES * job.plan.hidden_size * num_tokens

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from attrs import frozen
 
 from bitpress.compression.search.candidates import SearchUnit
-from bitpress.modeling.tokens import Sequences
+from bitpress.modeling.tokens import CalibrationData
 from bitpress.planning.plan import Plan
 from bitpress.schemes.registry import Step
 
@@ -35,7 +35,7 @@ class SearchJob:
     units: tuple[SearchUnit, ...]
     budget: float
     max_bytes: int
-    calibration: Sequences
+    calibration: CalibrationData
 
     @property
     def plan(self) -> Plan:

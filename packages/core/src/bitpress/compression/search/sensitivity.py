@@ -148,7 +148,7 @@ def measure_divergences(
 
 def _split_batches(job: SearchJob) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The batches that candidates are fitted to, and those that they are judged on."""
-    ids = job.calibration.ids
+    ids = job.calibration.input_ids
     batch_size = max(memory_estimate.BATCH_TOKENS // ids.shape[1], 1)
     fitted, judged = (torch.split(part, batch_size) for part in split_sequences(ids))
     stacks = [stack for candidate in job.plans for stack in job.units[0].stacks[candidate]]
