@@ -37,9 +37,8 @@ def commands() -> str:
     group = app
     text = [f"# Commands\n\n{group.help}\n", _table(("option", "what it does"), _options(group))]
     text.append(
-        "Exit codes: 0 when all is done, 1 when a check of the result failed, 2 for bad usage or "
-        "bad input, told in one line, 130 when interrupted."
-        "\n"
+        "Exit codes: 0: the command has finished. 1: a check of the result failed. 2: the usage or "
+        "the input is wrong; one line says what. 130: you interrupted the command.\n"
     )
     for name, command in group.commands.items():
         arguments = [_metavar(p) for p in command.params if p.param_type_name == "argument"]
@@ -83,8 +82,8 @@ def schemes() -> str:
     words = [sys.executable, "-m", "bitpress", "schemes", "--json"]
     found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
     text = [
-        "# Installed schemes\n\nAll that this repository has, as `bitpress schemes NAME` shows "
-        "them.\n"
+        "# Installed schemes\n\nThese schemes are in this repository. `bitpress schemes NAME` "
+        "shows the same.\n"
     ]
     for scheme in found["schemes"]:
         data = (
@@ -93,7 +92,7 @@ def schemes() -> str:
         bits = "" if scheme["bits"] is None else f"Bits per code: {scheme['bits']:g}. "
         text.append(
             f"## {scheme['name']}\n\n{scheme['summary']}\n\nPackage: `{scheme['package']}`. "
-            f"{bits}Data: {data}.\n"
+            f"{bits}Calibration: {data}.\n"
         )
         rows = [
             (f"`{n}`", o["values"], f"`{json.dumps(o['default'])}`", o["help"])

@@ -32,7 +32,7 @@ from bitpress.schemes.registry import discover
 @click.option("--version", "show_version", is_flag=True, help="Print the version.")
 @click.pass_context
 def app(context: click.Context, show_version: bool) -> None:
-    """Makes language models on disk smaller, for vLLM and transformers."""
+    """Compress the checkpoints of large language models for vLLM and transformers."""
     if show_version:
         from bitpress.runtime.version import __version__
         from bitpress.schemes.hookspecs import VERSION
@@ -44,11 +44,11 @@ def app(context: click.Context, show_version: bool) -> None:
 
 
 @app.command()
-@options.argument("name", "[NAME]", "Show one scheme's options and hardware.", required=False)
-@click.option("--device", metavar="NAME", help="Only what concerns one device: A100.")
+@options.argument("name", "[NAME]", "Show the options and devices of one scheme.", required=False)
+@click.option("--device", metavar="NAME", help="Show one device only, for example A100.")
 @options.as_json
 def schemes(name: str | None, device: str | None) -> None:
-    """List installed schemes, or show one with its options and the hardware it serves on."""
+    """List the installed schemes, or show one with its devices."""
     registry = discover()
     devices = tuple(hardware.KNOWN) if device is None else (hardware.find(device),)
     if name is None:
@@ -64,7 +64,7 @@ def schemes(name: str | None, device: str | None) -> None:
 @options.as_json
 @options.collect(recipe=RecipeSource, deployment=options.Deployment)
 def plan(model: str, recipe: RecipeSource, deployment: options.Deployment) -> None:
-    """Show what would be done, from headers alone."""
+    """Show what a run would do. It reads only the headers of the model's files."""
     with garbage_collection_paused():
         from bitpress import api
         from bitpress.planning import memory_estimate, tensor_parallel, time_estimate
@@ -89,7 +89,10 @@ def plan(model: str, recipe: RecipeSource, deployment: options.Deployment) -> No
 @app.command()
 @options.model
 @options.argument(
-    "out", "OUT", "The folder to write; it must not hold anything else.", type=options.FILE
+    "out",
+    "OUT",
+    "A new or empty folder to write, or that of an interrupted run.",
+    type=options.FILE,
 )
 @options.recipe
 @options.calibration(256)
@@ -104,7 +107,7 @@ def compress(
     calibration: CalibrationConfig,
     run_options: RunOptions,
 ) -> None:
-    """Write a smaller model, and prove it."""
+    """Compress a model into a new folder, and verify it."""
     with garbage_collection_paused():
         from bitpress.compression.job import prepare_job
         from bitpress.compression.run import run
@@ -130,14 +133,14 @@ def compress(
     metavar="NAME,NAME",
     required=True,
     callback=lambda context, parameter, text: tuple(name.strip() for name in text.split(",")),
-    help="What each layer may get: NAME or NAME:OPTION=VALUE; or none.",
+    help="Choices for each layer: NAME, NAME:OPTION=VALUE, or none.",
 )
 @click.option(
     "--budget",
     metavar="BITS",
     type=float,
     required=True,
-    help="Stored bits per weight, on average.",
+    help="Mean number of stored bits per weight.",
 )
 @click.option(
     "--out", metavar="FILE", type=options.FILE, default="recipe.toml", help="The recipe to write."
@@ -154,9 +157,7 @@ def search(
     calibration: CalibrationConfig,
     run_options: RunOptions,
 ) -> None:
-    """Measure what schemes cost each layer, and write the recipe that costs least in so many
-    bits.
-    """
+    """Write the recipe with the least expected loss within a budget."""
     with garbage_collection_paused():
         from bitpress.compression.search.search import prepare_search, run_search
 
@@ -169,11 +170,11 @@ def search(
 
 @app.command()
 @options.out
-@click.option("--against", metavar="MODEL", help="The source to compare with.")
+@click.option("--against", metavar="MODEL", help="The source to compare the weights with.")
 @options.threads
 @options.as_json
 def verify(out: Path, against: str | None, num_threads: int | None) -> None:
-    """Open an output again and prove its files; exit 1 if something is wrong."""
+    """Read an output back and check its files. If something is wrong, the exit code is 1."""
     with garbage_collection_paused():
         from bitpress import api
 
@@ -188,18 +189,21 @@ def verify(out: Path, against: str | None, num_threads: int | None) -> None:
 @app.command("eval")
 @options.model
 @click.option(
-    "--text", metavar="FILE", required=True, help="What it is judged on: .txt, .jsonl, .parquet."
+    "--text",
+    metavar="FILE",
+    required=True,
+    help="Text to predict: a .txt, .jsonl or .parquet file.",
 )
-@click.option("--against", metavar="REFERENCE", help="The model to compare with.")
+@click.option("--against", metavar="REFERENCE", help="The model to compare the predictions with.")
 @options.sequence_length
-@options.number("--max-tokens", "Tokens taken of the text, from its start.", 65536)
+@options.number("--max-tokens", "Tokens to take from the start of the text.", 65536)
 @options.machine
 @options.as_json
 @options.collect(config=EvaluationConfig, run_options=RunOptions)
 def evaluate(
     model: str, against: str | None, config: EvaluationConfig, run_options: RunOptions
 ) -> None:
-    """Perplexity of a model on a text; against another, KL divergence and top-1 agreement."""
+    """Measure perplexity on a text. With --against, also KL divergence and top-1 agreement."""
     with garbage_collection_paused():
         from bitpress import api
 
@@ -212,7 +216,7 @@ def evaluate(
 @options.out
 @options.as_json
 def inspect(out: Path) -> None:
-    """Show what is inside an output: schemes, bits per weight, error per layer."""
+    """Show the schemes, bits and errors of an output's layers."""
     with garbage_collection_paused():
         from bitpress import api
 
@@ -226,12 +230,10 @@ def inspect(out: Path) -> None:
     "file",
     metavar="FILE",
     type=options.FILE,
-    help="The page (default: OUT.html beside OUT).",
+    help="The page to write (default: OUT.html beside OUT).",
 )
 def report(out: Path, file: Path | None) -> None:
-    """Write one HTML page about an output: sizes, errors, where it serves, what it was made
-    from.
-    """
+    """Write an HTML page about an output. It shows sizes, errors, devices and the origin."""
     with garbage_collection_paused():
         from bitpress import api
 
@@ -240,9 +242,9 @@ def report(out: Path, file: Path | None) -> None:
 
 @app.command()
 @options.out
-@options.argument("dense", "DENSE", "The folder to write the plain model into.", type=options.FILE)
+@options.argument("dense", "DENSE", "The folder to write.", type=options.FILE)
 def decompress(out: Path, dense: Path) -> None:
-    """Write a plain checkpoint with the weights that an output's loader computes with."""
+    """Write an output's dequantized weights as a plain checkpoint."""
     with garbage_collection_paused():
         from bitpress import api
 
@@ -252,9 +254,9 @@ def decompress(out: Path, dense: Path) -> None:
 
 
 @app.command("new-scheme")
-@options.argument("name", "NAME", "What `--scheme` will call it.")
+@options.argument("name", "NAME", "Name of the new scheme.")
 def new_scheme(name: str) -> None:
-    """Write a package with a scheme of your own, bitpress-scheme-NAME, to start from."""
+    """Write a package for a new scheme, bitpress-scheme-NAME."""
     from bitpress.schemes import template
 
     folder = template.write(name, Path())

@@ -95,22 +95,22 @@ def calibration(samples: int) -> Declared:
             "--calibration",
             "source",
             metavar="FILE|DATASET",
-            help="Texts like those it will serve: .jsonl, .txt, .parquet.",
+            help="Calibration texts: a .jsonl, .txt or .parquet file, or a dataset.",
         ),
-        number("--samples", "Sequences taken of them.", samples),
+        number("--samples", "Number of calibration sequences.", samples),
         sequence_length,
-        number("--seed", "0 takes sequences from the start, others draw them.", 0),
+        number("--seed", "0 takes sequences from the start; others draw them at random.", 0),
         click.option(
             "--all-experts",
             is_flag=True,
-            help="Fit every expert to all tokens, not to those sent to it.",
+            help="Fit every expert to all tokens, not only to those sent to it.",
         ),
     )
 
 
 FILE = click.Path(path_type=Path)
 
-model = argument("model", "MODEL", "A model folder, or a Hub name.")
+model = argument("model", "MODEL", "A model folder, or a name on the Hugging Face Hub.")
 
 out = argument("out", "OUT", "A folder that bitpress wrote.", type=FILE)
 
@@ -128,13 +128,13 @@ settings = together(
         "settings",
         metavar="[SCHEME.]OPTION=VALUE",
         multiple=True,
-        help="Set an option; may be repeated.",
+        help="Set an option of a scheme; may be repeated.",
     ),
     click.option(
         "--ignore",
         metavar="PATTERN",
         multiple=True,
-        help="Leave matching layers alone; may be repeated.",
+        help="Leave matching layers unchanged; may be repeated.",
     ),
 )
 
@@ -146,35 +146,37 @@ recipe = together(
         "file",
         metavar="FILE",
         type=FILE,
-        help="A TOML file: which layers get which steps.",
+        help="A TOML file that gives each layer its steps.",
     ),
     settings,
 )
 
-sequence_length = number("--sequence-length", "Tokens of a sequence.", 512)
+sequence_length = number("--sequence-length", "Tokens per sequence.", 512)
 
 threads = click.option(
     "--threads",
     "num_threads",
     metavar="N",
     type=click.IntRange(min=1),
-    help="Layers worked on side by side (default: one per core).",
+    help="Number of threads (default: one per core).",
 )
 
 # Those of RunOptions that say what computes.
 machine = together(
-    click.option("--trust-remote-code", is_flag=True, help="Let code in the model's folder run."),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Allow code in the model's folder to run."
+    ),
     click.option(
         "--device",
         metavar="cpu|cuda|cuda:N",
         default="cpu",
-        help="What computes; without data, cuda is every GPU.",
+        help="Device that computes; without calibration, cuda is every GPU.",
     ),
     click.option(
         "--max-memory",
         metavar="SIZE",
         callback=_parse_max_memory,
-        help="Refuse if more is needed: 4GB.",
+        help="Memory limit, for example 4GB; a run that needs more is refused.",
     ),
     threads,
 )
@@ -184,15 +186,20 @@ proof = together(
     click.option(
         "--check",
         metavar="TEXT",
-        help="Compare the result's predictions of a text with its source's.",
+        help="A text on which to compare the result with its source.",
     ),
-    click.option("--max-kl", metavar="X", type=float, help="Exit 1 if they differ by more nats."),
+    click.option(
+        "--max-kl",
+        metavar="X",
+        type=float,
+        help="Limit of the KL divergence (nats per token); if exceeded, exit code 1.",
+    ),
     click.option(
         "--no-verify",
         "verify",
         is_flag=True,
         callback=_negate,
-        help="Do not open and prove what was written; no digests.",
+        help="Do not read the output back; compute no digests.",
     ),
 )
 
@@ -220,19 +227,19 @@ deployment = together(
         "--tensor-parallel",
         metavar="N",
         default=1,
-        help="Ranks of the engine that will serve it.",
+        help="Ranks of the engine that will serve the result.",
     ),
     click.option(
         "--hardware",
         metavar="NAME",
-        help="What will serve it: H100 (default: this machine's).",
+        help="Device that will serve it, for example H100 (default: this machine's).",
     ),
     click.option(
         "--world-size",
         metavar="N",
         type=click.IntRange(min=1),
         default=1,
-        help="Processes that torchrun starts to do it.",
+        help="Processes that torchrun starts for the run.",
     ),
     threads,
 )
