@@ -14,16 +14,16 @@ TABLE = torch.tensor([*NUMBERS, *(-n for n in NUMBERS)])
 def test_every_number_has_its_code() -> None:
     codes = torch.arange(16, dtype=torch.uint8)
     assert torch.equal(numerics.decode_e2m1(codes), TABLE)
-    # zero has one sign
+    # both zeros have the code of 0
     assert torch.equal(numerics.encode_e2m1(TABLE), codes.masked_fill(codes == 8, 0))
 
 
 def test_rounding_finds_the_nearest_of_all() -> None:
     x = torch.linspace(-9, 9, 36_001)
     distance = (x.unsqueeze(1) - TABLE).abs()
-    found = numerics.round_e2m1(x)
-    assert torch.equal((x - found).abs(), distance.amin(1))
-    assert torch.isin(found, TABLE).all()
+    rounded = numerics.round_e2m1(x)
+    assert torch.equal((x - rounded).abs(), distance.amin(1))
+    assert torch.isin(rounded, TABLE).all()
 
 
 @pytest.mark.parametrize(

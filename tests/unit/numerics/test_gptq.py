@@ -44,19 +44,19 @@ def four_bits(weight: torch.Tensor, importance: torch.Tensor | None) -> numerics
     return numerics.fit_symmetric(weight, importance, 4, width if width % 16 else 16, RATIOS)
 
 
-def feedback(
-    weight: torch.Tensor, stats: Mapping[str, Statistic], fit: Fit, keep: torch.Tensor | None = None
+def gptq_quantize(
+    weight: torch.Tensor, stats: Mapping[str, Statistic], fit: Fit, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Grid]:
-    return numerics.gptq_quantize(Layer("layer", weight, torch.bfloat16, keep), stats, fit)
+    return numerics.gptq_quantize(Layer("layer", weight, torch.bfloat16, mask), stats, fit)
 
 
-def factored(x: torch.Tensor) -> numerics.Factor:
-    found = numerics.factorize_hessian(x.T @ x, len(x))
-    assert found is not None
-    return found
+def factorize(x: torch.Tensor) -> numerics.Factor:
+    factor = numerics.factorize_hessian(x.T @ x, len(x))
+    assert factor is not None
+    return factor
 
 
-def nearest(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+def round_to_nearest(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
     return four_bits(weight, importance).rounded(weight)
 
 
@@ -66,42 +66,45 @@ def rounding_loss(error: torch.Tensor, hessian: Array) -> Array:
     return np.einsum("oi,ij,oj->o", e, hessian, e)
 
 
-def damped(factor: numerics.Factor) -> Array:
+def damped_hessian(factor: numerics.Factor) -> Array:
     """The H that was factored, in the columns' own order."""
     u, order = factor.unit.double().numpy(), factor.order.numpy()
-    found = np.empty_like(u)
-    found[np.ix_(order, order)] = (u * factor.variance.double().numpy()) @ u.T
-    return found
+    hessian = np.empty_like(u)
+    hessian[np.ix_(order, order)] = (u * factor.variance.double().numpy()) @ u.T
+    return hessian
 
 
-def gptq(weight: torch.Tensor, hessian: Array, order: Array, grid: numerics.IntegerGrid) -> Array:
+def published_gptq(
+    weight: torch.Tensor, hessian: Array, order: Array, grid: numerics.IntegerGrid
+) -> Array:
     """Frantar et al., arXiv 2210.17323, algorithm 1: the Cholesky factor of the inverse, column by
     column.
     """
     inverse = np.linalg.inv(hessian[np.ix_(order, order)])
     upper = np.linalg.cholesky(inverse).T
     w, scale = weight.double().numpy()[:, order], grid.scale.double().numpy()
-    found = np.empty_like(w)
+    quantized = np.empty_like(w)
     for k, column in enumerate(order):
         s = scale[:, column // grid.group]
-        found[:, column] = np.clip(np.round(w[:, k] / s), -8, 7) * s
-        w[:, k:] -= np.outer((w[:, k] - found[:, column]) / upper[k, k], upper[k, k:])
-    return found
+        quantized[:, column] = np.clip(np.round(w[:, k] / s), -8, 7) * s
+        error = (w[:, k] - quantized[:, column]) / upper[k, k]
+        w[:, k:] -= np.outer(error, upper[k, k:])
+    return quantized
 
 
 @settings(derandomize=True, deadline=None, max_examples=12)
 @given(st.integers(1, 70), st.integers(2, 90), st.integers(0, 1000))
 def test_the_sweep_is_gptq_as_first_published(rows: int, width: int, seed: int) -> None:
     weight, x = weights(rows, width, seed), activations(4 * width, width, seed)
-    factor = factored(x)
+    factor = factorize(x)
     grid = four_bits(weight, factor.diagonal)
-    found, loss = numerics.column_sweep(weight, factor, grid.nearest)
+    quantized, loss = numerics.column_sweep(weight, factor, grid.nearest)
     hessian = (x.double().T @ x.double()).numpy() / len(x)
     hessian += (
         np.eye(width) * max(0.001, min(0.1 * width / len(x), 1.0)) * hessian.diagonal().mean()
     )
-    expected = gptq(weight, hessian, factor.order.numpy(), grid)
-    different = ~np.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-9).all(1)
+    expected = published_gptq(weight, hessian, factor.order.numpy(), grid)
+    different = ~np.isclose(quantized.numpy(), expected, rtol=1e-5, atol=1e-9).all(1)
     # a tie broken the other way changes what follows it in the row
     assert different.sum() <= max(1, 0.001 * weight.numel())
     if not different.any():
@@ -113,14 +116,13 @@ def test_the_sweep_is_gptq_as_first_published(rows: int, width: int, seed: int) 
 @pytest.mark.parametrize(("rows", "width"), [(96, 256), (1100, 128), (24, 512)])
 def test_large_sweeps_are_gptq_but_for_ties(rows: int, width: int) -> None:
     weight, x = weights(rows, width, 5), activations(4 * width, width, 5)
-    factor = factored(x)
+    factor = factorize(x)
     grid = four_bits(weight, factor.diagonal)
-    found, loss = numerics.column_sweep(weight, factor, grid.nearest)
-    expected = gptq(weight, damped(factor), factor.order.numpy(), grid)
-    assert np.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-9).mean() >= 0.999
-    np.testing.assert_allclose(
-        loss.sum(), rounding_loss(weight - torch.tensor(expected), damped(factor)).sum(), rtol=1e-4
-    )
+    quantized, loss = numerics.column_sweep(weight, factor, grid.nearest)
+    expected = published_gptq(weight, damped_hessian(factor), factor.order.numpy(), grid)
+    assert np.isclose(quantized.numpy(), expected, rtol=1e-5, atol=1e-9).mean() >= 0.999
+    expected_loss = rounding_loss(weight - torch.tensor(expected), damped_hessian(factor))
+    np.testing.assert_allclose(loss.sum(), expected_loss.sum(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("width", [2, 3])
@@ -128,35 +130,37 @@ def test_each_column_takes_the_best_number_there_is_if_later_ones_could_be_anyth
     width: int,
 ) -> None:
     weight, x = weights(20, width, 7), activations(50, width, 7)
-    factor = factored(x)
-    hessian, order = damped(factor), factor.order.tolist()
+    factor = factorize(x)
+    hessian, order = damped_hessian(factor), factor.order.tolist()
     grid = numerics.fit_symmetric(weight, None, 2, width, (0.8, 1.0))
-    found, _ = numerics.column_sweep(weight, factor, grid.nearest)
+    quantized, _ = numerics.column_sweep(weight, factor, grid.nearest)
     for row in range(len(weight)):
-        chosen: dict[int, float] = {}
+        best: dict[int, float] = {}
         for k, column in enumerate(order):
-            known, free = order[: k + 1], order[k + 1 :]
+            decided, free = order[: k + 1], order[k + 1 :]
+            # what the best continuous choice of the later columns leaves: a Schur complement
+            schur = hessian[np.ix_(decided, decided)]
+            if free:
+                cross = hessian[np.ix_(decided, free)]
+                schur = schur - cross @ np.linalg.solve(hessian[np.ix_(free, free)], cross.T)
             costs = {}
             for number in (code * float(grid.scale[row, 0]) for code in range(-2, 2)):
-                e = np.array([float(weight[row, c]) - {**chosen, column: number}[c] for c in known])
-                # what the best continuous choice of the later columns leaves: a Schur complement
-                schur = hessian[np.ix_(known, known)]
-                if free:
-                    cross = hessian[np.ix_(known, free)]
-                    schur = schur - cross @ np.linalg.solve(hessian[np.ix_(free, free)], cross.T)
-                costs[number] = e @ schur @ e
-            chosen[column] = min(costs, key=costs.__getitem__)
-        np.testing.assert_allclose(found[row].numpy(), [chosen[c] for c in range(width)], rtol=1e-6)
+                candidate = {**best, column: number}
+                error = np.array([float(weight[row, c]) - candidate[c] for c in decided])
+                costs[number] = error @ schur @ error
+            best[column] = min(costs, key=costs.__getitem__)
+        expected = [best[c] for c in range(width)]
+        np.testing.assert_allclose(quantized[row].numpy(), expected, rtol=1e-6)
 
 
 def test_no_choice_of_two_bits_beats_feedback_by_much() -> None:
     weight, x = weights(12, 3, 3), activations(40, 3, 3)
-    factor = factored(x)
+    factor = factorize(x)
     grid = numerics.fit_symmetric(weight, None, 2, 3, (1.0,))
     _, loss = numerics.column_sweep(weight, factor, grid.nearest)
-    every = torch.tensor(list(itertools.product(range(-2, 2), repeat=3))).float()  # (64, in)
+    all_codes = torch.tensor(list(itertools.product(range(-2, 2), repeat=3))).float()  # (64, in)
     best = torch.stack(
-        [factor.loss(row - every * s).min() for row, s in zip(weight, grid.scale, strict=True)]
+        [factor.loss(row - all_codes * s).min() for row, s in zip(weight, grid.scale, strict=True)]
     )
     assert (loss >= best * (1 - 1e-4)).all()
     assert loss.sum() <= 2 * best.sum()
@@ -164,18 +168,18 @@ def test_no_choice_of_two_bits_beats_feedback_by_much() -> None:
 
 def test_the_loss_reported_is_that_of_the_error_under_the_damped_hessian() -> None:
     weight, x = weights(30, 64, 1), activations(256, 64, 1)
-    factor = factored(x)
-    found, loss = numerics.column_sweep(weight, factor, four_bits(weight, None).nearest)
-    expected = rounding_loss(weight - found, damped(factor))
+    factor = factorize(x)
+    quantized, loss = numerics.column_sweep(weight, factor, four_bits(weight, None).nearest)
+    expected = rounding_loss(weight - quantized, damped_hessian(factor))
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
-    np.testing.assert_allclose(factor.loss(weight - found), expected, rtol=1e-4)
+    np.testing.assert_allclose(factor.loss(weight - quantized), expected, rtol=1e-4)
 
 
 def test_a_cost_is_held_against_the_whole_of_what_an_error_costs() -> None:
-    # wide enough to be looked at in parts
-    factor = factored(activations(900, 600, 2))
+    # wide enough for several stripes
+    factor = factorize(activations(900, 600, 2))
     error = weights(40, 600, 2)
-    # most of them below, some above
+    # most of them below what the error costs, some above
     costs = factor.loss(error) * torch.logspace(-3, 0.3, 40)
     costs[7], error[9, 5] = torch.nan, torch.nan
     expected = costs <= factor.loss(error)
@@ -191,8 +195,8 @@ def test_inputs_without_correlation_give_rounding_to_nearest(width: int) -> None
         "hessian": Statistic(100 * torch.eye(width), "sum"),
         "tokens": Statistic(torch.tensor(100.0), "sum"),
     }
-    found, _ = feedback(weight, stats, four_bits)
-    assert torch.equal(found, nearest(weight))
+    quantized, _ = gptq_quantize(weight, stats, four_bits)
+    assert torch.equal(quantized, round_to_nearest(weight))
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
@@ -200,10 +204,11 @@ def test_inputs_without_correlation_give_rounding_to_nearest(width: int) -> None
 def test_no_row_does_worse_than_by_rounding_to_nearest(width: int, tokens: int, seed: int) -> None:
     weight, x = weights(30, width, seed) ** 3, activations(tokens, width, seed)
     stats = numerics.gptq_statistics(x, weight)
-    factor = factored(x)
-    found, grid = feedback(weight, stats, four_bits)
-    cost, plain = factor.loss(weight - found), factor.loss(weight - grid.rounded(weight))
-    assert (cost <= plain * (1 + 1e-4)).all()
+    factor = factorize(x)
+    quantized, grid = gptq_quantize(weight, stats, four_bits)
+    cost = factor.loss(weight - quantized)
+    cost_of_rounding = factor.loss(weight - grid.rounded(weight))
+    assert (cost <= cost_of_rounding * (1 + 1e-4)).all()
 
 
 @pytest.mark.parametrize("size", [1e20, 1e30, 1e38])
@@ -212,31 +217,33 @@ def test_rows_too_large_for_their_loss_stay_finite_and_leave_others_alone(size: 
         weights(12, 48, 13),
         numerics.gptq_statistics(activations(300, 48, 13), torch.empty(0)),
     )
-    usual, _ = feedback(weight, stats, four_bits)
-    found, _ = feedback(torch.cat([weight[:4], weight[4:].sign() * size]), stats, four_bits)
-    assert found.isfinite().all()
-    assert torch.equal(found[:4], usual[:4])
+    expected, _ = gptq_quantize(weight, stats, four_bits)
+    quantized, _ = gptq_quantize(
+        torch.cat([weight[:4], weight[4:].sign() * size]), stats, four_bits
+    )
+    assert quantized.isfinite().all()
+    assert torch.equal(quantized[:4], expected[:4])
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 63])
 def test_fewer_tokens_than_columns_still_give_numbers(tokens: int) -> None:
-    found, _ = feedback(
+    quantized, _ = gptq_quantize(
         weights(20, 64, 4),
         numerics.gptq_statistics(activations(tokens, 64, 4), torch.empty(0)),
         four_bits,
     )
-    assert found.isfinite().all()
-    assert found.any()
+    assert quantized.isfinite().all()
+    assert quantized.any()
 
 
 def test_columns_that_were_never_active_are_rounded_to_nearest() -> None:
     weight, x = weights(20, 32, 6), activations(200, 32, 6)
     x[:, 5] = 0
     x[:, 31] = 0
-    found, grid = feedback(weight, numerics.gptq_statistics(x, weight), four_bits)
-    plain = grid.rounded(weight)
-    assert torch.equal(found[:, [5, 31]], plain[:, [5, 31]])
-    assert not torch.equal(found, plain)
+    quantized, grid = gptq_quantize(weight, numerics.gptq_statistics(x, weight), four_bits)
+    rounded = grid.rounded(weight)
+    assert torch.equal(quantized[:, [5, 31]], rounded[:, [5, 31]])
+    assert not torch.equal(quantized, rounded)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -247,42 +254,42 @@ def test_statistics_that_are_not_finite_are_warned_of_and_the_layer_is_rounded(b
     )
     stats["hessian"].value[3, 2] = bad
     with pytest.warns(UserWarning, match="not finite"):
-        found, _ = feedback(weight, stats, four_bits)
-    assert torch.equal(found, nearest(weight))
+        quantized, _ = gptq_quantize(weight, stats, four_bits)
+    assert torch.equal(quantized, round_to_nearest(weight))
 
 
 def test_without_statistics_the_layer_is_rounded_and_nothing_is_said() -> None:
     weight = weights(8, 16, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found, _ = feedback(weight, {}, four_bits)
-    assert torch.equal(found, nearest(weight))
+        quantized, _ = gptq_quantize(weight, {}, four_bits)
+    assert torch.equal(quantized, round_to_nearest(weight))
 
 
-def stacked_and_alone(heights: tuple[int, ...], moved: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows rounded as one weight, and each part of them by itself, where the source's inputs are so
-    much larger.
+def stacked_and_alone(heights: tuple[int, ...], drift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows rounded as one weight, and each part of them by itself, where the float model's inputs
+    are `drift` times as large.
     """
     x, weight = activations(500, 96, 8), weights(96, 96, 8)
-    stats = numerics.gptq_statistics(x, weight, x * moved if moved != 1 else None)
-    whole, _ = feedback(weight, stats, four_bits)
-    tiles = [slice(sum(heights[:i]), sum(heights[: i + 1])) for i in range(len(heights))]
-    own = [{name: stat.of(tile) for name, stat in stats.items()} for tile in tiles]
-    alone = [
-        feedback(weight[tile], of_tile, four_bits)[0]
-        for tile, of_tile in zip(tiles, own, strict=True)
-    ]
-    return whole, torch.cat(alone)
+    stats = numerics.gptq_statistics(x, weight, x * drift if drift != 1 else None)
+    stacked, _ = gptq_quantize(weight, stats, four_bits)
+    alone, first = [], 0
+    for height in heights:
+        tile = slice(first, first + height)
+        stats_of_tile = {name: stat.of(tile) for name, stat in stats.items()}
+        alone.append(gptq_quantize(weight[tile], stats_of_tile, four_bits)[0])
+        first += height
+    return stacked, torch.cat(alone)
 
 
 @pytest.mark.parametrize(
-    ("heights", "moved"), [((40, 8, 48), 1), ((1, 5, 90), 1), ((64, 32), 1), ((64, 32), 1.01)]
+    ("heights", "drift"), [((40, 8, 48), 1), ((1, 5, 90), 1), ((64, 32), 1), ((64, 32), 1.01)]
 )
 def test_stacked_rows_are_those_rows_alone_to_the_bit(
-    heights: tuple[int, ...], moved: float
+    heights: tuple[int, ...], drift: float
 ) -> None:
-    whole, alone = stacked_and_alone(heights, moved)
-    assert torch.equal(alone, whole)
+    stacked, alone = stacked_and_alone(heights, drift)
+    assert torch.equal(alone, stacked)
 
 
 # a product with a few rows may be summed in another order than one with many, which depends on the
@@ -291,19 +298,18 @@ def test_stacked_rows_are_those_rows_alone_to_the_bit(
 def test_stacked_rows_make_up_for_drift_as_those_rows_alone_but_for_rounding(
     heights: tuple[int, ...],
 ) -> None:
-    whole, alone = stacked_and_alone(heights, 1.01)
-    assert not torch.equal(whole, stacked_and_alone(heights, 1)[0])
-    torch.testing.assert_close(alone, whole, rtol=1e-5, atol=0)
+    stacked, alone = stacked_and_alone(heights, 1.01)
+    assert not torch.equal(stacked, stacked_and_alone(heights, 1)[0])
+    torch.testing.assert_close(alone, stacked, rtol=1e-5, atol=0)
 
 
 def test_zeros_and_masked_positions_stay_zero_and_the_others_make_up_for_it() -> None:
     weight, x = weights(24, 64, 9), activations(400, 64, 9)
-    keep = torch.rand(24, 64, generator=torch.Generator().manual_seed(9)) < 0.5
-    for masked in ((weight * keep, None), (weight * keep, keep)):
-        found, grid = feedback(
-            masked[0], numerics.gptq_statistics(x, masked[0], x * 1.02), four_bits, masked[1]
-        )
-        assert not found[~keep].any()
-        factor = factored(x)
-        plain = grid.rounded(weight * keep)
-        assert factor.loss(weight * keep - found).sum() < factor.loss(weight * keep - plain).sum()
+    mask = torch.rand(24, 64, generator=torch.Generator().manual_seed(9)) < 0.5
+    masked = weight * mask
+    stats, factor = numerics.gptq_statistics(x, masked, x * 1.02), factorize(x)
+    for layer_mask in (None, mask):
+        quantized, grid = gptq_quantize(masked, stats, four_bits, layer_mask)
+        assert not quantized[~mask].any()
+        rounded = grid.rounded(masked)
+        assert factor.loss(masked - quantized).sum() < factor.loss(masked - rounded).sum()

@@ -1,11 +1,11 @@
-"""Products over tokens, of floats and of 8-bit codes, against float64."""
+"""Products over tokens, of float32 and of int8, against float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from bitpress.numerics.gram import TOKENS, cross, gram, stripes
+from bitpress.numerics.gram import TOKENS_PER_SCALE, cross, gram, stripes
 
 
 def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -17,47 +17,47 @@ def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
     )
 
 
-def off_by(found: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def relative_error(product: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The error of a product, in units of its channels' norms."""
     a, b = left.double(), right.double()
-    return (found.double() - a.T @ b).abs() / a.norm(dim=0).unsqueeze(1) / b.norm(dim=0)
+    return (product.double() - a.T @ b).abs() / a.norm(dim=0).unsqueeze(1) / b.norm(dim=0)
 
 
-@pytest.fixture(params=[False, True], ids=["floats", "codes"])
-def by_codes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whatever this machine would choose by itself."""
-    monkeypatch.setattr("bitpress.numerics.gram._by_codes", lambda x: request.param)
+@pytest.fixture(params=[False, True], ids=["float32", "int8"])
+def uses_int8(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether products are taken of int8, whatever this CPU would choose."""
+    monkeypatch.setattr("bitpress.numerics.gram._uses_int8", lambda x: request.param)
     return bool(request.param)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width"), [(1, 1), (7, 300), (100, 700), (TOKENS + 33, 40), (300, 2100)]
+    ("tokens", "width"), [(1, 1), (7, 300), (100, 700), (TOKENS_PER_SCALE + 33, 40), (300, 2100)]
 )
 def test_a_gram_matrix_is_the_whole_product_and_symmetric(
-    by_codes: bool, tokens: int, width: int
+    uses_int8: bool, tokens: int, width: int
 ) -> None:
     x = inputs(tokens, width)
-    found = gram(x)
-    assert torch.equal(found, found.T)
-    assert off_by(found, x, x).max() < (1.5e-2 if by_codes else 1e-5)
-    if by_codes and tokens > 1000:
-        assert off_by(found, x, x).max() < 1e-3
+    product = gram(x)
+    assert torch.equal(product, product.T)
+    assert relative_error(product, x, x).max() < (1.5e-2 if uses_int8 else 1e-5)
+    if uses_int8 and tokens > 1000:
+        assert relative_error(product, x, x).max() < 1e-3
 
 
 @pytest.mark.parametrize(
-    ("tokens", "left", "right"), [(1, 3, 2), (300, 5, 70), (TOKENS + 1, 33, 8)]
+    ("tokens", "left", "right"), [(1, 3, 2), (300, 5, 70), (TOKENS_PER_SCALE + 1, 33, 8)]
 )
 def test_a_cross_product_is_that_of_two_kinds_of_channels(
-    by_codes: bool, tokens: int, left: int, right: int
+    uses_int8: bool, tokens: int, left: int, right: int
 ) -> None:
     a, b = inputs(tokens, left), inputs(tokens, right, 1)
-    assert off_by(cross(a, b), a, b).max() < (1.5e-2 if by_codes else 1e-5)
+    assert relative_error(cross(a, b), a, b).max() < (1.5e-2 if uses_int8 else 1e-5)
 
 
 def test_codes_are_multiplied_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitpress.numerics.gram._by_codes", lambda x: True)
+    monkeypatch.setattr("bitpress.numerics.gram._uses_int8", lambda x: True)
     x = torch.randint(-127, 128, (500, 64), generator=torch.Generator().manual_seed(0)).float()
-    # so that a code means itself
+    # so that every scale is 1
     x[0] = 127
     assert torch.equal(gram(x).double(), x.double().T @ x.double())
     y = x[:, :7].clone()
@@ -67,21 +67,21 @@ def test_codes_are_multiplied_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_token_that_holds_all_of_a_channel_adds_no_more_than_is_promised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bitpress.numerics.gram._by_codes", lambda x: True)
-    x = inputs(TOKENS, 8)
+    monkeypatch.setattr("bitpress.numerics.gram._uses_int8", lambda x: True)
+    x = inputs(TOKENS_PER_SCALE, 8)
     x[5] = 1e4 * x.abs().amax()
     exact = x.double().square().sum(0)
-    assert ((gram(x).diagonal() - exact).abs() <= TOKENS / (12 * 127**2) * exact).all()
+    assert ((gram(x).diagonal() - exact).abs() <= TOKENS_PER_SCALE / (12 * 127**2) * exact).all()
 
 
-@pytest.mark.parametrize("by_codes", [False, True], indirect=True)
-def test_silent_channels_and_tiny_numbers_give_finite_sums(by_codes: bool) -> None:
+@pytest.mark.parametrize("uses_int8", [False, True], indirect=True)
+def test_silent_channels_and_tiny_numbers_give_finite_sums(uses_int8: bool) -> None:
     x = inputs(300, 4)
     x[:, 1] = 0
     x[:, 2] = 1e-45
-    found = gram(x)
-    assert found.isfinite().all()
-    assert not found[1].any()
+    product = gram(x)
+    assert product.isfinite().all()
+    assert not product[1].any()
 
 
 @pytest.mark.parametrize("width", [1, 255, 256, 1000, 4096])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitpress import numerics
-from bitpress.numerics.histogram import HIGHEST, LOWEST
+from bitpress.numerics.histogram import MAX_EXPONENT, MIN_EXPONENT
 
 
 def long_tailed(count: int, seed: int = 0) -> torch.Tensor:
@@ -19,15 +19,15 @@ def long_tailed(count: int, seed: int = 0) -> torch.Tensor:
 def test_magnitudes_are_counted_eight_to_the_octave(dtype: torch.dtype) -> None:
     x = long_tailed(4000).to(dtype)
     counts = numerics.magnitude_histogram(x)
-    found = x.float().abs()
+    magnitudes = x.float().abs()
     for power in range(-12, 6):
-        last = (power - LOWEST) * 8
-        assert counts[:last].sum() == ((found > 0) & (found < 2.0**power)).sum()
+        num_bins = (power - MIN_EXPONENT) * 8
+        assert counts[:num_bins].sum() == ((magnitudes > 0) & (magnitudes < 2.0**power)).sum()
 
 
 def test_zeros_are_not_counted_and_the_ends_catch_what_lies_beyond() -> None:
     counts = numerics.magnitude_histogram(
-        torch.tensor([0.0, -0.0, 2.0 ** (LOWEST - 9), 2.0 ** (HIGHEST + 9), -3e38])
+        torch.tensor([0.0, -0.0, 2.0 ** (MIN_EXPONENT - 9), 2.0 ** (MAX_EXPONENT + 9), -3e38])
     )
     assert counts.sum() == 3
     assert (counts[0], counts[-1]) == (1, 2)

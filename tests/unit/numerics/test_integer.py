@@ -33,24 +33,24 @@ def cost(
     return error.view(len(weight), -1, grid.group).sum(2)
 
 
-def tried(
+def search_exhaustively(
     weight: torch.Tensor, importance: torch.Tensor | None, bits: int, group: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, groups) float64 each: what the best of all that is tried costs a group; what no error
-    in it, squared, is above.
+    """(rows, groups) float64 each: what the best of all candidates costs a group, and the largest
+    error in it of any of them.
     """
-    costs, most = [], torch.zeros(len(weight), weight.shape[1] // group)
+    fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
+    unscaled = fit(weight, None, bits, group, [1.0])
+    costs, max_error = [], torch.zeros(len(weight), weight.shape[1] // group)
     for ratio, shift in itertools.product(RATIOS, (0,) if symmetric else (-1, 0, 1)):
-        one = (numerics.fit_symmetric if symmetric else numerics.fit_asymmetric)(
-            weight, None, bits, group, [1.0]
-        )
-        zero = None if one.zero is None else (one.zero + shift).clamp(*numerics.integer_range(bits))
-        grid = numerics.IntegerGrid(one.scale * ratio, zero, bits, group)
+        zero_point = None
+        if unscaled.zero is not None:
+            zero_point = (unscaled.zero + shift).clamp(*numerics.integer_range(bits))
+        grid = numerics.IntegerGrid(unscaled.scale * ratio, zero_point, bits, group)
         costs.append(cost(weight, grid, importance))
-        most = most.maximum(
-            (weight - grid.rounded(weight)).abs().view(len(weight), -1, group).amax(2)
-        )
-    return torch.stack(costs).amin(0), most.double()
+        error = (weight - grid.rounded(weight)).abs().view(len(weight), -1, group)
+        max_error = max_error.maximum(error.amax(2))
+    return torch.stack(costs).amin(0), max_error.double()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -65,41 +65,36 @@ def test_a_grid_is_the_best_of_all_tried_but_for_how_finely_their_costs_are_know
     symmetric: bool, bits: int, group: int, weighted: bool, seed: int
 ) -> None:
     weight = numbers(6, 48, seed, spread=2) + (0 if symmetric else 0.5)
-    importance = (
-        torch.rand(48, generator=torch.Generator().manual_seed(seed))
-        if weighted
-        else torch.ones(48)
-    )
+    importance = torch.ones(48)
+    if weighted:
+        importance = torch.rand(48, generator=torch.Generator().manual_seed(seed))
     fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
-    found = cost(
-        weight, fit(weight, importance if weighted else None, bits, group, RATIOS), importance
-    )
-    best, most = tried(weight, importance, bits, group, symmetric)
-    grouped = weight.view(6, -1, group)
-    span = (
-        grouped.abs().amax(2)
-        if symmetric
-        else grouped.amax(2).clamp(min=0) - grouped.amin(2).clamp(max=0)
-    )
+    grid = fit(weight, importance if weighted else None, bits, group, RATIOS)
+    best, max_error = search_exhaustively(weight, importance, bits, group, symmetric)
+    groups = weight.view(6, -1, group)
+    if symmetric:
+        span = groups.abs().amax(2)
+    else:
+        span = groups.amax(2).clamp(min=0) - groups.amin(2).clamp(max=0)
     # a cost, e², rises by at most 2 e for each unit; so much it may differ from its mean in a
     # place, and two are compared
     place = 2 * span / (4096 if symmetric else 2048)
-    assert (
-        found <= (best + 2 * most * place * importance.view(-1, group).sum(1)) * (1 + 1e-5)
-    ).all()
+    tolerance = 2 * max_error * place * importance.view(-1, group).sum(1)
+    assert (cost(weight, grid, importance) <= (best + tolerance) * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize(
-    ("bits", "symmetric", "more"),
+    ("bits", "symmetric", "tolerance"),
     [(2, True, 1e-4), (4, True, 1e-3), (8, True, 5e-3), (4, False, 3e-3)],
 )
 def test_over_many_groups_the_best_of_all_tried_is_all_but_reached(
-    bits: int, symmetric: bool, more: float
+    bits: int, symmetric: bool, tolerance: float
 ) -> None:
     weight, importance = numbers(256, 1024, 0), numbers(1, 1024, 1).square()[0]
     fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
-    found = cost(weight, fit(weight, importance, bits, 128, RATIOS), importance).sum()
-    assert found <= tried(weight, importance, bits, 128, symmetric)[0].sum() * (1 + more)
+    searched = cost(weight, fit(weight, importance, bits, 128, RATIOS), importance).sum()
+    best, _ = search_exhaustively(weight, importance, bits, 128, symmetric)
+    assert searched <= best.sum() * (1 + tolerance)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -121,11 +116,11 @@ def test_searched_scales_lose_no_more_than_the_largest_number_s(
 ) -> None:
     weight = numbers(64, 256, seed)
     for fit in (numerics.fit_symmetric, numerics.fit_asymmetric):
-        searched, plain = (
+        searched, unsearched = (
             cost(weight, fit(weight, None, bits, 32, ratios, dtype=dtype), None)
             for ratios in ((*RATIOS, 1.0), (1.0,))
         )
-        assert searched.sum() <= plain.sum()
+        assert searched.sum() <= unsearched.sum()
 
 
 @pytest.mark.parametrize(
@@ -175,9 +170,9 @@ def test_codes_decode_to_what_was_rounded_to_the_bit(
 @pytest.mark.parametrize("size", [1e-33, 1e-20, 1e10, 1e25, 1e37])
 def test_the_best_grid_does_not_depend_on_the_size_of_the_numbers(fit, size: float) -> None:
     weight, power = numbers(6, 32, 1), 2.0 ** round(np.log2(size))
-    here, there = fit(weight, None, 4, 32, RATIOS), fit(weight * power, None, 4, 32, RATIOS)
-    assert torch.equal(there.scale, here.scale * power)
-    assert torch.equal(there.rounded(weight * power), here.rounded(weight) * power)
+    grid, scaled_grid = (fit(w, None, 4, 32, RATIOS) for w in (weight, weight * power))
+    assert torch.equal(scaled_grid.scale, grid.scale * power)
+    assert torch.equal(scaled_grid.rounded(weight * power), grid.rounded(weight) * power)
 
 
 @pytest.mark.parametrize("fit", [numerics.fit_symmetric, numerics.fit_asymmetric])

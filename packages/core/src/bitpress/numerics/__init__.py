@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from bitpress.numerics.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
     from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
 
-# The names of every module.
+# The public names, by the module that defines them.
 _MODULES: Mapping[str, Sequence[str]] = {
     "blocks": ("absmax", "block_absmax", "expand_blocks"),
     "columns": ("column_sweep",),
@@ -67,7 +67,7 @@ _MODULES: Mapping[str, Sequence[str]] = {
     "packing": ("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"),
     "scale_search": ("rounding_costs", "search_scales", "to_groups"),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 # Names of release 0.1, which work in this release still.
 _OLD_NAMES = {
@@ -133,6 +133,6 @@ def __getattr__(name: str) -> Any:
     if name in _OLD_NAMES:
         warn_renamed(f"bitpress.numerics.{name}", f"bitpress.numerics.{_OLD_NAMES[name]}")
         name = _OLD_NAMES[name]
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'bitpress.numerics' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"bitpress.numerics.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"bitpress.numerics.{_MODULE_OF[name]}"), name)

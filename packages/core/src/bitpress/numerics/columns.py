@@ -22,41 +22,48 @@ from torch import Tensor
 
 from bitpress.numerics.hessian import Factor
 
-# Columns that are swept one by one.
+# Columns that are swept one by one; between leaves the feedback is a matrix product.
 LEAF = 16
 
-# Rows swept together: a leaf's columns of them stay in cache.
-ROWS = 2048
+# Rows swept together: a leaf's columns of so many rows stay in a core's cache.
+ROW_TILE = 2048
 
+# (targets (rows,) of a column, the rows, the column) -> what the targets become (rows,)
 Project = Callable[[Tensor, slice, int], Tensor]
 
-Ahead = Callable[[Tensor, slice, slice], None]
+# (best numbers (span, rows), the rows, positions of the span in the factor's order) -> nothing
+SpanCallback = Callable[[Tensor, slice, slice], None]
 
 
 def column_sweep(
-    weight: Tensor, factor: Factor, project: Project, ahead: Ahead | None = None, span: int = LEAF
+    weight: Tensor,
+    factor: Factor,
+    project: Project,
+    ahead: SpanCallback | None = None,
+    span: int = LEAF,
 ) -> tuple[Tensor, Tensor]:
     """The projected weight, and what it costs each row.
 
     Args:
         weight: (out, in) float32; its rows are independent.
+        factor: of the Hessian of the layer's inputs.
         project: given the targets (rows,) of one column, which rows they are, and which column,
             returns what they become.
         ahead: for choices between columns: before each `span` of them it is given what would be
             best for them (span, rows) if they and all that follow could be any number, which rows
-            they are, and the columns' places in the factor's order.
+            they are, and the columns' positions in the factor's order.
         span: a divisor or a multiple of `LEAF`.
 
     Returns:
         (out, in) float32, and (out,) float32: (w - q) H (w - q)ᵀ of each row.
     """
     sweep = _Sweep(factor, project, ahead, span)
-    swept, losses = torch.empty_like(weight), []
-    for first in range(0, len(weight), ROWS):
-        rows = slice(first, min(first + ROWS, len(weight)))
-        swept[rows], loss = sweep.of_rows(weight[rows], rows)
+    projected, losses = torch.empty_like(weight), []
+    for first in range(0, len(weight), ROW_TILE):
+        rows = slice(first, min(first + ROW_TILE, len(weight)))
+        projected[rows], loss = sweep.project_rows(weight[rows], rows)
         losses.append(loss)
-    return swept, torch.cat(losses)
+    return projected, torch.cat(losses)
 
 
 @frozen(eq=False)
@@ -65,57 +72,68 @@ class _Sweep:
 
     factor: Factor
     project: Project
-    ahead: Ahead | None
+    ahead: SpanCallback | None
     span: int
 
-    def of_rows(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def project_rows(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Some rows' projected weight (rows, in), and what it costs each of them (rows,)."""
         factor, span = self.factor, self.span
-        # A column is contiguous.
-        source = weight.T.contiguous().index_select(0, factor.order)  # (in, rows)
-        target, error, chosen = source.clone(), torch.empty_like(source), torch.empty_like(source)
-        columns, loss = factor.order.tolist(), weight.new_zeros(len(weight))
-        source_columns, target_columns, error_columns, chosen_columns = (
-            tensor.unbind() for tensor in (source, target, error, chosen)
-        )
+        columns = factor.order.tolist()
 
-        # No product ends inside a span.
-        whole = max(span, LEAF) if self.ahead else LEAF
-        for lo, middle, hi in _steps(0, len(columns), whole):
-            if middle < hi:
-                target[middle:hi].addmm_(factor.unit[lo:middle, middle:hi].T, error[lo:middle])
+        # Transposed, a column is contiguous.
+        original = weight.T.contiguous().index_select(0, factor.order)  # (in, rows)
+        target = original.clone()
+        error, projected = torch.empty_like(original), torch.empty_like(original)
+        loss = weight.new_zeros(len(weight))
+
+        # One view of each column, made once and not in the loop.
+        original_columns, target_columns = original.unbind(), target.unbind()
+        error_columns, projected_columns = error.unbind(), projected.unbind()
+
+        # A span is chosen as a whole: no product between leaves ends inside one.
+        unit = max(span, LEAF) if self.ahead else LEAF
+        for start, middle, stop in _schedule(0, len(columns), unit):
+            if middle < stop:
+                feedback = factor.unit[start:middle, middle:stop].T
+                target[middle:stop].addmm_(feedback, error[start:middle])
                 continue
-            for k in range(lo, hi):
+
+            for k in range(start, stop):
                 if self.ahead and k % span == 0:
                     positions = slice(k, min(k + span, len(columns)))
-                    best = self._unconstrained(source[positions], target[positions], positions)
+                    best = self._unconstrained(original[positions], target[positions], positions)
                     self.ahead(best, rows, positions)
-                chosen_columns[k].copy_(self.project(target_columns[k], rows, columns[k]))
-                torch.sub(source_columns[k], chosen_columns[k], out=error_columns[k])
-                target[k + 1 : hi].addr_(factor.unit[k, k + 1 : hi], error_columns[k])
-            loss += factor.variance[lo:hi] @ (target[lo:hi] - chosen[lo:hi]).square_()
-        return torch.empty_like(chosen).index_copy_(0, factor.order, chosen).T, loss
+                projected_columns[k].copy_(self.project(target_columns[k], rows, columns[k]))
+                torch.sub(original_columns[k], projected_columns[k], out=error_columns[k])
+                target[k + 1 : stop].addr_(factor.unit[k, k + 1 : stop], error_columns[k])
+            residual = target[start:stop] - projected[start:stop]
+            loss += factor.variance[start:stop] @ residual.square_()
 
-    def _unconstrained(self, source: Tensor, target: Tensor, positions: slice) -> Tensor:
-        """What would be best for a span if it and all that follow could be any number."""
+        return torch.empty_like(projected).index_copy_(0, factor.order, projected).T, loss
+
+    def _unconstrained(self, original: Tensor, target: Tensor, positions: slice) -> Tensor:
+        """What would be best for a span if it and all that follow could be any number.
+
+        Then every later target is met exactly: (w - q) U = w - target on the span.
+        """
         unit = self.factor.unit[positions, positions].T
-        missing: Tensor = torch.linalg.solve_triangular(
-            unit, source - target, upper=False, unitriangular=True
+        error: Tensor = torch.linalg.solve_triangular(
+            unit, original - target, upper=False, unitriangular=True
         )
-        return source - missing
+        return original - error
 
 
-def _steps(lo: int, hi: int, whole: int) -> Iterator[tuple[int, int, int]]:
-    """The steps over columns lo to hi.
+def _schedule(start: int, stop: int, unit: int) -> Iterator[tuple[int, int, int]]:
+    """The steps of a sweep over columns start to stop, halved again and again.
 
-    (lo, hi, hi) decides these columns; (lo, middle, hi) feeds the errors of the first to those from
-    middle on.
+    (start, stop, stop) decides these columns one by one; (start, middle, stop) feeds the errors of
+    the first ones to those from middle on.
     """
-    if hi - lo <= LEAF:
-        yield lo, hi, hi
+    if stop - start <= LEAF:
+        yield start, stop, stop
         return
-    unit = whole if hi - lo > whole else LEAF
-    middle = lo + unit * ((hi - lo + unit) // (2 * unit))
-    yield from _steps(lo, middle, whole)
-    yield lo, middle, hi
-    yield from _steps(middle, hi, whole)
+    multiple = unit if stop - start > unit else LEAF
+    middle = start + multiple * ((stop - start + multiple) // (2 * multiple))
+    yield from _schedule(start, middle, unit)
+    yield start, middle, stop
+    yield from _schedule(middle, stop, unit)

@@ -11,42 +11,54 @@ from torch import Tensor
 
 E2M1_MAX = 6.0
 
-# float32's exponent, and its bits of 1 and 4
-EXPONENT, ONE, FOUR = 0x7F800000, 0x3F800000, 0x40800000
+# Bits of float32: its exponent field, and the numbers 1 and 4.
+EXPONENT_BITS, BITS_OF_ONE, BITS_OF_FOUR = 0x7F800000, 0x3F800000, 0x40800000
 
-# added to a power of two's bits: 1.5 * 2^22 of it
-LARGE = (22 << 23) + (1 << 22)
+# Added to the bits of a power of two, it gives 1.5 * 2^22 times that number.
+TIMES_LARGE = (22 << 23) + (1 << 22)
 
-# by code; 8 more is the same with a minus
+# By code, 0 to 7; codes 8 to 15 are the same with a minus.
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def round_e2m1(x: Tensor) -> Tensor:
-    """The E2M1 numbers nearest to float32 numbers, ties to the even code, what lies beyond 6 at 6;
-    NaN stays NaN.
+    """The E2M1 numbers nearest to float32 numbers.
 
     >>> round_e2m1(torch.tensor([0.25, 0.75, 2.5, 5.0, -7.0]))
     tensor([ 0.,  1.,  2.,  4., -6.])
+
+    Args:
+        x: float32, any shape.
+
+    Returns:
+        float32 of the same shape: ties go to the even code, what lies beyond 6 to 6; NaN stays NaN.
     """
-    # between two powers of two numbers lie half the lower one apart; below 1, as between 1 and 2.
-    # Beside a float32 number that large, numbers lie as far apart, so that adding it rounds.
-    large = (
-        x.view(torch.int32).bitwise_and(EXPONENT).clamp_(ONE, FOUR).add_(LARGE).view(torch.float32)
-    )
+    # From a power of two p = 1, 2 or 4 on, E2M1 numbers lie p / 2 apart; below 1, as from 1 on.
+    # Around 1.5 * 2^22 * p float32 numbers lie as far apart: adding that much rounds to even.
+    power = x.view(torch.int32).bitwise_and(EXPONENT_BITS).clamp_(BITS_OF_ONE, BITS_OF_FOUR)
+    large = power.add_(TIMES_LARGE).view(torch.float32)
     return x.clamp(-E2M1_MAX, E2M1_MAX).add_(large).sub_(large)
 
 
 def encode_e2m1(x: Tensor) -> Tensor:
-    """uint8 codes, 0 to 15, of E2M1 numbers.
+    """The codes of E2M1 numbers.
 
-    E2M1's fields are the last of float16's exponent and the first of its mantissa, if its bias of
-    15 is made up for, subnormals included; a zero has no sign.
+    Args:
+        x: float32, any shape; E2M1 numbers, as `round_e2m1` gives them.
+
+    Returns:
+        uint8 of the same shape, 0 to 15; the code of both zeros is 0.
     """
+    # Divided by 2^14, the difference of the biases 15 and 1, E2M1's fields are the last two bits of
+    # float16's exponent and the first of its mantissa, subnormals included. Adding 0 takes the sign
+    # from a zero.
     bits = (x * 2.0**-14).add_(0.0).half().view(torch.int16)
-    return (bits >> 12).bitwise_and_(8).bitwise_or_((bits >> 9).bitwise_and_(7)).to(torch.uint8)
+    sign = (bits >> 12).bitwise_and_(8)
+    magnitude = (bits >> 9).bitwise_and_(7)
+    return sign.bitwise_or_(magnitude).to(torch.uint8)
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
-    """float32 numbers of codes 0 to 15."""
+    """The float32 numbers, of the same shape, that codes 0 to 15 stand for."""
     table = torch.tensor((*MAGNITUDES, *(-m for m in MAGNITUDES)), device=codes.device)
     return table[codes.int()]

@@ -20,7 +20,8 @@ from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
 from bitpress.schemes.values import Layer, Statistic
 
-# The size of what is missing in the output is measured on every eighth token.
+# The error of a layer's output is measured on every eighth token: enough to know its mean square,
+# at an eighth of the products.
 SAMPLE_STRIDE = 8
 
 # With this many tokens for each input channel a correction is believed in full; with fewer it is
@@ -36,7 +37,7 @@ class Grid(Protocol):
         ...
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """The same for a whole weight (out, in)."""
+        """The representable numbers nearest to a whole weight (out, in)."""
         ...
 
 
@@ -49,84 +50,106 @@ Fit = Callable[[Tensor, Tensor | None], AnyGrid]
 def gptq_statistics(
     inputs: Tensor, weight: Tensor, reference: Tensor | None = None, residual: Tensor | None = None
 ) -> dict[str, Statistic]:
-    """The sums that `gptq_quantize` needs of one batch, as `observe` is given it; all float32.
+    """The sums over one batch that `gptq_quantize` needs; call it from `observe`.
 
-    "hessian" (in, in): Σ x̃ x̃ᵀ; "tokens": their number. Where the float model's inputs are given,
-    of what is missing in the output, e = W (x - x̃) + r: "drift" (in, in): Σ (x - x̃) x̃ᵀ;
-    "residual" (out, in): Σ r x̃ᵀ; "drift_tokens"; and of a sample of tokens "missing" (out,): Σ e²,
-    and "missing_tokens".
+    Args:
+        inputs: (tokens, in) floating, x̃.
+        weight: (out, in) float32, W.
+        reference: (tokens, in) floating, x; None where the float model was not run.
+        residual: (tokens, out) floating, r: what the residual stream lacks before this layer's
+            output is added to it; None where the output is not added to it.
+
+    Returns:
+        Statistics by name, all sums in float32: "hessian" (in, in), Σ x̃ x̃ᵀ, and "tokens", their
+        number. With a reference, of what the output lacks, e = W (x - x̃) + r, also "drift"
+        (in, in), Σ (x - x̃) x̃ᵀ; "residual" (out, in), Σ r x̃ᵀ; "drift_tokens"; and of a sample of
+        the tokens "missing" (out,), Σ e², and "missing_tokens".
     """
     x = inputs.float()  # (tokens, in)
     sums = {"hessian": gram(x), "tokens": torch.tensor(float(len(x)))}
     if reference is not None:
-        drifted = reference.float() - x  # (tokens, in)
-        missing = drifted[::SAMPLE_STRIDE] @ weight.T  # (sampled tokens, out)
+        drift = reference.float() - x  # (tokens, in)
+        output_error = drift[::SAMPLE_STRIDE] @ weight.T  # (sampled tokens, out)
         if residual is not None:
             sums["residual"] = cross(residual.float(), x)
-            missing += residual[::SAMPLE_STRIDE]
-        sums |= {"drift": cross(drifted, x), "drift_tokens": sums["tokens"]}
-        sums |= {
-            "missing": missing.square().sum(0),
-            "missing_tokens": torch.tensor(float(len(missing))),
-        }
-    return {
-        name: Statistic(value, "sum", rows=name in ("residual", "missing"))
-        for name, value in sums.items()
-    }
+            output_error += residual[::SAMPLE_STRIDE]
+        sums["drift"] = cross(drift, x)
+        sums["drift_tokens"] = sums["tokens"]
+        sums["missing"] = output_error.square().sum(0)
+        sums["missing_tokens"] = torch.tensor(float(len(output_error)))
+
+    has_rows = ("residual", "missing")
+    return {name: Statistic(value, "sum", rows=name in has_rows) for name, value in sums.items()}
 
 
 def gptq_quantize(
     layer: Layer, stats: Mapping[str, Statistic], fit: Fit[AnyGrid]
 ) -> tuple[Tensor, AnyGrid]:
-    """A layer's weight rounded column by column so that (w - q) x̃ is small, and the grid it was
-    rounded on.
+    """A layer's weight rounded column by column so that (w - q) x̃ is small.
 
     Without statistics (the layer never saw a token, or the plan asks for shapes) every weight is
     rounded to nearest, as is every row on which the feedback does worse than that; where the
     statistics cannot be used, with a warning. Zeros stay zero.
 
     Args:
-        stats: what `gptq_statistics` returned, merged.
-        fit: chooses the grid.
+        layer: its weight (out, in), and its mask if it has one.
+        stats: what `gptq_statistics` returned, merged over batches.
+        fit: chooses the grid, given a weight (out, in) and what an error costs in each column
+            (in,); None where that is not known.
+
+    Returns:
+        The rounded weight (out, in) float32, and the grid it was rounded on.
     """
     weight, mask = layer.weight, layer.mask
     if not weight.all():
         mask = weight != 0 if mask is None else mask & (weight != 0)
-    factor = _factor(stats) if "hessian" in stats else None
+
+    factor = _factorize(stats) if "hessian" in stats else None
     if factor is None:
         grid = fit(weight, None)
-        return _masked(grid.rounded(weight), mask), grid
+        return _apply_mask(grid.rounded(weight), mask), grid
 
+    # Under a mask, the best weight that has it is what rounding starts from, not the dense one.
     target = gptq_target(layer, stats, factor)
     if layer.mask is None or mask is None:
-        target = _masked(target, mask)
+        target = _apply_mask(target, mask)
     else:
         target = masked_least_squares(weight, target, factor, mask)
     grid = fit(target, factor.diagonal)
-    column_mask = None if mask is None else mask.T.contiguous()  # (in, out)
+    mask_of_column = None if mask is None else mask.T.contiguous()  # (in, out)
 
     def project(column_target: Tensor, rows: slice, column: int) -> Tensor:
         nearest = grid.nearest(column_target, rows, column)
-        if column_mask is None:
+        if mask_of_column is None:
             return nearest
-        return torch.where(column_mask[column, rows], nearest, 0.0)
+        return torch.where(mask_of_column[column, rows], nearest, 0.0)
 
     swept, cost = column_sweep(target, factor, project)  # (out, in), (out,)
 
     # Clipping can make the feedback blow up, to NaN where numbers are huge: such rows are rounded
     # to nearest.
-    nearest = _masked(grid.rounded(target), mask)
+    nearest = _apply_mask(grid.rounded(target), mask)
     is_better = factor.covers(cost, target - nearest)  # (out,)
     return torch.where(is_better.unsqueeze(1), swept, nearest), grid
 
 
 def gptq_target(layer: Layer, stats: Mapping[str, Statistic], factor: Factor) -> Tensor:
-    """The weight (out, in) that a layer should come near to, whatever steps made of it so far.
+    """The weight that a layer should come near to, whatever earlier steps made of it.
 
-    It is the original weight, and what makes up for what is missing in the layer's output.
+    It is the original weight, plus what makes up for what its output lacks by now.
+
+    Args:
+        layer: its weight (out, in), and the original one.
+        stats: what `gptq_statistics` returned, merged over batches.
+        factor: of the statistics' Hessian.
+
+    Returns:
+        (out, in) float32.
     """
     weight = layer.weight if layer.original_weight is None else layer.original_weight
-    return weight + drift_correction(weight, stats, factor) if "drift" in stats else weight
+    if "drift" not in stats:
+        return weight
+    return weight + drift_correction(weight, stats, factor)
 
 
 def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Factor) -> Tensor:
@@ -136,32 +159,38 @@ def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Fac
     this is where Zhang et al., "Qronos", arXiv 2505.11695, and Li et al., "GPTAQ", arXiv
     2504.02692, start; r is how far the residual stream has moved by then.
 
-    C is estimated from N tokens. If what is missing, e, had nothing to do with x̃, a row of C H⁻¹
-    would still seem to explain E[e²] in / N of it: it is shrunk by the share that what it explains
-    has beyond that. These are few of the tokens that H comes from: where it seems to explain more
-    than E[e²], H is too small for them, and by Cauchy and Schwarz the best multiple of the row is
-    at most E[e²] over what it seems to explain. A few tokens larger than all others can still
-    mislead, and what is wrong in one layer is drift in the next: where tokens are few for the width
-    the whole is shrunk.
+    C is estimated from N tokens. If what the output lacks, e, had nothing to do with x̃, a row of
+    C H⁻¹ would still seem to explain E[e²] in / N of it: it is shrunk by the share that what it
+    explains has beyond that. These are few of the tokens that H comes from: where it seems to
+    explain more than E[e²], H is too small for them, and by Cauchy and Schwarz the best multiple of
+    the row is at most E[e²] over what it seems to explain. A few tokens larger than all others can
+    still mislead, and what is wrong in one layer is drift in the next: where tokens are few for the
+    width the whole is shrunk.
     """
+    width = weight.shape[1]
     tokens = stats["drift_tokens"].value.item()
     cross_moment = weight @ stats["drift"].value.div(tokens)  # (out, in), C above
     if "residual" in stats:
         cross_moment += stats["residual"].value.div(tokens)
     correction = factor.solve(cross_moment)
+
     explained = (correction * cross_moment).sum(1)  # (out,)
-    missing = stats["missing"].value / stats["missing_tokens"].value  # (out,), E[e²]
-    by_chance = missing * (weight.shape[1] / tokens)
+    squared_error = stats["missing"].value / stats["missing_tokens"].value  # (out,), E[e²]
+    explained_by_chance = squared_error * (width / tokens)
 
     # E[e²] is known from a sample: of normal numbers its mean square lies within three standard
     # deviations of this bound.
-    largest = missing * (1 + 3 * (2 / stats["missing_tokens"].value).sqrt())
-    share = (1 - by_chance / explained).clamp_(0, 1) * (largest / explained).clamp_(max=1)  # (out,)
-    correction *= share.mul_(min(tokens / (TOKENS_PER_CHANNEL * weight.shape[1]), 1.0)).unsqueeze(1)
+    error_bound = squared_error * (1 + 3 * (2 / stats["missing_tokens"].value).sqrt())
+    shrinkage = (1 - explained_by_chance / explained).clamp_(0, 1)  # (out,)
+    shrinkage = shrinkage * (error_bound / explained).clamp_(max=1)
+    shrinkage.mul_(min(tokens / (TOKENS_PER_CHANNEL * width), 1.0))
+    correction *= shrinkage.unsqueeze(1)
+
+    # Numbers too large for float32 give no correction.
     return torch.where(correction.isfinite().all(1, keepdim=True), correction, 0.0)
 
 
-def _factor(stats: Mapping[str, Statistic]) -> Factor | None:
+def _factorize(stats: Mapping[str, Statistic]) -> Factor | None:
     factor = factorize_hessian(stats["hessian"].value, stats["tokens"].value.item())
     if factor is None:
         warnings.warn(
@@ -171,5 +200,5 @@ def _factor(stats: Mapping[str, Statistic]) -> Factor | None:
     return factor
 
 
-def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+def _apply_mask(weight: Tensor, mask: Tensor | None) -> Tensor:
     return weight if mask is None else torch.where(mask, weight, 0.0)

@@ -1,9 +1,9 @@
 """Products of tall matrices over their tokens: by far the most work of calibration.
 
 Where a CPU multiplies integers several times as fast as floats, large products are taken of 8-bit
-codes, each channel scaled by its largest magnitude among at most `TOKENS` tokens. Rounding then
-adds to a channel's sum of squares at most TOKENS / (12 · 127²) of it, 2.2 %, even if one token
-holds all of it, and some 0.01 % where inputs are normal: a small ridge.
+codes, each channel scaled by its largest magnitude among at most `TOKENS_PER_SCALE` tokens.
+Rounding then adds to a channel's sum of squares at most TOKENS_PER_SCALE / (12 · 127²) of it,
+2.2 %, even if one token holds all of it, and some 0.01 % where inputs are normal: a small ridge.
 """
 
 from __future__ import annotations
@@ -17,91 +17,109 @@ from torch import Tensor
 from bitpress.numerics.blocks import absmax
 from bitpress.runtime.cpu_features import cpu_has
 
-# into which a symmetric or triangular product is cut: 9/16 of the whole are computed
-STRIPES = 8
+# Into so many stripes a symmetric or triangular product is cut: of 8, 9/16 of the whole are
+# computed.
+NUM_STRIPES = 8
 
-# columns of a stripe, or tokens of a product of codes: fewer are slower than what they save
-LEAST = 256
+# Columns of a stripe, or tokens of an 8-bit product: fewer are slower than what they save.
+MIN_SIZE = 256
 
-# that are looked at, or coded, at a time: they stay in cache
-ROWS = 64
+# Tokens that are scaled, or rounded, at a time: they stay in a core's cache.
+TOKEN_TILE = 64
 
-# that share a channel's scale
-TOKENS = 4096
+# Tokens that share a channel's scale.
+TOKENS_PER_SCALE = 4096
 
-# instructions for sums of 8-bit products
-INTEGERS = ("avx512_vnni", "avx_vnni", "amx_int8")
+# Instructions for sums of 8-bit products, of which one is enough.
+INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 def gram(x: Tensor) -> Tensor:
-    """x.T @ x: (tokens, in) float32 -> (in, in) float32, of which a block and its mirror image are
-    computed once.
+    """The Gram matrix xᵀ x, of which a block and its mirror image are computed once.
+
+    Args:
+        x: (tokens, in) float32.
+
+    Returns:
+        (in, in) float32, symmetric to the bit.
     """
-    return functools.reduce(Tensor.add_, map(_gram, torch.split(x, TOKENS)))
+    return functools.reduce(Tensor.add_, map(_gram, torch.split(x, TOKENS_PER_SCALE)))
 
 
 def cross(left: Tensor, right: Tensor) -> Tensor:
-    """left.T @ right: (tokens, in) float32 each -> (in, in) float32."""
-    return functools.reduce(
-        Tensor.add_, map(_cross, torch.split(left, TOKENS), torch.split(right, TOKENS))
-    )
+    """The product leftᵀ right over tokens.
+
+    Args:
+        left: (tokens, rows) float32.
+        right: (tokens, columns) float32.
+
+    Returns:
+        (rows, columns) float32.
+    """
+    chunks = (torch.split(x, TOKENS_PER_SCALE) for x in (left, right))
+    return functools.reduce(Tensor.add_, map(_cross, *chunks))
 
 
 def stripes(width: int) -> Iterator[slice]:
-    """Columns, from the first to the last: taken together, what lies on one side of a diagonal is
-    left out of a product.
+    """Columns, from the first to the last, in stripes.
+
+    Stripe by stripe, what lies on one side of the diagonal is left out of a product.
     """
-    step = max(-(-width // STRIPES), LEAST)
+    step = max(-(-width // NUM_STRIPES), MIN_SIZE)
     for first in range(0, width, step):
         yield slice(first, min(first + step, width))
 
 
 def _gram(x: Tensor) -> Tensor:
     width = x.shape[1]
-    found = x.new_empty(width, width)
-    x, scale = _coded(x) if _by_codes(x) else (x, None)
+    product = x.new_empty(width, width)
+    scale = None
+    if _uses_int8(x):
+        x, scale = _quantize_channels(x)
     for rows in stripes(width):
-        upper = found[rows, rows.start :]
+        upper = product[rows, rows.start :]
         _multiply(x[:, rows], x[:, rows.start :], upper)
         if scale is not None:
-            # a product of two scales is the same both ways
+            # The product of two scales is the same both ways, so the result stays symmetric.
             upper.mul_(torch.outer(scale[rows], scale[rows.start :]))
-        found[rows.stop :, rows] = found[rows, rows.stop :].T
-    return found
+        product[rows.stop :, rows] = product[rows, rows.stop :].T
+    return product
 
 
 def _cross(left: Tensor, right: Tensor) -> Tensor:
-    found = left.new_empty(left.shape[1], right.shape[1])
-    if not _by_codes(left):
-        return _multiply(left, right, found)
-    (left, heights), (right, widths) = _coded(left), _coded(right)
-    # the sums of integers are not held all at once
-    for rows in stripes(len(found)):
-        _multiply(left[:, rows], right, found[rows]).mul_(widths).mul_(heights[rows].unsqueeze(1))
-    return found
+    product = left.new_empty(left.shape[1], right.shape[1])
+    if not _uses_int8(left):
+        return _multiply(left, right, product)
+
+    left, left_scale = _quantize_channels(left)
+    right, right_scale = _quantize_channels(right)
+    # In stripes, so that the int32 sums are not all held at once.
+    for rows in stripes(len(product)):
+        stripe = _multiply(left[:, rows], right, product[rows])
+        stripe.mul_(right_scale).mul_(left_scale[rows].unsqueeze(1))
+    return product
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     if left.dtype == torch.int8:
-        # exact, in int32; torch has no public name for it
+        # Exact, with int32 sums; torch has no public name for it.
         return out.copy_(torch._int_mm(left.T, right))
     return torch.mm(left.T, right, out=out)
 
 
-def _coded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes (tokens, in), and what a code of 1 means in each channel (in,)."""
-    scale = (
-        functools.reduce(torch.maximum, (absmax(part, dim=0) for part in torch.split(x, ROWS)))
-        .squeeze(0)
-        .div_(127)
-    )
-    # below, a quotient is no longer at most 127
+def _quantize_channels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes (tokens, in), and the scale of each channel (in,)."""
+    of_tiles = (absmax(tile, dim=0) for tile in torch.split(x, TOKEN_TILE))
+    scale = functools.reduce(torch.maximum, of_tiles).squeeze(0).div_(127)
+    # Divided by a subnormal scale, a quotient is no longer at most 127.
     scale.masked_fill_(scale < torch.finfo(scale.dtype).tiny, 1.0)
+
     codes = torch.empty_like(x, dtype=torch.int8)
-    for part, place in zip(torch.split(x, ROWS), torch.split(codes, ROWS), strict=True):
-        place.copy_((part / scale).round_())
+    tiles = zip(torch.split(x, TOKEN_TILE), torch.split(codes, TOKEN_TILE), strict=True)
+    for tile, tile_codes in tiles:
+        tile_codes.copy_((tile / scale).round_())
     return codes, scale
 
 
-def _by_codes(x: Tensor) -> bool:
-    return x.device.type == "cpu" and len(x) >= LEAST and cpu_has(*INTEGERS)
+def _uses_int8(x: Tensor) -> bool:
+    return x.device.type == "cpu" and len(x) >= MIN_SIZE and cpu_has(*INT8_INSTRUCTIONS)

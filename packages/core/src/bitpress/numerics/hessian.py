@@ -6,6 +6,7 @@ Letters: H = E[x xᵀ] (in, in), over calibration tokens. Sources: Frantar et al
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -36,95 +37,109 @@ class Factor:
 
     def solve(self, right: Tensor) -> Tensor:
         """X with X H = right: (rows, in) -> (rows, in)."""
-        x = right.index_select(1, self.order)
-        x = (
-            torch.linalg.solve_triangular(
-                self.unit.T, x, upper=False, left=False, unitriangular=True
-            )
-            / self.variance
-        )
-        x = torch.linalg.solve_triangular(self.unit, x, upper=True, left=False, unitriangular=True)
+        # X U D Uᵀ = right: first by Uᵀ, then by D, then by U.
+        solve = functools.partial(torch.linalg.solve_triangular, left=False, unitriangular=True)
+        x = solve(self.unit.T, right.index_select(1, self.order), upper=False) / self.variance
+        x = solve(self.unit, x, upper=True)
         return torch.empty_like(x).index_copy_(1, self.order, x)
 
     def multiply(self, left: Tensor) -> Tensor:
         """The product with H: (rows, in) -> (rows, in)."""
-        x, found = left.index_select(1, self.order), torch.empty_like(left)
-        # what lies below U's diagonal is zero
+        x, product = left.index_select(1, self.order), torch.empty_like(left)
+        # By stripes, since what lies below U's diagonal is zero.
         for columns in stripes(x.shape[1]):
-            found[:, columns] = x[:, : columns.stop] @ self.unit[: columns.stop, columns]
-        found *= self.variance
+            product[:, columns] = x[:, : columns.stop] @ self.unit[: columns.stop, columns]
+        product *= self.variance
         for columns in stripes(x.shape[1]):
-            x[:, columns] = found[:, columns.start :] @ self.unit[columns, columns.start :].T
+            x[:, columns] = product[:, columns.start :] @ self.unit[columns, columns.start :].T
         return torch.empty_like(x).index_copy_(1, self.order, x)
 
     def loss(self, error: Tensor) -> Tensor:
         """What an error costs each row: (rows, in) -> (rows,), the diagonal of error H errorᵀ."""
         error = error.index_select(1, self.order)
         cost = error.new_zeros(len(error))
-        # what lies below U's diagonal is zero
         for columns in stripes(error.shape[1]):
-            cost += self._cost_in(error, columns)
+            cost += self._stripe_cost(error, columns)
         return cost
 
     def covers(self, cost: Tensor, error: Tensor) -> Tensor:
-        """Whether a cost (rows,) is at most what an error (rows, in) costs its row; of that no more
-        is taken than tells.
+        """Whether a cost is at most what an error costs its row.
+
+        Stripe by stripe, a row is left out once enough of its error's cost is summed up.
+
+        Args:
+            cost: (rows,) float32.
+            error: (rows, in) float32.
+
+        Returns:
+            (rows,) bool; False where either is NaN.
         """
         error = error.index_select(1, self.order)
-        found, so_far = torch.zeros_like(cost, dtype=torch.bool), torch.zeros_like(cost)
-        # of which it is not known yet
-        rows = torch.arange(len(cost), device=cost.device)
+        is_covered = torch.zeros_like(cost, dtype=torch.bool)
+        partial_cost = torch.zeros_like(cost)
+        # Rows whose partial cost does not cover theirs yet.
+        open_rows = torch.arange(len(cost), device=cost.device)
         for columns in stripes(error.shape[1]):
-            so_far += self._cost_in(error, columns)
-            known = cost[rows] <= so_far
-            found[rows] = known
-            rows, error, so_far = rows[~known], error[~known], so_far[~known]
-        return found
+            partial_cost += self._stripe_cost(error, columns)
+            is_reached = cost[open_rows] <= partial_cost
+            is_covered[open_rows] = is_reached
+            open_rows, error = open_rows[~is_reached], error[~is_reached]
+            partial_cost = partial_cost[~is_reached]
+        return is_covered
 
-    def _cost_in(self, error: Tensor, columns: slice) -> Tensor:
-        return (
-            error[:, : columns.stop] @ self.unit[: columns.stop, columns]
-        ).square_() @ self.variance[columns]
+    def _stripe_cost(self, error: Tensor, columns: slice) -> Tensor:
+        """What a stripe of columns adds to the cost of each row; below U's diagonal all is zero."""
+        transformed = error[:, : columns.stop] @ self.unit[: columns.stop, columns]
+        return transformed.square_() @ self.variance[columns]
 
 
 def factorize_hessian(hessian: Tensor, tokens: float, together: int = 1) -> Factor | None:
-    """The factor of the damped H; None where H is not finite, or too near to singular for any
-    damping tried.
+    """The factor of the damped H.
 
-    The damping is 0.1 % of the mean over live columns, more where there are few tokens for the
+    The damping is 0.1 % of the mean over active columns, more where there are few tokens for the
     width, and grows tenfold up to three times. A column that was never active is uncoupled by it
-    and gets rounded to nearest: its weights are kept, since a channel silent in calibration may
-    speak in service.
+    and gets rounded to nearest: its weights stay, since a channel silent in calibration may speak
+    in service.
 
     Args:
         hessian: (in, in) float32, the sum of x xᵀ over tokens.
+        tokens: how many they are.
         together: so many neighbors stay side by side, in the order of the most active of each; the
             width is a multiple of it.
+
+    Returns:
+        The factor; None where H is not finite, or too near to singular for any damping tried.
     """
-    diagonal = hessian.diagonal() / max(tokens, 1.0)
+    num_tokens = max(tokens, 1.0)
+    diagonal = hessian.diagonal() / num_tokens
+    # One sum over all entries is NaN or infinite where any of them is.
     if not math.isfinite(hessian.sum()):
         return None
-    first = diagonal.view(-1, together).amax(1).argsort(descending=True, stable=True) * together
-    order = (first.unsqueeze(1) + torch.arange(together, device=first.device)).flatten()
-    live = diagonal[diagonal > 0]
-    share = min(max(0.1 * len(diagonal) / max(tokens, 1.0), 0.001), 1.0)
-    damp = share * live.mean().item() if len(live) else 1.0
-    last_first = order.flip(0)
+
+    # GPTQ's act-order: the most active columns first, while most others can
+    # still make up for their errors.
+    activity = diagonal.view(-1, together).amax(1)
+    group_starts = activity.argsort(descending=True, stable=True) * together
+    neighbors = torch.arange(together, device=group_starts.device)
+    order = (group_starts.unsqueeze(1) + neighbors).flatten()
+
+    active = diagonal[diagonal > 0]
+    share = min(max(0.1 * len(diagonal) / num_tokens, 0.001), 1.0)
+    damping = share * active.mean().item() if len(active) else 1.0
+
+    # From the last column backwards, so that a lower Cholesky factor read from the other end is
+    # upper triangular: H = R Rᵀ, with R = U √D.
+    backwards = order.flip(0)
     for _ in range(4):
-        lower = (
-            hessian.index_select(0, last_first)
-            .index_select(1, last_first)
-            .div_(max(tokens, 1.0))
-            .mT
-        )
-        lower.diagonal().add_(damp)
-        failed = order.new_empty((), dtype=torch.int32)
-        # in place, columns being contiguous: it is large
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if not failed and math.isfinite(lower.sum()):
-            # lower triangular from this end is upper triangular from the other
+        permuted = hessian.index_select(0, backwards).index_select(1, backwards).div_(num_tokens)
+        # A Cholesky factor is as large as H: with contiguous columns it is computed in place.
+        lower = permuted.mT
+        lower.diagonal().add_(damping)
+        info = order.new_empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        if not info and math.isfinite(lower.sum()):
             upper = lower.flip(0, 1)
             root = upper.diagonal().clone()
-            return Factor(order, upper.div_(root), root.square(), diagonal + damp)
-        damp *= 10
+            return Factor(order, upper.div_(root), root.square(), diagonal + damping)
+        damping *= 10
     return None

@@ -9,24 +9,29 @@ from torch import Tensor
 
 from bitpress.schemes.values import Statistic
 
-# The edges of bins are powers of two, and seven steps between each two of them.
-PER_OCTAVE, LOWEST, HIGHEST = 8, -24, 24
+# Magnitudes from 2^-24 to 2^24 are told apart, eight bins to the octave; the first and the last bin
+# hold what lies beyond.
+BINS_PER_OCTAVE, MIN_EXPONENT, MAX_EXPONENT = 8, -24, 24
+NUM_BINS = BINS_PER_OCTAVE * (MAX_EXPONENT - MIN_EXPONENT)
 
-BINS = PER_OCTAVE * (HIGHEST - LOWEST)
+# The share of all magnitudes that "percentile" leaves unclipped.
+PERCENTILE = 0.9999
 
-# The share of all magnitudes that "percentile" keeps.
-SHARE = 0.9999
+# Clips below this part of the largest magnitude are not tried.
+MIN_CLIP = 1 / 256
 
 
 def observe_range(inputs: Tensor, *, histogram: bool) -> dict[str, Statistic]:
-    """What a static scale of a layer's inputs is chosen from.
-
-    "input_max" and "input_min", both without axes: the largest of x, and of -x; as asked for
-    "input_counts" (BINS,), the histogram of magnitudes.
+    """What a static scale of a layer's inputs is chosen from; call it from `observe`.
 
     Args:
         inputs: (tokens, in), floating.
         histogram: whether a clip below the largest input may be chosen.
+
+    Returns:
+        Statistics by name, float32: "input_max" and "input_min", both without axes, the largest of
+        x and of -x; with a histogram also "input_counts" (NUM_BINS,), as `magnitude_histogram`
+        gives it.
     """
     x = inputs.float()
     stats = {
@@ -46,62 +51,91 @@ def input_absmax(stats: Mapping[str, Statistic]) -> Tensor | None:
 
 
 def magnitude_histogram(x: Tensor) -> Tensor:
-    """How many magnitudes of x lie in each bin: (BINS,) float32, a sum over batches. Zeros are not
-    counted.
+    """How many magnitudes of x lie in each bin, eight bins to the octave.
+
+    Args:
+        x: any shape, floating.
+
+    Returns:
+        (NUM_BINS,) float32, which adds up over batches; zeros are not counted.
     """
     magnitudes = x.abs().float().flatten()
     magnitudes = magnitudes[magnitudes > 0]
-    bins = ((magnitudes.log2() - LOWEST) * PER_OCTAVE).floor_().clamp_(0, BINS - 1)
-    return torch.bincount(bins.long(), minlength=BINS).float()
+    bins = ((magnitudes.log2() - MIN_EXPONENT) * BINS_PER_OCTAVE).floor_().clamp_(0, NUM_BINS - 1)
+    return torch.bincount(bins.long(), minlength=NUM_BINS).float()
 
 
 def clip_range(
     counts: Tensor, amax: Tensor, outliers: str, step: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """What a fixed scale should reach: amax ("max"), 99.99 % of all magnitudes ("percentile"), or
-    what costs least ("mse").
+    """The largest magnitude that a static scale should represent.
 
     Args:
+        counts: (NUM_BINS,), as `magnitude_histogram` gives it.
+        amax: the largest magnitude, without axes.
+        outliers: "max" for amax, "percentile" for 99.99 % of all magnitudes, "mse" for what costs
+            least.
         step: as for `clip_by_error`.
+
+    Returns:
+        The clip, without axes; amax where nothing was counted.
     """
     if outliers == "max" or not counts.any():
         return amax
     if outliers == "percentile":
-        return clip_by_share(counts, amax, SHARE)
+        return clip_by_share(counts, amax, PERCENTILE)
     return clip_by_error(counts, amax, step)
 
 
 def clip_by_share(counts: Tensor, amax: Tensor, share: float) -> Tensor:
-    """The least upper edge of a bin below which that share of all magnitudes lies, at most amax."""
-    reached = counts.double().cumsum(0) >= share * counts.double().sum()
-    least: Tensor = _upper_edges(counts)[reached].min()
-    return torch.minimum(least, amax)
+    """The least upper edge of a bin below which a share of all magnitudes lies, at most amax.
+
+    Args:
+        counts: (NUM_BINS,), as `magnitude_histogram` gives it.
+        amax: the largest magnitude, without axes.
+        share: from 0 to 1.
+
+    Returns:
+        The clip, without axes.
+    """
+    is_reached = counts.double().cumsum(0) >= share * counts.double().sum()
+    edge: Tensor = _upper_edges(counts)[is_reached].min()
+    return torch.minimum(edge, amax)
 
 
 def clip_by_error(counts: Tensor, amax: Tensor, step: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The clip, amax or an upper edge of a bin below it, at which rounding and clipping cost least
-    together.
+    """The clip at which rounding and clipping cost least together.
 
     Args:
+        counts: (NUM_BINS,), as `magnitude_histogram` gives it.
+        amax: the largest magnitude, without axes.
         step: given magnitudes and a clip, how far the representable numbers near them lie apart.
+
+    Returns:
+        amax, or an upper edge of a bin below it, without axes.
     """
-    middle = _upper_edges(counts) * 2.0 ** (-0.5 / PER_OCTAVE)
-    candidates = [amax, *(edge for edge in _upper_edges(counts) if amax / 256 < edge < amax)]
+    # All magnitudes of a bin are taken to be its geometric middle.
+    middle = _upper_edges(counts) * 2.0 ** (-0.5 / BINS_PER_OCTAVE)
+    edges = [edge for edge in _upper_edges(counts) if amax * MIN_CLIP < edge < amax]
+    candidates = [amax, *edges]
+
     costs = []
-    for limit in candidates:
-        near = step(middle, limit)
-        # to zero, or somewhere within a step
-        rounding = torch.where(middle < near / 2, middle, near / 12**0.5)
-        error = torch.where(middle <= limit, rounding, middle - limit).square()
+    for clip in candidates:
+        step_size = step(middle, clip)
+        # Below half a step a number is rounded to zero; else its error is uniform within a step,
+        # with variance step² / 12.
+        rounding = torch.where(middle < step_size / 2, middle, step_size / 12**0.5)
+        error = torch.where(middle <= clip, rounding, middle - clip).square()
         costs.append((error.double() * counts.double()).sum())
     best: Tensor = candidates[int(torch.stack(costs).argmin())]
     return best
 
 
 def median_magnitude(counts: Tensor) -> Tensor:
-    """The median magnitude, to an eighth of an octave."""
+    """The median of the magnitudes that were counted, to an eighth of an octave, without axes."""
     return clip_by_share(counts, counts.new_tensor(torch.inf), 0.5)
 
 
 def _upper_edges(counts: Tensor) -> Tensor:
-    return ((torch.arange(BINS, device=counts.device) + 1) / PER_OCTAVE + LOWEST).exp2()
+    ends = torch.arange(NUM_BINS, device=counts.device) + 1
+    return (ends / BINS_PER_OCTAVE + MIN_EXPONENT).exp2()

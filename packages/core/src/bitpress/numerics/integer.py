@@ -16,21 +16,26 @@ from torch import Tensor
 from bitpress.numerics.blocks import absmax
 from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
 
-# Steps of a zero point away from the one nearest to the end of the range.
-SHIFTS = (-1, 0, 1)
+# Zero points tried: the one nearest to the end of the range, and its neighbors.
+ZERO_POINT_SHIFTS = (-1, 0, 1)
 
-# The smallest scale: below it float32 loses bits.
-SMALLEST = torch.finfo(torch.float32).tiny
+# The least normal float32 number: below it a scale loses bits.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+# Places whose rounding costs are tabulated for each zero point: half as many as for symmetric
+# grids, as there are 2^bits such tables.
+PLACES_PER_ZERO_POINT = 1 << 11
 
 
 @frozen(eq=False)
 class IntegerGrid:
-    """The integers of so many bits, scaled.
+    """The signed integers of so many bits, scaled: (code - zero) · scale.
 
     Attributes:
         scale: (out, groups) float32, as it will be stored.
-        zero: (out, groups) float32 whole numbers; None where codes are symmetric.
-        group: columns that share them.
+        zero: (out, groups) float32 zero points, whole numbers; None where codes are symmetric.
+        bits: bits per code.
+        group: columns that share a scale and a zero point.
     """
 
     scale: Tensor
@@ -41,15 +46,15 @@ class IntegerGrid:
     def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
         """The representable numbers nearest to targets (rows,) of one column."""
         index = (rows, column // self.group)
-        zero = None if self.zero is None else self.zero[index]
-        return _nearest(target, self.scale[index], zero, bits=self.bits)
+        zero_point = None if self.zero is None else self.zero[index]
+        return _round(target, self.scale[index], zero_point, bits=self.bits)
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """The same for a whole weight (out, in)."""
-        zero = None if self.zero is None else self.zero.unsqueeze(2)
-        return _nearest(
-            to_groups(weight, self.group), self.scale.unsqueeze(2), zero, bits=self.bits
-        ).view_as(weight)
+        """The representable numbers nearest to a whole weight (out, in)."""
+        groups = to_groups(weight, self.group)  # (out, groups, group)
+        zero_point = None if self.zero is None else self.zero.unsqueeze(2)
+        rounded = _round(groups, self.scale.unsqueeze(2), zero_point, bits=self.bits)
+        return rounded.view_as(weight)
 
     def codes(self, weight: Tensor) -> Tensor:
         """The codes nearest to a weight: (out, in) -> (out, in) int8."""
@@ -60,7 +65,7 @@ class IntegerGrid:
 
 
 def integer_range(bits: int) -> tuple[int, int]:
-    """The least and the greatest code.
+    """The least and the greatest code of so many bits, signed.
 
     >>> integer_range(4)
     (-8, 7)
@@ -69,12 +74,15 @@ def integer_range(bits: int) -> tuple[int, int]:
 
 
 def decode_integers(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    """The numbers (out, in) float32 that codes stand for.
+    """The numbers that codes stand for: (code - zero) · scale.
 
     Args:
-        codes: (out, in).
+        codes: (out, in) integers.
         scale: (out, groups), the groups of one width.
-        zero: (out, groups) zero points.
+        zero: (out, groups) zero points; None where codes are symmetric.
+
+    Returns:
+        (out, in) float32.
     """
     steps = to_groups(codes.float(), codes.shape[1] // scale.shape[1])  # (out, groups, group)
     if zero is not None:
@@ -96,17 +104,20 @@ def fit_symmetric(
     Args:
         weight: (out, in) float32.
         importance: (in,) what an error costs in each column; None where all cost the same.
+        bits: bits per code.
         group: columns that share a scale; the width is a multiple of it.
         ratios: scales to try, in units of amax / ((2^bits - 1) / 2), the full range of codes.
         dtype: what the scale is stored in; costs are those of the scale before.
+
+    Returns:
+        The grid, its scale rounded to `dtype`.
     """
     amax = absmax(to_groups(weight, group), dim=2).squeeze(2)  # (out, groups)
     amax = amax.masked_fill_(amax == 0, 1.0)
-    best = search_scales(
-        weight, importance, group, _symmetric_costs(bits, tuple(ratios), weight.device), amax
-    )
+    table = _symmetric_costs(bits, tuple(ratios), weight.device)
+    best = search_scales(weight, importance, group, table, amax)
     scale = amax / ((2**bits - 1) / 2) * amax.new_tensor(ratios)[best]
-    return IntegerGrid(_by_column(_stored(scale, bits, dtype)), None, bits, group)
+    return IntegerGrid(_by_column(_to_stored(scale, bits, dtype)), None, bits, group)
 
 
 def fit_asymmetric(
@@ -120,47 +131,67 @@ def fit_asymmetric(
 ) -> IntegerGrid:
     """The grid with zero points that costs the weight least; 0 is always on it.
 
-    As `fit_symmetric`, with ratios in units of (max - min) / (2^bits - 1), and for each the zero
-    point nearest to the range's end and its two neighbors. A single ratio is taken, with the
-    nearest zero point: nothing is searched.
+    Args:
+        weight: (out, in) float32.
+        importance: (in,) what an error costs in each column; None where all cost the same.
+        bits: bits per code.
+        group: columns that share a scale and a zero point; the width is a multiple of it.
+        ratios: scales to try, in units of (max - min) / (2^bits - 1), each with the zero point
+            nearest to the range's end and its two neighbors. A single ratio is taken with the
+            nearest zero point: nothing is searched.
+        dtype: what the scale is stored in; costs are those of the scale before.
+
+    Returns:
+        The grid, its scale rounded to `dtype`.
     """
-    lowest, greatest = integer_range(bits)
+    min_code, max_code = integer_range(bits)
+    num_steps = max_code - min_code
     groups = to_groups(weight, group)
-    least, most = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)  # (out, groups)
-    steps = 2**bits - 1
-    unit = (most / steps - least / steps).masked_fill_(most == least, 1.0)
-    zero = (lowest - least / unit).round_().clamp_(lowest, greatest)
+    # The range is widened to hold 0, so that zeros stay zero.
+    low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)  # (out, groups)
+    # Divided before they are subtracted: the difference of two huge numbers would overflow.
+    scale = (high / num_steps - low / num_steps).masked_fill_(high == low, 1.0)
+    zero_point = (min_code - low / scale).round_().clamp_(min_code, max_code)
+
     if len(ratios) == 1:
-        unit *= ratios[0]
+        scale *= ratios[0]
     else:
         table = _asymmetric_costs(bits, tuple(ratios), weight.device)
-        best = search_scales(weight, importance, group, table, unit * steps, kind=zero - lowest)
-        unit *= unit.new_tensor(ratios)[best // len(SHIFTS)]
-        zero = (zero + best % len(SHIFTS) + SHIFTS[0]).clamp_(lowest, greatest)
-    return IntegerGrid(_by_column(_stored(unit, bits, dtype)), _by_column(zero), bits, group)
+        span, kind = scale * num_steps, zero_point - min_code
+        best = search_scales(weight, importance, group, table, span, kind=kind)
+        # A candidate is a ratio and a shift of the zero point.
+        num_shifts = len(ZERO_POINT_SHIFTS)
+        scale *= scale.new_tensor(ratios)[best // num_shifts]
+        zero_point = zero_point + best % num_shifts + ZERO_POINT_SHIFTS[0]
+        zero_point = zero_point.clamp_(min_code, max_code)
+    scale = _by_column(_to_stored(scale, bits, dtype))
+    return IntegerGrid(scale, _by_column(zero_point), bits, group)
 
 
 @functools.lru_cache(maxsize=8)
 def _symmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device) -> Tensor:
-    """Of weights in units of amax: (1, places, ratios)."""
+    """Rounding costs of weights in units of amax: (1, places, ratios)."""
     scale = torch.tensor(ratios, dtype=torch.float32) / ((2**bits - 1) / 2)
-    return rounding_costs(lambda x: _nearest(x, scale, bits=bits)).unsqueeze(0).to(device)
+    return rounding_costs(lambda x: _round(x, scale, bits=bits)).unsqueeze(0).to(device)
 
 
 @functools.lru_cache(maxsize=8)
 def _asymmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device) -> Tensor:
-    """Of weights in units of max - min, for each zero point: (2^bits, places, ratios · shifts)."""
-    lowest, greatest = integer_range(bits)
-    scale = torch.tensor(ratios, dtype=torch.float32).repeat_interleave(len(SHIFTS)) / (2**bits - 1)
-    shifts = torch.tensor(SHIFTS).repeat(len(ratios))
+    """Rounding costs of weights in units of max - min, for each zero point that the range may
+    have: (2^bits, places, ratios · shifts).
+    """
+    min_code, max_code = integer_range(bits)
+    num_shifts = len(ZERO_POINT_SHIFTS)
+    scale = torch.tensor(ratios, dtype=torch.float32).repeat_interleave(num_shifts) / (2**bits - 1)
+    shifts = torch.tensor(ZERO_POINT_SHIFTS).repeat(len(ratios))
 
-    def of(zero: int) -> Tensor:
+    def costs(nearest_zero_point: int) -> Tensor:
+        zero_point = (shifts + nearest_zero_point).clamp(min_code, max_code)
         return rounding_costs(
-            lambda x: _nearest(x, scale, (shifts + zero).clamp(lowest, greatest), bits=bits),
-            places=1 << 11,
+            lambda x: _round(x, scale, zero_point, bits=bits), places=PLACES_PER_ZERO_POINT
         )
 
-    return torch.stack([of(zero) for zero in range(lowest, greatest + 1)]).to(device)
+    return torch.stack([costs(zero) for zero in range(min_code, max_code + 1)]).to(device)
 
 
 def _by_column(x: Tensor) -> Tensor:
@@ -168,17 +199,18 @@ def _by_column(x: Tensor) -> Tensor:
     return x.T.contiguous().T
 
 
-def _nearest(x: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int) -> Tensor:
+def _round(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int) -> Tensor:
     codes = (x / scale).round_()
-    if zero is None:
+    if zero_point is None:
         return codes.clamp_(*integer_range(bits)).mul_(scale)
-    return codes.add_(zero).clamp_(*integer_range(bits)).sub_(zero).mul_(scale)
+    return codes.add_(zero_point).clamp_(*integer_range(bits)).sub_(zero_point).mul_(scale)
 
 
-def _stored(scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def _to_stored(scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The nearest scale that can be stored and divided by: positive, finite, and so is what codes
     make of it.
     """
     info = torch.finfo(dtype)
-    most = min(info.max, torch.finfo(torch.float32).max / 2**bits)
-    return scale.clamp_(max(info.smallest_normal * info.eps, SMALLEST), most).to(dtype).float()
+    smallest = max(info.smallest_normal * info.eps, SMALLEST_SCALE)
+    largest = min(info.max, torch.finfo(torch.float32).max / 2**bits)
+    return scale.clamp_(smallest, largest).to(dtype).float()

@@ -13,22 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-# Weights that are looked up at a time: they stay in cache.
-CHUNK = 1 << 18
+# Weights that are looked up at a time: they stay in a core's cache.
+WEIGHTS_PER_CHUNK = 1 << 18
 
-# Numbers of a place whose costs are averaged.
+# Numbers in each place whose costs are averaged.
 SAMPLES = 4
 
-# A share of the span, so that its end still belongs to its last place.
-SHORT = 1 - 2.0**-16
+# Positions are shrunk by so much that the end of the span still belongs to its last place.
+SHRINK = 1 - 2.0**-16
 
 
 def rounding_costs(nearest: Callable[[Tensor], Tensor], places: int = 1 << 12) -> Tensor:
-    """The mean of (x - q)² in each of so many equal places from -1 to 1: (places, candidates)
-    float32.
+    """The mean of (x - q)² in each of so many equal places from -1 to 1.
 
     Args:
         nearest: given numbers (count, 1), what each candidate makes of them: (count, candidates).
+        places: into how many the span is cut.
+
+    Returns:
+        (places, candidates) float32.
     """
     count = places * SAMPLES
     x = (torch.arange(1 - count, count, 2) / count).unsqueeze(1)
@@ -44,59 +47,72 @@ def search_scales(
     *,
     kind: Tensor | None = None,
 ) -> Tensor:
-    """Which candidate has the least Σ importance (w - q)² in each group: (out, groups) int32.
+    """Which candidate has the least Σ importance (w - q)² in each group.
 
     Args:
         weight: (out, in) float32, the width a multiple of `group`.
         importance: (in,) what an error costs in each column; None where all cost the same.
+        group: columns that share a scale.
         table: (kinds, places, candidates) float32: for each kind of group its `rounding_costs`,
             weights in units of the span.
         span: (out, groups) float32.
-        kind: (out, groups) integers, where there are several.
+        kind: (out, groups) whole numbers, where there are several.
+
+    Returns:
+        (out, groups) int32, positions among the candidates.
     """
-    kinds, places, candidates = table.shape
-    if candidates == 1:
+    num_kinds, num_places, num_candidates = table.shape
+    if num_candidates == 1:
         return torch.zeros_like(span, dtype=torch.int32)
-    start = (torch.zeros_like(span) if kind is None else kind * float(places)).add_(places / 2)
-    height, best = min(max(CHUNK // weight.shape[1], 1), len(weight)), []
-    shares = None
+
+    # The tables of all kinds lie one below the other; a weight of 0 is in the middle of its own.
+    origin = torch.zeros_like(span) if kind is None else kind * float(num_places)
+    origin.add_(num_places / 2)
+    rows_per_chunk = min(max(WEIGHTS_PER_CHUNK // weight.shape[1], 1), len(weight))
+    relative_importance = None
     if importance is not None:
-        shares = (importance / importance.amax()).expand(height, -1).reshape(-1, group)
+        relative = importance / importance.amax()
+        relative_importance = relative.expand(rows_per_chunk, -1).reshape(-1, group)
+
+    # Shared by all chunks: memory that is allocated anew for each would be paged in each time.
     position_buffer, row_buffer = (
-        weight.new_empty(height, span.shape[1], group, dtype=dtype)
+        weight.new_empty(rows_per_chunk, span.shape[1], group, dtype=dtype)
         for dtype in (torch.float32, torch.int32)
     )
 
-    for first in range(0, len(weight), height):
-        rows = slice(first, min(first + height, len(weight)))
+    best = []
+    for first in range(0, len(weight), rows_per_chunk):
+        rows = slice(first, min(first + rows_per_chunk, len(weight)))
         position = position_buffer[: rows.stop - first]  # (rows, groups, group)
         torch.div(to_groups(weight[rows], group), span[rows].unsqueeze(2), out=position)
-        position.mul_(places / 2 * SHORT).add_(start[rows].unsqueeze(2))
+        position.mul_(num_places / 2 * SHRINK).add_(origin[rows].unsqueeze(2))
 
         # A NaN is clamped to some row of the table: only the scheme may refuse it.
         table_row = row_buffer[: rows.stop - first]
-        table_row.copy_(position).clamp_(0, kinds * places - 1)
+        table_row.copy_(position).clamp_(0, num_kinds * num_places - 1)
         table_row = table_row.view(-1, group)
-        share = None if shares is None else shares[: len(table_row)]
+
+        # An embedding bag sums the table's rows of a group without storing them one by one.
+        weights = None if relative_importance is None else relative_importance[: len(table_row)]
         costs = embedding_bag(
-            table_row, table.view(-1, candidates), mode="sum", per_sample_weights=share
-        )
-        best.append(_least(costs))
+            table_row, table.view(-1, num_candidates), mode="sum", per_sample_weights=weights
+        )  # (rows * groups, candidates)
+        best.append(_argmin_(costs))
     return torch.cat(best).view_as(span)
 
 
-def _least(x: Tensor) -> Tensor:
+def _argmin_(x: Tensor) -> Tensor:
     """Where in each row the least number is, the first of those within 2^-16 of it: (rows, few) ->
-    (rows,) int32.
-
-    None is negative, so that they are ordered as their bits are; the last of these make room for
-    the place. x is lost.
+    (rows,) int32. x is overwritten.
     """
-    mask = (1 << (x.shape[1] - 1).bit_length()) - 1
-    places = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-    return x.view(torch.int32).bitwise_and_(~mask).bitwise_or_(places).amin(1).bitwise_and_(mask)
+    # None is negative, so that they have the order of their bits. The lowest bits make room for the
+    # position, which the least number then carries with it.
+    position_mask = (1 << (x.shape[1] - 1).bit_length()) - 1
+    positions = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+    with_position = x.view(torch.int32).bitwise_and_(~position_mask).bitwise_or_(positions)
+    return with_position.amin(1).bitwise_and_(position_mask)
 
 
 def to_groups(x: Tensor, group: int) -> Tensor:
-    """(out, in) -> (out, groups, group)."""
+    """A view, where possible, of (out, in) as (out, groups, group)."""
     return x.reshape(len(x), -1, group)
