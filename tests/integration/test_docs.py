@@ -145,7 +145,7 @@ def test_the_walk_through_of_a_scheme_of_one_s_own_runs(walk: Walk, tmp_path: Pa
     said = walk("writing-a-scheme.md")
     # as it was written, and as it was edited
     assert len(re.findall(r" \d+ passed, \d+ skipped in ", said)) == 2
-    assert "ternary (bitpress-scheme-ternary 0.1.0): Whole numbers from -levels to levels" in said
+    assert "ternary (bitpress-scheme-ternary 0.1.0): Integers from -levels to levels" in said
     assert "ternary (bitpress-scheme-ternary 0.1.0): Weights of -1, 0 and 1" in said
     assert "verified: 42 layers read back and compared with the source" in said
     assert "with bitpress-scheme-ternary 0.1.0" in said
