@@ -102,14 +102,14 @@ def threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("set_device", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     monkeypatch.setattr(torch.cuda, "Stream", NoStream)
-    take = devices.Turns.take
+    assign = devices.ThreadDevices.assign
 
-    def taken(self: devices.Turns) -> None:
-        take(self)
+    def assign_pretended(self: devices.ThreadDevices) -> None:
+        assign(self)
         # as long as the thread lives
         Pretended().__enter__()
 
-    monkeypatch.setattr(devices.Turns, "take", taken)
+    monkeypatch.setattr(devices.ThreadDevices, "assign", assign_pretended)
 
 
 @pytest.mark.parametrize("name", RUNS)

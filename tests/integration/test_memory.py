@@ -98,9 +98,9 @@ from bitpress.schemes import pipeline
 memory.TRANSFORMERS_BYTES = 0  # memory is short from the beginning
 solve, idle = pipeline.quantize_whole, [0]
 def watched(*arguments):
-    before = memory.taken()
+    before = memory.resident_bytes()
     ctypes.CDLL(None).malloc_trim(0)
-    idle.append(before - memory.taken())
+    idle.append(before - memory.resident_bytes())
     return solve(*arguments)
 pipeline.quantize_whole = watched
 try:

@@ -169,7 +169,7 @@ def test_a_cpu_that_multiplies_bfloat16_runs_models_of_it_as_they_are_served(
         {name: tensor.to(dtype) for name, tensor in llama_tensors(config=CONFIG).items()},
     )
     exact, layer = run(source, tmp_path / "exact"), "model.layers.2.mlp.down_proj.seen"
-    with patch("bitpress.compression.calibrated.cpu_has", lambda *names: True):
+    with patch("bitpress.compression.calibrated.has_cpu_feature", lambda *names: True):
         out = run(source, tmp_path / "o")
     wanted, found = tensors_of(exact)[layer][0], tensors_of(out)[layer][0]
     assert torch.equal(found, wanted) != served

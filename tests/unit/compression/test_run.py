@@ -369,7 +369,7 @@ def test_a_run_that_is_short_of_memory_takes_as_many_threads_as_fit(
     tmp_path: Path, with_toy: Path
 ) -> None:
     job = prepare_job(write_model(tmp_path / "model"), RecipeSource("toy"))
-    with patch("bitpress.compression.run.cores", return_value=64):
+    with patch("bitpress.compression.run.count_cores", return_value=64):
         for count in (1, 3, 64):
             assert (
                 run._choose_num_threads(job, memory_estimate.estimate_memory(job.plan, count))

@@ -22,7 +22,7 @@ from bitpress.compression import data_free, run
 from bitpress.conformance.models import files_of, write_model
 from bitpress.planning.layout import Stack
 from bitpress.runtime import devices
-from bitpress.runtime.devices import Turns, devices_named
+from bitpress.runtime.devices import ThreadDevices, find_all_devices
 
 CPUS = tuple(torch.device("cpu", number) for number in range(3))
 
@@ -33,22 +33,22 @@ def test_cuda_is_every_gpu_and_a_number_is_one(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     # which would look for them
-    monkeypatch.setattr(devices, "device_named", torch.device)
-    assert devices_named(name) == tuple(torch.device("cuda", number) for number in numbers)
+    monkeypatch.setattr(devices, "find_device", torch.device)
+    assert find_all_devices(name) == tuple(torch.device("cuda", number) for number in numbers)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 7])
 def test_each_thread_keeps_a_device_and_devices_have_as_many_threads_as_one_another(
     threads: int,
 ) -> None:
-    turns, meet = Turns(CPUS), threading.Barrier(threads)
+    thread_devices, meet = ThreadDevices(CPUS), threading.Barrier(threads)
 
     def work(_: int) -> tuple[int, torch.device]:
         # no thread works twice before all have worked once
         meet.wait(60)
-        return threading.get_ident(), turns.device
+        return threading.get_ident(), thread_devices.device
 
-    with ThreadPoolExecutor(threads, initializer=turns.take) as pool:
+    with ThreadPoolExecutor(threads, initializer=thread_devices.assign) as pool:
         found = list(pool.map(work, range(3 * threads)))
     own = dict(found)
     assert len(own) == threads
@@ -80,7 +80,7 @@ def test_every_device_has_stacks_and_the_bytes_are_those_of_one(
         yield from compress_stack(stack, reader, device)
 
     monkeypatch.setattr(data_free, "compress_stack", on)
-    monkeypatch.setattr(run, "devices_named", lambda name: CPUS)
+    monkeypatch.setattr(run, "find_all_devices", lambda name: CPUS)
     bitpress.compress(model, tmp_path / "three", scheme="toy", threads=len(CPUS))
     assert used == set(CPUS)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "three")

@@ -25,12 +25,12 @@ def resident():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1])
 
 found = {"without": min(faults() for _ in range(4)), "before": resident()}
-with memory.freed_kept():
+with memory.retain_freed_memory():
     # something small may settle between two
     found |= {"within": min(faults() for _ in range(4)), "kept": resident()}
-    memory.give_back(allowed=1 << 40)
+    memory.release_freed_memory(max_working_bytes=1 << 40)
     found |= {"allowed": resident()}
-    memory.give_back(allowed=0)
+    memory.release_freed_memory(max_working_bytes=0)
     found |= {"refused": resident()}
 found |= {"after": resident()}
 print(json.dumps(found))

@@ -23,7 +23,7 @@ from bitpress import DataError
 from bitpress.conformance.commands import command, plugins
 from bitpress.conformance.models import files_of, llama_tensors, tensors_of, write_model
 from bitpress.planning.memory_estimate import split_batches
-from bitpress.runtime.process_group import Ranks
+from bitpress.runtime.process_group import ProcessGroup
 
 SHARDS = 5
 
@@ -68,7 +68,7 @@ def cause(found: subprocess.CompletedProcess[str]) -> tuple[int, int]:
 def test_every_item_falls_to_one_rank_and_none_has_much_more_than_another(count: int) -> None:
     sizes = [5, 9, 1, 1, 30, 2, 8, 8, 8, 3, 0]
     shares = [
-        Ranks(rank, count).deal(list(enumerate(sizes)), lambda item: item[1])
+        ProcessGroup(rank, count).partition_by_size(list(enumerate(sizes)), lambda item: item[1])
         for rank in range(count)
     ]
     assert sorted(item for share in shares for item in share) == list(enumerate(sizes))
@@ -79,7 +79,7 @@ def test_every_item_falls_to_one_rank_and_none_has_much_more_than_another(count:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_neighbors_stay_together_and_parts_are_as_even_as_can_be(count: int) -> None:
-    parts = [Ranks(rank, count).part("abcdefg") for rank in range(count)]
+    parts = [ProcessGroup(rank, count).partition_evenly("abcdefg") for rank in range(count)]
     assert [place for part in parts for place in part] == list(range(7))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -154,13 +154,13 @@ def test_bad_input_is_told_once_in_one_line_and_ends_all_ranks(
 ADDING = """
 import torch, torch.distributed as dist
 from bitpress.compression.calibration.statistics import reduce_statistics
-from bitpress.runtime.process_group import Ranks
+from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
 from bitpress.schemes.values import Statistic
 
 dist.init_process_group("gloo")
 rank, count = dist.get_rank(), dist.get_world_size()
-ranks = Ranks(rank, count)
+process_group = ProcessGroup(rank, count)
 
 def seen(i):
     if i == 2:  # no token has come here
@@ -178,7 +178,7 @@ for i in range(count):
     pipeline.merge(expected[1], seen(i))
 for owner in range(count):
     given = [{}, seen(rank)]
-    found = reduce_statistics(ranks, given, owner, torch.device("cpu"))
+    found = reduce_statistics(process_group, given, owner, torch.device("cpu"))
     if rank != owner:
         assert found == [{}, {}]
         continue
@@ -190,12 +190,13 @@ for dtype in (torch.float8_e4m3fn, torch.uint8, torch.int8, torch.bfloat16, torc
     whole = torch.arange(12.).view(3, 4).to(dtype)
     for source in range(count):
         given = whole.clone() if rank == source else torch.empty_like(whole)
-        assert torch.equal(ranks.share(given, source).float(), whole.float())
-    assert ranks.share(torch.tensor(float(rank + 1)), count - 1) == count
-found = ranks.any(torch.full((2,), float(rank)) if rank < 2 else None, torch.device("cpu"))
+        assert torch.equal(process_group.broadcast(given, source).float(), whole.float())
+    assert process_group.broadcast(torch.tensor(float(rank + 1)), count - 1) == count
+mine = torch.full((2,), float(rank)) if rank < 2 else None
+found = process_group.broadcast_from_last(mine, torch.device("cpu"))
 assert torch.equal(found, torch.full((2,), float(min(count, 2) - 1)))
-assert ranks.any(None, torch.device("cpu")) is None
-assert ranks.same(rank, count - 1) == count - 1
+assert process_group.broadcast_from_last(None, torch.device("cpu")) is None
+assert process_group.broadcast_object(rank, count - 1) == count - 1
 dist.destroy_process_group()
 """
 
@@ -320,6 +321,6 @@ def test_every_rank_has_a_batch_and_more_ranks_than_sequences_are_refused() -> N
     assert [len(batch) for batch in split_batches(ids, 1)] == [2, 2, 2, 1]
     for count in range(1, 8):
         assert torch.equal(torch.cat(list(found := split_batches(ids, count))), ids)
-        assert all(len(Ranks(rank, count).part(found)) for rank in range(count))
+        assert all(len(ProcessGroup(rank, count).partition_evenly(found)) for rank in range(count))
     with pytest.raises(DataError, match="7 calibration sequences for 8 ranks"):
         split_batches(ids, 8)

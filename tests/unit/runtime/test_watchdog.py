@@ -17,9 +17,9 @@ import bitpress
 from bitpress.conformance.commands import install, plugins
 from bitpress.conformance.models import files_of, write_model
 
-# beats after which a rank is taken for lost here
+# heartbeats after which a rank is taken for lost here
 SOON = 3
-SETTING = f"\nimport bitpress.runtime.watchdog\nbitpress.runtime.watchdog.LOST = {SOON}\n"
+SETTING = f"\nfrom bitpress.runtime import watchdog\nwatchdog.MAX_MISSED_HEARTBEATS = {SOON}\n"
 WORDS = DEADLY.replace("os.kill(os.getpid(), int(number))", "os.system(number)") + SETTING
 HOSTS = """
 set -e

@@ -37,8 +37,8 @@ from bitpress.planning.planner import make_plan
 from bitpress.planning.recipe_source import RecipeSource
 from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
-from bitpress.runtime.devices import cores, device_named, torch_threads
-from bitpress.runtime.progress import Progress, quiet
+from bitpress.runtime.devices import count_cores, find_device, torch_threads
+from bitpress.runtime.progress import Progress, ignore_progress
 from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.registry import discover
 
@@ -98,7 +98,7 @@ def compress(
     verify: bool = True,
     check: str | Path | None = None,
     max_kl: float | None = None,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Manifest:
     """Write a smaller model into the folder `out`, and prove it unless `verify` is off.
 
@@ -152,7 +152,7 @@ def search(
     threads: int | None = None,
     max_memory: int | None = None,
     trust_remote_code: bool = False,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> SearchResult:
     """Measure what each scheme costs each layer, and write the recipe that costs least in a budget
     into the file `out`.
@@ -186,7 +186,7 @@ def verify(
     out: str | Path,
     against: str | Path | None = None,
     threads: int | None = None,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> verification.Report:
     """Open an output again and prove it: files, config, scales, and with `against`, the source,
     every weight.
@@ -195,7 +195,7 @@ def verify(
         BitpressError: the folder was not written by bitpress, or a scheme that wrote it is not
             installed.
     """
-    folder, count = Path(out), threads or cores()
+    folder, count = Path(out), threads or count_cores()
     if (folder / filenames.MANIFEST).is_file() and not manifest.is_intact(folder):
         fault = (
             "its bytes are not those that were written (its own SHA-256 differs), and it is what "
@@ -258,7 +258,7 @@ def _is_page(file: Path) -> bool:
         return f.read(len(START)) == START.encode()
 
 
-def decompress(out: str | Path, dense: str | Path, progress: Progress = quiet) -> None:
+def decompress(out: str | Path, dense: str | Path, progress: Progress = ignore_progress) -> None:
     """Write the plain checkpoint that an output's loader computes with."""
     written = _as_planned(open_checkpoint(Path(out)))
     total = sum(note.shape[0] * note.shape[1] * 2 for note in written.layers.values())
@@ -278,7 +278,7 @@ def evaluate(
     threads: int | None = None,
     max_memory: int | None = None,
     trust_remote_code: bool = False,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Check:
     """How well a model predicts a text; and with `against`, how far its predictions are from that
     model's.
@@ -305,8 +305,8 @@ def evaluate_model(
     progress: Progress,
 ) -> Check:
     """`evaluate`, its options as values."""
-    device = device_named(options.device)
-    with Reader() as reader, torch_threads(options.num_threads or cores()):
+    device = find_device(options.device)
+    with Reader() as reader, torch_threads(options.num_threads or count_cores()):
         folders = [resolve(model)] if against is None else [resolve(model), resolve(against)]
         models = [_open_runnable_model(folder, reader) for folder in folders]
         # texts are tokenized as the reference tokenizes them, where there is one

@@ -68,13 +68,13 @@ def plan(model: str, recipe: RecipeSource, deployment: options.Deployment) -> No
     with garbage_collection_paused():
         from bitpress import api
         from bitpress.planning import memory_estimate, tensor_parallel, time_estimate
-        from bitpress.runtime.devices import cores
+        from bitpress.runtime.devices import count_cores
 
     device = None if deployment.hardware is None else hardware.find(deployment.hardware)
     plan = api.plan_from(model, recipe, device)
 
     shares = time_estimate.estimate_ranks(plan, deployment.world_size)
-    num_threads = deployment.num_threads or max(cores() // deployment.world_size, 1)
+    num_threads = deployment.num_threads or max(count_cores() // deployment.world_size, 1)
     requirements = Requirements(
         memory_estimate.estimate_memory(plan, num_threads),
         memory_estimate.estimate_scratch(plan, max(share.tokens for share in shares)),
@@ -114,15 +114,15 @@ def compress(
         from bitpress.planning import tensor_parallel
         from bitpress.runtime import watchdog
 
-    with watchdog.started(run_options.device) as ranks:
+    with watchdog.join_process_group(run_options.device) as process_group:
         job = prepare_job(model, recipe, calibration, run_options)
-        if ranks.first:
+        if process_group.is_rank_zero:
             print_remarks(job.plan, job.warnings, tensor_parallel.remarks(job.plan))
             if calibration.source is not None and job.calibration is None:
                 warn(["no step of this recipe needs data: --calibration is not used"])
-        with progress_bars(is_silent=not ranks.first) as progress:
-            manifest = run(job, out, run_options, progress, ranks)
-    if ranks.first:
+        with progress_bars(is_silent=not process_group.is_rank_zero) as progress:
+            manifest = run(job, out, run_options, progress, process_group)
+    if process_group.is_rank_zero:
         show(CompressSummary(manifest, job.plan, out, run_options.verify))
 
 

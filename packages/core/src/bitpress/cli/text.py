@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import click
 
 from bitpress.errors import RecipeError, plain
-from bitpress.runtime.progress import Progress, Told, quiet
+from bitpress.runtime.progress import Progress, ReportProgress, ignore_progress
 
 # Where the wish for JSON is kept in click's context.
 WANTS_JSON = "bitpress.wants_json"
@@ -105,7 +105,7 @@ def garbage_collection_paused() -> Iterator[None]:
 def progress_bars(is_silent: bool = False) -> Iterator[Progress]:
     """A bar per stage with the time left, on a terminal; nothing elsewhere, nor with `--json`."""
     if is_silent or _wants_json() or not sys.stderr.isatty():
-        yield quiet
+        yield ignore_progress
         return
     from rich.console import Console
     from rich.progress import (
@@ -124,10 +124,10 @@ def progress_bars(is_silent: bool = False) -> Iterator[Progress]:
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
 
-        def stage(stage: str, total: int) -> Told:
-            task = bars.add_task(stage, total=total)
-            return lambda done, what="": bars.update(
-                task, advance=done, description=f"{stage} {what}".strip()
+        def start_stage(stage: str, num_bytes: int) -> ReportProgress:
+            task = bars.add_task(stage, total=num_bytes)
+            return lambda num_bytes, text="": bars.update(
+                task, advance=num_bytes, description=f"{stage} {text}".strip()
             )
 
-        yield stage
+        yield start_stage

@@ -32,8 +32,8 @@ from bitpress.planning import memory_estimate
 from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
-from bitpress.runtime.cpu_features import cpu_has
-from bitpress.runtime.progress import Told
+from bitpress.runtime.cpu_features import has_cpu_feature
+from bitpress.runtime.progress import ReportProgress
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import input_rounding
 
@@ -46,7 +46,7 @@ def write_shards(
     output: OutputFolder,
     data: CalibrationData,
     resources: Resources,
-    told: Told,
+    told: ReportProgress,
 ) -> list[BlockNotes]:
     """Write every shard that an earlier run of the same plan has not written; returns what is to be
     told of each block.
@@ -61,10 +61,10 @@ def write_shards(
         CheckpointError: transformers cannot build the model, or the model makes numbers that are
             not finite.
     """
-    device, ranks = resources.device, resources.ranks
+    device, process_group = resources.device, resources.process_group
     dtype = _dtype(plan, device)
     notes = []
-    with Reader() as reader, torch.no_grad(), memory.freed_kept():
+    with Reader() as reader, torch.no_grad(), memory.retain_freed_memory():
         options = DecoderOptions(device, dtype, resources.trust_remote_code, data.all_experts)
         decoder = Decoder(plan.source, plan.container, reader, options)
         shards = {
@@ -73,7 +73,7 @@ def write_shards(
             if shard.block is not None and shard.block < len(decoder)
         }
         outside = [shard for shard in plan.shards if shard not in shards.values()]
-        for shard in ranks.deal(outside, lambda shard: shard.source_bytes):
+        for shard in process_group.partition_by_size(outside, lambda shard: shard.source_bytes):
             write_shard(shard, output, reader, Resources((device,)), told)
 
         inputs, streams = _start(plan, decoder, data, output, resources)
@@ -86,7 +86,7 @@ def write_shards(
             drift = streams.leave(last=index + 1 == len(decoder))
             if drift is not None and index in shards:
                 notes[-1].blocks[f"{plan.container}.{index}"] = drift
-            memory.give_back(streams.allowed)
+            memory.release_freed_memory(streams.allowed)
     return notes
 
 
@@ -96,7 +96,7 @@ def _dtype(plan: Plan, device: torch.device) -> torch.dtype:
     """
     return (
         plan.dtype
-        if device.type != "cpu" or (plan.dtype == torch.bfloat16 and cpu_has(*BFLOAT16))
+        if device.type != "cpu" or (plan.dtype == torch.bfloat16 and has_cpu_feature(*BFLOAT16))
         else torch.float32
     )
 
@@ -108,14 +108,14 @@ def _start(
 
     Those of every eighth batch are there once more where a scheme asks for the source's.
     """
-    device, ranks = resources.device, resources.ranks
-    batches = memory_estimate.split_batches(data.input_ids, ranks.count)
-    part = ranks.part(batches)
+    device, process_group = resources.device, resources.process_group
+    batches = memory_estimate.split_batches(data.input_ids, process_group.world_size)
+    part = process_group.partition_evenly(batches)
     own = [batches[i] for i in part]
 
     # what hidden states may take: the interpreter and its libraries stand outside
     if resources.max_memory is None:
-        allowed = memory.available() // (2 * ranks.beside)
+        allowed = memory.available_bytes() // (2 * process_group.local_world_size)
     else:
         allowed = resources.max_memory - memory.TRANSFORMERS_BYTES
     need = memory_estimate.estimate_calibration(plan, sum(batch.numel() for batch in own))
@@ -129,24 +129,33 @@ def _start(
     ]
     reference = HiddenStates((inputs.hidden_states[i].clone() for i in chosen), folder)
     num_waiting = need.num_waiting(allowed, own[0].numel())
-    streams = Streams(inputs.hidden_states, reference, chosen, num_waiting, device, ranks, allowed)
+    streams = Streams(
+        inputs.hidden_states, reference, chosen, num_waiting, device, process_group, allowed
+    )
     return inputs, streams
 
 
 def _block(
-    plan: Plan, shard: Shard, output: OutputFolder, reader: Reader, streams: Streams, told: Told
+    plan: Plan,
+    shard: Shard,
+    output: OutputFolder,
+    reader: Reader,
+    streams: Streams,
+    told: ReportProgress,
 ) -> BlockNotes:
     """Compress one block into its shard, or take up what an earlier run has made of it."""
     prefix, kept = (
         f"{plan.container}.{shard.block}.",
         output.folder / f"{shard.name}{BLOCK_RESULT_SUFFIX}",
     )
-    ranks = streams.ranks
-    if ranks.same(ranks.first and output.has_shard(shard.name, shard.header) and kept.is_file()):
+    process_group = streams.process_group
+    if process_group.broadcast_object(
+        process_group.is_rank_zero and output.has_shard(shard.name, shard.header) and kept.is_file()
+    ):
         _take_up(shard, prefix, output, reader, streams.block)
         told(shard.source_bytes, f"{shard.name}: finished earlier")
         return BlockNotes(**json.loads(kept.read_text()))
-    if not ranks.first:
+    if not process_group.is_rank_zero:
         return compress_block(
             shard, prefix, streams, lambda name, tensor: None, plan.head_dim, told
         )

@@ -18,9 +18,9 @@ from bitpress.compression.resources import Resources
 from bitpress.errors import CheckpointError
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
-from bitpress.runtime.devices import Turns
-from bitpress.runtime.process_group import Ranks
-from bitpress.runtime.progress import Told
+from bitpress.runtime.devices import ThreadDevices
+from bitpress.runtime.process_group import ProcessGroup
+from bitpress.runtime.progress import ReportProgress
 from bitpress.schemes import pipeline, stored_layout
 from bitpress.schemes.values import Layer
 
@@ -29,7 +29,9 @@ from bitpress.schemes.values import Layer
 ON_GPU = 1 << 22
 
 
-def write_shards(plan: Plan, output: OutputFolder, resources: Resources, progress: Told) -> None:
+def write_shards(
+    plan: Plan, output: OutputFolder, resources: Resources, progress: ReportProgress
+) -> None:
     """Write this rank's shards, but for those that an earlier run of the same plan has finished.
 
     Args:
@@ -37,17 +39,21 @@ def write_shards(plan: Plan, output: OutputFolder, resources: Resources, progres
     """
     pinned = any(device.type == "cuda" for device in resources.devices)
     with Reader(pinned=pinned) as reader:
-        for shard in deal_shards(plan, resources.ranks):
+        for shard in deal_shards(plan, resources.process_group):
             write_shard(shard, output, reader, resources, progress)
 
 
-def deal_shards(plan: Plan, ranks: Ranks) -> list[Shard]:
+def deal_shards(plan: Plan, process_group: ProcessGroup) -> list[Shard]:
     """The shards that fall to a rank."""
-    return ranks.deal(plan.shards, lambda shard: shard.source_bytes)
+    return process_group.partition_by_size(plan.shards, lambda shard: shard.source_bytes)
 
 
 def write_shard(
-    shard: Shard, output: OutputFolder, reader: Reader, resources: Resources, progress: Told
+    shard: Shard,
+    output: OutputFolder,
+    reader: Reader,
+    resources: Resources,
+    progress: ReportProgress,
 ) -> None:
     """Write a shard unless an earlier run has; its stacks need no data."""
     if output.has_shard(shard.name, shard.header):
@@ -106,16 +112,20 @@ def _refuse_non_finite(entry: Entry, first: int, weight: torch.Tensor) -> None:
 
 
 def _fill_shard(
-    shard: Shard, reader: Reader, writer: ShardWriter, resources: Resources, progress: Told
+    shard: Shard,
+    reader: Reader,
+    writer: ShardWriter,
+    resources: Resources,
+    progress: ReportProgress,
 ) -> None:
     """Write all tensors of a shard, several stacks side by side; the bytes do not depend on which
     is done first.
     """
     entries = {entry.name: entry for entry in shard.header.entries}
-    turns = Turns(resources.devices)
+    thread_devices = ThreadDevices(resources.devices)
 
     def write_stack(stack: Stack) -> None:
-        for name, tensor in compress_stack(stack, reader, turns.device):
+        for name, tensor in compress_stack(stack, reader, thread_devices.device):
             writer.write(entries[name], tensor.cpu())
         progress(stack.source_bytes)
 
@@ -123,7 +133,7 @@ def _fill_shard(
         copy_entry(entry, entries[entry.name], reader, writer)
         progress(entry.nbytes)
 
-    pool = ThreadPoolExecutor(resources.num_threads, initializer=turns.take)
+    pool = ThreadPoolExecutor(resources.num_threads, initializer=thread_devices.assign)
     try:
         futures = [pool.submit(write_stack, stack) for stack in shard.stacks]
         futures += [pool.submit(write_copy, entry) for entry in shard.copies]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from attrs import frozen
 
-from bitpress.runtime.process_group import ALONE, Ranks
+from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 @frozen
@@ -17,14 +17,14 @@ class Resources:
         num_threads: of the process, which share the devices.
         max_memory: bytes of the process; None: no limit.
         trust_remote_code: whether code in the model's folder may run.
-        ranks: the processes that share the run.
+        process_group: the processes that share the run.
     """
 
     devices: tuple[torch.device, ...] = (torch.device("cpu"),)
     num_threads: int = 1
     max_memory: int | None = None
     trust_remote_code: bool = False
-    ranks: Ranks = ALONE
+    process_group: ProcessGroup = SINGLE_PROCESS
 
     @property
     def device(self) -> torch.device:

@@ -21,7 +21,7 @@ from bitpress.checkpoint.writer import OutputFolder, format_json
 from bitpress.errors import CheckpointError, OutputError
 from bitpress.modeling.tokens import CalibrationData
 from bitpress.planning.plan import Plan
-from bitpress.runtime.process_group import Ranks
+from bitpress.runtime.process_group import ProcessGroup
 from bitpress.runtime.version import __version__
 
 # How many differences an error names.
@@ -61,10 +61,10 @@ def keep_record(
 
 
 def require_same_on_ranks(
-    ranks: Ranks, plan: Plan, data: CalibrationData | None, device: torch.device
+    process_group: ProcessGroup, plan: Plan, data: CalibrationData | None, device: torch.device
 ) -> None:
     """Raise OutputError, naming what differs, unless all ranks are about to make the same."""
-    first, *others = ranks.gather(_describe_run(plan, data, device))
+    first, *others = process_group.all_gather_object(_describe_run(plan, data, device))
     for rank, record in enumerate(others, 1):
         if lines := list(differences(first, record)):
             raise OutputError(

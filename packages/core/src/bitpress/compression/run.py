@@ -26,17 +26,17 @@ from bitpress.output.written_model import WrittenModel
 from bitpress.planning.memory_estimate import estimate_disk, estimate_memory
 from bitpress.planning.plan import Plan
 from bitpress.planning.run_options import RunOptions
-from bitpress.runtime.devices import cores, devices_named, torch_threads
-from bitpress.runtime.process_group import ALONE, Ranks
-from bitpress.runtime.progress import Progress, quiet
+from bitpress.runtime.devices import count_cores, find_all_devices, torch_threads
+from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
+from bitpress.runtime.progress import Progress, ignore_progress
 
 
 def run(
     job: Job,
     out: str | Path,
     options: RunOptions | None = None,
-    progress: Progress = quiet,
-    ranks: Ranks = ALONE,
+    progress: Progress = ignore_progress,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Manifest:
     """Write a job's model into the folder `out`, on this rank; all ranks return the same.
 
@@ -46,7 +46,7 @@ def run(
     """
     options = options or RunOptions()
     plan = job.plan
-    resources = _choose_resources(job, options, ranks)
+    resources = _choose_resources(job, options, process_group)
     _check_options(job, options, resources)
 
     with OutputFolder(Path(out)) as output:
@@ -54,44 +54,48 @@ def run(
         stamps = resume.read_stamps(plan.source)
 
         with _keep_record(job, output, resources):
-            resume.require_same_on_ranks(ranks, plan, job.calibration, resources.device)
+            resume.require_same_on_ranks(process_group, plan, job.calibration, resources.device)
             if not output.is_locked:
                 raise OutputError(
-                    f"rank {ranks.rank} does not see {out} as rank 0 has prepared it: all need one "
-                    "file system"
+                    f"rank {process_group.rank} does not see {out} as rank 0 has prepared it: all "
+                    "need one file system"
                 )
 
             blocks = _write_shards(job, output, resources, progress)
-            _copy_side_files(plan, output, ranks)
+            _copy_side_files(plan, output, process_group)
             # a changed source's faults would otherwise seem to be the output's
             resume.check_unchanged(plan.source, stamps)
-            ranks.wait()
+            process_group.barrier()
 
             manifest = build_manifest(job, output, blocks, resources, options.verify)
             if options.verify:
                 manifest = _verify(manifest, plan, output, resources, progress)
-            if check and ranks.first:
+            if check and process_group.is_rank_zero:
                 manifest = _check_accuracy(manifest, check, output, resources, progress)
                 assert manifest.check is not None
                 accuracy_check.require_accuracy(manifest.check, options.max_kl, output.folder)
 
             resume.check_unchanged(plan.source, stamps)
-            if ranks.first:
+            if process_group.is_rank_zero:
                 manifest = _publish(job, manifest, output)
-        return ranks.same(manifest)
+        return process_group.broadcast_object(manifest)
 
 
-def _choose_resources(job: Job, options: RunOptions, ranks: Ranks) -> Resources:
-    devices = devices_named(ranks.device(options.device))
-    num_threads = options.num_threads or _choose_num_threads(job, options.max_memory, ranks)
-    return Resources(devices, num_threads, options.max_memory, options.trust_remote_code, ranks)
+def _choose_resources(job: Job, options: RunOptions, process_group: ProcessGroup) -> Resources:
+    devices = find_all_devices(process_group.local_device(options.device))
+    num_threads = options.num_threads or _choose_num_threads(job, options.max_memory, process_group)
+    return Resources(
+        devices, num_threads, options.max_memory, options.trust_remote_code, process_group
+    )
 
 
-def _choose_num_threads(job: Job, max_memory: int | None, ranks: Ranks = ALONE) -> int:
+def _choose_num_threads(
+    job: Job, max_memory: int | None, process_group: ProcessGroup = SINGLE_PROCESS
+) -> int:
     """As many as there are cores for a rank, or fewer where memory is short and each thread takes
     its own.
     """
-    most = max(cores() // ranks.beside, 1)
+    most = max(count_cores() // process_group.local_world_size, 1)
     if job.calibration or max_memory is None:
         return most
     fitting = (n for n in range(most, 1, -1) if estimate_memory(job.plan, n) <= max_memory)
@@ -102,7 +106,7 @@ def _check_options(job: Job, options: RunOptions, resources: Resources) -> None:
     """Raise RecipeError where the limits that were given cannot be kept to."""
     max_memory, max_kl = options.max_memory, options.max_kl
     if max_memory is not None:
-        num_tokens = _num_tokens(job, resources.ranks)
+        num_tokens = _num_tokens(job, resources.process_group)
         least = estimate_memory(job.plan, resources.num_threads, num_tokens)
         if max_memory < least:
             raise RecipeError(
@@ -118,14 +122,18 @@ def _check_options(job: Job, options: RunOptions, resources: Resources) -> None:
         )
 
 
-def _num_tokens(job: Job, ranks: Ranks) -> int:
+def _num_tokens(job: Job, process_group: ProcessGroup) -> int:
     """Calibration tokens of each rank, at most."""
-    return math.ceil(job.calibration.input_ids.numel() / ranks.count) if job.calibration else 0
+    return (
+        math.ceil(job.calibration.input_ids.numel() / process_group.world_size)
+        if job.calibration
+        else 0
+    )
 
 
 def _prepare_output(job: Job, output: OutputFolder, resources: Resources) -> AccuracyCheck | None:
     """Lock the folder and see that all will find room in it; returns the check of the result."""
-    plan, ranks = job.plan, resources.ranks
+    plan, process_group = job.plan, resources.process_group
     if output.folder.resolve().is_relative_to(plan.source.folder.resolve()):
         raise OutputError(f"{output.folder} is the source or lies inside it; name another folder")
     check = None
@@ -133,8 +141,10 @@ def _prepare_output(job: Job, output: OutputFolder, resources: Resources) -> Acc
         check = accuracy_check.prepare_check(
             plan, job.check_text, resources.max_memory, output.folder
         )
-    if ranks.first:
-        num_bytes = estimate_disk(plan, _num_tokens(job, ranks), resources.max_memory, ranks.count)
+    if process_group.is_rank_zero:
+        num_bytes = estimate_disk(
+            plan, _num_tokens(job, process_group), resources.max_memory, process_group.world_size
+        )
         output.prepare([*plan.files, *_block_results(plan)], num_bytes)
     return check
 
@@ -143,7 +153,7 @@ def _keep_record(
     job: Job, output: OutputFolder, resources: Resources
 ) -> contextlib.AbstractContextManager[None]:
     """The record by which a later run knows whether it may resume this one, kept by rank 0."""
-    if not resources.ranks.first:
+    if not resources.process_group.is_rank_zero:
         return contextlib.nullcontext()
     return resume.keep_record(output, job.plan, job.calibration, resources.device)
 
@@ -162,7 +172,7 @@ def _write_shards(
                 resources,
                 progress("compressing", plan.source_bytes),
             )
-    shards = data_free.deal_shards(plan, resources.ranks)
+    shards = data_free.deal_shards(plan, resources.process_group)
     # tasks run side by side, each on one core: torch's own threads would only wait for each other
     with torch_threads(1):
         data_free.write_shards(
@@ -174,9 +184,9 @@ def _write_shards(
     return ()
 
 
-def _copy_side_files(plan: Plan, output: OutputFolder, ranks: Ranks) -> None:
+def _copy_side_files(plan: Plan, output: OutputFolder, process_group: ProcessGroup) -> None:
     """Tokenizer, generation config and the like, and the index of the shards."""
-    if not ranks.first:
+    if not process_group.is_rank_zero:
         return
     for name, source_name in plan.side_files.items():
         output.copy_file(name, plan.source.folder / source_name)
@@ -194,14 +204,14 @@ def _verify(
     """The manifest with every layer's error, measured on the files; raises VerificationError where
     something is wrong.
     """
-    ranks = resources.ranks
+    process_group = resources.process_group
     with torch_threads(1):
         report = verification.verify_tensors(
             _open_written(manifest, plan, output),
             plan.source,
             resources.num_threads,
-            progress("verifying", plan.output_bytes // ranks.count),
-            ranks,
+            progress("verifying", plan.output_bytes // process_group.world_size),
+            process_group,
         )
     if report.faults:
         raise VerificationError(

@@ -42,7 +42,7 @@ def build_manifest(
             {name: plan.source.folder / name for name in plan.source.headers},
             resources.num_threads,
             with_digests,
-            resources.ranks,
+            resources.process_group,
         ),
         files=_describe_files(job, output, resources, with_digests),
         layers=_describe_layers(job, blocks),
@@ -77,7 +77,7 @@ def _describe_files(
         {name: output.folder / name for name in job.plan.files if name not in written_later},
         resources.num_threads,
         with_digests,
-        resources.ranks,
+        resources.process_group,
     )
     files[filenames.CONFIG] = _describe_bytes(format_json(job.plan.config).encode())
     return files

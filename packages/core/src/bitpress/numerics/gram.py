@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitpress.numerics.blocks import absmax
-from bitpress.runtime.cpu_features import cpu_has
+from bitpress.runtime.cpu_features import has_cpu_feature
 
 # Into so many stripes a symmetric or triangular product is cut: of 8, 9/16 of the whole are
 # computed.
@@ -122,4 +122,4 @@ def _quantize_channels(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _uses_int8(x: Tensor) -> bool:
-    return x.device.type == "cpu" and len(x) >= MIN_SIZE and cpu_has(*INT8_INSTRUCTIONS)
+    return x.device.type == "cpu" and len(x) >= MIN_SIZE and has_cpu_feature(*INT8_INSTRUCTIONS)

@@ -14,11 +14,11 @@ from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.safetensors import Entry, Header, TensorSpec, lay_out, make_index
 from bitpress.checkpoint.writer import OutputFolder, ShardWriter, copy_entry, format_json
 from bitpress.output.written_model import WrittenModel
-from bitpress.runtime.progress import Told
+from bitpress.runtime.progress import ReportProgress
 from bitpress.schemes import pipeline
 
 
-def write_dense(written: WrittenModel, output: OutputFolder, progress: Told) -> None:
+def write_dense(written: WrittenModel, output: OutputFolder, progress: ReportProgress) -> None:
     """Write the dense model; shards keep their names and what was in them.
 
     Args:

@@ -28,7 +28,7 @@ from bitpress.modeling.tokens import EvaluationText
 from bitpress.output.manifest import Check
 from bitpress.planning import memory_estimate
 from bitpress.runtime import memory
-from bitpress.runtime.progress import Told
+from bitpress.runtime.progress import ReportProgress
 
 # Tensors of logits' size that each model holds while predictions are compared: logits, their
 # logarithms, and what is made of those on the way to a sum.
@@ -57,7 +57,7 @@ def evaluate(
     text: EvaluationText,
     options: DecoderOptions,
     folder: Path | None,
-    progress: Told,
+    progress: ReportProgress,
 ) -> Check:
     """The figures of a model on a text, and beside a reference where one is given.
 
@@ -89,7 +89,7 @@ def evaluate(
             for model, runner in zip(models, runners, strict=True):
                 num_bytes = _run_block(runner, index, len(batches))
                 progress(num_bytes, f"{model.container}.{index}")
-                memory.give_back()
+                memory.release_freed_memory()
             if len(runners) > 1:
                 drift.append(_measure_drift(*runners))
         sums = _compare(models, runners, targets)
@@ -137,7 +137,7 @@ def choose_folder(
         memory.TRANSFORMERS_BYTES + num_bytes for num_bytes in estimate_memory(models, num_tokens)
     )
     if max_memory is None:
-        max_memory = memory.TRANSFORMERS_BYTES + memory.available() // 2
+        max_memory = memory.TRANSFORMERS_BYTES + memory.available_bytes() // 2
     elif max_memory < on_disk:
         raise RecipeError(
             f"running the model needs about {on_disk / 1e6:,.0f} MB of memory, more than the "

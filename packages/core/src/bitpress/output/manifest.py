@@ -20,7 +20,7 @@ from bitpress.checkpoint.safetensors import is_name
 from bitpress.checkpoint.writer import format_json
 from bitpress.errors import CheckpointError
 from bitpress.output.typed_json import parse_typed
-from bitpress.runtime.process_group import ALONE, Ranks
+from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 
 # The last key of the file: the digest of the file itself.
 OWN_DIGEST = "sha256"
@@ -202,7 +202,10 @@ def is_intact(folder: Path) -> bool:
 
 
 def describe_files(
-    files: Mapping[str, Path], threads: int, with_digests: bool = True, ranks: Ranks = ALONE
+    files: Mapping[str, Path],
+    threads: int,
+    with_digests: bool = True,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, FileRecord]:
     """Sizes and digests of files on disk; each rank reads its share of them.
 
@@ -213,11 +216,15 @@ def describe_files(
     """
     if not with_digests:
         return {name: FileRecord(file.stat().st_size) for name, file in files.items()}
-    names = ranks.deal(list(files), lambda name: files[name].stat().st_size)
+    names = process_group.partition_by_size(list(files), lambda name: files[name].stat().st_size)
     with ThreadPoolExecutor(threads) as pool:
         records = pool.map(_hash_file, (files[name] for name in names))
         share = dict(zip(names, records, strict=True))
-    merged = {name: record for part in ranks.gather(share) for name, record in part.items()}
+    merged = {
+        name: record
+        for part in process_group.all_gather_object(share)
+        for name, record in part.items()
+    }
     return {name: merged[name] for name in files}
 
 

@@ -21,8 +21,8 @@ from bitpress.output.manifest import FileRecord, describe_files
 from bitpress.output.written_model import WrittenModel
 from bitpress.planning import engine_rules, linear_layers
 from bitpress.planning.quantization_config import quantization_config
-from bitpress.runtime.process_group import ALONE, Ranks
-from bitpress.runtime.progress import Told
+from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
+from bitpress.runtime.progress import ReportProgress
 from bitpress.schemes import pipeline
 
 
@@ -68,8 +68,8 @@ def verify_tensors(
     written: WrittenModel,
     source: Checkpoint | None,
     threads: int,
-    progress: Told,
-    ranks: Ranks = ALONE,
+    progress: ReportProgress,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Report:
     """Prove that every planned tensor is stored as planned, scales are usable, the config says what
     is stored, and weights are near those of the source.
@@ -77,7 +77,7 @@ def verify_tensors(
     Args:
         source: the checkpoint that was compressed; None leaves out what needs it.
         progress: is given the bytes of each layer that was read.
-        ranks: each reads its share; all return the same report.
+        process_group: each rank reads its share; all return the same report.
     """
     faults = list(find_structure_faults(written, source))
     broken = {fault.subject for fault in faults}
@@ -85,10 +85,12 @@ def verify_tensors(
     def stored_bytes(module: str) -> int:
         return sum(entry.nbytes for entry in written.entries(module).values() if entry)
 
-    modules = ranks.deal([name for name in written.layers if name not in broken], stored_bytes)
+    modules = process_group.partition_by_size(
+        [name for name in written.layers if name not in broken], stored_bytes
+    )
     errors: dict[str, float] = {}
     with Reader() as reader, ThreadPoolExecutor(threads) as pool:
-        if not ranks.first:
+        if not process_group.is_rank_zero:
             # Every rank sees the same headers; the first reports them.
             faults = []
         elif not faults:
@@ -107,9 +109,9 @@ def verify_tensors(
             if error is not None:
                 errors[module] = error
         if source:
-            faults += _verify_copies(written, source, reader, ranks)
+            faults += _verify_copies(written, source, reader, process_group)
 
-    gathered = ranks.gather((faults, errors))
+    gathered = process_group.all_gather_object((faults, errors))
     return Report(
         tuple(fault for rank_faults, _ in gathered for fault in rank_faults),
         {module: error for _, errors in gathered for module, error in errors.items()},
@@ -244,11 +246,13 @@ def _is_usable_scale(scale: torch.Tensor) -> bool:
 
 
 def _verify_copies(
-    written: WrittenModel, source: Checkpoint, reader: Reader, ranks: Ranks
+    written: WrittenModel, source: Checkpoint, reader: Reader, process_group: ProcessGroup
 ) -> Sequence[Fault]:
     """Tensors outside the compressed layers that differ from the source's."""
     faults = []
-    for name, entry in ranks.deal(list(source.entries.items()), lambda item: item[1].nbytes):
+    for name, entry in process_group.partition_by_size(
+        list(source.entries.items()), lambda item: item[1].nbytes
+    ):
         copy = written.checkpoint.entries.get(name)
         if copy is None or name.removesuffix(".weight") in written.layers:
             continue

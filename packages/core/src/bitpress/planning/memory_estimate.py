@@ -11,11 +11,11 @@ from bitpress.checkpoint.views import View
 from bitpress.errors import DataError
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.plan import Plan
-from bitpress.runtime.devices import cores
+from bitpress.runtime.devices import count_cores
 from bitpress.runtime.memory import (
     TORCH_BYTES,
     TRANSFORMERS_BYTES,
-    available,
+    available_bytes,
 )
 from bitpress.schemes import stored_layout
 
@@ -55,7 +55,7 @@ class CalibrationMemory:
 
     def spilled_bytes(self, max_bytes: int | None) -> int:
         """Bytes of hidden states that go to disk; None allows half of what is free."""
-        limit = available() // 2 if max_bytes is None else max_bytes
+        limit = available_bytes() // 2 if max_bytes is None else max_bytes
         return self.in_memory - self.on_disk if self.in_memory > limit else 0
 
     def num_waiting(self, max_bytes: int, tokens: int) -> int:
@@ -131,7 +131,7 @@ def estimate_memory(
     """
     if plan.recipe.calibrated:
         return TRANSFORMERS_BYTES + estimate_calibration(plan, tokens).on_disk
-    return TORCH_BYTES + (threads or cores()) * _thread_bytes(plan)
+    return TORCH_BYTES + (threads or count_cores()) * _thread_bytes(plan)
 
 
 def estimate_scratch(

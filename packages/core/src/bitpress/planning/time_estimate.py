@@ -20,7 +20,7 @@ from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS, CalibrationConfig
 from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
-from bitpress.runtime.process_group import Ranks
+from bitpress.runtime.process_group import ProcessGroup
 
 # What one core does in a second.
 # Bytes of the source that are read and converted.
@@ -96,27 +96,30 @@ def estimate_ranks(
     Raises:
         DataError: there are too few sequences for the ranks.
     """
-    ranks = [Ranks(rank, num_ranks) for rank in range(num_ranks)]
+    process_groups = [ProcessGroup(rank, num_ranks) for rank in range(num_ranks)]
     proved_bytes = plan.source_bytes // num_ranks
     if not plan.recipe.calibrated:
-        return [_data_free_work(plan, rank, proved_bytes) for rank in ranks]
+        return [_data_free_work(plan, group, proved_bytes) for group in process_groups]
     calibration = calibration or CalibrationConfig()
     # One number that looks like (samples, length) takes no memory.
     ids = torch.zeros(1).expand(calibration.samples, calibration.sequence_length)
     batches = memory_estimate.split_batches(ids, num_ranks)
     batch_tokens = [len(batch) * calibration.sequence_length for batch in batches]
-    return list(_calibrated_work(plan, ranks, batch_tokens, proved_bytes))
+    return list(_calibrated_work(plan, process_groups, batch_tokens, proved_bytes))
 
 
-def _data_free_work(plan: Plan, rank: Ranks, proved_bytes: int) -> RankWork:
-    shards = rank.deal(plan.shards, lambda shard: shard.source_bytes)
+def _data_free_work(plan: Plan, group: ProcessGroup, proved_bytes: int) -> RankWork:
+    shards = group.partition_by_size(plan.shards, lambda shard: shard.source_bytes)
     return RankWork(
         _file_bytes_of(shards), sum(shard.header.nbytes for shard in shards), proved_bytes
     )
 
 
 def _calibrated_work(
-    plan: Plan, ranks: Sequence[Ranks], batch_tokens: Sequence[int], proved_bytes: int
+    plan: Plan,
+    process_groups: Sequence[ProcessGroup],
+    batch_tokens: Sequence[int],
+    proved_bytes: int,
 ) -> Iterator[RankWork]:
     """Every rank reads every block and runs its own batches; the first rank writes, and solutions
     go round.
@@ -130,9 +133,9 @@ def _calibrated_work(
     recording_bytes = sum(map(_file_bytes, embeddings)) + _file_bytes_of(blocks[:1])
     block_bytes = _file_bytes_of(blocks)
 
-    operations = _count_operations(plan, blocks, sum(batch_tokens), len(ranks))
-    for rank in ranks:
-        batches = rank.part(batch_tokens)
+    operations = _count_operations(plan, blocks, sum(batch_tokens), len(process_groups))
+    for group in process_groups:
+        batches = group.partition_evenly(batch_tokens)
         tokens = sum(batch_tokens[i] for i in batches)
         compared = sum(
             batch_tokens[i]
@@ -141,9 +144,9 @@ def _calibrated_work(
         )
 
         # Where tokens are compared, a block's own weights are read again.
-        shards = rank.deal(outside, lambda shard: shard.source_bytes)
+        shards = group.partition_by_size(outside, lambda shard: shard.source_bytes)
         reads = recording_bytes + block_bytes * (2 if compared else 1) + _file_bytes_of(shards)
-        if rank.first:
+        if group.is_rank_zero:
             reads += sum(_file_bytes(entry) for shard in blocks for entry in shard.copies)
             shards = [*shards, *blocks]
         products = operations.per_token * tokens + operations.per_compared_token * compared
@@ -153,7 +156,7 @@ def _calibrated_work(
             proved_bytes,
             tokens,
             int(products),
-            int(operations.solutions[rank.rank]),
+            int(operations.solutions[group.rank]),
         )
 
 

@@ -1,4 +1,4 @@
-"""What this CPU computes with."""
+"""Which instruction sets this CPU has."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import torch
 
 
 @functools.cache
-def cpu_has(*names: str) -> bool:
-    """Whether the CPU has one of these instruction sets, by `torch.cpu.get_capabilities`; False
-    where torch does not know.
+def has_cpu_feature(*names: str) -> bool:
+    """Whether the CPU has one of these instruction sets, by `torch.cpu.get_capabilities`.
+
+    False where torch does not know: older releases have no such function.
     """
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(known.get(name) for name in names)
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in names)

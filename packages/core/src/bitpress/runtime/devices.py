@@ -14,48 +14,53 @@ import torch
 from bitpress.errors import BitpressError, first_line
 
 
-def device_named(name: str) -> torch.device:
-    """The device that computes; raises BitpressError where there is none of that name."""
+def find_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        BitpressError: there is none, or torch cannot use it.
+    """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise BitpressError(f"--device {name}: it is cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
+        # only an allocation shows whether the driver works
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise BitpressError(f"--device {name}: {first_line(e)}") from None
     return device
 
 
-def devices_named(name: str) -> tuple[torch.device, ...]:
-    """The devices that share what can be dealt out, `cuda` being all GPUs there are; the first does
-    what cannot.
+def find_all_devices(name: str) -> tuple[torch.device, ...]:
+    """The devices that share work which can be split, `cuda` being all GPUs there are.
+
+    The first of them does what cannot be split.
     """
-    first = device_named(name)
-    return (
-        tuple(device_named(f"cuda:{i}") for i in range(torch.cuda.device_count()))
-        if name == "cuda"
-        else (first,)
-    )
+    first = find_device(name)
+    if name != "cuda":
+        return (first,)
+    return tuple(find_device(f"cuda:{i}") for i in range(torch.cuda.device_count()))
 
 
-class Turns:
+class ThreadDevices:
     """Devices in turn for the threads of a pool: each thread keeps one, and on a GPU a stream of
     its own.
 
-    What a stream is given it does in order, beside what other streams do: one thread's weights are
+    A stream runs what it is given in order, beside what other streams run: one thread's weights are
     copied while another's are computed with. Nothing that a thread has on a GPU may be given to
     another thread, whose stream would not wait for it.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._turns, self._thread = itertools.cycle(devices), threading.local()
+        self._next_device = itertools.cycle(devices)
+        self._thread = threading.local()
 
-    def take(self) -> None:
+    def assign(self) -> None:
         """Give the calling thread the next device, for as long as it lives: a pool's
         initializer.
         """
-        device = self._thread.device = next(self._turns)
-        # both are a thread's own in torch
+        device = self._thread.device = next(self._next_device)
+        # the current device and the current stream are a thread's own in torch
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
@@ -66,17 +71,19 @@ class Turns:
         return self._thread.device  # type: ignore[no-any-return]
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Torch's own threads, for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """Let torch compute one operation with so many threads of its own, until the block ends."""
+    num_threads_before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads_before)

@@ -1,4 +1,6 @@
-"""Memory of this process: how much it holds, how much is free, and giving freed memory back."""
+"""Memory of this process: how much is resident, how much is free, and what glibc does with what is
+freed.
+"""
 
 from __future__ import annotations
 
@@ -9,73 +11,77 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# bytes of memory that Python with torch takes before any work
+# Bytes of memory that Python with torch takes before any work.
 TORCH_BYTES = 450_000_000
 
-# bytes that Python with torch and transformers takes, their buffers and freed memory
+# Bytes that Python takes with torch and transformers, their buffers and freed memory.
 TRANSFORMERS_BYTES = 550_000_000
 
-# as <malloc.h> numbers them
+# Parameters of mallopt, as <malloc.h> numbers them.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
-# bytes: what glibc comes to by itself with large tensors
-USUAL = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
+# Bytes: the thresholds that glibc comes to by itself once it has freed large tensors.
+DEFAULT_THRESHOLDS = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 
-KEPT = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1}
+# Bytes: thresholds under which tensors of up to 1 GiB stay in the heap when they are freed.
+RETAINING_THRESHOLDS = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1}
+
+# Bytes that are taken to be available where the system does not say.
+ASSUMED_AVAILABLE_BYTES = 8 << 30
 
 
 @contextmanager
-def freed_kept() -> Iterator[None]:
-    """For a while the C library (glibc) keeps what is freed for what comes next, until `give_back`.
+def retain_freed_memory() -> Iterator[None]:
+    """Let glibc keep what is freed for the next allocation, until `release_freed_memory`.
 
     The system zeroes every page it hands out: where each batch's tensors are mapped anew, that is a
-    tenth of all CPU time.
+    tenth of all CPU time. With another C library nothing changes.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         yield
         return
-    for which, size in KEPT.items():
-        libc.mallopt(which, size)
+
+    for parameter, num_bytes in RETAINING_THRESHOLDS.items():
+        libc.mallopt(parameter, num_bytes)
     try:
         yield
     finally:
-        for which, size in USUAL.items():
-            libc.mallopt(which, size)
-        give_back()
+        for parameter, num_bytes in DEFAULT_THRESHOLDS.items():
+            libc.mallopt(parameter, num_bytes)
+        release_freed_memory()
 
 
-def give_back(allowed: int = 0) -> None:
-    """Let the system have freed memory again, where the C library (glibc) keeps what lies between
-    what is used.
+def release_freed_memory(max_working_bytes: int = 0) -> None:
+    """Return freed memory to the system where glibc keeps it between blocks that are in use.
 
     Args:
-        allowed: bytes beyond what the interpreter takes: while less than half of them are taken,
-            nothing is done.
+        max_working_bytes: that the process may hold beyond `TRANSFORMERS_BYTES`: while less than
+            half of them are resident, nothing is done. 0 releases always.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim") and (
-        not allowed or taken() > TRANSFORMERS_BYTES + allowed // 2
-    ):
+    if not hasattr(libc, "malloc_trim"):
+        return
+    if not max_working_bytes or resident_bytes() > TRANSFORMERS_BYTES + max_working_bytes // 2:
         libc.malloc_trim(0)
 
 
-def taken() -> int:
-    """Bytes of memory that this process holds; more than any limit where the system does not
-    say.
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds.
+
+    More than any limit where the system does not say (it is not Linux).
     """
     file = Path("/proc/self/statm")
-    return (
-        int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        if file.is_file()
-        else sys.maxsize
-    )
+    if not file.is_file():
+        return sys.maxsize
+    num_pages = int(file.read_text().split()[1])
+    return num_pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def available() -> int:
-    """Bytes that can be taken without swapping; 8 GB where the system does not say."""
+def available_bytes() -> int:
+    """Bytes that can be allocated without swapping; 8 GiB where the system does not say."""
     file = Path("/proc/meminfo")
     for line in file.read_text().splitlines() if file.is_file() else ():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    return 8 << 30
+    return ASSUMED_AVAILABLE_BYTES

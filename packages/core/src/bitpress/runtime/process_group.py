@@ -1,8 +1,8 @@
-"""The processes that share a run (ranks), on torch.distributed. One process is a run of one rank:
-the code is the same.
+"""The processes that share a run, on torch.distributed. One process is a group of one: the code is
+the same.
 
 Ranks meet in collectives, all in the same order. A rank that fails does not come to the next
-meeting; it says why, and whoever waits for it is ended (`launch`).
+collective; it says why, and whoever waits for it is ended (`watchdog`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bitpress.errors import BitpressError, memory_is_full
 
 Item = TypeVar("Item")
 
-GOES_ON = "the same command goes on from what is finished"
+RESUME_HINT = "the same command goes on from what is finished"
 
 
 class RankError(BitpressError):
@@ -28,118 +28,129 @@ class RankError(BitpressError):
 
 
 @frozen
-class Ranks:
-    """What a rank knows of the run.
+class ProcessGroup:
+    """The processes of a run as one of them sees them; sizes and numbers are torchrun's.
 
     Attributes:
-        rank: its own number.
-        count: of all ranks.
-        beside: ranks on this machine, this one included.
-        local: its number among them.
+        rank: number of this process.
+        world_size: number of all processes.
+        local_world_size: number of processes on this machine, this one included.
+        local_rank: number of this process among them.
     """
 
     rank: int = 0
-    count: int = 1
-    beside: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    local_rank: int = 0
 
     @property
-    def first(self) -> bool:
-        """Whether it is the one that prepares the output, speaks to the user and writes what all
-        have found.
+    def is_rank_zero(self) -> bool:
+        """Whether this process prepares the output, writes calibrated blocks and talks to the
+        user.
         """
         return self.rank == 0
 
-    def device(self, name: str) -> str:
+    def local_device(self, name: str) -> str:
         """The device of this rank, where one was named for all: each its own GPU."""
-        return f"cuda:{self.local}" if name == "cuda" and self.count > 1 else name
+        return f"cuda:{self.local_rank}" if name == "cuda" and self.world_size > 1 else name
 
-    def deal(self, items: Sequence[Item], size: Callable[[Item], int]) -> list[Item]:
-        """A rank's share of items, in their order: the largest are dealt first, each to the rank
-        that has the least by then.
+    def partition_by_size(
+        self, items: Sequence[Item], size_of: Callable[[Item], int]
+    ) -> list[Item]:
+        """The part of the items that is this rank's, in their order.
+
+        The largest are assigned first, each to the rank that has the least by then.
         """
-        loads, own = [0] * self.count, []
-        for i in sorted(range(len(items)), key=lambda i: -size(items[i])):
-            rank = loads.index(min(loads))
-            loads[rank] += size(items[i])
+        rank_sizes = [0] * self.world_size
+        positions = []
+        for i in sorted(range(len(items)), key=lambda i: -size_of(items[i])):
+            rank = rank_sizes.index(min(rank_sizes))
+            rank_sizes[rank] += size_of(items[i])
             if rank == self.rank:
-                own.append(i)
-        return [items[i] for i in sorted(own)]
+                positions.append(i)
+        return [items[i] for i in sorted(positions)]
 
-    def part(self, items: Sequence[Item]) -> range:
-        """Places of a rank's share of items, where neighbors stay together: shares differ by one
-        item at most.
+    def partition_evenly(self, items: Sequence[Item]) -> range:
+        """Positions of this rank's part of the items, where neighbors stay together.
+
+        The parts of two ranks differ by one item at most.
         """
+        num_items = len(items)
         return range(
-            self.rank * len(items) // self.count, (self.rank + 1) * len(items) // self.count
+            self.rank * num_items // self.world_size, (self.rank + 1) * num_items // self.world_size
         )
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        self.gather(None)
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        # not dist.barrier: where there are GPUs it runs on NCCL, which would guess this process's
+        self.all_gather_object(None)
 
-    def gather(self, value: Item) -> list[Item]:
+    def all_gather_object(self, value: Item) -> list[Item]:
         """Every rank's value, in the order of ranks."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        with _meeting():
-            dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world_size
+        with _collective():
+            dist.all_gather_object(values, value)
+        return values
 
-    def same(self, value: Item, source: int = 0) -> Item:
-        """One rank's value, for all."""
-        if self.count == 1:
+    def broadcast_object(self, value: Item, source: int = 0) -> Item:
+        """The value that the rank `source` has."""
+        if self.world_size == 1:
             return value
-        found = [value]
-        with _meeting():
-            dist.broadcast_object_list(found, source)
-        return found[0]
+        values = [value]
+        with _collective():
+            dist.broadcast_object_list(values, source)
+        return values[0]
 
-    def share(self, tensor: Tensor, source: int) -> Tensor:
-        """One rank's numbers; the others give a tensor of that dtype and shape, to hold them."""
-        if self.count == 1:
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """The tensor that the rank `source` has; all others give one of its dtype and shape, which
+        may be overwritten.
+        """
+        if self.world_size == 1:
             return tensor
         tensor = tensor.contiguous()
-        with _meeting():
-            # its bytes: not every backend knows every dtype
+        with _collective():
+            # as bytes: not every backend knows every dtype
             dist.broadcast(tensor.reshape(-1).view(torch.uint8), source)
         return tensor
 
-    def any(self, tensor: Tensor | None, device: torch.device) -> Tensor | None:
-        """The tensor of the last rank that has one, for all."""
-        for rank, kind in reversed(
-            list(enumerate(self.gather(None if tensor is None else (tensor.shape, tensor.dtype))))
-        ):
-            if kind is not None:
-                mine = (
-                    tensor
-                    if rank == self.rank
-                    else torch.empty(kind[0], dtype=kind[1], device=device)
-                )
-                assert mine is not None
-                return self.share(mine, rank)
+    def broadcast_from_last(self, tensor: Tensor | None, device: torch.device) -> Tensor | None:
+        """The tensor of the last rank that has one; None where none has."""
+        specs = self.all_gather_object(None if tensor is None else (tensor.shape, tensor.dtype))
+        for rank, spec in reversed(list(enumerate(specs))):
+            if spec is None:
+                continue
+            shape, dtype = spec
+            if rank != self.rank:
+                tensor = torch.empty(shape, dtype=dtype, device=device)
+            assert tensor is not None
+            return self.broadcast(tensor, rank)
         return None
 
-    def reduce(self, tensor: Tensor, owner: int, merge: Literal["sum", "max"]) -> None:
-        """Add every rank's tensor up, or take the largest of each number, in the owner's own."""
-        with _meeting():
-            dist.reduce(tensor, owner, dist.ReduceOp.SUM if merge == "sum" else dist.ReduceOp.MAX)
+    def reduce(self, tensor: Tensor, destination: int, operation: Literal["sum", "max"]) -> None:
+        """Add up the tensors of all ranks, or take the maximum of each element, in the one that the
+        rank `destination` has.
+        """
+        with _collective():
+            reduce_op = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
+            dist.reduce(tensor, destination, reduce_op)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextlib.contextmanager
-def _meeting() -> Iterator[None]:
+def _collective() -> Iterator[None]:
     """A collective whose failure means that another rank does not take part any more."""
     try:
         yield
     except RuntimeError as e:
         if memory_is_full(e):
             raise
-        fact = str(e).splitlines()[0].rpartition("] ")[2]
+        # gloo's messages begin with their source line in brackets
+        reason = str(e).splitlines()[0].rpartition("] ")[2]
         raise RankError(
-            f"another rank of the run has ended ({fact}): it, or torchrun, says which and why; "
-            f"{GOES_ON}"
+            f"another rank of the run has ended ({reason}): it, or torchrun, says which and why; "
+            f"{RESUME_HINT}"
         ) from None

@@ -1,22 +1,22 @@
-"""How work tells how far it is."""
+"""How long work tells how far it is: what the command line draws its bars from."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 
-class Told(Protocol):
-    """Called with the bytes done since the last call, and a line on what was done."""
+class ReportProgress(Protocol):
+    """Called with the bytes done since the last call, and a line that says what they were."""
 
-    def __call__(self, done: int, what: str = "") -> None: ...
+    def __call__(self, num_bytes: int, text: str = "") -> None: ...
 
 
 class Progress(Protocol):
-    """Called with a stage's name and its bytes; returns what is to be told of them."""
+    """Called when a stage begins, with its name and bytes; returns what its work reports to."""
 
-    def __call__(self, stage: str, total: int) -> Told: ...
+    def __call__(self, stage: str, num_bytes: int) -> ReportProgress: ...
 
 
-def quiet(stage: str, total: int) -> Told:
+def ignore_progress(stage: str, num_bytes: int) -> ReportProgress:
     """Progress that nobody looks at."""
-    return lambda done, what="": None
+    return lambda num_bytes, text="": None

@@ -1,9 +1,9 @@
 """Joining the ranks that torchrun has started, and ending with them: no rank waits for one that is
 gone.
 
-Every rank is watched by a thread of its own. It sends a beat each second through
-torch.distributed's store, which torchrun keeps; the first rank listens to all others, and they to
-it. On one machine torchrun itself sees a death at once.
+Every rank has a thread that sends a heartbeat each second through torch.distributed's store, which
+torchrun keeps; rank 0 listens to all others, and they to it. On one machine torchrun itself sees a
+death at once.
 """
 
 from __future__ import annotations
@@ -25,195 +25,217 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from bitpress.errors import VerificationError, first_line, plain
-from bitpress.runtime.process_group import ALONE, GOES_ON, RankError, Ranks
+from bitpress.runtime.process_group import RESUME_HINT, SINGLE_PROCESS, ProcessGroup, RankError
 
-# seconds between two beats
-BEAT = 1.0
+# Seconds between two heartbeats.
+HEARTBEAT_SECONDS = 1.0
 
-# beats of its own after which a rank takes one for lost that it has not heard in the meantime
-LOST = 20
+# Heartbeats of its own after which a rank takes one for lost from which none came in the meantime.
+MAX_MISSED_HEARTBEATS = 20
 
-# seconds that whoever failed first has to tell it, be that another rank or another thread of this
-# one
-GRACE = 2.0
+# Seconds that whoever failed first has to report it, be that another rank or another thread of this
+# one.
+REPORT_SECONDS = 2.0
 
-# in collectives: others may work for long, and the dead are found otherwise
-PATIENCE = datetime.timedelta(days=30)
+# Of collectives: other ranks may compute for long, and the dead are found by their heartbeats.
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=30)
 
-UNHEARD = "torchrun on the first machine, which all ranks meet through, does not answer any more"
+# Of an answer of the store, which is never busy.
+STORE_TIMEOUT = datetime.timedelta(seconds=30)
 
-# for an answer of the store, which is never busy
-STORE = datetime.timedelta(seconds=30)
+# Keys of the store. That of the heartbeats is followed by a rank.
+HEARTBEAT_KEY = "heartbeat"
+NUM_FAULTS_KEY = "num_faults"
+FAULT_KEY = "fault"
+
+STORE_LOST = "torchrun on the first machine, which all ranks meet through, does not answer any more"
 
 
 @contextlib.contextmanager
-def started(device: str) -> Iterator[Ranks]:
-    """The ranks of the run, if torchrun has started this process, and until the block ends;
-    otherwise a run of one.
+def join_process_group(device: str) -> Iterator[ProcessGroup]:
+    """The processes of the run, if torchrun has started this one, and until the block ends;
+    otherwise a group of one.
 
     Of all ranks that fail, the first to do so raises; the others end without a word.
 
     Args:
-        device: what computes.
+        device: what computes: cpu, cuda or cuda:N.
     """
     if not dist.is_torchelastic_launched():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
-    # before there are threads: it is waited for by the watch
+
+    # before there are threads, which inherit it: the watchdog's waits for this signal
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    store, rank, count = next(rendezvous("env://"))
+    store, rank, world_size = next(rendezvous("env://"))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
         store=PrefixStore("group", store),
         rank=rank,
-        world_size=count,
-        timeout=PATIENCE,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
     )
-    names = Ranks(rank, count).gather((socket.gethostname(), os.getpid()))
-    here = [i for i, (host, _) in enumerate(names) if host == names[rank][0]]
-    ranks = Ranks(rank, count, len(here), here.index(rank))
-    # a connection that only the watch uses: it must not wait behind a collective's
-    own, _, _ = next(rendezvous("env://"))
-    watch = _Watch(PrefixStore("watch", own), ranks, names)
-    watch.start()
+    processes = ProcessGroup(rank, world_size).all_gather_object(
+        (socket.gethostname(), os.getpid())
+    )
+    local_ranks = [i for i, (host, _) in enumerate(processes) if host == processes[rank][0]]
+    process_group = ProcessGroup(rank, world_size, len(local_ranks), local_ranks.index(rank))
+
+    # a connection that only the watchdog uses: it must not wait behind a collective's
+    watchdog_store, _, _ = next(rendezvous("env://"))
+    watchdog = _Watchdog(PrefixStore("watch", watchdog_store), process_group, processes)
+    watchdog.start()
     try:
-        yield ranks
+        yield process_group
     except BaseException as e:
         if isinstance(e, RankError):
-            watch.find()
-        if not watch.tells():
-            _leave(1 if isinstance(e, VerificationError) else 2)
-        watch.over(first_line(e))
+            watchdog.wait_for_end()
+        if not watchdog.is_first_to_fail():
+            _exit(1 if isinstance(e, VerificationError) else 2)
+        watchdog.publish_fault(first_line(e))
         raise
     finally:
-        watch.stop()
+        watchdog.stop()
     dist.destroy_process_group()
 
 
 @define(eq=False)
-class _Watch:
-    """One rank's watch over the others."""
+class _Watchdog:
+    """One rank's watch over the others.
+
+    Attributes:
+        processes: host name and process number of every rank.
+    """
 
     store: Store
-    ranks: Ranks
-    names: list[tuple[str, int]]
-    _done: threading.Event = field(factory=threading.Event)
-    _rounds: int = 0
+    process_group: ProcessGroup
+    processes: list[tuple[str, int]]
+    _stopping: threading.Event = field(factory=threading.Event)
+    _num_rounds: int = 0
     _threads: list[threading.Thread] = field(factory=list)
 
     def start(self) -> None:
         """Begin, together with all others."""
-        self.store.set_timeout(STORE)
-        self._beat(-1)
-        self.ranks.wait()
+        self.store.set_timeout(STORE_TIMEOUT)
+        self._send_heartbeat(-1)
+        # then every rank's key is in the store
+        self.process_group.barrier()
         self._threads = [
-            threading.Thread(target=target, daemon=True) for target in (self._run, self._talk)
+            threading.Thread(target=target, daemon=True)
+            for target in (self._watch_torchrun, self._watch_ranks)
         ]
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
         """The run is over for this rank."""
-        self._done.set()
+        self._stopping.set()
         if self._threads and self._threads[0].ident is not None:
-            # which it waits for
+            # the signal that it waits for
             signal.pthread_kill(self._threads[0].ident, signal.SIGTERM)
         for thread in self._threads:
             # Python must not end under a thread that talks to the store
-            thread.join(LOST * BEAT)
+            thread.join(MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS)
 
-    def tells(self) -> bool:
-        """Whether this rank is the first that has a fault to tell."""
+    def is_first_to_fail(self) -> bool:
+        """Whether no rank has failed before this one, whose fault is then the one that is
+        reported.
+        """
         try:
-            return bool(self.store.add("told", 1) == 1)
+            return bool(self.store.add(NUM_FAULTS_KEY, 1) == 1)
         except RuntimeError:
             # torchrun, which keeps the store, has ended
             return True
 
-    def find(self) -> None:
-        """Wait until the watch has found which rank it is that does not come any more, which ends
-        this process.
-        """
+    def wait_for_end(self) -> None:
+        """Wait until the watchdog has found which rank is lost, which ends this process."""
         for thread in self._threads:
-            thread.join(2 * LOST * BEAT)
+            thread.join(2 * MAX_MISSED_HEARTBEATS * HEARTBEAT_SECONDS)
 
-    def over(self, fault: str) -> None:
-        """Let the others end, on other machines with a word."""
+    def publish_fault(self, fault: str) -> None:
+        """Let the other ranks end; those on other machines report the fault."""
         with contextlib.suppress(RuntimeError):
-            self.store.set("over", f"{self.ranks.rank} {fault}")
+            self.store.set(FAULT_KEY, f"{self.process_group.rank} {fault}")
 
-    def _repeat(self) -> None:
-        """What another rank has told, where that was on another machine."""
-        rank, _, fault = self.store.get("over").decode().partition(" ")
-        host = self.names[int(rank)][0]
-        if self.ranks.local == 0 and host != self.names[self.ranks.rank][0]:
-            _say(f"rank {rank} on {host}: {plain(fault)}")
+    def _report_published_fault(self) -> None:
+        """Report another rank's fault where that is on another machine, once on each machine."""
+        rank, _, fault = self.store.get(FAULT_KEY).decode().partition(" ")
+        host = self.processes[int(rank)][0]
+        own_host = self.processes[self.process_group.rank][0]
+        if self.process_group.local_rank == 0 and host != own_host:
+            _report(f"rank {rank} on {host}: {plain(fault)}")
 
-    def _beat(self, number: int) -> None:
-        self.store.set(f"beat {self.ranks.rank}", str(number))
+    def _send_heartbeat(self, number: int) -> None:
+        self.store.set(f"{HEARTBEAT_KEY} {self.process_group.rank}", str(number))
 
-    def _run(self) -> None:
-        """Until the run is over: torchrun may stop this process, and the store may be out of
-        reach.
+    def _watch_torchrun(self) -> None:
+        """End this process when torchrun stops it, or when the other thread gets no answer from the
+        store.
         """
-        heard, silent = 0, 0
+        num_rounds, num_silent = 0, 0
         while True:
-            stopped = signal.sigtimedwait([signal.SIGTERM], BEAT)
-            if self._done.is_set():
+            signaled = signal.sigtimedwait([signal.SIGTERM], HEARTBEAT_SECONDS)
+            if self._stopping.is_set():
                 return
-            if stopped:
-                self._end("stopped by torchrun, which says which rank has ended and why")
-            heard, silent = self._rounds, (0 if self._rounds != heard else silent + 1)
-            if silent >= LOST:
-                if self.ranks.local == 0:
-                    _say(f"{UNHEARD}; {GOES_ON}")
-                _leave()
+            if signaled:
+                self._fail("stopped by torchrun, which says which rank has ended and why")
 
-    def _talk(self) -> None:
-        """A round each beat: be heard, and see whether the others are. Without a connection it may
-        take for ever.
+            num_silent = 0 if self._num_rounds != num_rounds else num_silent + 1
+            num_rounds = self._num_rounds
+            if num_silent >= MAX_MISSED_HEARTBEATS:
+                if self.process_group.local_rank == 0:
+                    _report(f"{STORE_LOST}; {RESUME_HINT}")
+                _exit()
+
+    def _watch_ranks(self) -> None:
+        """Send a heartbeat each second, and look for those of others.
+
+        Without a connection a round may take for ever.
         """
-        others = (
-            [i for i in range(self.ranks.count) if i != self.ranks.rank]
-            if self.ranks.first
-            else [0]
-        )
-        heard, silent = dict.fromkeys(others, b""), dict.fromkeys(others, 0)
-        while not self._done.wait(BEAT):
+        num_ranks, own_rank = self.process_group.world_size, self.process_group.rank
+        others = [0]
+        if self.process_group.is_rank_zero:
+            others = [rank for rank in range(num_ranks) if rank != own_rank]
+
+        last_heartbeats = dict.fromkeys(others, b"")
+        num_missed = dict.fromkeys(others, 0)
+        while not self._stopping.wait(HEARTBEAT_SECONDS):
             try:
-                self._beat(self._rounds)
-                if self.store.check(["over"]):
-                    self._repeat()
-                    _leave()
-                beats = {i: self.store.get(f"beat {i}") for i in others}
+                self._send_heartbeat(self._num_rounds)
+                if self.store.check([FAULT_KEY]):
+                    self._report_published_fault()
+                    _exit()
+                heartbeats = {rank: self.store.get(f"{HEARTBEAT_KEY} {rank}") for rank in others}
             except RuntimeError:
-                self._end(UNHEARD)
-            # counted in beats of our own: all may be held up together
-            for i, beat in beats.items():
-                silent[i] = 0 if beat != heard[i] else silent[i] + 1
-                if silent[i] >= LOST:
-                    host, process = self.names[i]
-                    self._end(
-                        f"rank {i} (process {process} on {host}) has not been heard of for {LOST} "
-                        "seconds"
+                self._fail(STORE_LOST)
+
+            # counted in this rank's rounds and not by a clock: all may be held up together
+            for rank, heartbeat in heartbeats.items():
+                is_alive = heartbeat != last_heartbeats[rank]
+                num_missed[rank] = 0 if is_alive else num_missed[rank] + 1
+                if num_missed[rank] >= MAX_MISSED_HEARTBEATS:
+                    host, process = self.processes[rank]
+                    self._fail(
+                        f"rank {rank} (process {process} on {host}) has sent no heartbeat for "
+                        f"{MAX_MISSED_HEARTBEATS} seconds"
                     )
-            heard = beats
-            self._rounds += 1
+            last_heartbeats = heartbeats
+            self._num_rounds += 1
 
-    def _end(self, fault: str) -> None:
-        """Tell it, and end this process, wherever it waits."""
-        if self.tells():
-            _say(f"{fault}; {GOES_ON}")
-            self.over(f"{fault}; {GOES_ON}")
-        _leave()
+    def _fail(self, fault: str) -> NoReturn:
+        """Report a fault unless another rank has, and end this process, wherever it waits."""
+        if self.is_first_to_fail():
+            _report(f"{fault}; {RESUME_HINT}")
+            self.publish_fault(f"{fault}; {RESUME_HINT}")
+        _exit()
 
 
-def _say(fault: str) -> None:
+def _report(fault: str) -> None:
     print(f"bitpress: {fault}", file=sys.stderr, flush=True)
 
 
-def _leave(code: int = 2) -> NoReturn:
+def _exit(code: int = 2) -> NoReturn:
     """End this process without a word, wherever it waits."""
-    time.sleep(GRACE)
+    time.sleep(REPORT_SECONDS)
     sys.stderr.flush()
     os._exit(code)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitpress.compression.calibration.resumable_forward import Course, Walk, course
 from bitpress.modeling.capture import BlockCall
 from bitpress.modeling.hidden_states import HiddenStates
-from bitpress.runtime.process_group import ALONE, Ranks
+from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 @frozen(eq=False)
@@ -65,7 +65,7 @@ class Streams:
             for them.
         chosen: which batches these are.
         waiting: how many forwards may wait inside a block; others start anew for every site.
-        ranks: who share all batches; these are one rank's.
+        process_group: whose ranks share all batches; these are one of theirs.
         allowed: bytes of memory that may be held beyond what the interpreter takes.
     """
 
@@ -76,10 +76,10 @@ class Streams:
         chosen: Sequence[int],
         waiting: int,
         device: torch.device,
-        ranks: Ranks = ALONE,
+        process_group: ProcessGroup = SINGLE_PROCESS,
         allowed: int = 0,
     ) -> None:
-        self.ranks = ranks
+        self.process_group = process_group
         self.states, self.reference, self.chosen, self.waiting = states, reference, chosen, waiting
         self.device, self.allowed = device, allowed
         self._walks: list[Walk] = []
@@ -112,7 +112,7 @@ class Streams:
         kind = (type(self.block), *names)
         if kind in self._courses:
             return self._courses[kind]
-        found = self.ranks.same(course(self.block, names, *self.sample()))
+        found = self.process_group.broadcast_object(course(self.block, names, *self.sample()))
         if len(found.called) == len(names):
             self._courses[kind] = found
         return found
@@ -156,7 +156,10 @@ class Streams:
                 (self.states[i].to(found.device) - found).square().sum(dtype=torch.float64)
             )
             size += float(found.square().sum(dtype=torch.float64))
-        moved, size = (sum(parts) for parts in zip(*self.ranks.gather((moved, size)), strict=True))
+        moved, size = (
+            sum(parts)
+            for parts in zip(*self.process_group.all_gather_object((moved, size)), strict=True)
+        )
         self._walks, self._source_walks = [], {}
         del self.block, self.source, self.calls
         return math.sqrt(moved / size) if size else None

@@ -17,8 +17,8 @@ from bitpress.compression.calibration.statistics import few, nothing, observe, r
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS
 from bitpress.planning.layout import Shard
 from bitpress.runtime import memory
-from bitpress.runtime.process_group import Ranks
-from bitpress.runtime.progress import Told
+from bitpress.runtime.process_group import ProcessGroup
+from bitpress.runtime.progress import ReportProgress
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import input_rounding
 from bitpress.schemes.values import Layer
@@ -27,7 +27,12 @@ Write = Callable[[str, Tensor], None]
 
 
 def compress_block(
-    shard: Shard, prefix: str, streams: Streams, write: Write, head: int | None, told: Told
+    shard: Shard,
+    prefix: str,
+    streams: Streams,
+    write: Write,
+    head: int | None,
+    told: ReportProgress,
 ) -> BlockNotes:
     """Compress a block's stacks in the order in which its forward comes to them; the block computes
     with the result afterwards.
@@ -50,36 +55,38 @@ def compress_block(
     for site in sites:
         # after doors: a layer's inputs are observed as they come
         site.round_inputs()
-    ranks, device = streams.ranks, streams.device
+    process_group, device = streams.process_group, streams.device
     for number, site in enumerate(sites):
-        owner = number % ranks.count
+        owner = number % process_group.world_size
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             arrivals = streams.arrivals(number, site.writes) if site.entrance else ()
             stats, sample, seen = observe(site, arrivals)
             stats, sample, tokens = (
-                reduce_statistics(ranks, stats, owner, device),
-                ranks.any(sample, device),
-                sum(ranks.gather(seen)),
+                reduce_statistics(process_group, stats, owner, device),
+                process_group.broadcast_from_last(sample, device),
+                sum(process_group.all_gather_object(seen)),
             )
             if site.routed and tokens < MIN_EXPERT_TOKENS:
                 stats = nothing(site)
             layer = Layer(site.stack.name, site.weight, site.stack.dtype)
             # what observing took: what comes now is larger, and would not fit into its holes
-            memory.give_back(streams.allowed)
+            memory.release_freed_memory(streams.allowed)
             quantized = (
                 pipeline.quantize_whole(layer, site.stack.steps, stats)
-                if owner == ranks.rank
+                if owner == process_group.rank
                 else None
             )
-        texts = ranks.gather([str(w.message) for w in caught if w.category is UserWarning])
+        texts = process_group.all_gather_object(
+            [str(w.message) for w in caught if w.category is UserWarning]
+        )
         told_of = dict.fromkeys(text for theirs in texts for text in theirs)
         notes.warnings.extend(f"{site.stack.name}: {text}" for text in told_of)
         _note(site, tokens, notes)
-        error = _store(site, quantized, sample, write, notes, ranks, owner)
+        error = _store(site, quantized, sample, write, notes, process_group, owner)
         told(site.stack.source_bytes, f"{site.stack.name}: error {error:.4f}")
         del stats, layer, quantized, sample
-        memory.give_back(streams.allowed)
+        memory.release_freed_memory(streams.allowed)
     for door in doors:
         door.close()
     notes.warnings.extend(few(notes.tokens))
@@ -105,7 +112,7 @@ def _store(
     sample: Tensor | None,
     write: Write,
     notes: BlockNotes,
-    ranks: Ranks,
+    process_group: ProcessGroup,
     owner: int,
 ) -> float:
     """Write what is stored of every member, let the block compute as it will be served, and return
@@ -130,7 +137,9 @@ def _store(
                 n: record.tensors[n].to(weight.device)
                 for n in (n.removeprefix(f"{name}.") for n in planned)
             }
-        tensors = {suffix: ranks.share(tensor, owner) for suffix, tensor in tensors.items()}
+        tensors = {
+            suffix: process_group.broadcast(tensor, owner) for suffix, tensor in tensors.items()
+        }
         for suffix, tensor in tensors.items():
             write(f"{name}.{suffix}", tensor)
         restored = pipeline.dequantize(tensors, config, steps, tuple(weight.shape))

@@ -150,14 +150,14 @@ def rescale(
     for site, stats in zip(numbered, observed, strict=True):
         members = [name.removeprefix(prefix) for name in site.modules]
         made_by = producer(members, shapes, head)
-        stats = reduce_statistics(streams.ranks, stats, 0, streams.device)
+        stats = reduce_statistics(streams.process_group, stats, 0, streams.device)
         layer = Layer(site.stack.name, site.weight, site.stack.dtype)
         factors = (
             pipeline.rescale(layer, site.stack.steps, stats)
-            if made_by and streams.ranks.first
+            if made_by and streams.process_group.is_rank_zero
             else None
         )
-        factors = streams.ranks.same(factors)
+        factors = streams.process_group.broadcast_object(factors)
         if made_by is None:
             unknown.append(site.stack.name)
         elif factors is not None and not _fold(members, made_by, factors, streams, prefix, notes):
@@ -191,7 +191,7 @@ def _fold(
     before = call(streams.block, hidden)
     changes = fold(streams.block, members, made_by, factors)
     moved = (call(streams.block, hidden) - before).norm()
-    if not streams.ranks.same(bool(moved <= UNCHANGED * before.norm())):
+    if not streams.process_group.broadcast_object(bool(moved <= UNCHANGED * before.norm())):
         fold(streams.block, members, made_by, 1 / factors)
         return False
     if streams.source is not None:

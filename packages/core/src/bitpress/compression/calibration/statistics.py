@@ -17,7 +17,7 @@ from bitpress.compression.calibration.layer_groups import Site
 from bitpress.errors import CheckpointError, SchemeError
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS
-from bitpress.runtime.process_group import Ranks
+from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
 from bitpress.schemes.values import Statistic
 
@@ -117,7 +117,10 @@ def few(tokens: Mapping[str, int]) -> Iterator[str]:
 
 
 def reduce_statistics(
-    ranks: Ranks, stats: Sequence[dict[str, Statistic]], owner: int, device: torch.device
+    process_group: ProcessGroup,
+    stats: Sequence[dict[str, Statistic]],
+    owner: int,
+    device: torch.device,
 ) -> list[dict[str, Statistic]]:
     """Statistics of all ranks, merged, for their owner; the others get nothing. What was given is
     used up.
@@ -125,10 +128,10 @@ def reduce_statistics(
     A rank whose tokens gave none of a kind takes part with zeros, or with what any number is
     larger than.
     """
-    if ranks.count == 1:
+    if process_group.world_size == 1:
         return list(stats)
     merged = []
-    for own, kinds in zip(stats, _kinds(ranks, stats), strict=True):
+    for own, kinds in zip(stats, _kinds(process_group, stats), strict=True):
         found: dict[str, Statistic] = {}
         for name, (shape, dtype, merge, rows, kind) in kinds.items():
             stat = own.pop(name, None)
@@ -141,14 +144,16 @@ def reduce_statistics(
             else:
                 # two may be one tensor
                 value = stat.value.clone(memory_format=torch.contiguous_format)
-            ranks.reduce(value.reshape(-1), owner, merge)
-            if ranks.rank == owner:
+            process_group.reduce(value.reshape(-1), owner, merge)
+            if process_group.rank == owner:
                 found[name] = Statistic(value, merge, rows)
         merged.append(found)
     return merged
 
 
-def _kinds(ranks: Ranks, stats: Sequence[dict[str, Statistic]]) -> list[dict[str, Any]]:
+def _kinds(
+    process_group: ProcessGroup, stats: Sequence[dict[str, Statistic]]
+) -> list[dict[str, Any]]:
     """What statistics any rank has, step by step, in one order for all."""
     mine = [
         {
@@ -158,7 +163,7 @@ def _kinds(ranks: Ranks, stats: Sequence[dict[str, Statistic]]) -> list[dict[str
         for own in stats
     ]
     union: list[dict[str, Any]] = [{} for _ in stats]
-    for theirs in ranks.gather(mine):
+    for theirs in process_group.all_gather_object(mine):
         for known, step in zip(union, theirs, strict=True):
             for name, kind in step.items():
                 if known.setdefault(name, kind) != kind:

@@ -30,8 +30,8 @@ from bitpress.planning.recipe import Recipe, Rule
 from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
 from bitpress.runtime import memory
-from bitpress.runtime.devices import cores, device_named, torch_threads
-from bitpress.runtime.progress import Progress, quiet
+from bitpress.runtime.devices import count_cores, find_device, torch_threads
+from bitpress.runtime.progress import Progress, ignore_progress
 from bitpress.schemes.registry import Step, discover
 
 # The candidate that leaves layers as they are.
@@ -91,19 +91,19 @@ def prepare_search(
 
 
 def run_search(
-    job: SearchJob, out: str | Path, options: RunOptions, progress: Progress = quiet
+    job: SearchJob, out: str | Path, options: RunOptions, progress: Progress = ignore_progress
 ) -> SearchResult:
     """Measure what each candidate costs each unit, and write the best choice as a recipe file."""
     folder = Path(out).absolute().parent
     decoder_options = DecoderOptions(
-        device_named(options.device),
+        find_device(options.device),
         trust_remote_code=options.trust_remote_code,
         all_experts=job.calibration.all_experts,
     )
     measurement_memory = _plan_memory(job, folder, options.max_memory)
 
     num_bytes = len(job.plans) * sum(stack.source_bytes for stack in job.plan.stacks)
-    with torch_threads(options.num_threads or cores()):
+    with torch_threads(options.num_threads or count_cores()):
         divergences = measure_divergences(
             job, decoder_options, measurement_memory, progress("measuring", num_bytes)
         )
@@ -193,7 +193,7 @@ def _plan_memory(job: SearchJob, folder: Path, max_memory: int | None) -> Measur
         [running_bytes, *(estimate.on_disk for estimate in estimates)]
     )
     if max_memory is None:
-        limit = memory.TRANSFORMERS_BYTES + memory.available() // 2
+        limit = memory.TRANSFORMERS_BYTES + memory.available_bytes() // 2
     elif max_memory < least:
         raise RecipeError(
             f"the search needs about {least / 1e6:,.0f} MB of memory, more than the "

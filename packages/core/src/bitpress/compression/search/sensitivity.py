@@ -47,7 +47,7 @@ from bitpress.modeling.decoder import DecoderOptions
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS
 from bitpress.runtime import memory
-from bitpress.runtime.progress import Told
+from bitpress.runtime.progress import ReportProgress
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import input_rounding
 from bitpress.schemes.values import Layer
@@ -88,7 +88,7 @@ def split_sequences(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measure_divergences(
-    job: SearchJob, options: DecoderOptions, limits: MeasurementMemory, progress: Told
+    job: SearchJob, options: DecoderOptions, limits: MeasurementMemory, progress: ReportProgress
 ) -> Divergences:
     """What every candidate costs every unit, D[u, c].
 
@@ -101,7 +101,7 @@ def measure_divergences(
     """
     plan = job.plan
     fitted, judged = _split_batches(job)
-    with Reader() as reader, torch.no_grad(), memory.freed_kept():
+    with Reader() as reader, torch.no_grad(), memory.retain_freed_memory():
         model = RunnableModel(plan.source, reader, plan.container)
         runner = BlockRunner(model, [*fitted, *judged], options, limits.folder)
         # numbers of the judged batches' hidden states: the source's, and those of each trial
@@ -129,7 +129,7 @@ def measure_divergences(
                 streams.enter(block, None, fitting_calls)
                 streams.leave()
             runner.run(block, judging_calls, source_states)
-            memory.give_back()
+            memory.release_freed_memory()
         divergences = _compare_trials(runner, source_states, list(trials.values()))
 
     if not all(map(math.isfinite, divergences)):
