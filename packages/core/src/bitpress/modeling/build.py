@@ -57,11 +57,14 @@ def _from_config(config: Any, trust: bool, dtype: torch.dtype) -> nn.Module:
 
     seeing: Callable[..., nn.Module] = transformers.AutoModelForImageTextToText.from_config
     reading: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
-    try:
-        return seeing(config, trust_remote_code=trust, dtype=dtype)
-    except ValueError as e:
-        if "Unrecognized configuration class" not in str(e):
-            raise
+    # Asked first: the refusal names every class that would do, and imports 260 modules for that.
+    known = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if known or getattr(config, "auto_map", None):
+        try:
+            return seeing(config, trust_remote_code=trust, dtype=dtype)
+        except ValueError as e:
+            if "Unrecognized configuration class" not in str(e):
+                raise
     return reading(config, trust_remote_code=trust, dtype=dtype)
 
 
