@@ -30,6 +30,7 @@ STARTER = """
 import os, pathlib, signal, sys, threading
 import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama import modeling_llama
 from bitpress import cli
 from bitpress.compression import run
 torch.set_num_threads(1)

@@ -15,12 +15,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from fixtures.forked import ForkedCommand
 from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitpress.api import compress, plan
 from bitpress.compression.calibration import resumable_forward
-from bitpress.conformance.commands import bitpress, command, plugins, process, refusal
+from bitpress.conformance.commands import command, plugins, refusal
 from bitpress.conformance.models import files_of, llama_tensors, tensors_of
 from bitpress.modeling.decoder import Decoder
 from bitpress.planning.memory_estimate import estimate_memory
@@ -361,17 +362,18 @@ def test_a_run_that_ends_half_way_goes_on_and_writes_the_same_bytes(
         "--set",
         setting,
     ]
-    first = process(*words, path=learner)
+    first = ForkedCommand(*words, path=learner)
     assert first.wait(timeout=120) == (-signal.SIGKILL if end == "kill" else 130)
     assert not (tmp_path / "o/config.json").exists()
     # what lies outside the blocks, and the first block
     assert len(list((tmp_path / "o").glob("*.safetensors"))) == 2
-    again = bitpress(*words, path=learner)
-    assert again.returncode == 0, again.stderr
+    again = ForkedCommand(*words, path=learner)
+    _, error = again.communicate(timeout=120)
+    assert again.returncode == 0, error
     deadly.unlink()
     words[2] = tmp_path / "whole"
     deadly.write_text("x" * 100)
-    assert bitpress(*words, path=learner).returncode == 0
+    assert ForkedCommand(*words, path=learner).wait(timeout=120) == 0
     assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
 
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from fixtures.forked import ForkedCommand
 from fixtures.toy_scheme import TOY, install_deadly
 
 import bitpress
@@ -23,7 +22,7 @@ from bitpress.checkpoint.safetensors import read_header
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compression import data_free
 from bitpress.compression.resources import Resources
-from bitpress.conformance.commands import command, install, plugins, process, refusal
+from bitpress.conformance.commands import command, install, plugins, refusal
 from bitpress.conformance.models import files_of, llama_tensors, write_model
 from bitpress.schemes import stored_layout
 
@@ -118,7 +117,7 @@ def test_a_run_that_was_killed_goes_on_from_the_finished_shards_to_the_same_byte
     out, (where, finished) = tmp_path / "out", PLACES[place]
     (deadly / "die").write_text(f"{where}|{int(kind)}")
     arguments = ("compress", model, out, "--scheme", "toy", "--threads", threads)
-    running = process(*arguments, path=deadly)
+    running = ForkedCommand(*arguments, path=deadly)
     _, error = running.communicate(timeout=120)
     assert running.returncode == (130 if kind is signal.SIGINT else -kind), error
     if kind is signal.SIGINT:
@@ -140,7 +139,7 @@ def test_a_run_that_was_killed_goes_on_from_the_finished_shards_to_the_same_byte
 
 
 RENAME_KILLS = """
-import os, pathlib, sys, bitpress.cli
+import os, pathlib, sys
 rename, left = pathlib.Path.rename, [int(sys.argv.pop(1))]
 def deadly(self, target):
     left[0] -= 1
@@ -148,7 +147,6 @@ def deadly(self, target):
         os.kill(os.getpid(), 9)
     return rename(self, target)
 pathlib.Path.rename = deadly
-bitpress.cli.main()
 """
 
 
@@ -157,12 +155,8 @@ def test_until_every_other_file_has_its_name_the_folder_is_no_model(
     tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes], renames: int
 ) -> None:
     out = tmp_path / "out"
-    words = [sys.executable, "-c", RENAME_KILLS, renames, "compress", model, out, "--scheme", "toy"]
-    with patch.dict("os.environ", {"PYTHONPATH": ":".join([str(deadly), *sys.path])}):
-        assert (
-            subprocess.run(list(map(str, words)), capture_output=True, check=False).returncode
-            == -signal.SIGKILL
-        )
+    words = [renames, "compress", model, out, "--scheme", "toy"]
+    assert ForkedCommand(*words, path=deadly, setup=RENAME_KILLS).wait(120) == -signal.SIGKILL
     left = [name for name in files_of(out) if not name.endswith((".part", LOCK))]
     assert len(left) == renames
     assert "config.json" not in left

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+from fixtures.forked import ForkedCommand
 from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
 from fixtures.toy_scheme import TOY, install_toy
 
@@ -28,7 +29,7 @@ from bitpress.checkpoint.lock import lock_folder
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compression import run
 from bitpress.compression.job import prepare_job
-from bitpress.conformance.commands import command, install, plugins, process, refusal
+from bitpress.conformance.commands import command, install, plugins, refusal
 from bitpress.conformance.models import files_of, llama_tensors, write_model
 from bitpress.planning import memory_estimate
 from bitpress.planning.recipe_source import RecipeSource
@@ -385,7 +386,7 @@ def test_an_interrupted_process_leaves_no_lock_and_goes_on(tmp_path: Path) -> No
     )
     path = install(tmp_path / "plugins", "bitpress-scheme-toy", slow, ENTRY)
     model, out = write_model(tmp_path / "model"), tmp_path / "out"
-    running = process("compress", model, out, "--scheme", "toy", "--threads", 1, path=path)
+    running = ForkedCommand("compress", model, out, "--scheme", "toy", "--threads", 1, path=path)
     while not list(out.glob("*.part")) and running.poll() is None:
         time.sleep(0.05)
     assert (out / LOCK).exists()

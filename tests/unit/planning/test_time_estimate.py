@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from fixtures.architectures import build
+from fixtures.forked import torchrun
 from fixtures.learner_scheme import CONFIG, LEARNER, install_learner, runnable_model
-from fixtures.processes import torchrun
 from fixtures.toy_scheme import TOY
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,9 +74,9 @@ def test_data_free_ranks_read_and_write_the_bytes_that_were_planned(
     )
     words = [model, "--scheme", "toy", "--threads", 1]
     planned = json.loads(command("plan", *words, "--world-size", ranks, "--json", path=path).stdout)
-    found = torchrun(
-        ranks, "compress", model, tmp_path / "out", *words[1:], "--no-verify", path=path
-    )
+    run_words = ["compress", model, tmp_path / "out", *words[1:], "--no-verify"]
+    # Forks would hold what the process that they come from holds.
+    found = torchrun(ranks, *run_words, path=path, ranks="new")
     assert found.returncode == 0, found.stderr
     assert planned["world_size"] == ranks
     ran = counted(path, ranks)
@@ -100,18 +100,11 @@ def test_calibrated_ranks_read_write_and_hold_what_was_planned(
             plan, ranks, CalibrationConfig(samples=samples, sequence_length=48)
         )
         limit = memory_estimate.estimate_memory(plan, 1)
-    words = [
-        "--scheme",
-        "learner",
-        "--calibration",
-        tmp_path / "text.txt",
-        "--samples",
-        samples,
-        "--sequence-length",
-        48,
-    ]
-    words += ["--threads", 1, "--no-verify", "--max-memory", f"{limit / 1e6}MB"]
-    found = torchrun(ranks, "compress", model, tmp_path / "out", *words, path=path)
+    words = ["compress", model, tmp_path / "out", "--scheme", "learner"]
+    words += ["--calibration", tmp_path / "text.txt", "--samples", samples]
+    words += ["--sequence-length", 48, "--threads", 1, "--no-verify"]
+    words += ["--max-memory", f"{limit / 1e6}MB"]
+    found = torchrun(ranks, *words, path=path, ranks="new")
     assert found.returncode == 0, found.stderr
     ran = counted(path, ranks)
     assert [r["writes"] for r in ran] == [share.writes for share in planned]

@@ -9,13 +9,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fixtures.forked import torchrun, torchrun_script
 from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
-from fixtures.processes import torchrun
 from fixtures.toy_scheme import install_deadly
 
 import bitpress
@@ -92,9 +91,9 @@ def test_neighbors_stay_together_and_parts_are_as_even_as_can_be(count: int) -> 
 def test_several_processes_write_the_bytes_of_one_and_one_of_them_speaks(
     tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes], count: int
 ) -> None:
-    found = torchrun(
-        count, "compress", model, tmp_path / "out", "--scheme", "toy", "--json", path=deadly
-    )
+    words = ["compress", model, tmp_path / "out", "--scheme", "toy", "--json"]
+    # Ranks as torchrun starts them; the other tests fork them, to import torch once.
+    found = torchrun(count, *words, path=deadly, ranks="new")
     assert found.returncode == 0, found.stderr
     assert files_of(tmp_path / "out") == expected
     # one document
@@ -135,7 +134,9 @@ def test_bad_input_is_told_once_in_one_line_and_ends_all_ranks(
     else:
         tensors[f"{words}.weight"][3, 5] = float("nan")
     model = write_model(tmp_path / "model", tensors, shards=3)
-    found = torchrun(2, "compress", model, tmp_path / "out", "--scheme", "toy", path=deadly)
+    command = ["compress", model, tmp_path / "out", "--scheme", "toy"]
+    # torchrun says more of ranks that are forks of it.
+    found = torchrun(2, *command, path=deadly, ranks="new")
     assert found.returncode != 0
     assert found.stdout == ""
     assert len(told(found)) == 1, found.stderr
@@ -203,16 +204,7 @@ dist.destroy_process_group()
 
 def test_statistics_of_all_ranks_add_up_to_those_of_one_process(tmp_path: Path) -> None:
     (tmp_path / "adding.py").write_text(ADDING)
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "3",
-        str(tmp_path / "adding.py"),
-    ]
-    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    found = torchrun_script(3, tmp_path / "adding.py")
     assert found.returncode == 0, found.stderr
 
 

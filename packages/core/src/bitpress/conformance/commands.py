@@ -82,18 +82,14 @@ def command(*arguments: object, path: Path | None = None) -> subprocess.Complete
     )
 
 
-def process(
-    *arguments: object, path: Path | None = None, launcher: Sequence[str] = ()
-) -> subprocess.Popen[str]:
-    """The command as users start it, running; `path` is a folder of plugins, `launcher` what starts
-    it in Python's place.
-    """
+def process(*arguments: object, path: Path | None = None) -> subprocess.Popen[str]:
+    """The command as users start it, running; `path` is a folder of plugins."""
     environment = dict(os.environ)
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(path), os.environ.get("PYTHONPATH")])
         )
-    words = [sys.executable, *launcher, "-m", "bitpress", *map(str, arguments)]
+    words = [sys.executable, "-m", "bitpress", *map(str, arguments)]
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
