@@ -65,6 +65,11 @@ def see(site: Path, *layers: Path) -> None:
     (site / "shared.pth").write_text("".join(f"{site_packages(one)}\n" for one in layers))
 
 
+def is_ours(word: str) -> bool:
+    """Whether a word names a package of this repository; extras may follow in brackets."""
+    return (ROOT / word.partition("[")[0]).resolve().parent == PACKAGES
+
+
 def built(package: Path, how: str, into: Path, backend: Path) -> Path:
     """A package of this repository as a wheel, whole or editable."""
     words = [str(backend / "bin/python"), "-c", BUILD, f"build_{how}", str(into)]
@@ -77,17 +82,17 @@ def main(words: list[str]) -> None:
     SHARED.mkdir(parents=True, exist_ok=True)
     core = tomllib.loads((PACKAGES / "core/pyproject.toml").read_text())["project"]
     with tempfile.TemporaryDirectory() as folder, (SHARED / "lock").open("w") as lock:
-        # Two environments may be made at a time.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if any(is_ours(word) for word in words):
+            # Two environments may be made at a time: one of them makes the layers for both.
+            fcntl.flock(lock, fcntl.LOCK_EX)
         layers, backend, given, how = [], None, list[str](), "wheel"
         for word in words:
             path, bracket, extras = word.partition("[")
-            local = (ROOT / path).resolve()
             if word == "-e":
                 how = "editable"
-            elif local.parent == PACKAGES:
+            elif is_ours(word):
                 backend = backend or layer("build", ["hatchling", "editables"])
-                wheel = built(local, how, Path(folder), backend)
+                wheel = built((ROOT / path).resolve(), how, Path(folder), backend)
                 given.append(f"{wheel}{bracket}{extras}")
                 layers = layers or [layer("core", core["dependencies"])]
                 if "conformance" in extras:

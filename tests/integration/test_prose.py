@@ -88,6 +88,6 @@ def test_a_package_pins_nothing(package: Path) -> None:
 
 
 def test_ci_runs_the_readme_s_test_command() -> None:
-    command = "python -m pip install tox && tox run"
+    command = "python -m pip install tox && tox run-parallel"
     assert f"\n{command}\n" in README
     assert f"\n{command}\n" in (ROOT / ".ci/run").read_text()

@@ -59,9 +59,9 @@ class Environment:
         (self.site,) = home.glob("lib/*/site-packages")
 
     def install(self, *what: Path) -> None:
-        subprocess.run(
-            [self.home / "bin/python", "-m", "pip", "install", "--quiet", *what], check=True
-        )
+        # Most modules of torch are never imported here: to compile them all takes a minute.
+        words = ["-m", "pip", "install", "--quiet", "--no-compile", *what]
+        subprocess.run([self.home / "bin/python", *words], check=True)
 
     def schemes(self) -> dict[str, tuple[str, str]]:
         """Package and version of each scheme that the installed command lists."""
