@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bitpress.conformance.commands import bitpress, refusal
+from bitpress.conformance.commands import command, refusal
 from bitpress.conformance.models import LLAMA, write_model
 from bitpress.schemes.hardware import KNOWN, find
 from bitpress.schemes.registry import discover
@@ -59,7 +59,7 @@ def test_blocks_that_do_not_fit_are_refused_naming_the_layer(
 def test_following_the_advice_of_each_refusal_leads_to_a_result(tmp_path: Path) -> None:
     model, ignore = write_model(tmp_path / "m", config=NARROW), []
     while (
-        done := bitpress("compress", model, tmp_path / "o", "--scheme", "fp8-block", *ignore)
+        done := command("compress", model, tmp_path / "o", "--scheme", "fp8-block", *ignore)
     ).returncode == 2:
         advice = re.findall(r"--ignore '([^']+)'", done.stderr)
         assert not set(advice) & set(ignore), done.stderr
@@ -69,7 +69,7 @@ def test_following_the_advice_of_each_refusal_leads_to_a_result(tmp_path: Path) 
 
 
 def test_narrow_and_odd_shapes_are_taken_per_channel(tmp_path: Path) -> None:
-    done = bitpress(
+    done = command(
         "compress", write_model(tmp_path / "m", config=NARROW), tmp_path / "o", "--scheme", "fp8"
     )
     assert done.returncode == 0, done.stderr
@@ -128,7 +128,7 @@ def test_blocks_on_cpus_need_amx() -> None:
 
 
 def test_a_named_device_is_answered_for_without_having_it() -> None:
-    shown = bitpress("schemes", "fp8", "--device", "NVIDIA A100")
+    shown = command("schemes", "fp8", "--device", "NVIDIA A100")
     assert shown.returncode == 0
     assert "degraded" in shown.stdout
     assert "NVIDIA A100" in shown.stdout

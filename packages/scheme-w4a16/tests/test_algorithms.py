@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitpress.conformance.commands import bitpress, refusal
+from bitpress.conformance.commands import command, refusal
 from bitpress.conformance.models import LLAMA, write_model
 from bitpress.schemes import pipeline
 from bitpress.schemes.hardware import find
@@ -171,7 +171,7 @@ def test_a_width_that_does_not_divide_is_refused_at_plan_time_naming_what_fits(
         assert words in line, line
     for size in ("64", "32", "channel", "auto"):
         assert (
-            bitpress("plan", model, "--scheme", "w4a16", "--set", f"group_size={size}").returncode
+            command("plan", model, "--scheme", "w4a16", "--set", f"group_size={size}").returncode
             == 0
         )
 
@@ -181,7 +181,7 @@ def test_fused_rows_that_do_not_fill_words_of_zero_points_are_refused(tmp_path: 
     settings = ["--set", "group_size=channel", "--set", "symmetric=false"]
     line = refusal("plan", model, "--scheme", "w4a16", *settings)
     assert "132 rows are not a multiple of 8" in line
-    assert bitpress("plan", model, "--scheme", "w8a16", *settings).returncode == 0
+    assert command("plan", model, "--scheme", "w8a16", *settings).returncode == 0
 
 
 @pytest.mark.parametrize(
