@@ -1,7 +1,6 @@
-"""The laws that every scheme keeps, to be run by its author: `pytest --pyargs bitpress.conformance
---scheme NAME`.
+"""Tests that every scheme must pass: `pytest --pyargs bitpress.conformance --scheme NAME`.
 
-Needs the extra `bitpress-core[conformance]`. Every law runs for the scheme's default options and
-for each other choice of an option with listed values; `--set OPTION=VALUE` fixes an option. A hook
-that a scheme leaves out skips its laws and says so.
+The kit needs the extra `bitpress-core[conformance]`. Each test states one law. It runs for the
+default options, and for every other value of each option that has a list of values.
+`--set OPTION=VALUE` fixes an option. If a scheme lacks a hook, the tests of that hook are skipped.
 """

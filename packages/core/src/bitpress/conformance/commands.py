@@ -1,4 +1,4 @@
-"""The command as users run it, with the plugins of a folder, for the tests of schemes."""
+"""Run the command with the plugins of a folder, for the tests of schemes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def install(
     version: str = "1.0",
     requires: Sequence[str] = (),
 ) -> Path:
-    """A distribution `name` with one module of the same name (dashes as underscores), found once
-    `folder` is on the path.
+    """Write a distribution `name` into `folder`. Python finds it if the folder is on its path.
+
+    Its one module has the same name, with dashes as underscores.
     """
     folder.mkdir(exist_ok=True)
     (folder / f"{name.replace('-', '_')}.py").write_text(module)
@@ -43,9 +44,7 @@ def install(
 
 @contextlib.contextmanager
 def plugins(folder: Path | None) -> Iterator[None]:
-    """Inside the block this process finds the plugins of a folder, as a new process with the folder
-    on its path would.
-    """
+    """Let this process find the plugins of a folder until the block ends."""
     before, path = set(sys.modules), list(sys.path)
     if folder is not None:
         sys.path.insert(0, str(folder))
@@ -64,8 +63,10 @@ def plugins(folder: Path | None) -> Iterator[None]:
 
 
 def command(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command run in this process, which saves the start of another: what it prints, and its
-    exit code.
+    """Run the command in this process, which is faster than in another.
+
+    Returns:
+        Its output and exit code.
     """
     words, out, err = ["bitpress", *map(str, arguments)], io.StringIO(), io.StringIO()
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
@@ -83,7 +84,7 @@ def command(*arguments: object, path: Path | None = None) -> subprocess.Complete
 
 
 def process(*arguments: object, path: Path | None = None) -> subprocess.Popen[str]:
-    """The command as users start it, running; `path` is a folder of plugins."""
+    """Start the command in a process of its own, with the plugins of the folder `path`."""
     environment = dict(os.environ)
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join(
@@ -96,15 +97,16 @@ def process(*arguments: object, path: Path | None = None) -> subprocess.Popen[st
 
 
 def bitpress(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command as users run it, in a process of its own."""
+    """Run the command in a process of its own, and return its output and exit code."""
     running = process(*arguments, path=path)
     out, err = running.communicate(timeout=300)
     return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
 
 def refusal(*arguments: object, path: Path | None = None) -> str:
-    """The one line with which the command refuses: exit code 2, nothing on standard output, no
-    traceback.
+    """Run a command that must be refused, and return its one line on standard error.
+
+    The exit code must be 2, standard output must be empty, and there must be no traceback.
     """
     found = command(*arguments, path=path)
     lines = [line for line in found.stderr.splitlines() if not line.startswith("warning: ")]

@@ -1,4 +1,4 @@
-"""Every law runs for every variant of the scheme's options."""
+"""Every test runs for every variant of the scheme's options."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bitpress.schemes.registry import discover
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """What is tried is small: waiting for a second thread costs more than it gives."""
+    """Use one thread: for weights this small, a second thread costs more time than it saves."""
     with torch_threads(1):
         yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give a law the variants, one after the other."""
+    """Run each test for every variant of the scheme's options."""
     config = metafunc.config
     if not config.getoption("--scheme"):
         raise pytest.UsageError("bitpress.conformance needs --scheme NAME")

@@ -1,4 +1,4 @@
-"""Small made-up checkpoints, for the tests of schemes."""
+"""Small synthetic checkpoints, for the tests of schemes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LLAMA: Mapping[str, Any] = {
 
 
 def llama_tensors(seed: int = 0, config: Mapping[str, Any] = LLAMA) -> dict[str, torch.Tensor]:
-    """Made-up weights of a Llama of that config, by name, bfloat16."""
+    """Synthetic bfloat16 weights of a Llama with this config, by tensor name."""
     generator = torch.Generator().manual_seed(seed)
     hidden, wide, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -66,8 +66,9 @@ def write_model(
     config: Mapping[str, Any] = LLAMA,
     shards: int = 1,
 ) -> Path:
-    """A model folder; with several shards, tensors are dealt out in turn, so that fused layers lie
-    in different files.
+    """Write a model folder and return it.
+
+    Tensors go to the shards in turn, so that layers which engines fuse lie in different files.
     """
     folder.mkdir(parents=True)
     tensors = dict(llama_tensors(config=config) if tensors is None else tensors)

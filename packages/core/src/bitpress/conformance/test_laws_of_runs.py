@@ -1,5 +1,5 @@
-"""The laws of what a run does with a scheme: list it, give it stacks, layers without data, columns
-to rescale.
+"""Laws of what a run does with a scheme: lists it, and gives it stacks, layers that saw no token,
+and columns to rescale.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What the laws try a scheme on: its option variants, awkward weights, and the way from a weight to
-stored bytes and back.
+"""Inputs of the conformance tests: variants of a scheme's options, and difficult weights. Helpers
+take a weight to stored bytes and back.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ WIDTHS = (256, 128, 64, 16, 8, 4, 2, 1)
 
 
 def variants(name: str, settings: Sequence[str], registry: Registry) -> dict[str, Step]:
-    """The scheme with its defaults, and with every other listed choice of one option at a time, by
-    what was set.
+    """The scheme with its default options, and with each other listed value of one option.
+
+    Returns:
+        Steps, by "defaults" or by the option that was set ("algorithm=rtn").
     """
     scheme = registry.get(name)
     base = attrs.asdict(from_scheme(name, registry, settings).all_steps[0].options)
@@ -64,7 +66,7 @@ def rows(step: Step) -> int:
 
 
 def weights(step: Step) -> dict[str, Tensor]:
-    """Weights (out, in) by what is awkward about them, all of them numbers that bfloat16 holds."""
+    """Difficult weights (out, in) by their property; bfloat16 holds all of their numbers."""
     shape = (rows(step), width(step))
     normal = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
     spread = torch.logspace(-30, 30, shape[0]).unsqueeze(1)  # (out, 1)
@@ -121,7 +123,7 @@ def tiles(step: Step, weight: Tensor, stats: Mapping[str, Statistic], block: int
 
 
 def stored(step: Step, layer: Layer) -> StoredLayer:
-    """What is stored of a quantized layer, having been through a safetensors file and JSON."""
+    """The stored layer of a quantized layer, written to safetensors and JSON and read back."""
     found = pipeline.record(
         pipeline.join([pipeline.pack(layer, [step])], tuple(layer.weight.shape)), [step]
     )
@@ -130,9 +132,7 @@ def stored(step: Step, layer: Layer) -> StoredLayer:
 
 
 def rounded(step: Step, inputs: Tensor, record: StoredLayer) -> Tensor:
-    """What a loader computes with in place of inputs (tokens, in), by what is stored of the
-    layer.
-    """
+    """The inputs (tokens, in) as a loader quantizes them with the stored tensors of the layer."""
     rounding = input_rounding(record.tensors, record.config, [step])
     assert rounding is not None
     return rounding(inputs)
@@ -146,7 +146,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def snapshot(
     step: Step, layer: Layer, stats: Mapping[str, Statistic]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that hooks are given, by what it is."""
+    """Every tensor that hooks get, with a description of it."""
     yield "the weight", layer.weight
     if layer.mask is not None:
         yield "the mask", layer.mask
