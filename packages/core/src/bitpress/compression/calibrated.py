@@ -125,7 +125,7 @@ def _start(
     chosen = [
         position
         for position, number in enumerate(part)
-        if plan.recipe.compares and number % memory_estimate.REFERENCE_INTERVAL == 0
+        if plan.recipe.needs_reference and number % memory_estimate.REFERENCE_INTERVAL == 0
     ]
     reference = HiddenStates((inputs.hidden_states[i].clone() for i in chosen), folder)
     num_waiting = need.num_waiting(allowed, own[0].numel())

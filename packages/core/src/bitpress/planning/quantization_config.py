@@ -1,4 +1,4 @@
-"""`quantization_config`: what tells transformers and vLLM how the stored tensors are to be read
+"""`quantization_config`, which says to transformers and vLLM how the tensors are stored
 (compressed-tensors).
 """
 
@@ -13,61 +13,72 @@ from bitpress.errors import RecipeError
 
 
 def quantization_config(
-    fragments: Mapping[str, Mapping[str, Any] | None], plain: Sequence[str]
+    fragments: Mapping[str, Mapping[str, Any] | None], ignored: Sequence[str]
 ) -> dict[str, Any] | None:
-    """The smallest config that both loaders accept, or None where every tensor is plain.
+    """The smallest config that both loaders accept; None where every tensor is plain.
 
     Args:
-        fragments: by module, the group entry its scheme asked for; None for a plain weight.
-        plain: modules that stay as they are, for `ignore`.
+        fragments: by compressed module, the config group that its scheme wrote; None for a plain
+            weight.
+        ignored: modules that are not compressed, for `ignore`.
 
     Raises:
-        RecipeError: layers are to be stored in several layouts of which a config can name one.
+        RecipeError: layers are to be stored in several sparse layouts, and a config has one.
     """
+    quantized = _group_by_fragment(fragments, is_sparse=False)
+    sparse = _group_by_fragment(fragments, is_sparse=True)
+    config: dict[str, Any] = {}
+    if sparse:
+        config["quant_method"] = METHOD
+        config["sparsity_config"] = _sparsity_config(sparse, fragments, ignored, bool(quantized))
+    if not quantized:
+        return config or None
+
+    entries = [json.loads(text) for text in quantized]
+    formats = {entry["format"] for entry in entries}
+    # The target of a single group is "Linear", which also matches layers that an engine has fused.
+    # Several groups need the names.
+    targets = [["Linear"]] if len(quantized) == 1 else list(quantized.values())
+    compressed = {module for modules in quantized.values() for module in modules}
+    return config | {
+        "quant_method": METHOD,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        # transformers 5.17 initializes the layers at random under any other status.
+        "quantization_status": "compressed",
+        "ignore": [*ignored, *(module for module in fragments if module not in compressed)],
+        "config_groups": {
+            f"group_{number}": {"targets": target, **entry}
+            for number, (target, entry) in enumerate(zip(targets, entries, strict=True))
+        },
+    }
+
+
+def _group_by_fragment(
+    fragments: Mapping[str, Mapping[str, Any] | None], is_sparse: bool
+) -> dict[str, list[str]]:
+    """The modules of each sparse, or each other, fragment by its JSON text."""
     groups: dict[str, list[str]] = {}
     for module, fragment in fragments.items():
-        if fragment is not None:
+        if fragment is not None and ("sparsity_structure" in fragment) == is_sparse:
             groups.setdefault(json.dumps(fragment, sort_keys=True), []).append(module)
-    sparse = {
-        text: modules
-        for text, modules in groups.items()
-        if "sparsity_structure" in json.loads(text)
-    }
-    groups = {text: modules for text, modules in groups.items() if text not in sparse}
-    if len(sparse) > 1:
-        names = " and ".join(json.loads(text)["format"] for text in sparse)
+    return groups
+
+
+def _sparsity_config(
+    groups: Mapping[str, Sequence[str]],
+    fragments: Mapping[str, Mapping[str, Any] | None],
+    ignored: Sequence[str],
+    has_quantized: bool,
+) -> dict[str, Any]:
+    if len(groups) > 1:
+        names = " and ".join(json.loads(text)["format"] for text in groups)
         raise RecipeError(
             f"a model cannot be stored as {names} at once: a config has one sparsity_config; use "
             "one layout"
         )
-    found: dict[str, Any] = {"quant_method": METHOD} if sparse else {}
-    for text, modules in sparse.items():
-        others = [*plain, *(module for module in fragments if module not in modules)]
-        found["sparsity_config"] = {
-            **json.loads(text),
-            "targets": modules if groups else ["Linear"],
-            "ignore": others,
-        }
-    if not groups:
-        return found or None
-    entries = [json.loads(text) for text in groups]
-    formats = {entry["format"] for entry in entries}
-    # one group may say "Linear", which also reaches layers that an engine has fused; several need
-    # the names
-    targets = [["Linear"]] if len(groups) == 1 else list(groups.values())
-    left = [
-        module
-        for module, fragment in fragments.items()
-        if fragment is None or "sparsity_structure" in fragment
-    ]
-    return found | {
-        "quant_method": METHOD,
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        # without it transformers leaves random weights, without an error
-        "quantization_status": "compressed",
-        "ignore": [*plain, *left],
-        "config_groups": {
-            f"group_{i}": {"targets": t, **e}
-            for i, (t, e) in enumerate(zip(targets, entries, strict=True))
-        },
+    ((text, modules),) = groups.items()
+    return {
+        **json.loads(text),
+        "targets": modules if has_quantized else ["Linear"],
+        "ignore": [*ignored, *(module for module in fragments if module not in modules)],
     }

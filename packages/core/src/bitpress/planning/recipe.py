@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -12,23 +11,24 @@ from typing import Any
 import attrs
 from attrs import frozen
 
+from bitpress.checkpoint.layer_names import INDEX_PART
 from bitpress.errors import RecipeError, nearest
 from bitpress.schemes.registry import Registry, Step
 
-# bytes of a recipe
-LARGEST = 100_000
+# A recipe file has at most so many bytes ...
+MAX_FILE_BYTES = 100_000
 
-# characters of a line
-WIDEST = 4000
+# ... and characters in a line, because a key of very many parts takes tomllib very long.
+MAX_LINE_LENGTH = 4000
 
-# characters of a pattern
-LONGEST = 1000
+# fnmatch translates every pattern to a regular expression.
+MAX_PATTERN_LENGTH = 1000
 
 
 @frozen
 class Rule:
-    """Layers whose name matches the pattern get these steps, in order; none leaves them as they
-    are.
+    """The steps, in order, of the layers whose names match a pattern; without steps these layers
+    are copied unchanged.
     """
 
     match: str
@@ -36,9 +36,25 @@ class Rule:
 
 
 @frozen
+class RuleTable:
+    """A `[[layers]]` table of a recipe, before its schemes are looked up.
+
+    Attributes:
+        patterns: of layer names.
+        steps: the name and the options of each scheme, in order.
+    """
+
+    patterns: Sequence[str]
+    steps: Sequence[tuple[str, Mapping[str, Any]]]
+
+
+@frozen
 class Recipe:
-    """Rules, of which the first that matches a layer counts, and patterns of layers that no rule
-    may touch.
+    """Which layers get which steps.
+
+    Attributes:
+        rules: the first that matches a layer counts.
+        ignore: patterns of layers that are copied unchanged, whatever the rules say.
     """
 
     rules: tuple[Rule, ...]
@@ -55,54 +71,54 @@ class Recipe:
         return any(step.calibrated for step in self.all_steps)
 
     @property
-    def compares(self) -> bool:
-        """Whether any step asks what the source makes of the same tokens."""
+    def needs_reference(self) -> bool:
+        """Whether any step must see a layer's inputs in the source model too."""
         return any(
             step.calibrated and step.scheme.wants("observe", "reference") for step in self.all_steps
         )
 
     def assign(self, modules: Sequence[str]) -> Mapping[str, tuple[Step, ...]]:
-        """The steps of every module, empty where it is left alone.
+        """The steps of every module; empty where it is copied unchanged.
 
         Raises:
             RecipeError: a pattern matches no module; the message names the nearest.
         """
         patterns = [rule.match for rule in self.rules] + list(self.ignore)
         for pattern in patterns:
-            if len(pattern) > LONGEST:
+            if len(pattern) > MAX_PATTERN_LENGTH:
                 raise RecipeError(
                     f"the pattern {pattern[:40]!r}... has {len(pattern)} characters; at most "
-                    f"{LONGEST} are taken"
+                    f"{MAX_PATTERN_LENGTH} are taken"
                 )
             if not any(fnmatchcase(module, pattern) for module in modules):
                 raise RecipeError(
                     f"the pattern {pattern!r} matches none of the {len(modules)} linear layers"
-                    f"{_hint(pattern, modules)} (embeddings, lm_head, norms, routers and vision "
+                    f"{_suggest(pattern, modules)} (embeddings, lm_head, norms, routers and vision "
                     "towers are left alone in any case)"
                 )
         return {module: self.steps(module) for module in modules}
 
     def as_json(self) -> dict[str, Any]:
-        """The recipe with every option spelled out, as `bitpress.json` keeps it and `from_json`
-        reads it.
-        """
+        """The recipe with the value of every option, as `bitpress.json` holds it."""
         layers = [
             {
                 "match": rule.match,
-                "steps": [{"use": s.scheme.name, **attrs.asdict(s.options)} for s in rule.steps],
+                "steps": [
+                    {"use": step.scheme.name, **attrs.asdict(step.options)} for step in rule.steps
+                ],
             }
             for rule in self.rules
         ]
         return {"layers": layers, "ignore": list(self.ignore)}
 
     def steps(self, module: str) -> tuple[Step, ...]:
-        """The steps of one module, empty where it is left alone."""
+        """The steps of one module; empty where it is copied unchanged."""
         if any(fnmatchcase(module, pattern) for pattern in self.ignore):
             return ()
         return next((rule.steps for rule in self.rules if fnmatchcase(module, rule.match)), ())
 
     def reason(self, module: str) -> str:
-        """Why a module gets the steps that it gets."""
+        """Which pattern gives a module its steps, in a few words."""
         pattern = next((p for p in self.ignore if fnmatchcase(module, p)), None)
         if pattern is not None:
             return f"ignored by {pattern!r}"
@@ -112,45 +128,47 @@ class Recipe:
         return f"the rule for {rule.match!r}" + ("" if rule.steps else " has no steps")
 
     def idle_patterns(self, modules: Sequence[str]) -> list[str]:
-        """Patterns of rules that come too late: other rules, or what is ignored, take all that they
-        match.
+        """Patterns of rules that give no module its steps, since earlier rules or `ignore` match all
+        of their modules.
         """
-        used = {self.reason(module) for module in modules}
+        reasons = {self.reason(module) for module in modules}
         return [
-            r.match
-            for r in self.rules
-            if not any(reason.startswith(f"the rule for {r.match!r}") for reason in used)
+            rule.match
+            for rule in self.rules
+            if not any(reason.startswith(f"the rule for {rule.match!r}") for reason in reasons)
         ]
 
 
-def _hint(pattern: str, modules: Sequence[str]) -> str:
-    """The nearest name for a name, and for a pattern the nearest of those that match something,
-    with stars for block numbers.
-
-    Where none is near, what names look like.
+def _suggest(pattern: str, modules: Sequence[str]) -> str:
+    """For a name the nearest layer, for a pattern the nearest that matches a layer; an example of a
+    name where none is near.
     """
-    like = f"; their names are like {modules[0]!r}" if modules else ""
+    example = f"; their names are like {modules[0]!r}" if modules else ""
     if not any(sign in pattern for sign in "*?["):
-        return nearest(pattern, modules) or like
-    known: dict[str, None] = {}
-    for name in dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", module) for module in modules):
+        return nearest(pattern, modules) or example
+    patterns: dict[str, None] = {}
+    for name in dict.fromkeys(INDEX_PART.sub("*", module) for module in modules):
         words = name.split(".")
         heads = [".".join([*words[:i], "*"]) for i in range(1, len(words))]
         tails = [".".join(["*", *words[i:]]) for i in range(1, len(words))]
         inner = [f"*.{word}.*" for word in words[1:-1]]
-        known |= dict.fromkeys(cut for cut in [name, *heads, *tails, *inner] if "*.*" not in cut)
-    return nearest(pattern, known) or like
+        patterns |= dict.fromkeys(p for p in [name, *heads, *tails, *inner] if "*.*" not in p)
+    return nearest(pattern, patterns) or example
 
 
 def from_scheme(
     name: str, registry: Registry, settings: Iterable[str] = (), ignore: Iterable[str] = ()
 ) -> Recipe:
-    """The recipe of `--scheme NAME`, where `+` joins steps from left to right, for every linear
-    layer of the decoder blocks.
+    """The recipe of `--scheme NAME` for every linear layer of the decoder blocks.
+
+    Args:
+        name: of a scheme, or several joined by `+`, which become steps from left to right.
+        settings: `[SCHEME.]OPTION=VALUE` texts.
+        ignore: patterns of layers to copy unchanged.
     """
     names = name.split("+")
-    values = _settings(settings, names, registry)
-    steps = tuple(registry.get(n).step(values[n]) for n in names)
+    options_of = _parse_settings(settings, names, registry)
+    steps = tuple(registry.get(n).step(options_of[n]) for n in names)
     return Recipe((Rule("*", steps),), tuple(ignore))
 
 
@@ -160,17 +178,14 @@ def from_file(
     """The recipe of a TOML file; `settings` override its options, `ignore` adds to it.
 
     Raises:
-        RecipeError: the file cannot be read, or is not a recipe; the message names the place.
+        RecipeError: the file cannot be read, or is not a recipe; the message names the table.
     """
     try:
-        if (file.exists() and not file.is_file()) or (
-            file.exists() and file.stat().st_size > LARGEST
-        ):
-            raise RecipeError(f"{file}: a recipe is a regular file of at most {LARGEST} bytes")
+        if file.exists() and (not file.is_file() or file.stat().st_size > MAX_FILE_BYTES):
+            raise RecipeError(f"{file}: a recipe is a regular file of at most {MAX_FILE_BYTES} bytes")
         text = file.read_text(encoding="utf-8")
-        # a key of very many parts takes tomllib very long
-        if any(len(line) > WIDEST for line in text.splitlines()):
-            raise RecipeError(f"{file}: a line has more than {WIDEST} characters; break it")
+        if any(len(line) > MAX_LINE_LENGTH for line in text.splitlines()):
+            raise RecipeError(f"{file}: a line has more than {MAX_LINE_LENGTH} characters; break it")
         table = tomllib.loads(text)
     except OSError as e:
         raise RecipeError(f"{file}: {e.strerror or e}") from None
@@ -182,48 +197,51 @@ def from_file(
 def from_json(
     table: Mapping[str, Any],
     registry: Registry,
-    place: str,
+    origin: str,
     settings: Iterable[str] = (),
     ignore: Iterable[str] = (),
 ) -> Recipe:
-    """The recipe of a table `{"layers": [{"match", "steps"}], "ignore": [...]}`; `place` is named
-    in errors.
+    """The recipe of a table `{"layers": [{"match", "steps"}], "ignore": [...]}`.
+
+    Args:
+        origin: what errors call the table.
+        settings: `[SCHEME.]OPTION=VALUE` texts, which override its options.
+        ignore: patterns added to its own.
     """
-    found, ignored = parsed(table, place), table.get("ignore", [])
-    values = _settings(
-        settings, list(dict.fromkeys(use for _, steps in found for use, _ in steps)), registry
-    )
-    built = [
-        (
-            patterns,
-            tuple(registry.get(use).step({**options, **values[use]}) for use, options in steps),
+    tables = parse_rules(table, origin)
+    schemes = dict.fromkeys(scheme for rule in tables for scheme, _ in rule.steps)
+    overrides = _parse_settings(settings, list(schemes), registry)
+
+    rules = []
+    for rule in tables:
+        steps = tuple(
+            registry.get(scheme).step({**options, **overrides[scheme]})
+            for scheme, options in rule.steps
         )
-        for patterns, steps in found
-    ]
-    return Recipe(
-        tuple(Rule(pattern, steps) for patterns, steps in built for pattern in patterns),
-        (*ignored, *ignore),
-    )
+        rules += [Rule(pattern, steps) for pattern in rule.patterns]
+    return Recipe(tuple(rules), (*table.get("ignore", []), *ignore))
 
 
-def parsed(
-    table: Mapping[str, Any], place: str
-) -> list[tuple[list[str], list[tuple[str, dict[str, Any]]]]]:
-    """The patterns of every rule, and its steps: each a scheme's name and options, of which nothing
-    is known yet.
+def parse_rules(table: Mapping[str, Any], origin: str) -> list[RuleTable]:
+    """The `[[layers]]` of a recipe; their schemes and options are not looked up.
+
+    Raises:
+        RecipeError: the table has another form.
     """
-    _known(table, ("layers", "ignore"), place)
+    _check_keys(table, ("layers", "ignore"), origin)
     layers, ignored = table.get("layers"), table.get("ignore", [])
     if not isinstance(layers, list) or not layers:
-        raise RecipeError(f"{place}: it needs at least one [[layers]] with `match` and `steps`")
+        raise RecipeError(f"{origin}: it needs at least one [[layers]] with `match` and `steps`")
     if not isinstance(ignored, list) or not all(isinstance(p, str) for p in ignored):
-        raise RecipeError(f"{place}: `ignore` is a list of patterns")
-    return [_rules(layer, f"{place}: [[layers]] number {i}") for i, layer in enumerate(layers, 1)]
+        raise RecipeError(f"{origin}: `ignore` is a list of patterns")
+    return [
+        _parse_rule(layer, f"{origin}: [[layers]] number {number}")
+        for number, layer in enumerate(layers, 1)
+    ]
 
 
-def _rules(layer: Any, place: str) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
-    """A table's patterns, and their steps."""
-    match = layer.get("match") if isinstance(layer, dict) else None
+def _parse_rule(table: Any, origin: str) -> RuleTable:
+    match = table.get("match") if isinstance(table, dict) else None
     patterns = [match] if isinstance(match, str) else match
     if (
         not isinstance(patterns, list)
@@ -231,37 +249,38 @@ def _rules(layer: Any, place: str) -> tuple[list[str], list[tuple[str, dict[str,
         or not all(isinstance(pattern, str) for pattern in patterns)
     ):
         raise RecipeError(
-            f"{place}: it needs `match` (a pattern, or a list of them) and `steps` (a list of "
+            f"{origin}: it needs `match` (a pattern, or a list of them) and `steps` (a list of "
             "schemes, [] for none)"
         )
-    if not isinstance(layer.get("steps"), list):
-        raise RecipeError(f"{place}: it needs `steps` (a list of schemes, [] for none)")
-    _known(layer, ("match", "steps"), place)
+    if not isinstance(table.get("steps"), list):
+        raise RecipeError(f"{origin}: it needs `steps` (a list of schemes, [] for none)")
+    _check_keys(table, ("match", "steps"), origin)
+
     steps = []
-    for step in layer["steps"]:
+    for step in table["steps"]:
         options = {"use": step} if isinstance(step, str) else step
         if not isinstance(options, dict) or not isinstance(options.get("use"), str):
             raise RecipeError(
-                f'{place}: a step is a scheme\'s name or {{ use = "NAME", option = value }}, not '
+                f"{origin}: a step is a scheme's name or {{ use = \"NAME\", option = value }}, not "
                 f"{step!r}"
             )
         steps.append((options["use"], {k: v for k, v in options.items() if k != "use"}))
-    return patterns, steps
+    return RuleTable(patterns, steps)
 
 
-def _known(table: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
+def _check_keys(table: Mapping[str, Any], keys: Sequence[str], origin: str) -> None:
     for key in table:
         if key not in keys:
-            raise RecipeError(f"{place}: unknown key {key!r}{nearest(key, keys)}")
+            raise RecipeError(f"{origin}: unknown key {key!r}{nearest(key, keys)}")
 
 
-def _settings(
-    settings: Iterable[str], names: Sequence[str], registry: Registry
+def _parse_settings(
+    settings: Iterable[str], schemes: Sequence[str], registry: Registry
 ) -> dict[str, dict[str, Any]]:
-    """`[SCHEME.]OPTION=VALUE` texts as values by scheme; an option without a scheme goes to the one
-    scheme that has it.
+    """The values of `[SCHEME.]OPTION=VALUE` texts by scheme and option; an option without a scheme
+    belongs to the one scheme that has it.
     """
-    values: dict[str, dict[str, Any]] = {name: {} for name in names}
+    values: dict[str, dict[str, Any]] = {scheme: {} for scheme in schemes}
     for setting in settings:
         target, equals, value = setting.partition("=")
         scheme, dot, option = target.rpartition(".")
@@ -271,12 +290,17 @@ def _settings(
             )
         if dot and scheme not in values:
             raise RecipeError(
-                f"--set {setting}: the scheme {scheme!r} is not used here{nearest(scheme, names)}"
+                f"--set {setting}: the scheme {scheme!r} is not used here{nearest(scheme, schemes)}"
             )
-        having = [n for n in names if option in attrs.fields_dict(registry.get(n).options_type)]
-        if not dot and len(having) > 1:
+        if dot:
+            values[scheme][option] = value
+            continue
+
+        owners = [s for s in schemes if option in attrs.fields_dict(registry.get(s).options_type)]
+        if len(owners) > 1:
             raise RecipeError(
-                f"--set {setting}: {' and '.join(having)} both have it; write {having[0]}.{setting}"
+                f"--set {setting}: {' and '.join(owners)} both have it; write {owners[0]}.{setting}"
             )
-        values[scheme if dot else (having or list(names))[0]][option] = value
+        # The first scheme reports an option that none of them has.
+        values[(owners or list(schemes))[0]][option] = value
     return values

@@ -140,7 +140,7 @@ def _calibrated_work(
         compared = sum(
             batch_tokens[i]
             for i in batches
-            if plan.recipe.compares and i % memory_estimate.REFERENCE_INTERVAL == 0
+            if plan.recipe.needs_reference and i % memory_estimate.REFERENCE_INTERVAL == 0
         )
 
         # Where tokens are compared, a block's own weights are read again.
@@ -175,7 +175,7 @@ def _count_operations(
             steps, (rows, width) = sum(step.calibrated for step in stack.steps), stack.shape
             share = share_of(next(iter(stack.members.values())))
             # Drift is not measured where a router sends tokens: the source sends others.
-            has_drift = plan.recipe.compares and share == 1
+            has_drift = plan.recipe.needs_reference and share == 1
             # x xᵀ, the columns of each stripe from its first one on.
             gram = sum((c.stop - c.start) * (width - c.start) for c in stripes(width))
             per_token += share * steps * 2 * gram
