@@ -123,7 +123,7 @@ def test_operations_on_tokens_are_those_that_torch_counts(
     as small as these.
     """
     # products of codes it does not count
-    monkeypatch.setattr(gram, "INTEGERS", ())
+    monkeypatch.setattr(gram, "INT8_INSTRUCTIONS", ())
     model = (
         runnable_model(tmp_path / "model", config=CONFIG)
         if family == "llama"

@@ -128,8 +128,8 @@ class Recipe:
         return f"the rule for {rule.match!r}" + ("" if rule.steps else " has no steps")
 
     def idle_patterns(self, modules: Sequence[str]) -> list[str]:
-        """Patterns of rules that give no module its steps, since earlier rules or `ignore` match all
-        of their modules.
+        """Patterns of rules that no module gets its steps from: earlier rules or `ignore` match all
+        that they match.
         """
         reasons = {self.reason(module) for module in modules}
         return [
@@ -182,10 +182,14 @@ def from_file(
     """
     try:
         if file.exists() and (not file.is_file() or file.stat().st_size > MAX_FILE_BYTES):
-            raise RecipeError(f"{file}: a recipe is a regular file of at most {MAX_FILE_BYTES} bytes")
+            raise RecipeError(
+                f"{file}: a recipe is a regular file of at most {MAX_FILE_BYTES} bytes"
+            )
         text = file.read_text(encoding="utf-8")
         if any(len(line) > MAX_LINE_LENGTH for line in text.splitlines()):
-            raise RecipeError(f"{file}: a line has more than {MAX_LINE_LENGTH} characters; break it")
+            raise RecipeError(
+                f"{file}: a line has more than {MAX_LINE_LENGTH} characters; break it"
+            )
         table = tomllib.loads(text)
     except OSError as e:
         raise RecipeError(f"{file}: {e.strerror or e}") from None
@@ -261,7 +265,7 @@ def _parse_rule(table: Any, origin: str) -> RuleTable:
         options = {"use": step} if isinstance(step, str) else step
         if not isinstance(options, dict) or not isinstance(options.get("use"), str):
             raise RecipeError(
-                f"{origin}: a step is a scheme's name or {{ use = \"NAME\", option = value }}, not "
+                f'{origin}: a step is a scheme\'s name or {{ use = "NAME", option = value }}, not '
                 f"{step!r}"
             )
         steps.append((options["use"], {k: v for k, v in options.items() if k != "use"}))

@@ -13,7 +13,7 @@ from bitpress.checkpoint.layer_names import BLOCK, NUMBER
 from bitpress.errors import BitpressError
 from bitpress.output.manifest import LayerRecord, Manifest
 from bitpress.output.report import charts
-from bitpress.planning.recipe import parsed
+from bitpress.planning.recipe import parse_rules
 from bitpress.schemes import hardware
 from bitpress.schemes.registry import discover
 from bitpress.schemes.values import Finding
@@ -163,8 +163,8 @@ def _worst(note: Manifest) -> str:
 def _hardware(note: Manifest) -> str:
     registry = discover()
     rows: dict[tuple[str, Finding], list[str]] = {}
-    for _, steps in parsed(note.recipe, filenames.MANIFEST):
-        for scheme, values in steps:
+    for rule in parse_rules(note.recipe, filenames.MANIFEST):
+        for scheme, values in rule.steps:
             try:
                 made = registry.get(scheme).step(values)
                 said = [
