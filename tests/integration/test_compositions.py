@@ -105,7 +105,9 @@ def test_what_is_pruned_stays_zero_and_what_is_stored_comes_back(
     assert torch.equal(layer.mask, pruned.mask)
     assert not layer.weight[~pruned.mask].any()
     assert list(pipeline.validate_weight(layer.weight, used)) == []
-    record = pipeline.record(pipeline.join([pipeline.pack(layer, used)], tuple(weight.shape)), used)
+    record = pipeline.serialize(
+        pipeline.join([pipeline.pack(layer, used)], tuple(weight.shape)), used
+    )
     restored = pipeline.dequantize(record.tensors, record.config, used)
     assert torch.equal(restored, layer.weight)
     assert not torch.signbit(restored[~pruned.mask]).any()

@@ -42,11 +42,9 @@ def everything(step: Step, weight: Tensor, place: Callable[[Tensor], Tensor]) ->
             stats,
             pipeline.observe(step, layer.weight, place(inputs), place(reference), place(residual)),
         )
-    pipeline.merge(
-        stats,
-        pipeline.observe(step, layer.weight) if step.scheme.wants("observe", "weight") else {},
-    )
-    record = pipeline.record(
+    if step.scheme.takes_argument("observe", "weight"):
+        pipeline.merge(stats, pipeline.observe(step, layer.weight))
+    record = pipeline.serialize(
         pipeline.pack(pipeline.quantize(layer, [step], [stats]), [step]), [step]
     )
     found = {"restored": pipeline.dequantize(record.tensors, record.config, [step], (out, width))}

@@ -38,7 +38,9 @@ def step(name: str, **options: Any) -> Step:
 def stored(weight: torch.Tensor, used: Step) -> StoredLayer:
     layer = Layer("layer", weight, torch.bfloat16)
     stats = pipeline.observe_weights(lambda: iter([layer]), [used])
-    return pipeline.record(pipeline.pack(pipeline.quantize(layer, [used], stats), [used]), [used])
+    return pipeline.serialize(
+        pipeline.pack(pipeline.quantize(layer, [used], stats), [used]), [used]
+    )
 
 
 def nearest_codes(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:

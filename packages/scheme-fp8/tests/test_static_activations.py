@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bitpress.schemes import pipeline
-from bitpress.schemes.hardware import find
+from bitpress.schemes.hardware import find_device
 from bitpress.schemes.registry import Step, discover
 from bitpress.schemes.values import Layer, StoredLayer
 
@@ -36,7 +36,7 @@ def stored(this: Step, batches: Sequence[torch.Tensor]) -> StoredLayer:
             stats, this.call("observe", inputs=batch, reference=None, residual=None, weight=weight)
         )
     layer = pipeline.quantize_whole(Layer("layer", weight, torch.bfloat16), [this], [stats])
-    return pipeline.record(pipeline.pack(layer, [this]), [this])
+    return pipeline.serialize(pipeline.pack(layer, [this]), [this])
 
 
 @pytest.mark.parametrize("weights", ["channel", "tensor"])
@@ -106,4 +106,4 @@ def test_data_is_needed_for_static_scales_only() -> None:
 
 @pytest.mark.parametrize(("device", "level"), [("H100", "recommended"), ("CPU x86", "unsupported")])
 def test_hardware_is_judged_by_what_its_engine_runs(device: str, level: str) -> None:
-    assert step().call("validate_hardware", hardware=find(device))[0].level == level
+    assert step().call("validate_hardware", hardware=find_device(device))[0].level == level

@@ -11,7 +11,7 @@ import pytest
 
 from bitpress.conformance.commands import command, refusal
 from bitpress.conformance.models import LLAMA, write_model
-from bitpress.schemes.hardware import KNOWN, find
+from bitpress.schemes.hardware import DEVICES, find_device
 from bitpress.schemes.registry import discover
 
 # down_proj is 192 wide; gate and up have 192 rows and are fused
@@ -113,7 +113,7 @@ def test_hardware_is_judged_by_what_its_engine_runs(device: str, options: dict, 
         discover()
         .get("fp8")
         .step(options)
-        .call("validate_hardware", hardware=find(device))[0]
+        .call("validate_hardware", hardware=find_device(device))[0]
         .level
         == level
     )
@@ -122,7 +122,7 @@ def test_hardware_is_judged_by_what_its_engine_runs(device: str, options: dict, 
 def test_blocks_on_cpus_need_amx() -> None:
     levels = {
         d.name: discover().get("fp8-block").step().call("validate_hardware", hardware=d)[0].level
-        for d in KNOWN
+        for d in DEVICES
     }
     assert (levels["CPU x86"], levels["CPU x86 with AMX"]) == ("unsupported", "supported")
 

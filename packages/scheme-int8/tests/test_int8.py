@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitpress.schemes import pipeline
-from bitpress.schemes.hardware import find
+from bitpress.schemes.hardware import find_device
 from bitpress.schemes.registry import Step, discover
 from bitpress.schemes.values import Layer, StoredLayer
 from bitpress_int8 import smoothing
@@ -28,7 +28,7 @@ def stored(used: Step, x: torch.Tensor) -> tuple[Layer, StoredLayer]:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
     stats = dict(used.call("observe", inputs=x, reference=x, residual=None, weight=weight) or {})
     layer = pipeline.quantize_whole(Layer("layer", weight, torch.bfloat16), [used], [stats])
-    return layer, pipeline.record(pipeline.pack(layer, [used]), [used])
+    return layer, pipeline.serialize(pipeline.pack(layer, [used]), [used])
 
 
 @pytest.mark.parametrize("outliers", ["max", "percentile", "mse"])
@@ -94,7 +94,7 @@ def test_feedback_costs_the_output_less_than_rounding() -> None:
     ],
 )
 def test_hardware_is_judged_by_what_its_engine_runs(device: str, level: str) -> None:
-    assert step().call("validate_hardware", hardware=find(device))[0].level == level
+    assert step().call("validate_hardware", hardware=find_device(device))[0].level == level
 
 
 @pytest.mark.parametrize("static", [False, True])

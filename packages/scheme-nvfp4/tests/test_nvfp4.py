@@ -20,7 +20,7 @@ from bitpress.conformance.commands import refusal
 from bitpress.conformance.models import LLAMA, tensors_of, write_model
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import input_rounding
-from bitpress.schemes.hardware import find
+from bitpress.schemes.hardware import find_device
 from bitpress.schemes.registry import Step, discover
 from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
@@ -58,7 +58,7 @@ def quantized(weight: torch.Tensor, used: Step, stats: dict[str, Statistic] | No
 
 
 def stored(layer: Layer, used: Step) -> StoredLayer:
-    return pipeline.record(pipeline.pack(layer, [used]), [used])
+    return pipeline.serialize(pipeline.pack(layer, [used]), [used])
 
 
 def loaded(record: StoredLayer) -> torch.Tensor:
@@ -317,6 +317,6 @@ def test_a_width_that_does_not_divide_is_refused_naming_the_way_out(tmp_path: Pa
 def test_hardware_is_judged_by_what_its_engine_runs(
     options: dict[str, str], device: str, level: str, words: str
 ) -> None:
-    finding = step(**options).call("validate_hardware", hardware=find(device))[0]
+    finding = step(**options).call("validate_hardware", hardware=find_device(device))[0]
     assert finding.level == level
     assert words in finding.text

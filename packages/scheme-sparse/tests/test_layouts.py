@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from bitpress.conformance.commands import command, install, refusal
 from bitpress.conformance.models import LLAMA, files_of, tensors_of, write_model
 from bitpress.schemes import pipeline
-from bitpress.schemes.hardware import find
+from bitpress.schemes.hardware import find_device
 from bitpress.schemes.registry import Step, discover
 from bitpress.schemes.values import Layer, StoredLayer
 from bitpress_sparse import bitmask
@@ -31,7 +31,7 @@ def stored(
     this: Step, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Layer, StoredLayer]:
     layer = pipeline.quantize(Layer("layer", weight, dtype), [this], [{}])
-    return layer, pipeline.record(pipeline.pack(layer, [this]), [this])
+    return layer, pipeline.serialize(pipeline.pack(layer, [this]), [this])
 
 
 def weights(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -352,5 +352,5 @@ def test_layers_that_engines_fuse_must_get_the_same_steps(tmp_path: Path, leaf: 
 def test_hardware_is_judged_by_what_its_engine_makes_of_zeros(
     name: str, layout: str, device: str, levels: list[str]
 ) -> None:
-    found = step(name, layout=layout).call("validate_hardware", hardware=find(device))
+    found = step(name, layout=layout).call("validate_hardware", hardware=find_device(device))
     assert [finding.level for finding in found] == levels

@@ -12,7 +12,7 @@ import torch
 from bitpress.conformance.commands import command, refusal
 from bitpress.conformance.models import LLAMA, write_model
 from bitpress.schemes import pipeline
-from bitpress.schemes.hardware import find
+from bitpress.schemes.hardware import find_device
 from bitpress.schemes.registry import Step, discover
 from bitpress.schemes.values import Layer, Statistic
 
@@ -140,7 +140,7 @@ def test_auto_takes_the_largest_group_that_fits_and_says_so_where_it_is_not_128(
     )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        record = pipeline.record(
+        record = pipeline.serialize(
             pipeline.pack(pipeline.quantize(layer, [this], [{}]), [this]), [this]
         )
     wanted = (
@@ -203,4 +203,7 @@ def test_fused_rows_that_do_not_fill_words_of_zero_points_are_refused(tmp_path: 
 def test_hardware_is_judged_by_what_its_engine_runs(
     name: str, options: dict, device: str, level: str
 ) -> None:
-    assert step(name, **options).call("validate_hardware", hardware=find(device))[0].level == level
+    assert (
+        step(name, **options).call("validate_hardware", hardware=find_device(device))[0].level
+        == level
+    )

@@ -38,7 +38,7 @@ def quantized(
 
 
 def stored(layer: Layer, used: Step) -> StoredLayer:
-    return pipeline.record(pipeline.pack(layer, [used]), [used])
+    return pipeline.serialize(pipeline.pack(layer, [used]), [used])
 
 
 def loaded(record: StoredLayer) -> torch.Tensor:

@@ -60,7 +60,7 @@ def test_the_files_do_not_depend_on_threads(
 def test_the_weights_do_not_depend_on_the_size_of_tiles(
     tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes], tile: int
 ) -> None:
-    with plugins(deadly), patch.object(stored_layout, "TILE", tile):
+    with plugins(deadly), patch.object(stored_layout, "WEIGHTS_PER_TILE", tile):
         bitpress.compress(model, tmp_path / "out", scheme="toy")
     for name in SHARDS:
         assert (tmp_path / "out" / name).read_bytes() == expected[name]

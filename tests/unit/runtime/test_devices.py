@@ -91,7 +91,7 @@ def test_tiles_of_any_size_give_the_same_bytes(
 ) -> None:
     model, found = write_model(tmp_path / "model"), []
     for size in (1, 1000, 1 << 18, data_free.ON_GPU):
-        monkeypatch.setattr("bitpress.schemes.stored_layout.TILE", size)
+        monkeypatch.setattr("bitpress.schemes.stored_layout.WEIGHTS_PER_TILE", size)
         bitpress.compress(model, tmp_path / str(size), scheme="toy", threads=1, verify=False)
         found.append(files_of(tmp_path / str(size)))
     assert all(files == found[0] for files in found)

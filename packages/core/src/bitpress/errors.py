@@ -1,6 +1,4 @@
-"""The faults bitpress tells its users about: one line each, naming the place, the fact and the
-fix.
-"""
+"""The errors that a user sees: one line each, saying what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -9,12 +7,12 @@ from collections.abc import Iterable, Sequence
 
 from attrs import frozen
 
-# characters of a line
-LONGEST = 2000
+# Characters of a message, beyond which it is cut.
+MAX_LINE_LENGTH = 2000
 
 
 class BitpressError(Exception):
-    """A fault of the input or the surroundings, told in one line; the command line exits with 2."""
+    """An error of the input or the environment, told in one line; the command line exits with 2."""
 
 
 class CheckpointError(BitpressError):
@@ -22,20 +20,21 @@ class CheckpointError(BitpressError):
 
 
 class DataError(BitpressError):
-    """The texts that a model is to be run on cannot be read, or are too few."""
+    """The texts that a model is run on cannot be read, or are too few."""
 
 
 class RecipeError(BitpressError):
-    """The recipe, a scheme's name, an option or a pattern is not one that can be carried out."""
+    """A recipe, a scheme's name, an option or a pattern cannot be carried out."""
 
 
 class SchemeError(BitpressError):
-    """An installed scheme broke its contract: it raised, or gave back what it must not."""
+    """An installed scheme broke its contract: a hook raised, or returned what it must not."""
 
 
 class ShapeError(BitpressError):
-    """A scheme cannot take a layer of this shape; schemes raise it from `quantize`, and the plan
-    adds the layer's name.
+    """A scheme cannot take a layer of this shape.
+
+    Schemes raise it from `quantize`; the plan adds the layer's name.
     """
 
 
@@ -60,8 +59,10 @@ class Fault:
 
 
 class VerificationError(BitpressError):
-    """What was written is not what was planned, or not good enough; the command line exits with
-    1.
+    """What was written is not what was planned, or not good enough; the command line exits with 1.
+
+    Attributes:
+        faults: what is wrong with the files, one by one.
     """
 
     def __init__(self, message: str, faults: Sequence[Fault] = ()) -> None:
@@ -69,32 +70,35 @@ class VerificationError(BitpressError):
         self.faults = faults
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint `; did you mean 'x'?` with the closest known name, or nothing where none is close.
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """The end of a message, with the candidate closest to a name; empty where none is close.
 
-    >>> nearest("q_porj", ["q_proj", "up_proj"])
+    >>> did_you_mean("q_porj", ["q_proj", "up_proj"])
     "; did you mean 'q_proj'?"
     """
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def memory_is_full(error: BaseException) -> bool:
-    """Whether a device had no memory left for what was asked of it (torch.OutOfMemoryError, known
-    by name: torch is large).
-    """
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had not enough memory."""
+    # By name, since importing torch takes a second.
     return type(error).__name__ == "OutOfMemoryError"
 
 
-def plain(text: str) -> str:
-    """One line that a terminal shows and does not obey, whatever names of a stranger's model are in
-    it.
+def printable_line(text: str) -> str:
+    """A text as one line without control characters, and not too long.
+
+    Names of a stranger's model may stand in it: a terminal would obey their escape sequences.
     """
     line = " ".join(text.split())
-    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line[:LONGEST])
-    return shown if len(line) <= LONGEST else shown + "..."
+    shown = "".join(
+        character if character.isprintable() else repr(character)[1:-1]
+        for character in line[:MAX_LINE_LENGTH]
+    )
+    return shown if len(line) <= MAX_LINE_LENGTH else shown + "..."
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, cut to its first line."""
+    """The first line of an exception's message; the name of its class where it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

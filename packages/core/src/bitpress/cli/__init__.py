@@ -9,7 +9,13 @@ import sys
 import click
 
 from bitpress.cli.commands import app
-from bitpress.errors import BitpressError, VerificationError, first_line, memory_is_full, plain
+from bitpress.errors import (
+    BitpressError,
+    VerificationError,
+    first_line,
+    is_out_of_memory,
+    printable_line,
+)
 
 __all__ = ["app", "main"]
 
@@ -32,7 +38,7 @@ def main() -> None:
             app.invoke(context)
     except VerificationError as e:
         for fault in e.faults[:10]:
-            print(f"  {plain(str(fault))}", file=sys.stderr)
+            print(f"  {printable_line(str(fault))}", file=sys.stderr)
         if len(e.faults) > 10:
             print(f"  and {len(e.faults) - 10} more", file=sys.stderr)
         code = _fail(str(e), 1)
@@ -48,7 +54,7 @@ def main() -> None:
         # after --help
         code = e.exit_code
     except Exception as e:
-        if not memory_is_full(e):
+        if not is_out_of_memory(e):
             raise
         fact = ". ".join(first_line(e).split(". ")[:2])
         code = _fail(f"the device's memory is full ({fact}): {LESS}")
@@ -56,5 +62,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"bitpress: {plain(message)}", file=sys.stderr)
+    print(f"bitpress: {printable_line(message)}", file=sys.stderr)
     return code

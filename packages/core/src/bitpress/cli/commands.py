@@ -50,7 +50,7 @@ def app(context: click.Context, show_version: bool) -> None:
 def schemes(name: str | None, device: str | None) -> None:
     """List the installed schemes, or show one with its devices."""
     registry = discover()
-    devices = tuple(hardware.KNOWN) if device is None else (hardware.find(device),)
+    devices = tuple(hardware.DEVICES) if device is None else (hardware.find_device(device),)
     if name is None:
         show(RegistrySummary(registry, devices))
     else:
@@ -70,7 +70,7 @@ def plan(model: str, recipe: RecipeSource, deployment: options.Deployment) -> No
         from bitpress.planning import memory_estimate, tensor_parallel, time_estimate
         from bitpress.runtime.devices import count_cores
 
-    device = None if deployment.hardware is None else hardware.find(deployment.hardware)
+    device = None if deployment.hardware is None else hardware.find_device(deployment.hardware)
     plan = api.plan_from(model, recipe, device)
 
     shares = time_estimate.estimate_ranks(plan, deployment.world_size)
@@ -259,8 +259,8 @@ def new_scheme(name: str) -> None:
     """Write a package for a new scheme, bitpress-scheme-NAME."""
     from bitpress.schemes import template
 
-    folder = template.write(name, Path())
+    folder = template.write_package(name, Path())
     print(
-        f"{folder}: written; edit {template.module(name)}.py there, and try it: pip install -e "
-        "'.[test]' && pytest"
+        f"{folder}: written; edit {template.module_name(name)}.py there, and try it: pip install "
+        "-e '.[test]' && pytest"
     )

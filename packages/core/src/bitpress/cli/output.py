@@ -10,7 +10,7 @@ from attrs import frozen
 
 from bitpress.cli.scheme_output import unfavorable_findings
 from bitpress.cli.text import format_bytes, print_table, warn
-from bitpress.errors import plain
+from bitpress.errors import printable_line
 
 if TYPE_CHECKING:
     from bitpress.output.manifest import Check, LayerRecord, Manifest
@@ -156,7 +156,11 @@ class InspectSummary:
         """A table of layers, and what was measured of the whole."""
         manifest = self.manifest
         packages = ", ".join(manifest.schemes.values())
-        print(plain(f"from {manifest.source}, by bitpress {manifest.bitpress} with {packages}"))
+        print(
+            printable_line(
+                f"from {manifest.source}, by bitpress {manifest.bitpress} with {packages}"
+            )
+        )
 
         columns = ["layer", "steps", "bits per weight", "relative error"]
         if any(layer.output_error is not None for layer in manifest.layers.values()):

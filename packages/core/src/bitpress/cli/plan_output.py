@@ -10,7 +10,7 @@ from attrs import frozen
 
 from bitpress.cli.scheme_output import USABLE, serves, unfavorable_findings
 from bitpress.cli.text import format_bytes, print_table, warn
-from bitpress.schemes.hardware import KNOWN
+from bitpress.schemes.hardware import DEVICES
 from bitpress.schemes.registry import Step
 
 if TYPE_CHECKING:
@@ -194,8 +194,8 @@ def _print_serving(plan: Plan) -> None:
     data = "needed: texts like those that it will serve (--calibration)"
     print(f"data    {data if plan.recipe.calibrated else 'none needed'}")
     for step in {step.scheme.name: step for step in plan.recipe.all_steps}.values():
-        print(f"serves  {step.scheme.name}: {serves(step, KNOWN)}")
-    for name, finding in plan.findings if plan.device in KNOWN else ():
+        print(f"serves  {step.scheme.name}: {serves(step, DEVICES)}")
+    for name, finding in plan.findings if plan.device in DEVICES else ():
         print(f"device  {plan.device.name}: {name} is {finding.level}, {finding.text}")
 
 

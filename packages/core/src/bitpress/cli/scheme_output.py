@@ -11,8 +11,8 @@ from attrs import frozen
 
 from bitpress.cli.text import print_table
 from bitpress.errors import BitpressError
-from bitpress.schemes.hardware import KNOWN, Hardware
-from bitpress.schemes.options import choices
+from bitpress.schemes.hardware import DEVICES, Hardware
+from bitpress.schemes.options import describe_type
 from bitpress.schemes.registry import Registry, Step
 from bitpress.schemes.values import Finding
 
@@ -82,7 +82,7 @@ class SchemeSummary:
         for field in attrs.fields(scheme.options_type):
             default = getattr(self.step.options, field.name)
             options[field.name] = {
-                "values": choices(hints[field.name]),
+                "values": describe_type(hints[field.name]),
                 "default": list(default) if isinstance(default, tuple) else default,
                 "help": field.metadata.get("help", ""),
             }
@@ -123,7 +123,7 @@ class SchemeSummary:
 
 def unfavorable_findings(plan: Plan) -> Sequence[str]:
     """What the device makes of the schemes, where it is not good news."""
-    device = plan.device.name if plan.device in KNOWN else "this machine's device"
+    device = plan.device.name if plan.device in DEVICES else "this machine's device"
     return [
         f"{name} is {finding.level} on {device}: {finding.text}"
         for name, finding in plan.findings

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import click
 
-from bitpress.errors import RecipeError, plain
+from bitpress.errors import RecipeError, printable_line
 from bitpress.runtime.progress import Progress, ReportProgress, ignore_progress
 
 # Where the wish for JSON is kept in click's context.
@@ -49,7 +49,7 @@ def show(summary: Summary) -> None:
 def warn(texts: Iterable[str]) -> None:
     """One line each, on standard error."""
     for text in texts:
-        print(f"warning: {plain(text)}", file=sys.stderr)
+        print(f"warning: {printable_line(text)}", file=sys.stderr)
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -62,7 +62,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for column in table.columns[:-1]:
         column.no_wrap = True
     for row in rows:
-        table.add_row(*(plain(str(cell)) for cell in row))
+        table.add_row(*(printable_line(str(cell)) for cell in row))
     if table.row_count:
         # what reads a pipe has no width
         width = None if Console().is_terminal else 200

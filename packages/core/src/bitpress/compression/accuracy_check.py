@@ -30,7 +30,8 @@ def read_text(plan: Plan, file: str, trust_remote_code: bool) -> EvaluationText:
         BitpressError: they cannot be run, or the text cannot be used.
     """
     for stack in plan.stacks:
-        activation_quantizer.known(stack.describe_stored(next(iter(stack.members)))[1], stack.steps)
+        _, config = stack.describe_stored(next(iter(stack.members)))
+        activation_quantizer.quantizes_activations(config, stack.steps)
     with Reader() as reader:
         options = DecoderOptions(trust_remote_code=trust_remote_code)
         Decoder(plan.source, plan.container, reader, options).require_parameters()

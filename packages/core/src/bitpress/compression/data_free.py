@@ -82,14 +82,14 @@ def compress_stack(
             pipeline.pack(pipeline.quantize(tile, stack.steps, stats), stack.steps)
             for tile in read_tiles(module)
         )
-        record = pipeline.record(pipeline.join(packed, stack.members[module].shape), stack.steps)
+        record = pipeline.serialize(pipeline.join(packed, stack.members[module].shape), stack.steps)
         stack.check_stored(module, record)
         yield from ((f"{module}.{suffix}", tensor) for suffix, tensor in record.tensors.items())
 
 
 def _read_tiles(stack: Stack, reader: Reader, device: torch.device, module: str) -> Iterator[Layer]:
     entry = stack.members[module]
-    num_weights = stored_layout.TILE if device.type == "cpu" else ON_GPU
+    num_weights = stored_layout.WEIGHTS_PER_TILE if device.type == "cpu" else ON_GPU
     for first, last in stored_layout.row_tiles(entry.shape, stack.steps, num_weights):
         # torch keeps pinned memory from being taken anew until a copy out of it is over
         weight = reader.rows(entry, first, last).to(device, non_blocking=True).float()

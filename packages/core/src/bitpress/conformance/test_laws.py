@@ -14,7 +14,7 @@ from bitpress.checkpoint.reader import NAMES
 from bitpress.conformance import trial
 from bitpress.errors import ShapeError
 from bitpress.schemes import pipeline, stored_layout
-from bitpress.schemes.hardware import KNOWN, Hardware
+from bitpress.schemes.hardware import DEVICES, Hardware
 from bitpress.schemes.registry import Step
 from bitpress.schemes.values import Finding, Layer
 
@@ -107,7 +107,7 @@ def test_rows_do_not_know_their_neighbors(step: Step) -> None:
     assert trial.same(torch.cat([tile.weight for tile in tiles]), whole.weight), (
         f"rows depend on other rows: {told}"
     )
-    joined = pipeline.record(
+    joined = pipeline.serialize(
         pipeline.join([pipeline.pack(tile, [step]) for tile in tiles], tuple(weight.shape)), [step]
     )
     for name, tensor in trial.stored(step, whole).tensors.items():
@@ -200,7 +200,7 @@ def test_the_config_is_json(step: Step) -> None:
     assert described, "the config fragment must describe its `weights`, or its `sparsity_structure`"
 
 
-@pytest.mark.parametrize("device", KNOWN, ids=lambda device: device.name)
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 def test_every_known_device_gets_an_answer(step: Step, device: Hardware) -> None:
     findings = step.call("validate_hardware", hardware=device)
     assert findings, f"`validate_hardware` must say something of {device.name}"
@@ -217,7 +217,7 @@ def test_every_known_device_gets_an_answer(step: Step, device: Hardware) -> None
 def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str | None) -> None:
     _needs(step, "validate_shape")
     ask = functools.partial(step.call, "validate_shape", shape=(4096, 4096), cut=cut)
-    findings = [finding for device in KNOWN for finding in ask(hardware=device) or ()]
+    findings = [finding for device in DEVICES for finding in ask(hardware=device) or ()]
     assert all(isinstance(finding, Finding) for finding in findings), (
         "`validate_shape` must return Findings"
     )

@@ -124,7 +124,7 @@ def tiles(step: Step, weight: Tensor, stats: Mapping[str, Statistic], block: int
 
 def stored(step: Step, layer: Layer) -> StoredLayer:
     """The stored layer of a quantized layer, written to safetensors and JSON and read back."""
-    found = pipeline.record(
+    found = pipeline.serialize(
         pipeline.join([pipeline.pack(layer, [step])], tuple(layer.weight.shape)), [step]
     )
     tensors = load(save({name: tensor.contiguous() for name, tensor in found.tensors.items()}))

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from bitpress.errors import DataError, first_line, nearest
+from bitpress.errors import DataError, did_you_mean, first_line
 
 SHIPPED = "the text that ships with bitpress"
 
@@ -134,7 +134,7 @@ def _dataset(source: str) -> Iterator[Row]:
     file = Path(source)
     if file.suffix.lower() in SUFFIXES or file.is_absolute():
         beside = [f.name for f in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise DataError(f"{source}: there is no such file{nearest(file.name, beside)}")
+        raise DataError(f"{source}: there is no such file{did_you_mean(file.name, beside)}")
     try:
         import datasets
     except ImportError:

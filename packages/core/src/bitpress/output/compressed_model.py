@@ -15,7 +15,11 @@ from bitpress.checkpoint.safetensors import Entry
 from bitpress.modeling.block_runner import RunnableModel
 from bitpress.output.written_model import WrittenModel
 from bitpress.schemes import pipeline
-from bitpress.schemes.activation_quantizer import INPUTS, input_rounding, known
+from bitpress.schemes.activation_quantizer import (
+    INPUT_PREFIX,
+    input_rounding,
+    quantizes_activations,
+)
 
 
 class Restorer(Reader):
@@ -65,11 +69,11 @@ def open_compressed(
         name, place = f"{module}.weight", next(iter(stored.values()))
         entries[name] = Entry(name, "F32", note.shape, place.file, place.start)
         config, steps = written.expected_layer(module, note.shape[0]).config, written.steps(module)
-        if known(config, steps):
+        if quantizes_activations(config, steps):
             tensors = {
                 suffix: reader.whole(entry)
                 for suffix, entry in stored.items()
-                if suffix.startswith(INPUTS)
+                if suffix.startswith(INPUT_PREFIX)
             }
             found = input_rounding(tensors, config, steps)
             assert found is not None

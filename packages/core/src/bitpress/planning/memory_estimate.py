@@ -175,5 +175,5 @@ def _thread_bytes(plan: Plan) -> int:
         for entry in plan.source.entries.values()
         if isinstance(entry, View) and entry.transposed
     )
-    tile_bytes = NUMBER_BYTES * stored_layout.TILE
+    tile_bytes = NUMBER_BYTES * stored_layout.WEIGHTS_PER_TILE
     return 2 * max(stored, default=0) + 10 * tile_bytes + 2 * max(transposed, default=0)

@@ -20,7 +20,7 @@ from bitpress.planning.quantization_config import quantization_config
 from bitpress.planning.recipe import Recipe
 from bitpress.runtime.version import __version__
 from bitpress.schemes import stored_layout
-from bitpress.schemes.hardware import Hardware, present
+from bitpress.schemes.hardware import Hardware, detect_device
 from bitpress.schemes.registry import Step
 from bitpress.schemes.values import Finding
 
@@ -29,7 +29,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     """The plan of a recipe on a checkpoint; a calibrated run adds its data (`with_calibration`).
 
     Args:
-        device: on which the result is to be served; None: the one present.
+        device: on which the result is to be served; None: that of this machine.
 
     Raises:
         CheckpointError: the source is quantized already or has no layers to compress.
@@ -58,7 +58,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     quantization_config(fragments, ignored)
 
     digest = _digest(source, recipe, "")
-    device = device or present()
+    device = device or detect_device()
     return Plan(
         source=source,
         recipe=recipe,

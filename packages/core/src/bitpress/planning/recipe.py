@@ -12,7 +12,7 @@ import attrs
 from attrs import frozen
 
 from bitpress.checkpoint.layer_names import INDEX_PART
-from bitpress.errors import RecipeError, nearest
+from bitpress.errors import RecipeError, did_you_mean
 from bitpress.schemes.registry import Registry, Step
 
 # A recipe file has at most so many bytes ...
@@ -74,7 +74,8 @@ class Recipe:
     def needs_reference(self) -> bool:
         """Whether any step must see a layer's inputs in the source model too."""
         return any(
-            step.calibrated and step.scheme.wants("observe", "reference") for step in self.all_steps
+            step.calibrated and step.scheme.takes_argument("observe", "reference")
+            for step in self.all_steps
         )
 
     def assign(self, modules: Sequence[str]) -> Mapping[str, tuple[Step, ...]]:
@@ -145,7 +146,7 @@ def _suggest(pattern: str, modules: Sequence[str]) -> str:
     """
     example = f"; their names are like {modules[0]!r}" if modules else ""
     if not any(sign in pattern for sign in "*?["):
-        return nearest(pattern, modules) or example
+        return did_you_mean(pattern, modules) or example
     patterns: dict[str, None] = {}
     for name in dict.fromkeys(INDEX_PART.sub("*", module) for module in modules):
         words = name.split(".")
@@ -153,7 +154,7 @@ def _suggest(pattern: str, modules: Sequence[str]) -> str:
         tails = [".".join(["*", *words[i:]]) for i in range(1, len(words))]
         inner = [f"*.{word}.*" for word in words[1:-1]]
         patterns |= dict.fromkeys(p for p in [name, *heads, *tails, *inner] if "*.*" not in p)
-    return nearest(pattern, patterns) or example
+    return did_you_mean(pattern, patterns) or example
 
 
 def from_scheme(
@@ -275,7 +276,7 @@ def _parse_rule(table: Any, origin: str) -> RuleTable:
 def _check_keys(table: Mapping[str, Any], keys: Sequence[str], origin: str) -> None:
     for key in table:
         if key not in keys:
-            raise RecipeError(f"{origin}: unknown key {key!r}{nearest(key, keys)}")
+            raise RecipeError(f"{origin}: unknown key {key!r}{did_you_mean(key, keys)}")
 
 
 def _parse_settings(
@@ -294,7 +295,8 @@ def _parse_settings(
             )
         if dot and scheme not in values:
             raise RecipeError(
-                f"--set {setting}: the scheme {scheme!r} is not used here{nearest(scheme, schemes)}"
+                f"--set {setting}: the scheme {scheme!r} is not used here"
+                f"{did_you_mean(scheme, schemes)}"
             )
         if dot:
             values[scheme][option] = value

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 
-from bitpress.errors import BitpressError, memory_is_full
+from bitpress.errors import BitpressError, is_out_of_memory
 
 Item = TypeVar("Item")
 
@@ -146,7 +146,7 @@ def _collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        if memory_is_full(e):
+        if is_out_of_memory(e):
             raise
         # gloo's messages begin with their source line in brackets
         reason = str(e).splitlines()[0].rpartition("] ")[2]

@@ -24,7 +24,7 @@ from attrs import define, field
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from bitpress.errors import VerificationError, first_line, plain
+from bitpress.errors import VerificationError, first_line, printable_line
 from bitpress.runtime.process_group import RESUME_HINT, SINGLE_PROCESS, ProcessGroup, RankError
 
 # Seconds between two heartbeats.
@@ -163,7 +163,7 @@ class _Watchdog:
         host = self.processes[int(rank)][0]
         own_host = self.processes[self.process_group.rank][0]
         if self.process_group.local_rank == 0 and host != own_host:
-            _report(f"rank {rank} on {host}: {plain(fault)}")
+            _report(f"rank {rank} on {host}: {printable_line(fault)}")
 
     def _send_heartbeat(self, number: int) -> None:
         self.store.set(f"{HEARTBEAT_KEY} {self.process_group.rank}", str(number))

@@ -12,51 +12,59 @@ from bitpress.errors import SchemeError
 from bitpress.schemes import hook_results
 from bitpress.schemes.registry import Scheme, Step
 
-# what the names of stored tensors begin with that tell of activations
-INPUTS = "input_"
+# With it begin the names of stored tensors that describe activations: `input_scale`, ...
+INPUT_PREFIX = "input_"
 
+# Inputs (tokens, in) -> the float32 numbers (tokens, in) that an engine computes with.
 Rounding = Callable[[Tensor], Tensor]
 
 
-def known(config: Mapping[str, Any] | None, steps: Sequence[Step]) -> bool:
-    """Whether a layer's inputs are rounded while serving; raises SchemeError where they are, and no
-    step says how.
+def quantizes_activations(config: Mapping[str, Any] | None, steps: Sequence[Step]) -> bool:
+    """Whether a layer's inputs are rounded while serving.
+
+    Raises:
+        SchemeError: they are, and no step has the hook that says how.
     """
-    found = bool(config and config.get("input_activations"))
-    if found and not any(step.scheme.has("quantize_activations") for step in steps):
+    if not (config and config.get("input_activations")):
+        return False
+    if not any(step.scheme.has("quantize_activations") for step in steps):
         raise SchemeError(
             f"{steps[-1].scheme}: it has no `quantize_activations` hook, without which its result "
             "cannot be run"
         )
-    return found
+    return True
 
 
 def input_rounding(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step]
 ) -> Rounding | None:
-    """(tokens, in) -> (tokens, in) float32, by the scheme that wrote a layer; None where it rounds
-    nothing, or does not say how.
+    """How a layer's inputs are rounded while serving, by the scheme that wrote the layer.
 
     Args:
         tensors: what is stored of the layer.
         config: its config fragment.
+        steps: of the layer.
+
+    Returns:
+        (tokens, in) -> (tokens, in) float32; None where inputs are not rounded, or no scheme has
+        the hook that says how.
     """
-    scheme = next(
-        (step.scheme for step in reversed(steps) if step.scheme.has("quantize_activations")), None
-    )
-    if scheme is None or not (config and config.get("input_activations")):
+    if not (config and config.get("input_activations")):
         return None
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith(INPUTS)}
-    return functools.partial(_rounded, scheme, own, config)
+    for step in reversed(steps):
+        if step.scheme.has("quantize_activations"):
+            of_inputs = {name: t for name, t in tensors.items() if name.startswith(INPUT_PREFIX)}
+            return functools.partial(_quantize_activations, step.scheme, of_inputs, config)
+    return None
 
 
-def _rounded(
+def _quantize_activations(
     scheme: Scheme, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, inputs: Tensor
 ) -> Tensor:
-    # an expert that is sent no token
+    # An expert may be sent no token, and a scheme need not know what the largest of none is.
     if not len(inputs):
         return inputs
-    found = scheme.call(
+    rounded = scheme.call(
         "quantize_activations", inputs=inputs.float(), tensors=tensors, config=config
     )
-    return hook_results.restored(scheme, "quantize_activations", found, inputs.shape)
+    return hook_results.check_tensor(scheme, "quantize_activations", rounded, inputs.shape)

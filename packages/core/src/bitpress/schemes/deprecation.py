@@ -9,6 +9,7 @@ from typing import Any
 
 import pluggy
 
+# Hooks of release 0.1, and what they are called now.
 OLD_HOOKS: Mapping[str, str] = {
     "restore": "dequantize",
     "quantize_inputs": "quantize_activations",
@@ -18,7 +19,7 @@ OLD_HOOKS: Mapping[str, str] = {
 
 
 def warn_renamed(old: str, new: str) -> None:
-    """Tell the caller of the caller what an old name is called now."""
+    """Warn the caller's caller that a name is another one now."""
     warnings.warn(
         f"{old} is now {new}; the old name goes with the next release",
         DeprecationWarning,
@@ -27,14 +28,14 @@ def warn_renamed(old: str, new: str) -> None:
 
 
 def accept_old_names(cls: Any, new_names: Mapping[str, str]) -> None:
-    """Let a class take keywords, and have attributes, by their old names too."""
+    """Let a class take keywords, and have attributes, under their old names too."""
     init = cls.__init__
 
     @functools.wraps(init)
     def init_with_old_names(self: Any, *args: Any, **kwargs: Any) -> None:
         for old in [name for name in kwargs if name in new_names]:
             warn_renamed(f"{cls.__name__}({old}=...)", f"{cls.__name__}({new_names[old]}=...)")
-            # attrs.evolve fills in the new name too, with the value from before
+            # attrs.evolve passes the new name too, with the value from before: the old one wins.
             kwargs[new_names[old]] = kwargs.pop(old)
         init(self, *args, **kwargs)
 
@@ -44,21 +45,21 @@ def accept_old_names(cls: Any, new_names: Mapping[str, str]) -> None:
 
 
 def _renamed_attribute(owner: str, old: str, new: str) -> property:
-    def read(value: Any) -> Any:
+    def get_by_new_name(instance: Any) -> Any:
         warn_renamed(f"{owner}.{old}", f"{owner}.{new}")
-        return getattr(value, new)
+        return getattr(instance, new)
 
-    return property(read)
+    return property(get_by_new_name)
 
 
 class PluginManager(pluggy.PluginManager):
-    """A manager that takes hooks under the names that they had in release 0.1, too."""
+    """A plugin manager that also takes hooks under the names that they had in release 0.1."""
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
-        marks = super().parse_hookimpl_opts(plugin, name)
-        if marks is not None:
-            hook = marks["specname"] or name
+        hookimpl_opts = super().parse_hookimpl_opts(plugin, name)
+        if hookimpl_opts is not None:
+            hook = hookimpl_opts["specname"] or name
             if hook in OLD_HOOKS:
                 warn_renamed(f"the hook `{hook}`", f"`{OLD_HOOKS[hook]}`")
-                marks["specname"] = OLD_HOOKS[hook]
-        return marks
+                hookimpl_opts["specname"] = OLD_HOOKS[hook]
+        return hookimpl_opts

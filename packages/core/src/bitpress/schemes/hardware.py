@@ -1,4 +1,4 @@
-"""Devices a result may be served on: the one present, or a known one by its name."""
+"""Devices that a result may be served on: the one of this machine, or one by its name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from attrs import frozen
 
-from bitpress.errors import BitpressError, nearest
+from bitpress.errors import BitpressError, did_you_mean
 
 Vendor = Literal["nvidia", "amd", "intel", "google", "cpu"]
 
@@ -19,6 +19,8 @@ class Hardware:
     """A device as schemes judge it.
 
     Attributes:
+        name: as its vendor calls it.
+        vendor: who makes it; "cpu" for any CPU.
         capability: CUDA compute capability, major and minor; None off NVIDIA.
         architecture: the LLVM target of an AMD GPU ("gfx942"), or a CPU's instruction set ("x86",
             "arm").
@@ -40,7 +42,8 @@ def _amd(architecture: str, *names: str) -> list[Hardware]:
     return [Hardware(f"AMD {name}", "amd", architecture=architecture) for name in names]
 
 
-KNOWN: Sequence[Hardware] = (
+# With their CUDA compute capability or LLVM target, which is what engines choose kernels by.
+DEVICES: Sequence[Hardware] = (
     *_nvidia(6, 0, "P100"),
     *_nvidia(7, 0, "V100"),
     *_nvidia(7, 5, "T4", "RTX 2080 Ti"),
@@ -65,38 +68,42 @@ KNOWN: Sequence[Hardware] = (
 )
 
 
-def find(name: str) -> Hardware:
-    """The known device of that name; maker and capitals may be left out: "A100", "nvidia a100".
+def find_device(name: str) -> Hardware:
+    """The known device of that name; vendor and capitals may be left out: "A100", "nvidia a100".
 
     Raises:
         BitpressError: no such device is known; the message names the nearest.
     """
-    wanted = name.lower().split()
-    for device in KNOWN:
-        words = device.name.lower().split()
-        if wanted in (words, words[1:]):
+    words = name.lower().split()
+    for device in DEVICES:
+        device_words = device.name.lower().split()
+        if words in (device_words, device_words[1:]):
             return device
-    names = [device.name for device in KNOWN]
-    hint = nearest(
-        name.lower(), [n.lower() for n in names] + [n.lower().split(maxsplit=1)[1] for n in names]
-    )
+
+    names = [device.name for device in DEVICES]
+    full_names = [full_name.lower() for full_name in names]
+    without_vendor = [full_name.split(maxsplit=1)[1] for full_name in full_names]
+    hint = did_you_mean(name.lower(), full_names + without_vendor)
     raise BitpressError(f"no known device {name!r}{hint} (known: {', '.join(names)})")
 
 
-def present() -> Hardware:
+def detect_device() -> Hardware:
     """The first accelerator that torch sees, else the CPU."""
+    # Commands that only name a device do without importing torch.
     import torch
 
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         if torch.version.hip:
-            return Hardware(
-                properties.name, "amd", architecture=properties.gcnArchName.split(":")[0]
-            )
+            # A name such as "gfx942:sramecc+:xnack-" lists features after the target.
+            architecture = properties.gcnArchName.split(":")[0]
+            return Hardware(properties.name, "amd", architecture=architecture)
         return Hardware(properties.name, "nvidia", capability=torch.cuda.get_device_capability(0))
     if torch.xpu.is_available():
         return Hardware(torch.xpu.get_device_name(0), "intel")
-    arm = platform.machine().lower() in ("arm64", "aarch64")
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    name = "this machine's CPU"
-    return Hardware(name, "cpu", architecture="arm" if arm else "x86", amx=" amx_tile" in flags)
+
+    is_arm = platform.machine().lower() in ("arm64", "aarch64")
+    architecture = "arm" if is_arm else "x86"
+    cpu_info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    has_amx = " amx_tile" in cpu_info
+    return Hardware("this machine's CPU", "cpu", architecture=architecture, amx=has_amx)

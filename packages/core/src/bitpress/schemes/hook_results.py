@@ -1,6 +1,4 @@
-"""What hooks give back, looked at where it comes in: a plugin's fault is told with its name, and
-reaches no file.
-"""
+"""Checks of what hooks return: a plugin's fault is reported with its name, and reaches no file."""
 
 from __future__ import annotations
 
@@ -16,124 +14,150 @@ from bitpress.schemes.registry import Scheme, Step
 from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
 
-def layer(step: Step, hook: str, found: Any, before: Layer) -> Layer:
-    """What `quantize` or `pack` returned; what it was given, if it returned nothing.
+def check_layer(step: Step, hook: str, result: Any, layer: Layer) -> Layer:
+    """What `quantize` or `pack` made of a layer; the layer itself where it returned nothing.
 
     Raises:
         SchemeError: it is no layer, or not one of as many rows and columns.
     """
-    if found is None:
-        return before
-    if not isinstance(found, Layer):
-        raise SchemeError(f"{step.scheme}: {hook} returned {type(found).__name__}, not a Layer")
-    # one that is not computed yet stays so: nobody may want it
-    given = before._weight
-    rows = (
-        len(given)
-        if isinstance(given, Tensor)
-        else None
-        if before.codes is None
-        else len(before.codes)
-    )
-    if found._weight is not given and not callable(found._weight):
-        _tensor(step.scheme, hook, "weight", found._weight)
-        if isinstance(given, Tensor) and (found._weight.shape, found._weight.dtype) != (
-            given.shape,
-            torch.float32,
-        ):
-            now = f"{list(found._weight.shape)} {found._weight.dtype}"
-            raise SchemeError(
-                f"{step.scheme}: {hook} made a weight of {now} of {list(given.shape)} torch.float32"
-            )
-    for name, part in found.qparams.items():
-        _tensor(step.scheme, hook, name, part)
-        # a row for each of the weight's, or for several
-        if rows is not None and part.ndim and len(part) > rows:
-            raise SchemeError(
-                f"{step.scheme}: {hook} made {name} of shape {list(part.shape)} for {rows} rows"
-            )
-    for name, tensor in (("mask", found.mask), ("codes", found.codes)):
-        if tensor is not None:
-            _tensor(step.scheme, hook, name, tensor)
-            if rows is not None and (not tensor.ndim or len(tensor) != rows):
-                raise SchemeError(
-                    f"{step.scheme}: {hook} made {name} of shape {list(tensor.shape)} for {rows} "
-                    "rows"
-                )
-    return found
+    if result is None:
+        return layer
+    if not isinstance(result, Layer):
+        raise SchemeError(f"{step.scheme}: {hook} returned {type(result).__name__}, not a Layer")
+
+    _check_weight(step, hook, result, layer)
+    num_rows = _count_rows(layer)
+    for name, qparam in result.qparams.items():
+        _require_tensor(step.scheme, hook, name, qparam)
+        # One entry for each row of the weight, or for several.
+        if num_rows is not None and qparam.ndim and len(qparam) > num_rows:
+            raise _wrong_shape(step, hook, name, qparam, num_rows)
+    for name, tensor in (("mask", result.mask), ("codes", result.codes)):
+        if tensor is None:
+            continue
+        _require_tensor(step.scheme, hook, name, tensor)
+        if num_rows is not None and (not tensor.ndim or len(tensor) != num_rows):
+            raise _wrong_shape(step, hook, name, tensor, num_rows)
+    return result
 
 
-def stats(step: Step, found: Any, rows: int) -> Mapping[str, Statistic] | None:
-    """What `observe` returned."""
-    if found is None:
+def _check_weight(step: Step, hook: str, result: Layer, layer: Layer) -> None:
+    # A weight that is not computed yet is not computed for this check: perhaps nobody reads it.
+    before = layer._weight
+    after: Any = result._weight
+    if after is before or callable(after):
+        return
+    _require_tensor(step.scheme, hook, "weight", after)
+    if not isinstance(before, Tensor):
+        return
+    if after.shape != before.shape or after.dtype != torch.float32:
+        raise SchemeError(
+            f"{step.scheme}: {hook} made a weight of {list(after.shape)} {after.dtype} of "
+            f"{list(before.shape)} torch.float32"
+        )
+
+
+def _count_rows(layer: Layer) -> int | None:
+    if isinstance(layer._weight, Tensor):
+        return len(layer._weight)
+    return None if layer.codes is None else len(layer.codes)
+
+
+def check_statistics(step: Step, result: Any, num_rows: int) -> Mapping[str, Statistic] | None:
+    """What `observe` returned of a weight of so many rows.
+
+    Raises:
+        SchemeError: it is no mapping of statistics, or one of them lacks the rows it claims.
+    """
+    if result is None:
         return None
-    if not isinstance(found, Mapping) or not all(
-        isinstance(stat, Statistic) for stat in found.values()
+    if not isinstance(result, Mapping) or not all(
+        isinstance(stat, Statistic) for stat in result.values()
     ):
         raise SchemeError(
-            f"{step.scheme}: observe returned {type(found).__name__}, not Statistics by name"
+            f"{step.scheme}: observe returned {type(result).__name__}, not Statistics by name"
         )
-    for name, stat in found.items():
-        _tensor(step.scheme, "observe", name, stat.value)
-        if stat.rows and (not stat.value.ndim or len(stat.value) != rows):
-            raise SchemeError(
-                f"{step.scheme}: observe made {name} of shape {list(stat.value.shape)} for {rows} "
-                "rows"
-            )
-    return found
+    for name, stat in result.items():
+        _require_tensor(step.scheme, "observe", name, stat.value)
+        if stat.rows and (not stat.value.ndim or len(stat.value) != num_rows):
+            raise _wrong_shape(step, "observe", name, stat.value, num_rows)
+    return result
 
 
-def factors(step: Step, found: Any, width: int) -> Tensor:
-    """What `rescale` returned."""
-    tensor = torch.as_tensor(found)
-    if tuple(tensor.shape) != (width,) or not (tensor.isfinite() & (tensor > 0)).all():
+def check_factors(step: Step, result: Any, width: int) -> Tensor:
+    """What `rescale` returned: (width,) positive numbers.
+
+    Raises:
+        SchemeError: there are not as many as columns, or some are not positive.
+    """
+    factors = torch.as_tensor(result)
+    if tuple(factors.shape) != (width,) or not (factors.isfinite() & (factors > 0)).all():
         raise SchemeError(
-            f"{step.scheme}: rescale returned factors of shape {list(tensor.shape)}, not {width} "
+            f"{step.scheme}: rescale returned factors of shape {list(factors.shape)}, not {width} "
             "positive numbers"
         )
-    return tensor
+    return factors
 
 
-def record(step: Step, found: Any) -> StoredLayer:
-    """What `serialize` returned."""
-    if not isinstance(found, StoredLayer):
+def check_stored_layer(step: Step, result: Any) -> StoredLayer:
+    """What `serialize` returned.
+
+    Raises:
+        SchemeError: it holds no tensors, or a config that is not JSON.
+    """
+    if not isinstance(result, StoredLayer):
         raise SchemeError(
-            f"{step.scheme}: serialize returned {type(found).__name__}, not a StoredLayer"
+            f"{step.scheme}: serialize returned {type(result).__name__}, not a StoredLayer"
         )
-    if not isinstance(found.tensors, Mapping) or not found.tensors:
+    if not isinstance(result.tensors, Mapping) or not result.tensors:
         raise SchemeError(f"{step.scheme}: serialize returned a StoredLayer without tensors")
-    for name, tensor in found.tensors.items():
-        _tensor(step.scheme, "serialize", str(name), tensor)
+    for name, tensor in result.tensors.items():
+        _require_tensor(step.scheme, "serialize", str(name), tensor)
     try:
-        json.dumps(found.config)
+        json.dumps(result.config)
     except (TypeError, ValueError, RecursionError) as e:
         raise SchemeError(
             f"{step.scheme}: serialize returned a config that is not JSON ({e})"
         ) from None
-    return found
+    return result
 
 
-def restored(
-    scheme: Scheme, hook: str, found: Any, shape: tuple[int, ...] | None, broadcast: bool = False
+def check_tensor(
+    scheme: Scheme, hook: str, result: Any, shape: tuple[int, ...] | None, broadcast: bool = False
 ) -> Tensor:
-    """What `dequantize`, `error_bound` or `quantize_activations` returned: of a shape, if one is
-    given, or of one that broadcasts to it.
+    """What `dequantize`, `error_bound` or `quantize_activations` returned.
+
+    Args:
+        scheme: whose hook it was.
+        hook: its name.
+        result: what it returned.
+        shape: what the result must have; None for any.
+        broadcast: whether it may also be a shape that broadcasts to it.
+
+    Raises:
+        SchemeError: it is no tensor, or one of another shape.
     """
-    _tensor(scheme, hook, "its result", found)
+    _require_tensor(scheme, hook, "its result", result)
+    if shape is None:
+        return torch.as_tensor(result)
     try:
-        fits = shape is None or tuple(
-            found.expand(shape).shape if broadcast else found.shape
-        ) == tuple(shape)
+        result_shape = result.expand(shape).shape if broadcast else result.shape
+        fits = tuple(result_shape) == tuple(shape)
     except RuntimeError:
         fits = False
     if not fits:
         raise SchemeError(
-            f"{scheme}: {hook} returned the shape {list(found.shape)}, expected was "
-            f"{list(shape or ())}"
+            f"{scheme}: {hook} returned the shape {list(result.shape)}, expected was {list(shape)}"
         )
-    return torch.as_tensor(found)
+    return torch.as_tensor(result)
 
 
-def _tensor(scheme: Scheme, hook: str, name: str, found: Any) -> None:
-    if not isinstance(found, Tensor):
-        raise SchemeError(f"{scheme}: {hook} made {name} a {type(found).__name__}, not a tensor")
+def _require_tensor(scheme: Scheme, hook: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise SchemeError(f"{scheme}: {hook} made {name} a {type(value).__name__}, not a tensor")
+
+
+def _wrong_shape(step: Step, hook: str, name: str, tensor: Tensor, num_rows: int) -> SchemeError:
+    return SchemeError(
+        f"{step.scheme}: {hook} made {name} of shape {list(tensor.shape)} for {num_rows} rows"
+    )

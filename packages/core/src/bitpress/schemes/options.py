@@ -1,4 +1,4 @@
-"""What a user may set of a scheme: a frozen attrs class in the plugin, built and checked here from
+"""What a user may set of a scheme: a frozen attrs class of the plugin, built and checked here from
 text or TOML values.
 """
 
@@ -12,13 +12,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import attrs
 from attrs import frozen
 
-from bitpress.errors import RecipeError, nearest
+from bitpress.errors import RecipeError, did_you_mean
 
 
 @frozen
 class Options:
-    """Base of every scheme's options. Fields are what users set; the properties below tell the core
-    what follows from them.
+    """Base of every scheme's options.
+
+    Fields are what users set; the properties below tell the core what follows from them.
 
     >>> @frozen
     ... class MyOptions(Options):
@@ -44,101 +45,105 @@ class Options:
 
     @property
     def row_block(self) -> int:
-        """How many consecutive rows share numbers (a block scale, a packed word); every member of a
-        stack must divide by it.
+        """How many consecutive rows share numbers (a block scale, a packed word).
+
+        The rows of every layer that is fused with others must be a multiple of it.
         """
         return 1
 
 
 def option(default: Any, help: str, **kwargs: Any) -> Any:
-    """A field of an options class: its default, and one line of help that `bitpress schemes NAME`
-    prints.
+    """A field of an options class.
+
+    Args:
+        default: its value where the user sets none.
+        help: one line, which `bitpress schemes NAME` prints.
+        kwargs: what else `attrs.field` takes: `validator`, ...
     """
     return attrs.field(default=default, metadata={"help": help}, **kwargs)
 
 
-def build(cls: type[Options], values: Mapping[str, Any], scheme: str) -> Options:
+def build_options(cls: type[Options], values: Mapping[str, Any], scheme: str) -> Options:
     """The options of a scheme from a recipe's values or a command line's texts.
 
     Raises:
         RecipeError: an unknown option, a value of the wrong kind, or one that the scheme's own
             validator refuses.
     """
-    fields = {f.name: f for f in attrs.fields(cls)}
-    hints = get_type_hints(cls)
-    given: dict[str, Any] = {}
+    names = [field.name for field in attrs.fields(cls)]
+    types_by_name = get_type_hints(cls)
+    converted: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in fields:
-            known = ", ".join(fields) or "none"
+        if name not in names:
             raise RecipeError(
-                f"scheme {scheme}: no option {name!r}{nearest(name, fields)} (its options: {known})"
+                f"scheme {scheme}: no option {name!r}{did_you_mean(name, names)} (its options: "
+                f"{', '.join(names) or 'none'})"
             )
         try:
-            given[name] = convert(value, hints[name])
+            converted[name] = _convert(value, types_by_name[name])
         except (ValueError, TypeError) as e:
             raise RecipeError(f"scheme {scheme}: option {name}: {e}") from None
     try:
-        return cls(**given)
+        return cls(**converted)
     except (ValueError, TypeError) as e:
         raise RecipeError(f"scheme {scheme}: {e.args[0] if e.args else e}") from None
 
 
-def choices(hint: Any) -> str:
-    """How a type reads in a table of options: `channel | tensor`, `number`, `[whole number,
-    ...]`.
-    """
-    origin = get_origin(hint)
+def describe_type(annotation: Any) -> str:
+    """How a type reads in a table of options: `channel | tensor`, `[number, whole number]`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return " | ".join(str(a) for a in get_args(hint))
+        return " | ".join(str(choice) for choice in arguments)
     if origin in (Union, types.UnionType):
-        return " | ".join(choices(a) for a in get_args(hint))
+        return " | ".join(describe_type(member) for member in arguments)
     if origin is tuple:
-        return "[" + ", ".join(choices(a) for a in get_args(hint)) + "]"
-    return {bool: "true | false", int: "whole number", float: "number", str: "text"}.get(
-        hint, str(hint)
-    )
+        return "[" + ", ".join(describe_type(item) for item in arguments) + "]"
+    names = {bool: "true | false", int: "whole number", float: "number", str: "text"}
+    return names.get(annotation, str(annotation))
 
 
-def convert(value: Any, hint: Any) -> Any:
-    """A TOML value or a command line's text as the annotated type; raises ValueError saying what
-    would fit.
+def _convert(value: Any, annotation: Any) -> Any:
+    """A TOML value or a command line's text as the annotated type; a ValueError says what would
+    fit.
     """
-    origin = get_origin(hint)
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        for choice in get_args(hint):
+        for choice in arguments:
             if type(value) in (type(choice), str) and str(value) == str(choice):
                 return choice
-        raise ValueError(f"{value!r} is not one of {', '.join(str(a) for a in get_args(hint))}")
+        raise ValueError(f"{value!r} is not one of {', '.join(str(a) for a in arguments)}")
     if origin in (Union, types.UnionType):
-        for arm in get_args(hint):
+        for member in arguments:
             try:
-                return convert(value, arm)
+                return _convert(value, member)
             except (ValueError, TypeError):
                 continue
-        raise ValueError(f"{value!r} is not {choices(hint)}")
+        raise ValueError(f"{value!r} is not {describe_type(annotation)}")
     if origin is tuple:
-        return _tuple(value, get_args(hint))
-    if hint is bool and str(value).lower() in ("true", "false"):
+        return _convert_tuple(value, arguments)
+
+    if annotation is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
-    if hint in (int, float) and not isinstance(value, bool):
+    if annotation in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)
-            if hint is float or number == int(number):
-                return hint(number)
+            if annotation is float or number == int(number):
+                return annotation(number)
         except (ValueError, TypeError, OverflowError):
             pass
-    if hint is str and isinstance(value, str):
+    if annotation is str and isinstance(value, str):
         return value
-    raise ValueError(f"{value!r} is not {choices(hint)}")
+    raise ValueError(f"{value!r} is not {describe_type(annotation)}")
 
 
-def _tuple(value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
-    # on a command line: 128,128 or [128, 128]
+def _convert_tuple(value: Any, annotations: tuple[Any, ...]) -> tuple[Any, ...]:
+    # On a command line it is 128,128 or [128, 128].
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.startswith("[") else value.split(",")
         except RecursionError:
             value = None
-    if not isinstance(value, (list, tuple)) or len(value) != len(hints):
-        raise ValueError(f"{value!r} is not a list of {len(hints)}")
-    return tuple(convert(v, h) for v, h in zip(value, hints, strict=True))
+    if not isinstance(value, (list, tuple)) or len(value) != len(annotations):
+        raise ValueError(f"{value!r} is not a list of {len(annotations)}")
+    items = zip(value, annotations, strict=True)
+    return tuple(_convert(item, annotation) for item, annotation in items)

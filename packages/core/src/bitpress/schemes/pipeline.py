@@ -1,5 +1,6 @@
-"""A recipe's steps applied to one layer: a fold over the hooks. No class for any combination of
-schemes.
+"""A recipe's steps applied to one layer, hook by hook.
+
+A composition of schemes is a fold over their steps: no class stands for any combination.
 """
 
 from __future__ import annotations
@@ -21,18 +22,22 @@ Statistics = Mapping[str, Statistic]
 def observe_weights(
     tiles: Callable[[], Iterator[Layer]], steps: Sequence[Step]
 ) -> tuple[Statistics, ...]:
-    """Per step, the statistics it takes of the weights alone, merged over row tiles; `tiles` starts
-    a fresh pass over them.
+    """Per step, the statistics it takes of the weights alone, merged over row tiles.
+
+    Args:
+        tiles: starts a new pass over the row tiles of a layer.
+        steps: of the layer.
     """
     stats: list[Statistics] = []
     for i, step in enumerate(steps):
         merged: dict[str, Statistic] = {}
         for tile in tiles() if step.scheme.has("observe") else ():
+            # A step sees the weight as the steps before it leave it.
             weight = quantize(tile, steps[:i], stats).weight
-            found = observe(step, weight)
-            if not found:
+            tile_stats = observe(step, weight)
+            if not tile_stats:
                 break
-            merge(merged, found)
+            merge(merged, tile_stats)
         stats.append(merged)
     return tuple(stats)
 
@@ -45,10 +50,10 @@ def observe(
     residual: torch.Tensor | None = None,
 ) -> Statistics | None:
     """A step's statistics of one batch, or without inputs of the weight alone."""
-    found = step.call(
+    result = step.call(
         "observe", inputs=inputs, reference=reference, residual=residual, weight=weight
     )
-    return hook_results.stats(step, found, len(weight))
+    return hook_results.check_statistics(step, result, len(weight))
 
 
 def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Statistics]) -> Layer:
@@ -58,146 +63,169 @@ def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Statistics]) -
         RecipeError: a step follows one whose codes are what is stored, so that its own could not
             be.
     """
-    for step, observed in zip(steps, stats, strict=True):
+    for step, step_stats in zip(steps, stats, strict=True):
         if layer.codes is not None and step.scheme.has("quantize"):
             raise RecipeError(
                 f"{step.scheme.name} cannot follow a step that stores codes already: leave one of "
                 "them out"
             )
-        found = hook_results.layer(
-            step, "quantize", step.call("quantize", layer=layer, stats=observed), layer
-        )
-        layer = (
-            attrs.evolve(found, original_weight=layer.weight)
-            if layer.original_weight is None and found.codes is None
-            else found
-        )
+        result = step.call("quantize", layer=layer, stats=step_stats)
+        quantized = hook_results.check_layer(step, "quantize", result, layer)
+        # Only where another step may follow is the weight from before any step of use.
+        if layer.original_weight is None and quantized.codes is None:
+            quantized = attrs.evolve(quantized, original_weight=layer.weight)
+        layer = quantized
     return layer
 
 
 def quantize_whole(layer: Layer, steps: Sequence[Step], stats: Sequence[Statistics]) -> Layer:
-    """The layer, whole, after every step's `quantize`, given statistics of inputs and, taken here,
-    of the weights.
+    """The layer, with all its rows, after every step's `quantize`.
 
     A step is given the statistics of those before it too: what one has gathered of inputs, the next
     need not.
+
+    Args:
+        layer: with all its rows.
+        steps: of the layer.
+        stats: per step, of its inputs; those of the weight are taken here.
     """
-    known: Statistics = {}
-    for step, observed in zip(steps, stats, strict=True):
-        own = dict(observed)
-        if step.scheme.wants("observe", "weight"):
-            merge(own, observe(step, layer.weight))
-        known = {**known, **own}
-        layer = quantize(layer, [step], [known])
+    available: Statistics = {}
+    for step, input_stats in zip(steps, stats, strict=True):
+        step_stats = dict(input_stats)
+        if step.scheme.takes_argument("observe", "weight"):
+            merge(step_stats, observe(step, layer.weight))
+        available = {**available, **step_stats}
+        layer = quantize(layer, [step], [available])
     return layer
 
 
-def merge(into: dict[str, Statistic], found: Statistics | None) -> None:
-    """Add the statistics of a batch to those of the batches before it."""
-    for name, stat in (found or {}).items():
-        if name in into and into[name].value.shape != stat.value.shape:
-            shapes = f"{list(into[name].value.shape)} and {list(stat.value.shape)}"
+def merge(merged: dict[str, Statistic], batch_stats: Statistics | None) -> None:
+    """Add the statistics of a batch to those of the batches before it.
+
+    Raises:
+        SchemeError: one has another shape than before.
+    """
+    for name, stat in (batch_stats or {}).items():
+        if name not in merged:
+            merged[name] = stat
+            continue
+        before = merged[name]
+        if before.value.shape != stat.value.shape:
+            shapes = f"{list(before.value.shape)} and {list(stat.value.shape)}"
             raise SchemeError(
                 f"statistics {name!r} of two batches have the shapes {shapes}, and cannot be added "
                 "up"
             )
-        into[name] = into[name] | stat if name in into else stat
+        merged[name] = before | stat
 
 
 def rescale(
     layer: Layer, steps: Sequence[Step], stats: Sequence[Statistics]
 ) -> torch.Tensor | None:
     """The factors (in,) of the first step that has some; None where none has."""
-    for step, observed in zip(steps, stats, strict=True):
-        if (
-            step.rescales
-            and (factors := step.call("rescale", layer=layer, stats=observed)) is not None
-        ):
-            return hook_results.factors(step, factors, layer.weight.shape[1])
+    for step, step_stats in zip(steps, stats, strict=True):
+        if not step.rescales:
+            continue
+        factors = step.call("rescale", layer=layer, stats=step_stats)
+        if factors is not None:
+            return hook_results.check_factors(step, factors, layer.weight.shape[1])
     return None
 
 
 def split(layer: Layer, heights: Sequence[int]) -> list[Layer]:
-    """The members of a stack, not yet packed, each with its own rows of everything that has
-    rows.
+    """The members of a stack, each with its rows of everything that has rows.
+
+    Args:
+        layer: quantized, not yet packed.
+        heights: rows of each member.
     """
     total, weight = sum(heights), layer.weight
 
-    def rows(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    def take_rows(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        # One entry may stand for several rows, and the number of the whole stack has none.
+        if not tensor.ndim:
+            return tensor
         return tensor[first * len(tensor) // total : last * len(tensor) // total]
 
     members, first = [], 0
     for height in heights:
-        place = (first, first + height)
-        own: dict[str, Any] = {
-            name: rows(t, *place)
-            for name in ("codes", "mask")
-            if (t := getattr(layer, name)) is not None
-        }
-        qparams = {
-            name: rows(part, *place) if part.ndim else part for name, part in layer.qparams.items()
-        }
-        members.append(
-            attrs.evolve(
-                layer, weight=rows(weight, *place), original_weight=None, qparams=qparams, **own
-            )
+        last = first + height
+        member = attrs.evolve(
+            layer,
+            weight=take_rows(weight, first, last),
+            original_weight=None,
+            codes=None if layer.codes is None else take_rows(layer.codes, first, last),
+            mask=None if layer.mask is None else take_rows(layer.mask, first, last),
+            qparams={name: take_rows(t, first, last) for name, t in layer.qparams.items()},
         )
-        first += height
+        members.append(member)
+        first = last
     return members
 
 
 def pack(layer: Layer, steps: Sequence[Step]) -> Layer:
     """The layer after every step's `pack`."""
     for step in steps:
-        layer = hook_results.layer(step, "pack", step.call("pack", layer=layer), layer)
+        layer = hook_results.check_layer(step, "pack", step.call("pack", layer=layer), layer)
     return layer
 
 
 def join(tiles: Iterable[Layer], shape: tuple[int, ...]) -> Layer:
-    """Packed row tiles of one layer as one, each copied into place as it comes.
+    """Packed row tiles of one layer as one, each copied into its rows as it comes.
 
     Beside codes, the joined weight has the right shape and is NaN everywhere: nothing that is
     stored may be taken from it.
 
     Args:
+        tiles: from the first rows to the last.
         shape: (out, in) of the whole layer.
 
     Raises:
-        SchemeError: a part without axes differs between tiles: rows are not independent, as the
-            scheme's options say they are.
+        SchemeError: a number for the whole layer differs between tiles: rows are not independent,
+            as the scheme's options say they are.
     """
-    whole: dict[str, Any] = {}
-    parts: dict[str, list[torch.Tensor]] = {}
-    layer, at = None, 0
-    for layer in tiles:
-        main = {"weight": layer.weight} if layer.codes is None else {"codes": layer.codes}
-        height = len(next(iter(main.values())))
-        for name, piece in (main | {"mask": layer.mask}).items():
-            if piece is not None:
-                if name not in whole:
-                    whole[name] = (
-                        piece if height == shape[0] else piece.new_empty(shape[0], *piece.shape[1:])
-                    )
-                if whole[name] is not piece:
-                    whole[name][at : at + height] = piece
-        for name, part in layer.qparams.items():
-            parts.setdefault(name, []).append(part)
-        at += height
-    assert layer is not None, "a layer has at least one row"
-    weight = whole.pop("weight", torch.full((1, 1), torch.nan).expand(shape))
-    joined = {n: _join_part(layer.name, n, p) for n, p in parts.items()}
-    return attrs.evolve(layer, weight=weight, original_weight=None, qparams=joined, **whole)
+    joined: dict[str, torch.Tensor] = {}
+    qparams: dict[str, list[torch.Tensor]] = {}
+    tile, first = None, 0
+    for tile in tiles:
+        stored = {"weight": tile.weight} if tile.codes is None else {"codes": tile.codes}
+        height = len(next(iter(stored.values())))
+        if tile.mask is not None:
+            stored["mask"] = tile.mask
+        for name, piece in stored.items():
+            # A single tile is taken as it is.
+            if height == shape[0]:
+                joined[name] = piece
+                continue
+            if name not in joined:
+                joined[name] = piece.new_empty(shape[0], *piece.shape[1:])
+            joined[name][first : first + height] = piece
+        for name, piece in tile.qparams.items():
+            qparams.setdefault(name, []).append(piece)
+        first += height
+
+    assert tile is not None, "a layer has at least one row"
+    nan = torch.full((1, 1), torch.nan).expand(shape)
+    return attrs.evolve(
+        tile,
+        weight=joined.get("weight", nan),
+        original_weight=None,
+        codes=joined.get("codes", tile.codes),
+        mask=joined.get("mask", tile.mask),
+        qparams={name: _join_qparam(tile.name, name, pieces) for name, pieces in qparams.items()},
+    )
 
 
-def record(layer: Layer, steps: Sequence[Step]) -> StoredLayer:
+def serialize(layer: Layer, steps: Sequence[Step]) -> StoredLayer:
     """What the last step that serializes stores of a whole layer.
 
     Raises:
         SchemeError: no step does, or it returned something else.
     """
     for step in reversed(steps):
-        if (found := step.call("serialize", layer=layer)) is not None:
-            return hook_results.record(step, found)
+        result = step.call("serialize", layer=layer)
+        if result is not None:
+            return hook_results.check_stored_layer(step, result)
     raise SchemeError(
         f"none of the schemes {', '.join(s.scheme.name for s in steps)} has a `serialize` hook"
     )
@@ -212,22 +240,30 @@ def dequantize(
     """(out, in) float32: the weight that a loader computes with, by the scheme that wrote the
     tensors.
 
+    Args:
+        tensors: what is stored of the layer.
+        config: its config fragment.
+        steps: of the layer.
+        shape: (out, in); None where any shape will do.
+
     Raises:
-        SchemeError: no step can, or it gives a weight of another than the expected shape.
+        SchemeError: no step has the hook, or it gives a weight of another shape.
     """
     for step in reversed(steps):
-        if (weight := step.scheme.call("dequantize", tensors=tensors, config=config)) is not None:
-            return hook_results.restored(step.scheme, "dequantize", weight, shape)
+        weight = step.scheme.call("dequantize", tensors=tensors, config=config)
+        if weight is not None:
+            return hook_results.check_tensor(step.scheme, "dequantize", weight, shape)
     raise SchemeError(
-        f"none of the schemes {', '.join(s.scheme.name for s in steps)} can restore what it wrote"
+        f"none of the schemes {', '.join(s.scheme.name for s in steps)} has a `dequantize` hook"
     )
 
 
 def validate_weight(weight: torch.Tensor, steps: Sequence[Step]) -> Iterator[str]:
-    """What of their promises a restored weight (out, in) breaks, step by step."""
+    """What of their promises a dequantized weight (out, in) breaks, step by step."""
     for step in steps:
-        if (found := step.call("validate_weight", weight=weight)) is not None:
-            yield f"{step.scheme.name}: {found}"
+        broken_promise = step.call("validate_weight", weight=weight)
+        if broken_promise is not None:
+            yield f"{step.scheme.name}: {broken_promise}"
 
 
 def error_bound(
@@ -236,28 +272,25 @@ def error_bound(
     steps: Sequence[Step],
     shape: tuple[int, ...] | None = None,
 ) -> torch.Tensor | None:
-    """How far each weight may be from its source; None where a step promises nothing, or several
-    steps moved it.
+    """How far each weight may be from the source's, broadcastable to (out, in); None where its
+    step promises nothing, or several steps moved it.
     """
-    found = (
-        steps[0].scheme.call("error_bound", tensors=tensors, config=config)
-        if len(steps) == 1
-        else None
-    )
-    return (
-        None
-        if found is None
-        else hook_results.restored(steps[0].scheme, "error_bound", found, shape, broadcast=True)
-    )
+    if len(steps) != 1:
+        return None
+    scheme = steps[0].scheme
+    bound = scheme.call("error_bound", tensors=tensors, config=config)
+    if bound is None:
+        return None
+    return hook_results.check_tensor(scheme, "error_bound", bound, shape, broadcast=True)
 
 
-def _join_part(layer: str, name: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+def _join_qparam(layer: str, name: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     first = pieces[0]
     if first.ndim:
         return torch.cat(list(pieces)) if len(pieces) > 1 else first
     if not all(torch.equal(first, piece) for piece in pieces):
         raise SchemeError(
-            f"{layer}: part {name!r} is one number for the stack, yet row tiles differ; gather it "
-            "in `observe`"
+            f"{layer}: qparams[{name!r}] is one number for the stack, yet row tiles differ; gather "
+            "it in `observe`"
         )
     return first

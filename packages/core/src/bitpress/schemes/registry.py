@@ -13,12 +13,13 @@ from typing import Any
 import pluggy
 from attrs import field, frozen
 
-from bitpress.errors import BitpressError, RecipeError, SchemeError, memory_is_full, nearest
+from bitpress.errors import BitpressError, RecipeError, SchemeError, did_you_mean, is_out_of_memory
 from bitpress.schemes import hookspecs
-from bitpress.schemes.compatibility import hook_fault, version_fault
+from bitpress.schemes.compatibility import hook_fault, hook_names, version_fault
 from bitpress.schemes.deprecation import PluginManager
-from bitpress.schemes.options import Options, build
+from bitpress.schemes.options import Options, build_options
 
+# Entry point groups.
 SCHEMES, EXTENSIONS = "bitpress.schemes", "bitpress.extensions"
 
 
@@ -27,8 +28,10 @@ class Scheme:
     """One installed scheme.
 
     Attributes:
+        name: of its entry point.
         package: the distribution that provides it.
-        summary: the first line of the plugin's docstring.
+        version: of the package.
+        summary: the first paragraph of the plugin's docstring, in one line.
         options_type: what users may set, a subclass of `bitpress.Options`.
     """
 
@@ -44,7 +47,7 @@ class Scheme:
         """Whether the scheme implements the hook."""
         return hook in self._arguments
 
-    def wants(self, hook: str, argument: str) -> bool:
+    def takes_argument(self, hook: str, argument: str) -> bool:
         """Whether the scheme implements the hook and names the argument."""
         return argument in self._arguments.get(hook, ())
 
@@ -52,13 +55,15 @@ class Scheme:
         """Whether the model must be run on data."""
         if options.calibrated is not None:
             return options.calibrated
-        return self.wants("observe", "inputs")
+        return self.takes_argument("observe", "inputs")
 
     def step(self, values: Mapping[str, Any] | None = None) -> Step:
-        """The scheme with options, ready to be applied; raises RecipeError for options it does not
-        take.
+        """The scheme with options, ready to be applied.
+
+        Raises:
+            RecipeError: an option that it does not take.
         """
-        return Step(self, build(self.options_type, values or {}, self.name))
+        return Step(self, build_options(self.options_type, values or {}, self.name))
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call one hook of this scheme and of the extensions around it; None where the scheme
@@ -73,10 +78,10 @@ class Scheme:
         except BitpressError:
             raise
         except (Exception, SystemExit) as e:
-            text = str(e).splitlines()[0] if str(e) else "no message"
-            # no fault of the scheme's
-            if memory_is_full(e):
+            # No fault of the scheme's.
+            if is_out_of_memory(e):
                 raise
+            text = str(e).splitlines()[0] if str(e) else "no message"
             raise SchemeError(f"{self} failed in {hook}: {type(e).__name__}: {text}") from e
 
     def __str__(self) -> str:
@@ -135,7 +140,8 @@ class Registry:
                 raise RecipeError(
                     f"scheme {name} of {problem.package} cannot be used: {problem.text}"
                 )
-        hint, installed = nearest(name, self.schemes), ", ".join(self.schemes) or "none"
+        hint = did_you_mean(name, self.schemes)
+        installed = ", ".join(self.schemes) or "none"
         raise RecipeError(
             f"scheme {name!r} is not installed{hint} (installed: {installed}); schemes are "
             "packages, bitpress-scheme-NAME: pip install the one that provides it"
@@ -148,23 +154,25 @@ def discover() -> Registry:
     manager = PluginManager("bitpress")
     manager.add_hookspecs(hookspecs)
     problems: list[Problem] = []
-    loaded: dict[str, metadata.EntryPoint] = {}
-    installed = metadata.entry_points()
+    registered: dict[str, metadata.EntryPoint] = {}
+    entry_points = metadata.entry_points()
     for group in (EXTENSIONS, SCHEMES):
-        named = defaultdict(list)
-        for entry in installed.select(group=group):
-            named[entry.name].append(entry)
-        for name, entries in sorted(named.items()):
-            packages = sorted(_package(e) for e in entries)
+        entries_by_name = defaultdict(list)
+        for entry in entry_points.select(group=group):
+            entries_by_name[entry.name].append(entry)
+        for name, entries in sorted(entries_by_name.items()):
+            packages = sorted(_package(entry) for entry in entries)
             if len(entries) > 1:
                 text = f"{' and '.join(packages)} provide the same name; uninstall one of them"
                 problems.append(Problem(name, ", ".join(packages), text))
             elif fault := _register(manager, entries[0]):
                 problems.append(Problem(name, packages[0], fault))
             elif group == SCHEMES:
-                loaded[name] = entries[0]
-    plugins = {name: manager.get_plugin(f"{SCHEMES}:{name}") for name in loaded}
-    schemes = {name: _scheme(manager, name, entry, plugins) for name, entry in loaded.items()}
+                registered[name] = entries[0]
+    plugins = {name: manager.get_plugin(f"{SCHEMES}:{name}") for name in registered}
+    schemes = {
+        name: _make_scheme(manager, name, entry, plugins) for name, entry in registered.items()
+    }
     return Registry(schemes, tuple(problems))
 
 
@@ -172,7 +180,7 @@ def _register(manager: pluggy.PluginManager, entry: metadata.EntryPoint) -> str 
     """Load and register one plugin; returns what is wrong with it, in one line, or None."""
     name = f"{entry.group}:{entry.name}"
     try:
-        # before it is imported: it may ask for a later core's names
+        # Before it is imported, since its module may import names of a later core.
         if entry.dist and (fault := version_fault(entry.dist.name)):
             return fault
         plugin = entry.load()
@@ -180,58 +188,60 @@ def _register(manager: pluggy.PluginManager, entry: metadata.EntryPoint) -> str 
             return fault
         manager.register(plugin, name)
         manager.check_pending()
-        hooks = _implemented(manager, plugin)
-        if not hooks:
-            raise ValueError("no function is marked @bitpress.hookimpl")
-        answers = [
-            hook for hook, found in hooks.items() if not (found.wrapper or found.hookwrapper)
-        ]
-        if entry.group == EXTENSIONS and answers:
-            raise ValueError(
-                f"an extension only wraps: mark {answers[0]} with hookimpl(wrapper=True)"
-            )
-        options_type = getattr(plugin, "Options", Options)
-        if not (isinstance(options_type, type) and issubclass(options_type, Options)):
-            raise TypeError("Options is not a subclass of bitpress.Options")
-        # the defaults must be a sound choice
-        build(options_type, {}, entry.name)
+        _check_plugin(manager, plugin, entry)
     except (Exception, SystemExit) as e:
-        # whatever a stranger's module does while it is imported
+        # A stranger's module may do anything while it is imported: the others must keep working.
         if manager.has_plugin(name):
             manager.unregister(name=name)
         return f"{type(e).__name__}: {' '.join(str(e).split())}"
     return None
 
 
-def _scheme(
+def _check_plugin(manager: pluggy.PluginManager, plugin: Any, entry: metadata.EntryPoint) -> None:
+    hooks = _hook_implementations(manager, plugin)
+    if not hooks:
+        raise ValueError("no function is marked @bitpress.hookimpl")
+    if entry.group == EXTENSIONS:
+        for hook, implementation in hooks.items():
+            if not (implementation.wrapper or implementation.hookwrapper):
+                raise ValueError(
+                    f"an extension only wraps: mark {hook} with hookimpl(wrapper=True)"
+                )
+
+    options_type = getattr(plugin, "Options", Options)
+    if not (isinstance(options_type, type) and issubclass(options_type, Options)):
+        raise TypeError("Options is not a subclass of bitpress.Options")
+    # The defaults must pass the scheme's own validators.
+    build_options(options_type, {}, entry.name)
+
+
+def _make_scheme(
     manager: pluggy.PluginManager, name: str, entry: metadata.EntryPoint, plugins: Mapping[str, Any]
 ) -> Scheme:
     plugin = plugins[name]
-    others = [other for n, other in plugins.items() if n != name]
+    # Its hook callers leave out the other schemes, and keep the extensions.
+    others = [other for other_name, other in plugins.items() if other_name != name]
+    implementations = _hook_implementations(manager, plugin)
     return Scheme(
         name=name,
         package=_package(entry),
         version=entry.dist.version if entry.dist else "unknown",
         summary=" ".join((plugin.__doc__ or "").strip().split("\n\n")[0].split()),
         options_type=getattr(plugin, "Options", Options),
-        hooks={spec: manager.subset_hook_caller(spec, others) for spec in _hook_names(manager)},
-        arguments={hook: found.argnames for hook, found in _implemented(manager, plugin).items()},
+        hooks={hook: manager.subset_hook_caller(hook, others) for hook in hook_names(manager)},
+        arguments={hook: hookimpl.argnames for hook, hookimpl in implementations.items()},
     )
 
 
-def _implemented(manager: pluggy.PluginManager, plugin: Any) -> dict[str, pluggy.HookImpl]:
-    """A plugin's own implementations by hook."""
+def _hook_implementations(manager: pluggy.PluginManager, plugin: Any) -> dict[str, pluggy.HookImpl]:
+    """A plugin's implementations, by hook."""
     callers = manager.get_hookcallers(plugin) or []
     return {
-        caller.name: found
+        caller.name: hookimpl
         for caller in callers
-        for found in caller.get_hookimpls()
-        if found.plugin is plugin
+        for hookimpl in caller.get_hookimpls()
+        if hookimpl.plugin is plugin
     }
-
-
-def _hook_names(manager: pluggy.PluginManager) -> list[str]:
-    return [name for name in vars(manager.hook) if not name.startswith("_")]
 
 
 def _package(entry: metadata.EntryPoint) -> str:

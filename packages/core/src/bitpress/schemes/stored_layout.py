@@ -11,15 +11,15 @@ import attrs
 import torch
 
 from bitpress.errors import ShapeError
-from bitpress.schemes.pipeline import observe_weights, pack, quantize, record
+from bitpress.schemes.pipeline import observe_weights, pack, quantize, serialize
 from bitpress.schemes.registry import Step
 from bitpress.schemes.values import Layer, StoredLayer
 
-# columns of a layer: a header may claim any number, and every row block is as wide
-WIDEST = 1 << 20
+# Columns of a layer. A header may claim any number, and memory is taken for row blocks as wide.
+MAX_COLUMNS = 1 << 20
 
-# weights of a row tile: its float32 temporaries stay in a core's cache
-TILE = 1 << 18
+# Weights of a row tile: so many float32 temporaries stay in a core's cache.
+WEIGHTS_PER_TILE = 1 << 18
 
 
 def row_block(steps: Sequence[Step]) -> int:
@@ -28,52 +28,63 @@ def row_block(steps: Sequence[Step]) -> int:
 
 
 def row_tiles(
-    shape: tuple[int, ...], steps: Sequence[Step], size: int = TILE
+    shape: tuple[int, ...], steps: Sequence[Step], num_weights: int = WEIGHTS_PER_TILE
 ) -> Iterator[tuple[int, int]]:
-    """First and last (exclusive) rows of the tiles of about so many weights in which a layer of
-    shape (out, in) is worked on.
+    """The row tiles that a layer is worked on in: first row, and the row after the last.
+
+    Args:
+        shape: (out, in) of the layer.
+        steps: of the layer; a tile holds whole row blocks of all of them.
+        num_weights: of a tile, about.
     """
     rows, width = shape
     block = row_block(steps)
-    height = max(size // max(width, 1) // block, 1) * block
+    height = max(num_weights // max(width, 1) // block, 1) * block
     return ((first, min(first + height, rows)) for first in range(0, rows, height))
 
 
 @functools.lru_cache(maxsize=4096)
 def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...]) -> StoredLayer:
-    """The StoredLayer of a layer of this shape with the right dtypes and shapes and meaningless
-    numbers, in next to no memory.
+    """What is stored of a layer of this shape: right dtypes and shapes, and meaningless numbers, in
+    next to no memory.
 
     The hooks run on one row block of zeros (and on the rest that does not fill a block); what they
-    return is repeated without being copied. (torch's `meta` device would say the same, at the price
-    of importing sympy and torch's compiler: a second.)
+    return is repeated without being copied.
+
+    Args:
+        rows: of the layer.
+        width: its columns.
+        dtype: what the model stores its weights in.
+        steps: of the layer.
 
     Raises:
         ShapeError: a scheme cannot take the shape.
     """
-    if width > WIDEST:
+    # torch's `meta` device would say the same, but imports sympy and torch's compiler: a second.
+    if width > MAX_COLUMNS:
         raise ShapeError(
-            f"it is {width} columns wide, and no layer of a language model has more than {WIDEST}"
+            f"it is {width} columns wide, and no layer of a language model has more than "
+            f"{MAX_COLUMNS}"
         )
     block = row_block(steps)
-    heights = [
-        (height, count)
-        for height, count in ((block, rows // block), (rows % block, 1))
+    # (rows of a piece, how often it stands in the layer)
+    heights = [(block, rows // block), (rows % block, 1)]
+    pieces = [
+        (_pack_zeros(height, width, dtype, steps), count)
+        for height, count in heights
         if height and count
     ]
-    pieces = [(_zeros(height, width, dtype, steps), count) for height, count in heights]
 
     def repeat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         first = tensors[0]
-        total = (
-            sum(len(tensor) * count for tensor, (_, count) in zip(tensors, pieces, strict=True))
-            if first.ndim
-            else 0
-        )
-        return first[:1].expand(total, *first.shape[1:]) if first.ndim else first
+        if not first.ndim:
+            return first
+        counts = [count for _, count in pieces]
+        total = sum(len(tensor) * count for tensor, count in zip(tensors, counts, strict=True))
+        return first[:1].expand(total, *first.shape[1:])
 
     layer = pieces[0][0]
-    grown: dict[str, Any] = {
+    repeated: dict[str, Any] = {
         "weight": layer.weight[:1].expand(rows, width),
         "qparams": {
             name: repeat([piece.qparams[name] for piece, _ in pieces]) for name in layer.qparams
@@ -81,14 +92,14 @@ def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...])
     }
     for name in ("codes", "mask"):
         if getattr(layer, name) is not None:
-            grown[name] = repeat([getattr(piece, name) for piece, _ in pieces])
-    found = record(attrs.evolve(layer, **grown), steps)
-    return StoredLayer(
-        {name: t.new_zeros(()).expand(t.shape) for name, t in found.tensors.items()}, found.config
-    )
+            repeated[name] = repeat([getattr(piece, name) for piece, _ in pieces])
+    stored = serialize(attrs.evolve(layer, **repeated), steps)
+    # One number of each tensor is kept.
+    tensors = {name: t.new_zeros(()).expand(t.shape) for name, t in stored.tensors.items()}
+    return StoredLayer(tensors, stored.config)
 
 
-def _zeros(rows: int, width: int, dtype: torch.dtype, steps: Sequence[Step]) -> Layer:
+def _pack_zeros(rows: int, width: int, dtype: torch.dtype, steps: Sequence[Step]) -> Layer:
     layer = Layer("layer", torch.zeros(rows, width), dtype)
     stats = observe_weights(lambda: iter((layer,)), steps)
     return pack(quantize(layer, steps, stats), steps)

@@ -21,20 +21,20 @@ class Layer:
     """One linear layer, several stacked by rows because they read the same input, or a tile of
     whole rows of either.
 
-    `weight` may be given as a function of no arguments: it is called when somebody reads it, and
-    whoever does not pays nothing.
+    `weight` may be given as a function of no arguments, which is called whenever `weight` is read:
+    where nobody reads it, it costs nothing.
 
     Attributes:
-        name: the stack's name, for messages.
+        name: of the layer or the stack, for messages.
         dtype: what the model stores its weights in, and computes in when served.
-        mask: (out, in) bool; False must stay zero. None keeps everything.
+        mask: (out, in) bool; where it is False the weight must stay zero. None masks nothing.
         original_weight: (out, in) float32: the weight before any step, with which statistics were
             taken; None where that is `weight`.
         codes: what is stored, unpacked, one row per output; after `pack`, packed. None while the
             weight itself is stored.
         qparams: what is stored beside the codes, by name: "scale" (out, groups), "zero_point", ...
-            The leading axis follows the rows (one entry per row or per `row_block` of them); a part
-            without axes is one number for the whole stack.
+            The leading axis follows the rows (one entry per row or per `row_block` of them); a
+            tensor without axes is one number for the whole stack.
     """
 
     name: str
@@ -61,8 +61,9 @@ class Statistic:
     """A raw sum or maximum over one batch; `a | b` is the same over both, in any order.
 
     Attributes:
-        rows: whether the value's first axis is the weight's rows, so that some of the rows have
-            theirs of it.
+        value: float32, of a shape that does not depend on the batch.
+        merge: how the values of two batches become one.
+        rows: whether the value's first axis is the weight's rows.
     """
 
     value: Tensor
@@ -72,13 +73,14 @@ class Statistic:
     def __or__(self, other: Statistic) -> Statistic:
         if self.merge != other.merge:
             raise ValueError(f"a {self.merge} cannot be merged with a {other.merge}")
-        merged = (
-            self.value + other.value if self.merge == "sum" else self.value.maximum(other.value)
-        )
+        if self.merge == "sum":
+            merged = self.value + other.value
+        else:
+            merged = self.value.maximum(other.value)
         return Statistic(merged, self.merge, self.rows)
 
     def of(self, rows: slice) -> Statistic:
-        """What it says of some rows of the weight."""
+        """The statistic of some rows of the weight."""
         return Statistic(self.value[rows], self.merge, True) if self.rows else self
 
 
@@ -90,7 +92,7 @@ class StoredLayer:
         tensors: by suffix of the module's name: `weight`, `weight_scale`, ...
         config: the group entry of `quantization_config` that tells a loader how to read them (JSON
             values: `format`, `weights`, `input_activations`), or its `sparsity_config` (`format`,
-            `sparsity_structure`); None for a plain weight that needs no telling.
+            `sparsity_structure`); None for a plain weight.
     """
 
     tensors: Mapping[str, Tensor]
@@ -99,7 +101,12 @@ class StoredLayer:
 
 @frozen
 class Finding:
-    """One remark of a scheme about a device."""
+    """One remark of a scheme about a device, or about a layer on it.
+
+    Attributes:
+        level: how well it will be served.
+        text: one line that says why.
+    """
 
     level: Literal["recommended", "supported", "degraded", "unsupported"]
     text: str

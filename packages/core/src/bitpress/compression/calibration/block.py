@@ -131,7 +131,7 @@ def _store(
                 for n, spec in planned.items()
             }
         else:
-            record = pipeline.record(pipeline.pack(member, steps), steps)
+            record = pipeline.serialize(pipeline.pack(member, steps), steps)
             site.stack.check_stored(name, record)
             tensors = {
                 n: record.tensors[n].to(weight.device)

@@ -217,7 +217,7 @@ def _solve(site: Site, number: int, streams: Streams) -> Callable[[], None]:
     members = pipeline.split(layer, heights)
     results = []
     for (name, weight), member in zip(site.weights.items(), members, strict=True):
-        stored = pipeline.record(pipeline.pack(member, steps), steps)
+        stored = pipeline.serialize(pipeline.pack(member, steps), steps)
         restored = pipeline.dequantize(stored.tensors, stored.config, steps, tuple(weight.shape))
         rounding = input_rounding(stored.tensors, stored.config, steps)
         results.append((name, weight, restored, rounding))

@@ -169,7 +169,7 @@ def _hardware(note: Manifest) -> str:
                 made = registry.get(scheme).step(values)
                 said = [
                     (d.name, f)
-                    for d in hardware.KNOWN
+                    for d in hardware.DEVICES
                     for f in list(made.call("validate_hardware", hardware=d) or ())[:1]
                 ]
             except BitpressError as e:
