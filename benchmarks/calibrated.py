@@ -91,18 +91,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     peers = {THEIRS: arguments.theirs, **dict(peer.split("=", 1) for peer in arguments.peer)}
-    found = []
+    result = []
     for case in [Case(*arguments.case)] if arguments.case else CASES[: arguments.cases]:
-        found += measured(case, arguments.repeat or case.rounds, peers, arguments.work)
+        result += measured(case, arguments.repeat or case.rounds, peers, arguments.work)
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measured(case: Case, rounds: int, peers: Mapping[str, str], work: Path) -> list[dict[str, Any]]:
+def measured(
+    case: Case, rounds: int, peers: Mapping[str, str], folder: Path
+) -> list[dict[str, Any]]:
     """Run all contenders in turn, as often as is wanted, and show what they cost and how far from
     the source they end.
     """
-    source = work / f"llama-{case.blocks}-{case.hidden}"
+    source = folder / f"llama-{case.blocks}-{case.hidden}"
     models.make(source, case.blocks, case.hidden, case.intermediate)
     data = ["--calibration", TEXTS, "--samples", case.samples, "--sequence-length", LENGTH]
     limits = {
@@ -115,24 +117,33 @@ def measured(case: Case, rounds: int, peers: Mapping[str, str], work: Path) -> l
     }
     ours = [sys.executable, "-m", "bitpress", "compress", source]
     commands = {
-        n: [*ours, work / n, "--scheme", "w4a16", "--threads", 1, *data, *limit]
+        n: [*ours, folder / n, "--scheme", "w4a16", "--threads", 1, *data, *limit]
         for n, limit in limits.items()
     }
     for name, python in peers.items():
         script = Path(__file__).parent / "peers" / PEERS[name]
-        commands[name] = [python, script, source, work / name, "W4A16", TEXTS, case.samples, LENGTH]
+        commands[name] = [
+            python,
+            script,
+            source,
+            folder / name,
+            "W4A16",
+            TEXTS,
+            case.samples,
+            LENGTH,
+        ]
     costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for i in range(rounds):
         for name, command in commands.items():
-            shutil.rmtree(work / name, ignore_errors=True)
+            shutil.rmtree(folder / name, ignore_errors=True)
             costs[name].append(run(command))
             print(f"{i + 1}/{rounds} {name}: {costs[name][-1].cpu:.0f} CPU s", file=sys.stderr)
     rows = {name: row(name, spent) for name, spent in costs.items()}
     for name, judge in {OURS: peers[THEIRS], **peers}.items():
-        rows[name]["kl"] = outputs.divergence(judge, source, work / name)
+        rows[name]["kl"] = outputs.divergence(judge, source, folder / name)
     for name in peers:
         fault, (mine, other) = (
-            outputs.different(work / OURS, work / name),
+            outputs.different(folder / OURS, folder / name),
             (rows[OURS]["kl"], rows[name]["kl"]),
         )
         if not fault and (mine is None or other is None or mine > other):
@@ -143,7 +154,7 @@ def measured(case: Case, rounds: int, peers: Mapping[str, str], work: Path) -> l
             rows[name]["ratio"] = rows[OURS]["cpu"] / rows[name]["cpu"]
     print(f"\n{case.blocks} blocks, hidden {case.hidden}, {case.samples * LENGTH:,} tokens\n")
     show(list(rows.values()), COLUMNS)
-    return [{"case": asdict(case), **found} for found in rows.values()]
+    return [{"case": asdict(case), **result} for result in rows.values()]
 
 
 if __name__ == "__main__":

@@ -54,48 +54,52 @@ CASES = (
 
 
 def contenders(
-    source: Path, work: Path, theirs: str, cases: Sequence[Case]
+    source: Path, folder: Path, theirs: str, cases: Sequence[Case]
 ) -> dict[str, list[object]]:
     """Commands by what they do."""
-    found: dict[str, list[object]] = {
+    result: dict[str, list[object]] = {
         "import torch, ours": [sys.executable, "-c", "import torch"],
         "import torch, theirs": [theirs, "-c", "import torch"],
-        "cp": ["cp", "-r", source, work / "cp"],
+        "cp": ["cp", "-r", source, folder / "cp"],
     }
     for case in cases:
         arguments = [*case.ours, "--threads", "1"]
-        found[f"bitpress {case.name}, --no-verify"] = [
+        result[f"bitpress {case.name}, --no-verify"] = [
             *OURS,
             source,
-            work / f"ours-{case.name}",
+            folder / f"ours-{case.name}",
             *arguments,
             "--no-verify",
         ]
-        found[f"bitpress {case.name}, verified"] = [
+        result[f"bitpress {case.name}, verified"] = [
             *OURS,
             source,
-            work / f"proved-{case.name}",
+            folder / f"proved-{case.name}",
             *arguments,
         ]
-        found[f"llm-compressor {case.theirs}"] = [
+        result[f"llm-compressor {case.theirs}"] = [
             theirs,
             PEER,
             source,
-            work / f"theirs-{case.name}",
+            folder / f"theirs-{case.name}",
             case.theirs,
         ]
-    return found
+    return result
 
 
 def table(
-    costs: Mapping[str, Sequence[Cost]], source: Path, work: Path, judge: str, cases: Sequence[Case]
+    costs: Mapping[str, Sequence[Cost]],
+    source: Path,
+    folder: Path,
+    judge: str,
+    cases: Sequence[Case],
 ) -> list[dict[str, Any]]:
     """A row for each contender, with medians, spread, and ratios where the work is the same."""
-    rows = {name: row(name, found) for name, found in costs.items()}
+    rows = {name: row(name, result) for name, result in costs.items()}
     for case in cases:
         ours, theirs, peer = (
-            work / f"ours-{case.name}",
-            work / f"theirs-{case.name}",
+            folder / f"ours-{case.name}",
+            folder / f"theirs-{case.name}",
             rows[f"llm-compressor {case.theirs}"],
         )
         peer |= {
@@ -113,23 +117,23 @@ def table(
             sum(f.stat().st_size for folder in (source, ours) for f in folder.glob("*.safetensors"))
             / 1e9
         )
-        for found in (
+        for result in (
             rows[f"bitpress {case.name}, --no-verify"],
             rows[f"bitpress {case.name}, verified"],
         ):
-            found |= {
-                "wall_of_cp": found["wall"] / rows["cp"]["wall"],
-                "gb_per_cpu_s": moved / found["cpu"],
+            result |= {
+                "wall_of_cp": result["wall"] / rows["cp"]["wall"],
+                "gb_per_cpu_s": moved / result["cpu"],
                 **mine,
             }
-            found["above_torch"] = found["memory"] - rows["import torch, ours"]["memory"]
+            result["above_torch"] = result["memory"] - rows["import torch, ours"]["memory"]
             if fault:
                 print(
-                    f"{found['name']}: no ratio, the outputs are not the same work: {fault}",
+                    f"{result['name']}: no ratio, the outputs are not the same work: {fault}",
                     file=sys.stderr,
                 )
             else:
-                found["ratio"] = found["cpu"] / peer["cpu"]
+                result["ratio"] = result["cpu"] / peer["cpu"]
     return list(rows.values())
 
 
@@ -162,15 +166,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the rows here too")
     arguments = parser.parse_args()
-    source, work = arguments.work / f"llama-2048-{arguments.blocks}", arguments.work
+    source, folder = arguments.work / f"llama-2048-{arguments.blocks}", arguments.work
     models.make(source, blocks=arguments.blocks, hidden=2048, intermediate=8192)
     cases = [case for case in CASES if case.name in arguments.only]
-    commands = contenders(source, work, arguments.theirs, cases)
+    commands = contenders(source, folder, arguments.theirs, cases)
     costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for i in range(arguments.repeat):
         for name, command in commands.items():
             for folder in {
-                w for w in command if isinstance(w, Path) and w.parent == work and w != source
+                w for w in command if isinstance(w, Path) and w.parent == folder and w != source
             }:
                 shutil.rmtree(folder, ignore_errors=True)
             # into the page cache
@@ -180,7 +184,7 @@ def main() -> None:
                 f"{i + 1}/{arguments.repeat} {name}: {costs[name][-1].cpu:.2f} CPU s",
                 file=sys.stderr,
             )
-    rows = table(costs, source, work, arguments.theirs, cases)
+    rows = table(costs, source, folder, arguments.theirs, cases)
     show(rows, COLUMNS)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")

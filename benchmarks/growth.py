@@ -52,10 +52,10 @@ class Point:
     cost: Cost
 
 
-def points(series: Series, work: Path) -> list[Point]:
-    found = []
+def points(series: Series, folder: Path) -> list[Point]:
+    result = []
     for blocks in series.blocks:
-        source, out = work / "growing", work / "grown"
+        source, out = folder / "growing", folder / "grown"
         shutil.rmtree(source, ignore_errors=True)
         models.make(source, blocks, series.hidden, series.intermediate, shards=max(blocks // 4, 1))
         shutil.rmtree(out, ignore_errors=True)
@@ -78,15 +78,15 @@ def points(series: Series, work: Path) -> list[Point]:
             1,
             "--no-verify",
         ]
-        found.append(Point(size, run(command)))
+        result.append(Point(size, run(command)))
         shutil.rmtree(source)
         shutil.rmtree(out)
-    return found
+    return result
 
 
-def straight(found: Sequence[Point], size: float) -> float:
+def straight(series_points: Sequence[Point], size: float) -> float:
     """CPU seconds at a size, on the line through the first and the last point."""
-    first, last = found[0], found[-1]
+    first, last = series_points[0], series_points[-1]
     return first.cost.cpu + (last.cost.cpu - first.cost.cpu) * (size - first.size) / (
         last.size - first.size
     )
@@ -103,13 +103,13 @@ def plot(file: Path, everything: Sequence[tuple[Series, Sequence[Point]]]) -> No
     figure, places = pyplot.subplots(
         2, len(everything), figsize=(8, 5), sharex="col", squeeze=False
     )
-    for (series, found), above, below in zip(everything, *places, strict=True):
-        sizes = [point.size for point in found]
-        above.plot(sizes, [straight(found, size) for size in sizes], color="0.8")
-        above.plot(sizes, [point.cost.cpu for point in found], "o", color="C0")
-        below.plot(sizes, [point.cost.memory for point in found], "o-", color="C1")
+    for (series, result), above, below in zip(everything, *places, strict=True):
+        sizes = [point.size for point in result]
+        above.plot(sizes, [straight(result, size) for size in sizes], color="0.8")
+        above.plot(sizes, [point.cost.cpu for point in result], "o", color="C0")
+        below.plot(sizes, [point.cost.memory for point in result], "o-", color="C1")
         above.set(title=series.title, ylabel="CPU seconds", ylim=(0, None))
-        most = max(point.cost.memory for point in found)
+        most = max(point.cost.memory for point in result)
         below.set(
             xlabel=series.unit, ylabel="peak memory, MB", ylim=(0, 1.25 * most), xlim=(0, None)
         )
@@ -132,18 +132,18 @@ def main() -> None:
         for point in everything[-1][1]:
             line, cost = straight(everything[-1][1], point.size), point.cost
             size = f"{point.size:.2f}" if series.unit == "GB" else f"{point.size}"
-            told = (
+            row = (
                 f"{series.title} | {size} {series.unit} | {cost.cpu:.1f} | {line:.1f} | "
                 f"{cost.wall:.1f} | {cost.memory:.0f}"
             )
-            print(f"| {told} |", flush=True)
+            print(f"| {row} |", flush=True)
     plot(arguments.plot, everything)
     if arguments.json:
-        found = {
-            series.title: [{"size": p.size, **asdict(p.cost)} for p in points_]
-            for series, points_ in everything
+        result = {
+            series.title: [{"size": p.size, **asdict(p.cost)} for p in series_points]
+            for series, series_points in everything
         }
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,10 +69,10 @@ def error(source: Path, out: Path) -> float:
                 weight = stored[:ROWS].float()
                 tensors = {key: b[name + key][:] for key in ("", *SUFFIXES) if name + key in b}
                 height = len(tensors.get("", tensors.get("_packed")))
-                found = decoded(
+                result = decoded(
                     {key: t[: -(-ROWS * len(t) // height)] for key, t in tensors.items()}
                 )
-                moved += float((found - weight).square().sum(dtype=torch.float64))
+                moved += float((result - weight).square().sum(dtype=torch.float64))
                 size += float(weight.square().sum(dtype=torch.float64))
     return math.sqrt(moved / size)
 

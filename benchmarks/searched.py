@@ -89,39 +89,39 @@ def main() -> None:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
 
 
-def figures(case: Case, work: Path) -> Iterator[Row]:
+def figures(case: Case, folder: Path) -> Iterator[Row]:
     """The searched recipe's row, and of what is as large."""
-    name, recipe = f"{', '.join(case.schemes)} at {case.budget:g}", work / "recipe.toml"
+    name, recipe = f"{', '.join(case.schemes)} at {case.budget:g}", folder / "recipe.toml"
     recipe.unlink(missing_ok=True)
-    found = bitpress.search(MODEL, recipe, schemes=case.schemes, budget=case.budget, **DATA)
-    yield measured(name, "searched", work, found.damage(), recipe_file=recipe)
+    result = bitpress.search(MODEL, recipe, schemes=case.schemes, budget=case.budget, **DATA)
+    yield measured(name, "searched", folder, result.damage(), recipe_file=recipe)
     for scheme, settings in case.uniform:
         expected = (
-            found.damage(found.everywhere(scheme))
+            result.damage(result.everywhere(scheme))
             if scheme in case.schemes and not settings
             else None
         )
         yield measured(
             name,
             " ".join([scheme, *settings, "everywhere"]),
-            work,
+            folder,
             expected,
             scheme=scheme,
             settings=settings,
         )
-    for mix, chosen in mixes(found) if case.mixes else ():
-        recipe.write_text(text(found, chosen))
-        yield measured(name, mix, work, found.damage(chosen), recipe_file=recipe)
+    for mix, chosen in mixes(result) if case.mixes else ():
+        recipe.write_text(text(result, chosen))
+        yield measured(name, mix, folder, result.damage(chosen), recipe_file=recipe)
 
 
-def mixes(found: Any) -> Iterator[tuple[str, dict[str, str]]]:
+def mixes(result: Any) -> Iterator[tuple[str, dict[str, str]]]:
     """The small scheme, and the large one wherever there is still room for it, in several
     orders.
     """
     small, large = sorted(
-        found.search.candidates, key=lambda name: found.bits(found.everywhere(name))
+        result.search.candidates, key=lambda name: result.bits(result.everywhere(name))
     )
-    blocks = list(found.search.units)
+    blocks = list(result.search.units)
     orders: dict[str, Sequence[Any]] = {
         f"{large} in the first blocks": blocks,
         f"{large} in the last blocks": blocks[::-1],
@@ -132,31 +132,31 @@ def mixes(found: Any) -> Iterator[tuple[str, dict[str, str]]]:
         },
     }
     for name, order in orders.items():
-        chosen = dict(found.everywhere(small))
+        chosen = dict(result.everywhere(small))
         for unit in order:
-            if found.bits({**chosen, unit.name: large}) <= found.search.budget + 0.005:
+            if result.bits({**chosen, unit.name: large}) <= result.search.budget + 0.005:
                 chosen[unit.name] = large
         yield name, chosen
 
 
-def text(found: Any, chosen: dict[str, str]) -> str:
+def text(result: Any, chosen: dict[str, str]) -> str:
     """A choice as a recipe."""
     rule = "[[layers]]\nmatch = {}\nsteps = {}\n"
     return "\n".join(
         rule.format(json.dumps(u.patterns), json.dumps([chosen[u.name]]))
-        for u in found.search.units
+        for u in result.search.units
     )
 
 
-def measured(case: str, choice: str, work: Path, expected: float | None, **what: Any) -> Row:
+def measured(case: str, choice: str, folder: Path, expected: float | None, **what: Any) -> Row:
     """Compress, and compare with the source."""
-    out = work / "out"
+    out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
-    note = bitpress.compress(MODEL, out, **what, **DATA, verify=False)
+    manifest = bitpress.compress(MODEL, out, **what, **DATA, verify=False)
     check = bitpress.eval(out, HELDOUT, MODEL, max_tokens=16384, threads=1)
     assert check.kl is not None
     assert check.top1 is not None
-    return Row(case, choice, note.bits, expected, check.kl, check.top1)
+    return Row(case, choice, manifest.bits, expected, check.kl, check.top1)
 
 
 if __name__ == "__main__":

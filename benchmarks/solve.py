@@ -74,12 +74,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    given, out = (
+    layer_file, out = (
         arguments.work / f"layer-{arguments.size}.safetensors",
         arguments.work / "solved.safetensors",
     )
-    make(given, arguments.size)
-    layer = load_file(given)
+    make(layer_file, arguments.size)
+    layer = load_file(layer_file)
     commands = {
         "bitpress": [sys.executable, PEERS / "bitpress_solve.py"],
         "llm-compressor": [arguments.theirs, PEERS / "llmcompressor_solve.py"],
@@ -88,15 +88,15 @@ def main() -> None:
     errors = {}
     for _ in range(arguments.repeat):
         for name, command in commands.items():
-            words = [*map(str, command), str(given), str(out), str(BITS), str(GROUP)]
+            words = [*map(str, command), str(layer_file), str(out), str(BITS), str(GROUP)]
             done = subprocess.run(
                 words, env=ENVIRONMENT, check=True, stdout=subprocess.PIPE, text=True
             )
             seconds[name].append(float(done.stdout.splitlines()[-1]))
-            found = load_file(out)
-            if why := fault(found["weight"], found["scale"]):
+            stored = load_file(out)
+            if why := fault(stored["weight"], stored["scale"]):
                 raise SystemExit(f"{name}: not the work that was asked for: {why}")
-            errors[name] = loss(layer["weight"] - found["weight"], layer["hessian"]) / loss(
+            errors[name] = loss(layer["weight"] - stored["weight"], layer["hessian"]) / loss(
                 layer["weight"], layer["hessian"]
             )
     rows = [

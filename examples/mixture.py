@@ -130,19 +130,21 @@ def main() -> None:
     )
     missed = []
     for scheme, bound in BOUNDS.items():
-        note = bitpress.compress(
+        manifest = bitpress.compress(
             source, arguments.out / scheme, scheme=scheme, samples=96, check=HERE / "chapters.txt"
         )
-        size = sum(file.bytes for name, file in note.files.items() if name.endswith(".safetensors"))
-        sent = [layer.tokens for layer in note.layers.values() if layer.tokens is not None]
+        size = sum(
+            file.bytes for name, file in manifest.files.items() if name.endswith(".safetensors")
+        )
+        sent = [layer.tokens for layer in manifest.layers.values() if layer.tokens is not None]
         range_of = f"{min(sent):,} to {max(sent):,}" if sent else "-"
-        found = note.check
-        assert found is not None
-        assert found.rise is not None
-        figures = f"{found.perplexity:>12.3f}{found.rise:>+10.5f}{bound:>8.3f}{found.kl:>10.5f}"
+        result = manifest.check
+        assert result is not None
+        assert result.rise is not None
+        figures = f"{result.perplexity:>12.3f}{result.rise:>+10.5f}{bound:>8.3f}{result.kl:>10.5f}"
         print(f"{scheme:8}{size / 1e6:>11.2f} MB{figures}{range_of:>22}", flush=True)
-        missed += [scheme] if found.rise > bound else []
-    print(f"the source's perplexity on {HERE.name}/chapters.txt: {found.source_perplexity:.3f}")
+        missed += [scheme] if result.rise > bound else []
+    print(f"the source's perplexity on {HERE.name}/chapters.txt: {result.source_perplexity:.3f}")
     if missed:
         sys.exit(f"{', '.join(missed)}: perplexity rises by more than the bound")
 

@@ -37,8 +37,8 @@ def pip(python: Path, *words: str) -> None:
 
 def site_packages(home: Path) -> Path:
     """Where a virtual environment keeps its packages."""
-    (found,) = home.glob("lib/python*/site-packages")
-    return found
+    (result,) = home.glob("lib/python*/site-packages")
+    return result
 
 
 def layer(name: str, requirements: list[str], *below: Path) -> Path:
@@ -85,7 +85,7 @@ def main(words: list[str]) -> None:
         if any(is_ours(word) for word in words):
             # Two environments may be made at a time: one of them makes the layers for both.
             fcntl.flock(lock, fcntl.LOCK_EX)
-        layers, backend, given, how = [], None, list[str](), "wheel"
+        layers, backend, arguments, how = [], None, list[str](), "wheel"
         for word in words:
             path, bracket, extras = word.partition("[")
             if word == "-e":
@@ -93,17 +93,17 @@ def main(words: list[str]) -> None:
             elif is_ours(word):
                 backend = backend or layer("build", ["hatchling", "editables"])
                 wheel = built((ROOT / path).resolve(), how, Path(folder), backend)
-                given.append(f"{wheel}{bracket}{extras}")
+                arguments.append(f"{wheel}{bracket}{extras}")
                 layers = layers or [layer("core", core["dependencies"])]
                 if "conformance" in extras:
                     extra = [*core["optional-dependencies"]["conformance"], "pytest-xdist"]
                     layers.append(layer("tests", extra, *layers))
                 how = "wheel"
             else:
-                given.append(word)
+                arguments.append(word)
         see(Path(sysconfig.get_path("purelib")), *layers)
         fcntl.flock(lock, fcntl.LOCK_UN)
-        pip(Path(sys.executable), *given)
+        pip(Path(sys.executable), *arguments)
 
 
 if __name__ == "__main__":

@@ -29,16 +29,16 @@ def lines(model_types: Iterable[str]) -> tuple[list[str], list[str]]:
     rows, refusals = [], []
     for model_type in model_types:
         with tempfile.TemporaryDirectory() as folder:
-            found = row(model_type, Path(folder))
-        served = "runs" if model_type in SERVED else "-"
+            result = row(model_type, Path(folder))
+        serving = "runs" if model_type in SERVED else "-"
         cells = [
             f"`{model_type}`",
             ARCHITECTURES[model_type].what,
-            *map(str, found.values()),
-            served,
+            *map(str, result.values()),
+            serving,
         ]
         rows.append(f"| {' | '.join(cells)} |")
-        reasons = dict.fromkeys(outcome.refused for outcome in found.values() if outcome.refused)
+        reasons = dict.fromkeys(outcome.refused for outcome in result.values() if outcome.refused)
         refusals += [f"- `{model_type}`: {reason}" for reason in reasons]
     return rows, refusals
 

@@ -43,16 +43,17 @@ def main() -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     for package in sorted((ROOT / "packages").glob("scheme-*")):
         table = project(package)
-        (wanted,) = [
+        (expected,) = [
             r for r in map(Requirement, table["dependencies"]) if r.name == "bitpress-core"
         ]
         oldest = next(
-            (version for version in cores if version in wanted.specifier and version < today), None
+            (version for version in cores if version in expected.specifier and version < today),
+            None,
         )
         if oldest is None:
             print(
-                f"{package.name}: no released core that bitpress-core{wanted.specifier} allows is "
-                f"older than today's, {today}"
+                f"{package.name}: no released core that bitpress-core{expected.specifier} allows "
+                f"is older than today's, {today}"
             )
             continue
         print(f"{package.name}: bitpress-core {oldest}", flush=True)

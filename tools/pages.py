@@ -80,12 +80,12 @@ def hooks() -> str:
 def schemes() -> str:
     """What `bitpress schemes` says of every scheme."""
     words = [sys.executable, "-m", "bitpress", "schemes", "--json"]
-    found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    document = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
     text = [
         "# Installed schemes\n\nThese schemes are in this repository. `bitpress schemes NAME` "
         "shows the same.\n"
     ]
-    for scheme in found["schemes"]:
+    for scheme in document["schemes"]:
         data = (
             "needed with the default options" if scheme["data"] else "none with the default options"
         )
@@ -143,8 +143,8 @@ def _markdown(docstring: str) -> str:
     lines: list[str] = []
     section = ""
     for line in docstring.splitlines():
-        if found := re.fullmatch(r"(Args|Returns|Raises):", line):
-            section = found[1]
+        if result := re.fullmatch(r"(Args|Returns|Raises):", line):
+            section = result[1]
             lines += [f"**{section}**", ""]
         elif section and (item := re.fullmatch(r" {4}(\w+): (.*)", line)) and section != "Returns":
             lines.append(f"- `{item[1]}`: {item[2]}")

@@ -187,16 +187,16 @@ def main() -> None:
 
 def write(file: Path, names: Collection[str]) -> bool:
     """Put what the cases write into a file, beside its other cases; returns whether all ran."""
-    found = {name: files for name, files in read(file).items() if name in CASES}
-    found |= {name: files for name, files in carried_out(names) if files}
+    result = {name: files for name, files in read(file).items() if name in CASES}
+    result |= {name: files for name, files in carried_out(names) if files}
     table = {
-        name: {path: asdict(digests) for path, digests in found[name].items()}
+        name: {path: asdict(digests) for path, digests in result[name].items()}
         for name in CASES
-        if name in found
+        if name in result
     }
     file.write_text(json.dumps(table, indent=1) + "\n")
     print(f"{file}: {sum(map(len, table.values()))} files of {len(table)} cases")
-    return all(name in found for name in names)
+    return all(name in result for name in names)
 
 
 def read(file: Path) -> dict[str, Files]:
@@ -214,11 +214,11 @@ def compare(file: Path, names: Collection[str]) -> bool:
     before = read(file)
     equal, planned, other = 0, 0, 0
     for name, files in carried_out(names):
-        known = before.get(name, {})
+        recorded = before.get(name, {})
         if not files:
-            other += max(len(known), 1)
-        for path in sorted({*known, *files}) if files else ():
-            difference = differs(known.get(path), files.get(path))
+            other += max(len(recorded), 1)
+        for path in sorted({*recorded, *files}) if files else ():
+            difference = differs(recorded.get(path), files.get(path))
             equal += difference == ""
             planned += difference == ONLY_PLAN
             other += difference not in ("", ONLY_PLAN)
@@ -228,13 +228,13 @@ def compare(file: Path, names: Collection[str]) -> bool:
     return other == 0
 
 
-def differs(before: Digests | None, now: Digests | None) -> str:
+def differs(before: Digests | None, after: Digests | None) -> str:
     """In what a file differs from what it was; nothing where it is the same."""
-    if before is None or now is None:
-        return "was not there before" if now else "is not there"
-    if before.whole == now.whole:
+    if before is None or after is None:
+        return "was not there before" if after else "is not there"
+    if before.whole == after.whole:
         return ""
-    return ONLY_PLAN if before.but_plan == now.but_plan else "other bytes"
+    return ONLY_PLAN if before.but_plan == after.but_plan else "other bytes"
 
 
 def carried_out(names: Collection[str]) -> Iterator[tuple[str, Files]]:
@@ -330,7 +330,7 @@ def bitpress(folder: Path, words: str) -> None:
 
 def digests(folder: Path) -> Files:
     """Of every shard, their index, config and recipe."""
-    found = {}
+    result = {}
     for file in sorted(folder.iterdir()):
         if ".safetensors" in file.name or file.name in ("config.json", "recipe.toml"):
             data = file.read_bytes()
@@ -338,8 +338,8 @@ def digests(folder: Path) -> Files:
             end = 8 + int.from_bytes(data[:8], "little") if file.suffix == ".safetensors" else 0
             header = PLAN.sub(rb"\g<1>" + b"0" * 64 + b'"', data[:end])
             whole, but_plan = hashlib.sha256(data), hashlib.sha256(header + data[end:])
-            found[file.name] = Digests(whole.hexdigest(), but_plan.hexdigest())
-    return found
+            result[file.name] = Digests(whole.hexdigest(), but_plan.hexdigest())
+    return result
 
 
 if __name__ == "__main__":

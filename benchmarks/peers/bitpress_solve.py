@@ -12,11 +12,11 @@ from bitpress import Layer, Statistic
 from bitpress_w4a16 import w4a16
 
 torch.set_num_threads(1)
-given, out = sys.argv[1:3]
+layer_file, out = sys.argv[1:3]
 bits, group = map(int, sys.argv[3:])
 options = w4a16.Options(group_size=group)
 assert options.bits == bits
-layer = load_file(given)
+layer = load_file(layer_file)
 stats = {name: Statistic(layer[name], "sum") for name in ("hessian", "tokens")}
 start = time.process_time()
 solved = w4a16.quantize(Layer("layer", layer["weight"], torch.float32), stats, options)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
-given, out = sys.argv[1:3]
+layer_file, out = sys.argv[1:3]
 bits, group = map(int, sys.argv[3:])
-layer = load_file(given)
+layer = load_file(layer_file)
 args = QuantizationArgs(
     num_bits=bits,
     strategy="group",
@@ -37,10 +37,10 @@ observe([module], base_name="weight")
 weights, hessians, scale, zero, globals_ = prepare_batch(
     [module], [module.weight_observer.get_qparams()], hessians, tokens
 )
-found, _, fallback = quantize_weight(
+result, _, fallback = quantize_weight(
     weights, hessians, scale, zero, globals_, args, blocksize=128, percdamp=0.01
 )
 spent = time.process_time() - start
 assert not fallback.any()
-save_file({"weight": found[0].contiguous(), "scale": scale[0].contiguous()}, out)
+save_file({"weight": result[0].contiguous(), "scale": scale[0].contiguous()}, out)
 print(spent)

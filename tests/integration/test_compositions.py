@@ -71,23 +71,27 @@ def weights(rows: int, seed: int) -> torch.Tensor:
     )
 
 
-def taken(used: tuple[Step, ...], weight: torch.Tensor, moved: float) -> list[dict[str, Statistic]]:
+def collect_statistics(
+    used: tuple[Step, ...], weight: torch.Tensor, moved: float
+) -> list[dict[str, Statistic]]:
     """Every step's statistics, as a run takes them: of the source's weight, all at once."""
-    now, before = inputs(moved), inputs()
-    found = [pipeline.observe(s, weight, now, before) if s.calibrated else None for s in used]
-    return [dict(stats or {}) for stats in found]
+    shifted, before = inputs(moved), inputs()
+    collected = [
+        pipeline.observe(s, weight, shifted, before) if s.calibrated else None for s in used
+    ]
+    return [dict(stats or {}) for stats in collected]
 
 
 def result(used: tuple[Step, ...], weight: torch.Tensor, moved: float = 0.2) -> Layer:
     return pipeline.quantize_whole(
-        Layer("layer", weight, torch.bfloat16), used, taken(used, weight, moved)
+        Layer("layer", weight, torch.bfloat16), used, collect_statistics(used, weight, moved)
     )
 
 
-def missing(weight: torch.Tensor, found: torch.Tensor, moved: float = 0.2) -> float:
+def missing(weight: torch.Tensor, collected: torch.Tensor, moved: float = 0.2) -> float:
     """||W x - Q x̃|| / ||W x||: what a layer's output lacks."""
-    wanted = inputs() @ weight.T
-    return float((wanted - inputs(moved) @ found.T).norm() / wanted.norm())
+    expected = inputs() @ weight.T
+    return float((expected - inputs(moved) @ collected.T).norm() / expected.norm())
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -180,8 +184,8 @@ def test_a_calibrated_composition_is_proved_against_its_source(tmp_path: Path, s
         threads=1,
     )
     assert command("verify", tmp_path / "o", "--against", source).returncode == 0
-    note = json.loads(command("inspect", tmp_path / "o", "--json").stdout)
-    assert {tuple(layer["steps"]) for layer in note["layers"].values()} == {
+    manifest = json.loads(command("inspect", tmp_path / "o", "--json").stdout)
+    assert {tuple(layer["steps"]) for layer in manifest["layers"].values()} == {
         tuple(scheme.split("+"))
     }
     used = from_scheme(scheme, discover()).rules[0].steps

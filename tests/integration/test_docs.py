@@ -43,12 +43,12 @@ def test_the_page_for_choosing_names_every_scheme() -> None:
 
 # every command that a page shows
 COMMANDS = [
-    (page.name, *found)
+    (page.name, *match)
     for page in sorted(DOCS.glob("*.md"))
     for code in re.findall(
         r"^```(?:sh)?\n.*?^```|`[^`\n]+`", page.read_text(), re.MULTILINE | re.DOTALL
     )
-    for found in re.findall(r"(?:^|`)bitpress ([a-z-]+)([^`\n]*)", code, re.MULTILINE)
+    for match in re.findall(r"(?:^|`)bitpress ([a-z-]+)([^`\n]*)", code, re.MULTILINE)
 ]
 
 
@@ -142,25 +142,27 @@ def walk(environment: dict[str, str], tmp_path: Path) -> Walk:
 
 
 def test_the_walk_through_of_a_scheme_of_one_s_own_runs(walk: Walk, tmp_path: Path) -> None:
-    said = walk("writing-a-scheme.md")
+    printed = walk("writing-a-scheme.md")
     # as it was written, and as it was edited
-    assert len(re.findall(r" \d+ passed, \d+ skipped in ", said)) == 2
-    assert "ternary (bitpress-scheme-ternary 0.1.0): Integers from -levels to levels" in said
-    assert "ternary (bitpress-scheme-ternary 0.1.0): Weights of -1, 0 and 1" in said
-    assert "verified: 42 layers read back and compared with the source" in said
-    assert "with bitpress-scheme-ternary 0.1.0" in said
+    assert len(re.findall(r" \d+ passed, \d+ skipped in ", printed)) == 2
+    assert "ternary (bitpress-scheme-ternary 0.1.0): Integers from -levels to levels" in printed
+    assert "ternary (bitpress-scheme-ternary 0.1.0): Weights of -1, 0 and 1" in printed
+    assert "verified: 42 layers read back and compared with the source" in printed
+    assert "with bitpress-scheme-ternary 0.1.0" in printed
     assert (tmp_path / "bitpress-scheme-ternary/ternary-model/config.json").is_file()
 
 
 def test_the_tracer_prints_each_hook_call_with_shapes_and_milliseconds(walk: Walk) -> None:
-    said = walk("extensions.md")
+    printed = walk("extensions.md")
     for hook in ("quantize", "pack", "serialize"):
         assert re.search(
-            rf"^{hook} +model\.layers\.0\.\S.* \(\d+, \d+\) \d+\.\d\d ms$", said, re.MULTILINE
+            rf"^{hook} +model\.layers\.0\.\S.* \(\d+, \d+\) \d+\.\d\d ms$", printed, re.MULTILINE
         ), hook
     for hook in ("dequantize", "error_bound"):
-        assert re.search(rf"^{hook} +stored \(\d+, \d+\) \d+\.\d\d ms$", said, re.MULTILINE), hook
-    assert "verified: 42 layers" in said
+        assert re.search(rf"^{hook} +stored \(\d+, \d+\) \d+\.\d\d ms$", printed, re.MULTILINE), (
+            hook
+        )
+    assert "verified: 42 layers" in printed
 
 
 @pytest.mark.parametrize(
@@ -174,6 +176,6 @@ def test_the_tracer_prints_each_hook_call_with_shapes_and_milliseconds(walk: Wal
     ],
 )
 def test_a_page_s_commands_run_as_they_are_printed(walk: Walk, page: str, words: list[str]) -> None:
-    said = walk(page)
+    printed = walk(page)
     for word in words:
-        assert word in said
+        assert word in printed

@@ -64,14 +64,14 @@ def test_kl_divergence_agrees_with_transformers_within_one_percent(
         samples=4,
         sequence_length=64,
     )
-    found = bitpress.eval(
+    result = bitpress.eval(
         tmp_path / "out", text, model, sequence_length=LENGTH, max_tokens=TOKENS, threads=1
     )
     ids = torch.tensor([int(word[1:]) for word in text.read_text().split()[: TOKENS + 1]])
     p, q = log_probabilities(model, ids), log_probabilities(tmp_path / "out", ids)
     kl = (p.exp() * (p - q)).sum(1).mean().item()
     assert kl > 0
-    assert found.kl == pytest.approx(kl, rel=0.01)
-    assert found.rise == pytest.approx(
+    assert result.kl == pytest.approx(kl, rel=0.01)
+    assert result.rise == pytest.approx(
         (p - q).gather(1, ids[1:, None]).mean().item(), rel=0.02, abs=1e-6
     )

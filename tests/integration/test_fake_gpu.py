@@ -27,32 +27,32 @@ STEPS = {
 TOKENS = 160
 
 
-def everything(step: Step, weight: Tensor, place: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def everything(step: Step, weight: Tensor, move: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """All tensors that a scheme's hooks give back for a layer whose weight and inputs lie
     somewhere.
     """
     draw = torch.Generator().manual_seed(0)
     out, width = weight.shape
-    layer, stats = Layer("layer", place(weight), torch.bfloat16), {}
+    layer, stats = Layer("layer", move(weight), torch.bfloat16), {}
     for _ in range(2 if step.calibrated else 0):
         inputs = torch.randn(TOKENS, width, generator=draw)
         reference = inputs + 0.01 * torch.randn(TOKENS, width, generator=draw)
         residual = torch.randn(TOKENS, out, generator=draw)
         pipeline.merge(
             stats,
-            pipeline.observe(step, layer.weight, place(inputs), place(reference), place(residual)),
+            pipeline.observe(step, layer.weight, move(inputs), move(reference), move(residual)),
         )
     if step.scheme.takes_argument("observe", "weight"):
         pipeline.merge(stats, pipeline.observe(step, layer.weight))
     record = pipeline.serialize(
         pipeline.pack(pipeline.quantize(layer, [step], [stats]), [step]), [step]
     )
-    found = {"restored": pipeline.dequantize(record.tensors, record.config, [step], (out, width))}
+    result = {"restored": pipeline.dequantize(record.tensors, record.config, [step], (out, width))}
     if step.rescales and (factors := pipeline.rescale(layer, [step], [stats])) is not None:
-        found["factors"] = factors
+        result["factors"] = factors
     if (rounding := input_rounding(record.tensors, record.config, [step])) is not None:
-        found["inputs"] = rounding(place(torch.randn(TOKENS, width, generator=draw)))
-    return {**record.tensors, **found}
+        result["inputs"] = rounding(move(torch.randn(TOKENS, width, generator=draw)))
+    return {**record.tensors, **result}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -61,12 +61,12 @@ def test_hooks_give_on_a_gpu_what_they_give_on_the_cpu(name: str) -> None:
     weight = trial.weights(step)["normal"]
     expected = everything(step, weight, torch.clone)
     with Pretended():
-        found = everything(step, weight, lambda tensor: tensor.to(GPU))
-    assert found.keys() == expected.keys()
-    for key in ("restored", *({"inputs", "factors"} & found.keys())):
-        assert found[key].device == GPU, key
+        result = everything(step, weight, lambda tensor: tensor.to(GPU))
+    assert result.keys() == expected.keys()
+    for key in ("restored", *({"inputs", "factors"} & result.keys())):
+        assert result[key].device == GPU, key
     for key, tensor in expected.items():
-        assert trial.same(bare(found[key]), tensor), key
+        assert trial.same(bare(result[key]), tensor), key
 
 
 RUNS = {
@@ -116,28 +116,28 @@ def test_a_run_on_a_gpu_is_proved_and_as_good_as_on_the_cpu(
 ) -> None:
     scheme, settings = RUNS[name]
     text = model.parent / "check.txt"
-    given = {
+    options = {
         "calibration": model.parent / "text.txt",
         "samples": 12,
         "sequence_length": 32,
         "threads": 1,
     }
-    here = bitpress.compress(model, tmp_path / "cpu", scheme=scheme, settings=settings, **given)
+    here = bitpress.compress(model, tmp_path / "cpu", scheme=scheme, settings=settings, **options)
     with Pretended():
-        there = bitpress.compress(
+        on_gpu = bitpress.compress(
             model,
             tmp_path / "gpu",
             scheme=scheme,
             settings=settings,
             device="cuda:0",
             check=text,
-            **given,
+            **options,
         )
-    assert there.check is not None
+    assert on_gpu.check is not None
     for module, layer in here.layers.items():
         # blocks run in bfloat16 there
-        assert there.layers[module].error == pytest.approx(layer.error, rel=0.05), module
-    assert there.check.kl == pytest.approx(
+        assert on_gpu.layers[module].error == pytest.approx(layer.error, rel=0.05), module
+    assert on_gpu.check.kl == pytest.approx(
         bitpress.eval(tmp_path / "cpu", against=model, text=text).kl, rel=0.3
     )
 

@@ -135,8 +135,8 @@ def outputs(folder: Path) -> dict[str, bytes]:
     """A folder's files but that of the lock, which a run may leave behind, unlocked, when it is
     killed as its very last deed.
     """
-    found = files_of(folder) if folder.exists() else {}
-    return {name: data for name, data in found.items() if name != LOCK}
+    stored = files_of(folder) if folder.exists() else {}
+    return {name: data for name, data in stored.items() if name != LOCK}
 
 
 @pytest.mark.parametrize("points", [3, pytest.param(100, marks=pytest.mark.long)])

@@ -56,15 +56,15 @@ CASES = {
 def with_restored_weights(source: Path, out: Path, recipe: Recipe) -> torch.nn.Module:
     """A plain float32 Llama that holds the weights restored from the output's files."""
     plan = make_plan(open_checkpoint(source), recipe)
-    found, state = tensors_of(out), {}
+    stored, state = tensors_of(out), {}
     for stack in plan.stacks:
         for module in stack.members:
             names, config = stack.describe_stored(module)
-            tensors = {name.removeprefix(f"{module}."): found.pop(name) for name in names}
+            tensors = {name.removeprefix(f"{module}."): stored.pop(name) for name in names}
             state[f"{module}.weight"] = pipeline.dequantize(tensors, config, stack.steps)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(source)).float()
     missing, unexpected = model.load_state_dict(
-        {**{n: t.float() for n, t in found.items()}, **state}, strict=False
+        {**{n: t.float() for n, t in stored.items()}, **state}, strict=False
     )
     assert not unexpected
     # tied
@@ -97,9 +97,9 @@ def test_transformers_computes_with_the_restored_weights(
         loaded(out),
     )
     with torch.inference_mode():
-        expected, found = ours(TOKENS).logits, theirs(TOKENS).logits
+        expected, result = ours(TOKENS).logits, theirs(TOKENS).logits
     assert expected.std() > 0.1
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
@@ -141,9 +141,9 @@ def test_transformers_runs_nvfp4_in_bfloat16_with_the_restored_weights(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype=torch.bfloat16).eval()
     with torch.inference_mode():
         # decodes the weights
-        served = model(TOKENS).logits
+        logits = model(TOKENS).logits
         model.apply(disable_quantization)
-        assert torch.equal(model(TOKENS).logits, served) == (activations == "float")
+        assert torch.equal(model(TOKENS).logits, logits) == (activations == "float")
     for name, weight in model.named_parameters():
         if name in expected:
             assert torch.equal(weight, expected[name].bfloat16()), name
@@ -169,10 +169,10 @@ steps = [{ use = "sparse-2of4", algorithm = "magnitude" }]
 
 
 def test_a_model_of_unlike_layers_is_read_layer_by_layer(tmp_path: Path) -> None:
-    source, out, rules = write_model(tmp_path / "m"), tmp_path / "o", tmp_path / "recipe.toml"
-    rules.write_text(MIXED)
-    compress(source, out, recipe_file=rules)
-    ours, theirs = with_restored_weights(source, out, from_file(rules, discover())), loaded(out)
+    source, out, recipe = write_model(tmp_path / "m"), tmp_path / "o", tmp_path / "recipe.toml"
+    recipe.write_text(MIXED)
+    compress(source, out, recipe_file=recipe)
+    ours, theirs = with_restored_weights(source, out, from_file(recipe, discover())), loaded(out)
     with torch.inference_mode():
         assert torch.equal(theirs(TOKENS).logits, ours(TOKENS).logits)
 

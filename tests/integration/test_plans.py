@@ -73,14 +73,14 @@ RANKS = {  # (scheme, settings, ranks) of a model with hidden size 128 and 256: 
 def test_what_ranks_cannot_hold_is_told_from_headers(tmp_path: Path, case: str) -> None:
     scheme, settings, ranks, expected = RANKS[case]
     plan = bitpress.plan(write_model(tmp_path / "model"), scheme=scheme, settings=settings)
-    found = {
+    result = {
         remark.layers.rpartition(".")[2].split()[-1]: remark.finding
         for remark in remarks(plan, ranks)
     }
-    assert bool(found) == bool(expected)
+    assert bool(result) == bool(expected)
     for layer, words in expected.items():
-        assert found[layer].level == "unsupported"
-        assert words in found[layer].text
+        assert result[layer].level == "unsupported"
+        assert words in result[layer].text
 
 
 def test_the_cpu_kernel_s_multiples_are_told(

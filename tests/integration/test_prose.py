@@ -79,11 +79,11 @@ def test_a_package_has_its_own_version_notes_readme_license_and_types(package: P
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
 def test_a_package_pins_nothing(package: Path) -> None:
     table = project(package)
-    wanted = [
+    expected = [
         *table["dependencies"],
         *(d for extra in table.get("optional-dependencies", {}).values() for d in extra),
     ]
-    assert not [requirement for requirement in wanted if "==" in requirement]
+    assert not [requirement for requirement in expected if "==" in requirement]
     assert table["requires-python"] == ">=3.11"
 
 

@@ -39,8 +39,8 @@ def test_files_decode_to_the_weights_of_the_dense_layout(
     compressor = ModelCompressor.from_compression_config(config)
     assert compressor is not None
     assert compressor.quantization_config is None
-    found = dict(compressor.sparsity_compressor.decompress(str(tmp_path / "o")))
+    tensors = dict(compressor.sparsity_compressor.decompress(str(tmp_path / "o")))
     expected = tensors_of(tmp_path / "dense")
-    assert found.keys() == expected.keys()
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(tensors[name], tensor), name

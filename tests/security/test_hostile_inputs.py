@@ -64,13 +64,13 @@ SOUND = json.dumps(
 
 def spoiled(data: bytes, seed: int) -> bytes:
     """Some bytes replaced, taken out or doubled."""
-    chance, found = random.Random(seed), bytearray(data)
+    chance, result = random.Random(seed), bytearray(data)
     for _ in range(chance.randint(1, 4)):
-        at = chance.randrange(len(found))
-        found[at : at + chance.randint(0, 3)] = chance.choice(
+        at = chance.randrange(len(result))
+        result[at : at + chance.randint(0, 3)] = chance.choice(
             [b"", b"[", b"9" * 30, b'"', b"\xff", b"\\ud800", b"-", b"{", b"e9"]
         )
-    return bytes(found)
+    return bytes(result)
 
 
 @amounts(300, 30_000)
@@ -132,12 +132,12 @@ def test_a_header_made_to_hang_or_to_fill_memory_is_refused_at_once(
     try:
         with pytest.raises(BitpressError) as refused:
             read_header(file)
-        taken = tracemalloc.get_traced_memory()[1]
+        peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert time.monotonic() - began < PATIENCE
     assert len(str(refused.value)) < 3000
-    assert taken < 7 * len(BOMBS[what])
+    assert peak < 7 * len(BOMBS[what])
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -150,11 +150,11 @@ def test_a_file_that_is_nearly_all_hole_and_claims_a_gigantic_layer_fills_no_mem
     with (model / WEIGHTS).open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         f.truncate(8 + len(text) + 2 * rows * width)
-    with memory_taken() as taken:
+    with memory_taken() as peak:
         assert f"{LAYER}: it is {width} columns wide" in refusal(
             "plan", model, "--scheme", "toy", path=toy
         )
-    assert taken[0] < 100_000_000
+    assert peak[0] < 100_000_000
 
 
 def test_names_that_would_be_paths_or_colors_or_markup_are_names_and_nothing_else(
@@ -214,7 +214,7 @@ def test_tensors_without_numbers_are_copied(tmp_path: Path, toy: Path) -> None:
 def test_any_index_is_followed_within_the_folder_or_refused(tmp_path: Path, count: int) -> None:
     model = write_model(tmp_path / "model", shards=2)
     table = json.loads((model / INDEX).read_text())
-    place = st.one_of(
+    location = st.one_of(
         JSON,
         st.sampled_from(
             [
@@ -233,7 +233,7 @@ def test_any_index_is_followed_within_the_folder_or_refused(tmp_path: Path, coun
 
     @tried(count)
     @given(
-        st.dictionaries(st.sampled_from(sorted(table["weight_map"])) | NAMES, place, max_size=3),
+        st.dictionaries(st.sampled_from(sorted(table["weight_map"])) | NAMES, location, max_size=3),
         JSON,
         st.integers(0, 9),
     )
@@ -245,8 +245,8 @@ def test_any_index_is_followed_within_the_folder_or_refused(tmp_path: Path, coun
         )
         (model / INDEX).write_text(json.dumps(value))
         with only_clear_errors():
-            found = open_checkpoint(model)
-            assert {entry.file.parent for entry in found.entries.values()} == {model}
+            checkpoint = open_checkpoint(model)
+            assert {entry.file.parent for entry in checkpoint.entries.values()} == {model}
 
     law()
 
@@ -265,9 +265,9 @@ def test_any_config_is_understood_or_refused(tmp_path: Path, with_toy: Path, cou
     def law(changes: dict[str, Any], other: Any, kind: int) -> None:
         (model / "config.json").write_text(json.dumps(other if kind == 0 else {**LLAMA, **changes}))
         with only_clear_errors():
-            work = bitpress.plan(model, scheme="toy")
-            json.dumps([work.config, work.index])
-            assert work.head_dim is None or work.head_dim > 0
+            plan = bitpress.plan(model, scheme="toy")
+            json.dumps([plan.config, plan.index])
+            assert plan.head_dim is None or plan.head_dim > 0
 
     law()
 
@@ -495,9 +495,9 @@ def test_no_pickle_is_loaded_and_no_code_of_the_model_runs_unless_it_is_trusted(
         "--calibration",
         tmp_path / "text.txt",
     ]
-    found = command("compress", model, tmp_path / "out", *words, path=learner)
-    assert found.returncode == 0, found.stderr
-    assert "card" not in found.stdout + found.stderr
+    completed = command("compress", model, tmp_path / "out", *words, path=learner)
+    assert completed.returncode == 0, completed.stderr
+    assert "card" not in completed.stdout + completed.stderr
     config = json.loads((model / "config.json").read_text())
     config |= {
         "model_type": "own",

@@ -25,15 +25,15 @@ Place = tuple[str | int, ...]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `plugins`, `model`, `text.txt`, and `out`, a checked output of the model."""
     folder = tmp_path_factory.mktemp("made")
     model = runnable_model(folder / "model", config=CONFIG | {"num_hidden_layers": 1})
     with plugins(install_toy(folder / "plugins")):
         bitpress.compress(model, folder / "out", scheme="toy", check=folder / "text.txt", threads=1)
-    note = json.loads((folder / "out/bitpress.json").read_text())
+    manifest = json.loads((folder / "out/bitpress.json").read_text())
     data = {"source": "texts", "tokens": "10", "sha256": "0" * 64}
-    full = note | {
+    full = manifest | {
         "data": data,
         "blocks": {"model.layers.0": 0.1},
         "rescaled": {"a": {"rows": [1]}},
@@ -43,11 +43,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def places(value: Any, place: Place = ()) -> Iterator[Place]:
+def places(value: Any, path: Place = ()) -> Iterator[Place]:
     """Where something may be replaced in a JSON value; of lists and tables with many like items, in
     the first and the last.
     """
-    yield place
+    yield path
     items = list(
         value.items()
         if isinstance(value, dict)
@@ -56,28 +56,28 @@ def places(value: Any, place: Place = ()) -> Iterator[Place]:
         else ()
     )
     for key, item in items if len(items) < 12 else items[:: len(items) - 1]:
-        yield from places(item, (*place, key))
+        yield from places(item, (*path, key))
 
 
-def replaced(value: Any, place: Place, by: Any) -> Any:
+def replaced(value: Any, path: Place, by: Any) -> Any:
     """The value with something else there."""
-    if not place:
+    if not path:
         return by
     changed = copy.copy(value)
-    changed[place[0]] = replaced(value[place[0]], place[1:], by)
+    changed[path[0]] = replaced(value[path[0]], path[1:], by)
     return changed
 
 
 @amounts(25, 2500)
 def test_any_manifest_is_understood_or_refused_by_every_command(
-    made: Path, tmp_path: Path, count: int
+    outputs: Path, tmp_path: Path, count: int
 ) -> None:
     whole, out, dense = (
-        json.loads((made / "whole.json").read_text()),
+        json.loads((outputs / "whole.json").read_text()),
         tmp_path / "out",
         tmp_path / "dense",
     )
-    for name, data in files_of(made / "out").items():
+    for name, data in files_of(outputs / "out").items():
         out.mkdir(exist_ok=True)
         (out / name).write_bytes(data)
     odd = st.sampled_from(
@@ -96,14 +96,14 @@ def test_any_manifest_is_understood_or_refused_by_every_command(
 
     @tried(count)
     @given(st.sampled_from(list(places(whole))), JSON | odd)
-    def law(place: Place, other: Any) -> None:
-        note = replaced(whole, place, other)
-        sign(out, note) if isinstance(note, dict) else (out / "bitpress.json").write_text(
-            json.dumps(note)
+    def law(path: Place, other: Any) -> None:
+        manifest = replaced(whole, path, other)
+        sign(out, manifest) if isinstance(manifest, dict) else (out / "bitpress.json").write_text(
+            json.dumps(manifest)
         )
-        with plugins(made / "plugins"):
+        with plugins(outputs / "plugins"):
             with only_clear_errors():
-                bitpress.verify(out, made / "model", threads=1)
+                bitpress.verify(out, outputs / "model", threads=1)
             with only_clear_errors():
                 bitpress.decompress(out, dense)
                 assert {file.parent for file in dense.rglob("*")} == {dense}
@@ -112,20 +112,20 @@ def test_any_manifest_is_understood_or_refused_by_every_command(
             ["inspect", out, "--json"],
             ["report", out, "--html", tmp_path / "page.html"],
         ):
-            found = command(*words, path=made / "plugins")
-            assert found.returncode in (0, 2)
-            assert len(found.stderr.splitlines()) == found.returncode / 2
-            assert "\x1b" not in found.stdout + found.stderr
+            completed = command(*words, path=outputs / "plugins")
+            assert completed.returncode in (0, 2)
+            assert len(completed.stderr.splitlines()) == completed.returncode / 2
+            assert "\x1b" not in completed.stdout + completed.stderr
         for file in files_of(dense) if dense.exists() else ():
             (dense / file).unlink()
 
     law()
 
 
-def changed(made: Path, folder: Path, **values: Any) -> Path:
+def changed(outputs: Path, folder: Path, **values: Any) -> Path:
     """A copy of the output whose manifest says something else."""
     folder.mkdir()
-    for name, data in files_of(made / "out").items():
+    for name, data in files_of(outputs / "out").items():
         (folder / name).write_bytes(data)
     sign(folder, json.loads((folder / "bitpress.json").read_text()) | values)
     return folder
@@ -135,42 +135,44 @@ def changed(made: Path, folder: Path, **values: Any) -> Path:
     "words", [["decompress", "dense"], ["eval", "--text", "text.txt"]], ids=["decompress", "eval"]
 )
 def test_an_output_that_is_not_as_it_was_written_is_not_used(
-    made: Path, tmp_path: Path, words: list[str]
+    outputs: Path, tmp_path: Path, words: list[str]
 ) -> None:
-    layers = json.loads((made / "out/bitpress.json").read_text())["layers"]
-    first, note = next(iter(layers.items()))
+    layers = json.loads((outputs / "out/bitpress.json").read_text())["layers"]
+    first, manifest = next(iter(layers.items()))
     out = changed(
-        made,
+        outputs,
         tmp_path / "out",
-        layers=layers | {first: note | {"shape": [note["shape"][0] * 2, note["shape"][1]]}},
+        layers=layers
+        | {first: manifest | {"shape": [manifest["shape"][0] * 2, manifest["shape"][1]]}},
     )
-    paths = {"dense": tmp_path / "dense", "text.txt": made / "text.txt"}
+    paths = {"dense": tmp_path / "dense", "text.txt": outputs / "text.txt"}
     line = refusal(
-        words[0], out, *(paths.get(word, word) for word in words[1:]), path=made / "plugins"
+        words[0], out, *(paths.get(word, word) for word in words[1:]), path=outputs / "plugins"
     )
     assert f"is not as it was written: {first}: tensor {first}.weight is I8" in line
     assert not (tmp_path / "dense").exists()
 
 
-def test_a_file_outside_the_folder_is_not_looked_at(made: Path, tmp_path: Path) -> None:
-    files = json.loads((made / "out/bitpress.json").read_text())["files"]
+def test_a_file_outside_the_folder_is_not_looked_at(outputs: Path, tmp_path: Path) -> None:
+    files = json.loads((outputs / "out/bitpress.json").read_text())["files"]
     out = changed(
-        made, tmp_path / "out", files=files | {"../private.key": {"bytes": 1, "sha256": None}}
+        outputs, tmp_path / "out", files=files | {"../private.key": {"bytes": 1, "sha256": None}}
     )
     assert "'../private.key' is no file of the folder" in refusal(
-        "verify", out, path=made / "plugins"
+        "verify", out, path=outputs / "plugins"
     )
 
 
-def test_a_page_shows_names_that_would_be_formulas_or_markup(made: Path, tmp_path: Path) -> None:
-    layers = json.loads((made / "out/bitpress.json").read_text())["layers"]
+def test_a_page_shows_names_that_would_be_formulas_or_markup(outputs: Path, tmp_path: Path) -> None:
+    layers = json.loads((outputs / "out/bitpress.json").read_text())["layers"]
     odd = {
         "model.layers.0.$\\nothing$": next(iter(layers.values())),
         "model.layers.0.<script>x": next(iter(layers.values())),
     }
-    out = changed(made, tmp_path / "out", layers=layers | odd)
+    out = changed(outputs, tmp_path / "out", layers=layers | odd)
     assert (
-        command("report", out, "--html", tmp_path / "page.html", path=made / "plugins").stderr == ""
+        command("report", out, "--html", tmp_path / "page.html", path=outputs / "plugins").stderr
+        == ""
     )
     page = (tmp_path / "page.html").read_text()
     assert "$\\nothing$" in page
@@ -179,17 +181,21 @@ def test_a_page_shows_names_that_would_be_formulas_or_markup(made: Path, tmp_pat
 
 @pytest.mark.parametrize("name", ["model/config.json", "out/config.json", "model"])
 def test_a_report_takes_the_place_of_an_earlier_one_and_of_nothing_else(
-    made: Path, tmp_path: Path, name: str
+    outputs: Path, tmp_path: Path, name: str
 ) -> None:
-    before = files_of(made)
+    before = files_of(outputs)
     assert f"{name} is there and no page" in refusal(
-        "report", made / "out", "--html", made / name, path=made / "plugins"
+        "report", outputs / "out", "--html", outputs / name, path=outputs / "plugins"
     )
-    assert files_of(made) == before
+    assert files_of(outputs) == before
     for _ in range(2):
         assert (
             command(
-                "report", made / "out", "--html", tmp_path / "page.html", path=made / "plugins"
+                "report",
+                outputs / "out",
+                "--html",
+                tmp_path / "page.html",
+                path=outputs / "plugins",
             ).returncode
             == 0
         )

@@ -18,6 +18,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def python(request: pytest.FixtureRequest) -> str:
     """The interpreter with vLLM."""
-    if not (given := request.config.getoption("--vllm-python", None)):
+    if not (python_path := request.config.getoption("--vllm-python", None)):
         pytest.skip("needs --vllm-python PYTHON: tox run -e vllm")
-    return str(given)
+    return str(python_path)

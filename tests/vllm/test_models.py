@@ -43,9 +43,9 @@ def predicted(python: str, model: Path, emulate: bool) -> Tensor:
     done = subprocess.run(
         [*map(str, words), *["--emulate"] * emulate], capture_output=True, text=True, check=False
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["ok"], found.get("error", done.stderr[-2000:])
-    logprobs = torch.tensor([float(value) for value in found["logprobs"]])
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["ok"], document.get("error", done.stderr[-2000:])
+    logprobs = torch.tensor([float(value) for value in document["logprobs"]])
     return logprobs - logprobs.mean()
 
 

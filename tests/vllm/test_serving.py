@@ -91,10 +91,10 @@ def loss(python: str, model: Path, emulate: bool, folder: Path) -> float:
             *["--emulate"] * emulate,
         ]
         done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
-        found = json.loads(done.stdout.splitlines()[-1])
-        assert found["ok"], found.get("error", done.stderr[-2000:])
-        assert found["tokens"] == WINDOW - 1
-        total -= found["mean_logprob"] / WINDOWS
+        document = json.loads(done.stdout.splitlines()[-1])
+        assert document["ok"], document.get("error", done.stderr[-2000:])
+        assert document["tokens"] == WINDOW - 1
+        total -= document["mean_logprob"] / WINDOWS
     return total
 
 

@@ -71,10 +71,10 @@ class Environment:
             capture_output=True,
             text=True,
         )
-        found = json.loads(done.stdout)
-        assert found["problems"] == []
+        document = json.loads(done.stdout)
+        assert document["problems"] == []
         return {
-            scheme["name"]: (scheme["package"], scheme["version"]) for scheme in found["schemes"]
+            scheme["name"]: (scheme["package"], scheme["version"]) for scheme in document["schemes"]
         }
 
     def files(self, package: str) -> dict[str, bytes]:
@@ -87,8 +87,8 @@ class Environment:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The wheel of every package here."""
-    found = wheels(PACKAGES, tmp_path_factory.mktemp("dist"))
-    return {wheel.name.split("-")[0].replace("_", "-"): wheel for wheel in found}
+    wheel_files = wheels(PACKAGES, tmp_path_factory.mktemp("dist"))
+    return {wheel.name.split("-")[0].replace("_", "-"): wheel for wheel in wheel_files}
 
 
 @pytest.fixture(scope="module")

@@ -125,11 +125,11 @@ def test_fused_layers_share_one_scale_per_tensor(
         scheme="fp8",
         settings=["weights=tensor"],
     )
-    found = tensors_of(tmp_path / "o")
+    tensors = tensors_of(tmp_path / "o")
     names = [f"model.layers.1.{member}" for member in fused]
     largest = max(source[f"{name}.weight"].float().abs().max() for name in names)
     for name in names:
-        assert torch.equal(found[f"{name}.weight_scale"], (largest / 448).reshape(1))
+        assert torch.equal(tensors[f"{name}.weight_scale"], (largest / 448).reshape(1))
 
 
 COMMON = {"num_bits": 8, "type": "float", "symmetric": True}
@@ -171,12 +171,12 @@ def test_the_record_is_what_compressed_tensors_calls_it(
 
 def test_restored_weights_are_codes_times_scales_in_float32(tmp_path: Path) -> None:
     compress(write_model(tmp_path / "m"), tmp_path / "o", scheme="fp8-block")
-    found = tensors_of(tmp_path / "o")
+    tensors = tensors_of(tmp_path / "o")
     decompress(tmp_path / "o", tmp_path / "d")
     dense, name = tensors_of(tmp_path / "d"), "model.layers.0.mlp.down_proj"
-    scale = found[f"{name}.weight_scale"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    scale = tensors[f"{name}.weight_scale"].repeat_interleave(128, 0).repeat_interleave(128, 1)
     assert torch.equal(
-        dense[f"{name}.weight"], (found[f"{name}.weight"].float() * scale).bfloat16()
+        dense[f"{name}.weight"], (tensors[f"{name}.weight"].float() * scale).bfloat16()
     )
     assert dense.keys() == llama_tensors().keys()
     assert LLAMA["hidden_size"] == scale.shape[0]

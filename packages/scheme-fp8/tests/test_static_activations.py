@@ -89,8 +89,8 @@ def test_the_scale_by_error_serves_no_worse_than_the_other_two(outlier: float) -
     x, errors = inputs(outlier), {}
     for outliers in SCALES:
         scale = stored(step(outliers=outliers), [x]).tensors["input_scale"]
-        served = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-        errors[outliers] = float((served - x.float()).square().mean())
+        rounded = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        errors[outliers] = float((rounded - x.float()).square().mean())
     assert errors["mse"] <= 1.1 * min(errors.values())
 
 

@@ -41,8 +41,8 @@ def test_static_scales_cover_what_was_seen(symmetric: bool, outliers: str) -> No
     scale = record.tensors["input_scale"].item()
     zero = record.tensors["input_zero_point"].item() if not symmetric else 0
     low, high = (-128 - zero) * scale, (127 - zero) * scale
-    seen = ((x >= low - scale) & (x <= high + scale)).float().mean()
-    assert seen == 1 if outliers == "max" else seen > 0.998
+    share = ((x >= low - scale) & (x <= high + scale)).float().mean()
+    assert share == 1 if outliers == "max" else share > 0.998
     codes = ((x / scale).round() + zero).clamp(-128, 127)
     assert ((codes - zero) * scale - x).square().mean().sqrt() < 0.02
 
@@ -101,10 +101,10 @@ def test_hardware_is_judged_by_what_its_engine_runs(device: str, level: str) -> 
 def test_an_outlier_channel_is_smoothed_and_an_even_input_is_left_alone(static: bool) -> None:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
     assert smoothing.factors(weight, smoothing.observe_channels(inputs()), None, static) is None
-    found = smoothing.factors(weight, smoothing.observe_channels(inputs(outlier=60)), None, static)
-    assert found is not None
-    assert found.argmax() == 5
-    assert torch.equal(found, found.log2().round().exp2())
+    result = smoothing.factors(weight, smoothing.observe_channels(inputs(outlier=60)), None, static)
+    assert result is not None
+    assert result.argmax() == 5
+    assert torch.equal(result, result.log2().round().exp2())
 
 
 def test_smoothing_lowers_the_true_error_of_integer_arithmetic() -> None:

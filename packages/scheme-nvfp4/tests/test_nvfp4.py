@@ -121,8 +121,8 @@ def test_what_is_stored_is_decoded_exactly(
 @pytest.mark.parametrize("kind", ["normal", "tiny", "denormal", "huge"])
 def test_numbers_of_any_size_lose_alike(kind: str) -> None:
     weight = AWKWARD[kind](numbers(8, 64))
-    found = quantized(weight, step(**PLAIN)).weight
-    assert (found - weight).double().norm() < 0.12 * weight.double().norm()
+    result = quantized(weight, step(**PLAIN)).weight
+    assert (result - weight).double().norm() < 0.12 * weight.double().norm()
 
 
 def test_two_codes_lie_in_a_byte_the_even_column_in_its_low_half() -> None:
@@ -169,23 +169,23 @@ def test_a_group_s_scale_is_the_best_e4m3_number_of_an_octave() -> None:
         distance = (units.abs().clamp(max=6).unsqueeze(3) - MAGNITUDES).abs()
         nearest = MAGNITUDES[distance.argmin(3)] * units.sign()
         costs.append((nearest * (local / divisor) - groups).double().square().sum(2))
-    found = (layer.weight.view(16, 4, 16) - groups).double().square().sum(2)
+    result = (layer.weight.view(16, 4, 16) - groups).double().square().sum(2)
     best = torch.stack(costs).amin(0)
     # the best of all 126 hardly ever lies outside the octave
-    assert (found <= best * (1 + 1e-5)).double().mean() > 0.95
+    assert (result <= best * (1 + 1e-5)).double().mean() > 0.95
     # the largest weight at 6 is the usual rule, at 4 the other half of "four over six"
     for reach in (6, 4):
         usual = (groups.abs().amax(2) * divisor / reach).to(torch.float8_e4m3fn).view(
             torch.uint8
         ).long() - 1
-        assert (found <= torch.stack(costs).gather(0, usual.unsqueeze(0))[0] * (1 + 1e-5)).all()
+        assert (result <= torch.stack(costs).gather(0, usual.unsqueeze(0))[0] * (1 + 1e-5)).all()
 
 
 def test_rounding_loses_what_was_worked_out_for_normal_numbers() -> None:
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(3))
-    found = quantized(weight, step(**PLAIN)).weight
+    result = quantized(weight, step(**PLAIN)).weight
     # amax / 6 gives 0.0090
-    assert float((found - weight).square().mean()) == pytest.approx(0.0065, abs=0.0002)
+    assert float((result - weight).square().mean()) == pytest.approx(0.0065, abs=0.0002)
 
 
 def test_the_global_scale_is_float32_and_one_for_the_whole_stack(tmp_path: Path) -> None:
@@ -224,8 +224,8 @@ def test_error_feedback_beats_rounding(activations: str) -> None:
 
     def error(algorithm: str) -> float:
         this = step(activations=activations, algorithm=algorithm)
-        found = quantized(weight, this, observed(this, x, weight)).weight
-        return float(((found - weight) @ x.T).norm() / (weight @ x.T).norm())
+        result = quantized(weight, this, observed(this, x, weight)).weight
+        return float(((result - weight) @ x.T).norm() / (weight @ x.T).norm())
 
     assert error("gptq") < 0.75 * error("rtn")
 
@@ -257,18 +257,18 @@ def test_inputs_are_rounded_as_compressed_tensors_rounds_them(divisor: float) ->
     x[3], x[:, 16:32] = 0, x[:, 16:32] / 1e6
     record = stored(quantized(numbers(8, 64), this := step(algorithm="rtn")), this)
     tensors = {**record.tensors, "input_global_scale": torch.tensor([divisor])}
-    found = input_rounding(tensors, record.config, [this])(x)
-    assert torch.equal(found, as_compressed_tensors_serves(x, torch.tensor([divisor])))
+    rounded = input_rounding(tensors, record.config, [this])(x)
+    assert torch.equal(rounded, as_compressed_tensors_serves(x, torch.tensor([divisor])))
 
 
 def test_statistics_are_taken_of_inputs_as_they_will_be_rounded() -> None:
     x = numbers(64, 32) * 7
-    served = as_compressed_tensors_serves(x, torch.ones(1))
+    rounded = as_compressed_tensors_serves(x, torch.ones(1))
     this = step()
     hessian = this.call("observe", inputs=x, reference=None, residual=None, weight=None)[
         "hessian"
     ].value
-    torch.testing.assert_close(hessian, served.T @ served)
+    torch.testing.assert_close(hessian, rounded.T @ rounded)
 
 
 @pytest.mark.parametrize(

@@ -72,16 +72,16 @@ def test_restoring_is_exact_in_either_layout(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_bitmask_stores_each_row_s_weights_and_a_bit_for_each_place(dtype: torch.dtype) -> None:
     _, record = stored(step("sparse-2of4", layout="bitmask"), weights(6, 20), dtype)
-    found = {name: (t.dtype, tuple(t.shape)) for name, t in record.tensors.items()}
-    assert found == {
+    result = {name: (t.dtype, tuple(t.shape)) for name, t in record.tensors.items()}
+    assert result == {
         "compressed": (dtype, (6, 10)),
         "bitmask": (torch.uint8, (6, 3)),
         "shape": (torch.int64, (2, 1)),
     }
     assert record.config == {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}
     _, record = stored(step("sparse", layout="bitmask", sparsity=0.7), weights(6, 20), dtype)
-    found = {name: (t.dtype, tuple(t.shape)) for name, t in record.tensors.items()}
-    assert found == {
+    result = {name: (t.dtype, tuple(t.shape)) for name, t in record.tensors.items()}
+    assert result == {
         "compressed": (dtype, (36,)),
         "bitmask": (torch.uint8, (6, 3)),
         "shape": (torch.int64, (2,)),
@@ -141,9 +141,9 @@ def test_a_bitmask_is_read_back(tmp_path: Path, scheme: str, shards: int) -> Non
     # bits per weight: eight, and one for its place
     assert "9." in command("inspect", out).stdout
     assert command("decompress", out, tmp_path / "dense").returncode == 0
-    expected, found = tensors_of(plain), tensors_of(tmp_path / "dense")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    expected, tensors = tensors_of(plain), tensors_of(tmp_path / "dense")
+    assert expected.keys() == tensors.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config == {
         "quant_method": "compressed-tensors",
@@ -221,12 +221,12 @@ def test_the_plan_and_the_summary_say_what_zeros_are_good_for(tmp_path: Path, sc
 # ----------------------------------------------------------------------
 
 
-def recipe(folder: Path, **rules: str) -> Path:
+def recipe(folder: Path, **steps_of: str) -> Path:
     """A recipe of rules: steps by pattern."""
     file = folder / "recipe.toml"
     file.write_text(
         "".join(
-            f'[[layers]]\nmatch = "{match}"\nsteps = {steps}\n' for match, steps in rules.items()
+            f'[[layers]]\nmatch = "{match}"\nsteps = {steps}\n' for match, steps in steps_of.items()
         )
     )
     return file
@@ -248,7 +248,7 @@ def test_two_bitmask_layouts_in_one_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_shares_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
-    rules = recipe(
+    steps_of = recipe(
         tmp_path,
         **{
             "*.layers.0.*": '[{ use = "sparse", sparsity = 0.25, layout = "bitmask" }]',
@@ -256,7 +256,7 @@ def test_shares_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
         },
     )
     source = write_model(tmp_path / "m")
-    assert command("compress", source, tmp_path / "o", "--recipe", rules).returncode == 0
+    assert command("compress", source, tmp_path / "o", "--recipe", steps_of).returncode == 0
     assert command("verify", tmp_path / "o", "--against", source).returncode == 0
     assert tensors_of(tmp_path / "o")["model.layers.0.self_attn.q_proj.compressed"].shape == (
         128 * 96,
@@ -326,9 +326,9 @@ def test_a_width_that_is_no_multiple_of_four_is_refused_naming_the_layer(tmp_pat
 @pytest.mark.parametrize("leaf", ["q_proj", "up_proj"])
 def test_layers_that_engines_fuse_must_get_the_same_steps(tmp_path: Path, leaf: str) -> None:
     source = write_model(tmp_path / "m")
-    for own in ('["sparse-2of4"]', "[]", '[{ use = "sparse", sparsity = 0.4 }]'):
+    for steps in ('["sparse-2of4"]', "[]", '[{ use = "sparse", sparsity = 0.4 }]'):
         line = refusal(
-            "plan", source, "--recipe", recipe(tmp_path, **{f"*.{leaf}": own, "*": '["sparse"]'})
+            "plan", source, "--recipe", recipe(tmp_path, **{f"*.{leaf}": steps, "*": '["sparse"]'})
         )
         assert f".{leaf}" in line
         assert "must get the same steps" in line
@@ -352,5 +352,5 @@ def test_layers_that_engines_fuse_must_get_the_same_steps(tmp_path: Path, leaf: 
 def test_hardware_is_judged_by_what_its_engine_makes_of_zeros(
     name: str, layout: str, device: str, levels: list[str]
 ) -> None:
-    found = step(name, layout=layout).call("validate_hardware", hardware=find_device(device))
-    assert [finding.level for finding in found] == levels
+    result = step(name, layout=layout).call("validate_hardware", hardware=find_device(device))
+    assert [finding.level for finding in result] == levels

@@ -57,8 +57,8 @@ def pruned(
     return pipeline.quantize(Layer("layer", weight, dtype), [this], [stats or {}])
 
 
-def loss(weight: torch.Tensor, found: torch.Tensor, x: torch.Tensor) -> float:
-    return float(((weight - found) @ x.T).square().sum())
+def loss(weight: torch.Tensor, pruned_weight: torch.Tensor, x: torch.Tensor) -> float:
+    return float(((weight - pruned_weight) @ x.T).square().sum())
 
 
 shapes = st.tuples(
@@ -76,11 +76,11 @@ def test_of_every_four_two_are_kept_whatever_the_numbers(case: Any, kind: str) -
         "half zeros": weight.clamp(min=0),
         "all zeros": 0 * weight,
     }.get(kind, weight)
-    found = pruned(this, weight, observed(this, weight, inputs(4 * quads, 200)))
-    kept = found.mask.view(rows, quads, 4).sum(2)
-    assert torch.equal(kept, (weight != 0).view(rows, quads, 4).sum(2).clamp(max=2))
-    assert not found.weight[~found.mask].any()
-    assert this.call("validate_weight", weight=found.weight) is None
+    result = pruned(this, weight, observed(this, weight, inputs(4 * quads, 200)))
+    num_kept = result.mask.view(rows, quads, 4).sum(2)
+    assert torch.equal(num_kept, (weight != 0).view(rows, quads, 4).sum(2).clamp(max=2))
+    assert not result.weight[~result.mask].any()
+    assert this.call("validate_weight", weight=result.weight) is None
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -91,21 +91,23 @@ def test_of_every_row_the_share_is_met_to_the_weight(case: Any, sparsity: float)
         step("sparse", algorithm=algorithm, sparsity=sparsity),
         weights(rows, width, seed) + 1,
     )
-    found = pruned(this, weight, observed(this, weight, inputs(width, 200)))
-    assert (found.mask.sum(1) == max(width - round(sparsity * width), 1)).all()
-    assert not found.weight[~found.mask].any()
-    assert this.call("validate_weight", weight=found.weight) is None
+    result = pruned(this, weight, observed(this, weight, inputs(width, 200)))
+    assert (result.mask.sum(1) == max(width - round(sparsity * width), 1)).all()
+    assert not result.weight[~result.mask].any()
+    assert this.call("validate_weight", weight=result.weight) is None
 
 
 @pytest.mark.parametrize("name", ["sparse-2of4", "sparse"])
 def test_by_magnitude_the_largest_stay_as_they_are(name: str) -> None:
     weight = weights(12, 64)
-    found = pruned(step(name, algorithm="magnitude"), weight)
-    assert torch.equal(found.weight, weight * found.mask)
-    groups, kept = (weight.abs().view(-1, 4), 2) if name == "sparse-2of4" else (weight.abs(), 32)
-    least_kept = groups.masked_fill(~found.mask.view_as(groups), torch.inf).amin(1)
-    assert (groups.masked_fill(found.mask.view_as(groups), 0).amax(1) <= least_kept).all()
-    assert (found.mask.view_as(groups).sum(1) == kept).all()
+    result = pruned(step(name, algorithm="magnitude"), weight)
+    assert torch.equal(result.weight, weight * result.mask)
+    groups, num_kept = (
+        (weight.abs().view(-1, 4), 2) if name == "sparse-2of4" else (weight.abs(), 32)
+    )
+    least_kept = groups.masked_fill(~result.mask.view_as(groups), torch.inf).amin(1)
+    assert (groups.masked_fill(result.mask.view_as(groups), 0).amax(1) <= least_kept).all()
+    assert (result.mask.view_as(groups).sum(1) == num_kept).all()
 
 
 def published(
@@ -134,12 +136,14 @@ def test_the_sweep_is_sparsegpt_as_first_published(width: int) -> None:
     factored = numerics.factorize_hessian(x.T @ x, len(x), 4)
     assert factored is not None
     hessian = factored.multiply(torch.eye(width)).double().numpy()
-    keep, found = masks.sparsegpt(weight, factored, torch.ones_like(weight, dtype=torch.bool), 2, 4)
+    keep, result = masks.sparsegpt(
+        weight, factored, torch.ones_like(weight, dtype=torch.bool), 2, 4
+    )
     expected, mask = published(weight, hessian, factored.order.numpy())
     same = (keep.numpy() == mask).all(1)
     # a near tie decided the other way changes what follows it in the row
     assert same.mean() > 0.9
-    np.testing.assert_allclose(found.numpy()[same], expected[same], atol=1e-4 * weight.abs().max())
+    np.testing.assert_allclose(result.numpy()[same], expected[same], atol=1e-4 * weight.abs().max())
 
 
 @pytest.mark.parametrize("name", ["sparse-2of4", "sparse"])
@@ -160,28 +164,28 @@ def test_fitting_the_kept_ones_gains_over_the_sweep_and_over_leaving_them(
 ) -> None:
     weight, x = weights(64, 128), inputs(128, 3000)
     this = step(name, algorithm=algorithm)
-    found = pruned(this, weight, observed(this, weight, x))
-    assert loss(weight, found.weight, x) < 0.8 * loss(weight, weight * found.mask, x)
+    result = pruned(this, weight, observed(this, weight, x))
+    assert loss(weight, result.weight, x) < 0.8 * loss(weight, weight * result.mask, x)
     if algorithm == "sparsegpt":
-        group, kept = (4, 2) if name == "sparse-2of4" else (128, 64)
+        group, num_kept = (4, 2) if name == "sparse-2of4" else (128, 64)
         factored = numerics.factorize_hessian(x.T @ x, len(x), group)
         _, swept = masks.sparsegpt(
-            weight, factored, torch.ones_like(weight, dtype=torch.bool), kept, group
+            weight, factored, torch.ones_like(weight, dtype=torch.bool), num_kept, group
         )
-        assert loss(weight, found.weight, x) < 0.9 * loss(weight, swept, x)
+        assert loss(weight, result.weight, x) < 0.9 * loss(weight, swept, x)
 
 
 @pytest.mark.parametrize("algorithm", ["sparsegpt", "wanda"])
 def test_it_makes_up_for_what_the_layers_before_it_have_moved(algorithm: str) -> None:
     weight, before = weights(64, 128), inputs(128, 4000)
-    now, this = before + 0.3 * before.roll(1, 1), step(algorithm=algorithm)
-    plain = pruned(this, weight, observed(this, weight, now)).weight
-    found = pruned(this, weight, observed(this, weight, now, before)).weight
+    shifted, this = before + 0.3 * before.roll(1, 1), step(algorithm=algorithm)
+    plain = pruned(this, weight, observed(this, weight, shifted)).weight
+    result = pruned(this, weight, observed(this, weight, shifted, before)).weight
 
     def missing(q: torch.Tensor) -> float:
-        return float((before @ weight.T - now @ q.T).square().sum())
+        return float((before @ weight.T - shifted @ q.T).square().sum())
 
-    assert missing(found) < 0.9 * missing(plain)
+    assert missing(result) < 0.9 * missing(plain)
 
 
 def test_zeros_have_no_sign() -> None:
@@ -191,9 +195,9 @@ def test_zeros_have_no_sign() -> None:
     weight[1] = -(2.0**-149)
     for algorithm in ALGORITHMS:
         this = step(algorithm=algorithm)
-        found = pruned(this, weight, observed(this, weight, inputs(64))).weight
-        assert not torch.signbit(found[found == 0]).any()
-        assert not found[:2].any()
+        result = pruned(this, weight, observed(this, weight, inputs(64))).weight
+        assert not torch.signbit(result[result == 0]).any()
+        assert not result[:2].any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -202,8 +206,8 @@ def test_statistics_that_are_not_finite_are_warned_of_and_magnitudes_decide(bad:
     stats = observed(this, weight, inputs(64))
     stats["hessian"].value[3, 2] = bad
     with pytest.warns(UserWarning, match="pruned by magnitude"):
-        found = pruned(this, weight, stats).weight
-    assert torch.equal(found, pruned(step(algorithm="magnitude"), weight).weight)
+        result = pruned(this, weight, stats).weight
+    assert torch.equal(result, pruned(step(algorithm="magnitude"), weight).weight)
 
 
 def test_a_channel_that_was_never_active_keeps_half_of_its_weights() -> None:
@@ -211,16 +215,16 @@ def test_a_channel_that_was_never_active_keeps_half_of_its_weights() -> None:
     # it may speak in service
     x[:, 8:16] = 0
     this = step()
-    found = pruned(this, weight, observed(this, weight, x)).weight
-    assert (found[:, 8:16] != 0).float().mean() == 0.5
-    assert torch.equal(found[:, 8:16][found[:, 8:16] != 0], weight[:, 8:16][found[:, 8:16] != 0])
+    result = pruned(this, weight, observed(this, weight, x)).weight
+    assert (result[:, 8:16] != 0).float().mean() == 0.5
+    assert torch.equal(result[:, 8:16][result[:, 8:16] != 0], weight[:, 8:16][result[:, 8:16] != 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_are_numbers_of_the_model_s_own_dtype(dtype: torch.dtype) -> None:
     weight, this = weights(8, 64), step()
-    found = pruned(this, weight, observed(this, weight, inputs(64)), dtype).weight
-    assert torch.equal(found, found.to(dtype).float())
+    result = pruned(this, weight, observed(this, weight, inputs(64)), dtype).weight
+    assert torch.equal(result, result.to(dtype).float())
 
 
 @pytest.mark.parametrize(

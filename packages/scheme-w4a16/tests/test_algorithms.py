@@ -48,8 +48,8 @@ def error(
     stats = (
         this.call("observe", inputs=x / s, reference=None, residual=None, weight=weight * s) or {}
     )
-    found = pipeline.quantize(Layer("layer", weight * s, torch.bfloat16), [this], [stats]).weight
-    return float(((x / s) @ found.T - x @ weight.T).norm() / (x @ weight.T).norm())
+    result = pipeline.quantize(Layer("layer", weight * s, torch.bfloat16), [this], [stats]).weight
+    return float(((x / s) @ result.T - x @ weight.T).norm() / (x @ weight.T).norm())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -108,8 +108,8 @@ def test_awq_without_usable_statistics_says_so_and_rounds(bad: float) -> None:
     }
     layer = Layer("layer", weights(), torch.bfloat16)
     with pytest.warns(UserWarning, match="rounded without them"):
-        found = pipeline.quantize(layer, [this], [stats]).weight
-    assert torch.equal(found, pipeline.quantize(layer, [step(algorithm="rtn")], [{}]).weight)
+        result = pipeline.quantize(layer, [this], [stats]).weight
+    assert torch.equal(result, pipeline.quantize(layer, [step(algorithm="rtn")], [{}]).weight)
 
 
 @pytest.mark.parametrize(
@@ -138,18 +138,18 @@ def test_auto_takes_the_largest_group_that_fits_and_says_so_where_it_is_not_128(
         step(group_size="auto", algorithm="rtn"),
         Layer("layer", torch.ones(8, width), torch.bfloat16),
     )
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         record = pipeline.serialize(
             pipeline.pack(pipeline.quantize(layer, [this], [{}]), [this]), [this]
         )
-    wanted = (
+    expected = (
         {"strategy": "channel"}
         if group == "channel"
         else {"strategy": "group", "group_size": group}
     )
-    assert wanted.items() <= record.config["weights"].items()
-    assert [str(t.message) for t in told] == (
+    assert expected.items() <= record.config["weights"].items()
+    assert [str(t.message) for t in messages] == (
         [] if group == 128 else [f"group_size=auto: {group}, as {width} columns need it"]
     )
 

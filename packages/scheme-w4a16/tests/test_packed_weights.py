@@ -167,8 +167,8 @@ def test_the_record_is_what_compressed_tensors_calls_it(case: str) -> None:
     name, options, weights, tensors = CASES[case]
     this = step(name, **options)
     record = stored(quantized(numbers(16, 384), this), this)
-    found = {suffix: (t.dtype, tuple(t.shape)) for suffix, t in record.tensors.items()}
-    assert found == tensors | {"weight_shape": (torch.int64, (2,))}
+    result = {suffix: (t.dtype, tuple(t.shape)) for suffix, t in record.tensors.items()}
+    assert result == tensors | {"weight_shape": (torch.int64, (2,))}
     assert record.tensors["weight_shape"].tolist() == [16, 384]
     assert record.config == {
         "format": "pack-quantized",
@@ -201,8 +201,8 @@ def test_the_searched_grid_costs_less_than_the_whole_range(symmetric: bool) -> N
         scale = (high - low) / 15
         zero = (-8 - low / scale).round()
     plain = ((grouped / scale).round().add(zero).clamp(-8, 7) - zero) * scale
-    found = quantized(weight, step("w4a16", symmetric=symmetric)).weight
-    assert (found - weight).square().sum() < (plain.view(64, 256) - weight).square().sum()
+    result = quantized(weight, step("w4a16", symmetric=symmetric)).weight
+    assert (result - weight).square().sum() < (plain.view(64, 256) - weight).square().sum()
 
 
 def test_16_bit_activations_store_a_scale_from_the_largest_input() -> None:

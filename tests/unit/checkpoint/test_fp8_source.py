@@ -29,19 +29,19 @@ def tiles(weight: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
     codes, scales = torch.zeros(rows, width), torch.zeros(-(-rows // high), -(-width // wide))
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
-            place = slice(i * high, (i + 1) * high), slice(j * wide, (j + 1) * wide)
-            scales[i, j] = weight[place].float().abs().max() / E4M3_MAX
-            codes[place] = weight[place].float() / scales[i, j]
+            tile = slice(i * high, (i + 1) * high), slice(j * wide, (j + 1) * wide)
+            scales[i, j] = weight[tile].float().abs().max() / E4M3_MAX
+            codes[tile] = weight[tile].float() / scales[i, j]
     return codes.to(torch.float8_e4m3fn), scales
 
 
 def decoded(codes: Tensor, scales: Tensor, high: int, wide: int) -> Tensor:
     """What they stand for, number by number's tile."""
-    found = codes.float()
+    result = codes.float()
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
-            found[i * high : (i + 1) * high, j * wide : (j + 1) * wide] *= scales[i, j]
-    return found.bfloat16()
+            result[i * high : (i + 1) * high, j * wide : (j + 1) * wide] *= scales[i, j]
+    return result.bfloat16()
 
 
 def group(strategy: str, **keys: Any) -> dict[str, Any]:
@@ -122,10 +122,10 @@ def both(
 
 
 def same(first: Path, second: Path) -> None:
-    found, expected = tensors_of(first), tensors_of(second)
-    assert found.keys() == expected.keys()
+    tensors, expected = tensors_of(first), tensors_of(second)
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(tensors[name], tensor), name
     assert (first / "config.json").read_text() == (second / "config.json").read_text()
 
 
@@ -158,12 +158,12 @@ def test_it_is_calibrated_and_judged_as_what_it_stands_for(tmp_path: Path, layou
                 samples=3,
                 sequence_length=32,
             )
-        found = [
+        result = [
             evaluate(source, source.parent / "text.txt", max_tokens=300)
             for source in (coded, plain)
         ]
     same(coded.parent / "o", plain.parent / "o")
-    assert found[0].perplexity == found[1].perplexity
+    assert result[0].perplexity == result[1].perplexity
 
 
 LAYER = "model.layers.1.self_attn.q_proj"

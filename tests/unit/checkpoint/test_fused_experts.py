@@ -37,20 +37,20 @@ def tensors(
     generator = torch.Generator().manual_seed(1)
     both = torch.randn(EXPERTS, 2 * WIDE, HIDDEN, generator=generator).bfloat16()
     down = torch.randn(EXPERTS, HIDDEN, WIDE, generator=generator).bfloat16()
-    found = {n: t for n, t in llama_tensors(config=CONFIG).items() if ".mlp." not in n}
+    result = {n: t for n, t in llama_tensors(config=CONFIG).items() if ".mlp." not in n}
     for name, tensor in (("gate_up_proj", both), ("down_proj", down)):
-        found[f"{MODULE}.{name}"] = tensor.mT.contiguous() if transposed else tensor
-    return found | dict(extra or {})
+        result[f"{MODULE}.{name}"] = tensor.mT.contiguous() if transposed else tensor
+    return result | dict(extra or {})
 
 
 def one_by_one(transposed: bool = False) -> dict[str, torch.Tensor]:
     """The same experts as layers of their own."""
-    found = tensors(False)
-    both, down = found.pop(f"{MODULE}.gate_up_proj"), found.pop(f"{MODULE}.down_proj")
+    result = tensors(False)
+    both, down = result.pop(f"{MODULE}.gate_up_proj"), result.pop(f"{MODULE}.down_proj")
     for e in range(EXPERTS):
         parts = {"gate_proj": both[e, :WIDE], "up_proj": both[e, WIDE:], "down_proj": down[e]}
-        found |= {f"{MODULE}.{e}.{leaf}.weight": part.contiguous() for leaf, part in parts.items()}
-    return found
+        result |= {f"{MODULE}.{e}.{leaf}.weight": part.contiguous() for leaf, part in parts.items()}
+    return result
 
 
 def config(model_type: str, **keys: Any) -> dict[str, Any]:
@@ -67,10 +67,10 @@ def test_fused_experts_become_what_layers_of_their_own_become(
     with plugins(toy):
         for source in (fused, apart):
             bitpress.compress(source, tmp_path / f"{source.name}-out", scheme="toy")
-    found, expected = tensors_of(tmp_path / "fused-out"), tensors_of(tmp_path / "apart-out")
-    assert found.keys() == expected.keys()
+    fused, expected = tensors_of(tmp_path / "fused-out"), tensors_of(tmp_path / "apart-out")
+    assert fused.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(fused[name], tensor), name
     assert command("verify", tmp_path / "fused-out", "--against", fused, path=toy).returncode == 0
 
 
@@ -145,9 +145,9 @@ def test_what_cannot_be_cut_is_refused_by_name_and_can_be_left_out(
 def test_experts_of_a_block_share_their_steps(
     tmp_path: Path, toy: Path, pattern: str, fused: bool
 ) -> None:
-    made = (tensors(True), config("llama4_text")) if fused else (one_by_one(), config("qwen3_moe"))
+    case = (tensors(True), config("llama4_text")) if fused else (one_by_one(), config("qwen3_moe"))
     line = refusal(
-        "plan", write_model(tmp_path / "m", *made), "--scheme", "toy", "--ignore", pattern, path=toy
+        "plan", write_model(tmp_path / "m", *case), "--scheme", "toy", "--ignore", pattern, path=toy
     )
     assert f"{MODULE}.0." in line
     assert "must get the same steps" in line

@@ -50,28 +50,28 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 def test_a_file_written_here_is_what_the_library_reads(
     tmp_path_factory: pytest.TempPathFactory, kinds: Any, metadata: dict[str, str]
 ) -> None:
-    folder, given_ = (
+    folder, originals = (
         tmp_path_factory.mktemp("file"),
         {name: numbers(*kind) for name, kind in kinds.items()},
     )
     header = lay_out(
         folder / "f",
-        {name: TensorSpec(NAMES[t.dtype], tuple(t.shape)) for name, t in given_.items()},
+        {name: TensorSpec(NAMES[t.dtype], tuple(t.shape)) for name, t in originals.items()},
         metadata,
     )
     with OutputFolder(folder).shard("f", header) as writer:
         # in any order
         for entry in reversed(header.entries):
-            writer.write(entry, given_[entry.name])
+            writer.write(entry, originals[entry.name])
     assert (folder / "f").stat().st_size == header.nbytes
     assert read_header(folder / "f") == header
     with safe_open(folder / "f", "pt") as f:
         assert (f.metadata() or {}) == metadata
-    found = load_file(folder / "f")
-    assert found.keys() == given_.keys()
-    for name, tensor in given_.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(raw(found[name]), raw(tensor))
+    stored = load_file(folder / "f")
+    assert stored.keys() == originals.keys()
+    for name, tensor in originals.items():
+        assert (stored[name].dtype, stored[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(raw(stored[name]), raw(tensor))
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
@@ -79,23 +79,23 @@ def test_a_file_written_here_is_what_the_library_reads(
 def test_a_file_written_by_the_library_is_read_here(
     tmp_path_factory: pytest.TempPathFactory, kinds: Any
 ) -> None:
-    file, given_ = (
+    file, originals = (
         tmp_path_factory.mktemp("file") / "f",
         {name: numbers(*kind) for name, kind in kinds.items()},
     )
-    save_file(given_, file, metadata={"format": "pt"})
+    save_file(originals, file, metadata={"format": "pt"})
     header = read_header(file)
     assert header.metadata == {"format": "pt"}
     assert header.nbytes == file.stat().st_size
-    assert {e.name for e in header.entries} == given_.keys()
+    assert {e.name for e in header.entries} == originals.keys()
     with Reader() as reader:
         for entry in header.entries:
-            found = reader.whole(entry)
-            assert (found.dtype, found.shape) == (
-                given_[entry.name].dtype,
-                given_[entry.name].shape,
+            result = reader.whole(entry)
+            assert (result.dtype, result.shape) == (
+                originals[entry.name].dtype,
+                originals[entry.name].shape,
             )
-            assert torch.equal(raw(found), raw(given_[entry.name]))
+            assert torch.equal(raw(result), raw(originals[entry.name]))
 
 
 def test_rows_are_read_alone(tmp_path: Path) -> None:
@@ -227,10 +227,14 @@ def test_a_folder_s_inventory_is_every_tensor_and_every_other_file(
     (folder / "sub/chat_template.jinja").write_text("hello")
     (folder / ".cache").mkdir()
     (folder / ".cache/x").write_text("not part of the model")
-    found = open_checkpoint(folder)
-    assert found.entries.keys() == llama_tensors().keys()
-    assert len(found.headers) == shards
-    assert found.side_files == ("config.json", "tokenizer_config.json", "sub/chat_template.jinja")
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.entries.keys() == llama_tensors().keys()
+    assert len(checkpoint.headers) == shards
+    assert checkpoint.side_files == (
+        "config.json",
+        "tokenizer_config.json",
+        "sub/chat_template.jinja",
+    )
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
@@ -276,16 +280,16 @@ def test_an_index_maps_every_tensor_to_its_file_and_counts_bytes(tmp_path: Path)
 
 
 def test_a_name_of_the_hub_is_fetched_and_a_folder_is_not(tmp_path: Path) -> None:
-    asked: list[str] = []
+    requests: list[str] = []
 
     def fetch(name: str) -> str:
-        asked.append(name)
+        requests.append(name)
         return str(tmp_path)
 
     assert resolve("some/model", fetch) == tmp_path
     assert resolve(tmp_path, fetch) == tmp_path
     assert resolve("./some/model", fetch) == Path("some/model")
-    assert asked == ["some/model"]
+    assert requests == ["some/model"]
 
 
 def test_a_name_that_the_hub_does_not_give_is_told_in_one_line() -> None:

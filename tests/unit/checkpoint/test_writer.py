@@ -33,13 +33,13 @@ def test_a_finished_output_a_file_and_the_source_itself_are_not_written_over(
     assert command("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
     written = files_of(out)
     (tmp_path / "file").write_text("mine")
-    for place, words in (
+    for location, words in (
         (out, "already holds a model"),
         (tmp_path / "file", "is a file"),
         (model, "source"),
         (model / "o", "source"),
     ):
-        assert words in refusal("compress", model, place, "--scheme", "toy", path=toy)
+        assert words in refusal("compress", model, location, "--scheme", "toy", path=toy)
     assert files_of(out) == written
     assert files_of(model) == before
     assert (tmp_path / "file").read_text() == "mine"

@@ -122,7 +122,7 @@ SECOND = "model-00002-of-00003.safetensors"
 
 
 @pytest.mark.parametrize(
-    ("place", "words"),
+    ("file", "words"),
     [
         ("../elsewhere.safetensors", ["'../elsewhere.safetensors'", "not a file of this folder"]),
         ("/etc/passwd", ["'/etc/passwd'", "not a file of this folder"]),
@@ -132,13 +132,13 @@ SECOND = "model-00002-of-00003.safetensors"
     ],
 )
 def test_an_index_that_points_elsewhere_is_refused(
-    tmp_path: Path, toy: Path, place: object, words: list[str]
+    tmp_path: Path, toy: Path, file: object, words: list[str]
 ) -> None:
     model = write_model(tmp_path / "model", shards=3)
     shutil.copy(model / SECOND, tmp_path / "elsewhere.safetensors")
     index = json.loads((model / "model.safetensors.index.json").read_text())
     assert index["weight_map"][LAYER] != SECOND
-    index["weight_map"][LAYER] = place
+    index["weight_map"][LAYER] = file
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     compress_refused(model, toy, *words)
 

@@ -53,7 +53,7 @@ def test_help_lists_the_commands(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["compres"], "No such command 'compres'"),
         (["plan"], "Missing argument 'MODEL'"),
@@ -63,8 +63,8 @@ def test_help_lists_the_commands(words: list[str]) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_usage_is_one_line_with_exit_code_2(words: list[str], told: str) -> None:
-    assert told in refusal(*words)
+def test_bad_usage_is_one_line_with_exit_code_2(words: list[str], message: str) -> None:
+    assert message in refusal(*words)
 
 
 def test_without_schemes_the_list_says_where_they_come_from() -> None:
@@ -116,7 +116,7 @@ def test_one_scheme_is_shown_with_its_options_and_a_named_device(toy: Path) -> N
 
 
 def test_the_schemes_as_json(toy: Path) -> None:
-    found = json.loads(command("schemes", "--json", "--device", "A100", path=toy).stdout)
+    document = json.loads(command("schemes", "--json", "--device", "A100", path=toy).stdout)
     expected = {
         "name": "toy",
         "package": "bitpress-scheme-toy",
@@ -134,7 +134,7 @@ def test_the_schemes_as_json(toy: Path) -> None:
         },
         "hardware": [{"device": "NVIDIA A100", "level": "supported", "text": "runs anywhere"}],
     }
-    assert found == {"schemes": [expected], "problems": []}
+    assert document == {"schemes": [expected], "problems": []}
     assert (
         json.loads(command("schemes", "toy", "--json", "--device", "A100", path=toy).stdout)
         == expected
@@ -153,12 +153,12 @@ def test_a_plan_shows_stacks_sizes_and_memory_and_writes_nothing(toy: Path, mode
 
 
 def test_a_plan_as_json_names_every_layer_and_every_byte(toy: Path, model: Path) -> None:
-    found = json.loads(
+    document = json.loads(
         command("plan", model, "--scheme", "toy", "--set", "levels=7", "--json", path=toy).stdout
     )
-    assert len(found["layers"]) == 14
-    assert {layer["stack"] for layer in found["layers"]} == {*LAYERS, *STACKS}
-    assert found["layers"][0] == {
+    assert len(document["layers"]) == 14
+    assert {layer["stack"] for layer in document["layers"]} == {*LAYERS, *STACKS}
+    assert document["layers"][0] == {
         "name": "model.layers.0.mlp.down_proj",
         "steps": [{"use": "toy", "levels": 7, "multiple": 1}],
         "stack": "model.layers.0.mlp.down_proj",
@@ -167,12 +167,14 @@ def test_a_plan_as_json_names_every_layer_and_every_byte(toy: Path, model: Path)
         "reason": "the rule for '*'",
     }
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= set(
-        found["copied"]
+        document["copied"]
     )
-    assert found["before"] == (model / "model.safetensors").stat().st_size
-    assert found["after"] == sum(shard["bytes"] for shard in found["shards"])
-    assert found["warnings"] == []
-    assert found["hardware"] == [{"scheme": "toy", "level": "supported", "text": "runs anywhere"}]
+    assert document["before"] == (model / "model.safetensors").stat().st_size
+    assert document["after"] == sum(shard["bytes"] for shard in document["shards"])
+    assert document["warnings"] == []
+    assert document["hardware"] == [
+        {"scheme": "toy", "level": "supported", "text": "runs anywhere"}
+    ]
 
 
 def test_compress_says_how_much_smaller_how_near_and_how_to_serve(toy: Path, model: Path) -> None:
@@ -196,9 +198,9 @@ def test_inspect_shows_every_layer_with_bits_and_error(toy: Path, model: Path) -
     assert done.stdout.startswith(
         f"from model, by bitpress {version('bitpress-core')} with bitpress-scheme-toy 1.0\n"
     )
-    note = json.loads(command("inspect", out, "--json").stdout)
-    assert note["bits"] == pytest.approx(8.225)
-    for name, layer in note["layers"].items():
+    manifest = json.loads(command("inspect", out, "--json").stdout)
+    assert manifest["bits"] == pytest.approx(8.225)
+    for name, layer in manifest["layers"].items():
         (row,) = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == [name]]
         assert row == [name, "toy", f"{layer['bits']:.2f}", f"{layer['error']:.5f}"]
 
@@ -247,10 +249,12 @@ def test_a_plan_can_be_made_for_another_device(toy: Path, model: Path) -> None:
     assert "down_proj (2 layers): unsupported: too wide for NVIDIA H100\n" in done.stderr
     assert "degraded" not in done.stderr
     done = command("plan", model, "--scheme", "toy", "--hardware", "NVIDIA T4", "--json", path=toy)
-    said = json.loads(done.stdout)
-    assert said["device"] == "NVIDIA T4"
-    assert said["hardware"] == [{"scheme": "toy", "level": "degraded", "text": "as NVIDIA T4 goes"}]
-    assert [remark["text"] for remark in said["serving"]] == ["too wide for NVIDIA T4"]
+    document = json.loads(done.stdout)
+    assert document["device"] == "NVIDIA T4"
+    assert document["hardware"] == [
+        {"scheme": "toy", "level": "degraded", "text": "as NVIDIA T4 goes"}
+    ]
+    assert [remark["text"] for remark in document["serving"]] == ["too wide for NVIDIA T4"]
     done = command("plan", model, "--scheme", "toy", "--hardware", "NVIDIA T4", path=toy)
     assert "warning: toy is degraded on NVIDIA T4: as NVIDIA T4 goes\n" in done.stderr
     assert "did you mean 'h100'?" in refusal(

@@ -54,13 +54,13 @@ def dense(source: Path, out: Path, replaced: set[str], coarse: float = 0.0) -> t
     """The source as transformers runs it, with those layers computing what the output's files say,
     from rounded inputs.
     """
-    model, found = (
+    model, result = (
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(),
         tensors_of(out),
     )
     for name in replaced:
         module = model.get_submodule(name)
-        module.weight.data = found[f"{name}.weight"].float() * found[f"{name}.weight_scale"]
+        module.weight.data = result[f"{name}.weight"].float() * result[f"{name}.weight_scale"]
         if coarse:
             module.register_forward_pre_hook(
                 lambda module, inputs: (inputs[0] / coarse).round() * coarse
@@ -70,14 +70,14 @@ def dense(source: Path, out: Path, replaced: set[str], coarse: float = 0.0) -> t
 
 def sums_of_inputs(model: torch.nn.Module, layer: str, ids: torch.Tensor) -> torch.Tensor:
     """Σ x (in,) over the tokens that reach a layer."""
-    seen: list[torch.Tensor] = []
+    captured: list[torch.Tensor] = []
     handle = model.get_submodule(layer).register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[0].flatten(0, 1).sum(0))
+        lambda module, inputs: captured.append(inputs[0].flatten(0, 1).sum(0))
     )
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     handle.remove()
-    return seen[0]
+    return captured[0]
 
 
 def token_ids(source: Path, samples: int = 160, length: int = 48) -> torch.Tensor:
@@ -94,8 +94,10 @@ def moved_before(source: Path, out: Path, layer: str, module: str) -> torch.Tens
     ]
     layers = [f"model.layers.{block}.{part}" for block in range(3) for part in parts]
     # the first of four batches
-    now, ids = dense(source, out, set(layers[: layers.index(layer)])), token_ids(source)[:42]
-    return sums_of_inputs(dense(source, out, set()), module, ids) - sums_of_inputs(now, module, ids)
+    shifted, ids = dense(source, out, set(layers[: layers.index(layer)])), token_ids(source)[:42]
+    return sums_of_inputs(dense(source, out, set()), module, ids) - sums_of_inputs(
+        shifted, module, ids
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,16 +108,16 @@ def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(
 ) -> None:
     source = runnable_model(tmp_path / "m")
     out = run(source, tmp_path / "o", "bits=2", f"coarse={coarse}")
-    found, ids = tensors_of(out), token_ids(source)
+    tensors, ids = tensors_of(out), token_ids(source)
     compressed: set[str] = set()
     for block in range(3):
         for site in ORDER:
             layer = f"model.layers.{block}.{site}"
             expected = sums_of_inputs(dense(source, out, compressed, coarse), layer, ids)
-            torch.testing.assert_close(found[f"{layer}.seen"][0], expected, rtol=1e-4, atol=1e-2)
+            torch.testing.assert_close(tensors[f"{layer}.seen"][0], expected, rtol=1e-4, atol=1e-2)
             members = [
                 name
-                for name in found
+                for name in tensors
                 if name.startswith(layer.rpartition(".")[0]) and name.endswith("_scale")
             ]
             stack = {
@@ -160,10 +162,11 @@ def test_a_layer_whose_output_is_added_to_the_stream_is_told_how_far_the_stream_
 
 
 @pytest.mark.parametrize(
-    ("dtype", "served"), [(torch.bfloat16, True), (torch.float16, False), (torch.float32, False)]
+    ("dtype", "in_bfloat16"),
+    [(torch.bfloat16, True), (torch.float16, False), (torch.float32, False)],
 )
 def test_a_cpu_that_multiplies_bfloat16_runs_models_of_it_as_they_are_served(
-    tmp_path: Path, learner: Path, dtype: torch.dtype, served: bool
+    tmp_path: Path, learner: Path, dtype: torch.dtype, in_bfloat16: bool
 ) -> None:
     source = runnable_model(
         tmp_path / "m",
@@ -172,9 +175,9 @@ def test_a_cpu_that_multiplies_bfloat16_runs_models_of_it_as_they_are_served(
     exact, layer = run(source, tmp_path / "exact"), "model.layers.2.mlp.down_proj.seen"
     with patch("bitpress.compression.calibrated.has_cpu_feature", lambda *names: True):
         out = run(source, tmp_path / "o")
-    wanted, found = tensors_of(exact)[layer][0], tensors_of(out)[layer][0]
-    assert torch.equal(found, wanted) != served
-    assert (found - wanted).norm() < 0.05 * wanted.norm()
+    expected, tensors = tensors_of(exact)[layer][0], tensors_of(out)[layer][0]
+    assert torch.equal(tensors, expected) != in_bfloat16
+    assert (tensors - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -198,12 +201,12 @@ def test_what_was_found_is_kept_beside_the_files(tmp_path: Path, learner: Path) 
     tensors = llama_tensors(config=CONFIG)
     tensors["model.layers.1.mlp.up_proj.weight"].zero_()
     out = run(runnable_model(tmp_path / "m", tensors), tmp_path / "o", "bits=4")
-    note = json.loads((out / "bitpress.json").read_text())
-    assert note["data"]["source"] == "text.txt"
-    assert note["data"]["tokens"] == str(160 * 48)
-    errors = {name: layer["output_error"] for name, layer in note["layers"].items()}
+    manifest = json.loads((out / "bitpress.json").read_text())
+    assert manifest["data"]["source"] == "text.txt"
+    assert manifest["data"]["tokens"] == str(160 * 48)
+    errors = {name: layer["output_error"] for name, layer in manifest["layers"].items()}
     assert all(0 < error < 0.2 for name, error in errors.items() if "layers.1.mlp" not in name)
-    assert "model.layers.1.mlp.up_proj: all its weights are zero" in note["warnings"]
+    assert "model.layers.1.mlp.up_proj: all its weights are zero" in manifest["warnings"]
     assert not list(out.glob("*.notes"))
 
 
@@ -244,9 +247,9 @@ def test_a_block_s_weights_are_freed_as_soon_as_it_is_left(
 
     def noted(self: Decoder, index: int) -> torch.nn.Module:
         alive.append(sum(reference() is not None for reference in filled))
-        found = block(self, index)
-        filled.append(weakref.ref(next(found.parameters())))
-        return found
+        result = block(self, index)
+        filled.append(weakref.ref(next(result.parameters())))
+        return result
 
     monkeypatch.setattr(Decoder, "load_block", noted)
     source = runnable_model(tmp_path / "m", config=CONFIG | {"num_hidden_layers": 4})
@@ -269,8 +272,8 @@ def test_factors_folded_into_what_makes_the_inputs_leave_the_function_as_it_was(
 ) -> None:
     source = runnable_model(tmp_path / "m")
     out = run(source, tmp_path / "o", f"factors={factors}")
-    note = json.loads((out / "bitpress.json").read_text())
-    assert {name.split(".", 3)[3] for name in note["rescaled"] if ".layers.0." in name} == {
+    manifest = json.loads((out / "bitpress.json").read_text())
+    assert {name.split(".", 3)[3] for name in manifest["rescaled"] if ".layers.0." in name} == {
         "input_layernorm.weight",
         "post_attention_layernorm.weight",
         "self_attn.q_proj.weight",
@@ -288,12 +291,12 @@ def test_factors_folded_into_what_makes_the_inputs_leave_the_function_as_it_was(
     with torch.no_grad():
         expected = model(plain).logits
         for name, tensor in model.named_parameters():
-            change, found = note["rescaled"].get(name, {}), tensors_of(out).get(name)
+            change, result = manifest["rescaled"].get(name, {}), tensors_of(out).get(name)
             if "norm" in name and change:
                 assert torch.equal(
-                    found, (tensor * torch.tensor(change["rows"]).exp2()).to(found.dtype)
+                    result, (tensor * torch.tensor(change["rows"]).exp2()).to(result.dtype)
                 )
-                assert not torch.equal(found.float(), tensor)
+                assert not torch.equal(result.float(), tensor)
             tensor.mul_(torch.tensor(change.get("columns", 0)).exp2())
             tensor.mul_(
                 torch.tensor(change.get("rows", [0])).exp2().reshape(-1, *[1] * (tensor.ndim - 1))
@@ -314,9 +317,9 @@ def test_a_norm_that_feeds_more_than_the_layer_is_left_alone_and_named(
     # Phi's attention and MLP read one norm
     AutoModelForCausalLM.from_config(config).save_pretrained(source)
     out = run(source, tmp_path / "o", "factors=4 2")
-    note = json.loads((out / "bitpress.json").read_text())
-    assert "input_layernorm feeds more than this" in " ".join(note["warnings"])
-    assert not [name for name in note["rescaled"] if "norm" in name]
+    manifest = json.loads((out / "bitpress.json").read_text())
+    assert "input_layernorm feeds more than this" in " ".join(manifest["warnings"])
+    assert not [name for name in manifest["rescaled"] if "norm" in name]
     norm = "model.layers.0.input_layernorm.weight"
     assert torch.equal(tensors_of(out)[norm], tensors_of(source)[norm])
 
@@ -417,16 +420,16 @@ def test_fewer_tokens_than_columns_are_enough_for_a_finite_result(
 
 def after_blocks(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
     """The hidden states after each block."""
-    seen: list[torch.Tensor] = []
+    captured: list[torch.Tensor] = []
     for block in model.model.layers:
         block.register_forward_hook(
-            lambda module, inputs, output: seen.append(
+            lambda module, inputs, output: captured.append(
                 output[0] if isinstance(output, tuple) else output
             )
         )
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
-    return seen
+    return captured
 
 
 def test_how_far_each_block_s_output_is_from_the_source_s_is_recorded(
@@ -434,18 +437,18 @@ def test_how_far_each_block_s_output_is_from_the_source_s_is_recorded(
 ) -> None:
     source = runnable_model(tmp_path / "m")
     out = run(source, tmp_path / "o", "bits=3")
-    found = json.loads((out / "bitpress.json").read_text())["blocks"]
+    drift = json.loads((out / "bitpress.json").read_text())["blocks"]
     layers = {
         f"model.layers.{b}.{s}" for b in range(3) for s in [f"self_attn.{x}_proj" for x in "qkvo"]
     }
     layers |= {f"model.layers.{b}.mlp.{s}_proj" for b in range(3) for s in ("gate", "up", "down")}
     # the batch that the source is run on
     ids = token_ids(source)[:42]
-    now, before = (
+    shifted, before = (
         after_blocks(dense(source, out, layers), ids),
         after_blocks(dense(source, out, set()), ids),
     )
-    expected = [float((a - b).norm() / b.norm()) for a, b in zip(now, before, strict=True)]
-    assert list(found) == [f"model.layers.{block}" for block in range(3)]
-    assert list(found.values()) == pytest.approx(expected, rel=1e-3)
+    expected = [float((a - b).norm() / b.norm()) for a, b in zip(shifted, before, strict=True)]
+    assert list(drift) == [f"model.layers.{block}" for block in range(3)]
+    assert list(drift.values()) == pytest.approx(expected, rel=1e-3)
     assert min(expected) > 0.01

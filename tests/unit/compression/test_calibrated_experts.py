@@ -112,13 +112,13 @@ EXPERTS = "model.layers.1.mlp.experts"
 def compress(
     source: Path, out: Path, learner: Path, samples: int = 8, **options: bool
 ) -> bitpress.Manifest:
-    rules = out.parent / "rules.toml"
-    rules.write_text(ONLY)
+    recipe = out.parent / "rules.toml"
+    recipe.write_text(ONLY)
     with plugins(learner):
         return bitpress.compress(
             source,
             out,
-            recipe_file=rules,
+            recipe_file=recipe,
             calibration=source.parent / "text.txt",
             samples=samples,
             sequence_length=32,
@@ -148,31 +148,31 @@ def test_an_expert_sees_the_tokens_that_the_router_sends_it(
     tmp_path: Path, learner: Path, family: str
 ) -> None:
     source = build(family, tmp_path / "m")
-    note, (_, expected) = compress(source, tmp_path / "o", learner), sent(source, 8)
-    found = tensors_of(tmp_path / "o")
+    manifest, (_, expected) = compress(source, tmp_path / "o", learner), sent(source, 8)
+    tensors = tensors_of(tmp_path / "o")
     for e, tokens in enumerate(expected):
-        assert note.layers[f"{EXPERTS}.{e}.gate_proj"].tokens == len(tokens)
+        assert manifest.layers[f"{EXPERTS}.{e}.gate_proj"].tokens == len(tokens)
         if len(tokens) >= 64:
             torch.testing.assert_close(
-                found[f"{EXPERTS}.{e}.up_proj.seen"][0], tokens.sum(0), rtol=1e-4, atol=1e-3
+                tensors[f"{EXPERTS}.{e}.up_proj.seen"][0], tokens.sum(0), rtol=1e-4, atol=1e-3
             )
     assert max(map(len, expected)) >= 64
 
 
 def test_every_expert_may_see_all_tokens(tmp_path: Path, learner: Path) -> None:
     source = build("qwen3_moe", tmp_path / "m")
-    note, (tokens, _) = (
+    manifest, (tokens, _) = (
         compress(source, tmp_path / "o", learner, samples=2, all_experts=True),
         sent(source, 2),
     )
-    found = tensors_of(tmp_path / "o")
+    tensors = tensors_of(tmp_path / "o")
     for e in range(4):
         torch.testing.assert_close(
-            found[f"{EXPERTS}.{e}.gate_proj.seen"][0], tokens.sum(0), rtol=1e-4, atol=1e-3
+            tensors[f"{EXPERTS}.{e}.gate_proj.seen"][0], tokens.sum(0), rtol=1e-4, atol=1e-3
         )
-    assert note.data is not None
-    assert note.data["experts"] == "every token"
-    assert not note.warnings
+    assert manifest.data is not None
+    assert manifest.data["experts"] == "every token"
+    assert not manifest.warnings
 
 
 def never_sent(source: Path, expert: int) -> None:
@@ -188,20 +188,21 @@ def test_an_expert_with_few_tokens_is_compressed_as_without_data_and_told_of(
 ) -> None:
     source = build("glm4_moe", tmp_path / "m")
     never_sent(source, 2)
-    note = compress(source, tmp_path / "o", learner, samples=3)
-    few = {e: note.layers[f"{EXPERTS}.{e}.up_proj"].tokens for e in range(4)}
+    manifest = compress(source, tmp_path / "o", learner, samples=3)
+    few = {e: manifest.layers[f"{EXPERTS}.{e}.up_proj"].tokens for e in range(4)}
     assert few[2] == 0
     assert any(0 < (count or 0) < 64 for count in few.values())
     short = [e for e, count in few.items() if count is not None and count < 64]
     assert (
-        f"{EXPERTS}: {len(short)} of 4 experts were sent fewer than 64 tokens" in note.warnings[0]
+        f"{EXPERTS}: {len(short)} of 4 experts were sent fewer than 64 tokens"
+        in manifest.warnings[0]
     )
-    assert "2 (0 tokens)" in note.warnings[0]
-    found = tensors_of(tmp_path / "o")
+    assert "2 (0 tokens)" in manifest.warnings[0]
+    tensors = tensors_of(tmp_path / "o")
     for e in range(4):
         for leaf in ("gate_proj", "up_proj", "down_proj"):
-            assert found[f"{EXPERTS}.{e}.{leaf}.seen"].any() == (e not in short)
-            scale = found[f"{EXPERTS}.{e}.{leaf}.weight_scale"]
+            assert tensors[f"{EXPERTS}.{e}.{leaf}.seen"].any() == (e not in short)
+            scale = tensors[f"{EXPERTS}.{e}.{leaf}.weight_scale"]
             assert (scale > 0).all()
             assert scale.isfinite().all()
     assert (
@@ -231,10 +232,10 @@ def test_tensors_of_which_transformers_makes_no_module_are_kept(
             sequence_length=32,
             samples=2,
         )
-    found = tensors_of(tmp_path / "o")
+    tensors = tensors_of(tmp_path / "o")
     ignored = json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]["ignore"]
     for name, tensor in more.items():
-        assert torch.equal(found[name], tensor)
+        assert torch.equal(tensors[name], tensor)
         assert name.removesuffix(".weight") in ignored
 
 
@@ -256,9 +257,9 @@ def test_a_config_under_which_the_model_cannot_run_is_told_in_one_line(
         "--samples",
         "2",
     ]
-    said = refusal("compress", source, tmp_path / "o", *words, path=learner)
-    assert "cannot be run on a text" in said
-    assert "split_with_sizes expects" in said
+    message = refusal("compress", source, tmp_path / "o", *words, path=learner)
+    assert "cannot be run on a text" in message
+    assert "split_with_sizes expects" in message
 
 
 @pytest.mark.parametrize("family", ["llama4", "qwen2_5_vl", "qwen3_vl_moe", "llava", "gemma3"])
@@ -267,7 +268,7 @@ def test_what_sees_is_copied_and_ignored_under_any_of_its_names(
 ) -> None:
     source = build(family, tmp_path / "m")
     with plugins(learner):
-        note = bitpress.compress(
+        manifest = bitpress.compress(
             source,
             tmp_path / "o",
             scheme="learner",
@@ -288,14 +289,14 @@ def test_what_sees_is_copied_and_ignored_under_any_of_its_names(
     for name in outside:
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and before[name].ndim == 2 and "embed" not in module.rpartition(".")[2]:
-            for known in (
+            for name in (
                 module,
                 f"model.{module}",
                 module.removeprefix("model."),
                 module.removeprefix("language_model."),
             ):
-                assert any(re.match(pattern, known) for pattern in patterns), known
-    assert not any(re.match(pattern, module) for pattern in patterns for module in note.layers)
+                assert any(re.match(pattern, name) for pattern in patterns), name
+    assert not any(re.match(pattern, module) for pattern in patterns for module in manifest.layers)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4"])
@@ -330,7 +331,7 @@ def test_a_run_that_ended_goes_on_to_the_same_bytes(
 
 def test_the_summary_tells_of_tokens(tmp_path: Path, learner: Path) -> None:
     source = build("mixtral", tmp_path / "m")
-    found = command(
+    completed = command(
         "compress",
         source,
         tmp_path / "o",
@@ -344,8 +345,8 @@ def test_the_summary_tells_of_tokens(tmp_path: Path, learner: Path) -> None:
         32,
         path=learner,
     )
-    assert "tokens sent to an expert: " in found.stdout
-    assert "experts were sent fewer than 64 tokens" in found.stderr
+    assert "tokens sent to an expert: " in completed.stdout
+    assert "experts were sent fewer than 64 tokens" in completed.stderr
 
 
 @pytest.mark.parametrize(

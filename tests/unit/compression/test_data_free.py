@@ -156,28 +156,28 @@ def test_the_manifest_holds_sizes_digests_bits_and_errors(
     tmp_path: Path, with_toy: Path, model: Path
 ) -> None:
     bitpress.compress(model, tmp_path / "out", scheme="toy", settings=["levels=63"])
-    note = json.loads((tmp_path / "out/bitpress.json").read_text())
+    manifest = json.loads((tmp_path / "out/bitpress.json").read_text())
     for key, folder, names in (
         ("files", tmp_path / "out", set(files_of(tmp_path / "out")) - {"bitpress.json"}),
         ("inputs", model, {name for name in files_of(model) if name.endswith(".safetensors")}),
     ):
-        assert note[key].keys() == names
+        assert manifest[key].keys() == names
         for name in names:
             data = (folder / name).read_bytes()
-            assert note[key][name] == {
+            assert manifest[key][name] == {
                 "bytes": len(data),
                 "sha256": hashlib.sha256(data).hexdigest(),
             }
-    assert note["schemes"] == {"toy": "bitpress-scheme-toy 1.0"}
-    assert note["recipe"]["layers"][0]["steps"] == [{"use": "toy", "levels": 63, "multiple": 1}]
-    assert note["source"] == "model"
+    assert manifest["schemes"] == {"toy": "bitpress-scheme-toy 1.0"}
+    assert manifest["recipe"]["layers"][0]["steps"] == [{"use": "toy", "levels": 63, "multiple": 1}]
+    assert manifest["source"] == "model"
     before, after = tensors_of(model), tensors_of(tmp_path / "out")
-    assert note["layers"].keys() == LAYERS
-    for layer, found in note["layers"].items():
+    assert manifest["layers"].keys() == LAYERS
+    for layer, result in manifest["layers"].items():
         weight = before[f"{layer}.weight"].float()
         restored = after[f"{layer}.weight"] * after[f"{layer}.weight_scale"]
-        assert found["bits"] == 8 + 32 / weight.shape[1]
-        assert found["error"] == pytest.approx(
+        assert result["bits"] == 8 + 32 / weight.shape[1]
+        assert result["error"] == pytest.approx(
             ((restored - weight).norm() / weight.norm()).item(), rel=1e-5
         )
 
@@ -187,11 +187,11 @@ def test_without_verification_the_weights_are_the_same_and_no_error_is_claimed(
 ) -> None:
     model = write_model(tmp_path / "model")
     bitpress.compress(model, tmp_path / "proved", scheme="toy")
-    note = bitpress.compress(model, tmp_path / "out", scheme="toy", verify=False)
+    manifest = bitpress.compress(model, tmp_path / "out", scheme="toy", verify=False)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (
         tmp_path / "proved/model.safetensors"
     ).read_bytes()
-    assert {layer.error for layer in note.layers.values()} == {None}
+    assert {layer.error for layer in manifest.layers.values()} == {None}
 
 
 def test_decompressing_gives_the_restored_weights_in_the_source_s_dtype(
@@ -262,10 +262,12 @@ def test_of_a_recipe_the_first_rule_that_matches_counts(
     before, after = tensors_of(model), tensors_of(out)
     for layer in LAYERS:
         levels = expected[".".join(layer.split(".")[2:4])]
-        found = after[f"{layer}.weight"]
+        result = after[f"{layer}.weight"]
         assert (f"{layer}.weight_scale" in after) == (levels is not None)
         assert (
-            found.abs().max() == levels if levels else torch.equal(found, before[f"{layer}.weight"])
+            result.abs().max() == levels
+            if levels
+            else torch.equal(result, before[f"{layer}.weight"])
         )
 
 
@@ -294,7 +296,7 @@ def test_a_statistic_of_the_weights_covers_a_whole_stack(tmp_path: Path, shards:
         bitpress.compress(
             write_model(tmp_path / "model", shards=shards), tmp_path / "out", scheme="toy"
         )
-    found = tensors_of(tmp_path / "out")
+    tensors = tensors_of(tmp_path / "out")
     for members in (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("mlp.gate_proj", "mlp.up_proj"),
@@ -302,7 +304,8 @@ def test_a_statistic_of_the_weights_covers_a_whole_stack(tmp_path: Path, shards:
         names = [f"model.layers.1.{member}" for member in members]
         largest = max(source[f"{name}.weight"].float().abs().max() for name in names)
         assert all(
-            torch.equal(found[f"{name}.weight_scale"], (largest / 127).reshape(1)) for name in names
+            torch.equal(tensors[f"{name}.weight_scale"], (largest / 127).reshape(1))
+            for name in names
         )
 
 
@@ -315,17 +318,17 @@ def test_json_is_one_document_and_nothing_else(tmp_path: Path, toy: Path) -> Non
         "verify": [out, "--against", model],
         "schemes": [],
     }
-    found = {}
+    documents = {}
     for name, arguments in runs.items():
         done = command(name, *arguments, "--json", path=toy)
         assert done.returncode == 0, done.stderr
-        found[name] = json.loads(done.stdout)
-    assert found["compress"]["verified"] is True
+        documents[name] = json.loads(done.stdout)
+    assert documents["compress"]["verified"] is True
     assert (
-        found["compress"]["after"]
-        == found["plan"]["after"]
+        documents["compress"]["after"]
+        == documents["plan"]["after"]
         == (out / "model.safetensors").stat().st_size
     )
-    assert found["inspect"]["layers"] == found["compress"]["layers"]
-    errors = {n: e["error"] for n, e in found["inspect"]["layers"].items()}
-    assert found["verify"] == {"ok": True, "faults": [], "errors": errors, "remarks": []}
+    assert documents["inspect"]["layers"] == documents["compress"]["layers"]
+    errors = {n: e["error"] for n, e in documents["inspect"]["layers"].items()}
+    assert documents["verify"] == {"ok": True, "faults": [], "errors": errors, "remarks": []}

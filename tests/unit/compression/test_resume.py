@@ -70,8 +70,8 @@ def test_the_files_do_not_depend_on_the_order_of_shards(
     tmp_path: Path, model: Path, deadly: Path, expected: dict[str, bytes]
 ) -> None:
     with plugins(deadly), Reader() as reader:
-        work = bitpress.plan(model, scheme="toy")
-        for shard in reversed(work.shards):
+        plan = bitpress.plan(model, scheme="toy")
+        for shard in reversed(plan.shards):
             data_free.write_shard(
                 shard,
                 OutputFolder(tmp_path),
@@ -103,18 +103,18 @@ DEATHS = [
 
 
 @pytest.mark.parametrize(
-    ("place", "kind", "threads"), DEATHS, ids=lambda value: getattr(value, "name", str(value))
+    ("moment", "kind", "threads"), DEATHS, ids=lambda value: getattr(value, "name", str(value))
 )
 def test_a_run_that_was_killed_goes_on_from_the_finished_shards_to_the_same_bytes(
     tmp_path: Path,
     model: Path,
     deadly: Path,
     expected: dict[str, bytes],
-    place: str,
+    moment: str,
     kind: signal.Signals,
     threads: int,
 ) -> None:
-    out, (where, finished) = tmp_path / "out", PLACES[place]
+    out, (where, finished) = tmp_path / "out", PLACES[moment]
     (deadly / "die").write_text(f"{where}|{int(kind)}")
     arguments = ("compress", model, out, "--scheme", "toy", "--threads", threads)
     running = ForkedCommand(*arguments, path=deadly)

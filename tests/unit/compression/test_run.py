@@ -128,8 +128,8 @@ def test_where_a_file_system_has_no_locks_the_run_goes_on_with_a_warning(tmp_pat
     def none(descriptor: int, how: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    told = pytest.warns(UserWarning, match="this file system has no locks")
-    with patch.object(fcntl, "flock", none), told, lock_folder(tmp_path):
+    warned = pytest.warns(UserWarning, match="this file system has no locks")
+    with patch.object(fcntl, "flock", none), warned, lock_folder(tmp_path):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -349,11 +349,11 @@ def test_the_room_that_the_plan_needs_is_there_before_the_first_byte(
     )
     (model / "large.txt").write_bytes(b"x" * 100_000)
     with plugins(path):
-        work = bitpress.plan(model, scheme="learner" if spill else "toy")
-        short = memory_estimate.estimate_memory(work, tokens=1024) + 1000 if spill else None
-        needed = memory_estimate.estimate_disk(work, 1024 if spill else 0, short)
-    assert needed == sum(work.file_sizes.values()) + (1024 * 128 * 4 * 9 // 8 if spill else 0)
-    assert work.file_sizes["large.txt"] == 100_000
+        plan = bitpress.plan(model, scheme="learner" if spill else "toy")
+        short = memory_estimate.estimate_memory(plan, tokens=1024) + 1000 if spill else None
+        needed = memory_estimate.estimate_disk(plan, 1024 if spill else 0, short)
+    assert needed == sum(plan.file_sizes.values()) + (1024 * 128 * 4 * 9 // 8 if spill else 0)
+    assert plan.file_sizes["large.txt"] == 100_000
     words = ["compress", model, out, "--scheme", "learner" if spill else "toy"]
     words += (
         ["--samples", 16, "--sequence-length", 64, "--calibration", tmp_path / "text.txt"]

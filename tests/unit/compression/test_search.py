@@ -79,8 +79,13 @@ def test_a_cost_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
     installed: Path, model: Path, tmp_path: Path, scheme: str, settings: list[str], layer: str
 ) -> None:
     text = model.parent / "text.txt"
-    asked = {"schemes": [scheme, "none"], "budget": 200, "settings": settings, "calibration": text}
-    found = search(model, tmp_path / "r.toml", **asked, **CHEAP)
+    options = {
+        "schemes": [scheme, "none"],
+        "budget": 200,
+        "settings": settings,
+        "calibration": text,
+    }
+    result = search(model, tmp_path / "r.toml", **options, **CHEAP)
     fitted, judged = split_sequences(
         torch.tensor([int(word[1:]) for word in text.read_text().split()[: 16 * 64]]).view(16, 64)
     )
@@ -98,13 +103,13 @@ def test_a_cost_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
         sequence_length=64,
         threads=1,
     )
-    wanted = bitpress.eval(
+    expected = bitpress.eval(
         tmp_path / "out", tmp_path / "judged.txt", model, sequence_length=64, threads=1
     ).kl
-    assert wanted is not None
-    assert wanted > 1e-6
-    assert found.divergences[name, scheme] == pytest.approx(wanted, rel=1e-3)
-    assert found.divergences[name, "none"] == 0
+    assert expected is not None
+    assert expected > 1e-6
+    assert result.divergences[name, scheme] == pytest.approx(expected, rel=1e-3)
+    assert result.divergences[name, "none"] == 0
 
 
 @pytest.mark.parametrize(
@@ -136,28 +141,30 @@ def test_the_recipe_keeps_to_the_budget_and_is_carried_out_as_it_stands(
     )
     done = process("search", model, *words, "--json", path=installed)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert {layer["chosen"] for layer in said["layers"]} == {"short", "toy"}
+    document = json.loads(done.stdout)
+    assert {layer["chosen"] for layer in document["layers"]} == {"short", "toy"}
     plan = bitpress.plan(model, recipe_file=recipe)
     got = {module: stack.steps[0].scheme.name for stack in plan.stacks for module in stack.members}
     assert got == {
-        module: layer["chosen"] for layer in said["layers"] for module in layer["modules"]
+        module: layer["chosen"] for layer in document["layers"] for module in layer["modules"]
     }
-    stored = sum(layer["candidates"][layer["chosen"]]["bytes"] for layer in said["layers"])
+    stored = sum(layer["candidates"][layer["chosen"]]["bytes"] for layer in document["layers"])
     assert 8 * stored == sum(
         stack.bits(m) * e.numel for stack in plan.stacks for m, e in stack.members.items()
     )
     assert (
-        said["bits"]
+        document["bits"]
         == 8 * stored / sum(e.numel for stack in plan.stacks for e in stack.members.values())
         <= 6.005
     )
-    note = bitpress.compress(model, tmp_path / "out", recipe_file=recipe, threads=1)
-    assert round(note.bits, 6) == round(said["bits"], 6)
-    assert said["kl"] == pytest.approx(
-        sum(layer["candidates"][layer["chosen"]]["kl"] for layer in said["layers"])
+    manifest = bitpress.compress(model, tmp_path / "out", recipe_file=recipe, threads=1)
+    assert round(manifest.bits, 6) == round(document["bits"], 6)
+    assert document["kl"] == pytest.approx(
+        sum(layer["candidates"][layer["chosen"]]["kl"] for layer in document["layers"])
     )
-    assert said["everywhere"]["toy"]["kl"] < said["kl"] < said["everywhere"]["short"]["kl"]
+    assert (
+        document["everywhere"]["toy"]["kl"] < document["kl"] < document["everywhere"]["short"]["kl"]
+    )
 
 
 def test_people_get_a_table_and_a_file_they_can_read(
@@ -190,9 +197,9 @@ def test_people_get_a_table_and_a_file_they_can_read(
     text = recipe.read_text()
     together = ", ".join(f'"model.layers.0.self_attn.{x}_proj"' for x in "qkv")
     assert f"    {together},  # short " in text
-    rules = tomllib.loads(text)["layers"]
-    assert {"use": "short", "levels": 5} in [step for rule in rules for step in rule["steps"]]
-    assert not [pattern for rule in rules for pattern in rule["match"] if "1.mlp" in pattern]
+    tables = tomllib.loads(text)["layers"]
+    assert {"use": "short", "levels": 5} in [step for rule in tables for step in rule["steps"]]
+    assert not [pattern for rule in tables for pattern in rule["match"] if "1.mlp" in pattern]
     assert "expected KL divergence" in text
     assert re.search(r"^# short everywhere: 4\.2\d bits per weight, 0\.\d{6}$", text, re.MULTILINE)
 
@@ -213,8 +220,8 @@ def test_one_scheme_with_several_settings_is_several_choices(
         "search", model, *words, "--calibration", model.parent / "text.txt", *TEXT, path=installed
     )
     assert done.returncode == 0, done.stderr
-    rules = tomllib.loads(recipe.read_text())["layers"]
-    assert [rule["steps"] for rule in rules] == [
+    tables = tomllib.loads(recipe.read_text())["layers"]
+    assert [rule["steps"] for rule in tables] == [
         [{"use": "learner", "bits": 7, "factors": "4 0.5"}]
     ]
 
@@ -222,7 +229,7 @@ def test_one_scheme_with_several_settings_is_several_choices(
 def test_with_room_for_it_every_layer_gets_what_costs_least(
     installed: Path, model: Path, tmp_path: Path
 ) -> None:
-    found = search(
+    result = search(
         model,
         tmp_path / "r.toml",
         schemes=["short", "toy"],
@@ -231,17 +238,17 @@ def test_with_room_for_it_every_layer_gets_what_costs_least(
         **CHEAP,
     )
     least = {
-        u.name: min(("short", "toy"), key=lambda n: found.divergences[u.name, n])
-        for u in found.search.units
+        u.name: min(("short", "toy"), key=lambda n: result.divergences[u.name, n])
+        for u in result.search.units
     }
-    assert found.choice == least
+    assert result.choice == least
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_experts_of_a_block_share_one_scheme(installed: Path, tmp_path: Path, family: str) -> None:
     source = build(family, tmp_path / "m")
     text = source.parent / "text.txt"
-    found = search(
+    result = search(
         source,
         tmp_path / "r.toml",
         schemes=["short", "toy"],
@@ -252,13 +259,13 @@ def test_experts_of_a_block_share_one_scheme(installed: Path, tmp_path: Path, fa
         threads=1,
     )
     # of 4 experts 3 layers each
-    experts = [unit for unit in found.search.units if len(unit.modules) == 12]
+    experts = [unit for unit in result.search.units if len(unit.modules) == 12]
     assert [unit.block for unit in experts] == [0, 1]
     assert all(len(unit.patterns) == 1 for unit in experts)
-    assert all(found.divergences[unit.name, "short"] > 0 for unit in experts)
+    assert all(result.divergences[unit.name, "short"] > 0 for unit in experts)
     plan = bitpress.plan(source, recipe_file=tmp_path / "r.toml")
     assert {m for stack in plan.stacks for m in stack.members} == {
-        m for unit in found.search.units for m in unit.modules
+        m for unit in result.search.units for m in unit.modules
     }
 
 
@@ -325,20 +332,20 @@ def test_a_budget_is_refused_from_headers_alone(installed: Path, tmp_path: Path)
 
 
 def test_memory_that_is_short_changes_nothing(installed: Path, model: Path, tmp_path: Path) -> None:
-    given = {
+    options = {
         "schemes": ["learner", "toy"],
         "budget": 99,
         "calibration": model.parent / "text.txt",
         **CHEAP,
     }
     with pytest.raises(RecipeError, match="the search needs about") as refused:
-        search(model, tmp_path / "r.toml", max_memory=1, **given)
+        search(model, tmp_path / "r.toml", max_memory=1, **options)
     least = 1_000_000 * (
         1 + int(re.findall(r"about ([\d,]+) MB", str(refused.value))[0].replace(",", ""))
     )
     with patch.object(tempfile, "TemporaryFile", wraps=tempfile.TemporaryFile) as files:
-        held = search(model, tmp_path / "held.toml", **given)
+        held = search(model, tmp_path / "held.toml", **options)
         assert not files.called
-        spilled = search(model, tmp_path / "spilled.toml", max_memory=least, **given)
+        spilled = search(model, tmp_path / "spilled.toml", max_memory=least, **options)
         assert files.called
     assert held.divergences == spilled.divergences

@@ -76,13 +76,13 @@ def family(
 
 def last_hidden(folder: Path, container: str, batch: Tensor) -> Tensor:
     """What the last block of the whole model returns."""
-    model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=FLOAT).eval(), []
+    model, captured = AutoModelForCausalLM.from_pretrained(folder, dtype=FLOAT).eval(), []
     model.get_submodule(container)[-1].register_forward_hook(
-        lambda module, arguments, output: seen.append(output)
+        lambda module, arguments, output: captured.append(output)
     )
     with torch.no_grad():
         model(input_ids=batch, use_cache=False)
-    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    return captured[0][0] if isinstance(captured[0], tuple) else captured[0]
 
 
 @pytest.mark.parametrize("spilled", [False, True], ids=["in memory", "on disk"])
@@ -111,9 +111,9 @@ def test_the_head_makes_of_the_last_block_s_outputs_what_the_whole_model_makes(
         decoder = Decoder(open_checkpoint(folder), container, reader)
         with open_head(decoder, () if container == "transformer.h" else None) as logits:
             hidden = last_hidden(folder, container, BATCHES[0]).flatten(0, 1)
-            found = torch.cat([logits(piece) for piece in hidden.split(7)])
+            result = torch.cat([logits(piece) for piece in hidden.split(7)])
         expected = model(input_ids=BATCHES[0], use_cache=False).logits.flatten(0, 1)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
 
 
 def linear_names(block: nn.Module) -> list[str]:
@@ -131,7 +131,7 @@ def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees
         names = course(block, linear_names(block), calls[0], captured.hidden_states[0]).called
         assert set(names) == set(linear_names(block))
         doors = Doors(block, names)
-        seen: dict[int, list[Tensor | None]] = {}
+        inputs_by_limit: dict[int, list[Tensor | None]] = {}
         # of two batches
         for waiting in (2, 1, 0):
             streams = Streams(
@@ -139,14 +139,14 @@ def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees
             )
             streams.enter(block, None, calls)
             inputs = [
-                found.inputs
+                result.inputs
                 for site in range(len(names))
-                for found in streams.arrivals(site, False)
+                for result in streams.arrivals(site, False)
             ]
             streams.leave()
-            seen[waiting] = [*inputs, streams.states[0], streams.states[1]]
+            inputs_by_limit[waiting] = [*inputs, streams.states[0], streams.states[1]]
         doors.close()
-    for both, one, none in zip(*seen.values(), strict=True):
+    for both, one, none in zip(*inputs_by_limit.values(), strict=True):
         assert both is not None
         assert torch.equal(both, one)
         assert torch.equal(both, none)
@@ -212,12 +212,12 @@ def test_forwards_that_do_not_wait_hold_nothing(family: tuple[Path, str], tmp_pa
         decoder = Decoder(open_checkpoint(folder), container, reader)
         captured = capture_inputs(decoder, BATCHES, tmp_path)
         block, source, calls = decoder.load_block(0), decoder.load_block(0), captured.calls[0]
-        found = course(block, linear_names(block), calls[0], captured.hidden_states[0])
-        doors = [Doors(b, found.called, found.writers) for b in (block, source)]
+        result = course(block, linear_names(block), calls[0], captured.hidden_states[0])
+        doors = [Doors(b, result.called, result.writers) for b in (block, source)]
         reference = HiddenStates((captured.hidden_states[i] for i in range(2)), tmp_path)
         streams = Streams(captured.hidden_states, reference, [0, 1], 0, CPU)
         streams.enter(block, source, calls)
-        site = len(found.called) - 1
+        site = len(result.called) - 1
         assert all(arrival.residual is not None for arrival in streams.arrivals(site, True))
         gc.collect()
         size = captured.hidden_states[0].numel()
@@ -298,8 +298,8 @@ def test_the_layers_whose_outputs_a_block_adds_to_its_input_are_found(
         captured = capture_inputs(decoder, BATCHES)
         for index in range(2):
             block = decoder.load_block(index)
-            found = course(
+            result = course(
                 block, linear_names(block), captured.calls[index][0], captured.hidden_states[0]
             )
             kind = AutoConfig.from_pretrained(folder).model_type
-            assert set(found.writers) == WRITERS.get(kind, {"self_attn.o_proj", "mlp.down_proj"})
+            assert set(result.writers) == WRITERS.get(kind, {"self_attn.o_proj", "mlp.down_proj"})

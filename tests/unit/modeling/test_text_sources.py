@@ -68,20 +68,20 @@ def sparse(file: Path, begin: bytes, size: int) -> Path:
 def test_a_line_of_a_gigabyte_is_refused_without_reading_it(model: Path, tmp_path: Path) -> None:
     file = sparse(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "', 1 << 30)
     with (
-        memory_taken() as taken,
+        memory_taken() as peak,
         pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than 67,108,864 bytes"),
     ):
         load_calibration_data(CalibrationConfig(str(file)), model, CONFIG)
-    assert taken[0] < 300e6
+    assert peak[0] < 300e6
 
 
 @pytest.mark.parametrize("seed", [0, 1], ids=["its beginning", "all of it"])
 def test_a_gigabyte_of_nothing_fills_no_memory(model: Path, tmp_path: Path, seed: int) -> None:
     file = sparse(tmp_path / "a.txt", b"", 1 << 30)
     refused = pytest.raises(DataError, match=r"a\.txt: it holds more than 268,435,456 characters")
-    with memory_taken() as taken, refused if seed else nullcontext():
+    with memory_taken() as peak, refused if seed else nullcontext():
         load_calibration_data(CalibrationConfig(str(file), 2, 32, seed), model, CONFIG)
-    assert taken[0] < 900e6
+    assert peak[0] < 900e6
 
 
 def test_one_text_longer_than_is_wanted_is_tokenized_no_further(
@@ -136,8 +136,8 @@ def test_any_bytes_are_texts_or_refused_in_one_line(model: Path, tmp_path: Path)
         try:
             text_sources.read(str(file), 1000, lambda messages: str(messages))
         except DataError as e:
-            told = str(e)
-            assert len(told.splitlines()) == 1
+            message = str(e)
+            assert len(message.splitlines()) == 1
 
 
 def test_a_file_that_is_not_there_is_said_with_the_nearest_name(

@@ -76,11 +76,11 @@ def loaded(
 
 
 def test_packing_loses_and_repeats_no_token(model: Path, tmp_path: Path) -> None:
-    found = loaded(model, json_lines(tmp_path / "a.jsonl"))
+    sequences = loaded(model, json_lines(tmp_path / "a.jsonl"))
     tokens = tokens_of("\n".join(TEXTS))
-    assert found.input_ids.shape == (len(tokens) // 32, 32)
-    assert found.input_ids.dtype == torch.int64
-    assert found.input_ids.flatten().tolist() == tokens[: found.input_ids.numel()]
+    assert sequences.input_ids.shape == (len(tokens) // 32, 32)
+    assert sequences.input_ids.dtype == torch.int64
+    assert sequences.input_ids.flatten().tolist() == tokens[: sequences.input_ids.numel()]
 
 
 @pytest.mark.parametrize("write", [json_lines, parquet])
@@ -88,11 +88,11 @@ def test_every_kind_of_file_gives_the_same_tokens(
     model: Path, tmp_path: Path, write: Callable[[Path], Path]
 ) -> None:
     kind = write.__name__.replace("json_lines", "jsonl")
-    found = loaded(model, write(tmp_path / f"a.{kind}"))
+    sequences = loaded(model, write(tmp_path / f"a.{kind}"))
     same = loaded(model, plain(tmp_path / "a.txt"))
-    assert torch.equal(found.input_ids, same.input_ids)
-    assert found.digest == same.digest
-    assert (found.source, same.source) == (f"a.{kind}", "a.txt")
+    assert torch.equal(sequences.input_ids, same.input_ids)
+    assert sequences.digest == same.digest
+    assert (sequences.source, same.source) == (f"a.{kind}", "a.txt")
 
 
 @pytest.mark.parametrize("write", [json_lines, plain, parquet])
@@ -119,9 +119,9 @@ def test_text_of_uncommonly_long_tokens_is_read_as_far_as_needed(
 ) -> None:
     (model / "tokenizer.json").write_text(word_tokenizer(200))
     (tmp_path / "a.txt").write_text(" ".join(["x" * 200] * 500))
-    found = load_calibration_data(CalibrationConfig(str(tmp_path / "a.txt"), 4, 16), model, {})
-    assert found.input_ids.shape == (4, 16)
-    assert not found.warnings
+    result = load_calibration_data(CalibrationConfig(str(tmp_path / "a.txt"), 4, 16), model, {})
+    assert result.input_ids.shape == (4, 16)
+    assert not result.warnings
 
 
 def word_tokenizer(width: int) -> str:
@@ -162,14 +162,14 @@ def test_chats_go_through_the_template(
     model: Path, tmp_path: Path, write: Callable[..., Path]
 ) -> None:
     give_template(model)
-    found = loaded(
+    sequences = loaded(
         model,
         write(tmp_path / ("a.jsonl" if write is json_lines else "a.parquet"), "messages", CHATS),
     )
     rendered = "\n".join(f"<s>[user] {text}[assistant] Noted." for text in TEXTS)
     assert (
-        found.input_ids.flatten().tolist()
-        == tokens_of(rendered, special=False)[: found.input_ids.numel()]
+        sequences.input_ids.flatten().tolist()
+        == tokens_of(rendered, special=False)[: sequences.input_ids.numel()]
     )
 
 
@@ -193,13 +193,13 @@ def test_a_template_that_refuses_is_quoted(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_default_text_needs_nothing(model: Path) -> None:
-    found = load_calibration_data(
+    result = load_calibration_data(
         CalibrationConfig(), model, {**CONFIG, "max_position_embeddings": 1024}
     )
-    assert found.source == "the text that ships with bitpress"
-    assert not found.warnings
-    assert found.input_ids.shape[1] == 512
-    assert found.input_ids.shape[0] > 128
+    assert result.source == "the text that ships with bitpress"
+    assert not result.warnings
+    assert result.input_ids.shape[1] == 512
+    assert result.input_ids.shape[0] > 128
 
 
 def test_too_little_is_said_with_how_much_there_was(model: Path, tmp_path: Path) -> None:
@@ -214,9 +214,11 @@ def test_too_little_is_said_with_how_much_there_was(model: Path, tmp_path: Path)
 
 def test_less_than_one_sequence_is_one_shorter_sequence(model: Path, tmp_path: Path) -> None:
     count = len(tokens_of(TEXTS[0] + "\n" + TEXTS[1]))
-    found = loaded(model, json_lines(tmp_path / "a.jsonl", values=TEXTS[:2]), samples=4, length=100)
-    assert found.input_ids.shape == (1, count)
-    assert found.warnings == (
+    sequences = loaded(
+        model, json_lines(tmp_path / "a.jsonl", values=TEXTS[:2]), samples=4, length=100
+    )
+    assert sequences.input_ids.shape == (1, count)
+    assert sequences.warnings == (
         f"0 of 4 sequences of 100 tokens, one of {count} tokens: a.jsonl holds {count} tokens",
     )
 
@@ -226,11 +228,11 @@ def test_a_length_beyond_the_model_s_is_cut_with_a_warning(
     model: Path, tmp_path: Path, nested: bool
 ) -> None:
     config = {"text_config": CONFIG} if nested else CONFIG
-    found = load_calibration_data(
+    result = load_calibration_data(
         CalibrationConfig(str(json_lines(tmp_path / "a.jsonl")), 2, 4096), model, config
     )
-    assert found.input_ids.shape == (2, 128)
-    assert found.warnings == (
+    assert result.input_ids.shape == (2, 128)
+    assert result.warnings == (
         "sequences of 4096 tokens cut to 128, the model's max_position_embeddings",
     )
 
@@ -252,21 +254,21 @@ def test_a_parquet_file_without_texts_is_refused(model: Path, tmp_path: Path) ->
 def test_a_dataset_is_streamed_by_name_and_subset(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[Any, ...]] = []
+    requests: list[tuple[Any, ...]] = []
 
     def load_dataset(
         name: str, subset: str | None, *, split: str, streaming: bool
     ) -> list[dict[str, str]]:
-        asked.append((name, subset, split, streaming))
+        requests.append((name, subset, split, streaming))
         if name == "gone":
             raise ConnectionError("Couldn't reach the Hub\nmore of it")
         return [{"text": text} for text in TEXTS]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    found = loaded(model, "someone/texts:small")
-    assert asked == [("someone/texts", "small", "train", True)]
-    assert found.source == "someone/texts:small"
-    assert torch.equal(found.input_ids, loaded(model, plain(tmp_path / "a.txt")).input_ids)
+    sequences = loaded(model, "someone/texts:small")
+    assert requests == [("someone/texts", "small", "train", True)]
+    assert sequences.source == "someone/texts:small"
+    assert torch.equal(sequences.input_ids, loaded(model, plain(tmp_path / "a.txt")).input_ids)
     with pytest.raises(
         DataError, match=r"gone: it is neither a file nor a dataset .* \(Couldn't reach the Hub\)$"
     ):

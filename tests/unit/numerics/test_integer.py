@@ -78,8 +78,8 @@ def test_a_grid_is_the_best_of_all_tried_but_for_how_finely_their_costs_are_know
         span = groups.amax(2).clamp(min=0) - groups.amin(2).clamp(max=0)
     # a cost, e², rises by at most 2 e for each unit; so much it may differ from its mean in a
     # place, and two are compared
-    place = 2 * span / (4096 if symmetric else 2048)
-    tolerance = 2 * max_error * place * importance.view(-1, group).sum(1)
+    step_size = 2 * span / (4096 if symmetric else 2048)
+    tolerance = 2 * max_error * step_size * importance.view(-1, group).sum(1)
     assert (cost(weight, grid, importance) <= (best + tolerance) * (1 + 1e-5)).all()
 
 

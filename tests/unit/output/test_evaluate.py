@@ -87,28 +87,28 @@ def write_like(
 
 
 def test_one_model_s_perplexity_is_that_of_the_whole_model(model: Path) -> None:
-    found = run(model, None)
-    assert found.perplexity == pytest.approx(
+    result = run(model, None)
+    assert result.perplexity == pytest.approx(
         figures(model, model, text_ids(model))["perplexity"], rel=1e-5
     )
-    assert (found.tokens, found.sequence_length, found.text) == (TOKENS, LENGTH, "text.txt")
-    assert (found.kl, found.top1, found.rise, found.drift) == (None, None, None, ())
+    assert (result.tokens, result.sequence_length, result.text) == (TOKENS, LENGTH, "text.txt")
+    assert (result.kl, result.top1, result.rise, result.drift) == (None, None, None, ())
 
 
 def test_two_models_are_compared_token_by_token(model: Path, other: Path) -> None:
-    found, expected = run(other, model), figures(other, model, text_ids(model))
+    result, expected = run(other, model), figures(other, model, text_ids(model))
     assert expected["kl"] > 1e-3
     assert 0 < expected["top1"] < 1
     for name, value in expected.items():
-        assert getattr(found, name) == pytest.approx(value, rel=1e-4), name
-    assert len(found.drift) == CONFIG["num_hidden_layers"]
-    assert list(found.drift) == sorted(found.drift)
-    assert found.drift[0] > 0
+        assert getattr(result, name) == pytest.approx(value, rel=1e-4), name
+    assert len(result.drift) == CONFIG["num_hidden_layers"]
+    assert list(result.drift) == sorted(result.drift)
+    assert result.drift[0] > 0
 
 
 def test_a_model_is_its_own_equal(model: Path) -> None:
-    found = run(model, model)
-    assert (found.kl, found.rise, found.top1, set(found.drift)) == (0, 0, 1, {0})
+    result = run(model, model)
+    assert (result.kl, result.rise, result.top1, set(result.drift)) == (0, 0, 1, {0})
 
 
 def test_a_tied_head_computes_with_the_embeddings(tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_models_with_unlike_heads_are_compared_too(model: Path, tmp_path: Path) 
     tensors = llama_tensors(config=CONFIG)
     tensors["lm_head.weight"] *= 1.25
     other = write_like(model, tmp_path / "other", tensors, CONFIG)
-    found, expected = run(other, model), figures(other, model, text_ids(model))
-    assert found.kl == pytest.approx(expected["kl"], rel=1e-4)
-    assert set(found.drift) == {0}
+    result, expected = run(other, model), figures(other, model, text_ids(model))
+    assert result.kl == pytest.approx(expected["kl"], rel=1e-4)
+    assert set(result.drift) == {0}
 
 
 @pytest.mark.parametrize(
@@ -137,19 +137,19 @@ def test_the_figures_do_not_depend_on_how_much_is_held(
     whole = run(other, model)
     monkeypatch.setattr(metrics, "MAX_LOGITS", logits)
     monkeypatch.setattr(memory, "available", lambda: 0 if spilled else 1 << 40)
-    found = run(other, model)
+    result = run(other, model)
     for name in ("perplexity", "source_perplexity", "kl", "top1"):
-        assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-5), name
+        assert getattr(result, name) == pytest.approx(getattr(whole, name), rel=1e-5), name
 
 
 def test_an_output_is_run_with_its_restored_weights(model: Path, toy: Path, tmp_path: Path) -> None:
     with plugins(toy):
         bitpress.compress(model, tmp_path / "out", scheme="toy", settings=["levels=7"])
         bitpress.decompress(tmp_path / "out", tmp_path / "dense")
-        found, dense = run(tmp_path / "out", model), run(tmp_path / "dense", model)
+        result, dense = run(tmp_path / "out", model), run(tmp_path / "dense", model)
     # decompressed weights are rounded to bfloat16
-    assert found.kl == pytest.approx(dense.kl, rel=0.02)
-    assert found.kl > 1e-4
+    assert result.kl == pytest.approx(dense.kl, rel=0.02)
+    assert result.kl > 1e-4
 
 
 def test_a_scheme_that_rounds_activations_must_say_how(
@@ -163,15 +163,15 @@ def test_a_scheme_that_rounds_activations_must_say_how(
     )
     with plugins(toy):
         bitpress.compress(model, tmp_path / "out", scheme="toy")
-    said = refusal("eval", tmp_path / "out", "--text", model.parent / "text.txt", path=toy)
-    assert "scheme toy (bitpress-scheme-toy 1.0): it has no `quantize_activations` hook" in said
+    message = refusal("eval", tmp_path / "out", "--text", model.parent / "text.txt", path=toy)
+    assert "scheme toy (bitpress-scheme-toy 1.0): it has no `quantize_activations` hook" in message
     module.write_text(
         module.read_text() + "\n@hookimpl\ndef quantize_activations(inputs): return inputs * 0\n"
     )
     with plugins(toy):
-        found = run(tmp_path / "out", model)
+        result = run(tmp_path / "out", model)
     # blocks add nothing but what they were given
-    assert found.drift[-1] > 0.3
+    assert result.drift[-1] > 0.3
 
 
 def test_the_command_prints_figures_for_people_and_for_scripts(model: Path, other: Path) -> None:
@@ -190,7 +190,7 @@ def test_the_command_prints_figures_for_people_and_for_scripts(model: Path, othe
     words += ["--max-tokens", TOKENS]
     done = command(*words)
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(command(*words, "--json").stdout)
+    document = json.loads(command(*words, "--json").stdout)
     assert {
         "model",
         "against",
@@ -201,11 +201,11 @@ def test_the_command_prints_figures_for_people_and_for_scripts(model: Path, othe
         "top1",
         "tokens",
         "sequence_length",
-    } <= set(found)
+    } <= set(document)
     for shown in (
-        f"{found['perplexity']:.4f}",
-        f"{found['kl']:.6f} nats per token",
-        f"{found['top1']:.3%}",
+        f"{document['perplexity']:.4f}",
+        f"{document['kl']:.6f} nats per token",
+        f"{document['top1']:.3%}",
         "960 tokens of text",
     ):
         assert shown in done.stdout
@@ -257,17 +257,17 @@ def test_a_run_is_checked_in_the_same_breath(model: Path, toy: Path, tmp_path: P
     text, out = model.parent / "text.txt", tmp_path / "out"
     done = command("compress", model, out, *CHECK, "--check", text, path=toy)
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(
+    document = json.loads(
         command(
             "eval", out, "--text", text, "--against", model, "--threads", "1", "--json", path=toy
         ).stdout
     )
-    kept = json.loads((out / "bitpress.json").read_text())["check"]
-    assert kept["kl"] > 1e-4
-    assert kept == {name: found[name] for name in kept}
-    assert f"KL divergence    {kept['kl']:.6f} nats per token" in done.stdout
+    check = json.loads((out / "bitpress.json").read_text())["check"]
+    assert check["kl"] > 1e-4
+    assert check == {name: document[name] for name in check}
+    assert f"KL divergence    {check['kl']:.6f} nats per token" in done.stdout
     assert command("verify", out, "--against", model, path=toy).returncode == 0
-    assert json.loads(command("inspect", out, "--json").stdout)["check"] == kept
+    assert json.loads(command("inspect", out, "--json").stdout)["check"] == check
 
 
 def test_a_result_that_is_too_far_from_its_source_does_not_look_finished(

@@ -83,7 +83,7 @@ def test_without_a_card_there_is_nothing_to_link(with_toy: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "own",
+    "front_matter",
     [
         "---\nlicense: [\n---\n",
         "---\n- a\n---\n",
@@ -105,22 +105,22 @@ def test_without_a_card_there_is_nothing_to_link(with_toy: Path, tmp_path: Path)
     ],
 )
 def test_front_matter_that_says_nothing_usable_is_left_where_it_is(
-    with_toy: Path, model: Path, tmp_path: Path, own: str
+    with_toy: Path, model: Path, tmp_path: Path, front_matter: str
 ) -> None:
-    (model / "README.md").write_text(own, encoding="utf-8")
+    (model / "README.md").write_text(front_matter, encoding="utf-8")
     began = time.monotonic()
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     assert time.monotonic() - began < PATIENCE
     assert "license" not in front(tmp_path / "out")
-    assert (tmp_path / "out/README.source.md").read_text(encoding="utf-8") == own
+    assert (tmp_path / "out/README.source.md").read_text(encoding="utf-8") == front_matter
 
 
 def test_a_card_that_is_not_unicode_is_kept_as_it_is(
     with_toy: Path, model: Path, tmp_path: Path
 ) -> None:
-    (model / "README.md").write_bytes(own := bytes(range(256)))
+    (model / "README.md").write_bytes(card := bytes(range(256)))
     bitpress.compress(model, tmp_path / "out", scheme="toy")
-    assert (tmp_path / "out/README.source.md").read_bytes() == own
+    assert (tmp_path / "out/README.source.md").read_bytes() == card
 
 
 @pytest.mark.parametrize("name", ["README.md", "bitpress.json"])
@@ -166,15 +166,15 @@ def test_the_command_makes_the_same_files_again(toy: Path, tmp_path: Path) -> No
 
 def test_the_figures_are_those_of_the_manifest(with_toy: Path, tmp_path: Path) -> None:
     model = runnable_model(tmp_path / "model", config=CONFIG | {"num_hidden_layers": 1})
-    note = bitpress.compress(
+    manifest = bitpress.compress(
         model, tmp_path / "out", scheme="toy", check=model.parent / "text.txt", threads=1
     )
     card = (tmp_path / "out/README.md").read_text()
-    assert note.check is not None
-    worst = max(layer.error or 0 for layer in note.layers.values())
+    assert manifest.check is not None
+    worst = max(layer.error or 0 for layer in manifest.layers.values())
     for figure in (
-        f"{note.bits:.2f} bits per weight",
-        f"{note.check.kl:.6f} nats per token",
+        f"{manifest.bits:.2f} bits per weight",
+        f"{manifest.check.kl:.6f} nats per token",
         f"at most {worst:.5f}",
         "bitpress-scheme-toy 1.0",
     ):

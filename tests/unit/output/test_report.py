@@ -20,7 +20,7 @@ from bitpress.output import manifest
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `plugins`, and `out`, a checked output of a toy model."""
     folder = tmp_path_factory.mktemp("made")
     model = runnable_model(folder / "model")
@@ -30,8 +30,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def page(made: Path, tmp_path: Path) -> str:
-    done = command("report", made / "out", "--html", tmp_path / "page.html", path=made / "plugins")
+def page(outputs: Path, tmp_path: Path) -> str:
+    done = command(
+        "report", outputs / "out", "--html", tmp_path / "page.html", path=outputs / "plugins"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (
         0,
         f"{tmp_path / 'page.html'}: written\n",
@@ -40,20 +42,21 @@ def page(made: Path, tmp_path: Path) -> str:
     return (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_the_page_holds_every_figure_of_the_manifest(made: Path, page: str) -> None:
-    note = json.loads((made / "out/bitpress.json").read_text())
-    for name, layer in note["layers"].items():
+def test_the_page_holds_every_figure_of_the_manifest(outputs: Path, page: str) -> None:
+    document = json.loads((outputs / "out/bitpress.json").read_text())
+    for name, layer in document["layers"].items():
         assert f"<code>{name}</code>" in page
         assert f"{layer['error']:.3%}" in page
     for words in (
-        f"{note['check']['kl']:.4f}",
-        f"{note['check']['top1']:.1%}",
-        f"{note['check']['perplexity']:.3f}",
+        f"{document['check']['kl']:.4f}",
+        f"{document['check']['top1']:.1%}",
+        f"{document['check']['perplexity']:.3f}",
         "runs anywhere",
     ):
         assert words in page
     assert all(
-        file["sha256"] in page for file in (*note["inputs"].values(), *note["files"].values())
+        file["sha256"] in page
+        for file in (*document["inputs"].values(), *document["files"].values())
     )
 
 
@@ -88,47 +91,49 @@ def test_words_are_text_that_can_be_searched(page: str) -> None:
     }
 
 
-def test_the_same_output_gives_the_same_page(made: Path, page: str, tmp_path: Path) -> None:
-    command("report", made / "out", "--html", tmp_path / "again.html", path=made / "plugins")
+def test_the_same_output_gives_the_same_page(outputs: Path, page: str, tmp_path: Path) -> None:
+    command("report", outputs / "out", "--html", tmp_path / "again.html", path=outputs / "plugins")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
 
 
-def test_a_page_goes_beside_the_output_and_leaves_it_proved(made: Path) -> None:
-    assert command("report", made / "out", path=made / "plugins").returncode == 0
-    assert (made / "out.html").is_file()
-    assert command("verify", made / "out", path=made / "plugins").returncode == 0
+def test_a_page_goes_beside_the_output_and_leaves_it_proved(outputs: Path) -> None:
+    assert command("report", outputs / "out", path=outputs / "plugins").returncode == 0
+    assert (outputs / "out.html").is_file()
+    assert command("verify", outputs / "out", path=outputs / "plugins").returncode == 0
 
 
-def test_names_are_written_out_and_not_obeyed(made: Path) -> None:
+def test_names_are_written_out_and_not_obeyed(outputs: Path) -> None:
     from bitpress.output.report.page import page
 
-    shown = page(manifest.read_manifest(made / "out"), "<script>alert(1)</script>")
+    shown = page(manifest.read_manifest(outputs / "out"), "<script>alert(1)</script>")
     assert "<script>" not in shown
     assert "&lt;script&gt;alert(1)" in shown
 
 
-def test_a_scheme_that_is_not_installed_costs_only_its_hardware(made: Path, tmp_path: Path) -> None:
-    assert command("report", made / "out", "--html", tmp_path / "page.html").returncode == 0
+def test_a_scheme_that_is_not_installed_costs_only_its_hardware(
+    outputs: Path, tmp_path: Path
+) -> None:
+    assert command("report", outputs / "out", "--html", tmp_path / "page.html").returncode == 0
     assert "not known here: scheme &#x27;toy&#x27; is not installed" in (
         tmp_path / "page.html"
     ).read_text(encoding="utf-8")
 
 
 def test_without_matplotlib_it_says_what_to_install(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'bitpress-core[report]'" in refusal(
-        "report", made / "out", "--html", tmp_path / "page.html"
+        "report", outputs / "out", "--html", tmp_path / "page.html"
     )
     assert not (tmp_path / "page.html").exists()
 
 
-def test_what_bitpress_did_not_write_has_no_report(made: Path) -> None:
-    assert "was not written by bitpress" in refusal("report", made / "model")
+def test_what_bitpress_did_not_write_has_no_report(outputs: Path) -> None:
+    assert "was not written by bitpress" in refusal("report", outputs / "model")
 
 
-def test_inspect_tells_of_the_check_too(made: Path) -> None:
-    shown = command("inspect", made / "out").stdout
-    kl = json.loads((made / "out/bitpress.json").read_text())["check"]["kl"]
+def test_inspect_tells_of_the_check_too(outputs: Path) -> None:
+    shown = command("inspect", outputs / "out").stdout
+    kl = json.loads((outputs / "out/bitpress.json").read_text())["check"]["kl"]
     assert f"KL divergence    {kl:.6f} nats per token" in shown

@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `plugins`, `model`, its output `out`, and `sharded`, the output of the same in
     two shards.
     """
@@ -51,9 +51,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def copy(made: Path, name: str, to: Path) -> Path:
+def copy(outputs: Path, name: str, to: Path) -> Path:
     """A copy of an output, to be damaged."""
-    for file, data in files_of(made / name).items():
+    for file, data in files_of(outputs / name).items():
         (to / file).parent.mkdir(parents=True, exist_ok=True)
         (to / file).write_bytes(data)
     return to
@@ -63,22 +63,22 @@ def mend_digests(out: Path) -> None:
     """Write the sizes and digests of the files as they are into the manifest, as one who hides a
     damage would.
     """
-    note = json.loads((out / "bitpress.json").read_text())
-    found = {name: data for name, data in files_of(out).items() if name != "bitpress.json"}
-    note["files"] = {
+    manifest = json.loads((out / "bitpress.json").read_text())
+    stored = {name: data for name, data in files_of(out).items() if name != "bitpress.json"}
+    manifest["files"] = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in found.items()
+        for name, data in stored.items()
     }
-    sign(out, note)
+    sign(out, manifest)
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     """A damage to the tensors of the output's one file."""
 
     def damage(out: Path) -> None:
-        found = load_file(out / FILE)
-        change(found)
-        save_file(found, out / FILE, metadata={"format": "pt"})
+        stored = load_file(out / FILE)
+        change(stored)
+        save_file(stored, out / FILE, metadata={"format": "pt"})
 
     return damage
 
@@ -95,28 +95,28 @@ def table(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
 
 
 def scale(value: float) -> Callable[[Path], None]:
-    return tensors(lambda found: found[f"{LAYER}.weight_scale"][7].fill_(value))
+    return tensors(lambda stored: stored[f"{LAYER}.weight_scale"][7].fill_(value))
 
 
 def quantized(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return table("config.json", lambda config: change(config["quantization_config"]))
 
 
-def flip_a_code(found: dict[str, torch.Tensor]) -> None:
-    found[f"{LAYER}.weight"][200, 100] ^= 2
+def flip_a_code(stored: dict[str, torch.Tensor]) -> None:
+    stored[f"{LAYER}.weight"][200, 100] ^= 2
 
 
-def swap_two_rows(found: dict[str, torch.Tensor]) -> None:
+def swap_two_rows(stored: dict[str, torch.Tensor]) -> None:
     for suffix in ("weight", "weight_scale"):
-        found[f"{LAYER}.{suffix}"][[3, 4]] = found[f"{LAYER}.{suffix}"][[4, 3]]
+        stored[f"{LAYER}.{suffix}"][[3, 4]] = stored[f"{LAYER}.{suffix}"][[4, 3]]
 
 
-def cut_a_row(found: dict[str, torch.Tensor]) -> None:
-    found[f"{LAYER}.weight"] = found[f"{LAYER}.weight"][:-1].clone()
+def cut_a_row(stored: dict[str, torch.Tensor]) -> None:
+    stored[f"{LAYER}.weight"] = stored[f"{LAYER}.weight"][:-1].clone()
 
 
-def widen_a_scale(found: dict[str, torch.Tensor]) -> None:
-    found[f"{LAYER}.weight_scale"] = found[f"{LAYER}.weight_scale"].double()
+def widen_a_scale(stored: dict[str, torch.Tensor]) -> None:
+    stored[f"{LAYER}.weight_scale"] = stored[f"{LAYER}.weight_scale"].double()
 
 
 FAR, SCALE = "further from the source's than rounding can move it", "zero, infinite or NaN"
@@ -202,11 +202,11 @@ FORGED = {
 }
 
 
-def found_at_fault(made: Path, out: Path, *arguments: object) -> str:
+def found_at_fault(outputs: Path, out: Path, *arguments: object) -> str:
     """What `verify` says: exit code 1, the faults and a last line with their number on standard
     error.
     """
-    done = command("verify", out, *arguments, path=made / "plugins")
+    done = command("verify", out, *arguments, path=outputs / "plugins")
     assert done.returncode == 1, (done.stdout, done.stderr)
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith(f"bitpress: {out}: ")
@@ -215,15 +215,15 @@ def found_at_fault(made: Path, out: Path, *arguments: object) -> str:
 
 @pytest.mark.parametrize("what", FORGED)
 def test_a_damage_is_found_in_what_is_stored_even_where_the_digests_agree(
-    made: Path, tmp_path: Path, what: str
+    outputs: Path, tmp_path: Path, what: str
 ) -> None:
     damage, words = FORGED[what]
-    out = copy(made, "out", tmp_path / "out")
+    out = copy(outputs, "out", tmp_path / "out")
     damage(out)
     mend_digests(out)
-    said = found_at_fault(made, out, "--against", made / "model")
+    messages = found_at_fault(outputs, out, "--against", outputs / "model")
     for word in words:
-        assert word in said
+        assert word in messages
 
 
 def zero_a_byte(out: Path) -> None:
@@ -283,13 +283,15 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("what", CHANGED)
-def test_a_changed_file_is_found_without_the_source(made: Path, tmp_path: Path, what: str) -> None:
+def test_a_changed_file_is_found_without_the_source(
+    outputs: Path, tmp_path: Path, what: str
+) -> None:
     name, damage, words = CHANGED[what]
-    out = copy(made, name, tmp_path / "out")
+    out = copy(outputs, name, tmp_path / "out")
     damage(out)
-    said = found_at_fault(made, out)
+    messages = found_at_fault(outputs, out)
     for word in words:
-        assert word in said
+        assert word in messages
 
 
 @pytest.mark.parametrize("name", ["out", "sharded"])
@@ -298,28 +300,28 @@ def test_a_changed_file_is_found_without_the_source(made: Path, tmp_path: Path, 
 )
 @given(data=st.data())
 def test_a_change_of_any_byte_of_any_file_is_found(
-    made: Path, tmp_path: Path, name: str, data: st.DataObject
+    outputs: Path, tmp_path: Path, name: str, data: st.DataObject
 ) -> None:
     out = tmp_path / "out"
     if not out.exists():
-        copy(made, name, out)
+        copy(outputs, name, out)
     file = out / data.draw(st.sampled_from(sorted(files_of(out))), label="file")
     content = file.read_bytes()
-    place = data.draw(
+    location = data.draw(
         st.integers(0, len(content) - 1) | st.integers(0, min(len(content), 4000) - 1), label="byte"
     )
     changed = bytearray(content)
-    changed[place] ^= data.draw(st.integers(1, 255), label="bits")
+    changed[location] ^= data.draw(st.integers(1, 255), label="bits")
     file.write_bytes(changed)
     try:
-        with plugins(made / "plugins"):
+        with plugins(outputs / "plugins"):
             report = bitpress.verify(out, threads=1)
     finally:
         file.write_bytes(content)
     assert any(str(fault).startswith(file.name) for fault in report.faults), report.faults
 
 
-def test_a_damaged_manifest_is_a_fault_and_no_bad_input(made: Path, tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_a_fault_and_no_bad_input(outputs: Path, tmp_path: Path) -> None:
     for number, damage in enumerate(
         (
             lambda text: text[:-40],
@@ -328,24 +330,24 @@ def test_a_damaged_manifest_is_a_fault_and_no_bad_input(made: Path, tmp_path: Pa
             lambda text: "",
         )
     ):
-        out = copy(made, "out", tmp_path / str(number))
+        out = copy(outputs, "out", tmp_path / str(number))
         (out / "bitpress.json").write_text(damage((out / "bitpress.json").read_text()))
         assert "bitpress.json: its bytes are not those that were written" in found_at_fault(
-            made, out
+            outputs, out
         )
 
 
 @pytest.mark.parametrize("name", ["out", "sharded"])
 @pytest.mark.parametrize("source", ["model", "m2", None])
-def test_a_sound_output_is_passed(made: Path, name: str, source: str | None) -> None:
-    against = [] if source is None else ["--against", made / source]
-    done = command("verify", made / name, *against, path=made / "plugins")
+def test_a_sound_output_is_passed(outputs: Path, name: str, source: str | None) -> None:
+    against = [] if source is None else ["--against", outputs / source]
+    done = command("verify", outputs / name, *against, path=outputs / "plugins")
     assert (done.returncode, done.stderr) == (0, "")
     compared = "12 layers compared" if source else "weights not compared"
     assert compared in done.stdout
 
 
-def test_every_step_is_asked_whether_its_promise_is_kept(made: Path, tmp_path: Path) -> None:
+def test_every_step_is_asked_whether_its_promise_is_kept(outputs: Path, tmp_path: Path) -> None:
     check = (
         "@hookimpl\ndef validate_weight(weight, options):\n"
         "    return 'too large' if weight.abs().amax() > 0.1 * options.levels else None\n"
@@ -356,7 +358,7 @@ def test_every_step_is_asked_whether_its_promise_is_kept(made: Path, tmp_path: P
         TOY + check,
         "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
     )
-    out = copy(made, "out", tmp_path / "out")
+    out = copy(outputs, "out", tmp_path / "out")
     assert command("verify", out, path=strict).returncode == 0
     tensors(lambda t: t[f"{LAYER}.weight_scale"][7].mul_(1000))(out)
     mend_digests(out)
@@ -366,7 +368,7 @@ def test_every_step_is_asked_whether_its_promise_is_kept(made: Path, tmp_path: P
 
 
 def test_a_bound_that_is_no_number_somewhere_hides_no_damage_elsewhere(
-    made: Path, tmp_path: Path
+    outputs: Path, tmp_path: Path
 ) -> None:
     sound = 'return tensors["weight_scale"] * 0.501'
     assert TOY.count(sound) == 1
@@ -382,58 +384,64 @@ def test_a_bound_that_is_no_number_somewhere_hides_no_damage_elsewhere(
         scheme,
         "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
     )
-    out = copy(made, "out", tmp_path / "out")
-    assert command("verify", out, "--against", made / "model", path=plugin).returncode == 0
+    out = copy(outputs, "out", tmp_path / "out")
+    assert command("verify", out, "--against", outputs / "model", path=plugin).returncode == 0
     tensors(flip_a_code)(out)
     mend_digests(out)
-    done = command("verify", out, "--against", made / "model", path=plugin)
+    done = command("verify", out, "--against", outputs / "model", path=plugin)
     assert done.returncode == 1
     assert f"{LAYER}: a stored weight is {FAR}" in done.stderr
 
 
-def test_faults_are_told_as_json_too(made: Path, tmp_path: Path) -> None:
-    out = copy(made, "out", tmp_path / "out")
+def test_faults_are_told_as_json_too(outputs: Path, tmp_path: Path) -> None:
+    out = copy(outputs, "out", tmp_path / "out")
     tensors(flip_a_code)(out)
-    done = command("verify", out, "--against", made / "model", "--json", path=made / "plugins")
+    done = command(
+        "verify", out, "--against", outputs / "model", "--json", path=outputs / "plugins"
+    )
     assert done.returncode == 1
-    found = json.loads(done.stdout)
-    assert found["ok"] is False
-    assert [fault.split(":")[0] for fault in found["faults"]] == [FILE, LAYER]
+    document = json.loads(done.stdout)
+    assert document["ok"] is False
+    assert [fault.split(":")[0] for fault in document["faults"]] == [FILE, LAYER]
 
 
-def test_what_was_written_without_digests_is_said_to_have_none(made: Path, tmp_path: Path) -> None:
+def test_what_was_written_without_digests_is_said_to_have_none(
+    outputs: Path, tmp_path: Path
+) -> None:
     command(
         "compress",
-        made / "model",
+        outputs / "model",
         tmp_path / "out",
         "--scheme",
         "toy",
         "--no-verify",
-        path=made / "plugins",
+        path=outputs / "plugins",
     )
-    done = command("verify", tmp_path / "out", "--json", path=made / "plugins")
+    done = command("verify", tmp_path / "out", "--json", path=outputs / "plugins")
     assert done.returncode == 0
     assert "no digests" in done.stderr
     assert "no digests" in json.loads(done.stdout)["remarks"][0]
 
 
-def test_another_model_is_not_taken_for_the_source(made: Path, tmp_path: Path) -> None:
+def test_another_model_is_not_taken_for_the_source(outputs: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", llama_tensors(seed=1))
-    said = found_at_fault(made, made / "out", "--against", other)
-    assert said.count(FAR) > 1
-    assert "and 7 more" in said
+    messages = found_at_fault(outputs, outputs / "out", "--against", other)
+    assert messages.count(FAR) > 1
+    assert "and 7 more" in messages
     # 12 layers, the bias, two layers left alone, embedding and head
-    assert said.endswith("17 faults\n")
+    assert messages.endswith("17 faults\n")
 
 
-def test_what_cannot_be_proved_at_all_is_bad_input(made: Path, tmp_path: Path) -> None:
-    out = copy(made, "out", tmp_path / "out")
+def test_what_cannot_be_proved_at_all_is_bad_input(outputs: Path, tmp_path: Path) -> None:
+    out = copy(outputs, "out", tmp_path / "out")
     assert "scheme 'toy'" in refusal("verify", out)
-    note = json.loads((out / "bitpress.json").read_text())
-    note["layers"][LAYER].pop("shape")
-    sign(out, note)
-    assert "bitpress.json" in refusal("verify", out, path=made / "plugins")
+    manifest = json.loads((out / "bitpress.json").read_text())
+    manifest["layers"][LAYER].pop("shape")
+    sign(out, manifest)
+    assert "bitpress.json" in refusal("verify", out, path=outputs / "plugins")
     (out / "bitpress.json").unlink()
-    assert "was not written by bitpress" in refusal("verify", out, path=made / "plugins")
-    assert "was not written by bitpress" in refusal("verify", made / "model", path=made / "plugins")
-    assert "is not a folder" in refusal("verify", tmp_path / "nowhere", path=made / "plugins")
+    assert "was not written by bitpress" in refusal("verify", out, path=outputs / "plugins")
+    assert "was not written by bitpress" in refusal(
+        "verify", outputs / "model", path=outputs / "plugins"
+    )
+    assert "is not a folder" in refusal("verify", tmp_path / "nowhere", path=outputs / "plugins")

@@ -23,7 +23,7 @@ Tensors = dict[str, torch.Tensor]
 Table = dict[str, Any]
 
 
-def found(table: Table, tensors: Tensors) -> list[str]:
+def faults_of(table: Table, tensors: Tensors) -> list[str]:
     entries = {
         name: Entry(name, NAMES[t.dtype], tuple(t.shape), Path("f"), 0)
         for name, t in tensors.items()
@@ -233,7 +233,7 @@ BROKEN = {  # (what is broken, how, words of the fault)
 def test_a_checkpoint_that_keeps_the_rules_has_no_fault(
     good: Callable[[], tuple[Table, Tensors]],
 ) -> None:
-    assert found(*good()) == []
+    assert faults_of(*good()) == []
 
 
 def test_a_lone_tile_of_each_fused_layer_has_a_scale_of_its_own() -> None:
@@ -241,7 +241,7 @@ def test_a_lone_tile_of_each_fused_layer_has_a_scale_of_its_own() -> None:
     for module, scale in ((Q, 0.5), (K, 0.25)):
         tensors[f"{module}.weight"] = torch.zeros(4, 4, dtype=torch.int8)
         tensors[f"{module}.weight_scale"] = torch.tensor([[scale]])
-    assert found(table, tensors) == []
+    assert faults_of(table, tensors) == []
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -249,9 +249,9 @@ def test_a_broken_rule_is_a_fault_that_names_the_place(what: str) -> None:
     good, change, words = BROKEN[what]
     table, tensors = good()
     change(table, tensors)
-    said = found(table, tensors)
-    assert any(words in fault for fault in said), said
-    assert len(said) <= 3
+    messages = faults_of(table, tensors)
+    assert any(words in fault for fault in messages), messages
+    assert len(messages) <= 3
 
 
 def layout(kind: str, strategy: str, inputs: str | None, dynamic: bool = True) -> dict[str, Any]:

@@ -32,14 +32,14 @@ def checkpoint(
 
 
 def block(
-    place: str,
+    prefix: str,
     *layers: str,
     norms: tuple[str, ...] = ("input_layernorm",),
     shape: tuple[int, int] = (16, 8),
 ) -> Shapes:
     """The tensors of one block."""
-    return {f"{place}.{n}.weight": (8,) for n in norms} | {
-        f"{place}.{layer}.weight": shape for layer in layers
+    return {f"{prefix}.{n}.weight": (8,) for n in norms} | {
+        f"{prefix}.{layer}.weight": shape for layer in layers
     }
 
 
@@ -70,13 +70,13 @@ class Case:
 
     @property
     def tensors(self) -> Shapes:
-        found: dict[str, tuple[int, ...]] = {**EDGES, **self.beside}
+        result: dict[str, tuple[int, ...]] = {**EDGES, **self.beside}
         for i in (0, 1):
-            found |= block(f"{self.container}.{i}", *(layer for s in self.stacks for layer in s))
-            found |= {
+            result |= block(f"{self.container}.{i}", *(layer for s in self.stacks for layer in s))
+            result |= {
                 f"{self.container}.{i}.{name}": shape for name, shape in self.in_block.items()
             }
-        return found
+        return result
 
     @property
     def expected(self) -> set[tuple[str, ...]]:
@@ -178,9 +178,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_layers_and_stacks_are_those_that_engines_quantize_and_fuse(name: str, files: int) -> None:
     case = CASES[name]
-    found = linear_layers(checkpoint(case.tensors, case.config, files))
-    assert set(group_fused(found)) == case.expected
-    assert set(found) == {layer for members in case.expected for layer in members}
+    layers = linear_layers(checkpoint(case.tensors, case.config, files))
+    assert set(group_fused(layers)) == case.expected
+    assert set(layers) == {layer for members in case.expected for layer in members}
 
 
 def test_a_stack_comes_where_its_first_member_lies_and_keeps_the_engine_s_order() -> None:
@@ -233,10 +233,10 @@ LEFT = {
 def test_what_is_left_alone_is_listed_for_the_loaders(what: str) -> None:
     tensors, expected = LEFT[what]
     layers = block("model.layers.0", *MLP)
-    found = uncompressed_modules(
+    modules = uncompressed_modules(
         checkpoint({**layers, **tensors}), [name.removesuffix(".weight") for name in layers]
     )
-    assert found == expected
+    assert modules == expected
 
 
 def test_a_layer_that_no_rule_matched_is_listed_too() -> None:

@@ -69,14 +69,14 @@ def test_layers_get_the_steps_that_were_planned_and_every_other_tensor_has_a_rea
         '[[layers]]\nmatch="*.down_proj"\nsteps=[]\n[[layers]]\nmatch="*.mlp.*"\nsteps=["toy"]\n'
     )
     words = [model, "--recipe", recipe, "--ignore", "*.0.mlp.*"]
-    found = json.loads(command("plan", *words, "--json", path=toy).stdout)
+    document = json.loads(command("plan", *words, "--json", path=toy).stdout)
     assert command("compress", model, tmp_path / "out", *words[1:], path=toy).returncode == 0
     layers = json.loads((tmp_path / "out" / MANIFEST).read_text())["layers"]
-    assert {layer["name"]: [s["use"] for s in layer["steps"]] for layer in found["layers"]} == {
+    assert {layer["name"]: [s["use"] for s in layer["steps"]] for layer in document["layers"]} == {
         n: v["steps"] for n, v in layers.items()
     }
-    assert {layer["reason"] for layer in found["layers"]} == {"the rule for '*.mlp.*'"}
-    reasons = {tensor["name"]: tensor["reason"] for tensor in found["left_alone"]}
+    assert {layer["reason"] for layer in document["layers"]} == {"the rule for '*.mlp.*'"}
+    reasons = {tensor["name"]: tensor["reason"] for tensor in document["left_alone"]}
     assert len(reasons) == len(llama_tensors()) - len(layers)
     assert reasons["model.layers.0.mlp.up_proj.weight"] == "ignored by '*.0.mlp.*'"
     assert (
@@ -151,23 +151,23 @@ def test_a_calibrated_plan_says_what_it_needs(tmp_path: Path) -> None:
     shown = command(
         "plan", model, "--scheme", "learner", path=install_learner(tmp_path / "plugins")
     )
-    found = json.loads(
+    document = json.loads(
         command("plan", model, "--scheme", "learner", "--json", path=tmp_path / "plugins").stdout
     )
-    assert found["data"] is True
+    assert document["data"] is True
     # tokens, channels, bytes, and the eighth that the source is run on
-    assert found["scratch"] == 256 * 512 * 128 * 4 * 9 // 8
+    assert document["scratch"] == 256 * 512 * 128 * 4 * 9 // 8
     assert "data    needed" in shown.stdout
     assert "of hidden states go to disk" in shown.stdout
 
 
 def serving(model: Path, ranks: int, path: Path) -> list[tuple[str, int, str]]:
-    found = json.loads(
+    document = json.loads(
         command(
             "plan", model, "--scheme", "toy", "--tensor-parallel", ranks, "--json", path=path
         ).stdout
     )
-    return [(remark["layers"], remark["count"], remark["text"]) for remark in found["serving"]]
+    return [(remark["layers"], remark["count"], remark["text"]) for remark in document["serving"]]
 
 
 def test_a_scheme_is_asked_about_the_shape_that_each_rank_holds(tmp_path: Path, toy: Path) -> None:
@@ -178,10 +178,10 @@ def test_a_scheme_is_asked_about_the_shape_that_each_rank_holds(tmp_path: Path, 
     assert serving(model, 2, toy) == [
         ("model.layers.*.self_attn.o_proj", 2, "128 x 64 cut by columns")
     ]
-    said = {name: text for name, _, text in serving(model, 4, toy)}
-    assert said["model.layers.*.self_attn.o_proj"] == "128 x 32 cut by columns"
-    assert said["model.layers.*.mlp.down_proj"] == "128 x 64 cut by columns"
-    assert len(said) == 2
+    texts = {name: text for name, _, text in serving(model, 4, toy)}
+    assert texts["model.layers.*.self_attn.o_proj"] == "128 x 32 cut by columns"
+    assert texts["model.layers.*.mlp.down_proj"] == "128 x 64 cut by columns"
+    assert len(texts) == 2
     shown = command("plan", model, "--scheme", "toy", "--tensor-parallel", 2, path=toy)
     assert (
         "model.layers.*.self_attn.o_proj (2 layers): unsupported: 128 x 64 cut by columns"
@@ -191,10 +191,10 @@ def test_a_scheme_is_asked_about_the_shape_that_each_rank_holds(tmp_path: Path, 
 
 def test_what_no_engine_can_share_among_its_ranks_is_told(tmp_path: Path, toy: Path) -> None:
     model = write_model(tmp_path / "model")
-    said = serving(model, 3, toy)
-    assert ("the model", 1, "4 attention heads cannot be shared by 3 ranks") in said
-    assert ("model.layers.*.mlp.up_proj", 2, "256 rows cannot be shared by 3 ranks") in said
-    assert ("model.layers.*.mlp.down_proj", 2, "256 columns cannot be shared by 3 ranks") in said
+    texts = serving(model, 3, toy)
+    assert ("the model", 1, "4 attention heads cannot be shared by 3 ranks") in texts
+    assert ("model.layers.*.mlp.up_proj", 2, "256 rows cannot be shared by 3 ranks") in texts
+    assert ("model.layers.*.mlp.down_proj", 2, "256 columns cannot be shared by 3 ranks") in texts
     assert "--tensor-parallel 0" in refusal(
         "plan", model, "--scheme", "toy", "--tensor-parallel", 0, path=toy
     )
@@ -208,9 +208,9 @@ def test_keys_and_values_are_repeated_where_there_are_more_ranks_than_heads_of_t
         module.read_text() + SHAPED.replace("shape[1] < 100", 'cut == "rows" and shape[0] < 33')
     )
     config = CONFIG | {"num_key_value_heads": 2}
-    said = serving(write_model(tmp_path / "model", llama_tensors(config=config), config), 4, toy)
-    assert {name.rpartition(".")[2] for name, *_ in said} == {"q_proj", "k_proj", "v_proj"}
-    assert {text for *_, text in said} == {"32 x 128 cut by rows"}
+    texts = serving(write_model(tmp_path / "model", llama_tensors(config=config), config), 4, toy)
+    assert {name.rpartition(".")[2] for name, *_ in texts} == {"q_proj", "k_proj", "v_proj"}
+    assert {text for *_, text in texts} == {"32 x 128 cut by rows"}
 
 
 def test_a_scheme_whose_files_an_engine_would_refuse_is_found_out_before_it_writes_any(
@@ -218,12 +218,12 @@ def test_a_scheme_whose_files_an_engine_would_refuse_is_found_out_before_it_writ
 ) -> None:
     module = toy / "bitpress_scheme_toy.py"
     module.write_text(module.read_text().replace('"symmetric": True', '"symmetric": False'))
-    said = serving(write_model(tmp_path / "model"), 1, toy)
+    texts = serving(write_model(tmp_path / "model"), 1, toy)
     assert (
         "model.layers.*.mlp.up_proj",
         2,
         "weight_zero_point is missing, and the config's weights say otherwise",
-    ) in said
+    ) in texts
 
 
 def test_a_tensor_named_as_one_that_a_scheme_stores_is_refused_before_anything_is_written(

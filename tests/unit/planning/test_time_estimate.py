@@ -76,8 +76,8 @@ def test_data_free_ranks_read_and_write_the_bytes_that_were_planned(
     planned = json.loads(command("plan", *words, "--world-size", ranks, "--json", path=path).stdout)
     run_words = ["compress", model, tmp_path / "out", *words[1:], "--no-verify"]
     # Forks would hold what the process that they come from holds.
-    found = torchrun(ranks, *run_words, path=path, ranks="new")
-    assert found.returncode == 0, found.stderr
+    completed = torchrun(ranks, *run_words, path=path, ranks="new")
+    assert completed.returncode == 0, completed.stderr
     assert planned["world_size"] == ranks
     ran = counted(path, ranks)
     assert [(r["reads"], r["writes"]) for r in ran] == [
@@ -104,8 +104,8 @@ def test_calibrated_ranks_read_write_and_hold_what_was_planned(
     words += ["--calibration", tmp_path / "text.txt", "--samples", samples]
     words += ["--sequence-length", 48, "--threads", 1, "--no-verify"]
     words += ["--max-memory", f"{limit / 1e6}MB"]
-    found = torchrun(ranks, *words, path=path, ranks="new")
-    assert found.returncode == 0, found.stderr
+    completed = torchrun(ranks, *words, path=path, ranks="new")
+    assert completed.returncode == 0, completed.stderr
     ran = counted(path, ranks)
     assert [r["writes"] for r in ran] == [share.writes for share in planned]
     # which is copied and, alone of what is in no block, not run
@@ -151,22 +151,22 @@ def test_what_ranks_do_together_is_what_one_does(tmp_path: Path, with_toy: Path)
     plan = bitpress.plan(write_model(tmp_path / "model", shards=5), scheme="toy")
     (alone,) = time_estimate.estimate_ranks(plan, 1)
     for count in (2, 3, 8):
-        found = time_estimate.estimate_ranks(plan, count)
-        assert sum(share.reads for share in found) == alone.reads
-        assert sum(share.writes for share in found) == alone.writes
+        result = time_estimate.estimate_ranks(plan, count)
+        assert sum(share.reads for share in result) == alone.reads
+        assert sum(share.writes for share in result) == alone.writes
 
 
 def test_more_ranks_take_less_time_but_for_fits_which_all_wait_for(tmp_path: Path) -> None:
     model = runnable_model(tmp_path / "model")
     with plugins(install_learner(tmp_path / "plugins")):
         plan = bitpress.plan(model, scheme="learner")
-        found = [time_estimate.estimate_ranks(plan, count) for count in (1, 2, 4, 8)]
-    times = [time_estimate.estimate_seconds(shares, 1) for shares in found]
-    fits = [sum(share.solutions for share in shares) for shares in found]
+        result = [time_estimate.estimate_ranks(plan, count) for count in (1, 2, 4, 8)]
+    times = [time_estimate.estimate_seconds(shares, 1) for shares in result]
+    fits = [sum(share.solutions for share in shares) for shares in result]
     assert times == sorted(times, reverse=True)
     assert fits == pytest.approx([fits[0]] * 4)
     assert times[-1] > fits[0] / time_estimate.SOLVE_RATE > 0
-    assert time_estimate.estimate_seconds(found[0], 4) == pytest.approx(times[0] / 4)
+    assert time_estimate.estimate_seconds(result[0], 4) == pytest.approx(times[0] / 4)
 
 
 def test_experts_that_few_tokens_reach_are_not_fitted(tmp_path: Path) -> None:

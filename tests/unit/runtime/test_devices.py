@@ -43,17 +43,17 @@ def test_each_thread_keeps_a_device_and_devices_have_as_many_threads_as_one_anot
 ) -> None:
     thread_devices, meet = ThreadDevices(CPUS), threading.Barrier(threads)
 
-    def work(_: int) -> tuple[int, torch.device]:
+    def task(_: int) -> tuple[int, torch.device]:
         # no thread works twice before all have worked once
         meet.wait(60)
         return threading.get_ident(), thread_devices.device
 
     with ThreadPoolExecutor(threads, initializer=thread_devices.assign) as pool:
-        found = list(pool.map(work, range(3 * threads)))
-    own = dict(found)
-    assert len(own) == threads
-    assert set(own.items()) == set(found)
-    counts = Counter(own.values())
+        result = list(pool.map(task, range(3 * threads)))
+    device_of = dict(result)
+    assert len(device_of) == threads
+    assert set(device_of.items()) == set(result)
+    counts = Counter(device_of.values())
     assert len(counts) == min(threads, len(CPUS))
     assert max(counts.values()) - min(counts.values()) <= 1
 
@@ -89,9 +89,9 @@ def test_every_device_has_stacks_and_the_bytes_are_those_of_one(
 def test_tiles_of_any_size_give_the_same_bytes(
     tmp_path: Path, with_toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, found = write_model(tmp_path / "model"), []
+    model, result = write_model(tmp_path / "model"), []
     for size in (1, 1000, 1 << 18, data_free.ON_GPU):
         monkeypatch.setattr("bitpress.schemes.stored_layout.WEIGHTS_PER_TILE", size)
         bitpress.compress(model, tmp_path / str(size), scheme="toy", threads=1, verify=False)
-        found.append(files_of(tmp_path / str(size)))
-    assert all(files == found[0] for files in found)
+        result.append(files_of(tmp_path / str(size)))
+    assert all(files == result[0] for files in result)

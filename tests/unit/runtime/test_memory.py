@@ -52,13 +52,13 @@ def measured() -> dict[str, int]:
 
 @GLIBC
 def test_freed_memory_is_there_for_the_next_tensor_and_the_system_s_again_afterwards() -> None:
-    found = measured()
-    assert found["without"] > PAGES / 2
-    assert found["within"] < PAGES / 10
-    assert found["kept"] > found["before"] + PAGES / 2 > found["after"]
+    result = measured()
+    assert result["without"] > PAGES / 2
+    assert result["within"] < PAGES / 10
+    assert result["kept"] > result["before"] + PAGES / 2 > result["after"]
 
 
 @GLIBC
 def test_freed_memory_is_kept_while_much_more_is_allowed() -> None:
-    found = measured()
-    assert found["allowed"] > found["before"] + PAGES / 2 > found["refused"]
+    result = measured()
+    assert result["allowed"] > result["before"] + PAGES / 2 > result["refused"]

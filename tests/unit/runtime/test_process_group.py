@@ -45,17 +45,17 @@ def expected(tmp_path: Path, model: Path, deadly: Path) -> dict[str, bytes]:
     return files_of(tmp_path / "alone")
 
 
-def told(found: subprocess.CompletedProcess[str]) -> list[str]:
+def messages(completed: subprocess.CompletedProcess[str]) -> list[str]:
     """What our own processes have said on standard error; torchrun says more."""
-    return [line for line in found.stderr.splitlines() if line.startswith("bitpress: ")]
+    return [line for line in completed.stderr.splitlines() if line.startswith("bitpress: ")]
 
 
-def cause(found: subprocess.CompletedProcess[str]) -> tuple[int, int]:
+def cause(completed: subprocess.CompletedProcess[str]) -> tuple[int, int]:
     """The rank that torchrun names as the first to end, and its exit code."""
-    text = found.stderr.partition("Root Cause")[2]
+    text = completed.stderr.partition("Root Cause")[2]
     rank, code = re.search(r"rank +: (\d+)", text), re.search(r"exitcode +: (-?\d+)", text)
-    assert rank, found.stderr
-    assert code, found.stderr
+    assert rank, completed.stderr
+    assert code, completed.stderr
     return int(rank[1]), int(code[1])
 
 
@@ -79,7 +79,7 @@ def test_every_item_falls_to_one_rank_and_none_has_much_more_than_another(count:
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_neighbors_stay_together_and_parts_are_as_even_as_can_be(count: int) -> None:
     parts = [ProcessGroup(rank, count).partition_evenly("abcdefg") for rank in range(count)]
-    assert [place for part in parts for place in part] == list(range(7))
+    assert [number for part in parts for number in part] == list(range(7))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
@@ -93,11 +93,11 @@ def test_several_processes_write_the_bytes_of_one_and_one_of_them_speaks(
 ) -> None:
     words = ["compress", model, tmp_path / "out", "--scheme", "toy", "--json"]
     # Ranks as torchrun starts them; the other tests fork them, to import torch once.
-    found = torchrun(count, *words, path=deadly, ranks="new")
-    assert found.returncode == 0, found.stderr
+    completed = torchrun(count, *words, path=deadly, ranks="new")
+    assert completed.returncode == 0, completed.stderr
     assert files_of(tmp_path / "out") == expected
     # one document
-    assert json.loads(found.stdout)["verified"] is True
+    assert json.loads(completed.stdout)["verified"] is True
 
 
 def test_a_rank_that_is_killed_ends_the_run_which_goes_on_with_another_number_of_ranks(
@@ -105,18 +105,22 @@ def test_a_rank_that_is_killed_ends_the_run_which_goes_on_with_another_number_of
 ) -> None:
     out = tmp_path / "out"
     (deadly / "die").write_text(f"model.layers.1.self_attn.o_proj|{int(signal.SIGKILL)}")
-    found = torchrun(3, "compress", model, out, "--scheme", "toy", "--threads", "1", path=deadly)
-    assert found.returncode != 0
-    assert len(told(found)) == 1, found.stderr
-    assert "the same command goes on" in told(found)[0]
-    rank, code = cause(found)
+    completed = torchrun(
+        3, "compress", model, out, "--scheme", "toy", "--threads", "1", path=deadly
+    )
+    assert completed.returncode != 0
+    assert len(messages(completed)) == 1, completed.stderr
+    assert "the same command goes on" in messages(completed)[0]
+    rank, code = cause(completed)
     assert code == -signal.SIGKILL
     assert rank in range(3)
     assert not (out / "config.json").exists()
     shards = {file.name: file.stat().st_ino for file in out.glob("*.safetensors")}
     (deadly / "die").unlink()
-    found = torchrun(2, "compress", model, out, "--scheme", "toy", "--threads", "1", path=deadly)
-    assert found.returncode == 0, found.stderr
+    completed = torchrun(
+        2, "compress", model, out, "--scheme", "toy", "--threads", "1", path=deadly
+    )
+    assert completed.returncode == 0, completed.stderr
     assert files_of(out) == expected
     for name, number in shards.items():
         assert (out / name).stat().st_ino == number, "a finished shard was written again"
@@ -136,14 +140,14 @@ def test_bad_input_is_told_once_in_one_line_and_ends_all_ranks(
     model = write_model(tmp_path / "model", tensors, shards=3)
     command = ["compress", model, tmp_path / "out", "--scheme", "toy"]
     # torchrun says more of ranks that are forks of it.
-    found = torchrun(2, *command, path=deadly, ranks="new")
-    assert found.returncode != 0
-    assert found.stdout == ""
-    assert len(told(found)) == 1, found.stderr
-    assert words in told(found)[0]
-    assert cause(found)[1] == 2
+    completed = torchrun(2, *command, path=deadly, ranks="new")
+    assert completed.returncode != 0
+    assert completed.stdout == ""
+    assert len(messages(completed)) == 1, completed.stderr
+    assert words in messages(completed)[0]
+    assert cause(completed)[1] == 2
     # torchrun's own
-    assert found.stderr.count("Traceback") == 1, found.stderr
+    assert completed.stderr.count("Traceback") == 1, completed.stderr
     assert not (tmp_path / "out/config.json").exists()
 
 
@@ -204,8 +208,8 @@ dist.destroy_process_group()
 
 def test_statistics_of_all_ranks_add_up_to_those_of_one_process(tmp_path: Path) -> None:
     (tmp_path / "adding.py").write_text(ADDING)
-    found = torchrun_script(3, tmp_path / "adding.py")
-    assert found.returncode == 0, found.stderr
+    completed = torchrun_script(3, tmp_path / "adding.py")
+    assert completed.returncode == 0, completed.stderr
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +224,13 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     deadly = folder / "kill.6"
     deadly.write_text("x" * 100)
     assert command(*words(folder, "alone"), path=learner).returncode == 0
-    found = torchrun(2, *words(folder, "two"), path=learner)
-    assert found.returncode == 0, found.stderr
+    completed = torchrun(2, *words(folder, "two"), path=learner)
+    assert completed.returncode == 0, completed.stderr
     deadly.unlink()
-    found = torchrun(2, *words(folder, "killed"), path=learner)
-    assert found.returncode != 0
-    assert len(told(found)) == 1, found.stderr
-    assert cause(found) == (1, -signal.SIGKILL)
+    completed = torchrun(2, *words(folder, "killed"), path=learner)
+    assert completed.returncode != 0
+    assert len(messages(completed)) == 1, completed.stderr
+    assert cause(completed) == (1, -signal.SIGKILL)
     return folder
 
 
@@ -294,8 +298,8 @@ def test_a_calibrated_run_goes_on_from_the_last_finished_block_with_any_number_o
     # what is in no block, and block 0
     assert len(blocks) == 2
     assert not (out / "config.json").exists()
-    found = torchrun(count, *words(calibrated, out.name), path=calibrated / "plugins")
-    assert found.returncode == 0, found.stderr
+    completed = torchrun(count, *words(calibrated, out.name), path=calibrated / "plugins")
+    assert completed.returncode == 0, completed.stderr
     for name, data in blocks.items():
         assert (out / name).read_bytes() == data
     # as if nothing had happened, and as in another run of as many ranks
@@ -312,7 +316,7 @@ def test_every_rank_has_a_batch_and_more_ranks_than_sequences_are_refused() -> N
     ids = torch.arange(7 * 1000).view(7, 1000)
     assert [len(batch) for batch in split_batches(ids, 1)] == [2, 2, 2, 1]
     for count in range(1, 8):
-        assert torch.equal(torch.cat(list(found := split_batches(ids, count))), ids)
-        assert all(len(ProcessGroup(rank, count).partition_evenly(found)) for rank in range(count))
+        assert torch.equal(torch.cat(list(result := split_batches(ids, count))), ids)
+        assert all(len(ProcessGroup(rank, count).partition_evenly(result)) for rank in range(count))
     with pytest.raises(DataError, match="7 calibration sequences for 8 ranks"):
         split_batches(ids, 8)

@@ -97,12 +97,12 @@ class End:
 
     code: int | None
     out: str
-    said: list[str]
+    messages: list[str]
 
     @classmethod
     def of(cls, host: str, folder: Path) -> End:
         code = folder / f"{host}.code"
-        said = [
+        messages = [
             line
             for line in (folder / f"{host}.err").read_text().splitlines()
             if line.startswith("bitpress: ")
@@ -110,7 +110,7 @@ class End:
         return cls(
             int(code.read_text()) if code.exists() else None,
             (folder / f"{host}.out").read_text(),
-            said,
+            messages,
         )
 
 
@@ -140,11 +140,13 @@ def test_two_hosts_write_the_bytes_of_one_process(
 ) -> None:
     with plugins(plugin):
         bitpress.compress(model, tmp_path / "alone", scheme="toy", threads=1)
-    found = on_two_hosts(tmp_path, plugin, "compress", model, tmp_path / "out", "--scheme", "toy")
-    assert [(end.code, end.said) for end in found.values()] == [(0, []), (0, [])]
+    completed = on_two_hosts(
+        tmp_path, plugin, "compress", model, tmp_path / "out", "--scheme", "toy"
+    )
+    assert [(end.code, end.messages) for end in completed.values()] == [(0, []), (0, [])]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
     # one of them speaks
-    assert [end.out for end in found.values()].count("") == 1
+    assert [end.out for end in completed.values()].count("") == 1
 
 
 DEATHS = {
@@ -164,9 +166,11 @@ def test_what_ends_a_host_s_rank_ends_the_run_and_is_told_on_the_other(
     order, expected = DEATHS[death]
     # while all prove what they wrote
     (plugin / "die").write_text(f"restore|[ $(hostname) = two ] && {order}")
-    found = on_two_hosts(tmp_path, plugin, "compress", model, tmp_path / "out", "--scheme", "toy")
-    assert found["one"].code not in (0, None)
-    assert found["two"].code != 0
+    completed = on_two_hosts(
+        tmp_path, plugin, "compress", model, tmp_path / "out", "--scheme", "toy"
+    )
+    assert completed["one"].code not in (0, None)
+    assert completed["two"].code != 0
     for host, words in expected.items():
-        assert len(found[host].said) == (words is not None), found
-        assert words is None or words in found[host].said[0]
+        assert len(completed[host].messages) == (words is not None), completed
+        assert words is None or words in completed[host].messages[0]

@@ -82,8 +82,8 @@ def test_a_hook_of_the_old_name_is_the_new_one(
     with plugins(tmp_path / "plugins"):
         with pytest.warns(DeprecationWarning, match=f"the hook `{old}` is now `{new}`"):
             scheme = discover().get("toy")
-        asked = scheme.call(new, inputs=1, tensors={}, weight=2, config=None, options=None)
-    assert asked == "asked"
+        answer = scheme.call(new, inputs=1, tensors={}, weight=2, config=None, options=None)
+    assert answer == "asked"
 
 
 def faults_of_a_run(model: Path, out: Path) -> tuple[Fault, ...]:

@@ -145,13 +145,13 @@ def test_a_hook_that_goes_wrong_on_real_numbers_only_is_caught_too(tmp_path: Pat
 )
 def test_a_restore_of_another_shape_is_a_fault_of_every_layer(tmp_path: Path, wrong: str) -> None:
     path = install(tmp_path / "plugins", "bitpress-scheme-toy", TOY.replace(RESTORED, wrong), ENTRY)
-    found = command(
+    completed = command(
         "compress", write_model(tmp_path / "model"), tmp_path / "out", "--scheme", "toy", path=path
     )
-    assert found.returncode == 1
-    assert "scheme toy (bitpress-scheme-toy 1.0)" in found.stderr
-    assert "dequantize" in found.stderr
-    assert "Traceback" not in found.stderr
+    assert completed.returncode == 1
+    assert "scheme toy (bitpress-scheme-toy 1.0)" in completed.stderr
+    assert "dequantize" in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 CALIBRATED = {
@@ -233,11 +233,11 @@ def test_what_was_finished_before_a_plugin_failed_is_kept_and_not_made_again(
     assert "scheme toy (bitpress-scheme-toy 1.0) failed in quantize: ValueError: no" in refusal(
         *words, path=path
     )
-    kept = {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
-    assert kept
+    times = {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
+    assert times
     (path / "mended").touch()
     assert command(*words, path=path).returncode == 0
-    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert {file: file.stat().st_mtime_ns for file in times} == times
 
 
 FULL = """
@@ -275,12 +275,12 @@ def test_a_disk_that_is_full_in_the_middle_of_a_shard_is_told_and_the_run_goes_o
         1,
     ]
     with patch.dict("os.environ", {"PYTHONPATH": ":".join([str(toy), *sys.path])}):
-        found = subprocess.run(
+        completed = subprocess.run(
             list(map(str, arguments)), capture_output=True, check=False, text=True
         )
-    assert found.returncode == 2
-    assert "the disk is full; make room and run the same command again" in found.stderr
-    assert len(found.stderr.splitlines()) == 1
+    assert completed.returncode == 2
+    assert "the disk is full; make room and run the same command again" in completed.stderr
+    assert len(completed.stderr.splitlines()) == 1
     left = files_of(out)
     assert not [name for name in left if name.endswith(".part") or name == "config.json"]
     assert command("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
@@ -302,11 +302,11 @@ def test_an_output_that_cannot_be_written_is_told_before_work_starts(tmp_path: P
         out.chmod(0o555)
     model = write_model(tmp_path / "model")
     try:
-        for place in (out, out / "below"):
+        for location in (out, out / "below"):
             line = refusal(
-                "compress", model, place, "--scheme", "toy", path=install_toy(tmp_path / "p")
+                "compress", model, location, "--scheme", "toy", path=install_toy(tmp_path / "p")
             )
-            assert str(place) in line
+            assert str(location) in line
             assert "permission" in line or "Read-only" in line
     finally:
         if mounted:

@@ -77,7 +77,7 @@ def install_scheme(folder: Path, name: str, module: str) -> Path:
     return install(folder, f"bitpress-scheme-{name}", module, entry)
 
 
-def found(folder: Path) -> Registry:
+def discovered(folder: Path) -> Registry:
     with plugins(folder):
         return discover()
 
@@ -98,8 +98,8 @@ def test_a_broken_plugin_is_reported_and_the_others_keep_working(tmp_path: Path,
     assert (problem["name"], problem["package"]) == ("broken", "bitpress-scheme-broken")
     model = write_model(tmp_path / "m")
     assert command("plan", model, "--scheme", "toy", path=folder).returncode == 0
-    said = refusal("plan", model, "--scheme", "broken", path=folder)
-    assert "scheme broken of bitpress-scheme-broken cannot be used" in said
+    message = refusal("plan", model, "--scheme", "broken", path=folder)
+    assert "scheme broken of bitpress-scheme-broken cannot be used" in message
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,16 @@ def test_an_entry_point_that_leads_nowhere_is_reported(
     tmp_path: Path, entry: str, word: str
 ) -> None:
     install_toy(tmp_path / "p")
-    registry = found(install(tmp_path / "p", "stray", "", f"[bitpress.schemes]\nstray = {entry}\n"))
+    registry = discovered(
+        install(tmp_path / "p", "stray", "", f"[bitpress.schemes]\nstray = {entry}\n")
+    )
     assert list(registry.schemes) == ["toy"]
     assert word in registry.problems[0].text
 
 
 def test_two_packages_with_one_name_are_reported_and_neither_is_used(tmp_path: Path) -> None:
     folder = install_scheme(install_toy(tmp_path / "p"), "other", TOY)
-    registry = found(
+    registry = discovered(
         install(folder, "a-second-toy", TOY, "[bitpress.schemes]\ntoy = a_second_toy\n")
     )
     assert list(registry.schemes) == ["other"]
@@ -218,7 +220,7 @@ def test_a_broken_extension_is_reported_and_schemes_work_without_it(
         module,
         "[bitpress.extensions]\ntrace = bitpress_trace\n",
     )
-    registry = found(tmp_path / "p")
+    registry = discovered(tmp_path / "p")
     assert list(registry.schemes) == ["toy"]
     assert word in registry.problems[0].text
 
@@ -263,11 +265,11 @@ def test_a_hook_that_breaks_its_contract_is_told_in_one_line(tmp_path: Path, wha
     sound, broken, words = FAILING[what]
     assert sound in TOY
     folder = install_scheme(tmp_path / "p", "toy", TOY.replace(sound, broken))
-    said = refusal(
+    message = refusal(
         "compress", write_model(tmp_path / "m"), tmp_path / "out", "--scheme", "toy", path=folder
     )
     for word in words:
-        assert word in said
+        assert word in message
     assert files_of(tmp_path / "out") == {}
 
 
