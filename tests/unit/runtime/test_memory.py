@@ -26,8 +26,9 @@ def resident():
 
 found = {"without": min(faults() for _ in range(4)), "before": resident()}
 with memory.retain_freed_memory():
-    # something small may settle between two
-    found |= {"within": min(faults() for _ in range(4)), "kept": resident()}
+    # Something small may settle between two, and glibc 2.36 sets the first six aligned blocks each
+    # behind the one before.
+    found |= {"within": min(faults() for _ in range(12)), "kept": resident()}
     memory.release_freed_memory(max_working_bytes=1 << 40)
     found |= {"allowed": resident()}
     memory.release_freed_memory(max_working_bytes=0)
