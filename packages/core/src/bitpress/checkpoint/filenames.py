@@ -50,8 +50,8 @@ SOURCE_CARD = re.compile(r"README(\.source)+\.md")
 
 def rename_source_card(names: Iterable[str]) -> str:
     """A name for the source's model card that none of its files has."""
-    taken, name = set(names), "README.source.md"
-    while name in taken:
+    existing, name = set(names), "README.source.md"
+    while name in existing:
         name = name.replace(".md", ".source.md")
     return name
 

@@ -158,18 +158,18 @@ def cut_shards(
     compressed = {entry.name for stack in stacks.values() for entry in stack.members.values()}
     contents = []
     for part, entries in _partition(source, next(iter(stacks)), by_block).items():
-        own = [stacks[first_members[e.name]] for e in entries if e.name in first_members]
+        file_stacks = [stacks[first_members[e.name]] for e in entries if e.name in first_members]
         copies = [entry for entry in entries if entry.name not in compressed]
-        if own or copies:
-            contents.append((part if by_block else None, own, copies))
+        if file_stacks or copies:
+            contents.append((part if by_block else None, file_stacks, copies))
 
     shards = []
-    for number, (block, own, copies) in enumerate(contents, 1):
+    for number, (block, file_stacks, copies) in enumerate(contents, 1):
         name = WEIGHTS
         if len(contents) > 1:
             name = f"model-{number:05d}-of-{len(contents):05d}.safetensors"
         specs = {entry.name: entry.spec for entry in copies}
-        for stack in own:
+        for stack in file_stacks:
             for module in stack.members:
                 stored, _ = stack.describe_stored(module)
                 if duplicates := sorted((stored.keys() & source.entries.keys()) - compressed):
@@ -179,7 +179,7 @@ def cut_shards(
                     )
                 specs |= stored
         header = _lay_out(source.folder / name, specs, digest)
-        shards.append(Shard(name, tuple(own), tuple(copies), header, block))
+        shards.append(Shard(name, tuple(file_stacks), tuple(copies), header, block))
     return shards
 
 
