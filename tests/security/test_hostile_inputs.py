@@ -274,11 +274,11 @@ def test_any_config_is_understood_or_refused(tmp_path: Path, with_toy: Path, cou
 
 @amounts(15, 1500)
 def test_any_config_makes_a_model_of_transformers_or_is_refused(tmp_path: Path, count: int) -> None:
-    from bitpress.modeling.build import build
+    from bitpress.modeling.build import build_model
 
     model = write_model(tmp_path / "model")
     # whose imports take long
-    build(open_checkpoint(model), False)
+    build_model(open_checkpoint(model), False)
 
     @tried(count)
     @given(
@@ -289,20 +289,20 @@ def test_any_config_makes_a_model_of_transformers_or_is_refused(tmp_path: Path, 
     def law(changes: dict[str, Any]) -> None:
         (model / "config.json").write_text(json.dumps({**LLAMA, **changes}))
         with only_clear_errors():
-            build(open_checkpoint(model), False)
+            build_model(open_checkpoint(model), False)
 
     law()
 
 
 def test_a_config_that_asks_for_a_milliard_blocks_is_refused_at_once(tmp_path: Path) -> None:
-    from bitpress.modeling.build import build
+    from bitpress.modeling.build import build_model
 
     model = write_model(tmp_path / "model", config={**LLAMA})
     (model / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 10**9}))
     with pytest.raises(
         BitpressError, match="says 1000000000 blocks, and the files hold fewer tensors"
     ):
-        build(open_checkpoint(model), False)
+        build_model(open_checkpoint(model), False)
 
 
 @pytest.mark.parametrize(

@@ -15,88 +15,93 @@ from bitpress.checkpoint.reader import Checkpoint
 from bitpress.errors import CheckpointError
 
 
-def build(checkpoint: Checkpoint, trust: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build_model(
+    checkpoint: Checkpoint, trust_remote_code: bool, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """The model on the meta device; buffers, which are computed and not stored, are real, and of
     that dtype.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
     """
     import transformers
 
-    count = checkpoint.model_config.num_layers
+    num_layers = checkpoint.model_config.num_layers
     # building them would go on for ever
-    if count is not None and count > len(checkpoint.entries):
+    if num_layers is not None and num_layers > len(checkpoint.entries):
         raise CheckpointError(
-            f"{checkpoint.folder}: config.json says {count} blocks, and the files hold fewer "
+            f"{checkpoint.folder}: config.json says {num_layers} blocks, and the files hold fewer "
             "tensors than that"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code
+        )
         for part in (config, config.get_text_config()):
             # weights are given as they are computed with
             part.__dict__.pop(KEY, None)
         with _parameters_on_meta():
-            model = _from_config(config, trust, dtype)
+            model = _from_config(config, trust_remote_code, dtype)
     except Exception as e:
         # whatever its parsers and its models raise for a config that is not what it says
-        text = re.sub(r"\s+", " ", str(e)).strip()
-        hint = (
-            ""
-            if trust or "trust_remote_code" not in text
-            else "; --trust-remote-code allows the model's own code"
-        )
+        fact = re.sub(r"\s+", " ", str(e)).strip()
+        hint = ""
+        if not trust_remote_code and "trust_remote_code" in fact:
+            hint = "; --trust-remote-code allows the model's own code"
         raise CheckpointError(
-            f"{checkpoint.folder}: transformers cannot build the model: {text[:300]}{hint}"
+            f"{checkpoint.folder}: transformers cannot build the model: {fact[:300]}{hint}"
         ) from None
     return model.eval()
 
 
-def _from_config(config: Any, trust: bool, dtype: torch.dtype) -> nn.Module:
+def _from_config(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
     """The whole of a model that also sees, where the config is one's; its text part alone has other
     names.
     """
     import transformers
 
-    seeing: Callable[..., nn.Module] = transformers.AutoModelForImageTextToText.from_config
-    reading: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
+    vision_model: Callable[..., nn.Module] = transformers.AutoModelForImageTextToText.from_config
+    text_model: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
     # Asked first: the refusal names every class that would do, and imports 260 modules for that.
-    known = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if known or getattr(config, "auto_map", None):
+    has_vision = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if has_vision or getattr(config, "auto_map", None):
         try:
-            return seeing(config, trust_remote_code=trust, dtype=dtype)
+            return vision_model(config, trust_remote_code=trust_remote_code, dtype=dtype)
         except ValueError as e:
             if "Unrecognized configuration class" not in str(e):
                 raise
-    return reading(config, trust_remote_code=trust, dtype=dtype)
+    return text_model(config, trust_remote_code=trust_remote_code, dtype=dtype)
 
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their numbers as soon as they are registered, and none are drawn: no weight
-    is ever in memory.
+    """Parameters lose their numbers as soon as they are registered, and none are initialized: no
+    weight is ever in memory.
     """
-    register, drawing = nn.Module.register_parameter, False
+    register, has_ended = nn.Module.register_parameter, False
     names = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
     initializers = {name: getattr(nn.init, name) for name in names}
 
-    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(
-            self,
-            name,
-            None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False),
-        )
+    def register_on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(self, name, parameter)
 
-    def undrawn(initializer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def skip(initializer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """Whoever is imported meanwhile may keep it for good, so that it has to work afterwards."""
-        return lambda tensor, *args, **kwargs: (
-            initializer(tensor, *args, **kwargs) if drawing else tensor
-        )
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+        def initialize(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return initializer(tensor, *args, **kwargs) if has_ended else tensor
+
+        return initialize
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     for name in names:
-        setattr(nn.init, name, undrawn(initializers[name]))
+        setattr(nn.init, name, skip(initializers[name]))
     try:
         yield
     finally:
-        drawing = True
+        has_ended = True
         nn.Module.register_parameter = register  # type: ignore[method-assign]
         for name, function in initializers.items():
             setattr(nn.init, name, function)

@@ -21,8 +21,8 @@ from bitpress.checkpoint.reader import Checkpoint, Reader
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import split_experts
 from bitpress.errors import CheckpointError
-from bitpress.modeling.build import build
-from bitpress.modeling.parameter_names import lay_out
+from bitpress.modeling.build import build_model
+from bitpress.modeling.parameter_names import map_parameters
 
 CPU = torch.device("cpu")
 
@@ -64,14 +64,15 @@ class Decoder:
         options: DecoderOptions | None = None,
     ) -> None:
         self.options = options = options or DecoderOptions()
-        self.model: Any = build(checkpoint, options.trust_remote_code, options.dtype)
+        self.model: Any = build_model(checkpoint, options.trust_remote_code, options.dtype)
 
         # experts that a run leaves as they are run one by one too
         checkpoint = split_experts(checkpoint)
-        layout = lay_out(self.model, checkpoint, container, options.all_experts)
-        self.container, self.blocks = layout.container, layout.blocks
+        parameters = map_parameters(self.model, checkpoint, container, options.all_experts)
+        self.container, self.blocks = parameters.container, parameters.blocks
         self._checkpoint, self._reader = checkpoint, reader
-        self._names = {**layout.names, **self._tied_head(layout.names)}
+        # by the name of a parameter in the model, that in the files
+        self._names = {**parameters.names, **self._tied_head(parameters.names)}
 
         for name, module in self.model.named_modules():
             has_parameters = next(module.parameters(recurse=False), None) is not None

@@ -1,5 +1,5 @@
 """Experts, which transformers keeps in one tensor, as linear layers of their own: each is given the
-tokens that come to it.
+tokens that are routed to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitpress.checkpoint.layer_names import EXPERT
 from bitpress.errors import CheckpointError
 
-# by expert and name of its layer, the weight's (out, in)
+# By expert and name of its layer, the weight's (out, in).
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 
@@ -26,45 +26,31 @@ class Experts(nn.Module):
     of them.
 
     Args:
+        name: of the module, for messages.
         fused: what it stands for.
         shapes: of the layers as the files have them.
-        everything: whether each expert computes every token; the output is the same.
+        all_experts: whether each expert computes every token; the output is the same.
 
     Raises:
-        CheckpointError: it computes in a way that is not known here, or experts are missing; `name`
-            is named.
+        CheckpointError: it computes in a way that is not known here, or experts are missing.
     """
 
     def __init__(
-        self, name: str, fused: nn.Module, shapes: Shapes, everything: bool = False
+        self, name: str, fused: nn.Module, shapes: Shapes, all_experts: bool = False
     ) -> None:
         super().__init__()
-        arguments = len(inspect.signature(type(fused).forward).parameters) - 1
-        found = list(shapes.values())
-        if list(shapes) != [str(number) for number in range(len(found))] or any(
-            other != found[0] for other in found
-        ):
-            raise CheckpointError(
-                f"{name}: the files do not hold all experts in one form, numbered from 0; fetch "
-                "the model again"
-            )
-        names = next((n for n in EXPERT if set(n) == set(found[0])), None)
-        odd = [key for key in ("has_bias", "has_post_expert_norm") if getattr(fused, key, False)]
-        if names is None or arguments not in (1, 3) or odd:
-            what = ", ".join(odd) or f"layers {', '.join(found[0])}, {arguments} inputs"
-            raise CheckpointError(
-                f"{name}: how transformers' {type(fused).__name__} computes is not known ({what}): "
-                "it cannot be calibrated or run yet; schemes and options that need no data can be "
-                "used"
-            )
-        self._names, self.everything = names, everything
-        # tokens come in as many equal parts as there are experts, zeros where not meant for one
-        self._sorted = arguments == 1
-        if everything and self._sorted:
+        # beside self
+        num_inputs = len(inspect.signature(type(fused).forward).parameters) - 1
+        self._layers, self.all_experts = _layer_names(name, fused, shapes, num_inputs), all_experts
+        # Llama 4 gives its experts their tokens in as many equal parts as there are experts, zeros
+        # where a token is not routed to one; other models give tokens, experts and weights
+        self._has_parts = num_inputs == 1
+        if all_experts and self._has_parts:
             raise CheckpointError(
                 f"{name}: {type(fused).__name__} is given an expert's own tokens only: leave out "
                 "--all-experts"
             )
+
         for parameter in list(fused._parameters):
             del fused._parameters[parameter]
         self._fused: Any
@@ -72,42 +58,46 @@ class Experts(nn.Module):
         object.__setattr__(self, "_fused", fused)
         for number, layers in shapes.items():
             expert = nn.ModuleDict()
-            for leaf, (rows, width) in layers.items():
-                expert[leaf] = nn.Linear(width, rows, bias=False, device="meta")
+            for leaf, (num_rows, num_columns) in layers.items():
+                expert[leaf] = nn.Linear(num_columns, num_rows, bias=False, device="meta")
             self.add_module(number, expert)
 
     def forward(
-        self, hidden: Tensor, index: Tensor | None = None, weights: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
     ) -> Tensor:
         """(tokens, channels) of the experts' outputs, summed for each token.
 
         Args:
-            index: (tokens, k) the experts of each token.
-            weights: (tokens, k) what their outputs are multiplied by.
+            hidden_states: (tokens, channels).
+            top_k_index: the experts of each token, (tokens, k).
+            top_k_weights: what their outputs are multiplied by, (tokens, k).
         """
-        if index is None or weights is None:
-            return self._parts(hidden)
-        found = torch.zeros_like(hidden)
+        if top_k_index is None or top_k_weights is None:
+            return self._compute_parts(hidden_states)
+        summed = torch.zeros_like(hidden_states)
         for number, expert in self.named_children():
-            token, place = torch.where(index == int(number))
-            output = (
-                self._expert(expert, hidden)[token]
-                if self.everything
-                else self._expert(expert, hidden[token])
-            )
-            found.index_add_(0, token, (output * weights[token, place, None]).to(found.dtype))
-        return found
+            token, rank = torch.where(top_k_index == int(number))
+            if self.all_experts:
+                output = self._compute(expert, hidden_states)[token]
+            else:
+                output = self._compute(expert, hidden_states[token])
+            weighted = output * top_k_weights[token, rank, None]
+            summed.index_add_(0, token, weighted.to(summed.dtype))
+        return summed
 
-    def _parts(self, hidden: Tensor) -> Tensor:
-        parts = hidden.view(len(self._modules), -1, hidden.shape[-1])
-        found = torch.zeros_like(parts)
-        for output, part, (_, expert) in zip(found, parts, self.named_children(), strict=True):
-            meant = part.any(1)
-            output[meant] = self._expert(expert, part[meant])
-        return found.view_as(hidden)
+    def _compute_parts(self, hidden_states: Tensor) -> Tensor:
+        parts = hidden_states.view(len(self._modules), -1, hidden_states.shape[-1])
+        outputs = torch.zeros_like(parts)
+        for output, part, (_, expert) in zip(outputs, parts, self.named_children(), strict=True):
+            is_routed_here = part.any(1)
+            output[is_routed_here] = self._compute(expert, part[is_routed_here])
+        return outputs.view_as(hidden_states)
 
-    def _expert(self, expert: Any, tokens: Tensor) -> Tensor:
-        *ups, down = self._names
+    def _compute(self, expert: Any, tokens: Tensor) -> Tensor:
+        *ups, down = self._layers
         outputs = [expert[name](tokens) for name in ups]
         if len(outputs) == 1:
             return expert[down](self._fused.act_fn(outputs[0]))  # type: ignore[no-any-return]
@@ -117,10 +107,32 @@ class Experts(nn.Module):
         return expert[down](up * self._fused.act_fn(gate))  # type: ignore[no-any-return]
 
 
-def routed(block: nn.Module, layer: str) -> bool:
+def _layer_names(name: str, fused: nn.Module, shapes: Shapes, num_inputs: int) -> tuple[str, ...]:
+    """The layers of an expert in the order in which they compute; raises CheckpointError where how
+    they do is not known.
+    """
+    experts = list(shapes.values())
+    is_complete = list(shapes) == [str(number) for number in range(len(experts))]
+    if not is_complete or any(expert != experts[0] for expert in experts):
+        raise CheckpointError(
+            f"{name}: the files do not hold all experts in one form, numbered from 0; fetch the "
+            "model again"
+        )
+    layers = next((layers for layers in EXPERT if set(layers) == set(experts[0])), None)
+    unknown = [key for key in ("has_bias", "has_post_expert_norm") if getattr(fused, key, False)]
+    if layers is None or num_inputs not in (1, 3) or unknown:
+        fact = ", ".join(unknown) or f"layers {', '.join(experts[0])}, {num_inputs} inputs"
+        raise CheckpointError(
+            f"{name}: how transformers' {type(fused).__name__} computes is not known ({fact}): it "
+            "cannot be calibrated or run yet; schemes and options that need no data can be used"
+        )
+    return tuple(layers)
+
+
+def is_routed(block: nn.Module, layer: str) -> bool:
     """Whether a layer of a block is given some of the tokens, which may be others in another copy
     of the block.
     """
     parents = layer.rsplit(".", 2)
     owner = block.get_submodule(parents[0]) if len(parents) == 3 else None
-    return isinstance(owner, Experts) and not owner.everything
+    return isinstance(owner, Experts) and not owner.all_experts

@@ -18,7 +18,7 @@ from bitpress.modeling.experts import Experts
 
 
 @frozen(eq=False)
-class Layout:
+class ParameterMap:
     """Where a model has what the files hold.
 
     Attributes:
@@ -33,70 +33,49 @@ class Layout:
     blocks: list[nn.Module]
 
 
-def lay_out(model: Any, checkpoint: Checkpoint, container: str, everything: bool) -> Layout:
-    """The layout of a model whose blocks' experts have been made layers of their own, where they
-    are that in the files.
+def map_parameters(
+    model: Any, checkpoint: Checkpoint, container: str, all_experts: bool
+) -> ParameterMap:
+    """Find what the files hold in a model, after experts that are layers of their own in the files
+    have been made that in the model too.
 
     Args:
         container: what the files call the list of blocks.
-        everything: whether an expert computes every token.
+        all_experts: whether an expert computes every token.
 
     Raises:
         CheckpointError: the model has no such list, or its experts compute in a way that is not
             known.
     """
-    found = names_in_model(model, checkpoint.entries)
-    _unfold(
-        model, {ours: checkpoint.entries[name].shape for name, ours in found.items()}, everything
-    )
-    inside = {
-        name: name.removeprefix(container) for name in found if name.startswith(f"{container}.")
-    }
-    lists = dict.fromkeys(
-        found[name].removesuffix(end) for name, end in inside.items() if found[name].endswith(end)
-    )
+    # by the name in the files, that in the model
+    names = find_names(model, checkpoint.entries)
+    shapes = {names[name]: checkpoint.entries[name].shape for name in names}
+    _split_experts(model, shapes, all_experts)
     modules = dict(model.named_modules())
-    ours = next((name for name in lists if isinstance(modules.get(name), nn.ModuleList)), None)
-    if ours is None:
+    model_container = _find_container(names, container, modules)
+    if model_container is None:
         raise CheckpointError(
             f"{checkpoint.folder}: transformers' {type(model).__name__} has no list of blocks "
             f"{container!r}, under which the files name their layers: this layout cannot be "
             "calibrated yet"
         )
-    blocks = list(modules[ours].children())
-    for name in inside:
+
+    blocks = list(modules[model_container].children())
+    for name, name_in_model in names.items():
         index = layer_names.block_index(name, container)
-        known, theirs = (
-            found[name].removeprefix(f"{ours}.{index}."),
-            name.removeprefix(f"{container}.{index}."),
-        )
-        if known not in (theirs, found[name]) and index is not None and index < len(blocks):
-            _make_findable(blocks[index], known.rpartition(".")[0], theirs.rpartition(".")[0])
-    return Layout({ours: name for name, ours in found.items()}, ours, blocks)
+        # the model need not have all blocks of the files
+        if index is None or index >= len(blocks):
+            continue
+        inside = name.removeprefix(f"{container}.{index}.")
+        inside_model = name_in_model.removeprefix(f"{model_container}.{index}.")
+        if inside_model not in (inside, name_in_model):
+            _add_alias(blocks[index], inside_model.rpartition(".")[0], inside.rpartition(".")[0])
+    return ParameterMap(
+        {name_in_model: name for name, name_in_model in names.items()}, model_container, blocks
+    )
 
 
-def _unfold(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], everything: bool) -> None:
-    layers: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
-    for ours, shape in shapes.items():
-        if (place := _of_expert(ours)) and any(
-            place["leaf"] in leaves for leaves in layer_names.EXPERT
-        ):
-            layers.setdefault(place["experts"], {}).setdefault(place["number"], {})[
-                place["leaf"]
-            ] = shape
-    modules = dict(model.named_modules())
-    # the model need not have all blocks of the files
-    for name in [name for name in layers if name in modules]:
-        fused = modules[name]
-        if (
-            not isinstance(fused, (nn.ModuleList, nn.Sequential))
-            and next(fused.parameters(recurse=False), None) is not None
-        ):
-            ordered = dict(sorted(layers[name].items(), key=lambda item: int(item[0])))
-            model.set_submodule(name, Experts(name, fused, ordered, everything))
-
-
-def names_in_model(model: Any, tensors: Iterable[str]) -> dict[str, str]:
+def find_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:
     """By the name of each tensor of the files, what the model calls it.
 
     An expert's tensors, which the model fuses, are named as if its experts were modules of their
@@ -115,40 +94,86 @@ def names_in_model(model: Any, tensors: Iterable[str]) -> dict[str, str]:
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    known, prefix = dict(model.state_dict()), str(getattr(model, "base_model_prefix", ""))
-    found = {}
+    state_dict, prefix = dict(model.state_dict()), str(getattr(model, "base_model_prefix", ""))
+
+    names = {}
     for name in tensors:
-        renamed, converted = rename_source_key(name, renamings, converters, prefix, known)
-        if converted is None:
-            found[name] = renamed
-        elif place := _of_expert(name):
-            found[name] = f"{renamed.rpartition('.')[0]}.{place['number']}.{place['leaf']}.weight"
-    return found
+        renamed, converter = rename_source_key(name, renamings, converters, prefix, state_dict)
+        if converter is None:
+            names[name] = renamed
+        elif match := _match_expert(name):
+            experts = renamed.rpartition(".")[0]
+            names[name] = f"{experts}.{match['number']}.{match['leaf']}.weight"
+    return names
 
 
-def _of_expert(tensor: str) -> re.Match[str] | None:
-    """The place of an expert's weight among the experts of a block."""
-    return (
-        layer_names.OF_EXPERT.fullmatch(tensor.removesuffix(".weight"))
-        if tensor.endswith(".weight")
-        else None
-    )
+def _find_container(
+    names: Mapping[str, str], container: str, modules: Mapping[str, nn.Module]
+) -> str | None:
+    """What the model calls the list of blocks; None where it has none.
+
+    Args:
+        names: by the name of a tensor in the files, that in the model.
+        container: what the files call the list.
+    """
+    for name, name_in_model in names.items():
+        if not name.startswith(f"{container}."):
+            continue
+        inside = name.removeprefix(container)
+        candidate = name_in_model.removesuffix(inside)
+        if name_in_model.endswith(inside) and isinstance(modules.get(candidate), nn.ModuleList):
+            return candidate
+    return None
 
 
-def _make_findable(block: nn.Module, module: str, by: str) -> None:
+def _split_experts(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], all_experts: bool
+) -> None:
+    """Replace modules with fused experts by such as have a layer for each weight of the files.
+
+    Args:
+        shapes: by the name of a tensor in the model.
+    """
+    # by module, expert and layer
+    layers: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
+    for name, shape in shapes.items():
+        match = _match_expert(name)
+        if match and any(match["leaf"] in leaves for leaves in layer_names.EXPERT):
+            experts = layers.setdefault(match["experts"], {})
+            experts.setdefault(match["number"], {})[match["leaf"]] = shape
+
+    modules = dict(model.named_modules())
+    # the model need not have all blocks of the files
+    for name in [name for name in layers if name in modules]:
+        module = modules[name]
+        has_parameters = next(module.parameters(recurse=False), None) is not None
+        if has_parameters and not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            by_number = dict(sorted(layers[name].items(), key=lambda item: int(item[0])))
+            model.set_submodule(name, Experts(name, module, by_number, all_experts))
+
+
+def _match_expert(tensor: str) -> re.Match[str] | None:
+    """The parts of the name of an expert's weight."""
+    if not tensor.endswith(".weight"):
+        return None
+    return layer_names.OF_EXPERT.fullmatch(tensor.removesuffix(".weight"))
+
+
+def _add_alias(block: nn.Module, module: str, alias: str) -> None:
     """Let a module of a block be found by the name that the files give it, too.
 
     Names relative to the block, that differ in what they begin with: `mlp.experts.0.w1` is found by
     `block_sparse_moe.experts.0.w1` once `mlp` is found by `block_sparse_moe`.
     """
-    ours, theirs = module.split("."), by.split(".")
-    while len(ours) > 1 and len(theirs) > 1 and ours[-1] == theirs[-1]:
-        ours.pop()
-        theirs.pop()
-    if theirs[: len(ours)] == ours or ours[: len(theirs)] == theirs:
+    parts, alias_parts = module.split("."), alias.split(".")
+    while len(parts) > 1 and len(alias_parts) > 1 and parts[-1] == alias_parts[-1]:
+        parts.pop()
+        alias_parts.pop()
+    if alias_parts[: len(parts)] == parts or parts[: len(alias_parts)] == alias_parts:
         # it would be found inside itself
         return
     modules = dict(block.named_modules())
-    parent = modules.get(".".join(theirs[:-1]))
-    if parent is not None and not hasattr(parent, theirs[-1]) and ".".join(ours) in modules:
-        parent.add_module(theirs[-1], modules[".".join(ours)])
+    parent = modules.get(".".join(alias_parts[:-1]))
+    target = modules.get(".".join(parts))
+    if parent is not None and target is not None and not hasattr(parent, alias_parts[-1]):
+        parent.add_module(alias_parts[-1], target)

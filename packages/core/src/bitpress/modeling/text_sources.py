@@ -11,44 +11,47 @@ from typing import Any, TypeAlias
 
 from bitpress.errors import DataError, did_you_mean, first_line
 
-SHIPPED = "the text that ships with bitpress"
+# What the source is called where the user names none.
+DEFAULT_SOURCE = "the text that ships with bitpress"
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
-# bytes of a line of a JSON lines file
-LARGEST = 1 << 26
+# Bytes of a line of a JSON lines file.
+MAX_LINE_BYTES = 1 << 26
 
-# characters of all texts together; as tokens they take several times the memory
-LONGEST = 1 << 28
+# Characters of all texts together; as tokens they take several times the memory.
+MAX_CHARACTERS = 1 << 28
 
 SUFFIXES = (*JSON_LINES, ".txt", ".parquet")
 
-# what errors call it ("texts.jsonl, line 3"), and the row
+# Where a row stands, for messages ("texts.jsonl, line 3"), and the row.
 Row: TypeAlias = tuple[str, Any]
 
-# the messages of a chat as one text
-Render: TypeAlias = Callable[[list[Any]], str]
+# Makes one text of the messages of a chat.
+RenderChat: TypeAlias = Callable[[list[Any]], str]
 
 
-def read(source: str | None, limit: int | None, render: Render) -> tuple[str, str]:
+def read(source: str | None, max_characters: int | None, render: RenderChat) -> tuple[str, str]:
     """The texts of a source joined by single newlines, and what to call the source.
 
-    With a limit it is read no further than to that many characters.
+    Args:
+        source: a file, or the name of a dataset; None: the text that ships with bitpress.
+        max_characters: no more is read; None reads all.
 
     Raises:
         DataError: there is no such source, or its texts cannot be read.
     """
     if source is None:
         packed = resources.files("bitpress.modeling").joinpath("default.txt.xz").read_bytes()
-        return lzma.decompress(packed).decode()[:limit], SHIPPED
+        return lzma.decompress(packed).decode()[:max_characters], DEFAULT_SOURCE
     file = Path(source)
     try:
         if not file.is_file():
-            name, text = source, _join(_dataset(source), limit, render)
+            name, text = source, _join(_dataset_rows(source), max_characters, render)
         elif file.suffix.lower() == ".txt":
-            name, text = file.name, _plain(file, limit)
+            name, text = file.name, _read_plain(file, max_characters)
         else:
-            name, text = file.name, _join(_rows(file), limit, render)
+            name, text = file.name, _join(_file_rows(file), max_characters, render)
     except OSError as e:
         raise DataError(f"{source}: {e.strerror or first_line(e)}") from None
     if not text.strip():
@@ -56,56 +59,61 @@ def read(source: str | None, limit: int | None, render: Render) -> tuple[str, st
     return text, name
 
 
-def _plain(file: Path, limit: int | None) -> str:
+def _read_plain(file: Path, max_characters: int | None) -> str:
+    # one more than is taken shows that there is too much
+    limit = min(max_characters or MAX_CHARACTERS + 1, MAX_CHARACTERS + 1)
     try:
         with file.open(encoding="utf-8-sig") as opened:
-            text = opened.read(min(limit or LONGEST + 1, LONGEST + 1))
+            text = opened.read(limit)
     except UnicodeDecodeError as e:
         raise DataError(f"{file}: it is not UTF-8 text ({e.reason}); save it as UTF-8") from None
-    return _bounded(text, str(file))
-
-
-def _bounded(text: str, place: str) -> str:
-    if len(text) > LONGEST:
-        raise DataError(
-            f"{place}: it holds more than {LONGEST:,} characters, which are to be read whole; give "
-            "a part of it"
-        )
+    _check_size(text, str(file))
     return text
 
 
-def _rows(file: Path) -> Iterator[Row]:
+def _check_size(text: str, position: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise DataError(
+            f"{position}: it holds more than {MAX_CHARACTERS:,} characters, which are to be read "
+            "whole; give a part of it"
+        )
+
+
+def _file_rows(file: Path) -> Iterator[Row]:
     suffix = file.suffix.lower()
     if suffix in JSON_LINES:
-        return _json_lines(file)
+        return _json_lines_rows(file)
     if suffix == ".parquet":
-        return _parquet(file)
+        return _parquet_rows(file)
     raise DataError(
         f"{file}: texts are read from {', '.join(SUFFIXES)}; if it is plain text, name it .txt"
     )
 
 
-def _json_lines(file: Path) -> Iterator[Row]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(LARGEST + 1), b""), 1):
-            place = f"{file}, line {number}"
-            if len(line) > LARGEST:
-                raise DataError(f"{place}: longer than {LARGEST:,} bytes; every line is one object")
+def _json_lines_rows(file: Path) -> Iterator[Row]:
+    with file.open("rb") as opened:
+        lines = iter(lambda: opened.readline(MAX_LINE_BYTES + 1), b"")
+        for number, line in enumerate(lines, 1):
+            position = f"{file}, line {number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{position}: longer than {MAX_LINE_BYTES:,} bytes; every line is one object"
+                )
             if not line.strip():
                 continue
             try:
-                yield place, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                yield position, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as e:
                 raise DataError(
-                    f"{place}: it is not UTF-8 text ({e.reason}); save the file as UTF-8"
+                    f"{position}: it is not UTF-8 text ({e.reason}); save the file as UTF-8"
                 ) from None
             except (ValueError, RecursionError) as e:
                 raise DataError(
-                    f"{place}: not valid JSON ({e}); every line is one object"
+                    f"{position}: not valid JSON ({e}); every line is one object"
                 ) from None
 
 
-def _parquet(file: Path) -> Iterator[Row]:
+def _parquet_rows(file: Path) -> Iterator[Row]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -130,11 +138,11 @@ def _parquet(file: Path) -> Iterator[Row]:
         raise DataError(f"{file}: it cannot be read as parquet ({first_line(e)})") from None
 
 
-def _dataset(source: str) -> Iterator[Row]:
+def _dataset_rows(source: str) -> Iterator[Row]:
     file = Path(source)
     if file.suffix.lower() in SUFFIXES or file.is_absolute():
-        beside = [f.name for f in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise DataError(f"{source}: there is no such file{did_you_mean(file.name, beside)}")
+        siblings = [f.name for f in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise DataError(f"{source}: there is no such file{did_you_mean(file.name, siblings)}")
     try:
         import datasets
     except ImportError:
@@ -155,45 +163,47 @@ def _dataset(source: str) -> Iterator[Row]:
         ) from None
 
 
-def _join(rows: Iterable[Row], limit: int | None, render: Render) -> str:
+def _join(rows: Iterable[Row], max_characters: int | None, render: RenderChat) -> str:
     texts: list[str] = []
     # a newline less than there are texts
-    size, place = -1, ""
-    for place, row in rows:
-        texts.append(_text(place, row, render))
-        size += len(texts[-1]) + 1
-        if size >= (LONGEST + 1 if limit is None else limit):
+    num_characters, position = -1, ""
+    limit = MAX_CHARACTERS + 1 if max_characters is None else max_characters
+    for position, row in rows:
+        texts.append(_extract_text(position, row, render))
+        num_characters += len(texts[-1]) + 1
+        if num_characters >= limit:
             break
-    return _bounded("\n".join(texts), place)[:limit]
+    text = "\n".join(texts)
+    _check_size(text, position)
+    return text[:max_characters]
 
 
-def _text(place: str, row: Any, render: Render) -> str:
+def _extract_text(position: str, row: Any, render: RenderChat) -> str:
     """The text of a row, or its chat as a text."""
     row = row if isinstance(row, Mapping) else {}
     text, messages = row.get("text"), row.get("messages")
     if not isinstance(text, str):
-        if (
-            not isinstance(messages, list)
-            or not messages
-            or not all(isinstance(m, Mapping) and "role" in m for m in messages)
-        ):
+        if not _is_chat(messages):
+            keys = ", ".join(repr(str(key)[:40]) for key in list(row)[:10])
+            instead = f", not one with {keys}" if row else ""
             raise DataError(
-                f'{place}: an object with a "text" or with chat "messages" (each with "role" and '
-                '"content") is expected'
-                + (
-                    f", not one with {', '.join(repr(str(key)[:40]) for key in list(row)[:10])}"
-                    if row
-                    else ""
-                )
+                f'{position}: an object with a "text" or with chat "messages" (each with "role" '
+                f'and "content") is expected{instead}'
             )
         try:
             text = render(messages)
         except DataError as e:
-            raise DataError(f"{place}: {e}") from None
+            raise DataError(f"{position}: {e}") from None
     try:
         text.encode()
     except UnicodeEncodeError as e:
         raise DataError(
-            f"{place}: half of a surrogate pair, which is no character, at {e.start}"
+            f"{position}: half of a surrogate pair, which is no character, at {e.start}"
         ) from None
     return text
+
+
+def _is_chat(messages: Any) -> bool:
+    if not isinstance(messages, list) or not messages:
+        return False
+    return all(isinstance(message, Mapping) and "role" in message for message in messages)

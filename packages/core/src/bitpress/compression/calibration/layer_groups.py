@@ -9,7 +9,7 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from bitpress.compression.calibration.activation_streams import Streams
-from bitpress.modeling.experts import routed
+from bitpress.modeling.experts import is_routed
 from bitpress.planning.layout import Stack
 from bitpress.schemes.activation_quantizer import Rounding
 
@@ -72,7 +72,7 @@ def in_order(stacks: Sequence[Stack], prefix: str, streams: Streams) -> list[Sit
     course = streams.course(names)
     called = course.called
     # then they may write for some tokens only
-    some = any(routed(streams.block, name) for name in course.writers)
+    some = any(is_routed(streams.block, name) for name in course.writers)
     writers = () if some else course.writers
     found = []
     for stack in stacks:
@@ -88,7 +88,7 @@ def in_order(stacks: Sequence[Stack], prefix: str, streams: Streams) -> list[Sit
                 modules,
                 entrance,
                 writes,
-                entrance is not None and routed(streams.block, entrance),
+                entrance is not None and is_routed(streams.block, entrance),
             )
         )
     return sorted(
