@@ -103,9 +103,9 @@ def test_a_page_goes_beside_the_output_and_leaves_it_proved(outputs: Path) -> No
 
 
 def test_names_are_written_out_and_not_obeyed(outputs: Path) -> None:
-    from bitpress.output.report.page import page
+    from bitpress.output.report.page import render_page
 
-    shown = page(manifest.read_manifest(outputs / "out"), "<script>alert(1)</script>")
+    shown = render_page(manifest.read_manifest(outputs / "out"), "<script>alert(1)</script>")
     assert "<script>" not in shown
     assert "&lt;script&gt;alert(1)" in shown
 

@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import attrs
+
 from bitpress.checkpoint import filenames, layer_names
 from bitpress.checkpoint.hub import resolve
 from bitpress.checkpoint.reader import Checkpoint, Reader, open_checkpoint
@@ -22,13 +24,13 @@ from bitpress.modeling.tokens import load_evaluation_text
 from bitpress.output import (
     compressed_model,
     evaluate as evaluation,
-    manifest,
+    manifest as manifests,
     verify as verification,
-    written_model,
 )
 from bitpress.output.decompress import write_dense
 from bitpress.output.manifest import Check, Manifest, read_manifest
-from bitpress.output.report.page import START, page
+from bitpress.output.report.page import DOCTYPE, render_page
+from bitpress.output.written_model import WrittenModel
 from bitpress.planning import linear_layers, recipe
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import MAX_TOKENS, SEQUENCE_LENGTH, EvaluationConfig
@@ -66,7 +68,7 @@ def plan(
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
     return plan_from(
-        model, RecipeSource(scheme, _path(recipe_file), tuple(settings), tuple(ignore)), device
+        model, RecipeSource(scheme, _to_path(recipe_file), tuple(settings), tuple(ignore)), device
     )
 
 
@@ -125,10 +127,10 @@ def compress(
             `config.json` was not written. After the second the shards stay, and the same call with
             another `max_kl` goes on from them.
     """
-    recipe_source = RecipeSource(scheme, _path(recipe_file), tuple(settings), tuple(ignore))
-    config = CalibrationConfig(_text(calibration), samples, sequence_length, seed, all_experts)
+    recipe_source = RecipeSource(scheme, _to_path(recipe_file), tuple(settings), tuple(ignore))
+    config = CalibrationConfig(_to_text(calibration), samples, sequence_length, seed, all_experts)
     options = RunOptions(
-        device, threads, max_memory, verify, _text(check), max_kl, trust_remote_code
+        device, threads, max_memory, verify, _to_text(check), max_kl, trust_remote_code
     )
     job = prepare_job(model, recipe_source, config, options)
     return run(job, out, options, progress)
@@ -168,17 +170,17 @@ def search(
             budget, or `out` is there already.
     """
     goal = SearchGoal(tuple(schemes), budget, tuple(settings), tuple(ignore))
-    config = CalibrationConfig(_text(calibration), samples, sequence_length, seed, all_experts)
+    config = CalibrationConfig(_to_text(calibration), samples, sequence_length, seed, all_experts)
     options = RunOptions(device, threads, max_memory, trust_remote_code=trust_remote_code)
     job = searching.prepare_search(model, out, goal, config, options)
     return searching.run_search(job, out, options, progress)
 
 
-def _path(file: str | Path | None) -> Path | None:
+def _to_path(file: str | Path | None) -> Path | None:
     return None if file is None else Path(file)
 
 
-def _text(file: str | Path | None) -> str | None:
+def _to_text(file: str | Path | None) -> str | None:
     return None if file is None else str(file)
 
 
@@ -187,7 +189,7 @@ def verify(
     against: str | Path | None = None,
     threads: int | None = None,
     progress: Progress = ignore_progress,
-) -> verification.Report:
+) -> verification.VerificationReport:
     """Open an output again and prove it: files, config, scales, and with `against`, the source,
     every weight.
 
@@ -195,36 +197,39 @@ def verify(
         BitpressError: the folder was not written by bitpress, or a scheme that wrote it is not
             installed.
     """
-    folder, count = Path(out), threads or count_cores()
-    if (folder / filenames.MANIFEST).is_file() and not manifest.is_intact(folder):
+    folder, num_threads = Path(out), threads or count_cores()
+    if (folder / filenames.MANIFEST).is_file() and not manifests.is_intact(folder):
         fault = (
             "its bytes are not those that were written (its own SHA-256 differs), and it is what "
             "the rest is proved by"
         )
-        return verification.Report((Fault(filenames.MANIFEST, fault),), {})
-    note = read_manifest(folder)
-    source = resolve_source(open_checkpoint(resolve(against))) if against is not None else None
-    faults = tuple(verification.verify_files(note.files, folder, count))
+        return verification.VerificationReport((Fault(filenames.MANIFEST, fault),), {})
+    manifest = read_manifest(folder)
+    source = None
+    if against is not None:
+        resolved = resolve_source(open_checkpoint(resolve(against)))
+        source = fuse_uncompressed_experts(resolved, manifest.layers)
+    file_faults = tuple(verification.verify_files(manifest.files, folder, num_threads))
     try:
         checkpoint = open_checkpoint(folder)
     except CheckpointError as e:
-        return verification.Report((*faults, Fault("", str(e))), {})
-    size = sum(header.nbytes for header in checkpoint.headers.values())
+        return verification.VerificationReport((*file_faults, Fault("", str(e))), {})
+
+    num_bytes = sum(header.nbytes for header in checkpoint.headers.values())
     with torch_threads(1):
-        known = None if source is None else fuse_uncompressed_experts(source, note.layers)
         report = verification.verify_tensors(
-            _written(note, checkpoint), known, count, progress("verifying", size)
+            _read_written(manifest, checkpoint),
+            source,
+            num_threads,
+            progress("verifying", num_bytes),
         )
-    undigested = any(file.sha256 is None for file in note.files.values())
-    remarks = (
-        (
+    remarks: tuple[str, ...] = ()
+    if any(file.sha256 is None for file in manifest.files.values()):
+        remarks = (
             "it was written with --no-verify: there are no digests by which a changed byte would "
             "be found",
         )
-        if undigested
-        else ()
-    )
-    return verification.Report(faults + report.faults, report.errors, remarks)
+    return attrs.evolve(report, faults=file_faults + report.faults, remarks=remarks)
 
 
 def inspect(out: str | Path) -> Manifest:
@@ -241,12 +246,11 @@ def report(out: str | Path, file: str | Path | None = None) -> Path:
             `file` is there and no page.
     """
     folder = Path(out)
-    target = (
-        folder.resolve().with_name(f"{folder.resolve().name}.html") if file is None else Path(file)
-    )
+    name = folder.resolve().name
+    target = folder.resolve().with_name(f"{name}.html") if file is None else Path(file)
     if target.exists() and not _is_page(target):
         raise OutputError(f"{target} is there and no page: name another file (--html)")
-    content = page(read_manifest(folder), folder.resolve().name)
+    content = render_page(read_manifest(folder), name)
     OutputFolder(target.absolute().parent).write_text(target.name, content)
     return target
 
@@ -255,15 +259,16 @@ def _is_page(file: Path) -> bool:
     if not file.is_file():
         return False
     with file.open("rb") as f:
-        return f.read(len(START)) == START.encode()
+        return f.read(len(DOCTYPE)) == DOCTYPE.encode()
 
 
 def decompress(out: str | Path, dense: str | Path, progress: Progress = ignore_progress) -> None:
     """Write the plain checkpoint that an output's loader computes with."""
-    written = _as_planned(open_checkpoint(Path(out)))
-    total = sum(note.shape[0] * note.shape[1] * 2 for note in written.layers.values())
+    written = _open_written(open_checkpoint(Path(out)))
+    # in two bytes a weight, as most sources have them
+    num_bytes = sum(2 * record.shape[0] * record.shape[1] for record in written.layers.values())
     with torch_threads(1), OutputFolder(Path(dense)) as output:
-        write_dense(written, output, progress("decompressing", total))
+        write_dense(written, output, progress("decompressing", num_bytes))
 
 
 # One keyword for each option of the command line.
@@ -333,33 +338,32 @@ def _open_runnable_model(folder: Path, reader: Reader) -> RunnableModel:
     """A plain model, or one that bitpress wrote, ready to be run."""
     checkpoint = open_checkpoint(folder)
     if (folder / filenames.MANIFEST).is_file():
-        written = _as_planned(checkpoint)
-        return compressed_model.open_compressed(
-            written, reader, layer_names.container(next(iter(written.layers))), folder
-        )
+        written = _open_written(checkpoint)
+        container = layer_names.container(next(iter(written.layers)))
+        return compressed_model.open_compressed(written, reader, container, folder)
     checkpoint = resolve_source(checkpoint)
     if method := checkpoint.model_config.quantization_method:
         raise CheckpointError(
             f"{folder} is quantized ({method}), and not by bitpress: only plain models and its own "
             "can be run"
         )
-    return RunnableModel(
-        checkpoint,
-        reader,
-        layer_names.container(next(iter(linear_layers.linear_layers(checkpoint)))),
+    any_layer = next(iter(linear_layers.linear_layers(checkpoint)))
+    return RunnableModel(checkpoint, reader, layer_names.container(any_layer))
+
+
+def _read_written(manifest: Manifest, checkpoint: Checkpoint) -> WrittenModel:
+    """An output as its manifest describes it."""
+    file = checkpoint.folder / filenames.MANIFEST
+    return WrittenModel.from_manifest(
+        manifest, checkpoint, recipe.from_json(manifest.recipe, discover(), str(file))
     )
 
 
-def _written(note: Manifest, checkpoint: Checkpoint) -> written_model.WrittenModel:
-    rules = recipe.from_json(note.recipe, discover(), str(checkpoint.folder / filenames.MANIFEST))
-    return written_model.WrittenModel.from_manifest(note, checkpoint, rules)
-
-
-def _as_planned(checkpoint: Checkpoint) -> written_model.WrittenModel:
+def _open_written(checkpoint: Checkpoint) -> WrittenModel:
     """An output whose files hold what its manifest says; raises CheckpointError where headers or
     config say otherwise.
     """
-    written = _written(read_manifest(checkpoint.folder), checkpoint)
+    written = _read_written(read_manifest(checkpoint.folder), checkpoint)
     if fault := next(verification.find_structure_faults(written), None):
         raise CheckpointError(
             f"{checkpoint.folder} is not as it was written: {fault} (bitpress verify tells all "

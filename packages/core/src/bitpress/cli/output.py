@@ -14,7 +14,7 @@ from bitpress.errors import printable_line
 
 if TYPE_CHECKING:
     from bitpress.output.manifest import Check, LayerRecord, Manifest
-    from bitpress.output.verify import Report
+    from bitpress.output.verify import VerificationReport
     from bitpress.planning.plan import Plan
 
 # How many of the largest errors are shown.
@@ -102,7 +102,7 @@ class CompressSummary:
 class VerifySummary:
     """What a proof of the folder `out` has shown, with the source's name where there was one."""
 
-    report: Report
+    report: VerificationReport
     out: Path
     against: str | None
 

@@ -1,5 +1,5 @@
-"""A model as an engine computes with it: compressed layers restored, their inputs rounded where the
-scheme says so.
+"""A model as an engine computes with it: compressed layers are dequantized, their inputs quantized
+where the scheme says so.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from bitpress.schemes.activation_quantizer import (
 )
 
 
-class Restorer(Reader):
-    """Reads an output's tensors, those of compressed layers restored; what is stored it reads
-    through another reader.
+class DequantizingReader(Reader):
+    """Reads an output's tensors, those of compressed layers dequantized.
+
+    Args:
+        stored: reads what is in the output's files.
     """
 
     def __init__(self, written: WrittenModel, stored: Reader) -> None:
@@ -36,14 +38,12 @@ class Restorer(Reader):
         module = entry.name.removesuffix(".weight")
         if module == entry.name or module not in self._written.layers:
             return self._stored.rows(entry, first, last)
-        steps, config = (
-            self._written.steps(module),
-            self._written.expected_layer(module, entry.shape[0]).config,
-        )
-        found = torch.empty(entry.shape)
+        steps = self._written.steps(module)
+        config = self._written.expected_layer(module, entry.shape[0]).config
+        weight = torch.empty(entry.shape)
         for start, end, tensors in self._written.read_tiles(module, self._stored):
-            found[start:end] = pipeline.dequantize(tensors, config, steps)
-        return found[first:last]
+            weight[start:end] = pipeline.dequantize(tensors, config, steps)
+        return weight[first:last]
 
 
 def open_compressed(
@@ -52,31 +52,35 @@ def open_compressed(
     """An output as it will be served.
 
     Args:
+        container: the name of the list of decoder blocks.
         built_from: the folder with the config, and maybe the code, that transformers builds the
             model from.
 
     Raises:
-        SchemeError: inputs are rounded while serving, and the scheme does not say how.
+        SchemeError: activations are quantized while serving, and the scheme does not say how.
     """
     entries = dict(written.checkpoint.entries)
-    rounding = {}
-    for module, note in written.layers.items():
+    quantizers = {}
+    for module, record in written.layers.items():
         stored = {
             suffix: entry for suffix, entry in written.entries(module).items() if entry is not None
         }
         for suffix in stored:
             del entries[f"{module}.{suffix}"]
-        name, place = f"{module}.weight", next(iter(stored.values()))
-        entries[name] = Entry(name, "F32", note.shape, place.file, place.start)
-        config, steps = written.expected_layer(module, note.shape[0]).config, written.steps(module)
+        # where it lies in its file is of no use: DequantizingReader makes it of what is stored
+        name, any_entry = f"{module}.weight", next(iter(stored.values()))
+        entries[name] = Entry(name, "F32", record.shape, any_entry.file, any_entry.start)
+
+        config = written.expected_layer(module, record.shape[0]).config
+        steps = written.steps(module)
         if quantizes_activations(config, steps):
             tensors = {
                 suffix: reader.whole(entry)
                 for suffix, entry in stored.items()
                 if suffix.startswith(INPUT_PREFIX)
             }
-            found = input_rounding(tensors, config, steps)
-            assert found is not None
-            rounding[module] = found
+            quantizer = input_rounding(tensors, config, steps)
+            assert quantizer is not None
+            quantizers[module] = quantizer
     checkpoint = attrs.evolve(written.checkpoint, folder=built_from, entries=entries)
-    return RunnableModel(checkpoint, Restorer(written, reader), container, rounding)
+    return RunnableModel(checkpoint, DequantizingReader(written, reader), container, quantizers)

@@ -17,6 +17,7 @@ from bitpress.checkpoint.filenames import CONFIG
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint, Reader
 from bitpress.errors import BitpressError, Fault
+from bitpress.modeling import metrics
 from bitpress.output.manifest import FileRecord, describe_files
 from bitpress.output.written_model import WrittenModel
 from bitpress.planning import engine_rules, linear_layers
@@ -27,8 +28,8 @@ from bitpress.schemes import pipeline
 
 
 @frozen
-class Report:
-    """What verification found.
+class VerificationReport:
+    """What a verification has shown.
 
     Attributes:
         faults: empty if all is well.
@@ -70,7 +71,7 @@ def verify_tensors(
     threads: int,
     progress: ReportProgress,
     process_group: ProcessGroup = SINGLE_PROCESS,
-) -> Report:
+) -> VerificationReport:
     """Prove that every planned tensor is stored as planned, scales are usable, the config says what
     is stored, and weights are near those of the source.
 
@@ -112,7 +113,7 @@ def verify_tensors(
             faults += _verify_copies(written, source, reader, process_group)
 
     gathered = process_group.all_gather_object((faults, errors))
-    return Report(
+    return VerificationReport(
         tuple(fault for rank_faults, _ in gathered for fault in rank_faults),
         {module: error for _, errors in gathered for module, error in errors.items()},
     )
@@ -227,9 +228,9 @@ def _verify_layer(
     faults = [Fault(module, text) for text in sorted(texts)]
     if source_entry is None:
         return faults, None
-    if squared_norm:
-        return faults, math.sqrt(squared_error / squared_norm)
-    return faults, math.inf if squared_error else 0.0
+    if squared_error and not squared_norm:
+        return faults, math.inf
+    return faults, metrics.relative_error(squared_error, squared_norm)
 
 
 def _exceeds(distance: torch.Tensor, bound: torch.Tensor) -> bool:

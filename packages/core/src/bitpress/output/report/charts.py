@@ -12,48 +12,56 @@ from typing import Any
 
 from bitpress.errors import BitpressError
 
-# colors that the page has for series
-SERIES = 8
+# Colors that the page has for series.
+NUM_COLORS = 8
 
-# stand for the page's variables, as the series' colors do
+# Stand for the page's variables while matplotlib draws, as the series' colors do.
 INK, LINE = "#010203", "#010204"
 
-# by series: (block, value)
+# How many times the smallest value the largest must be for a logarithmic axis.
+LOG_RATIO = 20
+
+# By series: (block, value).
 Points = Mapping[str, Sequence[tuple[int, float]]]
 
 
-def by_block(points: Points, what: str) -> str:
+def draw_by_block(points: Points, label: str) -> str:
     """Dots over the number of the block, a line through each series' means; logarithmic where
     values differ a lot.
+
+    Args:
+        label: of the values' axis.
     """
     plot = _matplotlib()
     figure, axes = plot.subplots(figsize=(9, 3.6), layout="constrained")
     for number, (name, series) in enumerate(points.items()):
-        color, at = _color(number % SERIES), sorted({block for block, _ in series})
-        means = [_mean([value for block, value in series if block == place]) for place in at]
-        axes.plot(at, means, color=color, linewidth=1.6, label=name)
+        color = _color(number % NUM_COLORS)
+        blocks = sorted({block for block, _ in series})
+        means = [_mean([value for block, value in series if block == at]) for at in blocks]
+        axes.plot(blocks, means, color=color, linewidth=1.6, label=name)
         axes.plot(*zip(*series, strict=True), "o", color=color, markersize=3.6, alpha=0.9)
+
     values = [value for series in points.values() for _, value in series if value > 0]
-    if values and max(values) > 20 * min(values):
+    if values and max(values) > LOG_RATIO * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes.minorticks_off()
     else:
         axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="decoder block", ylabel=what)
+    axes.set(xlabel="decoder block", ylabel=label)
     if len(points) > 1:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=INK)
-    return _svg(figure, axes, what)
+    return _svg(figure, axes, label)
 
 
-def bars(values: Mapping[str, float], unit: str) -> str:
+def draw_bars(values: Mapping[str, float], unit: str) -> str:
     """Horizontal bars, each with its value."""
     plot = _matplotlib()
     figure, axes = plot.subplots(figsize=(9, 0.45 + 0.4 * len(values)), layout="constrained")
-    drawn = axes.barh(list(values), list(values.values()), color=_color(0), height=0.62)
+    bars = axes.barh(list(values), list(values.values()), color=_color(0), height=0.62)
     axes.bar_label(
-        drawn, fmt=lambda value: f"{value:,.2f} {unit}", padding=6, color=INK, fontsize=10
+        bars, fmt=lambda value: f"{value:,.2f} {unit}", padding=6, color=INK, fontsize=10
     )
     axes.invert_yaxis()
     axes.margins(x=0.16)
@@ -78,19 +86,21 @@ def _svg(figure: Any, axes: Any, title: str) -> str:
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom" and axes.xaxis.get_visible())
         spine.set_color(LINE)
-    text = io.StringIO()
+    output = io.StringIO()
     figure.savefig(
-        text,
+        output,
         format="svg",
         transparent=True,
         metadata={"Date": None, "Creator": None, "Title": title},
     )
     _matplotlib().close(figure)
-    drawing = text.getvalue()[text.getvalue().index("<svg") :]
+    drawing = output.getvalue()
+    # what precedes it is no part of a page
+    drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", drawing)
     drawing = drawing.replace(INK, "var(--ink)").replace(LINE, "var(--line)")
     return re.sub(
-        r"#0101(1[0-9a-f])", lambda found: f"var(--series-{int(found[1], 16) - 16})", drawing
+        r"#0101(1[0-9a-f])", lambda match: f"var(--series-{int(match[1], 16) - 16})", drawing
     )
 
 

@@ -5,269 +5,272 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.layer_names import BLOCK, NUMBER
 from bitpress.errors import BitpressError
-from bitpress.output.manifest import LayerRecord, Manifest
+from bitpress.output.manifest import FileRecord, LayerRecord, Manifest
 from bitpress.output.report import charts
 from bitpress.planning.recipe import parse_rules
 from bitpress.schemes import hardware
-from bitpress.schemes.registry import discover
+from bitpress.schemes.registry import Registry, discover
 from bitpress.schemes.values import Finding
 
-# of a block
-INDEX = re.compile(rf"\.({NUMBER.pattern})$")
+# The number of a block at the end of its name.
+BLOCK_NUMBER = re.compile(rf"\.({NUMBER.pattern})$")
 
-START = "<!doctype html>"
+DOCTYPE = "<!doctype html>"
 
-# layers listed; all are in a table that folds out
-WORST = 12
+# Layers in the table of the worst; all are in one that folds out.
+NUM_WORST = 12
 
 Row = Sequence[object]
 
 
-def page(note: Manifest, name: str) -> str:
+def render_page(manifest: Manifest, name: str) -> str:
     """The HTML of an output of that name.
 
     Raises:
         BitpressError: matplotlib is not installed.
     """
-    parts = [
-        make(note)
-        for make in (_tiles, _sizes, _errors, _drift, _worst, _hardware, _settings, _provenance)
+    sections = [
+        render(manifest)
+        for render in (
+            _tiles,
+            _sizes,
+            _errors,
+            _drift,
+            _worst_layers,
+            _hardware,
+            _settings,
+            _provenance,
+        )
     ]
     style = resources.files("bitpress.output.report").joinpath("style.css").read_text()
-    title, made = (
-        html.escape(name),
-        html.escape(f"{note.source} compressed with {' + '.join(note.schemes)}"),
-    )
+    title = html.escape(name)
+    schemes = " + ".join(manifest.schemes)
+    summary = html.escape(f"{manifest.source} compressed with {schemes}")
     return (
-        f'{START}\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'{DOCTYPE}\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, '
         f'initial-scale=1">\n<style>\n{style}</style></head>\n'
-        f"<body>\n<h1>{title}</h1>\n<p>{made}</p>\n"
-        + "\n".join(filter(None, parts))
+        f"<body>\n<h1>{title}</h1>\n<p>{summary}</p>\n"
+        + "\n".join(filter(None, sections))
         + "\n</body></html>\n"
     )
 
 
-def _tiles(note: Manifest) -> str:
-    before, after = _bytes(note)
+def _tiles(manifest: Manifest) -> str:
+    before, after = _weight_bytes(manifest)
     tiles = [
-        (f"{before / after:.2f}x", f"smaller: {_size(before)} to {_size(after)}"),
-        (f"{note.bits:.2f}", f"bits per weight in {len(note.layers)} layers"),
+        (f"{before / after:.2f}x", f"smaller: {_format_bytes(before)} to {_format_bytes(after)}"),
+        (f"{manifest.bits:.2f}", f"bits per weight in {len(manifest.layers)} layers"),
     ]
-    errors = [layer.error for layer in note.layers.values() if layer.error is not None]
-    tiles.append(
-        (f"{max(errors):.2%}", "largest error of a weight, verified")
-        if errors
-        else ("not verified", "written with --no-verify")
-    )
-    if note.check and note.check.kl is not None and note.check.top1 is not None:
+    errors = [layer.error for layer in manifest.layers.values() if layer.error is not None]
+    if errors:
+        tiles.append((f"{max(errors):.2%}", "largest error of a weight, verified"))
+    else:
+        tiles.append(("not verified", "written with --no-verify"))
+
+    check = manifest.check
+    if check and check.kl is not None and check.top1 is not None:
         tiles += [
-            (f"{note.check.kl:.4f}", f"KL divergence, nats per token of {note.check.tokens:,}"),
-            (f"{note.check.top1:.1%}", "top-1 agreement with the source"),
-            (
-                f"{note.check.perplexity:.3f}",
-                f"perplexity; the source's {note.check.source_perplexity:.3f}",
-            ),
+            (f"{check.kl:.4f}", f"KL divergence, nats per token of {check.tokens:,}"),
+            (f"{check.top1:.1%}", "top-1 agreement with the source"),
+            (f"{check.perplexity:.3f}", f"perplexity; the source's {check.source_perplexity:.3f}"),
         ]
     cells = "".join(
-        f'<div class="tile"><b>{html.escape(big)}</b><span>{html.escape(small)}</span></div>'
-        for big, small in tiles
+        f'<div class="tile"><b>{html.escape(figure)}</b><span>{html.escape(text)}</span></div>'
+        for figure, text in tiles
     )
     return f'<div class="tiles">{cells}</div>'
 
 
-def _sizes(note: Manifest) -> str:
-    before, after = (size / 1e6 for size in _bytes(note))
+def _sizes(manifest: Manifest) -> str:
+    before, after = (num_bytes / 1e6 for num_bytes in _weight_bytes(manifest))
+    chart = charts.draw_bars({"source": before, "result": after}, "MB")
+    return _section("Size", chart, "Weight files on disk.")
+
+
+def _errors(manifest: Manifest) -> str:
+    weights = _error_chart(
+        manifest,
+        "Error of each layer's weight",
+        "error",
+        "|restored − source| / |source|, measured on the written files.",
+    )
+    outputs = _error_chart(
+        manifest,
+        "Error of each layer's output",
+        "output_error",
+        "|W x − Q x| / |W x| on calibration inputs: what the error of the weight does to what the "
+        "layer gives.",
+    )
+    return "\n".join(filter(None, (weights, outputs)))
+
+
+def _error_chart(manifest: Manifest, title: str, field: str, text: str) -> str:
+    """A chart of one field of the layers' records, a series for each kind of layer; nothing where
+    no layer has it.
+    """
+    points: dict[str, list[tuple[int, float]]] = {}
+    for name, layer in manifest.layers.items():
+        match, error = BLOCK.fullmatch(f"{name}.weight"), getattr(layer, field)
+        if match and error is not None:
+            series = points.setdefault(name.rpartition(".")[2], [])
+            series.append((int(match["index"]), error))
+    return _section(title, charts.draw_by_block(points, "relative error"), text) if points else ""
+
+
+def _drift(manifest: Manifest) -> str:
+    points: dict[str, list[tuple[int, float]]] = {}
+    if manifest.blocks:
+        matches = [(BLOCK_NUMBER.search(name), drift) for name, drift in manifest.blocks.items()]
+        points["calibration data"] = [(int(match[1]), drift) for match, drift in matches if match]
+    if manifest.check and manifest.check.drift:
+        points["the check's text"] = list(enumerate(manifest.check.drift))
+    if not points:
+        return ""
     return _section(
-        "Size", charts.bars({"source": before, "result": after}, "MB"), "Weight files on disk."
-    )
-
-
-def _errors(note: Manifest) -> str:
-    found = []
-    for title, key, text in (
-        (
-            "Error of each layer's weight",
-            "error",
-            "|restored − source| / |source|, measured on the written files.",
-        ),
-        (
-            "Error of each layer's output",
-            "output_error",
-            "|W x − Q x| / |W x| on calibration inputs: what the error of the weight does to what "
-            "the layer gives.",
-        ),
-    ):
-        points: dict[str, list[tuple[int, float]]] = {}
-        for name, layer in note.layers.items():
-            place, value = BLOCK.fullmatch(f"{name}.weight"), getattr(layer, key)
-            if place and value is not None:
-                points.setdefault(name.rpartition(".")[2], []).append((int(place["index"]), value))
-        if points:
-            found.append(_section(title, charts.by_block(points, "relative error"), text))
-    return "\n".join(found)
-
-
-def _drift(note: Manifest) -> str:
-    drawn = {}
-    if note.blocks:
-        drawn["calibration data"] = [
-            (int(found[1]), error) for n, error in note.blocks.items() if (found := INDEX.search(n))
-        ]
-    if note.check and note.check.drift:
-        drawn["the check's text"] = list(enumerate(note.check.drift))
-    text = (
+        "How far hidden states drift",
+        charts.draw_by_block(points, "relative distance"),
         "|h − h′| / |h′| of the hidden states after each block, h′ being the source's: how errors "
-        "add up on the way."
-    )
-    return (
-        _section("How far hidden states drift", charts.by_block(drawn, "relative distance"), text)
-        if drawn
-        else ""
+        "add up on the way.",
     )
 
 
-def _worst(note: Manifest) -> str:
-    def size(layer: LayerRecord) -> float:
+def _worst_layers(manifest: Manifest) -> str:
+    def error(layer: LayerRecord) -> float:
         return layer.output_error if layer.output_error is not None else layer.error or 0.0
 
+    by_error = sorted(manifest.layers.items(), key=lambda item: -error(item[1]))
     rows = [
         (
             f"<code>{html.escape(name)}</code>",
-            html.escape(" + ".join(n.steps)),
-            f"{n.bits:.2f}",
-            _share(n.error),
-            _share(n.output_error),
+            html.escape(" + ".join(layer.steps)),
+            f"{layer.bits:.2f}",
+            _format_error(layer.error),
+            _format_error(layer.output_error),
         )
-        for name, n in sorted(note.layers.items(), key=lambda item: -size(item[1]))
+        for name, layer in by_error
     ]
     head = ("layer", "steps", "#bits per weight", "#error", "#output error")
-    every = (
-        f"<details><summary>All {len(rows)} layers</summary>{_table(head, rows)}</details>"
-        if len(rows) > WORST
-        else ""
-    )
-    return _section(
-        "Worst layers",
-        _table(head, rows[:WORST]) + every,
-        "A rule with other steps for these helps most.",
-    )
+    content = _table(head, rows[:NUM_WORST])
+    if len(rows) > NUM_WORST:
+        content += _fold(f"All {len(rows)} layers", _table(head, rows))
+    return _section("Worst layers", content, "A rule with other steps for these helps most.")
 
 
-def _hardware(note: Manifest) -> str:
+def _hardware(manifest: Manifest) -> str:
     registry = discover()
-    rows: dict[tuple[str, Finding], list[str]] = {}
-    for rule in parse_rules(note.recipe, filenames.MANIFEST):
-        for scheme, values in rule.steps:
-            try:
-                made = registry.get(scheme).step(values)
-                said = [
-                    (d.name, f)
-                    for d in hardware.DEVICES
-                    for f in list(made.call("validate_hardware", hardware=d) or ())[:1]
-                ]
-            except BitpressError as e:
-                said = [("all devices", Finding("unsupported", f"not known here: {e}"))]
-            for device, finding in said:
-                rows.setdefault((scheme, finding), []).append(device)
-    cells = [
+    # devices by what a scheme finds of them
+    devices: dict[tuple[str, Finding], list[str]] = {}
+    for rule in parse_rules(manifest.recipe, filenames.MANIFEST):
+        for scheme, options in rule.steps:
+            for device, finding in _find_hardware(registry, scheme, options):
+                devices.setdefault((scheme, finding), []).append(device)
+    rows = [
         (
             html.escape(scheme),
-            f'<span class="{f.level}">{f.level}</span>',
-            html.escape(", ".join(devices)),
-            html.escape(f.text),
+            f'<span class="{finding.level}">{finding.level}</span>',
+            html.escape(", ".join(names)),
+            html.escape(finding.text),
         )
-        for (scheme, f), devices in rows.items()
+        for (scheme, finding), names in devices.items()
     ]
-    return _section(
-        "Where it serves", _table(("scheme", "level", "devices", "what to expect"), cells)
-    )
+    head = ("scheme", "level", "devices", "what to expect")
+    return _section("Where it serves", _table(head, rows))
 
 
-def _settings(note: Manifest) -> str:
-    recipe = html.escape(json.dumps(note.recipe, indent=2))
-    warnings = "".join(f"<li>{html.escape(text)}</li>" for text in note.warnings)
-    told = (
-        f"<details><summary>{len(note.warnings)} warnings of the run</summary><ul>"
-        f"{warnings}</ul></details>"
-        if warnings
-        else ""
-    )
-    return _section(
-        "Settings",
-        f"<pre><code>{recipe}</code></pre>{told}",
-        "The recipe, with every option spelled out.",
-    )
+def _find_hardware(
+    registry: Registry, scheme: str, options: Mapping[str, object]
+) -> list[tuple[str, Finding]]:
+    """Devices, and the first that a scheme finds of each."""
+    try:
+        step = registry.get(scheme).step(options)
+        return [
+            (device.name, finding)
+            for device in hardware.DEVICES
+            for finding in list(step.call("validate_hardware", hardware=device) or ())[:1]
+        ]
+    except BitpressError as e:
+        return [("all devices", Finding("unsupported", f"not known here: {e}"))]
 
 
-def _provenance(note: Manifest) -> str:
-    facts = {"source": note.source, "bitpress": note.bitpress, **note.schemes}
-    if note.data:
-        facts["calibrated on"] = f"{int(note.data['tokens']):,} tokens of {note.data['source']}"
-    if note.check:
+def _settings(manifest: Manifest) -> str:
+    recipe = html.escape(json.dumps(manifest.recipe, indent=2))
+    content = f"<pre><code>{recipe}</code></pre>"
+    warnings = "".join(f"<li>{html.escape(text)}</li>" for text in manifest.warnings)
+    if warnings:
+        title = f"{len(manifest.warnings)} warnings of the run"
+        content += _fold(title, f"<ul>{warnings}</ul>")
+    return _section("Settings", content, "The recipe, with every option spelled out.")
+
+
+def _provenance(manifest: Manifest) -> str:
+    facts = {"source": manifest.source, "bitpress": manifest.bitpress, **manifest.schemes}
+    data, check = manifest.data, manifest.check
+    if data:
+        facts["calibrated on"] = f"{int(data['tokens']):,} tokens of {data['source']}"
+    if check:
         facts["checked on"] = (
-            f"{note.check.tokens:,} tokens of {note.check.text}, in sequences of "
-            f"{note.check.sequence_length}"
+            f"{check.tokens:,} tokens of {check.text}, in sequences of {check.sequence_length}"
         )
-    made = _table(
-        ("", ""), [(html.escape(key), html.escape(value)) for key, value in facts.items()]
-    )
+    rows = [(html.escape(key), html.escape(value)) for key, value in facts.items()]
     files = [
-        (
-            f"<code>{html.escape(name)}</code>",
-            where,
-            f"{file.bytes:,}",
-            f"<code>{file.sha256 or '-'}</code>",
-        )
-        for where, notes in (("source", note.inputs), ("result", note.files))
-        for name, file in notes.items()
+        *(_file_row(name, "source", file) for name, file in manifest.inputs.items()),
+        *(_file_row(name, "result", file) for name, file in manifest.files.items()),
     ]
-    listed = _table(("file", "of", "#bytes", "SHA-256"), files)
-    return _section(
-        "Provenance", f"{made}<details><summary>{len(files)} files</summary>{listed}</details>"
-    )
+    file_table = _table(("file", "of", "#bytes", "SHA-256"), files)
+    content = _table(("", ""), rows) + _fold(f"{len(files)} files", file_table)
+    return _section("Provenance", content)
+
+
+def _file_row(name: str, side: str, file: FileRecord) -> Row:
+    digest = f"<code>{file.sha256 or '-'}</code>"
+    return f"<code>{html.escape(name)}</code>", side, f"{file.bytes:,}", digest
 
 
 def _section(title: str, content: str, text: str = "") -> str:
     content = f"<figure>{content}</figure>" if content.startswith("<svg") else content
-    return (
-        f"<h2>{html.escape(title)}</h2>\n"
-        + (f"<p>{html.escape(text)}</p>\n" if text else "")
-        + content
-    )
+    paragraph = f"<p>{html.escape(text)}</p>\n" if text else ""
+    return f"<h2>{html.escape(title)}</h2>\n{paragraph}{content}"
+
+
+def _fold(title: str, content: str) -> str:
+    """HTML that is shown once its title is clicked."""
+    return f"<details><summary>{title}</summary>{content}</details>"
 
 
 def _table(head: Sequence[str], rows: Iterable[Row]) -> str:
     """Columns whose heads begin with # hold numbers; cells are HTML."""
     kinds = [' class="number"' if name.startswith("#") else "" for name in head]
-    top = "".join(
+    titles = "".join(
         f"<th{kind}>{html.escape(name.lstrip('#'))}</th>"
         for name, kind in zip(head, kinds, strict=True)
     )
-    body = "".join(
-        "<tr>" + "".join(f"<td{k}>{c}</td>" for c, k in zip(row, kinds, strict=True)) + "</tr>\n"
-        for row in rows
+    title_row = f"<tr>{titles}</tr>" if any(head) else ""
+    body = ""
+    for row in rows:
+        cells = [f"<td{kind}>{cell}</td>" for cell, kind in zip(row, kinds, strict=True)]
+        body += f"<tr>{''.join(cells)}</tr>\n"
+    return f'<div class="wide"><table>{title_row}\n{body}</table></div>'
+
+
+def _weight_bytes(manifest: Manifest) -> tuple[int, int]:
+    """Bytes of the weight files, the source's and the output's."""
+    before = sum(file.bytes for file in manifest.inputs.values())
+    after = sum(
+        file.bytes for name, file in manifest.files.items() if name.endswith(".safetensors")
     )
-    return (
-        f'<div class="wide"><table>{f"<tr>{top}</tr>" if any(head) else ""}\n{body}</table></div>'
-    )
+    return before, after
 
 
-def _bytes(note: Manifest) -> tuple[int, int]:
-    return sum(f.bytes for f in note.inputs.values()), sum(
-        f.bytes for n, f in note.files.items() if n.endswith(".safetensors")
-    )
+def _format_error(error: float | None) -> str:
+    return "-" if error is None else f"{error:.3%}"
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3%}"
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+def _format_bytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
