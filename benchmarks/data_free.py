@@ -150,6 +150,7 @@ COLUMNS = {
 
 
 def main() -> None:
+    """Compress with both tools, and print how they compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--theirs", required=True, metavar="PYTHON", help="an interpreter with llm-compressor"

@@ -53,6 +53,7 @@ class Point:
 
 
 def points(series: Series, folder: Path) -> list[Point]:
+    """Time and memory of a run for every size of a series."""
     result = []
     for blocks in series.blocks:
         source, out = folder / "growing", folder / "grown"
@@ -93,6 +94,7 @@ def straight(series_points: Sequence[Point], size: float) -> float:
 
 
 def plot(file: Path, everything: Sequence[tuple[Series, Sequence[Point]]]) -> None:
+    """Draw time and memory over the size of the model."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -118,6 +120,7 @@ def plot(file: Path, everything: Sequence[tuple[Series, Sequence[Point]]]) -> No
 
 
 def main() -> None:
+    """Measure all series, and draw them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--work", type=Path, default=Path("bench-output"), help="where models and outputs go"

@@ -45,6 +45,7 @@ def shapes(blocks: int, hidden: int, intermediate: int) -> Iterator[tuple[str, t
 
 
 def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of bfloat16, always the same for a name: ones for a vector, else normal."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

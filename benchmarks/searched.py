@@ -66,6 +66,7 @@ class Row:
 
 
 def main() -> None:
+    """Search, carry out, measure, and print a row for each budget."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("bench-output"), help="where outputs go")
     parser.add_argument("--json", type=Path, help="write the figures here too")

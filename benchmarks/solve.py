@@ -62,6 +62,7 @@ def fault(weight: torch.Tensor, scale: torch.Tensor) -> str | None:
 
 
 def main() -> None:
+    """Solve one layer with both tools, and print how they compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--theirs", required=True, metavar="PYTHON", help="an interpreter with llm-compressor"

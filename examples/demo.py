@@ -46,6 +46,7 @@ def perplexity(model: Path, text: str) -> float:
 
 
 def main() -> None:
+    """Compress the model that lies beside this file, and say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "out",

@@ -102,6 +102,7 @@ def train(model: MixtralForCausalLM, ids: torch.Tensor, tokens: int) -> None:
 
 
 def main() -> None:
+    """Make the mixture, compress it, and exit 1 where it loses more than the bounds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "out",

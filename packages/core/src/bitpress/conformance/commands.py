@@ -19,24 +19,21 @@ from bitpress.schemes.registry import discover
 
 
 def install(
-    folder: Path,
-    name: str,
-    module: str,
-    entry_points: str,
-    version: str = "1.0",
-    requires: Sequence[str] = (),
+    folder: Path, name: str, module: str, entry_points: str, requires: Sequence[str] = ()
 ) -> Path:
-    """Write a distribution `name` into `folder`. Python finds it if the folder is on its path.
+    """Write version 1.0 of a distribution into a folder. Python finds it if the folder is on its
+    path.
 
     Its one module has the same name, with dashes as underscores.
     """
     folder.mkdir(exist_ok=True)
-    (folder / f"{name.replace('-', '_')}.py").write_text(module)
-    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    module_name = name.replace("-", "_")
+    (folder / f"{module_name}.py").write_text(module)
+    info = folder / f"{module_name}-1.0.dist-info"
     info.mkdir(exist_ok=True)
-    wanted = "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
+    requirements = "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
     (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{wanted}"
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{requirements}"
     )
     (info / "entry_points.txt").write_text(entry_points)
     return folder
