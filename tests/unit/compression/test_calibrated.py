@@ -220,7 +220,7 @@ def test_memory_that_is_short_changes_no_byte(tmp_path: Path, learner: Path) -> 
 
 
 def test_where_memory_is_short_no_forward_is_left_waiting(tmp_path: Path, learner: Path) -> None:
-    source, begun, waiting = runnable_model(tmp_path / "m"), resumable_forward._forward, []
+    source, begun, waiting = runnable_model(tmp_path / "m"), resumable_forward._run_block, []
 
     def counted(*arguments: Any) -> torch.Tensor:
         waiting.append(waiting[-1] + 1 if waiting else 1)
@@ -229,7 +229,7 @@ def test_where_memory_is_short_no_forward_is_left_waiting(tmp_path: Path, learne
         finally:
             waiting.append(waiting[-1] - 1)
 
-    with patch.object(resumable_forward, "_forward", counted):
+    with patch.object(resumable_forward, "_run_block", counted):
         run(
             source,
             tmp_path / "o",

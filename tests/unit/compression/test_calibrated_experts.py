@@ -23,12 +23,11 @@ from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.checkpoint.source import resolve_source
 from bitpress.compression import calibrated
-from bitpress.compression.calibration.activation_streams import Streams
+from bitpress.compression.calibration.activation_streams import ActivationStreams, StreamLimits
 from bitpress.conformance.commands import command, plugins, refusal
 from bitpress.conformance.models import files_of, tensors_of
 from bitpress.modeling.capture import capture_inputs
 from bitpress.modeling.decoder import Decoder
-from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.tokens import load_calibration_data
 from bitpress.planning import linear_layers
 from bitpress.planning.calibration_config import CalibrationConfig
@@ -79,10 +78,10 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(tmp_path: Path, family
         decoder = Decoder(source, container, reader)
         decoder.require_parameters()
         captured = capture_inputs(decoder, BATCHES)
-        streams = Streams(captured.hidden_states, HiddenStates([]), [], waiting=0, device=CPU)
+        streams = ActivationStreams(captured.hidden_states, CPU, StreamLimits(0))
         for index in range(len(decoder)):
-            streams.enter(decoder.load_block(index), None, captured.calls[index])
-            streams.leave()
+            streams.enter_block(decoder.load_block(index), None, captured.calls[index])
+            streams.leave_block()
         model, outputs = whole(folder), []
 
         def stop(
@@ -303,12 +302,13 @@ def test_what_sees_is_copied_and_ignored_under_any_of_its_names(
 def test_a_run_that_ended_goes_on_to_the_same_bytes(
     tmp_path: Path, learner: Path, family: str
 ) -> None:
-    source, block = build(family, tmp_path / "m"), calibrated._block
+    source = build(family, tmp_path / "m")
+    compress_block = calibrated._compress_or_resume_block
 
-    def ended(plan: Any, shard: Any, *others: Any) -> Any:
+    def ended(run: Any, shard: Any, *others: Any) -> Any:
         if shard.block == 1:
             raise KeyboardInterrupt
-        return block(plan, shard, *others)
+        return compress_block(run, shard, *others)
 
     def run(out: Path) -> None:
         bitpress.compress(
@@ -323,7 +323,10 @@ def test_a_run_that_ended_goes_on_to_the_same_bytes(
 
     with plugins(learner):
         run(tmp_path / "whole")
-        with patch.object(calibrated, "_block", ended), pytest.raises(KeyboardInterrupt):
+        with (
+            patch.object(calibrated, "_compress_or_resume_block", ended),
+            pytest.raises(KeyboardInterrupt),
+        ):
             run(tmp_path / "o")
         run(tmp_path / "o")
     assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")

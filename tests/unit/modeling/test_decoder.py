@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitpress.checkpoint.reader import Reader, open_checkpoint
-from bitpress.compression.calibration.activation_streams import Streams
-from bitpress.compression.calibration.resumable_forward import Doors, course
+from bitpress.compression.calibration.activation_streams import (
+    ActivationStreams,
+    ReferenceStates,
+    StreamLimits,
+)
+from bitpress.compression.calibration.resumable_forward import Breakpoints, trace_forward
 from bitpress.modeling.capture import capture_inputs, open_head
 from bitpress.modeling.decoder import Decoder
 from bitpress.modeling.hidden_states import HiddenStates
@@ -94,10 +98,10 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(
         decoder = Decoder(open_checkpoint(folder), container, reader)
         captured = capture_inputs(decoder, BATCHES, tmp_path if spilled else None)
         states = captured.hidden_states
-        streams = Streams(states, HiddenStates([]), [], waiting=0, device=CPU)
+        streams = ActivationStreams(states, CPU, StreamLimits(0))
         for index in range(len(decoder)):
-            streams.enter(decoder.load_block(index), None, captured.calls[index])
-            streams.leave()
+            streams.enter_block(decoder.load_block(index), None, captured.calls[index])
+            streams.leave_block()
     for i, batch in enumerate(BATCHES):
         assert torch.equal(states[i], last_hidden(folder, container, batch))
 
@@ -128,24 +132,25 @@ def test_a_forward_that_waits_at_every_layer_sees_what_one_that_starts_anew_sees
         decoder = Decoder(open_checkpoint(folder), container, reader)
         captured = capture_inputs(decoder, BATCHES)
         block, calls = decoder.load_block(0), captured.calls[0]
-        names = course(block, linear_names(block), calls[0], captured.hidden_states[0]).called
+        trace = trace_forward(block, linear_names(block), calls[0], captured.hidden_states[0])
+        names = trace.called_layers
         assert set(names) == set(linear_names(block))
-        doors = Doors(block, names)
+        breakpoints = Breakpoints(block, names)
         inputs_by_limit: dict[int, list[Tensor | None]] = {}
         # of two batches
-        for waiting in (2, 1, 0):
-            streams = Streams(
-                HiddenStates(list(captured.hidden_states)), HiddenStates([]), [], waiting, CPU
+        for max_resumable in (2, 1, 0):
+            streams = ActivationStreams(
+                HiddenStates(list(captured.hidden_states)), CPU, StreamLimits(max_resumable)
             )
-            streams.enter(block, None, calls)
+            streams.enter_block(block, None, calls)
             inputs = [
-                result.inputs
-                for site in range(len(names))
-                for result in streams.arrivals(site, False)
+                batch.inputs
+                for number in range(len(names))
+                for batch in streams.group_inputs(number, False)
             ]
-            streams.leave()
-            inputs_by_limit[waiting] = [*inputs, streams.states[0], streams.states[1]]
-        doors.close()
+            streams.leave_block()
+            inputs_by_limit[max_resumable] = [*inputs, streams.states[0], streams.states[1]]
+        breakpoints.remove()
     for both, one, none in zip(*inputs_by_limit.values(), strict=True):
         assert both is not None
         assert torch.equal(both, one)
@@ -162,21 +167,22 @@ def test_a_waiting_forward_goes_on_with_the_weights_that_a_layer_has_by_then(
         outputs = []
         for early in (True, False):
             block, calls = decoder.load_block(0), captured.calls[0]
-            names = course(block, linear_names(block), calls[0], captured.hidden_states[0]).called
+            trace = trace_forward(block, linear_names(block), calls[0], captured.hidden_states[0])
+            names = trace.called_layers
             if early:
                 for name in names:
                     block.get_parameter(f"{name}.weight").mul_(0.5)
-            doors = Doors(block, names)
-            streams = Streams(
-                HiddenStates(list(captured.hidden_states)), HiddenStates([]), [], 9, CPU
+            breakpoints = Breakpoints(block, names)
+            streams = ActivationStreams(
+                HiddenStates(list(captured.hidden_states)), CPU, StreamLimits(9)
             )
-            streams.enter(block, None, calls)
-            for site, name in enumerate(names):
-                list(streams.arrivals(site, False))
+            streams.enter_block(block, None, calls)
+            for number, name in enumerate(names):
+                list(streams.group_inputs(number, False))
                 if not early:
                     block.get_parameter(f"{name}.weight").mul_(0.5)
-            streams.leave()
-            doors.close()
+            streams.leave_block()
+            breakpoints.remove()
             outputs.append(streams.states[0])
     assert torch.equal(*outputs)
 
@@ -212,20 +218,23 @@ def test_forwards_that_do_not_wait_hold_nothing(family: tuple[Path, str], tmp_pa
         decoder = Decoder(open_checkpoint(folder), container, reader)
         captured = capture_inputs(decoder, BATCHES, tmp_path)
         block, source, calls = decoder.load_block(0), decoder.load_block(0), captured.calls[0]
-        result = course(block, linear_names(block), calls[0], captured.hidden_states[0])
-        doors = [Doors(b, result.called, result.writers) for b in (block, source)]
-        reference = HiddenStates((captured.hidden_states[i] for i in range(2)), tmp_path)
-        streams = Streams(captured.hidden_states, reference, [0, 1], 0, CPU)
-        streams.enter(block, source, calls)
-        site = len(result.called) - 1
-        assert all(arrival.residual is not None for arrival in streams.arrivals(site, True))
+        trace = trace_forward(block, linear_names(block), calls[0], captured.hidden_states[0])
+        breakpoints = [
+            Breakpoints(b, trace.called_layers, trace.residual_layers) for b in (block, source)
+        ]
+        source_states = HiddenStates((captured.hidden_states[i] for i in range(2)), tmp_path)
+        reference = ReferenceStates(source_states, [0, 1])
+        streams = ActivationStreams(captured.hidden_states, CPU, StreamLimits(0), reference)
+        streams.enter_block(block, source, calls)
+        last = len(trace.called_layers) - 1
+        assert all(batch.residual is not None for batch in streams.group_inputs(last, True))
         gc.collect()
         size = captured.hidden_states[0].numel()
         held = [
             o for o in gc.get_objects() if type(o) is Tensor and o.numel() == size and not o.is_meta
         ]
-        for door in doors:
-            door.close()
+        for block_breakpoints in breakpoints:
+            block_breakpoints.remove()
     assert not held
 
 
@@ -239,14 +248,14 @@ def test_a_forward_that_is_given_up_lets_go_of_its_block_at_once(family: tuple[P
             captured = capture_inputs(decoder, BATCHES)
             block, calls = decoder.load_block(0), captured.calls[0]
             held = weakref.ref(block)
-            doors = Doors(block, linear_names(block)[:1])
-            streams = Streams(captured.hidden_states, None, [], 2, CPU)
-            streams.enter(block, None, calls)
+            breakpoints = Breakpoints(block, linear_names(block)[:1])
+            streams = ActivationStreams(captured.hidden_states, CPU, StreamLimits(2))
+            streams.enter_block(block, None, calls)
             # both wait there
-            assert len(list(streams.arrivals(0, False))) == 2
-            doors.close()
+            assert len(list(streams.group_inputs(0, False))) == 2
+            breakpoints.remove()
             del block
-            streams.enter(decoder.load_block(1), None, calls)
+            streams.enter_block(decoder.load_block(1), None, calls)
             assert held() is None
     finally:
         gc.enable()
@@ -279,7 +288,7 @@ def test_models_that_a_program_builds_afterwards_are_initialized_as_ever(tmp_pat
 
 
 # norms between a layer and the stream, or a factor, make it none
-WRITERS = {
+RESIDUAL_LAYERS = {
     "gemma2": set(),
     "gemma3_text": set(),
     "olmo2": set(),
@@ -298,8 +307,9 @@ def test_the_layers_whose_outputs_a_block_adds_to_its_input_are_found(
         captured = capture_inputs(decoder, BATCHES)
         for index in range(2):
             block = decoder.load_block(index)
-            result = course(
+            trace = trace_forward(
                 block, linear_names(block), captured.calls[index][0], captured.hidden_states[0]
             )
             kind = AutoConfig.from_pretrained(folder).model_type
-            assert set(result.writers) == WRITERS.get(kind, {"self_attn.o_proj", "mlp.down_proj"})
+            expected = RESIDUAL_LAYERS.get(kind, {"self_attn.o_proj", "mlp.down_proj"})
+            assert set(trace.residual_layers) == expected

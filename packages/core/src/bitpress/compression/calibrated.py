@@ -1,10 +1,11 @@
-"""The calibrated line from plan to files: block by block, and in each block site by site in forward
-order.
+"""A calibrated run's weight files: decoder block by decoder block, and in each block layer group by
+layer group in forward order.
 
-A site is a stack: layers that read one input. Its inputs are observed as the already compressed
-sites before it make them, it is compressed, and what a loader will compute with takes its place;
-then the next. So every layer is fitted to what it will be given in service. Every eighth batch is
-run through the source's weights as well, for schemes that ask how far the inputs have drifted.
+A layer group is a stack: layers that read one input. Its inputs are observed as the already
+compressed groups before it make them, it is compressed, and what a loader will compute with takes
+its place; then the next. So every layer is fitted to what it will be given when it is served. Every
+eighth batch is run through the source's weights as well, for schemes that ask how far the inputs
+have drifted.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ from __future__ import annotations
 import json
 
 import torch
-from torch import nn
+from attrs import evolve, frozen
+from torch import Tensor, nn
 
 from bitpress.checkpoint.filenames import BLOCK_RESULT_SUFFIX
 from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.safetensors import read_header
 from bitpress.checkpoint.writer import OutputFolder, copy_entry
-from bitpress.compression.calibration.activation_streams import Streams
+from bitpress.compression.calibration.activation_streams import (
+    ActivationStreams,
+    ReferenceStates,
+    StreamLimits,
+)
 from bitpress.compression.calibration.block import compress_block
-from bitpress.compression.calibration.block_result import BlockNotes
-from bitpress.compression.calibration.layer_groups import Site
+from bitpress.compression.calibration.block_result import BlockResult
+from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup
+from bitpress.compression.calibration.solution import install
 from bitpress.compression.data_free import write_shard
 from bitpress.compression.resources import Resources
 from bitpress.modeling.capture import CapturedInputs, capture_inputs
@@ -34,175 +41,185 @@ from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
 from bitpress.runtime.cpu_features import has_cpu_feature
 from bitpress.runtime.progress import ReportProgress
-from bitpress.schemes import pipeline
-from bitpress.schemes.activation_quantizer import input_rounding
+from bitpress.schemes.values import StoredLayer
 
-# instructions for products of bfloat16
-BFLOAT16 = ("avx512_bf16", "amx_bf16")
+# Instruction sets that multiply bfloat16; without one, torch computes it slower than float32.
+BFLOAT16_FEATURES = ("avx512_bf16", "amx_bf16")
+
+
+@frozen(eq=False)
+class _Run:
+    """What every block of a run is compressed with."""
+
+    plan: Plan
+    output: OutputFolder
+    reader: Reader
+    resources: Resources
+    report_progress: ReportProgress
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What blocks are computed in: as they will be served, but for CPUs on which float32 is
+        faster.
+        """
+        is_cpu = self.resources.device.type == "cpu"
+        is_fast_bfloat16 = self.plan.dtype == torch.bfloat16 and has_cpu_feature(*BFLOAT16_FEATURES)
+        return torch.float32 if is_cpu and not is_fast_bfloat16 else self.plan.dtype
 
 
 def write_shards(
     plan: Plan,
     output: OutputFolder,
-    data: CalibrationData,
+    calibration: CalibrationData,
     resources: Resources,
-    told: ReportProgress,
-) -> list[BlockNotes]:
-    """Write every shard that an earlier run of the same plan has not written; returns what is to be
-    told of each block.
+    report_progress: ReportProgress,
+) -> list[BlockResult]:
+    """Write every shard that an earlier run of the same plan has not written; returns what was
+    measured of each block.
 
-    Each rank runs its part of the batches; all of them compress a block together, and the first
-    writes it.
+    Each rank runs its part of the batches; all of them compress a block together, and rank 0 writes
+    it.
 
     Args:
-        resources: without a limit of memory, half of what is free is taken.
+        resources: without a limit of memory, half of what is available is used.
 
     Raises:
         CheckpointError: transformers cannot build the model, or the model makes numbers that are
             not finite.
     """
-    device, process_group = resources.device, resources.process_group
-    dtype = _dtype(plan, device)
-    notes = []
+    results = []
     with Reader() as reader, torch.no_grad(), memory.retain_freed_memory():
-        options = DecoderOptions(device, dtype, resources.trust_remote_code, data.all_experts)
+        run = _Run(plan, output, reader, resources, report_progress)
+        options = DecoderOptions(
+            resources.device, run.dtype, resources.trust_remote_code, calibration.all_experts
+        )
         decoder = Decoder(plan.source, plan.container, reader, options)
-        shards = {
+        block_shards = {
             shard.block: shard
             for shard in plan.shards
             if shard.block is not None and shard.block < len(decoder)
         }
-        outside = [shard for shard in plan.shards if shard not in shards.values()]
-        for shard in process_group.partition_by_size(outside, lambda shard: shard.source_bytes):
-            write_shard(shard, output, reader, Resources((device,)), told)
+        _write_other_shards(run, [s for s in plan.shards if s not in block_shards.values()])
 
-        inputs, streams = _start(plan, decoder, data, output, resources)
+        inputs, streams = _capture_inputs(run, decoder, calibration)
         for index in range(len(decoder)):
+            # a block's calls are dropped with the block
             calls, inputs.calls[index] = inputs.calls[index], []
-            source_block = decoder.load_block(index) if streams.chosen else None
-            streams.enter(decoder.load_block(index), source_block, calls)
-            if index in shards:
-                notes.append(_block(plan, shards[index], output, reader, streams, told))
-            drift = streams.leave(last=index + 1 == len(decoder))
-            if drift is not None and index in shards:
-                notes[-1].blocks[f"{plan.container}.{index}"] = drift
-            memory.release_freed_memory(streams.allowed)
-    return notes
+            source_block = decoder.load_block(index) if streams.reference is not None else None
+            streams.enter_block(decoder.load_block(index), source_block, calls)
+            if index in block_shards:
+                results.append(_compress_or_resume_block(run, block_shards[index], streams))
+            drift = streams.leave_block(is_last=index + 1 == len(decoder))
+            if drift is not None and index in block_shards:
+                results[-1] = evolve(results[-1], drift={f"{plan.container}.{index}": drift})
+            memory.release_freed_memory(streams.limits.max_working_bytes)
+    return results
 
 
-def _dtype(plan: Plan, device: torch.device) -> torch.dtype:
-    """What blocks are computed in: as they will be served, but for CPUs on which float32 is
-    faster.
-    """
-    return (
-        plan.dtype
-        if device.type != "cpu" or (plan.dtype == torch.bfloat16 and has_cpu_feature(*BFLOAT16))
-        else torch.float32
-    )
+def _write_other_shards(run: _Run, shards: list[Shard]) -> None:
+    """Write this rank's part of the shards that lie outside the blocks."""
+    process_group, device = run.resources.process_group, run.resources.device
+    for shard in process_group.partition_by_size(shards, lambda shard: shard.source_bytes):
+        write_shard(shard, run.output, run.reader, Resources((device,)), run.report_progress)
 
 
-def _start(
-    plan: Plan, decoder: Decoder, data: CalibrationData, output: OutputFolder, resources: Resources
-) -> tuple[CapturedInputs, Streams]:
-    """What every block is called with, and the hidden states before the first of them.
+def _capture_inputs(
+    run: _Run, decoder: Decoder, calibration: CalibrationData
+) -> tuple[CapturedInputs, ActivationStreams]:
+    """What every block is called with, and the streams before the first block."""
+    device, process_group = run.resources.device, run.resources.process_group
+    batches = memory_estimate.split_batches(calibration.input_ids, process_group.world_size)
+    own_numbers = process_group.partition_evenly(batches)
+    own_batches = [batches[i] for i in own_numbers]
 
-    Those of every eighth batch are there once more where a scheme asks for the source's.
-    """
-    device, process_group = resources.device, resources.process_group
-    batches = memory_estimate.split_batches(data.input_ids, process_group.world_size)
-    part = process_group.partition_evenly(batches)
-    own = [batches[i] for i in part]
-
-    # what hidden states may take: the interpreter and its libraries stand outside
-    if resources.max_memory is None:
-        allowed = memory.available_bytes() // (2 * process_group.local_world_size)
+    # what may be held beyond the interpreter and its libraries
+    if run.resources.max_memory is None:
+        max_working_bytes = memory.available_bytes() // (2 * process_group.local_world_size)
     else:
-        allowed = resources.max_memory - memory.TRANSFORMERS_BYTES
-    need = memory_estimate.estimate_calibration(plan, sum(batch.numel() for batch in own))
-    folder = output.folder if need.spilled_bytes(allowed) else None
+        max_working_bytes = run.resources.max_memory - memory.TRANSFORMERS_BYTES
+    num_tokens = sum(batch.numel() for batch in own_batches)
+    estimate = memory_estimate.estimate_calibration(run.plan, num_tokens)
+    folder = run.output.folder if estimate.spilled_bytes(max_working_bytes) else None
 
-    inputs = capture_inputs(decoder, own, folder)
-    chosen = [
+    inputs = capture_inputs(decoder, own_batches, folder)
+    reference_batches = [
         position
-        for position, number in enumerate(part)
-        if plan.recipe.needs_reference and number % memory_estimate.REFERENCE_INTERVAL == 0
+        for position, number in enumerate(own_numbers)
+        if run.plan.recipe.needs_reference and number % memory_estimate.REFERENCE_INTERVAL == 0
     ]
-    reference = HiddenStates((inputs.hidden_states[i].clone() for i in chosen), folder)
-    num_waiting = need.num_waiting(allowed, own[0].numel())
-    streams = Streams(
-        inputs.hidden_states, reference, chosen, num_waiting, device, process_group, allowed
-    )
+    reference = None
+    if reference_batches:
+        states = HiddenStates((inputs.hidden_states[i].clone() for i in reference_batches), folder)
+        reference = ReferenceStates(states, reference_batches)
+    max_resumable = estimate.num_waiting(max_working_bytes, own_batches[0].numel())
+    limits = StreamLimits(max_resumable, max_working_bytes)
+    streams = ActivationStreams(inputs.hidden_states, device, limits, reference, process_group)
     return inputs, streams
 
 
-def _block(
-    plan: Plan,
-    shard: Shard,
-    output: OutputFolder,
-    reader: Reader,
-    streams: Streams,
-    told: ReportProgress,
-) -> BlockNotes:
-    """Compress one block into its shard, or take up what an earlier run has made of it."""
-    prefix, kept = (
-        f"{plan.container}.{shard.block}.",
-        output.folder / f"{shard.name}{BLOCK_RESULT_SUFFIX}",
+def _compress_or_resume_block(run: _Run, shard: Shard, streams: ActivationStreams) -> BlockResult:
+    """Compress one block into its shard, or install what an earlier run has stored of it."""
+    plan, output, process_group = run.plan, run.output, streams.process_group
+    block_plan = BlockPlan(f"{plan.container}.{shard.block}.", shard.stacks, plan.head_dim)
+    result_file = output.folder / f"{shard.name}{BLOCK_RESULT_SUFFIX}"
+
+    # rank 0 looks, since another host may see a file later
+    is_finished = (
+        process_group.is_rank_zero
+        and output.has_shard(shard.name, shard.header)
+        and result_file.is_file()
     )
-    process_group = streams.process_group
-    if process_group.broadcast_object(
-        process_group.is_rank_zero and output.has_shard(shard.name, shard.header) and kept.is_file()
-    ):
-        _take_up(shard, prefix, output, reader, streams.block)
-        told(shard.source_bytes, f"{shard.name}: finished earlier")
-        return BlockNotes(**json.loads(kept.read_text()))
+    if process_group.broadcast_object(is_finished):
+        _install_finished_block(run, shard, block_plan.prefix, streams.block)
+        run.report_progress(shard.source_bytes, f"{shard.name}: finished earlier")
+        return BlockResult.from_json(json.loads(result_file.read_text()))
+
     if not process_group.is_rank_zero:
-        return compress_block(
-            shard, prefix, streams, lambda name, tensor: None, plan.head_dim, told
-        )
-    places = {entry.name: entry for entry in shard.header.entries}
+        return compress_block(block_plan, streams, lambda name, tensor: None, run.report_progress)
+
+    entries = {entry.name: entry for entry in shard.header.entries}
     with output.shard(shard.name, shard.header) as writer:
-        notes = compress_block(
-            shard,
-            prefix,
-            streams,
-            lambda n, t: writer.write(places[n], t.cpu()),
-            plan.head_dim,
-            told,
-        )
+
+        def write_tensor(name: str, tensor: Tensor) -> None:
+            writer.write(entries[name], tensor.cpu())
+
+        result = compress_block(block_plan, streams, write_tensor, run.report_progress)
         for entry in shard.copies:
-            if entry.name in notes.rescaled:
-                tensor = streams.block.get_parameter(entry.name.removeprefix(prefix))
-                writer.write(places[entry.name], tensor.to(DTYPES[entry.dtype]).cpu())
+            if entry.name in result.rescaled:
+                parameter = streams.block.get_parameter(entry.name.removeprefix(block_plan.prefix))
+                write_tensor(entry.name, parameter.to(DTYPES[entry.dtype]))
             else:
-                copy_entry(entry, places[entry.name], reader, writer)
-            told(entry.nbytes, entry.name)
-        output.write_text(kept.name, json.dumps(notes.as_json()))
-    return notes
+                copy_entry(entry, entries[entry.name], run.reader, writer)
+            run.report_progress(entry.nbytes, entry.name)
+        # before the shard has its name: a finished shard has its result beside it
+        output.write_text(result_file.name, json.dumps(result.as_json()))
+    return result
 
 
-def _take_up(
-    shard: Shard, prefix: str, output: OutputFolder, reader: Reader, block: nn.Module
-) -> None:
-    """Let a block compute with what an earlier run stored of it: its weights, and inputs rounded as
-    they will be served.
+def _install_finished_block(run: _Run, shard: Shard, prefix: str, block: nn.Module) -> None:
+    """Let a block compute with what an earlier run has stored of it: its weights, and inputs
+    quantized as they will be served.
     """
-    stored = {entry.name: entry for entry in read_header(output.folder / shard.name).entries}
-    parameters = dict(block.named_parameters(remove_duplicate=False))
+    header = read_header(run.output.folder / shard.name)
+    entries = {entry.name: entry for entry in header.entries}
     for stack in shard.stacks:
-        modules = {
-            module: block.get_submodule(module.removeprefix(prefix)) for module in stack.members
-        }
-        site = Site(stack, modules, None, False)
-        for module, weight in site.weights.items():
-            names, config = stack.describe_stored(module)
+        group = LayerGroup.in_block(stack, block, prefix)
+        stored_layers = []
+        for name, weight in group.weights.items():
+            planned, config = stack.describe_stored(name)
             tensors = {
-                name.removeprefix(f"{module}."): reader.whole(stored[name]).to(weight.device)
-                for name in names
+                tensor_name.removeprefix(f"{name}."): run.reader.whole(entries[tensor_name]).to(
+                    weight.device
+                )
+                for tensor_name in planned
             }
-            weight.copy_(pipeline.dequantize(tensors, config, stack.steps))
-            if (rounding := input_rounding(tensors, config, stack.steps)) is not None:
-                site.roundings[module] = rounding
-        site.round_inputs()
+            stored_layers.append(StoredLayer(tensors, config))
+        install(stored_layers, group)
+        group.register_input_quantizers()
+
+    # norms and biases, into which scales may have been folded
+    parameters = dict(block.named_parameters(remove_duplicate=False))
     for entry in shard.copies:
-        if (parameter := parameters.get(entry.name.removeprefix(prefix))) is not None:
-            parameter.copy_(reader.whole(stored[entry.name]))
+        parameter = parameters.get(entry.name.removeprefix(prefix))
+        if parameter is not None:
+            parameter.copy_(run.reader.whole(entries[entry.name]))

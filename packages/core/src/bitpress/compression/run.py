@@ -15,7 +15,7 @@ from bitpress.checkpoint.reader import open_checkpoint
 from bitpress.checkpoint.writer import OutputFolder, format_json
 from bitpress.compression import accuracy_check, calibrated, data_free, resume
 from bitpress.compression.accuracy_check import AccuracyCheck
-from bitpress.compression.calibration.block_result import BlockNotes
+from bitpress.compression.calibration.block_result import BlockResult
 from bitpress.compression.job import Job
 from bitpress.compression.resources import Resources
 from bitpress.compression.run_manifest import build_manifest, write_model_card
@@ -160,7 +160,7 @@ def _keep_record(
 
 def _write_shards(
     job: Job, output: OutputFolder, resources: Resources, progress: Progress
-) -> Sequence[BlockNotes]:
+) -> Sequence[BlockResult]:
     """Write all shards; returns what calibration has measured of each block."""
     plan = job.plan
     if job.calibration:

@@ -9,7 +9,7 @@ import attrs
 
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.writer import OutputFolder, format_json
-from bitpress.compression.calibration.block_result import BlockNotes
+from bitpress.compression.calibration.block_result import BlockResult
 from bitpress.compression.job import Job, display_name
 from bitpress.compression.resources import Resources
 from bitpress.output import manifest as manifests, model_card
@@ -20,7 +20,7 @@ from bitpress.runtime.version import __version__
 def build_manifest(
     job: Job,
     output: OutputFolder,
-    blocks: Sequence[BlockNotes],
+    blocks: Sequence[BlockResult],
     resources: Resources,
     with_digests: bool,
 ) -> Manifest:
@@ -49,7 +49,7 @@ def build_manifest(
         data=_describe_calibration(job),
         warnings=tuple(text for block in blocks for text in block.warnings),
         rescaled={name: change for block in blocks for name, change in block.rescaled.items()},
-        blocks={name: error for block in blocks for name, error in block.blocks.items()},
+        blocks={name: error for block in blocks for name, error in block.drift.items()},
     )
 
 
@@ -87,9 +87,9 @@ def _describe_bytes(content: bytes) -> FileRecord:
     return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
-def _describe_layers(job: Job, blocks: Sequence[BlockNotes]) -> Mapping[str, LayerRecord]:
-    output_errors = {name: error for block in blocks for name, error in block.errors.items()}
-    num_tokens = {name: count for block in blocks for name, count in block.tokens.items()}
+def _describe_layers(job: Job, blocks: Sequence[BlockResult]) -> Mapping[str, LayerRecord]:
+    output_errors = {name: error for block in blocks for name, error in block.output_errors.items()}
+    num_tokens = {name: count for block in blocks for name, count in block.num_tokens.items()}
     return {
         module: LayerRecord(
             tuple(step.scheme.name for step in stack.steps),

@@ -1,5 +1,5 @@
-"""All batches on their way through the blocks: as the compressed model makes them, and some of them
-as the source does too.
+"""The hidden states of all calibration batches on their way through the blocks: as the compressed
+model makes them, and those of some batches as the source does too.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from bitpress.compression.calibration.resumable_forward import Course, Walk, course
+from bitpress.compression.calibration.resumable_forward import (
+    ForwardTrace,
+    ResumableForward,
+    trace_forward,
+)
 from bitpress.modeling.capture import BlockCall
 from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 @frozen(eq=False)
-class Arrival:
-    """What a site is given of some tokens.
+class GroupInputs:
+    """The inputs of a layer group, of some tokens.
 
     Attributes:
         inputs: (tokens, in) as the compressed layers before it make them.
-        reference: (tokens, in) as the source makes them; None where it is not asked.
+        reference: (tokens, in) as the source makes them; None where the source is not run.
         residual: (tokens, channels) the source's residual stream less the compressed model's,
-            before what the site adds to it.
+            before the group's output is added to it.
     """
 
     inputs: Tensor
@@ -33,136 +37,186 @@ class Arrival:
     residual: Tensor | None = None
 
     @classmethod
-    def joined(cls, arrivals: Sequence[Arrival]) -> Arrival:
-        """Several as one, alike in what they have."""
-        if len(arrivals) == 1:
-            return arrivals[0]
-        first = arrivals[0]
+    def concatenate(cls, parts: Sequence[GroupInputs]) -> GroupInputs:
+        """Those of all tokens of several, which have the same of the three tensors."""
+        if len(parts) == 1:
+            return parts[0]
+        references = [part.reference for part in parts if part.reference is not None]
+        residuals = [part.residual for part in parts if part.residual is not None]
         return cls(
-            torch.cat([a.inputs for a in arrivals]),
-            None
-            if first.reference is None
-            else torch.cat([a.reference for a in arrivals if a.reference is not None]),
-            None
-            if first.residual is None
-            else torch.cat([a.residual for a in arrivals if a.residual is not None]),
+            torch.cat([part.inputs for part in parts]),
+            torch.cat(references) if parts[0].reference is not None else None,
+            torch.cat(residuals) if parts[0].residual is not None else None,
         )
 
-    def only(self, chosen: Tensor) -> Arrival:
-        """The chosen tokens, (tokens,) bool."""
-        reference, residual = (
-            None if t is None else t[chosen] for t in (self.reference, self.residual)
+    def select(self, mask: Tensor) -> GroupInputs:
+        """Those of the tokens for which the mask (tokens,) is true."""
+        return GroupInputs(
+            self.inputs[mask],
+            None if self.reference is None else self.reference[mask],
+            None if self.residual is None else self.residual[mask],
         )
-        return Arrival(self.inputs[chosen], reference, residual)
 
 
-class Streams:
-    """Hidden states before a block, and the walks through it.
+@frozen(eq=False)
+class ReferenceStates:
+    """Hidden states as the source's blocks make them.
+
+    Attributes:
+        states: one for each of the batches.
+        batches: the numbers of these among all batches of this rank.
+    """
+
+    states: HiddenStates
+    batches: Sequence[int]
+
+
+@frozen
+class StreamLimits:
+    """How much memory the forward passes of a block may take for speed.
+
+    Attributes:
+        max_resumable: forward passes that may stop inside a block; others start anew for every
+            layer group.
+        max_working_bytes: memory that may be held beyond what the interpreter and its libraries
+            take; 0 returns freed memory to the system always.
+    """
+
+    max_resumable: int
+    max_working_bytes: int = 0
+
+
+class ActivationStreams:
+    """The hidden states before a block, and the forward passes through it.
 
     Args:
-        states: of every batch, as the compressed blocks make them.
-        reference: of the chosen batches, as the source's blocks make them; None where nobody asks
-            for them.
-        chosen: which batches these are.
-        waiting: how many forwards may wait inside a block; others start anew for every site.
+        states: hidden states of every batch, as the compressed blocks make them.
+        reference: hidden states of some batches as the source's blocks make them; None where no
+            scheme asks for them.
         process_group: whose ranks share all batches; these are one of theirs.
-        allowed: bytes of memory that may be held beyond what the interpreter takes.
     """
 
     def __init__(
         self,
         states: HiddenStates,
-        reference: HiddenStates | None,
-        chosen: Sequence[int],
-        waiting: int,
         device: torch.device,
+        limits: StreamLimits,
+        reference: ReferenceStates | None = None,
         process_group: ProcessGroup = SINGLE_PROCESS,
-        allowed: int = 0,
     ) -> None:
-        self.process_group = process_group
-        self.states, self.reference, self.chosen, self.waiting = states, reference, chosen, waiting
-        self.device, self.allowed = device, allowed
-        self._walks: list[Walk] = []
-        self._source_walks: dict[int, Walk] = {}
-        self._courses: dict[tuple[object, ...], Course] = {}
+        self.states, self.reference = states, reference
+        self.device, self.limits, self.process_group = device, limits, process_group
+        self._forwards: list[ResumableForward] = []
+        # by the number of the batch
+        self._source_forwards: dict[int, ResumableForward] = {}
+        self._traces: dict[tuple[object, ...], ForwardTrace] = {}
 
-    def enter(self, block: nn.Module, source: nn.Module | None, calls: Sequence[BlockCall]) -> None:
-        """Stand before a block; `source` is the same with the weights it came with."""
-        self.block, self.source, self.calls = block, source, calls
-        self._walks = [self.walk(i, streaming=i in self.chosen) for i in range(len(calls))]
-        self._source_walks = {}
-        if source is not None and self.reference is not None:
-            for place, i in enumerate(self.chosen):
-                self._source_walks[i] = Walk(
-                    source, calls[i], self._reader(self.reference, place), streaming=True
+    def enter_block(
+        self, block: nn.Module, source_block: nn.Module | None, calls: Sequence[BlockCall]
+    ) -> None:
+        """Stand before a block.
+
+        Args:
+            source_block: the same block, which keeps the source's weights.
+            calls: what the block is called with, batch by batch.
+        """
+        self.block, self.source_block, self.calls = block, source_block, calls
+        reference = self.reference
+        reference_batches = () if reference is None else reference.batches
+        self._forwards = [
+            self.start_forward(i, tracks_residual=i in reference_batches) for i in range(len(calls))
+        ]
+        self._source_forwards = {}
+        if source_block is not None and reference is not None:
+            for position, i in enumerate(reference.batches):
+                self._source_forwards[i] = ResumableForward(
+                    source_block,
+                    calls[i],
+                    self._state_reader(reference.states, position),
+                    tracks_residual=True,
                 )
 
-    def walk(self, batch: int, streaming: bool = False) -> Walk:
-        """A new walk of a batch through the block."""
-        return Walk(self.block, self.calls[batch], self._reader(self.states, batch), streaming)
+    def start_forward(self, batch: int, tracks_residual: bool = False) -> ResumableForward:
+        """A new forward pass of a batch through the block."""
+        read_states = self._state_reader(self.states, batch)
+        return ResumableForward(self.block, self.calls[batch], read_states, tracks_residual)
 
-    def sample(self) -> tuple[BlockCall, Tensor]:
-        """The first batch's call and hidden states."""
+    def first_batch(self) -> tuple[BlockCall, Tensor]:
+        """The first batch's call of the block and its hidden states."""
         return self.calls[0], self.states[0].to(self.device)
 
-    def course(self, names: Sequence[str]) -> Course:
-        """How the first rank's first batch comes through the block; blocks that are built alike are
-        asked once.
-        """
-        kind = (type(self.block), *names)
-        if kind in self._courses:
-            return self._courses[kind]
-        found = self.process_group.broadcast_object(course(self.block, names, *self.sample()))
-        if len(found.called) == len(names):
-            self._courses[kind] = found
-        return found
+    def trace_forward(self, layers: Sequence[str]) -> ForwardTrace:
+        """How rank 0's first batch goes through the block.
 
-    def arrivals(self, site: int, writes: bool) -> Iterator[Arrival]:
-        """Per batch what a site is given; batches that the source is asked for come first.
+        Blocks that are built alike are traced once, unless a router has left layers out.
+        """
+        kind = (type(self.block), *layers)
+        if kind in self._traces:
+            return self._traces[kind]
+        trace = trace_forward(self.block, layers, *self.first_batch())
+        trace = self.process_group.broadcast_object(trace)
+        if len(trace.called_layers) == len(layers):
+            self._traces[kind] = trace
+        return trace
+
+    def group_inputs(self, breakpoint_number: int, needs_residual: bool) -> Iterator[GroupInputs]:
+        """The inputs of a layer group, batch by batch; those come first of which the source is run
+        too.
 
         Args:
-            writes: whether the site's output is added to the residual stream.
+            breakpoint_number: at which forward passes come to the group.
+            needs_residual: whether the group's output is added to the residual stream.
         """
-        left = self.waiting
-        for i in sorted(range(len(self._walks)), key=lambda i: i not in self._source_walks):
-            walk, other = self._walks[i], self._source_walks.get(i)
-            left -= 1 if other is None else 2
-            keep = left >= 0
-            inputs, now = walk.input(site, keep)
-            reference, before = (None, None) if other is None else other.input(site, keep)
+        num_left = self.limits.max_resumable
+        batches = range(len(self._forwards))
+        for i in sorted(batches, key=lambda i: i not in self._source_forwards):
+            forward, source_forward = self._forwards[i], self._source_forwards.get(i)
+            num_left -= 1 if source_forward is None else 2
+            is_resumed = num_left >= 0
+
+            inputs, residual_stream = forward.advance(breakpoint_number, is_resumed)
+            reference, source_stream = None, None
+            if source_forward is not None:
+                reference, source_stream = source_forward.advance(breakpoint_number, is_resumed)
             if inputs is None:
                 continue
-            # or the source sends other tokens there
-            if reference is None or reference.shape != inputs.shape:
-                yield Arrival(inputs)
-            else:
-                behind = None if before is None or now is None or not writes else before - now
-                yield Arrival(inputs, reference, behind)
 
-    def leave(self, last: bool = False) -> float | None:
-        """Go on to the block's outputs; ||h - h'|| / ||h'|| of the batches whose h' the source
-        makes too, None without such.
+            # where a router stands before the group, the source's sends it other tokens
+            if reference is None or reference.shape != inputs.shape:
+                yield GroupInputs(inputs)
+                continue
+            residual = None
+            if needs_residual and source_stream is not None and residual_stream is not None:
+                residual = source_stream - residual_stream
+            yield GroupInputs(inputs, reference, residual)
+
+    def leave_block(self, is_last: bool = False) -> float | None:
+        """Go on to the block's outputs.
 
         Args:
-            last: nobody needs the outputs of this block but for that figure.
-        """
-        for i in self._source_walks if last else range(len(self._walks)):
-            self.states[i] = self._walks[i].output()
-        moved = size = 0.0
-        for place, (i, walk) in enumerate(self._source_walks.items()):
-            assert self.reference is not None
-            found = self.reference[place] = walk.output()
-            moved += float(
-                (self.states[i].to(found.device) - found).square().sum(dtype=torch.float64)
-            )
-            size += float(found.square().sum(dtype=torch.float64))
-        moved, size = (
-            sum(parts)
-            for parts in zip(*self.process_group.all_gather_object((moved, size)), strict=True)
-        )
-        self._walks, self._source_walks = [], {}
-        del self.block, self.source, self.calls
-        return math.sqrt(moved / size) if size else None
+            is_last: no block follows: only outputs that the source makes too are needed.
 
-    def _reader(self, states: HiddenStates, place: int) -> Callable[[], Tensor]:
-        return lambda: states[place].to(self.device)
+        Returns:
+            The drift of these, of all ranks: ||h - h'|| / ||h'||, h' being the source's; None where
+            the source is not run.
+        """
+        for i in self._source_forwards if is_last else range(len(self._forwards)):
+            self.states[i] = self._forwards[i].finish()
+
+        difference_squared = norm_squared = 0.0
+        for position, (i, source_forward) in enumerate(self._source_forwards.items()):
+            assert self.reference is not None
+            source_states = self.reference.states[position] = source_forward.finish()
+            difference = self.states[i].to(source_states.device) - source_states
+            difference_squared += float(difference.square().sum(dtype=torch.float64))
+            norm_squared += float(source_states.square().sum(dtype=torch.float64))
+        by_rank = self.process_group.all_gather_object((difference_squared, norm_squared))
+        difference_squared, norm_squared = (sum(sums) for sums in zip(*by_rank, strict=True))
+
+        # a block may take gigabytes: nothing here holds it any longer
+        self._forwards, self._source_forwards = [], {}
+        del self.block, self.source_block, self.calls
+        return math.sqrt(difference_squared / norm_squared) if norm_squared else None
+
+    def _state_reader(self, states: HiddenStates, position: int) -> Callable[[], Tensor]:
+        return lambda: states[position].to(self.device)

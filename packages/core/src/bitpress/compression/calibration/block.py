@@ -1,155 +1,138 @@
-"""One block: its factors folded, then its sites observed and compressed in forward order."""
+"""One decoder block: scales are folded, then its layer groups are compressed in forward order."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from attrs import frozen
 from torch import Tensor
 
-from bitpress.checkpoint.reader import DTYPES
-from bitpress.compression.calibration.activation_streams import Streams
-from bitpress.compression.calibration.block_result import BlockNotes
-from bitpress.compression.calibration.fold import rescale
-from bitpress.compression.calibration.layer_groups import Site, in_order
-from bitpress.compression.calibration.resumable_forward import Doors
-from bitpress.compression.calibration.statistics import few, nothing, observe, reduce_statistics
-from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS
-from bitpress.planning.layout import Shard
+from bitpress.compression.calibration.activation_streams import ActivationStreams
+from bitpress.compression.calibration.block_result import BlockResult
+from bitpress.compression.calibration.fold import fold_scales
+from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup, order_layer_groups
+from bitpress.compression.calibration.resumable_forward import Breakpoints
+from bitpress.compression.calibration.solution import broadcast_stored, install, solve, store
+from bitpress.compression.calibration.statistics import collect_statistics, warn_of_few_tokens
 from bitpress.runtime import memory
-from bitpress.runtime.process_group import ProcessGroup
 from bitpress.runtime.progress import ReportProgress
-from bitpress.schemes import pipeline
-from bitpress.schemes.activation_quantizer import input_rounding
-from bitpress.schemes.values import Layer
 
-Write = Callable[[str, Tensor], None]
+WriteTensor = Callable[[str, Tensor], None]
+
+
+@frozen
+class _GroupResult:
+    """What compressing a layer group has measured; attributes as a `BlockResult` has them."""
+
+    output_errors: Mapping[str, float]
+    warnings: Sequence[str]
+    num_tokens: Mapping[str, int]
 
 
 def compress_block(
-    shard: Shard,
-    prefix: str,
-    streams: Streams,
-    write: Write,
-    head: int | None,
-    told: ReportProgress,
-) -> BlockNotes:
-    """Compress a block's stacks in the order in which its forward comes to them; the block computes
-    with the result afterwards.
+    block_plan: BlockPlan,
+    streams: ActivationStreams,
+    write_tensor: WriteTensor,
+    report_progress: ReportProgress,
+) -> BlockResult:
+    """Compress a block's layer groups in the order in which its forward pass comes to them.
+
+    A group's inputs are those that the compressed groups before it make; the block computes with
+    what is stored afterwards.
 
     Args:
-        prefix: what the names of the block's tensors begin with.
-        write: is given every stored tensor by name.
-        head: channels of an attention head, where it is known.
+        streams: that stand before the block.
+        write_tensor: is given every stored tensor by name.
     """
-    notes = BlockNotes()
-    sites = in_order(shard.stacks, prefix, streams)
-    entrances = [site.entrance for site in sites if site.entrance is not None]
-    rescale(sites, prefix, streams, head, notes)
-    writers = [site.entrance for site in sites if site.entrance is not None and site.writes]
-    doors = [
-        Doors(block, entrances, writers)
-        for block in (streams.block, streams.source)
+    groups = order_layer_groups(block_plan, streams)
+    fold_result = fold_scales(groups, block_plan, streams)
+
+    first_layers = [group.first_layer for group in groups if group.first_layer is not None]
+    residual_layers = [
+        group.first_layer for group in groups if group.first_layer and group.is_residual
+    ]
+    breakpoints = [
+        Breakpoints(block, first_layers, residual_layers)
+        for block in (streams.block, streams.source_block)
         if block is not None
     ]
-    for site in sites:
-        # after doors: a layer's inputs are observed as they come
-        site.round_inputs()
-    process_group, device = streams.process_group, streams.device
-    for number, site in enumerate(sites):
-        owner = number % process_group.world_size
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            arrivals = streams.arrivals(number, site.writes) if site.entrance else ()
-            stats, sample, seen = observe(site, arrivals)
-            stats, sample, tokens = (
-                reduce_statistics(process_group, stats, owner, device),
-                process_group.broadcast_from_last(sample, device),
-                sum(process_group.all_gather_object(seen)),
-            )
-            if site.routed and tokens < MIN_EXPERT_TOKENS:
-                stats = nothing(site)
-            layer = Layer(site.stack.name, site.weight, site.stack.dtype)
-            # what observing took: what comes now is larger, and would not fit into its holes
-            memory.release_freed_memory(streams.allowed)
-            quantized = (
-                pipeline.quantize_whole(layer, site.stack.steps, stats)
-                if owner == process_group.rank
-                else None
-            )
-        texts = process_group.all_gather_object(
-            [str(w.message) for w in caught if w.category is UserWarning]
-        )
-        told_of = dict.fromkeys(text for theirs in texts for text in theirs)
-        notes.warnings.extend(f"{site.stack.name}: {text}" for text in told_of)
-        _note(site, tokens, notes)
-        error = _store(site, quantized, sample, write, notes, process_group, owner)
-        told(site.stack.source_bytes, f"{site.stack.name}: error {error:.4f}")
-        del stats, layer, quantized, sample
-        memory.release_freed_memory(streams.allowed)
-    for door in doors:
-        door.close()
-    notes.warnings.extend(few(notes.tokens))
-    return notes
+    # after the breakpoints: a group's inputs are observed before they are quantized
+    for group in groups:
+        group.register_input_quantizers()
+
+    results = []
+    for number, group in enumerate(groups):
+        result = _compress_group(group, number, streams, write_tensor)
+        results.append(result)
+        error = max(result.output_errors.values(), default=0.0)
+        report_progress(group.stack.source_bytes, f"{group.stack.name}: error {error:.4f}")
+        memory.release_freed_memory(streams.limits.max_working_bytes)
+    for block_breakpoints in breakpoints:
+        block_breakpoints.remove()
+
+    num_tokens = {name: count for result in results for name, count in result.num_tokens.items()}
+    return BlockResult(
+        {name: error for result in results for name, error in result.output_errors.items()},
+        fold_result.rescaled,
+        [
+            *fold_result.warnings,
+            *(text for result in results for text in result.warnings),
+            *warn_of_few_tokens(num_tokens),
+        ],
+        num_tokens,
+    )
 
 
-def _note(site: Site, tokens: int, notes: BlockNotes) -> None:
-    if site.routed and site.stack.calibrated:
-        notes.tokens.update(dict.fromkeys(site.modules, tokens))
-    elif site.stack.calibrated and not tokens:
-        notes.warnings.append(
-            f"{site.stack.name}: no token of the calibration data reached it; it was rounded "
+def _compress_group(
+    group: LayerGroup, number: int, streams: ActivationStreams, write_tensor: WriteTensor
+) -> _GroupResult:
+    """Compress a layer group: one rank solves it, all install it.
+
+    Args:
+        number: of the group in forward order, and of its breakpoint.
+    """
+    process_group = streams.process_group
+    owner = number % process_group.world_size
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        statistics = collect_statistics(group, number, streams, owner)
+        # what collecting has freed: what is allocated now is larger, and would not fit into its
+        # holes
+        memory.release_freed_memory(streams.limits.max_working_bytes)
+        layer = solve(group, statistics) if process_group.rank == owner else None
+    texts = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    by_rank = process_group.all_gather_object(texts)
+
+    name = group.stack.name
+    group_warnings = [
+        f"{name}: {text}" for text in dict.fromkeys(text for texts in by_rank for text in texts)
+    ]
+    group_warnings += _warn_of_input_and_weights(group, statistics.num_tokens)
+
+    solved_here = store(layer, group) if layer is not None else None
+    stored_layers = broadcast_stored(solved_here, group, process_group, owner)
+    for module, stored in zip(group.modules, stored_layers, strict=True):
+        for suffix, tensor in stored.tensors.items():
+            write_tensor(f"{module}.{suffix}", tensor)
+    errors = install(stored_layers, group, statistics.sample)
+
+    num_tokens = {}
+    if group.is_routed and group.stack.calibrated:
+        num_tokens = dict.fromkeys(group.modules, statistics.num_tokens)
+    return _GroupResult(errors, group_warnings, num_tokens)
+
+
+def _warn_of_input_and_weights(group: LayerGroup, num_tokens: int) -> Iterator[str]:
+    """A warning where nothing has come to a group that needs data, and for every layer of zeros.
+
+    Experts are warned of once for the block.
+    """
+    if group.stack.calibrated and not group.is_routed and not num_tokens:
+        yield (
+            f"{group.stack.name}: no token of the calibration data reached it; it was rounded "
             "without data"
         )
-    for name, weight in site.weights.items():
+    for name, weight in group.weights.items():
         if not weight.any():
-            notes.warnings.append(f"{name}: all its weights are zero")
-
-
-def _store(
-    site: Site,
-    quantized: Layer | None,
-    sample: Tensor | None,
-    write: Write,
-    notes: BlockNotes,
-    process_group: ProcessGroup,
-    owner: int,
-) -> float:
-    """Write what is stored of every member, let the block compute as it will be served, and return
-    the largest output error.
-
-    What is stored is what the stack's owner sends to the other ranks, who have no layer.
-    """
-    steps = site.stack.steps
-    heights = [entry.shape[0] for entry in site.stack.members.values()]
-    members = [None for _ in heights] if quantized is None else pipeline.split(quantized, heights)
-    for (name, weight), member in zip(site.weights.items(), members, strict=True):
-        planned, config = site.stack.describe_stored(name)
-        if member is None:
-            tensors = {
-                n.removeprefix(f"{name}."): weight.new_empty(spec.shape, dtype=DTYPES[spec.dtype])
-                for n, spec in planned.items()
-            }
-        else:
-            record = pipeline.serialize(pipeline.pack(member, steps), steps)
-            site.stack.check_stored(name, record)
-            tensors = {
-                n: record.tensors[n].to(weight.device)
-                for n in (n.removeprefix(f"{name}.") for n in planned)
-            }
-        tensors = {
-            suffix: process_group.broadcast(tensor, owner) for suffix, tensor in tensors.items()
-        }
-        for suffix, tensor in tensors.items():
-            write(f"{name}.{suffix}", tensor)
-        restored = pipeline.dequantize(tensors, config, steps, tuple(weight.shape))
-        if (rounding := input_rounding(tensors, config, steps)) is not None:
-            site.roundings[name] = rounding
-        if sample is not None:
-            wanted = sample.float() @ weight.float().T
-            size = float(wanted.norm())
-            notes.errors[name] = (
-                float((sample.float() @ restored.T - wanted).norm()) / size if size else 0.0
-            )
-        weight.copy_(restored)
-    return max((notes.errors.get(name, 0.0) for name in site.modules), default=0.0)
+            yield f"{name}: all its weights are zero"

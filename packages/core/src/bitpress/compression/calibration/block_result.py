@@ -1,31 +1,48 @@
-"""What a calibrated run tells of a block."""
+"""What a calibrated run reports of a block."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import attrs
 from attrs import field, frozen
 
 
 @frozen
-class BlockNotes:
-    """What is to be told of a block.
+class BlockResult:
+    """What compressing a block has measured.
 
     Attributes:
-        errors: by layer, ||x (W - Q)ᵀ|| / ||x Wᵀ|| on a sample of its inputs.
+        output_errors: by layer, ||x (W - Q)ᵀ|| / ||x Wᵀ|| on a sample of its inputs.
         rescaled: by tensor, the exponents of two by which its "columns" and "rows" were multiplied.
         warnings: one line each, naming the layer.
-        blocks: by block, ||h - h'|| / ||h'|| of the hidden states after it, h' being the source's.
-        tokens: by layer of an expert, how many tokens were sent to it.
+        num_tokens: by layer of an expert, how many tokens were sent to it.
+        drift: by block, ||h - h'|| / ||h'|| of the hidden states after it, h' being the source's.
     """
 
-    errors: dict[str, float] = field(factory=dict)
-    rescaled: dict[str, dict[str, list[int]]] = field(factory=dict)
-    warnings: list[str] = field(factory=list)
-    blocks: dict[str, float] = field(factory=dict)
-    tokens: dict[str, int] = field(factory=dict)
+    output_errors: Mapping[str, float]
+    rescaled: Mapping[str, Mapping[str, Sequence[int]]]
+    warnings: Sequence[str]
+    num_tokens: Mapping[str, int]
+    drift: Mapping[str, float] = field(factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return attrs.asdict(self)
+        """Plain JSON values, as they are kept beside the block's shard."""
+        return {
+            "errors": self.output_errors,
+            "rescaled": self.rescaled,
+            "warnings": self.warnings,
+            "blocks": self.drift,
+            "tokens": self.num_tokens,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> BlockResult:
+        """The result of which `as_json` has made the values."""
+        return cls(
+            values["errors"],
+            values["rescaled"],
+            values["warnings"],
+            values["tokens"],
+            values["blocks"],
+        )

@@ -1,4 +1,4 @@
-"""The places in a block where stacks are compressed, in forward order."""
+"""The layer groups of a block that is being compressed, in the order of its forward pass."""
 
 from __future__ import annotations
 
@@ -8,89 +8,117 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from bitpress.compression.calibration.activation_streams import Streams
+from bitpress.compression.calibration.activation_streams import ActivationStreams
 from bitpress.modeling.experts import is_routed
 from bitpress.planning.layout import Stack
 from bitpress.schemes.activation_quantizer import Rounding
+from bitpress.schemes.values import Layer
 
 
 @frozen(eq=False)
-class Site:
-    """A stack inside a block that is being compressed.
+class BlockPlan:
+    """What a plan says of a decoder block.
 
     Attributes:
-        modules: the stack's layers in the block, by their full names.
-        entrance: the layer at which a forward comes to the stack, by its name within the block;
-            None where none does.
-        writes: whether its output is added to the residual stream.
-        routed: whether it is given the tokens that a router sends to it, and no others.
-        roundings: once the stack has been compressed, what the block makes of the inputs of each
-            layer.
+        prefix: what the names of its tensors begin with.
+        stacks: what is compressed of it.
+        head_dim: channels of an attention head; None where the config does not say.
+    """
+
+    prefix: str
+    stacks: Sequence[Stack]
+    head_dim: int | None
+
+
+@frozen(eq=False)
+class LayerGroup:
+    """A stack in a block that is being compressed: layers that read one input.
+
+    Attributes:
+        modules: its layers, by their full names.
+        first_layer: the one that a forward pass calls first, by its name within the block; None
+            where it calls none.
+        is_residual: whether the group's output is added to the residual stream.
+        is_routed: whether it is given the tokens that a router sends to it, and no others.
+        input_quantizers: by layer, what is made of its inputs: filled when the group is installed.
     """
 
     stack: Stack
     modules: Mapping[str, nn.Module]
-    entrance: str | None
-    writes: bool
-    routed: bool = False
-    roundings: dict[str, Rounding] = field(factory=dict)
+    first_layer: str | None = None
+    is_residual: bool = False
+    is_routed: bool = False
+    input_quantizers: dict[str, Rounding] = field(factory=dict)
 
-    @property
-    def weight(self) -> Tensor:
-        """(out, in) float32: all rows, with the numbers that the block computes with now."""
-        return torch.cat([weight.float() for weight in self.weights.values()])
+    @classmethod
+    def in_block(cls, stack: Stack, block: nn.Module, prefix: str) -> LayerGroup:
+        """A stack's layers in a block; nothing is known of the forward pass."""
+        modules = {name: block.get_submodule(name.removeprefix(prefix)) for name in stack.members}
+        return cls(stack, modules)
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Each layer's own."""
+        """Each layer's weight (out, in), as the block computes with it now."""
         return {name: module.get_parameter("weight") for name, module in self.modules.items()}
 
-    def round_inputs(self) -> None:
-        """Let the layers compute with rounded inputs, once it is known how; forwards may be waiting
-        in them by then.
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) float32: the rows of all layers, in order."""
+        return torch.cat([weight.float() for weight in self.weights.values()])
+
+    @property
+    def layer(self) -> Layer:
+        """What schemes are given: all layers as one."""
+        return Layer(self.stack.name, self.weight, self.stack.dtype)
+
+    def register_input_quantizers(self) -> None:
+        """Let each layer quantize its inputs as soon as it is known how.
+
+        Forward passes may have stopped at the group by then: hooks that are registered later would
+        not be called by these.
         """
-        # and not the site, which holds the modules: a block whose hooks held it would not be freed
-        roundings = self.roundings
+        # not the group, which holds the modules: a block whose hooks held it would not be freed
+        input_quantizers = self.input_quantizers
         for name, module in self.modules.items():
 
-            def hook(
+            def quantize_inputs(
                 module: nn.Module, arguments: tuple[Tensor, ...], name: str = name
             ) -> tuple[Tensor, ...]:
-                if (rounding := roundings.get(name)) is None:
+                quantizer = input_quantizers.get(name)
+                if quantizer is None:
                     return arguments
                 inputs, *others = arguments
-                return (rounding(inputs.flatten(0, -2)).view_as(inputs).to(inputs.dtype), *others)
+                quantized = quantizer(inputs.flatten(0, -2))  # (tokens, in)
+                return (quantized.view_as(inputs).to(inputs.dtype), *others)
 
-            module.register_forward_pre_hook(hook)
+            module.register_forward_pre_hook(quantize_inputs)
 
 
-def in_order(stacks: Sequence[Stack], prefix: str, streams: Streams) -> list[Site]:
-    """A block's stacks in the order in which a forward comes to them, those that it does not come
-    to last.
+def order_layer_groups(block_plan: BlockPlan, streams: ActivationStreams) -> list[LayerGroup]:
+    """A block's stacks in the order in which its forward pass comes to them, those last to which it
+    does not come.
     """
-    names = [module.removeprefix(prefix) for stack in stacks for module in stack.members]
-    course = streams.course(names)
-    called = course.called
-    # then they may write for some tokens only
-    some = any(is_routed(streams.block, name) for name in course.writers)
-    writers = () if some else course.writers
-    found = []
-    for stack in stacks:
-        entrance = next((name for name in called if prefix + name in stack.members), None)
-        modules = {
-            module: streams.block.get_submodule(module.removeprefix(prefix))
-            for module in stack.members
-        }
-        writes = entrance in writers and len(modules) == 1
-        found.append(
-            Site(
-                stack,
-                modules,
-                entrance,
-                writes,
-                entrance is not None and is_routed(streams.block, entrance),
-            )
-        )
-    return sorted(
-        found, key=lambda site: called.index(site.entrance) if site.entrance else len(called)
-    )
+    block, prefix = streams.block, block_plan.prefix
+    layers = [
+        module.removeprefix(prefix) for stack in block_plan.stacks for module in stack.members
+    ]
+    trace = streams.trace_forward(layers)
+    called_layers, residual_layers = trace.called_layers, trace.residual_layers
+    # experts add to the residual stream of some tokens only
+    if any(is_routed(block, name) for name in residual_layers):
+        residual_layers = ()
+
+    groups = []
+    for stack in block_plan.stacks:
+        modules = LayerGroup.in_block(stack, block, prefix).modules
+        first_layer = next((name for name in called_layers if prefix + name in modules), None)
+        is_residual = first_layer in residual_layers and len(modules) == 1
+        has_router = first_layer is not None and is_routed(block, first_layer)
+        groups.append(LayerGroup(stack, modules, first_layer, is_residual, has_router))
+
+    def position(group: LayerGroup) -> int:
+        if group.first_layer is None:
+            return len(called_layers)
+        return called_layers.index(group.first_layer)
+
+    return sorted(groups, key=position)

@@ -1,9 +1,10 @@
-"""Forwards of one block that stop before its linear layers and go on when those have been decided.
+"""Forward passes of one decoder block that stop before its layer groups, and go on when these have
+been compressed.
 
-A forward is a coroutine of its own (greenlet): when a site (layers that read one input) is reached
-it hands the input out and waits. Kept waiting, a block costs one forward however many sites it has,
-and its waiting forwards hold a few tensors for each token; not kept, it is run from its start for
-every site, and holds nothing.
+A forward pass is a coroutine of its own (greenlet): when it comes to a layer group it hands the
+group's input out and stops there. Resumed from there, a block costs one forward pass however many
+groups it has, and a stopped one holds a few tensors for each token; abandoned, it is run from the
+block's start for every group, and holds nothing.
 """
 
 from __future__ import annotations
@@ -21,170 +22,211 @@ from torch.utils.hooks import RemovableHandle
 
 from bitpress.modeling.capture import BlockCall
 
-# of a block's output: by how much sums in another order may differ
-SAME = 1e-5
+# Part of a block's output by which a sum of its layers' outputs may differ from it: additions in
+# another order round otherwise.
+SUM_TOLERANCE = 1e-5
 
-# layers of which some are looked for that add up to what a block does
-MOST = 6
+# The last layers of a block that are tried as those whose outputs it adds to its input: every
+# subset of them is.
+MAX_RESIDUAL_CANDIDATES = 6
 
 
-class _Forward(greenlet.greenlet):
-    """A forward of a block. Nothing that it runs holds it, so that one that is given up ends, and
-    lets go of the block.
+class _ForwardGreenlet(greenlet.greenlet):
+    """A forward pass of a block.
+
+    Nothing that it runs holds it, so that one that is abandoned ends at once, and lets go of the
+    block.
 
     Attributes:
-        stream: the block's input and what layers have added to it so far; None where it is not
-            noted.
+        residual_stream: the block's input and what its layers have added to it so far; None where
+            that is not tracked.
     """
 
-    stream: Tensor | None = None
+    residual_stream: Tensor | None = None
 
     def __init__(
-        self, block: nn.Module, call: BlockCall, hidden: Callable[[], Tensor], streaming: bool
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        read_hidden_states: Callable[[], Tensor],
+        tracks_residual: bool,
     ) -> None:
-        super().__init__(functools.partial(_forward, block, call, hidden, streaming))
+        super().__init__(
+            functools.partial(_run_block, block, call, read_hidden_states, tracks_residual)
+        )
 
 
-def _forward(
-    block: nn.Module, call: BlockCall, hidden: Callable[[], Tensor], streaming: bool
+def _run_block(
+    block: nn.Module,
+    call: BlockCall,
+    read_hidden_states: Callable[[], Tensor],
+    tracks_residual: bool,
 ) -> Tensor:
-    given = hidden()
-    if streaming:
-        greenlet.getcurrent().stream = given  # type: ignore[attr-defined]
-    return call(block, given)
+    hidden_states = read_hidden_states()
+    if tracks_residual:
+        greenlet.getcurrent().residual_stream = hidden_states  # type: ignore[attr-defined]
+    return call(block, hidden_states)
 
 
-class Walk:
-    """One batch's way through a block.
+class ResumableForward:
+    """One batch's forward pass through a block, which stops at the block's breakpoints.
 
     Args:
-        streaming: whether what layers add to the block's input is noted on the way.
+        read_hidden_states: reads the batch's input of the block, at every start.
+        tracks_residual: whether what layers add to the block's input is added up on the way.
     """
 
     def __init__(
         self,
         block: nn.Module,
         call: BlockCall,
-        hidden: Callable[[], Tensor],
-        streaming: bool = False,
+        read_hidden_states: Callable[[], Tensor],
+        tracks_residual: bool = False,
     ) -> None:
-        self._start = lambda: _Forward(block, call, hidden, streaming)
-        self._run: _Forward | None = None
-        self._at: tuple[int, Tensor | None] = (-1, None)
+        self._start = lambda: _ForwardGreenlet(block, call, read_hidden_states, tracks_residual)
+        self._greenlet: _ForwardGreenlet | None = None
+        # number of the breakpoint at which it has stopped, and the input there
+        self._stopped_at: tuple[int, Tensor | None] = (-1, None)
 
-    def input(self, site: int, keep: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The input (tokens, in) of a site, sites being asked for in order; None where the forward
-        does not pass it.
-
-        Beside it the residual stream (tokens, channels) by then, if the walk is a streaming one.
+    def advance(
+        self, breakpoint_number: int, is_resumed: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The input (tokens, in) at a breakpoint; breakpoints are asked for in their order.
 
         Args:
-            keep: wait there, and go on from there when asked again.
+            is_resumed: stop there, and go on from there the next time; otherwise the forward pass
+                is abandoned, and starts anew the next time.
+
+        Returns:
+            The input, None where the forward pass does not come to the breakpoint; and the residual
+            stream (tokens, channels) by then, None where it is not tracked.
         """
-        run = self._run or self._start()  # type: ignore[no-untyped-call]
-        while self._at[0] < site and not run.dead:
-            arrived = run.switch()
-            if not run.dead:
-                self._at = arrived
-        number, found = self._at
-        stream = None if run.stream is None else run.stream.flatten(0, -2)
-        if keep:
-            self._run = run
+        forward = self._greenlet or self._start()  # type: ignore[no-untyped-call]
+        while self._stopped_at[0] < breakpoint_number and not forward.dead:
+            result = forward.switch()
+            if not forward.dead:
+                self._stopped_at = result
+
+        number, inputs = self._stopped_at
+        residual_stream = forward.residual_stream
+        if residual_stream is not None:
+            residual_stream = residual_stream.flatten(0, -2)
+        if is_resumed:
+            self._greenlet = forward
         else:
-            self._at = (-1, None)
-            run.throw()
-        return (found, stream) if number == site else (None, None)
+            self._stopped_at = (-1, None)
+            forward.throw()
+        return (inputs, residual_stream) if number == breakpoint_number else (None, None)
 
-    def output(self) -> Tensor:
-        """The block's output; the walk is over."""
-        run, self._run, self._at = self._run or self._start(), None, (-1, None)  # type: ignore[no-untyped-call]
+    def finish(self) -> Tensor:
+        """Go on to the block's output."""
+        forward = self._greenlet or self._start()  # type: ignore[no-untyped-call]
+        self._greenlet, self._stopped_at = None, (-1, None)
         while True:
-            found = run.switch()
-            if run.dead:
-                return found  # type: ignore[no-any-return]
+            result = forward.switch()
+            if forward.dead:
+                return result  # type: ignore[no-any-return]
 
 
-class Doors:
-    """The places of a block where walks stop: before the first layer of every site; and where they
-    note what is added.
+class Breakpoints:
+    """Where the forward passes of a block stop, and where they add up the residual stream.
 
     Args:
-        sites: each site's first layer.
-        writers: layers whose outputs are added to the block's input.
+        layers: by number, the layers before which they stop.
+        residual_layers: layers whose outputs are added to the block's input.
     """
 
-    def __init__(self, block: nn.Module, sites: Sequence[str], writers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, block: nn.Module, layers: Sequence[str], residual_layers: Sequence[str] = ()
+    ) -> None:
         self._handles: list[RemovableHandle] = []
-        main = greenlet.getcurrent()
-        for number, name in enumerate(sites):
+        main_greenlet = greenlet.getcurrent()
+        for number, name in enumerate(layers):
 
             def stop(
                 module: nn.Module, arguments: tuple[Tensor, ...], number: int = number
             ) -> None:
-                if greenlet.getcurrent() is not main:
-                    main.switch((number, arguments[0].flatten(0, -2)))
+                # other forward passes go through: those that trace a block or check a fold
+                if greenlet.getcurrent() is not main_greenlet:
+                    main_greenlet.switch((number, arguments[0].flatten(0, -2)))
 
             self._handles.append(block.get_submodule(name).register_forward_pre_hook(stop))
-        for name in writers:
-            self._handles.append(block.get_submodule(name).register_forward_hook(_add))
+        for name in residual_layers:
+            handle = block.get_submodule(name).register_forward_hook(_add_to_residual_stream)
+            self._handles.append(handle)
 
-    def close(self) -> None:
-        """Take the stops away."""
+    def remove(self) -> None:
+        """Let forward passes run through again."""
         for handle in self._handles:
             handle.remove()
 
 
-def _add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-    run = greenlet.getcurrent()
-    if isinstance(run, _Forward) and run.stream is not None:
-        # some blocks have laid all tokens in one row
-        run.stream = run.stream + output.view_as(run.stream)
+def _add_to_residual_stream(
+    module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor
+) -> None:
+    forward = greenlet.getcurrent()
+    if isinstance(forward, _ForwardGreenlet) and forward.residual_stream is not None:
+        # some blocks have flattened all tokens into one axis
+        residual_stream = forward.residual_stream
+        forward.residual_stream = residual_stream + output.view_as(residual_stream)
 
 
 @frozen
-class Course:
-    """How a forward goes through a block.
+class ForwardTrace:
+    """How a forward pass goes through a block.
 
     Attributes:
-        called: those of the asked layers that it calls, in the order of their first calls.
-        writers: those of them whose outputs, added to the block's input, make its output; none
-            where it is made otherwise.
+        called_layers: those of the traced layers that it calls, in the order of their first calls.
+        residual_layers: those of them whose outputs, added to the block's input, make its output;
+            none where it is made otherwise.
     """
 
-    called: tuple[str, ...]
-    writers: tuple[str, ...]
+    called_layers: tuple[str, ...]
+    residual_layers: tuple[str, ...]
 
 
-def course(block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor) -> Course:
-    """The course of a forward, found by running one."""
-    called: dict[str, Tensor | None] = {}
+def trace_forward(
+    block: nn.Module, layers: Sequence[str], call: BlockCall, hidden_states: Tensor
+) -> ForwardTrace:
+    """Trace a forward pass by running one.
 
-    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    Args:
+        layers: whose calls are traced, by their names within the block.
+    """
+    # by layer, in the order of calls; None where the output has not the shape of hidden states
+    outputs: dict[str, Tensor | None] = {}
+
+    def trace_calls(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            # some blocks add to an output in place
-            if name not in called:
-                called[name] = (
-                    output.reshape(hidden.shape).clone()
-                    if output.numel() == hidden.numel()
-                    else None
-                )
+            if name in outputs:
+                return
+            outputs[name] = None
+            if output.numel() == hidden_states.numel():
+                # cloned: some blocks add to a layer's output in place
+                outputs[name] = output.reshape(hidden_states.shape).clone()
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_hook(note(name)) for name in names]
-    found = call(block, hidden)
+    handles = [
+        block.get_submodule(name).register_forward_hook(trace_calls(name)) for name in layers
+    ]
+    block_output = call(block, hidden_states)
     for handle in handles:
         handle.remove()
-    added = {name: output for name, output in called.items() if output is not None}
-    return Course(tuple(called), _writers(added, hidden, found))
+
+    candidates = {name: output for name, output in outputs.items() if output is not None}
+    residual_layers = _find_residual_layers(candidates, hidden_states, block_output)
+    return ForwardTrace(tuple(outputs), residual_layers)
 
 
-def _writers(outputs: Mapping[str, Tensor], hidden: Tensor, found: Tensor) -> tuple[str, ...]:
-    """Those layers whose outputs are what a block has added to its input."""
-    last = list(outputs)[-MOST:]
-    for count in range(len(last), 0, -1):
-        for names in itertools.combinations(last, count):
-            left = found - sum((outputs[name] for name in names), hidden)
-            if torch.linalg.norm(left) <= SAME * torch.linalg.norm(found):
+def _find_residual_layers(
+    outputs: Mapping[str, Tensor], hidden_states: Tensor, block_output: Tensor
+) -> tuple[str, ...]:
+    """The most layers whose outputs, added to a block's input, are its output."""
+    candidates = list(outputs)[-MAX_RESIDUAL_CANDIDATES:]
+    for count in range(len(candidates), 0, -1):
+        for names in itertools.combinations(candidates, count):
+            difference = block_output - sum((outputs[name] for name in names), hidden_states)
+            if torch.linalg.norm(difference) <= SUM_TOLERANCE * torch.linalg.norm(block_output):
                 return names
     return ()

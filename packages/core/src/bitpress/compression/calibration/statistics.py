@@ -1,4 +1,4 @@
-"""What the steps of a layer group observe of the tokens that reach it."""
+"""What the steps of a layer group observe of its inputs, over all batches and all ranks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import torch
+from attrs import evolve, frozen
 from torch import Tensor
 
 from bitpress.checkpoint.layer_names import OF_EXPERT
-from bitpress.compression.calibration.activation_streams import Arrival
-from bitpress.compression.calibration.layer_groups import Site
+from bitpress.compression.calibration.activation_streams import ActivationStreams, GroupInputs
+from bitpress.compression.calibration.layer_groups import LayerGroup
 from bitpress.errors import CheckpointError, SchemeError
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS
@@ -21,154 +22,217 @@ from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
 from bitpress.schemes.values import Statistic
 
-# tokens on which a layer's output error is measured
-SAMPLE = 256
+# Tokens on which the output error of a layer is measured.
+SAMPLE_TOKENS = 256
 
-# of a batch's tokens that may be NaN or infinite
-UNUSABLE = 1e-3
+# Part of a batch's tokens that may be NaN or infinite: these are left out.
+MAX_NON_FINITE = 1e-3
+
+# Experts that a warning names.
+MAX_NAMED_EXPERTS = 4
+
+# Statistics of one step, by name.
+StepStatistics = dict[str, Statistic]
 
 
-def nothing(site: Site) -> list[dict[str, Statistic]]:
-    """The statistics of no token."""
-    return [{} for _ in site.stack.steps]
+@frozen(eq=False)
+class GroupStatistics:
+    """What is known of the inputs of a layer group.
 
-
-def observe(
-    site: Site, arrivals: Iterable[Arrival]
-) -> tuple[list[dict[str, Statistic]], Tensor | None, int]:
-    """Every step's statistics over all batches, a sample of the inputs (tokens, in), and the number
-    of tokens.
+    Attributes:
+        by_step: the statistics of every step.
+        sample: (tokens, in) some of the inputs; None where there are none.
+        num_tokens: of the inputs.
     """
-    stats, sample, tokens = nothing(site), None, 0
-    if not site.stack.calibrated:
-        return stats, sample, tokens
-    weight = site.weight
-    # in the source's block the router sends it other tokens
-    if site.routed:
-        arrivals = (Arrival(arrival.inputs) for arrival in arrivals if len(arrival.inputs))
-    for arrival in map(functools.partial(_usable, site.stack.name), _joined(arrivals)):
-        for step, merged in zip(site.stack.steps, stats, strict=True):
-            pipeline.merge(
-                merged,
-                pipeline.observe(step, weight, arrival.inputs, arrival.reference, arrival.residual),
-            )
-        sample, tokens = arrival.inputs[:SAMPLE], tokens + len(arrival.inputs)
-    return stats, sample, tokens
+
+    by_step: Sequence[StepStatistics]
+    sample: Tensor | None = None
+    num_tokens: int = 0
+
+    @classmethod
+    def of_no_token(cls, group: LayerGroup) -> GroupStatistics:
+        """Those of a group that has been given no input."""
+        return cls([{} for _ in group.stack.steps])
 
 
-def _joined(arrivals: Iterable[Arrival]) -> Iterator[Arrival]:
-    """`OBSERVED` tokens and more at a time: statistics are large, and adding them up costs."""
-    for _, alike in itertools.groupby(arrivals, lambda arrival: arrival.reference is None):
-        waiting: list[Arrival] = []
-        for arrival in alike:
-            waiting.append(arrival)
-            if sum(len(a.inputs) for a in waiting) >= memory_estimate.STATISTICS_TOKENS:
-                yield Arrival.joined(waiting)
-                waiting = []
-        if waiting:
-            yield Arrival.joined(waiting)
+def collect_statistics(
+    group: LayerGroup, breakpoint_number: int, streams: ActivationStreams, owner: int = 0
+) -> GroupStatistics:
+    """The statistics of a layer group over the batches of all ranks.
 
-
-def _usable(name: str, arrival: Arrival) -> Arrival:
-    """Tokens whose numbers are finite; raises CheckpointError where too many are not."""
-    tensors = [
-        tensor
-        for tensor in (arrival.inputs, arrival.reference, arrival.residual)
-        if tensor is not None
-    ]
-    if all(math.isfinite(tensor.sum()) for tensor in tensors):
-        return arrival
-    good = torch.stack([tensor.isfinite().all(1) for tensor in tensors]).all(0)
-    bad = len(good) - int(good.sum())
-    if bad > UNUSABLE * len(good):
-        raise CheckpointError(
-            f"layer {name}: {bad} of {len(good)} calibration tokens reach it as NaN or infinity: "
-            "the model itself makes them (or its weights are damaged); check that it runs in this "
-            "precision"
-        )
-    return arrival.only(good)
-
-
-# experts that are named
-TOLD = 4
-
-
-def few(tokens: Mapping[str, int]) -> Iterator[str]:
-    """A line for each block's experts of which some are sent few tokens.
+    Experts that are sent few tokens get none: second moments of so few say little.
 
     Args:
-        tokens: by layer of an expert.
+        breakpoint_number: at which forward passes come to the group.
+        owner: the rank that gets the statistics of the steps; the other ranks' are empty.
     """
-    found: dict[str, dict[str, int]] = {}
-    for module, count in tokens.items():
-        if place := OF_EXPERT.fullmatch(module):
-            found.setdefault(place["experts"], {})[place["number"]] = count
-    for experts, counts in found.items():
-        short = {number: count for number, count in counts.items() if count < MIN_EXPERT_TOKENS}
-        if short:
+    process_group = streams.process_group
+    inputs: Iterable[GroupInputs] = ()
+    if group.first_layer is not None:
+        inputs = streams.group_inputs(breakpoint_number, group.is_residual)
+    statistics = observe_inputs(group, inputs)
+
+    by_step = reduce_statistics(process_group, statistics.by_step, owner, streams.device)
+    sample = process_group.broadcast_from_last(statistics.sample, streams.device)
+    num_tokens = sum(process_group.all_gather_object(statistics.num_tokens))
+    if group.is_routed and num_tokens < MIN_EXPERT_TOKENS:
+        by_step = GroupStatistics.of_no_token(group).by_step
+    return GroupStatistics(by_step, sample, num_tokens)
+
+
+def observe_inputs(group: LayerGroup, batches: Iterable[GroupInputs]) -> GroupStatistics:
+    """The statistics of a layer group over the batches of one rank."""
+    statistics = GroupStatistics.of_no_token(group)
+    if not group.stack.calibrated:
+        return statistics
+    weight = group.weight  # (out, in)
+    # the router of the source's block may send an expert other tokens: they cannot be compared
+    if group.is_routed:
+        batches = (GroupInputs(batch.inputs) for batch in batches if len(batch.inputs))
+    drop_non_finite = functools.partial(_drop_non_finite, group.stack.name)
+    for batch in map(drop_non_finite, _join_batches(batches)):
+        for step, merged in zip(group.stack.steps, statistics.by_step, strict=True):
+            observed = pipeline.observe(step, weight, batch.inputs, batch.reference, batch.residual)
+            pipeline.merge(merged, observed)
+        statistics = evolve(
+            statistics,
+            sample=batch.inputs[:SAMPLE_TOKENS],
+            num_tokens=statistics.num_tokens + len(batch.inputs),
+        )
+    return statistics
+
+
+def _join_batches(batches: Iterable[GroupInputs]) -> Iterator[GroupInputs]:
+    """Batches of `STATISTICS_TOKENS` and more: statistics are large, and adding them up costs."""
+    for _, alike in itertools.groupby(batches, lambda batch: batch.reference is None):
+        parts: list[GroupInputs] = []
+        for batch in alike:
+            parts.append(batch)
+            if sum(len(part.inputs) for part in parts) >= memory_estimate.STATISTICS_TOKENS:
+                yield GroupInputs.concatenate(parts)
+                parts = []
+        if parts:
+            yield GroupInputs.concatenate(parts)
+
+
+def _drop_non_finite(name: str, batch: GroupInputs) -> GroupInputs:
+    """The tokens whose numbers are finite; raises CheckpointError where too many are not."""
+    tensors = [
+        tensor for tensor in (batch.inputs, batch.reference, batch.residual) if tensor is not None
+    ]
+    # one cheap pass: a NaN or Inf anywhere makes the sum so
+    if all(math.isfinite(tensor.sum()) for tensor in tensors):
+        return batch
+
+    mask = torch.stack([tensor.isfinite().all(1) for tensor in tensors]).all(0)  # (tokens,)
+    num_non_finite = len(mask) - int(mask.sum())
+    if num_non_finite > MAX_NON_FINITE * len(mask):
+        raise CheckpointError(
+            f"layer {name}: {num_non_finite} of {len(mask)} calibration tokens reach it as NaN or "
+            "infinity: the model itself makes them (or its weights are damaged); check that it "
+            "runs in this precision"
+        )
+    return batch.select(mask)
+
+
+def warn_of_few_tokens(num_tokens: Mapping[str, int]) -> Iterator[str]:
+    """A warning for each block's experts of which some are sent few tokens.
+
+    Args:
+        num_tokens: by layer of an expert.
+    """
+    by_experts: dict[str, dict[str, int]] = {}
+    for module, count in num_tokens.items():
+        if match := OF_EXPERT.fullmatch(module):
+            by_experts.setdefault(match["experts"], {})[match["number"]] = count
+    for experts, counts in by_experts.items():
+        few = {number: count for number, count in counts.items() if count < MIN_EXPERT_TOKENS}
+        if few:
             names = ", ".join(
-                f"{number} ({count} tokens)" for number, count in list(short.items())[:TOLD]
+                f"{number} ({count} tokens)"
+                for number, count in list(few.items())[:MAX_NAMED_EXPERTS]
             )
             yield (
-                f"{experts}: {len(short)} of {len(counts)} experts were sent fewer than "
+                f"{experts}: {len(few)} of {len(counts)} experts were sent fewer than "
                 f"{MIN_EXPERT_TOKENS} tokens and are compressed as without data: "
-                f"{names}{', ...' if len(short) > TOLD else ''}; give more text, or --all-experts"
+                f"{names}{', ...' if len(few) > MAX_NAMED_EXPERTS else ''}; give more text, or "
+                "--all-experts"
             )
+
+
+@frozen
+class _StatisticSpec:
+    """What the ranks must agree on before they add a statistic up."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    merge: Literal["sum", "max"]
+    rows: bool
+    # counts may lie on the CPU beside sums on a GPU
+    device_type: str
+
+    @classmethod
+    def of(cls, statistic: Statistic) -> _StatisticSpec:
+        value = statistic.value
+        return cls(
+            tuple(value.shape), value.dtype, statistic.merge, statistic.rows, value.device.type
+        )
+
+    def neutral_value(self, device: torch.device) -> Tensor:
+        """What changes no sum or maximum."""
+        neutral = 0.0 if self.merge == "sum" else -torch.inf
+        if self.device_type != device.type:
+            device = torch.device(self.device_type)
+        return torch.full(self.shape, neutral, dtype=self.dtype, device=device)
 
 
 def reduce_statistics(
     process_group: ProcessGroup,
-    stats: Sequence[dict[str, Statistic]],
+    by_step: Sequence[StepStatistics],
     owner: int,
     device: torch.device,
-) -> list[dict[str, Statistic]]:
-    """Statistics of all ranks, merged, for their owner; the others get nothing. What was given is
-    used up.
+) -> Sequence[StepStatistics]:
+    """The statistics of all ranks, merged, for their owner; those of the others are empty.
 
-    A rank whose tokens gave none of a kind takes part with zeros, or with what any number is
-    larger than.
+    A rank whose tokens gave none of a kind takes part with zeros, or with minus infinity.
+
+    Args:
+        by_step: of this rank; used up, so that one at a time is there twice.
+        owner: the rank that gets them.
     """
     if process_group.world_size == 1:
-        return list(stats)
-    merged = []
-    for own, kinds in zip(stats, _kinds(process_group, stats), strict=True):
-        found: dict[str, Statistic] = {}
-        for name, (shape, dtype, merge, rows, kind) in kinds.items():
-            stat = own.pop(name, None)
-            if stat is None:
-                # counts may lie on the CPU
-                place = device if kind == device.type else torch.device(kind)
-                value = torch.full(
-                    shape, 0.0 if merge == "sum" else -torch.inf, dtype=dtype, device=place
-                )
+        return by_step
+    reduced = []
+    for own, specs in zip(by_step, _gather_specs(process_group, by_step), strict=True):
+        step_statistics: StepStatistics = {}
+        for name, spec in specs.items():
+            statistic = own.pop(name, None)
+            if statistic is None:
+                value = spec.neutral_value(device)
             else:
-                # two may be one tensor
-                value = stat.value.clone(memory_format=torch.contiguous_format)
-            process_group.reduce(value.reshape(-1), owner, merge)
+                # two statistics may be one tensor, and it is changed in place
+                value = statistic.value.clone(memory_format=torch.contiguous_format)
+            process_group.reduce(value.reshape(-1), owner, spec.merge)
             if process_group.rank == owner:
-                found[name] = Statistic(value, merge, rows)
-        merged.append(found)
-    return merged
+                step_statistics[name] = Statistic(value, spec.merge, spec.rows)
+        reduced.append(step_statistics)
+    return reduced
 
 
-def _kinds(
-    process_group: ProcessGroup, stats: Sequence[dict[str, Statistic]]
-) -> list[dict[str, Any]]:
-    """What statistics any rank has, step by step, in one order for all."""
-    mine = [
-        {
-            n: (tuple(s.value.shape), s.value.dtype, s.merge, s.rows, s.value.device.type)
-            for n, s in own.items()
-        }
-        for own in stats
+def _gather_specs(
+    process_group: ProcessGroup, by_step: Sequence[StepStatistics]
+) -> list[dict[str, _StatisticSpec]]:
+    """The statistics that any rank has, step by step, in one order for all."""
+    own = [
+        {name: _StatisticSpec.of(statistic) for name, statistic in step.items()} for step in by_step
     ]
-    union: list[dict[str, Any]] = [{} for _ in stats]
-    for theirs in process_group.all_gather_object(mine):
-        for known, step in zip(union, theirs, strict=True):
-            for name, kind in step.items():
-                if known.setdefault(name, kind) != kind:
+    union: list[dict[str, _StatisticSpec]] = [{} for _ in by_step]
+    for of_rank in process_group.all_gather_object(own):
+        for specs, step in zip(union, of_rank, strict=True):
+            for name, spec in step.items():
+                if specs.setdefault(name, spec) != spec:
                     raise SchemeError(
-                        f"statistics {name!r} of two ranks are {known[name]} and {kind}, and "
+                        f"statistics {name!r} of two ranks are {specs[name]} and {spec}, and "
                         "cannot be added up"
                     )
     return union

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,12 +31,12 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.checkpoint.reader import Reader
-from bitpress.compression.calibration.activation_streams import Streams
-from bitpress.compression.calibration.block_result import BlockNotes
-from bitpress.compression.calibration.fold import rescale
-from bitpress.compression.calibration.layer_groups import Site, in_order
-from bitpress.compression.calibration.resumable_forward import Doors
-from bitpress.compression.calibration.statistics import nothing, observe
+from bitpress.compression.calibration.activation_streams import ActivationStreams, StreamLimits
+from bitpress.compression.calibration.fold import fold_scales
+from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup, order_layer_groups
+from bitpress.compression.calibration.resumable_forward import Breakpoints
+from bitpress.compression.calibration.solution import install, solve, store
+from bitpress.compression.calibration.statistics import collect_statistics
 from bitpress.compression.search.candidates import SearchUnit
 from bitpress.compression.search.search_job import Divergences, SearchJob
 from bitpress.errors import CheckpointError
@@ -45,12 +45,9 @@ from bitpress.modeling.block_runner import BlockRunner, RunnableModel
 from bitpress.modeling.capture import open_head
 from bitpress.modeling.decoder import DecoderOptions
 from bitpress.planning import memory_estimate
-from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS
 from bitpress.runtime import memory
 from bitpress.runtime.progress import ReportProgress
-from bitpress.schemes import pipeline
-from bitpress.schemes.activation_quantizer import input_rounding
-from bitpress.schemes.values import Layer
+from bitpress.schemes.values import StoredLayer
 
 # Tokens on which candidates are judged.
 JUDGED_TOKENS = 4096
@@ -107,7 +104,8 @@ def measure_divergences(
         # numbers of the judged batches' hidden states: the source's, and those of each trial
         source_states = range(len(fitted), len(fitted) + len(judged))
         trials: dict[tuple[str, str], range] = {}
-        streams = Streams(runner.hidden_states, None, (), limits.num_waiting, options.device)
+        stream_limits = StreamLimits(limits.num_waiting)
+        streams = ActivationStreams(runner.hidden_states, options.device, stream_limits)
         for index in range(len(runner)):
             calls = runner.take_calls(index)
             fitting_calls, judging_calls = calls[: len(fitted)], calls[len(fitted) :]
@@ -117,7 +115,7 @@ def measure_divergences(
 
             units = [unit for unit in job.units if unit.block == index]
             for candidate in job.plans if units else ():
-                streams.enter(runner.load_block(index), None, fitting_calls)
+                streams.enter_block(runner.load_block(index), None, fitting_calls)
                 for unit in _compress_in_turn(units, candidate, streams, job):
                     trials[unit.name, candidate] = runner.fork(
                         streams.block, judging_calls, source_states
@@ -126,8 +124,8 @@ def measure_divergences(
                     progress(num_bytes, f"{unit.name}: {candidate}")
 
             if index + 1 < len(runner):
-                streams.enter(block, None, fitting_calls)
-                streams.leave()
+                streams.enter_block(block, None, fitting_calls)
+                streams.leave_block()
             runner.run(block, judging_calls, source_states)
             memory.release_freed_memory()
         divergences = _compare_trials(runner, source_states, list(trials.values()))
@@ -159,7 +157,7 @@ def _split_batches(job: SearchJob) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
 
 
 def _compress_in_turn(
-    units: Sequence[SearchUnit], candidate: str, streams: Streams, job: SearchJob
+    units: Sequence[SearchUnit], candidate: str, streams: ActivationStreams, job: SearchJob
 ) -> Iterator[SearchUnit]:
     """One unit after another, while the block computes with it compressed and with all else as the
     source has it.
@@ -167,68 +165,54 @@ def _compress_in_turn(
     Args:
         units: of the block that the streams stand before.
     """
-    prefix = f"{job.plan.container}.{units[0].block}."
     unit_of = {stack.name: unit for unit in units for stack in unit.stacks[candidate]}
-    stacks = [stack for unit in units for stack in unit.stacks[candidate]]
-    sites = in_order(stacks, prefix, streams)
-    rescale(sites, prefix, streams, job.plan.head_dim, BlockNotes())
-    doors = Doors(streams.block, [site.entrance for site in sites if site.entrance is not None])
-    for site in sites:
-        site.round_inputs()
+    block_plan = BlockPlan(
+        f"{job.plan.container}.{units[0].block}.",
+        [stack for unit in units for stack in unit.stacks[candidate]],
+        job.plan.head_dim,
+    )
+    groups = order_layer_groups(block_plan, streams)
+    fold_scales(groups, block_plan, streams)
+    first_layers = [group.first_layer for group in groups if group.first_layer is not None]
+    breakpoints = Breakpoints(streams.block, first_layers)
+    for group in groups:
+        group.register_input_quantizers()
 
     # a unit may have several stacks: it is compressed once all of them have been solved
     num_unsolved = {unit.name: len(unit.stacks[candidate]) for unit in units}
-    install: dict[str, list[Callable[[], None]]] = {unit.name: [] for unit in units}
-    for number, site in enumerate(sites):
-        unit = unit_of[site.stack.name]
-        install[unit.name].append(_solve(site, number, streams))
+    solved: dict[str, list[tuple[LayerGroup, list[StoredLayer]]]]
+    solved = {unit.name: [] for unit in units}
+    for number, group in enumerate(groups):
+        unit = unit_of[group.stack.name]
+        solved[unit.name].append((group, _solve_and_store(group, number, streams)))
         num_unsolved[unit.name] -= 1
         if num_unsolved[unit.name]:
             continue
-        sites_of_unit = [other for other in sites if unit_of[other.stack.name] is unit]
+        solved_groups = solved.pop(unit.name)
         source_weights = [
-            (weight, weight.clone()) for other in sites_of_unit for weight in other.weights.values()
+            (weight, weight.clone())
+            for solved_group, _ in solved_groups
+            for weight in solved_group.weights.values()
         ]
-        for install_site in install.pop(unit.name):
-            install_site()
+        for solved_group, stored_layers in solved_groups:
+            install(stored_layers, solved_group)
         yield unit
         for weight, source_weight in source_weights:
             weight.copy_(source_weight)
-        for other in sites:
-            other.roundings.clear()
-    doors.close()
+        for other in groups:
+            other.input_quantizers.clear()
+    breakpoints.remove()
 
 
-def _solve(site: Site, number: int, streams: Streams) -> Callable[[], None]:
-    """Compress a site; what is returned lets the block compute with the result."""
-    steps = site.stack.steps
+def _solve_and_store(
+    group: LayerGroup, number: int, streams: ActivationStreams
+) -> list[StoredLayer]:
+    """What a run would store of a layer group."""
     with warnings.catch_warnings():
         # `compress` warns of the same
         warnings.simplefilter("ignore", UserWarning)
-        arrivals = streams.arrivals(number, False) if site.entrance else ()
-        stats, _, num_tokens = observe(site, arrivals)
-        if site.routed and num_tokens < MIN_EXPERT_TOKENS:
-            stats = nothing(site)
-        layer = pipeline.quantize_whole(
-            Layer(site.stack.name, site.weight, site.stack.dtype), steps, stats
-        )
-
-    heights = [entry.shape[0] for entry in site.stack.members.values()]
-    members = pipeline.split(layer, heights)
-    results = []
-    for (name, weight), member in zip(site.weights.items(), members, strict=True):
-        stored = pipeline.serialize(pipeline.pack(member, steps), steps)
-        restored = pipeline.dequantize(stored.tensors, stored.config, steps, tuple(weight.shape))
-        rounding = input_rounding(stored.tensors, stored.config, steps)
-        results.append((name, weight, restored, rounding))
-
-    def install() -> None:
-        for name, weight, restored, rounding in results:
-            weight.copy_(restored)
-            if rounding is not None:
-                site.roundings[name] = rounding
-
-    return install
+        layer = solve(group, collect_statistics(group, number, streams))
+    return store(layer, group)
 
 
 def _compare_trials(
