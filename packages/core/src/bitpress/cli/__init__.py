@@ -19,7 +19,11 @@ from bitpress.errors import (
 
 __all__ = ["app", "main"]
 
-LESS = (
+# How many faults of an output are shown.
+NUM_FAULTS = 10
+
+# What to do when a device has too little memory.
+OUT_OF_MEMORY_ADVICE = (
     "other processes may hold some of it; fewer --threads, with data a smaller --max-memory or "
     "--sequence-length, take less, and --device cpu takes none; the same command goes on from what "
     "is finished"
@@ -31,16 +35,16 @@ def main() -> None:
     exit code 1.
     """
     code = 0
-    # or all is looked through for garbage once more: 0.2 s and more where transformers was imported
+    # at exit all would be looked through for garbage once more, which takes 0.2 s with transformers
     atexit.register(gc.freeze)
     try:
         with app.make_context("bitpress", sys.argv[1:]) as context:
             app.invoke(context)
     except VerificationError as e:
-        for fault in e.faults[:10]:
+        for fault in e.faults[:NUM_FAULTS]:
             print(f"  {printable_line(str(fault))}", file=sys.stderr)
-        if len(e.faults) > 10:
-            print(f"  and {len(e.faults) - 10} more", file=sys.stderr)
+        if len(e.faults) > NUM_FAULTS:
+            print(f"  and {len(e.faults) - NUM_FAULTS} more", file=sys.stderr)
         code = _fail(str(e), 1)
     except BitpressError as e:
         code = _fail(str(e))
@@ -57,7 +61,7 @@ def main() -> None:
         if not is_out_of_memory(e):
             raise
         fact = ". ".join(first_line(e).split(". ")[:2])
-        code = _fail(f"the device's memory is full ({fact}): {LESS}")
+        code = _fail(f"the device's memory is full ({fact}): {OUT_OF_MEMORY_ADVICE}")
     sys.exit(code)
 
 

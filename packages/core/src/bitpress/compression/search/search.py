@@ -124,8 +124,8 @@ def run_search(
 def _read_candidates(names: Sequence[str], settings: Sequence[str]) -> dict[str, tuple[Step, ...]]:
     """The steps of every candidate, by its name."""
     table = {"layers": [{"match": "*", "steps": _parse_steps(name)} for name in names]}
-    rules = recipe.from_json(table, discover(), "--schemes", settings).rules
-    return {name: rule.steps for name, rule in zip(names, rules, strict=True)}
+    candidate_recipe = recipe.from_json(table, discover(), "--schemes", settings)
+    return {name: rule.steps for name, rule in zip(names, candidate_recipe.rules, strict=True)}
 
 
 def _parse_steps(candidate: str) -> list[dict[str, str]]:
@@ -145,17 +145,17 @@ def _parse_steps(candidate: str) -> list[dict[str, str]]:
 def _budget_bytes(units: Sequence[SearchUnit], names: Sequence[str], budget: float) -> int:
     """The bytes of a budget in bits per weight; raises RecipeError where no choice keeps to it."""
     num_weights = sum(unit.num_weights for unit in units)
-    least, most = (
+    min_bits, max_bits = (
         8 * sum(extreme(map(unit.num_bytes, names)) for unit in units) / num_weights
         for extreme in (min, max)
     )
     # NaN keeps to nothing
-    if not round(least, 2) <= budget:
+    if not round(min_bits, 2) <= budget:
         raise RecipeError(
-            f"--budget {budget:g}: {', '.join(names)} take from {least:.2f} to {most:.2f} bits per "
-            "weight, scales included; give more, or a smaller scheme"
+            f"--budget {budget:g}: {', '.join(names)} take from {min_bits:.2f} to {max_bits:.2f} "
+            "bits per weight, scales included; give more, or a smaller scheme"
         )
-    return int((min(budget, most) + BUDGET_ROUNDING) * num_weights / 8)
+    return int((min(budget, max_bits) + BUDGET_ROUNDING) * num_weights / 8)
 
 
 def _mix_candidates(
@@ -189,32 +189,32 @@ def _plan_memory(job: SearchJob, folder: Path, max_memory: int | None) -> Measur
         for plan in job.plans.values()
         if plan.recipe.calibrated
     ]
-    least = memory.TRANSFORMERS_BYTES + max(
+    min_bytes = memory.TRANSFORMERS_BYTES + max(
         [running_bytes, *(estimate.on_disk for estimate in estimates)]
     )
     if max_memory is None:
-        limit = memory.TRANSFORMERS_BYTES + memory.available_bytes() // 2
-    elif max_memory < least:
+        max_bytes = memory.TRANSFORMERS_BYTES + memory.available_bytes() // 2
+    elif max_memory < min_bytes:
         raise RecipeError(
-            f"the search needs about {least / 1e6:,.0f} MB of memory, more than the "
+            f"the search needs about {min_bytes / 1e6:,.0f} MB of memory, more than the "
             f"{max_memory / 1e6:,.0f} MB allowed"
         )
     else:
-        limit = max_memory
+        max_bytes = max_memory
 
     # judged tokens have the source's hidden states, and those of every trial
     fitted, judged = (ids.numel() for ids in split_sequences(job.calibration.input_ids))
     num_trials = len(job.plans) * len(job.units)
     num_tokens = fitted + judged * (1 + num_trials)
     states_bytes = memory_estimate.NUMBER_BYTES * job.plan.hidden_size * num_tokens
+    # `num_waiting` takes off what a run holds in memory, which `min_bytes` counts already
+    free_bytes = max_bytes - min_bytes - states_bytes
     waiting = [
-        estimate.num_waiting(
-            limit - least - states_bytes + estimate.in_memory, memory_estimate.BATCH_TOKENS
-        )
+        estimate.num_waiting(free_bytes + estimate.in_memory, memory_estimate.BATCH_TOKENS)
         for estimate in estimates
     ]
     num_waiting = max(waiting, default=0)
-    if least + states_bytes <= limit:
+    if min_bytes + states_bytes <= max_bytes:
         return MeasurementMemory(None, num_waiting)
     if (free := shutil.disk_usage(folder).free) < states_bytes:
         raise OutputError(
