@@ -46,7 +46,7 @@ from bitpress.schemes.registry import discover
 
 
 # One keyword for each option of the command line.
-def plan(
+def plan(  # noqa: PLR0913
     model: str | Path,
     *,
     scheme: str | None = None,
@@ -80,7 +80,7 @@ def plan_from(model: str | Path, recipe_source: RecipeSource, device: Hardware |
 
 
 # One keyword for each option of the command line.
-def compress(
+def compress(  # noqa: PLR0913
     model: str | Path,
     out: str | Path,
     *,
@@ -137,7 +137,7 @@ def compress(
 
 
 # One keyword for each option of the command line.
-def search(
+def search(  # noqa: PLR0913
     model: str | Path,
     out: str | Path,
     *,
@@ -272,7 +272,7 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress = ignore_p
 
 
 # One keyword for each option of the command line.
-def evaluate(
+def evaluate(  # noqa: PLR0913
     model: str | Path,
     text: str | Path,
     against: str | Path | None = None,

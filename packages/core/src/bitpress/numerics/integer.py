@@ -90,7 +90,8 @@ def decode_integers(codes: Tensor, scale: Tensor, zero: Tensor | None = None) ->
     return (steps * scale.float().unsqueeze(2)).view_as(codes)
 
 
-def fit_symmetric(
+# Public: schemes of other packages call it with these arguments.
+def fit_symmetric(  # noqa: PLR0913
     weight: Tensor,
     importance: Tensor | None,
     bits: int,
@@ -120,7 +121,8 @@ def fit_symmetric(
     return IntegerGrid(_by_column(_to_stored(scale, bits, dtype)), None, bits, group)
 
 
-def fit_asymmetric(
+# Public: schemes of other packages call it with these arguments.
+def fit_asymmetric(  # noqa: PLR0913
     weight: Tensor,
     importance: Tensor | None,
     bits: int,

@@ -38,7 +38,8 @@ def rounding_costs(nearest: Callable[[Tensor], Tensor], places: int = 1 << 12) -
     return (nearest(x) - x).square_().view(places, SAMPLES, -1).mean(1)
 
 
-def search_scales(
+# Public: schemes of other packages call it with these arguments.
+def search_scales(  # noqa: PLR0913
     weight: Tensor,
     importance: Tensor | None,
     group: int,
