@@ -108,9 +108,9 @@ def test_front_matter_that_says_nothing_usable_is_left_where_it_is(
     with_toy: Path, model: Path, tmp_path: Path, front_matter: str
 ) -> None:
     (model / "README.md").write_text(front_matter, encoding="utf-8")
-    began = time.monotonic()
+    began = time.process_time()
     bitpress.compress(model, tmp_path / "out", scheme="toy")
-    assert time.monotonic() - began < PATIENCE
+    assert time.process_time() - began < PATIENCE
     assert "license" not in front(tmp_path / "out")
     assert (tmp_path / "out/README.source.md").read_text(encoding="utf-8") == front_matter
 
