@@ -42,10 +42,10 @@ def weights(rows: int, width: int, seed: int = 0) -> torch.Tensor:
 
 def test_a_row_is_laid_out_as_the_format_says() -> None:
     row = torch.tensor([[0, 1, 0, 2, 3, 4, 0, 0, 5, 0, 0, 6, 0, 0, 7, 8.0]])
-    assert bitmask.bits(row != 0).tolist() == [[58, 201]]
-    assert bitmask.values(row, row != 0).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert bitmask.pack_mask(row != 0).tolist() == [[58, 201]]
+    assert bitmask.compress(row, row != 0).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
     assert torch.equal(
-        bitmask.dense(bitmask.values(row, row != 0), bitmask.bits(row != 0), 16), row
+        bitmask.decompress(bitmask.compress(row, row != 0), bitmask.pack_mask(row != 0), 16), row
     )
 
 
@@ -147,7 +147,7 @@ def test_a_bitmask_is_read_back(tmp_path: Path, scheme: str, shards: int) -> Non
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config == {
         "quant_method": "compressed-tensors",
-        "sparsity_config": dict(step(scheme).options.stored_as)
+        "sparsity_config": dict(step(scheme).options.sparsity_config)
         | {"targets": ["Linear"], "ignore": ["lm_head"]},
     }
 

@@ -11,35 +11,35 @@ from bitpress import Statistic, hookimpl, numerics
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The largest input over the median: beyond it ordinary numbers come near to E4M3's subnormals.
-WIDEST_RATIO = 2.0**12
+# The largest input over the median: beyond it ordinary inputs come near to E4M3's subnormals.
+MAX_RATIO = 2.0**12
 
 
 def static_scale(stats: Mapping[str, Statistic], outliers: str) -> Tensor:
-    """The scale clip / 448, without axes; 1 where no input was observed."""
+    """The static scale of inputs, clip / 448, without axes; 1 where no input was observed."""
     import torch
 
     amax = numerics.input_absmax(stats)
     if amax is None:
         return torch.tensor(1.0)
     counts = stats["input_counts"].value
-    if counts.any() and amax > WIDEST_RATIO * numerics.median_magnitude(counts):
+    if counts.any() and amax > MAX_RATIO * numerics.median_magnitude(counts):
         warnings.warn(
             "its largest input is over 4,096 times the median; activations=dynamic loses less",
             stacklevel=2,
         )
-    return numerics.e4m3_scale(numerics.clip_range(counts, amax, outliers, _step))
+    return numerics.e4m3_scale(numerics.clip_range(counts, amax, outliers, _step_size))
 
 
-def _step(magnitude: Tensor, clip: Tensor) -> Tensor:
+def _step_size(magnitude: Tensor, clip: Tensor) -> Tensor:
     """How far E4M3's numbers lie apart near a magnitude, in the inputs' units.
 
     That is 2^-3 of the power of two below a number, and 2^-9 among subnormals, in units of the
     scale.
     """
-    unit = clip / numerics.E4M3_MAX
-    power = (magnitude / unit).log2().floor().clamp(min=-6)
-    return (power - 3).exp2() * unit
+    scale = clip / numerics.E4M3_MAX
+    exponent = (magnitude / scale).log2().floor().clamp(min=-6)
+    return (exponent - 3).exp2() * scale
 
 
 @hookimpl
@@ -48,7 +48,8 @@ def quantize_activations(
 ) -> Tensor:
     """The E4M3 numbers (tokens, in) nearest to inputs.
 
-    They are in units of the stored scale, or of amax / 448 of each token, or group of a token.
+    They are in units of the stored scale, or of amax / 448 of each token (`fp8`), or of each group
+    of 128 inputs of a token (`fp8-block`), as compressed-tensors computes them.
     """
     if "input_scale" in tensors:
         scale = tensors["input_scale"].to(inputs.device).float()

@@ -10,9 +10,10 @@ from attrs import frozen
 
 import bitpress
 from bitpress import Finding, Hardware, Layer, ShapeError, StoredLayer, hookimpl, numerics, option
-from bitpress_fp8 import e4m3, hardware as facts
+from bitpress_fp8 import e4m3
 from bitpress_fp8.activations import quantize_activations
 from bitpress_fp8.e4m3 import dequantize, error_bound
+from bitpress_fp8.hardware import gpu_findings
 
 __all__ = [
     "Options",
@@ -25,10 +26,13 @@ __all__ = [
     "validate_shape",
 ]
 
+# Rows and columns of a tile: the engines' kernels read no other.
 BLOCK = (128, 128)
 
 
-def _only_128(instance: Options, attribute: attrs.Attribute[Any], value: tuple[int, int]) -> None:
+def _check_block(
+    instance: Options, attribute: attrs.Attribute[Any], value: tuple[int, int]
+) -> None:
     if value != BLOCK:
         raise ValueError(
             f"block {list(value)} cannot be served: the engines' kernels read tiles of "
@@ -41,7 +45,7 @@ class Options(bitpress.Options):
     """Options of `fp8-block`."""
 
     block: tuple[int, int] = option(
-        BLOCK, "rows and columns that share a scale", validator=_only_128
+        BLOCK, "rows and columns that share a scale", validator=_check_block
     )
 
     @property
@@ -59,6 +63,7 @@ class Options(bitpress.Options):
 def quantize(layer: Layer, options: Options) -> Layer:
     """Round to nearest with scale amax / 448 of each tile: (ceil(out / 128), in / 128)."""
     out, width = layer.weight.shape
+    # vLLM 0.32 pads a ragged last group of inputs; transformers 5.17 raises at the first forward.
     if width % options.block[1]:
         raise ShapeError(
             f"width {width} is not a multiple of {options.block[1]}, into which transformers cuts "
@@ -81,7 +86,7 @@ def serialize(layer: Layer, options: Options) -> StoredLayer:
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
     """Native from capability 8.9, tuned from 9.0; weight-only below; on CPUs only with AMX."""
     if hardware.vendor != "cpu":
-        return facts.gpu_findings(hardware, "FP8 block")
+        return gpu_findings(hardware, "FP8 block")
     if hardware.amx:
         return [
             Finding(
@@ -100,8 +105,11 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
 @hookimpl
 def validate_shape(shape: tuple[int, int], cut: str | None, options: Options) -> Sequence[Finding]:
     """Ranks hold whole tiles."""
-    size, tile = (shape[1], options.block[1]) if cut == "columns" else (shape[0], options.block[0])
-    if cut is None or size % tile == 0:
+    if cut is None:
+        return []
+    axis = 1 if cut == "columns" else 0
+    size, tile = shape[axis], options.block[axis]
+    if size % tile == 0:
         return []
     return [
         Finding(

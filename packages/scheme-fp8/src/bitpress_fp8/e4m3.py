@@ -15,6 +15,7 @@ from bitpress import Layer, StoredLayer, hookimpl, numerics
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What compressed-tensors calls FP8 weights with activations.
 FORMAT = "float-quantized"
 
 
@@ -33,35 +34,42 @@ class Grid:
         return self.rounded(target.unsqueeze(1), rows).squeeze(1)
 
     def rounded(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The same for a weight (out, in), or some rows of one."""
-        return (
-            numerics.decode_e4m3(numerics.encode_e4m3(weight, self.scale[rows])) * self.scale[rows]
-        )
+        """The representable numbers nearest to a weight (out, in), or to some rows of one."""
+        scale = self.scale[rows]
+        return numerics.decode_e4m3(numerics.encode_e4m3(weight, scale)) * scale
 
 
 def encode(
-    layer: Layer, scale: Tensor, spread: Tensor, extra: Mapping[str, Tensor] | None = None
+    layer: Layer,
+    scale: Tensor,
+    expanded_scale: Tensor,
+    input_qparams: Mapping[str, Tensor] | None = None,
 ) -> Layer:
     """The layer with E4M3 codes.
 
     Args:
+        layer: its weight (out, in) is rounded to nearest.
         scale: as it will be stored.
-        spread: the same numbers, broadcastable to (out, in).
-        extra: what is stored beside them.
+        expanded_scale: the same numbers, broadcastable to (out, in).
+        input_qparams: what is stored beside the scale.
     """
     # Zeros stay zero, so `mask` holds by itself.
-    codes = numerics.encode_e4m3(layer.weight, spread)  # (out, in)
+    codes = numerics.encode_e4m3(layer.weight, expanded_scale)  # (out, in)
     return attrs.evolve(
         layer,
-        weight=lambda: numerics.decode_e4m3(codes) * spread,
+        weight=lambda: numerics.decode_e4m3(codes) * expanded_scale,
         codes=codes,
-        qparams={"scale": scale, **(extra or {})},
+        qparams={"scale": scale, **(input_qparams or {})},
     )
 
 
 def store(layer: Layer, weights: Mapping[str, Any], activations: Mapping[str, Any]) -> StoredLayer:
-    """Codes and scale as compressed-tensors names them; a scale without axes becomes one of shape
-    (1,).
+    """Codes and scales as compressed-tensors names them; a scale without axes gets shape (1,).
+
+    Args:
+        layer: its codes (out, in), its "scale", and "input_scale" where it is static.
+        weights: what the config says of weights, beside what all E4M3 schemes say.
+        activations: the same of activations.
     """
     assert layer.codes is not None
     tensors = {"weight": layer.codes, "weight_scale": layer.qparams["scale"]}
@@ -73,30 +81,26 @@ def store(layer: Layer, weights: Mapping[str, Any], activations: Mapping[str, An
         "weights": {**common, **weights},
         "input_activations": {**common, **activations},
     }
-    return StoredLayer(
-        {name: tensor if tensor.ndim else tensor.reshape(1) for name, tensor in tensors.items()},
-        config,
-    )
+    tensors = {name: t if t.ndim else t.reshape(1) for name, t in tensors.items()}
+    return StoredLayer(tensors, config)
 
 
 @hookimpl
 def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """Codes times their scale: (out, in) float32."""
-    return numerics.decode_e4m3(tensors["weight"]) * _weight_scale(tensors, config)
+    return numerics.decode_e4m3(tensors["weight"]) * _expanded_scale(tensors, config)
 
 
 @hookimpl
 def error_bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """Half a step of E4M3 around each code, in units of the scale: (out, in) float32.
-
-    2^-17 of it is added for the float32 roundings of w / scale, code * scale and their difference,
-    each at most 2^-19 of it.
-    """
+    """Half a step of E4M3 around each code, times its scale: (out, in) float32."""
     bound = numerics.e4m3_bound(tensors["weight"])
-    return bound * _weight_scale(tensors, config) * (1 + 2.0**-17)
+    # 2^-17 of it is for the float32 roundings of w / scale, code * scale and their difference, each
+    # at most 2^-19 of it.
+    return bound * _expanded_scale(tensors, config) * (1 + 2.0**-17)
 
 
-def _weight_scale(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+def _expanded_scale(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """Every weight's scale, broadcastable to (out, in)."""
     scale, block = tensors["weight_scale"], config["weights"].get("block_structure")
     if block is None:

@@ -12,9 +12,10 @@ from attrs import frozen
 
 import bitpress
 from bitpress import Finding, Hardware, Layer, Statistic, StoredLayer, hookimpl, numerics, option
-from bitpress_fp8 import activations, e4m3, hardware as facts
+from bitpress_fp8 import activations, e4m3
 from bitpress_fp8.activations import quantize_activations
 from bitpress_fp8.e4m3 import dequantize, error_bound
+from bitpress_fp8.hardware import gpu_findings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,8 +61,8 @@ class Options(bitpress.Options):
 def observe(
     inputs: Tensor | None, weight: Tensor, options: Options
 ) -> Mapping[str, Statistic] | None:
-    """Of inputs, how large they are; of weights per tensor, the largest magnitude in the whole
-    stack, which engines fuse.
+    """For a static scale, how large inputs are; for a scale per tensor, the largest magnitude of
+    the stack's weights.
     """
     if inputs is not None:
         if options.activations == "dynamic":
@@ -69,6 +70,8 @@ def observe(
         return numerics.observe_range(inputs, histogram=True)
     if options.weights == "channel":
         return None
+    # vLLM requantizes fused layers to the largest of their scales, with a loss where they differ:
+    # q, k and v, or gate and up, share one.
     return {"amax": Statistic(numerics.absmax(weight), "max")}
 
 
@@ -76,7 +79,7 @@ def observe(
 def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Layer:
     """Round to nearest with scale amax / 448: (out, 1) per channel, or one number.
 
-    After a step that has looked at inputs, rounding errors are fed forward from column to column.
+    After a step that has observed inputs, by GPTQ.
     """
 
     def fit(weight: Tensor, importance: Tensor | None = None) -> e4m3.Grid:
@@ -92,10 +95,10 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
     else:
         grid = fit(layer.weight)
     scale = grid.scale if options.weights == "channel" else grid.scale[0, 0]
-    extra = {}
+    input_qparams = {}
     if options.activations == "static":
-        extra["input_scale"] = activations.static_scale(stats, options.outliers)
-    return e4m3.encode(layer, scale, scale, extra)
+        input_qparams["input_scale"] = activations.static_scale(stats, options.outliers)
+    return e4m3.encode(layer, scale, scale, input_qparams)
 
 
 @hookimpl
@@ -115,7 +118,7 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     channel.
     """
     if hardware.vendor != "cpu":
-        return facts.gpu_findings(hardware, "FP8")
+        return gpu_findings(hardware, "FP8")
     if options.activations == "static":
         return [
             Finding(

@@ -8,17 +8,23 @@ from collections.abc import Sequence
 
 from bitpress import Finding, Hardware
 
-RECENT_AMD = ("gfx942", "gfx950", "gfx1200", "gfx1201")
+# MI300, MI350 and RDNA 4: the AMD GPUs that multiply FP8.
+AMD_WITH_FP8 = ("gfx942", "gfx950", "gfx1200", "gfx1201")
 
 
-def gpu_findings(hardware: Hardware, what: str) -> Sequence[Finding]:
-    """What holds for per-channel, per-tensor and block weights alike, on anything but a CPU."""
+def gpu_findings(hardware: Hardware, kernels: str) -> Sequence[Finding]:
+    """What holds for per-channel, per-tensor and block weights alike, on anything but a CPU.
+
+    Args:
+        hardware: the device.
+        kernels: what the kernels for these weights are called, "FP8" or "FP8 block".
+    """
     if hardware.vendor == "nvidia":
-        return _nvidia(hardware, what)
+        return _nvidia_findings(hardware, kernels)
     if hardware.vendor == "amd":
-        if hardware.architecture in RECENT_AMD:
+        if hardware.architecture in AMD_WITH_FP8:
             return [
-                Finding("supported", f"{what} matrix kernels of ROCm (MI300 and later, RDNA 4)")
+                Finding("supported", f"{kernels} matrix kernels of ROCm (MI300 and later, RDNA 4)")
             ]
         return [
             Finding(
@@ -40,19 +46,19 @@ def gpu_findings(hardware: Hardware, what: str) -> Sequence[Finding]:
     ]
 
 
-def _nvidia(hardware: Hardware, what: str) -> Sequence[Finding]:
+def _nvidia_findings(hardware: Hardware, kernels: str) -> Sequence[Finding]:
     capability = hardware.capability or (0, 0)
     if capability >= (9, 0):
         return [
             Finding(
-                "recommended", f"native FP8 with tuned {what} kernels (capability 9.0 and later)"
+                "recommended", f"native FP8 with tuned {kernels} kernels (capability 9.0 and later)"
             )
         ]
     if capability >= (8, 9):
         return [
             Finding(
                 "supported",
-                f"native FP8 (capability 8.9); {what} kernels are tuned for 9.0 and later",
+                f"native FP8 (capability 8.9); {kernels} kernels are tuned for 9.0 and later",
             )
         ]
     if capability >= (7, 5):

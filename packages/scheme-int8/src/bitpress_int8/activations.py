@@ -1,6 +1,4 @@
-"""INT8 activations: a scale, and a zero point, that are found before serving, and what rounding
-makes of inputs.
-"""
+"""INT8 activations: their static scale and zero point, and what rounding makes of inputs."""
 
 from __future__ import annotations
 
@@ -12,62 +10,75 @@ from bitpress import Statistic, hookimpl, numerics
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Steps between zero and the largest number.
-STEPS = 127.5
+# Half the range of codes, -128 to 127: the scale is amax / 127.5, as in compressed-tensors.
+HALF_RANGE = 127.5
 
 
 def static_qparams(
     stats: Mapping[str, Statistic], symmetric: bool, outliers: str
 ) -> dict[str, Tensor]:
-    """`input_scale`, and `input_zero_point` int8 where it is not symmetric: (code - zero) scale;
-    scale 1 if nothing was seen.
+    """What is stored of static activations, each without axes.
+
+    Args:
+        stats: as `numerics.observe_range` gives them, with a histogram.
+        symmetric: whether there is no zero point.
+        outliers: as for `numerics.clip_range`.
+
+    Returns:
+        "input_scale" float32, and where not symmetric "input_zero_point" int8; the scale is 1 where
+        no input was observed.
     """
     import torch
 
     if "input_max" not in stats:
-        low, high = torch.tensor(-STEPS), torch.tensor(STEPS)
+        low, high = torch.tensor(-HALF_RANGE), torch.tensor(HALF_RANGE)
     else:
         low, high = -stats["input_min"].value, stats["input_max"].value
         amax = low.abs().maximum(high.abs())
         clip = numerics.clip_range(
-            stats["input_counts"].value, amax, outliers, lambda magnitude, clip: clip / STEPS
+            stats["input_counts"].value, amax, outliers, lambda magnitude, clip: clip / HALF_RANGE
         )
         low, high = low.maximum(-clip).clamp(max=0), high.minimum(clip).clamp(min=0)
+
     if symmetric:
-        scale = low.abs().maximum(high) / STEPS
-        return {"input_scale": scale.masked_fill(scale == 0, 1.0)}
-    scale = (high - low) / (2 * STEPS)
-    scale = scale.masked_fill(scale == 0, 1.0)
-    zero = (-128 - low / scale).round().clamp(-128, 127)
-    return {"input_scale": scale, "input_zero_point": zero.to(torch.int8)}
+        return {"input_scale": _nonzero(low.abs().maximum(high) / HALF_RANGE)}
+    scale, zero_point = _fit_asymmetric(low, high)
+    return {"input_scale": scale, "input_zero_point": zero_point.to(torch.int8)}
 
 
 @hookimpl
 def quantize_activations(
     inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> Tensor:
-    """(tokens, in): the integers nearest to inputs times their scale, which is stored, or amax /
-    127.5 (range / 255) of a token.
+    """The numbers (tokens, in) nearest to inputs that INT8 codes stand for.
 
-    vLLM's kernels take amax / 127 of a token instead, compressed-tensors what is taken here.
+    Their scale is the stored one, or amax / 127.5 of each token, or (max - min) / 255 of it where
+    there is a zero point, as in compressed-tensors; vLLM 0.32 takes amax / 127 of a token.
     """
+    zero_point = None
     if "input_scale" in tensors:
-        scale = tensors["input_scale"].to(inputs.device).float()
-        zero = (
-            tensors["input_zero_point"].to(inputs.device).float()
-            if "input_zero_point" in tensors
-            else None
-        )
+        scale = _nonzero(tensors["input_scale"].to(inputs.device).float())
+        if "input_zero_point" in tensors:
+            zero_point = tensors["input_zero_point"].to(inputs.device).float()
     elif config["input_activations"]["symmetric"]:
-        scale, zero = numerics.absmax(inputs, dim=1) / STEPS, None  # (tokens, 1)
+        scale = _nonzero(numerics.absmax(inputs, dim=1) / HALF_RANGE)  # (tokens, 1)
     else:
-        low, high = (
-            inputs.amin(1, keepdim=True).clamp(max=0),
-            inputs.amax(1, keepdim=True).clamp(min=0),
-        )
-        scale = (high - low) / (2 * STEPS)
-        zero = (-128 - low / scale.masked_fill(scale == 0, 1.0)).round().clamp(-128, 127)
-    scale = scale.masked_fill(scale == 0, 1.0)
-    if zero is None:
+        low = inputs.amin(1, keepdim=True).clamp(max=0)
+        high = inputs.amax(1, keepdim=True).clamp(min=0)
+        scale, zero_point = _fit_asymmetric(low, high)
+
+    if zero_point is None:
         return (inputs / scale).round_().clamp_(-128, 127).mul_(scale)
-    return (inputs / scale + zero).round_().clamp_(-128, 127).sub_(zero).mul_(scale)
+    codes = (inputs / scale + zero_point).round_().clamp_(-128, 127)
+    return codes.sub_(zero_point).mul_(scale)
+
+
+def _fit_asymmetric(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point, float32, of the range from low to high, which holds 0."""
+    scale = _nonzero((high - low) / (2 * HALF_RANGE))
+    return scale, (-128 - low / scale).round().clamp(-128, 127)
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """1 where a scale is 0: its inputs are all 0."""
+    return scale.masked_fill(scale == 0, 1.0)

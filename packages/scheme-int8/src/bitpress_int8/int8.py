@@ -29,13 +29,13 @@ __all__ = [
     "validate_hardware",
 ]
 
-# of scales tried, in units of amax / 127.5
+# Scales tried, in units of amax / 127.5.
 RATIOS = tuple(1.02 - 0.02 * i for i in range(24))
-# reaches amax at both ends
-WHOLE = (127.5 / 127,)
+# The scale amax / 127, at which both ends are reached and nothing is clipped.
+UNCLIPPED_RATIO = (127.5 / 127,)
 
 
-def _strength(instance: Options, attribute: attrs.Attribute[Any], value: str | float) -> None:
+def _check_strength(instance: Options, attribute: attrs.Attribute[Any], value: str | float) -> None:
     if not isinstance(value, str) and not 0 <= value <= 1:
         raise ValueError(f"smoothing {value} is not auto, or a number from 0 (off) to 1")
 
@@ -58,7 +58,7 @@ class Options(bitpress.Options):
         "max", "static: reach the largest, 99.99 %, or what costs least"
     )
     smoothing: Literal["auto"] | float = option(
-        "auto", "SmoothQuant: strength searched, given, or 0 for none", validator=_strength
+        "auto", "SmoothQuant: strength searched, given, or 0 for none", validator=_check_strength
     )
 
     @property
@@ -87,8 +87,8 @@ def observe(
     weight: Tensor,
     options: Options,
 ) -> Mapping[str, Statistic] | None:
-    """What GPTQ, SmoothQuant and static scales need of inputs; of weights per tensor, the stack's
-    largest magnitude.
+    """What GPTQ, SmoothQuant and static scales need of inputs; for a scale per tensor, the largest
+    magnitude of the stack's weights.
     """
     if inputs is None:
         if options.weights == "channel":
@@ -119,9 +119,10 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
     def fit(weight: Tensor, importance: Tensor | None) -> numerics.IntegerGrid:
         if options.weights == "channel":
             return numerics.fit_symmetric(weight, importance, 8, width, RATIOS)
-        row = weight.new_full((1, 1), float(stats["amax"].value))
-        one = numerics.fit_symmetric(row, None, 8, 1, WHOLE).scale
-        return numerics.IntegerGrid(one.expand(len(weight), 1), None, 8, width)
+        # The scale of the stack is that of its largest weight alone.
+        largest = weight.new_full((1, 1), float(stats["amax"].value))
+        scale = numerics.fit_symmetric(largest, None, 8, 1, UNCLIPPED_RATIO).scale
+        return numerics.IntegerGrid(scale.expand(len(weight), 1), None, 8, width)
 
     if "hessian" in stats:
         weight, grid = numerics.gptq_quantize(layer, stats, fit)
@@ -149,15 +150,19 @@ def serialize(layer: Layer, options: Options) -> StoredLayer:
     """
     assert layer.codes is not None
     tensors = {"weight": layer.codes, "weight_scale": layer.qparams["scale"]}
-    tensors |= {name: q for name, q in layer.qparams.items() if name.startswith("input_")}
-    static = options.activations == "static"
+    for name, tensor in layer.qparams.items():
+        if name.startswith("input_"):
+            tensors[name] = tensor
+    tensors = {name: t if t.ndim else t.reshape(1) for name, t in tensors.items()}
+
+    is_static = options.activations == "static"
     inputs: dict[str, Any] = {
         "num_bits": 8,
         "type": "int",
         "symmetric": options.symmetric_activations,
-        "dynamic": not static,
+        "dynamic": not is_static,
+        "strategy": "tensor" if is_static else "token",
     }
-    inputs["strategy"] = "tensor" if static else "token"
     if not options.symmetric_activations:
         inputs["zp_dtype"] = "torch.int8"
     weights = {
@@ -168,10 +173,7 @@ def serialize(layer: Layer, options: Options) -> StoredLayer:
         "dynamic": False,
     }
     config = {"format": "int-quantized", "weights": weights, "input_activations": inputs}
-    return StoredLayer(
-        {name: tensor if tensor.ndim else tensor.reshape(1) for name, tensor in tensors.items()},
-        config,
-    )
+    return StoredLayer(tensors, config)
 
 
 @hookimpl

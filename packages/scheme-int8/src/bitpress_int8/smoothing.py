@@ -3,7 +3,7 @@
 
 Large input channels are divided by s_j = a_jᵅ / w_j¹⁻ᵅ, and the weight's columns multiplied by it:
 a_j and w_j are the largest magnitudes of channel j among inputs and weights. α is the one with the
-least expected error of a layer's output, if it is well below that without smoothing.
+least expected error of the layer's output, if that is well below the error without smoothing.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ from bitpress import Statistic, numerics
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Exponents α that are tried.
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# of the sums that stand for a token's largest input
+
+# A token's largest input is bounded by the eighth root of the sum of its eighth powers.
 POWER = 8
-# inputs are divided by it first, so that their eighth powers stay within float32
+
+# Inputs are divided by it first, so that their eighth powers stay within float32.
 UNIT = 256.0
-# of the error expected with a scale per token must be left: it is a bound, and a small gain in it
-# may be none
-WORTH = 0.25
-# between zero and the largest number
-STEPS = 127.5
+
+# With a scale per token, smoothing must leave at most this part of the expected error: that is a
+# bound, and a small gain in it may be none.
+MAX_ERROR_LEFT = 0.25
+
+# Half the range of codes, -128 to 127.
+HALF_RANGE = 127.5
 
 
 def observe_channels(inputs: Tensor) -> dict[str, Statistic]:
-    """Per channel the largest magnitude, the sum of squares and that of eighth powers; and the
-    number of tokens.
+    """What `factors` needs of inputs (tokens, in): per channel the largest magnitude, the sum of
+    squares and that of eighth powers, (in,) each; and the number of tokens.
     """
     x = inputs.float()
     return {
@@ -44,26 +49,35 @@ def observe_channels(inputs: Tensor) -> dict[str, Statistic]:
 def factors(
     weight: Tensor, stats: Mapping[str, Statistic], strength: float | None, static: bool
 ) -> Tensor | None:
-    """The factors (in,) of the columns, powers of two; None where no factors are better.
+    """SmoothQuant's factors for the columns of a weight.
 
     Args:
         weight: (out, in) float32.
+        stats: as `observe_channels` gives them, merged over batches.
         strength: α; None searches it.
         static: whether activations have one scale for all tokens.
+
+    Returns:
+        (in,) powers of two, by which columns are multiplied; None where the error is well enough
+        without them.
     """
     if "channel_amax" not in stats:
         return None
-    largest = stats["channel_amax"].value
-    columns = numerics.absmax(weight, dim=0).squeeze(0)
-    known = (largest > 0) & (columns > 0)
-    best, least = None, (1 if static else WORTH) * expected_error(weight, stats, None, static)
+    input_amax = stats["channel_amax"].value  # (in,), a_j
+    weight_amax = numerics.absmax(weight, dim=0).squeeze(0)  # (in,), w_j
+    is_used = (input_amax > 0) & (weight_amax > 0)
+
+    best = None
+    least_error = expected_error(weight, stats, None, static) * (1 if static else MAX_ERROR_LEFT)
     for alpha in STRENGTHS if strength is None else (strength,):
-        s = (largest**alpha / columns ** (1 - alpha)).masked_fill(~known, 1.0)
-        s = (s / s[known].log().mean().exp()).masked_fill(~known, 1.0) if known.any() else s
+        s = (input_amax**alpha / weight_amax ** (1 - alpha)).masked_fill(~is_used, 1.0)
+        # Around a geometric mean of 1, so that unused channels stand in the middle.
+        if is_used.any():
+            s = (s / s[is_used].log().mean().exp()).masked_fill(~is_used, 1.0)
         s = s.clamp(1e-4, 1e4).log2().round().exp2()
         error = expected_error(weight, stats, s, static)
-        if strength is not None or error < least:
-            best, least = s, error
+        if strength is not None or error < least_error:
+            best, least_error = s, error
     return best
 
 
@@ -77,18 +91,19 @@ def expected_error(
     whose square's mean is at most (Σ_j E[(x_j / s_j)⁸])^(1/4).
     """
     tokens = stats["channel_tokens"].value.clamp(min=1)
-    squares, powers = (
-        stats["channel_squares"].value / tokens,
-        stats["channel_powers"].value / tokens,
-    )
-    largest = stats["channel_amax"].value
+    squares = stats["channel_squares"].value / tokens
+    powers = stats["channel_powers"].value / tokens
+    input_amax = stats["channel_amax"].value
     if s is not None:
-        weight, squares, powers, largest = (
-            weight * s,
-            squares / s**2,
-            powers / s**POWER,
-            largest / s,
-        )
-    token = largest.amax().square() if static else powers.sum() ** (2 / POWER) * UNIT**2
-    rows = numerics.absmax(weight, dim=1).square().sum()
-    return float(rows * squares.sum() + token * weight.square().sum()) / STEPS**2
+        weight = weight * s
+        squares, powers = squares / s**2, powers / s**POWER
+        input_amax = input_amax / s
+
+    if static:
+        token_amax_squared = input_amax.amax().square()
+    else:
+        token_amax_squared = powers.sum() ** (2 / POWER) * UNIT**2
+    row_amax_squared = numerics.absmax(weight, dim=1).square().sum()
+    weight_error = row_amax_squared * squares.sum()
+    input_error = token_amax_squared * weight.square().sum()
+    return float(weight_error + input_error) / HALF_RANGE**2

@@ -1,4 +1,4 @@
-"""What NVFP4 needs to know of a layer's inputs, which are rounded to it while serving."""
+"""NVFP4 activations: their static global scale, and what rounding makes of a layer's inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def global_scale(stats: Mapping[str, Statistic]) -> Tensor:
-    """2688 / amax, one number; for inputs up to 2688 where nothing was observed."""
+    """The global scale of inputs, 448 · 6 / amax, without axes; 1 where none was observed."""
     import torch
 
     amax = numerics.input_absmax(stats)
@@ -23,28 +23,25 @@ def global_scale(stats: Mapping[str, Statistic]) -> Tensor:
 
 
 def round_without_global_scale(inputs: Tensor) -> Tensor:
-    """Inputs (tokens, in) as they will be rounded, but that the global scale is not known yet and
-    taken to be 1.
+    """Inputs (tokens, in) as they will be rounded, while the global scale is not known yet.
 
-    What it is decides only how local scales round, not how far; nor does a scale leave E4M3's range
-    here.
+    It is taken to be 1: what it is decides only how local scales round, not how far.
     """
-    groups = numerics.to_groups(inputs.float(), scales.GROUP)
+    groups = numerics.to_groups(inputs.float(), scales.GROUP_SIZE)
     amax = groups.abs().amax(2, keepdim=True)
+    # A local scale amax / 6 with the four significant bits of E4M3, and any exponent.
     mantissa, exponent = (amax / numerics.E2M1_MAX).frexp()
-    # E4M3 has four significant bits
     local = (mantissa * 16).round_().div_(16).ldexp(exponent).masked_fill_(amax == 0, 1.0)
     return numerics.round_e2m1(groups / local).mul_(local).view_as(inputs)
 
 
-def round_inputs(inputs: Tensor, divisor: Tensor) -> Tensor:
-    """Inputs (tokens, in) as they are rounded: local scales from the largest of every 16, with a
-    global scale.
-    """
-    groups = numerics.to_groups(inputs, scales.GROUP)
+def round_inputs(inputs: Tensor, global_scale: Tensor) -> Tensor:
+    """Inputs (tokens, in) as loaders round them: a local scale of every 16, amax · global / 6."""
+    groups = numerics.to_groups(inputs, scales.GROUP_SIZE)
     amax = groups.abs().amax(2, keepdim=True)
-    local = numerics.decode_e4m3(
-        numerics.encode_e4m3(amax * divisor, amax.new_tensor(numerics.E2M1_MAX))
-    )
-    scale = local.masked_fill_(local == 0, 0.125) / divisor
+    six = amax.new_tensor(numerics.E2M1_MAX)
+    local = numerics.decode_e4m3(numerics.encode_e4m3(amax * global_scale, six))
+    # As compressed-tensors replaces a local scale of 0.
+    local.masked_fill_(local == 0, 0.125)
+    scale = local / global_scale
     return numerics.round_e2m1(groups / scale).mul_(scale).view_as(inputs)

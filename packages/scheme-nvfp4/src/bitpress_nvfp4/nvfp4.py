@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _only_16(instance: Options, attribute: attrs.Attribute[Any], value: int) -> None:
-    if value != scales.GROUP:
+def _check_group_size(instance: Options, attribute: attrs.Attribute[Any], value: int) -> None:
+    if value != scales.GROUP_SIZE:
         raise ValueError(
-            f"group_size {value}: NVFP4 has a scale for every {scales.GROUP} numbers, by "
+            f"group_size {value}: NVFP4 has a scale for every {scales.GROUP_SIZE} numbers, by "
             "definition, and kernels know no other; integer schemes have larger groups"
         )
 
@@ -47,7 +47,9 @@ class Options(bitpress.Options):
         "gptq", "errors fed forward on calibration data, or plain rounding"
     )
     group_size: int = option(
-        scales.GROUP, "numbers that share a scale: fixed by the format", validator=_only_16
+        scales.GROUP_SIZE,
+        "numbers that share a scale: fixed by the format",
+        validator=_check_group_size,
     )
 
     @property
@@ -69,9 +71,11 @@ def observe(
     weight: Tensor,
     options: Options,
 ) -> Mapping[str, Statistic] | None:
-    """What GPTQ needs of inputs as they will be served, and the largest of them; of weights the
-    stack's largest magnitude.
+    """What GPTQ needs of inputs as they will be rounded, and the largest of them; the largest
+    magnitude of the stack's weights.
     """
+    # vLLM takes the largest global scale of fused layers for all of them, which is wrong where they
+    # differ: q, k and v, or gate and up, share one.
     if inputs is None:
         return {"amax": Statistic(numerics.absmax(weight), "max")}
     stats: dict[str, Statistic] = {}
@@ -89,15 +93,16 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
     inputs that are rounded.
     """
     width = layer.weight.shape[1]
-    if width % scales.GROUP:
-        fitting = max(width // scales.GROUP, 1) * scales.GROUP
+    if width % scales.GROUP_SIZE:
+        fitting = max(width // scales.GROUP_SIZE, 1) * scales.GROUP_SIZE
         raise ShapeError(
-            f"width {width} is not a multiple of {scales.GROUP}, NVFP4's group (as {fitting} is)"
+            f"width {width} is not a multiple of {scales.GROUP_SIZE}, NVFP4's group (as {fitting} "
+            "is)"
         )
-    divisor = scales.global_scale(stats["amax"].value, scales.ROOM)
+    global_scale = scales.global_scale(stats["amax"].value, scales.LARGEST_LOCAL_SCALE)
 
     def fit(weight: Tensor, importance: Tensor | None) -> scales.Grid:
-        return scales.fit(weight, importance, divisor)
+        return scales.fit(weight, importance, global_scale)
 
     if options.algorithm == "gptq":
         weight, grid = numerics.gptq_quantize(layer, stats, fit)
@@ -105,11 +110,11 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
         weight, grid = layer.weight, fit(layer.weight, None)
     # Zeros stay zero, so `mask` holds by itself.
     codes = grid.codes(weight)  # (out, in)
-    qparams = {"scale": grid.local.contiguous(), "global_scale": divisor}
+    qparams = {"scale": grid.local.contiguous(), "global_scale": global_scale}
     if options.activations == "quantized":
         qparams["input_global_scale"] = activations.global_scale(stats)
     return attrs.evolve(
-        layer, weight=lambda: _decoded(codes, grid.scale), codes=codes, qparams=qparams
+        layer, weight=lambda: _decode(codes, grid.scale), codes=codes, qparams=qparams
     )
 
 
@@ -126,8 +131,11 @@ def serialize(layer: Layer, options: Options) -> StoredLayer:
     ask, `input_global_scale`.
     """
     assert layer.codes is not None
-    tensors = {"weight_packed": layer.codes, "weight_scale": layer.qparams["scale"]}
-    tensors["weight_global_scale"] = layer.qparams["global_scale"].reshape(1)
+    tensors = {
+        "weight_packed": layer.codes,
+        "weight_scale": layer.qparams["scale"],
+        "weight_global_scale": layer.qparams["global_scale"].reshape(1),
+    }
     if "input_global_scale" in layer.qparams:
         tensors["input_global_scale"] = layer.qparams["input_global_scale"].reshape(1)
     common = {
@@ -135,9 +143,9 @@ def serialize(layer: Layer, options: Options) -> StoredLayer:
         "type": "float",
         "symmetric": True,
         "strategy": "tensor_group",
-        "group_size": scales.GROUP,
+        "group_size": scales.GROUP_SIZE,
+        "scale_dtype": "torch.float8_e4m3fn",
     }
-    common |= {"scale_dtype": "torch.float8_e4m3fn"}
     inputs = {**common, "dynamic": "local"} if options.activations == "quantized" else None
     config = {
         "format": "nvfp4-pack-quantized",
@@ -151,9 +159,8 @@ def serialize(layer: Layer, options: Options) -> StoredLayer:
 def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """Codes times local scales, divided by the global one."""
     codes = numerics.unpack_bytes(tensors["weight_packed"], 4)
-    return _decoded(
-        codes, numerics.decode_e4m3(tensors["weight_scale"]) / tensors["weight_global_scale"]
-    )
+    scale = numerics.decode_e4m3(tensors["weight_scale"]) / tensors["weight_global_scale"]
+    return _decode(codes, scale)
 
 
 @hookimpl
@@ -216,7 +223,6 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     ]
 
 
-def _decoded(codes: Tensor, scale: Tensor) -> Tensor:
-    return (
-        numerics.to_groups(numerics.decode_e2m1(codes), scales.GROUP) * scale.unsqueeze(2)
-    ).view_as(codes)
+def _decode(codes: Tensor, scale: Tensor) -> Tensor:
+    groups = numerics.to_groups(numerics.decode_e2m1(codes), scales.GROUP_SIZE)
+    return (groups * scale.unsqueeze(2)).view_as(codes)

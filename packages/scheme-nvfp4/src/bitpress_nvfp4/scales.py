@@ -20,22 +20,31 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-GROUP = 16
-# the local scale of the largest group, below E4M3's 448: there are larger ones to try
-ROOM = 256.0
-# E4M3 numbers to try, counted from the power of two below the one that reaches the largest weight
-NEIGHBORS = range(-7, 17)
-# exponent of E4M3's greatest power of two, from which there are but seven numbers, up to 448
-TOP = 8
-# of E4M3
-SMALLEST = 2.0**-9
-# how far groups reach, in units of that power of two; at the top only a scale of 448 is for more
+# Weights that share a local scale: fixed by the format.
+GROUP_SIZE = 16
+
+# The local scale of the group with the largest weight. Of E4M3's numbers up to 448 it leaves larger
+# ones to try.
+LARGEST_LOCAL_SCALE = 256.0
+
+# E4M3 numbers that are tried, eight to the octave, counted from the power of two at or below the
+# scale that just reaches the group's largest weight.
+CANDIDATES = range(-7, 17)
+
+# The exponent of E4M3's greatest power of two, above which there are but six more numbers: to 448.
+MAX_EXPONENT = 8
+
+# E4M3's least number, a subnormal.
+SMALLEST_LOCAL_SCALE = 2.0**-9
+
+# How far groups reach at most, in units of that power of two; at the greatest one, as far as a
+# local scale of 448 reaches.
 SPAN, TOP_SPAN = 12.0, 10.5
 
 
 @frozen(eq=False)
 class Grid:
-    """E2M1 numbers with scales.
+    """E2M1 numbers times scales.
 
     Attributes:
         local: (out, groups) E4M3.
@@ -47,73 +56,86 @@ class Grid:
 
     def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
         """The representable numbers nearest to targets (rows,) of one column."""
-        return _nearest(target, self.scale[rows, column // GROUP])
+        return _round(target, self.scale[rows, column // GROUP_SIZE])
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """The same for a whole weight (out, in)."""
-        return _nearest(numerics.to_groups(weight, GROUP), self.scale.unsqueeze(2)).view_as(weight)
+        """The representable numbers nearest to a whole weight (out, in)."""
+        groups = numerics.to_groups(weight, GROUP_SIZE)  # (out, groups, 16)
+        return _round(groups, self.scale.unsqueeze(2)).view_as(weight)
 
     def codes(self, weight: Tensor) -> Tensor:
         """(out, in) uint8: the codes of representable numbers."""
-        units = numerics.to_groups(weight, GROUP) / self.scale.unsqueeze(2)
+        units = numerics.to_groups(weight, GROUP_SIZE) / self.scale.unsqueeze(2)
         return numerics.encode_e2m1(numerics.round_e2m1(units)).view_as(weight)
 
 
-def global_scale(amax: Tensor, largest: float) -> Tensor:
-    """What divides, float32: largest · 6 / amax; 1 where amax is 0.
+def global_scale(amax: Tensor, largest_local_scale: float) -> Tensor:
+    """The divisor of a stack, largest_local_scale · 6 / amax.
 
     Args:
-        largest: the local scale that reaches amax.
+        amax: the largest magnitude of the stack, without axes.
+        largest_local_scale: the local scale that reaches it.
+
+    Returns:
+        float32 without axes; 1 where amax is 0.
     """
     import torch
 
-    most = torch.finfo(torch.float32).max
-    scale = largest * numerics.E2M1_MAX / amax.float()
-    # nothing overflows, or is lost
-    scale = scale.clamp(numerics.E4M3_MAX * numerics.E2M1_MAX / most * (1 + 2.0**-20), 2.0**126)
-    return scale.masked_fill(amax == 0, 1.0)
+    float32_max = torch.finfo(torch.float32).max
+    scale = largest_local_scale * numerics.E2M1_MAX / amax.float()
+    # Within these bounds 448 · 6 / scale does not overflow, and 1 / scale is a normal number.
+    smallest = numerics.E4M3_MAX * numerics.E2M1_MAX / float32_max * (1 + 2.0**-20)
+    return scale.clamp(smallest, 2.0**126).masked_fill(amax == 0, 1.0)
 
 
-def fit(weight: Tensor, importance: Tensor | None, divisor: Tensor) -> Grid:
+def fit(weight: Tensor, importance: Tensor | None, global_scale: Tensor) -> Grid:
     """The grid of the least Σ importance (w - q)².
 
     Args:
         weight: (out, in) float32, the width a multiple of 16.
         importance: (in,) what an error costs in each column; None where all cost the same.
-        divisor: the global scale.
+        global_scale: without axes.
     """
     import torch
 
-    amax = numerics.absmax(numerics.to_groups(weight, GROUP), dim=2).squeeze(2)  # (out, groups)
-    exponent = (amax * divisor / numerics.E2M1_MAX).frexp().exponent.sub_(1).clamp_(-TOP, TOP)
-    top = exponent == TOP
-    span = torch.where(top, TOP_SPAN, SPAN).ldexp(exponent) / divisor
-    best = numerics.search_scales(weight, importance, GROUP, _costs(weight.device), span, kind=top)
-    found = _beside().to(weight.device)[best].ldexp(exponent).clamp_(min=SMALLEST)
-    # the smallest scales of E4M3 lie further apart: there the nearest is taken. A sweep reads
-    # column by column
-    local = found.to(torch.float8_e4m3fn).T.contiguous().T
-    return Grid(local, numerics.decode_e4m3(local) / divisor)
+    groups = numerics.to_groups(weight, GROUP_SIZE)  # (out, groups, 16)
+    amax = numerics.absmax(groups, dim=2).squeeze(2)  # (out, groups)
+    # The power of two at or below the local scale amax · global / 6.
+    exponent = (amax * global_scale / numerics.E2M1_MAX).frexp().exponent.sub_(1)
+    exponent.clamp_(-MAX_EXPONENT, MAX_EXPONENT)
+    is_top = exponent == MAX_EXPONENT
+
+    span = torch.where(is_top, TOP_SPAN, SPAN).ldexp(exponent) / global_scale
+    table = _rounding_costs(weight.device)
+    best = numerics.search_scales(weight, importance, GROUP_SIZE, table, span, kind=is_top)
+    local = _candidates().to(weight.device)[best].ldexp(exponent).clamp_(min=SMALLEST_LOCAL_SCALE)
+
+    # E4M3's smallest numbers lie further apart than eight to the octave: there the nearest is
+    # taken. A sweep reads scales column by column.
+    local = local.to(torch.float8_e4m3fn).T.contiguous().T
+    return Grid(local, numerics.decode_e4m3(local) / global_scale)
 
 
-def _beside() -> Tensor:
-    """E4M3 numbers around 1, as they are around every power of two (NEIGHBORS,)."""
+def _candidates() -> Tensor:
+    """E4M3 numbers around 1, as they are around every power of two: (candidates,)."""
     import torch
 
-    return torch.tensor([(1 + k % 8 / 8) * 2.0 ** (k // 8) for k in NEIGHBORS])
+    return torch.tensor([(1 + k % 8 / 8) * 2.0 ** (k // 8) for k in CANDIDATES])
 
 
 @functools.lru_cache
-def _costs(device: torch.device) -> Tensor:
-    """Of weights in units of the span, below the top and at the top: (2, places, NEIGHBORS)."""
+def _rounding_costs(device: torch.device) -> Tensor:
+    """Rounding costs of weights in units of the span, below the greatest power of two and at it:
+    (2, places, candidates).
+    """
     import torch
 
-    scale = _beside()
-    below = numerics.rounding_costs(lambda x: _nearest(x, scale / SPAN))
-    top = numerics.rounding_costs(lambda x: _nearest(x, scale / TOP_SPAN))
-    # no error is as large as the span
-    return torch.stack([below, top.where(scale < 2, 2.0)]).to(device)
+    local = _candidates()
+    below = numerics.rounding_costs(lambda x: _round(x, local / SPAN))
+    top = numerics.rounding_costs(lambda x: _round(x, local / TOP_SPAN))
+    # Beyond 448 there is no scale: such candidates cost more than any error within the span.
+    return torch.stack([below, top.where(local < 2, 2.0)]).to(device)
 
 
-def _nearest(x: Tensor, scale: Tensor) -> Tensor:
+def _round(x: Tensor, scale: Tensor) -> Tensor:
     return numerics.round_e2m1(x / scale).mul_(scale)

@@ -1,8 +1,8 @@
-"""Kept weights without the zeros between them, and a bit for each place: as compressed-tensors up
-to 0.14 reads them.
+"""Weights without the zeros between them, and a bit for each position: as compressed-tensors up to
+0.14 reads them.
 
-Bit i of byte j of a row stands for column 8 j + i. Weights that are kept and happen to be zero are
-stored like the others, so that how many there are is known beforehand.
+Bit i of byte j of a row stands for column 8 j + i. Zeros that the mask keeps are stored like other
+weights, so that their number follows from the options.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def values(weight: Tensor, mask: Tensor) -> Tensor:
+def compress(weight: Tensor, mask: Tensor) -> Tensor:
     """(out, kept): the weights where the mask (out, in) is True, as many in every row."""
     return weight[mask].view(len(weight), -1)
 
 
-def bits(mask: Tensor) -> Tensor:
+def pack_mask(mask: Tensor) -> Tensor:
     """(out, in) bool -> (out, ceil(in / 8)) uint8."""
     import torch
 
@@ -26,15 +26,13 @@ def bits(mask: Tensor) -> Tensor:
     return (padded << torch.arange(8, device=mask.device)).sum(2).to(torch.uint8)
 
 
-def dense(values: Tensor, bits: Tensor, width: int) -> Tensor:
-    """The inverse of both: (out, in)."""
+def decompress(values: Tensor, packed_mask: Tensor, width: int) -> Tensor:
+    """The weight (out, in), from what `compress` and `pack_mask` gave."""
     import torch
 
-    mask = (
-        (bits.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1)
-        .flatten(1)[:, :width]
-        .bool()
-    )
-    found = values.new_zeros(mask.shape)
-    found[mask] = values.flatten()
-    return found
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed_mask.device)
+    bits = packed_mask.unsqueeze(2) >> shifts & 1  # (out, bytes, 8)
+    mask = bits.flatten(1)[:, :width].bool()
+    weight = values.new_zeros(mask.shape)
+    weight[mask] = values.flatten()
+    return weight

@@ -1,8 +1,8 @@
-"""Which weights are kept: the largest, those that count most for the inputs seen, or those that the
-others cannot make up for.
+"""Which weights are kept: the largest, those with the largest effect on the output, or those that
+others can make up for least.
 
-In every run of `group` columns of every row exactly `kept` weights are kept, ties going to any of
-the equal.
+Of every `group_size` neighboring columns of every row exactly `num_kept` weights are kept; of equal
+ones any may be.
 """
 
 from __future__ import annotations
@@ -14,36 +14,45 @@ from bitpress import numerics
 if TYPE_CHECKING:
     from torch import Tensor
 
-# columns of a wide group among which SparseGPT chooses at a time
+# Columns of a wide group that SparseGPT decides on at a time.
 SPAN = 64
 
 
-def largest(score: Tensor, allowed: Tensor, kept: int, group: int) -> Tensor:
-    """(out, in) bool: the best scores of each group, what is not allowed coming last.
+def select_largest(score: Tensor, candidates: Tensor, num_kept: int, group_size: int) -> Tensor:
+    """(out, in) bool: the largest scores of each group.
 
     Args:
         score: (out, in) float32, none below 0.
-        allowed: (out, in) bool.
+        candidates: (out, in) bool: weights that are not zero yet; others come last.
+        num_kept: weights of a group that are kept.
+        group_size: columns of a group.
     """
-    grouped = score.masked_fill(~allowed, -1.0).view(len(score), -1, group)
-    return _best(grouped, kept, 2).view_as(score)
+    import torch
+
+    groups = score.masked_fill(~candidates, -1.0).view(len(score), -1, group_size)
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    # By position and not by threshold: of equal scores no more than so many are kept.
+    return mask.scatter_(2, groups.topk(num_kept, 2).indices, True).view_as(score)
 
 
-def wanda(target: Tensor, diagonal: Tensor, allowed: Tensor, kept: int, group: int) -> Tensor:
-    """(out, in) bool: the largest |w_j| ||x_j|| (Sun et al., "Wanda", arXiv 2306.11695, equation
-    1).
+def wanda(
+    target: Tensor, diagonal: Tensor, candidates: Tensor, num_kept: int, group_size: int
+) -> Tensor:
+    """(out, in) bool: the largest |w_j| ||x_j|| of each group (Sun et al., "Wanda", arXiv
+    2306.11695, equation 1).
 
     Args:
-        diagonal: (in,) E[x_j²].
+        target: (out, in) float32, w.
+        diagonal: (in,) float32, E[x_j²].
+        candidates: as for `select_largest`, like the arguments after it.
     """
-    return largest(target.abs() * diagonal.sqrt(), allowed, kept, group)
+    return select_largest(target.abs() * diagonal.sqrt(), candidates, num_kept, group_size)
 
 
 def sparsegpt(
-    target: Tensor, factored: numerics.Factor, allowed: Tensor, kept: int, group: int
+    target: Tensor, factor: numerics.Factor, candidates: Tensor, num_kept: int, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    """(out, in) bool, and the target swept onto it (Frantar & Alistarh, "SparseGPT", arXiv
-    2301.00774).
+    """A mask, and the target swept onto it (Frantar & Alistarh, "SparseGPT", arXiv 2301.00774).
 
     Column by column a weight that is dropped is made up for by those that come after it. Which ones
     is decided when the sweep comes to them, by target_k² D_k: what dropping column k costs once
@@ -52,36 +61,30 @@ def sparsegpt(
     many of each, which costs a tenth more.
 
     Args:
-        factored: its order leaves groups whole.
+        target: (out, in) float32.
+        factor: of H, its order leaves groups whole.
+        candidates: as for `select_largest`, like the arguments after it.
+
+    Returns:
+        (out, in) bool, and (out, in) float32.
     """
     import torch
 
-    share = wanda(target, factored.diagonal, allowed, kept, group).T.contiguous()  # (in, out)
-    may = allowed.T.contiguous()
-    keep = torch.empty_like(may)
+    wanda_mask = wanda(target, factor.diagonal, candidates, num_kept, group_size)
+    # A sweep reads columns: transposed, they are contiguous.
+    wanda_mask, candidates = wanda_mask.T.contiguous(), candidates.T.contiguous()  # (in, out)
+    mask = torch.empty_like(candidates)
 
-    def choose(targets: Tensor, rows: slice, places: slice) -> None:
-        columns = factored.order[places]
-        cost = targets.square() * factored.variance[places].unsqueeze(1)  # (span, rows)
-        rank = (
-            cost.masked_fill_(~may[columns, rows], -1.0)
-            .argsort(dim=0, descending=True, stable=True)
-            .argsort(dim=0)
-        )
-        keep[columns, rows] = rank < share[columns, rows].sum(0)
+    def decide_span(best: Tensor, rows: slice, positions: slice) -> None:
+        columns = factor.order[positions]
+        cost = best.square() * factor.variance[positions].unsqueeze(1)  # (span, rows)
+        cost.masked_fill_(~candidates[columns, rows], -1.0)
+        rank = cost.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+        mask[columns, rows] = rank < wanda_mask[columns, rows].sum(0)
 
     def project(column_target: Tensor, rows: slice, column: int) -> Tensor:
-        return column_target * keep[column, rows]
+        return column_target * mask[column, rows]
 
-    found, _ = numerics.column_sweep(
-        target, factored, project, choose, SPAN if group == len(may) else group
-    )
-    return keep.T.contiguous(), found
-
-
-def _best(score: Tensor, count: int, dim: int) -> Tensor:
-    import torch
-
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(
-        dim, score.topk(count, dim).indices, True
-    )
+    span = SPAN if group_size == len(candidates) else group_size
+    swept, _ = numerics.column_sweep(target, factor, project, decide_span, span)
+    return mask.T.contiguous(), swept

@@ -23,8 +23,8 @@ ALGORITHM = (
     "sparsegpt: dropped weights made up for one by one; wanda: after all are chosen; magnitude: no "
     "data"
 )
-# pruned at a time: they bound what is made of them on the way
-ROWS = 2048
+# Rows pruned at a time: they bound the memory for intermediate results.
+ROW_TILE = 2048
 LAYOUT = "dense: zeros among the other weights; bitmask: for engines that still read it"
 
 
@@ -40,19 +40,21 @@ class PruningOptions(bitpress.Options):
         """Magnitude is that of the weights alone."""
         return self.algorithm != "magnitude"
 
-    def group(self, width: int) -> int:
-        """Columns of which so many are kept; raises ShapeError where they do not divide the
-        width.
+    def group_size(self, width: int) -> int:
+        """Columns of a group, in a layer of that width.
+
+        Raises:
+            ShapeError: the width is not a multiple of them.
         """
         raise NotImplementedError
 
-    def kept(self, width: int) -> int:
-        """How many weights of a group are kept."""
+    def num_kept(self, width: int) -> int:
+        """How many weights of a group are kept, in a layer of that width."""
         raise NotImplementedError
 
     @property
-    def stored_as(self) -> Mapping[str, str]:
-        """What the config says of the bitmask layout."""
+    def sparsity_config(self) -> Mapping[str, str]:
+        """The config fragment of the bitmask layout."""
         raise NotImplementedError
 
 
@@ -64,50 +66,50 @@ def observe(
     weight: Tensor,
     options: PruningOptions,
 ) -> Mapping[str, Statistic] | None:
-    """What error feedback needs of inputs."""
-    return (
-        numerics.gptq_statistics(inputs, weight, reference, residual)
-        if inputs is not None and options.calibrated
-        else None
-    )
+    """The Hessian of inputs, and what makes up for their drift."""
+    if inputs is None or not options.calibrated:
+        return None
+    return numerics.gptq_statistics(inputs, weight, reference, residual)
 
 
 @hookimpl
 def quantize(layer: Layer, stats: Mapping[str, Statistic], options: PruningOptions) -> Layer:
-    """The kept weights, in numbers of the model's dtype, and in `mask` where they are.
+    """The weight, in numbers of the model's dtype, with zeros where `mask` is False.
 
-    Which are kept is decided on the weight that makes up for what the layers before it have moved.
-    With data, those that are kept are then fitted to it: conjugate gradients find the best numbers
-    for a given mask.
+    With data, the mask is chosen on the weight that makes up for the drift of the layer's inputs,
+    and the weights under it are then fitted to that: conjugate gradients find the best numbers for
+    a given mask.
     """
     import torch
 
     width = layer.weight.shape[1]
-    allowed = layer.weight != 0 if layer.mask is None else layer.mask & (layer.weight != 0)
-    factored = _factor(stats, options.group(width), options)
-    wanted = layer.weight if factored is None else numerics.gptq_target(layer, stats, factored)
-    tiles = zip(torch.split(wanted, ROWS), torch.split(allowed, ROWS), strict=True)
-    weight, mask = map(
-        torch.cat,
-        zip(*(_prune(*tile, factored, layer.dtype, options) for tile in tiles), strict=True),
-    )
-    keep = mask & allowed
+    candidates = layer.weight != 0
+    if layer.mask is not None:
+        candidates = layer.mask & candidates
+    factor = _factorize(stats, options.group_size(width), options)
+    target = layer.weight if factor is None else numerics.gptq_target(layer, stats, factor)
+
+    tiles = [
+        _prune(target_tile, candidates_tile, factor, layer.dtype, options)
+        for target_tile, candidates_tile in zip(
+            torch.split(target, ROW_TILE), torch.split(candidates, ROW_TILE), strict=True
+        )
+    ]
+    weight = torch.cat([weight_tile for weight_tile, _ in tiles])
+    stored_mask = torch.cat([mask_tile for _, mask_tile in tiles])
+    layer = attrs.evolve(layer, weight=weight, mask=stored_mask & candidates)
     if options.layout == "dense":
-        return attrs.evolve(layer, weight=weight, mask=keep)
-    codes = bitmask.values(weight.to(layer.dtype), mask)
-    return attrs.evolve(
-        layer, weight=weight, mask=keep, codes=codes, qparams={"bitmask": bitmask.bits(mask)}
-    )
+        return layer
+    codes = bitmask.compress(weight.to(layer.dtype), stored_mask)
+    return attrs.evolve(layer, codes=codes, qparams={"bitmask": bitmask.pack_mask(stored_mask)})
 
 
 @hookimpl
 def pack(layer: Layer, options: PruningOptions) -> Layer:
     """Where no other step has made codes of them, weights in the model's dtype."""
-    return (
-        layer
-        if layer.codes is not None
-        else attrs.evolve(layer, codes=layer.weight.to(layer.dtype))
-    )
+    if layer.codes is not None:
+        return layer
+    return attrs.evolve(layer, codes=layer.weight.to(layer.dtype))
 
 
 @hookimpl
@@ -120,13 +122,17 @@ def serialize(layer: Layer, options: PruningOptions) -> StoredLayer:
     assert layer.codes is not None
     if options.layout == "dense":
         return StoredLayer({"weight": layer.codes})
-    (rows, width), kept = layer.weight.shape, layer.codes.shape[1]
+    rows, width = layer.weight.shape
     tensors = {"bitmask": layer.qparams["bitmask"], "shape": torch.tensor([rows, width])}
-    if options.group(width) == width:
-        tensors |= {"compressed": layer.codes.flatten(), "row_offsets": torch.arange(rows) * kept}
+    # `sparse-bitmask` has rows of any length, `sparse-24-bitmask` a shape of two axes.
+    if options.group_size(width) == width:
+        num_kept = layer.codes.shape[1]
+        tensors["compressed"] = layer.codes.flatten()
+        tensors["row_offsets"] = torch.arange(rows) * num_kept
     else:
-        tensors |= {"compressed": layer.codes, "shape": tensors["shape"].unsqueeze(1)}
-    return StoredLayer(tensors, dict(options.stored_as))
+        tensors["compressed"] = layer.codes
+        tensors["shape"] = tensors["shape"].unsqueeze(1)
+    return StoredLayer(tensors, dict(options.sparsity_config))
 
 
 @hookimpl
@@ -134,83 +140,79 @@ def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight, zeros included."""
     if "weight" in tensors:
         return tensors["weight"].float()
-    return bitmask.dense(
-        tensors["compressed"], tensors["bitmask"], int(tensors["shape"].flatten()[1])
-    ).float()
+    width = int(tensors["shape"].flatten()[1])
+    return bitmask.decompress(tensors["compressed"], tensors["bitmask"], width).float()
 
 
 @hookimpl
 def validate_weight(weight: Tensor, options: PruningOptions) -> str | None:
     """No group holds more numbers than are kept."""
     width = weight.shape[1]
-    group, kept = options.group(width), options.kept(width)
-    most = int((weight != 0).view(-1, group).sum(1).amax())
-    return (
-        f"{most} of {group} neighbors are not zero, where at most {kept} may be"
-        if most > kept
-        else None
-    )
+    group_size, num_kept = options.group_size(width), options.num_kept(width)
+    num_nonzero = int((weight != 0).view(-1, group_size).sum(1).amax())
+    if num_nonzero <= num_kept:
+        return None
+    return f"{num_nonzero} of {group_size} neighbors are not zero, where at most {num_kept} may be"
 
 
 def _prune(
-    wanted: Tensor,
-    allowed: Tensor,
-    factored: numerics.Factor | None,
+    target: Tensor,
+    candidates: Tensor,
+    factor: numerics.Factor | None,
     dtype: torch.dtype,
     options: PruningOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Some rows as they will be, and the mask of what is stored, which may hold weights that are
-    zero.
-    """
+    """Some rows' weight, and the mask of what is stored of them, zeros among it."""
     import torch
 
-    width = wanted.shape[1]
-    group, kept = options.group(width), options.kept(width)
-    power = -wanted.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)  # (rows, 1)
-    # near 1, where no square is too large or too small for float32
-    near = wanted.ldexp(power)
-    if factored is None:
-        mask, found = masks.largest(near.abs(), allowed, kept, group), near
+    width = target.shape[1]
+    group_size, num_kept = options.group_size(width), options.num_kept(width)
+    # By a power of two rows are brought near 1, where no square over- or underflows float32.
+    power = -target.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)  # (rows, 1)
+    target = target.ldexp(power)
+
+    weight = target
+    if factor is None:
+        mask = masks.select_largest(target.abs(), candidates, num_kept, group_size)
     elif options.algorithm == "wanda":
-        mask, found = masks.wanda(near, factored.diagonal, allowed, kept, group), near
+        mask = masks.wanda(target, factor.diagonal, candidates, num_kept, group_size)
     else:
-        mask, found = masks.sparsegpt(near, factored, allowed, kept, group)
-    if factored is not None:
-        found = numerics.masked_least_squares(found, near, factored, mask & allowed)
-    limit = torch.finfo(dtype).max
-    found = (
-        torch.where(mask & allowed, found.ldexp(-power), 0.0)
-        .clamp_(-limit, limit)
-        .to(dtype)
-        .float()
-    )
-    # no zero has a sign: kernels for sparse weights have stumbled on it
-    return torch.where(found == 0, 0.0, found), mask
+        mask, weight = masks.sparsegpt(target, factor, candidates, num_kept, group_size)
+    if factor is not None:
+        weight = numerics.masked_least_squares(weight, target, factor, mask & candidates)
+
+    largest = torch.finfo(dtype).max
+    weight = torch.where(mask & candidates, weight.ldexp(-power), 0.0)
+    weight = weight.clamp_(-largest, largest).to(dtype).float()
+    # Old kernels for 2:4 weights broke on -0.0.
+    return torch.where(weight == 0, 0.0, weight), mask
 
 
-def _factor(
-    stats: Mapping[str, Statistic], group: int, options: PruningOptions
+def _factorize(
+    stats: Mapping[str, Statistic], group_size: int, options: PruningOptions
 ) -> numerics.Factor | None:
     if not options.calibrated or "hessian" not in stats:
         return None
-    found = numerics.factorize_hessian(stats["hessian"].value, stats["tokens"].value.item(), group)
-    if found is None:
+    tokens = stats["tokens"].value.item()
+    factor = numerics.factorize_hessian(stats["hessian"].value, tokens, group_size)
+    if factor is None:
         warnings.warn(
             "its calibration statistics are not finite or singular: pruned by magnitude",
             stacklevel=2,
         )
-    return found
+    return factor
 
 
-def findings(options: PruningOptions, text: str) -> Sequence[Finding]:
+def findings(options: PruningOptions, bitmask_text: str) -> Sequence[Finding]:
     """What holds for both schemes, on any device.
 
     Args:
-        text: what is to be said of the layout for older engines.
+        options: of the scheme.
+        bitmask_text: which engines read its bitmask layout.
     """
     if options.layout == "bitmask":
-        return [Finding("unsupported", f"{text}; layout=dense loads everywhere")]
-    plain = (
+        return [Finding("unsupported", f"{bitmask_text}; layout=dense loads everywhere")]
+    no_gain = (
         "vLLM has no sparse layout: zeros are stored like other weights, and neither size nor "
         "speed changes there"
     )
@@ -218,5 +220,5 @@ def findings(options: PruningOptions, text: str) -> Sequence[Finding]:
         Finding(
             "supported", "loads and runs wherever the model itself does, or the scheme that follows"
         ),
-        Finding("degraded", plain),
+        Finding("degraded", no_gain),
     ]

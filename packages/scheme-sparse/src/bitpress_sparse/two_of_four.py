@@ -36,7 +36,7 @@ __all__ = [
 class Options(PruningOptions):
     """Options of `sparse-2of4`."""
 
-    def group(self, width: int) -> int:
+    def group_size(self, width: int) -> int:
         """Four columns."""
         if width % 4:
             raise ShapeError(
@@ -45,12 +45,12 @@ class Options(PruningOptions):
             )
         return 4
 
-    def kept(self, width: int) -> int:
-        """Two."""
+    def num_kept(self, width: int) -> int:
+        """Two weights of every four."""
         return 2
 
     @property
-    def stored_as(self) -> Mapping[str, str]:
+    def sparsity_config(self) -> Mapping[str, str]:
         """As compressed-tensors names it."""
         return {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}
 
@@ -60,7 +60,7 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
     """Everywhere; sparse tensor cores take it from capability 8.0 on, in engines that have kernels
     for them.
     """
-    found = findings(
+    general = findings(
         options,
         "vLLM reads this layout up to 0.18 (compressed-tensors up to 0.14), later ones refuse it",
     )
@@ -69,5 +69,5 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
             "sparse tensor cores take 2:4 weights, with 8 bits best, in engines that have kernels "
             "for them"
         )
-        return [Finding("recommended", text), *found[1:]]
-    return found
+        return [Finding("recommended", text), *general[1:]]
+    return general

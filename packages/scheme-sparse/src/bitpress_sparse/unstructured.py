@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-def _share(instance: Options, attribute: attrs.Attribute[Any], value: float) -> None:
+def _check_sparsity(instance: Options, attribute: attrs.Attribute[Any], value: float) -> None:
     if not 0 < value < 1:
         raise ValueError(f"sparsity {value} is not a share between 0 and 1")
 
@@ -46,19 +46,19 @@ class Options(PruningOptions):
 
     algorithm: Literal["magnitude", "wanda", "sparsegpt"] = option("magnitude", ALGORITHM)
     sparsity: float = option(
-        0.5, "the share of every row's weights that becomes zero", validator=_share
+        0.5, "the share of every row's weights that becomes zero", validator=_check_sparsity
     )
 
-    def group(self, width: int) -> int:
+    def group_size(self, width: int) -> int:
         """The whole row."""
         return width
 
-    def kept(self, width: int) -> int:
+    def num_kept(self, width: int) -> int:
         """What is left of a row, one weight at least."""
         return max(width - round(self.sparsity * width), 1)
 
     @property
-    def stored_as(self) -> Mapping[str, str]:
+    def sparsity_config(self) -> Mapping[str, str]:
         """As compressed-tensors names it."""
         return {"format": "sparse-bitmask", "sparsity_structure": "unstructured"}
 

@@ -16,53 +16,66 @@ from bitpress import Statistic, numerics
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Exponents α that are tried.
 EXPONENTS = tuple(i / 20 for i in range(20))
-# of scales, while exponents are compared
+
+# Scale ratios that are searched while exponents are compared.
 RATIOS = (0.7, 0.8, 0.9, 1.0)
-# on which they are compared
-ROWS = 256
-# of the mean, for channels that were hardly active
+
+# Rows of the weight on which exponents are compared.
+NUM_SAMPLED_ROWS = 256
+
+# Added to E[x²], as a part of its mean, for channels that were hardly active.
 DAMPING = 0.01
 
 
 def factors(
-    weight: Tensor, stats: Mapping[str, Statistic], bits: int, group: int, symmetric: bool
+    weight: Tensor, stats: Mapping[str, Statistic], bits: int, group_size: int, symmetric: bool
 ) -> Tensor | None:
-    """The factors (in,) of the columns, powers of two: E[x²]^(α/2) with the best α; None where none
-    is better.
+    """AWQ's factors for the columns of a weight, E[x²]^(α/2) with the best α.
 
     Args:
         weight: (out, in) float32.
+        stats: as `numerics.gptq_statistics` gives them, merged over batches.
+        bits: bits per code.
+        group_size: columns that share a scale.
+        symmetric: whether there are no zero points.
+
+    Returns:
+        (in,) powers of two, by which columns are multiplied; None where none are better than 1.
     """
     import torch
 
-    costs = importance(stats)
-    if costs is None:
+    input_power = importance(stats)  # (in,), E[x²]
+    if input_power is None:
         return None
-    sample = weight[
-        torch.linspace(0, len(weight) - 1, min(len(weight), ROWS), device=weight.device).long()
-    ]
     hessian = stats["hessian"].value / stats["tokens"].value.clamp(min=1)
-    tried: dict[tuple[float, ...], float] = {}
-    best, least = None, torch.inf
+    num_rows = min(len(weight), NUM_SAMPLED_ROWS)
+    rows = torch.linspace(0, len(weight) - 1, num_rows, device=weight.device).long()
+    sample = weight[rows]
+    fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
+
+    tried: set[tuple[float, ...]] = set()
+    best, least_loss = None, torch.inf
     for alpha in EXPONENTS:
-        s = costs.log2().mul(alpha / 2)
-        # as they will be folded
+        # Powers of two, as the core folds them; neighboring exponents may give the same.
+        s = input_power.log2().mul(alpha / 2)
         s = (s - s.mean()).round().exp2()
-        known = tuple(s.tolist())
-        if known in tried:
+        if tuple(s.tolist()) in tried:
             continue
+        tried.add(tuple(s.tolist()))
+
         scaled = sample * s
-        fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
-        error = fit(scaled, costs / s.square(), bits, group, RATIOS).rounded(scaled) / s - sample
-        tried[known] = float(((error @ hessian) * error).sum())
-        if tried[known] < least:
-            best, least = s, tried[known]
+        grid = fit(scaled, input_power / s.square(), bits, group_size, RATIOS)
+        error = grid.rounded(scaled) / s - sample
+        loss = float(((error @ hessian) * error).sum())
+        if loss < least_loss:
+            best, least_loss = s, loss
     return None if best is None or (best == 1).all() else best
 
 
 def importance(stats: Mapping[str, Statistic]) -> Tensor | None:
-    """(in,) what an error costs in each column, the damped diagonal of H; None without statistics,
+    """What an error costs in each column, the damped diagonal of H: (in,); None without statistics,
     or without usable ones.
     """
     if "hessian" not in stats:

@@ -13,6 +13,8 @@ def gpu_findings(hardware: Hardware, bits: int, marlin: bool) -> Sequence[Findin
     """What holds for both schemes, on anything but a CPU.
 
     Args:
+        hardware: the device.
+        bits: bits per code.
         marlin: whether vLLM's Marlin kernels take the weights; they know zero points at 4 bits
             only.
     """

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from attrs import frozen
 
 from bitpress import Finding, Hardware, hookimpl
-from bitpress_w4a16 import hardware as facts
+from bitpress_w4a16.hardware import gpu_findings
 from bitpress_w4a16.weight_only import (
     WeightOnlyOptions,
     dequantize,
@@ -61,4 +61,4 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
                 "vLLM's CPU build for x86 runs it; on other CPUs this is not established",
             )
         ]
-    return facts.gpu_findings(hardware, 4, marlin=True)
+    return gpu_findings(hardware, 4, marlin=True)

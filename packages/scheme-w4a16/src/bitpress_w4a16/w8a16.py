@@ -10,7 +10,7 @@ from typing import Literal
 from attrs import frozen
 
 from bitpress import Finding, Hardware, hookimpl, option
-from bitpress_w4a16 import hardware as facts
+from bitpress_w4a16.hardware import gpu_findings
 from bitpress_w4a16.weight_only import (
     ALGORITHM,
     WeightOnlyOptions,
@@ -75,4 +75,4 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
             "(transformers runs this anywhere)"
         )
         return [Finding("unsupported", text)]
-    return facts.gpu_findings(hardware, 8, marlin=options.symmetric)
+    return gpu_findings(hardware, 8, marlin=options.symmetric)

@@ -29,17 +29,18 @@ if TYPE_CHECKING:
 ALGORITHM = (
     "gptq: errors fed forward; awq: salient channels scaled up; rtn: plain rounding, no data"
 )
-SIZES = (128, 64, 32)
+# Group sizes that a user may set, and that "auto" tries in this order.
+GROUP_SIZES = (128, 64, 32)
 
-# What vLLM's CPU kernel takes: rows and columns in multiples of it.
+# vLLM's CPU kernel for 4 bits takes rows and columns in multiples of it.
 CPU_MULTIPLE = 32
 
-# Steps between zero and the largest 16-bit number.
-INT16_STEPS = 32767.5
+# Half the range of 16-bit codes, -32768 to 32767: the scale of activations is amax / 32767.5.
+INT16_HALF_RANGE = 32767.5
 
-# Scales that are tried, by bits, in units of what reaches the largest weight. With few bits a
-# clipped weight may cost less than a coarse step. With 8 bits and a zero point, where both ends are
-# reached, it never does. Of equals the first is taken, which clips least.
+# Scales that are tried, by bits, in units of the one that reaches the largest weight. With few bits
+# a clipped weight may cost less than a coarse step. With 8 bits and a zero point, where both ends
+# are reached, it never does. Of equals the first is taken, which clips least.
 SYMMETRIC_RATIOS = {
     4: tuple(1.08 - 0.02 * i for i in range(32)),
     8: tuple(1.02 - 0.02 * i for i in range(24)),
@@ -79,24 +80,25 @@ class WeightOnlyOptions(bitpress.Options):
 
     @property
     def row_block(self) -> int:
-        """Zero points of consecutive rows lie in one word."""
+        """Zero points of consecutive rows lie in one 32-bit word."""
         return 1 if self.symmetric else 32 // self.bits
 
-    def group(self, width: int) -> int:
-        """Columns that share a scale in a layer of that width; raises ShapeError where the size
-        does not divide it.
+    def resolve_group_size(self, width: int) -> int:
+        """Columns that share a scale in a layer of that width.
+
+        Raises:
+            ShapeError: the width is not a multiple of `group_size`.
         """
         if self.group_size == "channel":
             return width
-        fitting = [size for size in SIZES if width % size == 0]
+        fitting = [size for size in GROUP_SIZES if width % size == 0]
         if self.group_size == "auto":
             return fitting[0] if fitting else width
         if self.group_size not in fitting:
-            fits = ", ".join(f"group_size={size}" for size in (*fitting, "channel", "auto"))
+            choices = ", ".join(f"group_size={size}" for size in (*fitting, "channel", "auto"))
             raise ShapeError(
                 f"width {width} is not a multiple of group_size {self.group_size} (as "
-                f"{max(width // 128, 1) * 128} is); what fits: "
-                f"{fits}"
+                f"{max(width // 128, 1) * 128} is); what fits: {choices}"
             )
         return self.group_size
 
@@ -109,7 +111,7 @@ def observe(
     weight: Tensor,
     options: WeightOnlyOptions,
 ) -> Mapping[str, Statistic] | None:
-    """What GPTQ and AWQ need of inputs; for integer activations, the largest."""
+    """The Hessian of inputs for GPTQ and AWQ; for integer activations, the largest input."""
     if inputs is None:
         return None
     stats: dict[str, Statistic] = {}
@@ -127,8 +129,8 @@ def rescale(
     layer: Layer, stats: Mapping[str, Statistic], options: WeightOnlyOptions
 ) -> Tensor | None:
     """AWQ's factors."""
-    width = layer.weight.shape[1]
-    return awq.factors(layer.weight, stats, options.bits, options.group(width), options.symmetric)
+    group_size = options.resolve_group_size(layer.weight.shape[1])
+    return awq.factors(layer.weight, stats, options.bits, group_size, options.symmetric)
 
 
 @hookimpl
@@ -139,19 +141,16 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: WeightOnlyOp
     import torch
 
     width = layer.weight.shape[1]
-    group = options.group(width)
-    if options.group_size == "auto" and group != SIZES[0]:
-        warnings.warn(
-            f"group_size=auto: {'channel' if group == width else group}, as {width} columns need "
-            "it",
-            stacklevel=2,
-        )
+    group_size = options.resolve_group_size(width)
+    if options.group_size == "auto" and group_size != GROUP_SIZES[0]:
+        chosen = "channel" if group_size == width else group_size
+        warnings.warn(f"group_size=auto: {chosen}, as {width} columns need it", stacklevel=2)
 
     fit_grid = numerics.fit_symmetric if options.symmetric else numerics.fit_asymmetric
     ratios = (SYMMETRIC_RATIOS if options.symmetric else ASYMMETRIC_RATIOS)[options.bits]
 
     def fit(weight: Tensor, importance: Tensor | None) -> numerics.IntegerGrid:
-        return fit_grid(weight, importance, options.bits, group, ratios, dtype=layer.dtype)
+        return fit_grid(weight, importance, options.bits, group_size, ratios, dtype=layer.dtype)
 
     if options.algorithm == "gptq":
         weight, grid = numerics.gptq_quantize(layer, stats, fit)
@@ -165,8 +164,8 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: WeightOnlyOp
     if options.integer_inputs:
         amax = numerics.input_absmax(stats)
         if amax is None:
-            amax = torch.tensor(INT16_STEPS)
-        qparams["input_scale"] = (amax / INT16_STEPS).masked_fill(amax == 0, 1.0)
+            amax = torch.tensor(INT16_HALF_RANGE)
+        qparams["input_scale"] = (amax / INT16_HALF_RANGE).masked_fill(amax == 0, 1.0)
     return attrs.evolve(
         layer,
         weight=lambda: numerics.decode_integers(codes, grid.scale, grid.zero),
@@ -202,19 +201,19 @@ def serialize(layer: Layer, options: WeightOnlyOptions) -> StoredLayer:
         "weight_scale": layer.qparams["scale"],
         "weight_shape": torch.tensor(layer.weight.shape),
     }
-    width = layer.weight.shape[1]
     weights: dict[str, Any] = {
         "num_bits": options.bits,
         "type": "int",
         "symmetric": options.symmetric,
         "dynamic": False,
     }
-    group = options.group(width)
-    weights |= (
-        {"strategy": "channel"}
-        if group == width != options.group_size
-        else {"strategy": "group", "group_size": group}
-    )
+    width = layer.weight.shape[1]
+    group_size = options.resolve_group_size(width)
+    # One group as wide as the layer is a channel, unless the user asked for groups of that size.
+    if group_size == width != options.group_size:
+        weights["strategy"] = "channel"
+    else:
+        weights |= {"strategy": "group", "group_size": group_size}
     if not options.symmetric:
         tensors["weight_zero_point"] = layer.qparams["zero_point"]
         weights["zp_dtype"] = "torch.int8"
@@ -235,18 +234,20 @@ def serialize(layer: Layer, options: WeightOnlyOptions) -> StoredLayer:
 
 @hookimpl
 def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """(code - zero) scale, of as many rows as there are words of codes."""
+    """(code - zero point) · scale, for as many rows as there are rows of packed codes."""
     bits, packed = config["weights"]["num_bits"], tensors["weight_packed"]
     codes = numerics.unpack_words(packed, bits, int(tensors["weight_shape"][1]))
-    zero = tensors.get("weight_zero_point")
-    if zero is not None:
-        zero = numerics.unpack_words(zero.T, bits, len(packed)).T  # (out, groups)
-    return numerics.decode_integers(codes, tensors["weight_scale"], zero)
+    zero_point = tensors.get("weight_zero_point")
+    if zero_point is not None:
+        zero_point = numerics.unpack_words(zero_point.T, bits, len(packed)).T  # (out, groups)
+    return numerics.decode_integers(codes, tensors["weight_scale"], zero_point)
 
 
 @hookimpl
 def quantize_activations(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """16-bit integers in units of the stored scale; nothing where activations stay as they are."""
+    """The numbers (tokens, in) that 16-bit codes in units of the stored scale stand for; None where
+    activations are not quantized.
+    """
     if "input_scale" not in tensors:
         return None
     scale = tensors["input_scale"].to(inputs.device).float()
@@ -257,8 +258,8 @@ def quantize_activations(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tenso
 def validate_shape(
     shape: tuple[int, int], cut: str | None, hardware: Hardware, options: WeightOnlyOptions
 ) -> Sequence[Finding]:
-    """Ranks hold whole groups and whole words of zero points; vLLM's CPU kernel takes multiples of
-    32.
+    """Ranks hold whole groups and whole words of zero points; vLLM's CPU kernel takes multiples
+    of 32.
     """
     rows, width = shape
     size = options.group_size
@@ -277,11 +278,8 @@ def validate_shape(
                 "a word",
             )
         ]
-    if (
-        hardware.vendor == "cpu"
-        and options.bits == 4
-        and (rows % CPU_MULTIPLE or width % CPU_MULTIPLE)
-    ):
+    is_ragged = rows % CPU_MULTIPLE or width % CPU_MULTIPLE
+    if hardware.vendor == "cpu" and options.bits == 4 and is_ragged:
         return [
             Finding(
                 "unsupported",
