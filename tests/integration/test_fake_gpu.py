@@ -66,7 +66,7 @@ def test_hooks_give_on_a_gpu_what_they_give_on_the_cpu(name: str) -> None:
     for key in ("restored", *({"inputs", "factors"} & result.keys())):
         assert result[key].device == GPU, key
     for key, tensor in expected.items():
-        assert trial.same(bare(result[key]), tensor), key
+        assert trial.are_equal(bare(result[key]), tensor), key
 
 
 RUNS = {

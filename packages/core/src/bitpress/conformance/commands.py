@@ -26,23 +26,22 @@ def install(
 
     Its one module has the same name, with dashes as underscores.
     """
-    folder.mkdir(exist_ok=True)
     module_name = name.replace("-", "_")
+    folder.mkdir(exist_ok=True)
     (folder / f"{module_name}.py").write_text(module)
-    info = folder / f"{module_name}-1.0.dist-info"
-    info.mkdir(exist_ok=True)
-    requirements = "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{requirements}"
-    )
-    (info / "entry_points.txt").write_text(entry_points)
+    dist_info = folder / f"{module_name}-1.0.dist-info"
+    dist_info.mkdir(exist_ok=True)
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+    metadata += "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
+    (dist_info / "METADATA").write_text(metadata)
+    (dist_info / "entry_points.txt").write_text(entry_points)
     return folder
 
 
 @contextlib.contextmanager
 def plugins(folder: Path | None) -> Iterator[None]:
     """Let this process find the plugins of a folder until the block ends."""
-    before, path = set(sys.modules), list(sys.path)
+    modules_before, path_before = set(sys.modules), list(sys.path)
     if folder is not None:
         sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
@@ -50,12 +49,12 @@ def plugins(folder: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path[:] = path
+        sys.path[:] = path_before
         discover.cache_clear()
-        for name in set(sys.modules) - before:
-            if folder is not None and str(getattr(sys.modules[name], "__file__", None)).startswith(
-                str(folder)
-            ):
+        # Another test's plugins may have modules of the same names.
+        for name in set(sys.modules) - modules_before:
+            file = str(getattr(sys.modules[name], "__file__", None))
+            if folder is not None and file.startswith(str(folder)):
                 del sys.modules[name]
 
 
@@ -65,31 +64,28 @@ def command(*arguments: object, path: Path | None = None) -> subprocess.Complete
     Returns:
         Its output and exit code.
     """
-    words, out, err = ["bitpress", *map(str, arguments)], io.StringIO(), io.StringIO()
-    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    argv, out, err = ["bitpress", *map(str, arguments)], io.StringIO(), io.StringIO()
     with (
         plugins(path),
-        patch.object(sys, "argv", words),
-        streams[0],
-        streams[1],
-        pytest.raises(SystemExit) as end,
+        patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as exit_info,
     ):
         main()
-    return subprocess.CompletedProcess(
-        words, int(str(end.value.code)), out.getvalue(), err.getvalue()
-    )
+    exit_code = int(str(exit_info.value.code))
+    return subprocess.CompletedProcess(argv, exit_code, out.getvalue(), err.getvalue())
 
 
 def process(*arguments: object, path: Path | None = None) -> subprocess.Popen[str]:
     """Start the command in a process of its own, with the plugins of the folder `path`."""
     environment = dict(os.environ)
     if path is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(path), os.environ.get("PYTHONPATH")])
-        )
-    words = [sys.executable, "-m", "bitpress", *map(str, arguments)]
+        paths = filter(None, [str(path), os.environ.get("PYTHONPATH")])
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    argv = [sys.executable, "-m", "bitpress", *map(str, arguments)]
     return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
 
 
@@ -105,10 +101,10 @@ def refusal(*arguments: object, path: Path | None = None) -> str:
 
     The exit code must be 2, standard output must be empty, and there must be no traceback.
     """
-    found = command(*arguments, path=path)
-    lines = [line for line in found.stderr.splitlines() if not line.startswith("warning: ")]
-    assert found.returncode == 2, (found.returncode, found.stderr)
-    assert found.stdout == ""
-    assert len(lines) == 1, found.stderr
+    done = command(*arguments, path=path)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert done.stdout == ""
+    assert len(lines) == 1, done.stderr
     assert lines[0].startswith("bitpress: ")
     return lines[0]

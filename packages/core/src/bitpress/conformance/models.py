@@ -30,33 +30,34 @@ LLAMA: Mapping[str, Any] = {
 def llama_tensors(seed: int = 0, config: Mapping[str, Any] = LLAMA) -> dict[str, torch.Tensor]:
     """Synthetic bfloat16 weights of a Llama with this config, by tensor name."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, wide, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    hidden_size, intermediate_size = config["hidden_size"], config["intermediate_size"]
+    query_size = config["num_attention_heads"] * config["head_dim"]
+    key_size = config["num_key_value_heads"] * config["head_dim"]
 
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        drawn: torch.Tensor = torch.randn(rows, columns, generator=generator) * columns**-0.5
-        return drawn.bfloat16()
+    def draw(rows: int, columns: int) -> torch.Tensor:
+        weight: torch.Tensor = torch.randn(rows, columns, generator=generator) * columns**-0.5
+        return weight.bfloat16()
 
     tensors = {
-        "model.embed_tokens.weight": matrix(config["vocab_size"], hidden),
-        "model.norm.weight": torch.ones(hidden).bfloat16(),
+        "model.embed_tokens.weight": draw(config["vocab_size"], hidden_size),
+        "model.norm.weight": torch.ones(hidden_size).bfloat16(),
     }
     if not config["tie_word_embeddings"]:
-        tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
+        tensors["lm_head.weight"] = draw(config["vocab_size"], hidden_size)
     for i in range(config["num_hidden_layers"]):
         block = f"model.layers.{i}"
         for name, rows, columns in (
-            ("self_attn.q_proj", queries, hidden),
-            ("self_attn.k_proj", keys, hidden),
-            ("self_attn.v_proj", keys, hidden),
-            ("self_attn.o_proj", hidden, queries),
-            ("mlp.gate_proj", wide, hidden),
-            ("mlp.up_proj", wide, hidden),
-            ("mlp.down_proj", hidden, wide),
+            ("self_attn.q_proj", query_size, hidden_size),
+            ("self_attn.k_proj", key_size, hidden_size),
+            ("self_attn.v_proj", key_size, hidden_size),
+            ("self_attn.o_proj", hidden_size, query_size),
+            ("mlp.gate_proj", intermediate_size, hidden_size),
+            ("mlp.up_proj", intermediate_size, hidden_size),
+            ("mlp.down_proj", hidden_size, intermediate_size),
         ):
-            tensors[f"{block}.{name}.weight"] = matrix(rows, columns)
-        tensors[f"{block}.input_layernorm.weight"] = torch.ones(hidden).bfloat16()
-        tensors[f"{block}.post_attention_layernorm.weight"] = torch.ones(hidden).bfloat16()
+            tensors[f"{block}.{name}.weight"] = draw(rows, columns)
+        tensors[f"{block}.input_layernorm.weight"] = torch.ones(hidden_size).bfloat16()
+        tensors[f"{block}.post_attention_layernorm.weight"] = torch.ones(hidden_size).bfloat16()
     return tensors
 
 
@@ -77,17 +78,14 @@ def write_model(
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-    places = {tensor: names[i % shards] for i, tensor in enumerate(tensors)}
-    for name in names:
-        save_file(
-            {t: tensors[t] for t, n in places.items() if n == name},
-            folder / name,
-            metadata={"format": "pt"},
-        )
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": places})
-    )
+
+    files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
+    for file in files:
+        shard = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
     return folder
 
 
@@ -103,7 +101,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by relative name."""
     return {
-        f.relative_to(folder).as_posix(): f.read_bytes()
-        for f in sorted(folder.rglob("*"))
-        if f.is_file()
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
     }

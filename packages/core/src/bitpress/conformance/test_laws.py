@@ -34,12 +34,12 @@ WEIGHTS = (
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_stored_bytes_decode_to_the_effective_weight(step: Step, kind: str) -> None:
-    _needs(step, "dequantize")
+    trial.require_hook(step, "dequantize")
     layer = trial.quantize(step, trial.weights(step)[kind])
-    record = trial.stored(step, layer)
-    restored = pipeline.dequantize(record.tensors, record.config, [step])
-    assert restored.dtype == torch.float32, "`dequantize` must return float32"
-    assert trial.same(restored, layer.weight), (
+    stored = trial.store(step, layer)
+    weight = pipeline.dequantize(stored.tensors, stored.config, [step])
+    assert weight.dtype == torch.float32, "`dequantize` must return float32"
+    assert trial.are_equal(weight, layer.weight), (
         "`dequantize` of what is stored must be the weight that `quantize` returned, exactly"
     )
 
@@ -57,8 +57,8 @@ def test_the_effective_weight_is_finite_and_keeps_its_shape(step: Step, kind: st
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_scales_are_finite_and_not_zero(step: Step, kind: str) -> None:
-    record = trial.stored(step, trial.quantize(step, trial.weights(step)[kind]))
-    for name, tensor in record.tensors.items():
+    stored = trial.store(step, trial.quantize(step, trial.weights(step)[kind]))
+    for name, tensor in stored.tensors.items():
         if "scale" in name and tensor.is_floating_point():
             scale = tensor.float()
             assert (scale.isfinite() & (scale > 0)).all(), (
@@ -68,7 +68,7 @@ def test_scales_are_finite_and_not_zero(step: Step, kind: str) -> None:
 
 def test_packing_changes_bits_and_not_the_weight(step: Step) -> None:
     layer = trial.quantize(step, trial.weights(step)["normal"])
-    assert trial.same(pipeline.pack(layer, [step]).weight, layer.weight), (
+    assert trial.are_equal(pipeline.pack(layer, [step]).weight, layer.weight), (
         "`pack` must leave `weight` as it is"
     )
 
@@ -82,105 +82,106 @@ def test_zeros_stay_zero(step: Step) -> None:
 
 def test_masked_positions_stay_masked(step: Step) -> None:
     weight = trial.weights(step)["normal"]
-    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
-    quantized = trial.quantize(step, weight * keep, keep)
-    assert (quantized.weight[~keep] == 0).all(), (
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    quantized = trial.quantize(step, weight * mask, mask)
+    assert (quantized.weight[~mask] == 0).all(), (
         "`quantize` must leave the weight zero where `layer.mask` is False"
     )
     assert quantized.mask is not None, (
         "`quantize` must hand `mask` on: return attrs.evolve(layer, ...)"
     )
-    assert not (quantized.mask & ~keep).any(), (
+    assert not (quantized.mask & ~mask).any(), (
         "`quantize` must not allow again what `layer.mask` forbids"
     )
 
 
 def test_rows_do_not_know_their_neighbors(step: Step) -> None:
-    weight, block = trial.weights(step)["rows of unlike size"], step.options.row_block
+    weight, row_block = trial.weights(step)["rows of unlike size"], step.options.row_block
     stats = trial.observe(step, weight, [trial.inputs(step)])
     whole = trial.quantize(step, weight, stats=stats)
-    tiles = trial.tiles(step, weight, stats, block)
-    told = (
-        f"declare how many rows share numbers in `Options.row_block` (now {block}), or gather them "
-        "in `observe`"
+    tiles = trial.quantize_tiles(step, weight, stats, row_block)
+    advice = (
+        f"declare how many rows share numbers in `Options.row_block` (now {row_block}), or gather "
+        "them in `observe`"
     )
-    assert trial.same(torch.cat([tile.weight for tile in tiles]), whole.weight), (
-        f"rows depend on other rows: {told}"
+    assert trial.are_equal(torch.cat([tile.weight for tile in tiles]), whole.weight), (
+        f"rows depend on other rows: {advice}"
     )
-    joined = pipeline.serialize(
-        pipeline.join([pipeline.pack(tile, [step]) for tile in tiles], tuple(weight.shape)), [step]
-    )
-    for name, tensor in trial.stored(step, whole).tensors.items():
-        assert torch.equal(_bytes(joined.tensors[name]), _bytes(tensor)), (
-            f"{name} depends on how rows are tiled: {told}"
+    packed = [pipeline.pack(tile, [step]) for tile in tiles]
+    tiled = pipeline.serialize(pipeline.join(packed, tuple(weight.shape)), [step])
+    for name, tensor in trial.store(step, whole).tensors.items():
+        assert torch.equal(_as_bytes(tiled.tensors[name]), _as_bytes(tensor)), (
+            f"{name} depends on how rows are tiled: {advice}"
         )
 
 
 def test_hooks_leave_their_arguments_untouched(step: Step) -> None:
     weight, inputs = trial.weights(step)["one outlier"], trial.inputs(step)
     stats = trial.observe(step, weight, [inputs])
-    given = Layer("layer", weight, torch.bfloat16, torch.ones_like(weight, dtype=torch.bool))
-    before = {what: tensor.clone() for what, tensor in trial.snapshot(step, given, stats)}
-    layer = pipeline.quantize(given, [step], [stats])
-    kept = layer.weight.clone()
-    trial.stored(step, layer)
+    layer = Layer("layer", weight, torch.bfloat16, torch.ones_like(weight, dtype=torch.bool))
+    before = {what: tensor.clone() for what, tensor in trial.hook_arguments(layer, stats)}
+    quantized = pipeline.quantize(layer, [step], [stats])
+    quantized_before = quantized.weight.clone()
+    trial.store(step, quantized)
     assert torch.equal(inputs, trial.inputs(step)), "`observe` changed its inputs"
-    for what, tensor in trial.snapshot(step, given, stats):
+    for what, tensor in trial.hook_arguments(layer, stats):
         assert torch.equal(tensor, before[what]), (
             f"a hook changed {what} it was given: return new tensors"
         )
-    assert torch.equal(layer.weight, kept), (
+    assert torch.equal(quantized.weight, quantized_before), (
         "`pack` or `serialize` changed the layer it was given: return new tensors"
     )
 
 
 def test_the_same_input_gives_the_same_bits(step: Step) -> None:
     weight = trial.weights(step)["normal"]
-    first, second = (trial.stored(step, trial.quantize(step, weight)) for _ in range(2))
+    first, second = (trial.store(step, trial.quantize(step, weight)) for _ in range(2))
     assert first.config == second.config, (
         "the config fragment differs between two runs on one input"
     )
     for name, tensor in first.tensors.items():
-        assert torch.equal(_bytes(tensor), _bytes(second.tensors[name])), (
+        assert torch.equal(_as_bytes(tensor), _as_bytes(second.tensors[name])), (
             f"{name} differs between two runs on one input"
         )
 
 
 def test_two_half_batches_observed_equal_the_whole(step: Step) -> None:
-    _needs(step, "observe")
+    trial.require_hook(step, "observe")
     weight, inputs = trial.weights(step)["normal"], trial.inputs(step)
     whole = trial.observe(step, weight, [inputs])
     halves = trial.observe(step, weight, list(inputs.chunk(2)))
     if not whole:
         pytest.skip("these options need no statistics")
     for name, stat in whole.items():
-        told = f"the statistic {name!r} must be a raw sum or maximum over tokens, never a mean"
-        torch.testing.assert_close(halves[name].value, stat.value, rtol=1e-5, atol=1e-6, msg=told)
+        advice = f"the statistic {name!r} must be a raw sum or maximum over tokens, never a mean"
+        torch.testing.assert_close(halves[name].value, stat.value, rtol=1e-5, atol=1e-6, msg=advice)
         assert stat.value.dtype == torch.float32, f"the statistic {name!r} must be float32"
 
 
 def test_a_width_that_does_not_divide_is_refused_naming_one_that_does(step: Step) -> None:
-    refused = [width for width in (1, 3, 17, 100, 130) if not trial.takes(step, width)]
+    refused = [width for width in (1, 3, 17, 100, 130) if not trial.takes_width(step, width)]
     if not refused:
         pytest.skip("the scheme takes any width")
     for width in refused:
         with pytest.raises(ShapeError) as refusal:
-            stored_layout.describe(trial.rows(step), width, torch.bfloat16, (step,))
-        numbers = [int(n) for n in re.findall(r"\d+", str(refusal.value)) if n != str(width)]
-        fits = any(0 < n <= 1 << 16 and trial.takes(step, n) for n in numbers)
+            stored_layout.describe(trial.height(step), width, torch.bfloat16, (step,))
+        named = {int(digits) for digits in re.findall(r"\d+", str(refusal.value))} - {width}
+        fits = any(0 < n <= 1 << 16 and trial.takes_width(step, n) for n in named)
         assert fits, f"the refusal of width {width} must name a width that fits: {refusal.value}"
 
 
 def test_shapes_and_dtypes_follow_from_shapes_and_options(step: Step) -> None:
     weight = trial.weights(step)["one zero row"]
-    record = trial.stored(step, trial.quantize(step, weight))
+    stored = trial.store(step, trial.quantize(step, weight))
     planned = stored_layout.describe(*weight.shape, torch.bfloat16, (step,))
-    assert record.config == json.loads(json.dumps(planned.config)), (
+    assert stored.config == json.loads(json.dumps(planned.config)), (
         "the config fragment must not depend on numbers"
     )
-    shapes = {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in record.tensors.items()}
-    expected = {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in planned.tensors.items()}
-    assert shapes == expected, (
+    stored_specs, planned_specs = (
+        {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+        for tensors in (stored.tensors, planned.tensors)
+    )
+    assert stored_specs == planned_specs, (
         "what is stored must follow from shapes and options, not from numbers"
     )
 
@@ -194,10 +195,11 @@ def test_the_config_is_json(step: Step) -> None:
         "the config fragment must hold JSON values only (lists, not tuples)"
     )
     assert isinstance(config.get("format"), str), "the config fragment must name its `format`"
-    described = isinstance(config.get("weights"), dict) or isinstance(
-        config.get("sparsity_structure"), str
+    has_weights = isinstance(config.get("weights"), dict)
+    has_structure = isinstance(config.get("sparsity_structure"), str)
+    assert has_weights or has_structure, (
+        "the config fragment must describe its `weights`, or its `sparsity_structure`"
     )
-    assert described, "the config fragment must describe its `weights`, or its `sparsity_structure`"
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
@@ -215,7 +217,7 @@ def test_every_known_device_gets_an_answer(step: Step, device: Hardware) -> None
 
 @pytest.mark.parametrize("cut", [None, "rows", "columns"])
 def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str | None) -> None:
-    _needs(step, "validate_shape")
+    trial.require_hook(step, "validate_shape")
     ask = functools.partial(step.call, "validate_shape", shape=(4096, 4096), cut=cut)
     findings = [finding for device in DEVICES for finding in ask(hardware=device) or ()]
     assert all(isinstance(finding, Finding) for finding in findings), (
@@ -227,65 +229,59 @@ def test_shapes_that_divide_by_everything_are_not_refused(step: Step, cut: str |
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_its_own_check_passes_what_it_made(step: Step, kind: str) -> None:
-    _needs(step, "validate_weight")
-    found = list(
-        pipeline.validate_weight(trial.quantize(step, trial.weights(step)[kind]).weight, [step])
-    )
-    assert not found, (
+def test_its_own_check_passes_what_quantize_returned(step: Step, kind: str) -> None:
+    trial.require_hook(step, "validate_weight")
+    quantized = trial.quantize(step, trial.weights(step)[kind])
+    faults = list(pipeline.validate_weight(quantized.weight, [step]))
+    assert not faults, (
         f"`validate_weight` finds fault with what `quantize` returned for the weight {kind!r}: "
-        f"{found[0]}"
+        f"{faults[0]}"
     )
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_weights_lie_within_the_bound_of_the_source(step: Step, kind: str) -> None:
-    _needs(step, "error_bound")
+    trial.require_hook(step, "error_bound")
     weight = trial.weights(step)[kind]
     layer = trial.quantize(step, weight)
-    record = trial.stored(step, layer)
-    limit = pipeline.error_bound(record.tensors, record.config, [step])
-    if limit is None:
+    stored = trial.store(step, layer)
+    bound = pipeline.error_bound(stored.tensors, stored.config, [step])
+    if bound is None:
         pytest.skip("no bound for these options")
-    assert ((layer.weight - weight).abs() <= limit).all(), (
+    assert ((layer.weight - weight).abs() <= bound).all(), (
         "`error_bound` is smaller than what `quantize` moved a weight by"
     )
 
 
 def test_what_the_config_says_of_activations_can_be_computed(step: Step) -> None:
     layer = trial.quantize(step, trial.weights(step)["normal"])
-    record = trial.stored(step, layer)
-    if not (record.config or {}).get("input_activations"):
+    stored = trial.store(step, layer)
+    if not (stored.config or {}).get("input_activations"):
         pytest.skip("activations stay as they are")
-    _needs(
+    trial.require_hook(
         step,
         "quantize_activations",
         "the config names `input_activations`, and `eval` must know what they become",
     )
     inputs = trial.inputs(step).float()
     inputs[5] = 0
-    kept, made = inputs.clone(), trial.rounded(step, inputs, record)
-    assert torch.equal(inputs, kept), "`quantize_activations` changed the inputs it was given"
-    assert (made.dtype, made.shape) == (torch.float32, inputs.shape), (
+    before, quantized = inputs.clone(), trial.quantize_activations(step, inputs, stored)
+    assert torch.equal(inputs, before), "`quantize_activations` changed the inputs it was given"
+    assert (quantized.dtype, quantized.shape) == (torch.float32, inputs.shape), (
         "`quantize_activations` must return float32 of the inputs' shape"
     )
-    assert made.isfinite().all(), "`quantize_activations` made NaN or infinity of finite inputs"
-    assert (made[5] == 0).all(), "`quantize_activations` must leave a token of zeros zero"
-    assert (made - inputs).norm() < inputs.norm() / 2, (
+    assert quantized.isfinite().all(), (
+        "`quantize_activations` made NaN or infinity of finite inputs"
+    )
+    assert (quantized[5] == 0).all(), "`quantize_activations` must leave a token of zeros zero"
+    assert (quantized - inputs).norm() < inputs.norm() / 2, (
         "`quantize_activations` must return numbers near to the inputs"
     )
-    tokens = torch.cat([trial.rounded(step, token, record) for token in torch.split(inputs, 1)])
-    assert torch.equal(tokens, made), (
+    by_token = [trial.quantize_activations(step, token, stored) for token in torch.split(inputs, 1)]
+    assert torch.equal(torch.cat(by_token), quantized), (
         "`quantize_activations` must not mix tokens: an engine batches them as it likes"
     )
 
 
-def _needs(step: Step, hook: str, must: str | None = None) -> None:
-    if not step.scheme.has(hook):
-        (pytest.fail if must else pytest.skip)(
-            f"the scheme has no `{hook}` hook" + (f": {must}" if must else "")
-        )
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bitpress.conformance import trial
+from bitpress.errors import SchemeError
 from bitpress.schemes import pipeline
 from bitpress.schemes.registry import Step
 from bitpress.schemes.values import Layer
@@ -23,7 +24,7 @@ def test_a_scheme_says_what_it_is_and_what_may_be_set(step: Step) -> None:
             f"the option {field.name!r} needs a line of help: bitpress.option(default, help)"
         )
     layer = trial.quantize(step, trial.weights(step)["normal"])
-    # numbers of the model's own are no codes
+    # Weights in the model's own dtype are no codes.
     if layer.codes is not None and layer.codes.dtype != layer.dtype:
         assert step.options.bits, (
             "`Options.bits` must say how many bits a code takes, since codes are stored"
@@ -31,19 +32,21 @@ def test_a_scheme_says_what_it_is_and_what_may_be_set(step: Step) -> None:
 
 
 def test_members_of_a_stack_are_stored_as_their_rows_of_it(step: Step) -> None:
-    if not step.scheme.has("dequantize"):
-        pytest.skip("the scheme has no `dequantize` hook")
+    trial.require_hook(step, "dequantize")
     layer = trial.quantize(step, trial.weights(step)["normal"])
     half = len(layer.weight) // 2
-    for member, weight in zip(
-        pipeline.split(layer, [half, half]), layer.weight.chunk(2), strict=True
-    ):
-        record = trial.stored(step, member)
-        told = (
-            "the leading axis of `codes` and `qparams` must follow the rows: an entry for each "
-            "row, or each `row_block` of them"
-        )
-        assert trial.same(pipeline.dequantize(record.tensors, record.config, [step]), weight), told
+    members = pipeline.split(layer, [half, half])
+    advice = (
+        "the leading axis of `codes` and `qparams` must follow the rows: an entry for each row, or "
+        "each `row_block` of them"
+    )
+    for member, rows in zip(members, layer.weight.chunk(2), strict=True):
+        try:
+            stored = trial.store(step, member)
+            weight = pipeline.dequantize(stored.tensors, stored.config, [step])
+        except SchemeError as e:
+            pytest.fail(f"{advice} ({e})")
+        assert trial.are_equal(weight, rows), advice
 
 
 def test_a_layer_that_never_saw_a_token_is_rounded(step: Step) -> None:
@@ -61,14 +64,11 @@ def test_a_layer_that_never_saw_a_token_is_rounded(step: Step) -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "zero"])
 def test_factors_for_columns_are_positive(step: Step, kind: str) -> None:
+    trial.require_hook(step, "rescale")
     if not step.rescales:
-        pytest.skip(
-            "the scheme has no `rescale` hook"
-            if not step.scheme.has("rescale")
-            else "these options leave columns alone"
-        )
+        pytest.skip("these options leave columns alone")
     weight, inputs = trial.weights(step)[kind], trial.inputs(step)
-    # a channel that is never used
+    # A channel that is never used.
     inputs[:, -1] = 0
     factors = step.call(
         "rescale",

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import attrs
+import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -20,7 +21,17 @@ from bitpress.schemes.activation_quantizer import input_rounding
 from bitpress.schemes.registry import Registry, Scheme, Step
 from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
+# Widths of a layer, of which every scheme must take one.
 WIDTHS = (256, 128, 64, 16, 8, 4, 2, 1)
+
+
+def require_hook(step: Step, hook: str, reason: str | None = None) -> None:
+    """Skip the test of a hook that the scheme lacks; fail it where there is a reason to have it."""
+    if step.scheme.has(hook):
+        return
+    if reason is None:
+        pytest.skip(f"the scheme has no `{hook}` hook")
+    pytest.fail(f"the scheme has no `{hook}` hook: {reason}")
 
 
 def variants(name: str, settings: Sequence[str], registry: Registry) -> dict[str, Step]:
@@ -30,48 +41,52 @@ def variants(name: str, settings: Sequence[str], registry: Registry) -> dict[str
         Steps, by "defaults" or by the option that was set ("algorithm=rtn").
     """
     scheme = registry.get(name)
-    base = attrs.asdict(from_scheme(name, registry, settings).all_steps[0].options)
-    found = {"defaults": scheme.step(base)}
-    hints = get_type_hints(scheme.options_type)
+    defaults = attrs.asdict(from_scheme(name, registry, settings).all_steps[0].options)
+    steps = {"defaults": scheme.step(defaults)}
+    types_by_name = get_type_hints(scheme.options_type)
+    # "fp8.weights=tensor", or "weights=tensor"
+    fixed = {setting.partition("=")[0].rpartition(".")[2] for setting in settings}
     for field in attrs.fields(scheme.options_type):
-        fixed = any(
-            setting.partition("=")[0].rpartition(".")[2] == field.name for setting in settings
-        )
-        for choice in () if fixed else _choices(hints[field.name]):
-            if choice != base[field.name] and (step := _step(scheme, {**base, field.name: choice})):
-                found[f"{field.name}={choice}"] = step
-    return found
+        if field.name in fixed:
+            continue
+        for choice in _choices(types_by_name[field.name]):
+            if choice == defaults[field.name]:
+                continue
+            step = _make_step(scheme, {**defaults, field.name: choice})
+            if step is not None:
+                steps[f"{field.name}={choice}"] = step
+    return steps
 
 
 def width(step: Step) -> int:
     """A width that the scheme takes."""
     for candidate in WIDTHS:
-        if takes(step, candidate):
+        if takes_width(step, candidate):
             return candidate
     raise AssertionError(f"quantize must take one of the widths {WIDTHS}, and refused all of them")
 
 
-def takes(step: Step, columns: int) -> bool:
+def takes_width(step: Step, columns: int) -> bool:
     """Whether the scheme takes a layer of that width."""
     try:
-        stored_layout.describe(rows(step), columns, torch.bfloat16, (step,))
+        stored_layout.describe(height(step), columns, torch.bfloat16, (step,))
     except ShapeError:
         return False
     return True
 
 
-def rows(step: Step) -> int:
-    """A height of several row blocks."""
+def height(step: Step) -> int:
+    """A number of rows of several row blocks."""
     return 4 * step.options.row_block
 
 
 def weights(step: Step) -> dict[str, Tensor]:
     """Difficult weights (out, in) by their property; bfloat16 holds all of their numbers."""
-    shape = (rows(step), width(step))
+    shape = (height(step), width(step))
     normal = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
     spread = torch.logspace(-30, 30, shape[0]).unsqueeze(1)  # (out, 1)
     zeros = torch.zeros(shape)
-    found = {
+    by_property = {
         "normal": normal,
         "zero": zeros,
         "one zero row": normal.clone(),
@@ -81,9 +96,9 @@ def weights(step: Step) -> dict[str, Tensor]:
         "one outlier": normal.clone(),
         "half zeros": normal * (normal > 0),
     }
-    found["one zero row"][0] = 0
-    found["one outlier"][-1, -1] = 100
-    return {name: weight.bfloat16().float() for name, weight in found.items()}
+    by_property["one zero row"][0] = 0
+    by_property["one outlier"][-1, -1] = 100
+    return {name: weight.bfloat16().float() for name, weight in by_property.items()}
 
 
 def inputs(step: Step) -> Tensor:
@@ -105,61 +120,63 @@ def observe(step: Step, weight: Tensor, batches: Sequence[Tensor]) -> Mapping[st
 def quantize(
     step: Step,
     weight: Tensor,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     stats: Mapping[str, Statistic] | None = None,
 ) -> Layer:
-    """The layer after the scheme's `quantize`."""
-    stats = observe(step, weight, [inputs(step)]) if stats is None else stats
-    return pipeline.quantize(Layer("layer", weight, torch.bfloat16, keep), [step], [stats])
+    """The layer after the scheme's `quantize`; without statistics, with those of `inputs`."""
+    if stats is None:
+        stats = observe(step, weight, [inputs(step)])
+    return pipeline.quantize(Layer("layer", weight, torch.bfloat16, mask), [step], [stats])
 
 
-def tiles(step: Step, weight: Tensor, stats: Mapping[str, Statistic], block: int) -> list[Layer]:
-    """The layers of so many rows each, quantized by themselves."""
-    rows = [slice(first, first + block) for first in range(0, len(weight), block)]
-    return [
-        quantize(step, weight[tile], stats={name: stat.of(tile) for name, stat in stats.items()})
-        for tile in rows
-    ]
+def quantize_tiles(
+    step: Step, weight: Tensor, stats: Mapping[str, Statistic], num_rows: int
+) -> list[Layer]:
+    """The row tiles of a weight, each with so many rows and quantized by itself."""
+    tiles = []
+    for first in range(0, len(weight), num_rows):
+        rows = slice(first, first + num_rows)
+        tile_stats = {name: stat.of(rows) for name, stat in stats.items()}
+        tiles.append(quantize(step, weight[rows], stats=tile_stats))
+    return tiles
 
 
-def stored(step: Step, layer: Layer) -> StoredLayer:
+def store(step: Step, layer: Layer) -> StoredLayer:
     """The stored layer of a quantized layer, written to safetensors and JSON and read back."""
-    found = pipeline.serialize(
-        pipeline.join([pipeline.pack(layer, [step])], tuple(layer.weight.shape)), [step]
-    )
-    tensors = load(save({name: tensor.contiguous() for name, tensor in found.tensors.items()}))
-    return StoredLayer(tensors, json.loads(json.dumps(found.config)))
+    joined = pipeline.join([pipeline.pack(layer, [step])], tuple(layer.weight.shape))
+    stored = pipeline.serialize(joined, [step])
+    tensors = load(save({name: tensor.contiguous() for name, tensor in stored.tensors.items()}))
+    return StoredLayer(tensors, json.loads(json.dumps(stored.config)))
 
 
-def rounded(step: Step, inputs: Tensor, record: StoredLayer) -> Tensor:
+def quantize_activations(step: Step, inputs: Tensor, stored: StoredLayer) -> Tensor:
     """The inputs (tokens, in) as a loader quantizes them with the stored tensors of the layer."""
-    rounding = input_rounding(record.tensors, record.config, [step])
+    rounding = input_rounding(stored.tensors, stored.config, [step])
     assert rounding is not None
     return rounding(inputs)
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def are_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal to the bit, but for the sign of zero."""
     return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
 
 
-def snapshot(
-    step: Step, layer: Layer, stats: Mapping[str, Statistic]
-) -> Iterator[tuple[str, Tensor]]:
+def hook_arguments(layer: Layer, stats: Mapping[str, Statistic]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that hooks get, with a description of it."""
     yield "the weight", layer.weight
     if layer.mask is not None:
         yield "the mask", layer.mask
-    yield from ((f"the statistic {name!r}", stat.value) for name, stat in stats.items())
+    for name, stat in stats.items():
+        yield f"the statistic {name!r}", stat.value
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    return (True, False) if hint is bool else ()
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return (True, False) if annotation is bool else ()
 
 
-def _step(scheme: Scheme, values: Mapping[str, Any]) -> Step | None:
+def _make_step(scheme: Scheme, values: Mapping[str, Any]) -> Step | None:
     """The scheme with these options, or None where the scheme refuses the combination."""
     try:
         return scheme.step(values)
