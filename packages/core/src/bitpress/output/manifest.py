@@ -203,7 +203,7 @@ def is_intact(folder: Path) -> bool:
 
 def describe_files(
     files: Mapping[str, Path],
-    threads: int,
+    num_threads: int,
     with_digests: bool = True,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, FileRecord]:
@@ -211,13 +211,13 @@ def describe_files(
 
     Args:
         files: paths by the names that the records get.
-        threads: read and hash files side by side.
+        num_threads: read and hash files side by side.
         with_digests: whether to read the files; sizes alone need no reading.
     """
     if not with_digests:
         return {name: FileRecord(file.stat().st_size) for name, file in files.items()}
     names = process_group.partition_by_size(list(files), lambda name: files[name].stat().st_size)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         records = pool.map(_hash_file, (files[name] for name in names))
         share = dict(zip(names, records, strict=True))
     merged = {

@@ -42,7 +42,9 @@ class VerificationReport:
     remarks: tuple[str, ...] = ()
 
 
-def verify_files(records: Mapping[str, FileRecord], folder: Path, threads: int) -> Iterator[Fault]:
+def verify_files(
+    records: Mapping[str, FileRecord], folder: Path, num_threads: int
+) -> Iterator[Fault]:
     """Faults of files against their records: missing, another size, other bytes."""
     present = {name for name in records if (folder / name).is_file()}
     for name in records:
@@ -56,7 +58,7 @@ def verify_files(records: Mapping[str, FileRecord], folder: Path, threads: int) 
                 file.name, "weights that were not written; some engines load every such file"
             )
 
-    on_disk = describe_files({n: folder / n for n in records if n in present}, threads)
+    on_disk = describe_files({n: folder / n for n in records if n in present}, num_threads)
     for name, actual in on_disk.items():
         expected = records[name]
         if actual.bytes != expected.bytes:
@@ -68,7 +70,7 @@ def verify_files(records: Mapping[str, FileRecord], folder: Path, threads: int) 
 def verify_tensors(
     written: WrittenModel,
     source: Checkpoint | None,
-    threads: int,
+    num_threads: int,
     progress: ReportProgress,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> VerificationReport:
@@ -90,7 +92,7 @@ def verify_tensors(
         [name for name in written.layers if name not in broken], stored_bytes
     )
     errors: dict[str, float] = {}
-    with Reader() as reader, ThreadPoolExecutor(threads) as pool:
+    with Reader() as reader, ThreadPoolExecutor(num_threads) as pool:
         if not process_group.is_rank_zero:
             # Every rank sees the same headers; the first reports them.
             faults = []

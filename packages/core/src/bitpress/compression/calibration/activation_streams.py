@@ -4,7 +4,6 @@ model makes them, and those of some batches as the source does too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,6 +15,7 @@ from bitpress.compression.calibration.resumable_forward import (
     ResumableForward,
     trace_forward,
 )
+from bitpress.modeling import metrics
 from bitpress.modeling.capture import BlockCall
 from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
@@ -203,20 +203,21 @@ class ActivationStreams:
         for i in self._source_forwards if is_last else range(len(self._forwards)):
             self.states[i] = self._forwards[i].finish()
 
-        difference_squared = norm_squared = 0.0
+        squared_error = squared_norm = 0.0
         for position, (i, source_forward) in enumerate(self._source_forwards.items()):
             assert self.reference is not None
             source_states = self.reference.states[position] = source_forward.finish()
-            difference = self.states[i].to(source_states.device) - source_states
-            difference_squared += float(difference.square().sum(dtype=torch.float64))
-            norm_squared += float(source_states.square().sum(dtype=torch.float64))
-        by_rank = self.process_group.all_gather_object((difference_squared, norm_squared))
-        difference_squared, norm_squared = (sum(sums) for sums in zip(*by_rank, strict=True))
+            states = self.states[i].to(source_states.device)
+            error, norm = metrics.squared_distance(states, source_states)
+            squared_error += error
+            squared_norm += norm
+        by_rank = self.process_group.all_gather_object((squared_error, squared_norm))
+        squared_error, squared_norm = (sum(sums) for sums in zip(*by_rank, strict=True))
 
         # a block may take gigabytes: nothing here holds it any longer
         self._forwards, self._source_forwards = [], {}
         del self.block, self.source_block, self.calls
-        return math.sqrt(difference_squared / norm_squared) if norm_squared else None
+        return metrics.relative_error(squared_error, squared_norm) if squared_norm else None
 
     def _state_reader(self, states: HiddenStates, position: int) -> Callable[[], Tensor]:
         return lambda: states[position].to(self.device)
