@@ -16,7 +16,7 @@ from bitpress import Layer
 from bitpress.conformance import trial
 from bitpress.runtime import devices
 from bitpress.schemes import pipeline
-from bitpress.schemes.activation_quantizer import input_rounding
+from bitpress.schemes.activation_quantizer import find_activation_quantizer
 from bitpress.schemes.registry import Step, discover
 
 STEPS = {
@@ -50,8 +50,8 @@ def everything(step: Step, weight: Tensor, move: Callable[[Tensor], Tensor]) -> 
     result = {"restored": pipeline.dequantize(record.tensors, record.config, [step], (out, width))}
     if step.rescales and (factors := pipeline.rescale(layer, [step], [stats])) is not None:
         result["factors"] = factors
-    if (rounding := input_rounding(record.tensors, record.config, [step])) is not None:
-        result["inputs"] = rounding(move(torch.randn(TOKENS, width, generator=draw)))
+    if (quantizer := find_activation_quantizer(record.tensors, record.config, [step])) is not None:
+        result["inputs"] = quantizer(move(torch.randn(TOKENS, width, generator=draw)))
     return {**record.tensors, **result}
 
 

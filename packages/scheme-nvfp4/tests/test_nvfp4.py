@@ -19,7 +19,7 @@ from bitpress import compress
 from bitpress.conformance.commands import refusal
 from bitpress.conformance.models import LLAMA, tensors_of, write_model
 from bitpress.schemes import pipeline
-from bitpress.schemes.activation_quantizer import input_rounding
+from bitpress.schemes.activation_quantizer import find_activation_quantizer
 from bitpress.schemes.hardware import find_device
 from bitpress.schemes.registry import Step, discover
 from bitpress.schemes.values import Layer, Statistic, StoredLayer
@@ -257,7 +257,7 @@ def test_inputs_are_rounded_as_compressed_tensors_rounds_them(divisor: float) ->
     x[3], x[:, 16:32] = 0, x[:, 16:32] / 1e6
     record = stored(quantized(numbers(8, 64), this := step(algorithm="rtn")), this)
     tensors = {**record.tensors, "input_global_scale": torch.tensor([divisor])}
-    rounded = input_rounding(tensors, record.config, [this])(x)
+    rounded = find_activation_quantizer(tensors, record.config, [this])(x)
     assert torch.equal(rounded, as_compressed_tensors_serves(x, torch.tensor([divisor])))
 
 

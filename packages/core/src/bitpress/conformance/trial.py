@@ -17,7 +17,7 @@ from torch import Tensor
 from bitpress.errors import RecipeError, ShapeError
 from bitpress.planning.recipe import from_scheme
 from bitpress.schemes import pipeline, stored_layout
-from bitpress.schemes.activation_quantizer import input_rounding
+from bitpress.schemes.activation_quantizer import find_activation_quantizer
 from bitpress.schemes.registry import Registry, Scheme, Step
 from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
@@ -151,9 +151,9 @@ def store(step: Step, layer: Layer) -> StoredLayer:
 
 def quantize_activations(step: Step, inputs: Tensor, stored: StoredLayer) -> Tensor:
     """The inputs (tokens, in) as a loader quantizes them with the stored tensors of the layer."""
-    rounding = input_rounding(stored.tensors, stored.config, [step])
-    assert rounding is not None
-    return rounding(inputs)
+    quantizer = find_activation_quantizer(stored.tensors, stored.config, [step])
+    assert quantizer is not None
+    return quantizer(inputs)
 
 
 def are_equal(a: Tensor, b: Tensor) -> bool:

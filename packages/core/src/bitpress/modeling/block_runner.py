@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitpress.checkpoint.reader import Checkpoint, Reader
 from bitpress.modeling.capture import BlockCall, ExtraOutputs, capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
-from bitpress.schemes.activation_quantizer import Rounding
+from bitpress.schemes.activation_quantizer import ActivationQuantizer
 
 
 @frozen(eq=False)
@@ -29,7 +29,7 @@ class RunnableModel:
     checkpoint: Checkpoint
     reader: Reader
     container: str
-    activation_quantizers: Mapping[str, Rounding] = field(factory=dict)
+    activation_quantizers: Mapping[str, ActivationQuantizer] = field(factory=dict)
 
 
 class BlockRunner:
@@ -112,7 +112,7 @@ class BlockRunner:
 
 
 def _quantize_input(
-    quantize: Rounding,
+    quantize: ActivationQuantizer,
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """A hook that quantizes what a layer is given."""
 

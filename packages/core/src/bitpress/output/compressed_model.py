@@ -17,7 +17,7 @@ from bitpress.output.written_model import WrittenModel
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import (
     INPUT_PREFIX,
-    input_rounding,
+    find_activation_quantizer,
     quantizes_activations,
 )
 
@@ -79,7 +79,7 @@ def open_compressed(
                 for suffix, entry in stored.items()
                 if suffix.startswith(INPUT_PREFIX)
             }
-            quantizer = input_rounding(tensors, config, steps)
+            quantizer = find_activation_quantizer(tensors, config, steps)
             assert quantizer is not None
             quantizers[module] = quantizer
     checkpoint = attrs.evolve(written.checkpoint, folder=built_from, entries=entries)

@@ -16,11 +16,11 @@ from bitpress.schemes.registry import Scheme, Step
 INPUT_PREFIX = "input_"
 
 # Inputs (tokens, in) -> the float32 numbers (tokens, in) that an engine computes with.
-Rounding = Callable[[Tensor], Tensor]
+ActivationQuantizer = Callable[[Tensor], Tensor]
 
 
 def quantizes_activations(config: Mapping[str, Any] | None, steps: Sequence[Step]) -> bool:
-    """Whether a layer's inputs are rounded while serving.
+    """Whether a layer's inputs are quantized while serving.
 
     Raises:
         SchemeError: they are, and no step has the hook that says how.
@@ -35,10 +35,10 @@ def quantizes_activations(config: Mapping[str, Any] | None, steps: Sequence[Step
     return True
 
 
-def input_rounding(
+def find_activation_quantizer(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step]
-) -> Rounding | None:
-    """How a layer's inputs are rounded while serving, by the scheme that wrote the layer.
+) -> ActivationQuantizer | None:
+    """How a layer's inputs are quantized while serving, by the scheme that wrote the layer.
 
     Args:
         tensors: what is stored of the layer.
@@ -46,7 +46,7 @@ def input_rounding(
         steps: of the layer.
 
     Returns:
-        (tokens, in) -> (tokens, in) float32; None where inputs are not rounded, or no scheme has
+        (tokens, in) -> (tokens, in) float32; None where inputs are not quantized, or no scheme has
         the hook that says how.
     """
     if not (config and config.get("input_activations")):

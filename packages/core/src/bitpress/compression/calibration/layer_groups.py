@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitpress.compression.calibration.activation_streams import ActivationStreams
 from bitpress.modeling.experts import is_routed
 from bitpress.planning.layout import Stack
-from bitpress.schemes.activation_quantizer import Rounding
+from bitpress.schemes.activation_quantizer import ActivationQuantizer
 from bitpress.schemes.values import Layer
 
 
@@ -48,7 +48,7 @@ class LayerGroup:
     first_layer: str | None = None
     is_residual: bool = False
     is_routed: bool = False
-    input_quantizers: dict[str, Rounding] = field(factory=dict)
+    input_quantizers: dict[str, ActivationQuantizer] = field(factory=dict)
 
     @classmethod
     def in_block(cls, stack: Stack, block: nn.Module, prefix: str) -> LayerGroup:

@@ -13,7 +13,7 @@ from bitpress.compression.calibration.layer_groups import LayerGroup
 from bitpress.compression.calibration.statistics import GroupStatistics
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
-from bitpress.schemes.activation_quantizer import input_rounding
+from bitpress.schemes.activation_quantizer import find_activation_quantizer
 from bitpress.schemes.values import Layer, StoredLayer
 
 
@@ -89,7 +89,7 @@ def install(
         dequantized = pipeline.dequantize(  # (out, in) float32
             stored.tensors, stored.config, steps, tuple(weight.shape)
         )
-        quantizer = input_rounding(stored.tensors, stored.config, steps)
+        quantizer = find_activation_quantizer(stored.tensors, stored.config, steps)
         if quantizer is not None:
             group.input_quantizers[name] = quantizer
 
