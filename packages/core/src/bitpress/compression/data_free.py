@@ -30,17 +30,17 @@ ON_GPU = 1 << 22
 
 
 def write_shards(
-    plan: Plan, output: OutputFolder, resources: Resources, progress: ReportProgress
+    plan: Plan, output: OutputFolder, resources: Resources, report_progress: ReportProgress
 ) -> None:
     """Write this rank's shards, but for those that an earlier run of the same plan has finished.
 
     Args:
-        progress: called with the bytes of the source that are done.
+        report_progress: called with the bytes of the source that are done.
     """
     pinned = any(device.type == "cuda" for device in resources.devices)
     with Reader(pinned=pinned) as reader:
         for shard in deal_shards(plan, resources.process_group):
-            write_shard(shard, output, reader, resources, progress)
+            write_shard(shard, output, reader, resources, report_progress)
 
 
 def deal_shards(plan: Plan, process_group: ProcessGroup) -> list[Shard]:
@@ -53,14 +53,14 @@ def write_shard(
     output: OutputFolder,
     reader: Reader,
     resources: Resources,
-    progress: ReportProgress,
+    report_progress: ReportProgress,
 ) -> None:
     """Write a shard unless an earlier run has; its stacks need no data."""
     if output.has_shard(shard.name, shard.header):
-        progress(shard.source_bytes)
+        report_progress(shard.source_bytes)
         return
     with output.shard(shard.name, shard.header) as writer:
-        _fill_shard(shard, reader, writer, resources, progress)
+        _fill_shard(shard, reader, writer, resources, report_progress)
 
 
 def compress_stack(
@@ -116,7 +116,7 @@ def _fill_shard(
     reader: Reader,
     writer: ShardWriter,
     resources: Resources,
-    progress: ReportProgress,
+    report_progress: ReportProgress,
 ) -> None:
     """Write all tensors of a shard, several stacks side by side; the bytes do not depend on which
     is done first.
@@ -127,11 +127,11 @@ def _fill_shard(
     def write_stack(stack: Stack) -> None:
         for name, tensor in compress_stack(stack, reader, thread_devices.device):
             writer.write(entries[name], tensor.cpu())
-        progress(stack.source_bytes)
+        report_progress(stack.source_bytes)
 
     def write_copy(entry: Entry) -> None:
         copy_entry(entry, entries[entry.name], reader, writer)
-        progress(entry.nbytes)
+        report_progress(entry.nbytes)
 
     pool = ThreadPoolExecutor(resources.num_threads, initializer=thread_devices.assign)
     try:

@@ -18,11 +18,13 @@ from bitpress.runtime.progress import ReportProgress
 from bitpress.schemes import pipeline
 
 
-def write_dense(written: WrittenModel, output: OutputFolder, progress: ReportProgress) -> None:
+def write_dense(
+    written: WrittenModel, output: OutputFolder, report_progress: ReportProgress
+) -> None:
     """Write the dense model; shards keep their names and what was in them.
 
     Args:
-        progress: is given the bytes of each tensor written.
+        report_progress: is given the bytes of each tensor written.
     """
     checkpoint = written.checkpoint
     side_files = _side_files(written)
@@ -46,7 +48,7 @@ def write_dense(written: WrittenModel, output: OutputFolder, progress: ReportPro
             with output.shard(name, header) as writer:
                 for entry in header.entries:
                     _write_tensor(written, entry, reader, writer)
-                    progress(entry.nbytes)
+                    report_progress(entry.nbytes)
 
     for name, source_name in side_files.items():
         output.copy_file(name, checkpoint.folder / source_name)

@@ -57,7 +57,7 @@ def evaluate(
     text: EvaluationText,
     options: DecoderOptions,
     folder: Path | None,
-    progress: ReportProgress,
+    report_progress: ReportProgress,
 ) -> Check:
     """The figures of a model on a text, and beside a reference where one is given.
 
@@ -67,7 +67,7 @@ def evaluate(
     Args:
         models: the model, or the model and its reference.
         folder: where hidden states are kept; None keeps them in memory.
-        progress: is given the bytes of every block that was run, in float32.
+        report_progress: is given the bytes of every block that was run, in float32.
 
     Raises:
         CheckpointError: transformers cannot build a model, the two are unlike, or one makes numbers
@@ -88,7 +88,7 @@ def evaluate(
         for index in range(len(runners[0])):
             for model, runner in zip(models, runners, strict=True):
                 num_bytes = _run_block(runner, index, len(batches))
-                progress(num_bytes, f"{model.container}.{index}")
+                report_progress(num_bytes, f"{model.container}.{index}")
                 memory.release_freed_memory()
             if len(runners) > 1:
                 drift.append(_measure_drift(*runners))
@@ -147,7 +147,7 @@ def choose_folder(
 
 
 def count_bytes(models: Sequence[RunnableModel]) -> int:
-    """The bytes that `evaluate` gives its progress in all: those of all blocks in float32."""
+    """The bytes that `evaluate` reports in all: those of all blocks in float32."""
     return memory_estimate.NUMBER_BYTES * sum(
         entry.numel
         for model in models

@@ -71,7 +71,7 @@ def verify_tensors(
     written: WrittenModel,
     source: Checkpoint | None,
     num_threads: int,
-    progress: ReportProgress,
+    report_progress: ReportProgress,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> VerificationReport:
     """Prove that every planned tensor is stored as planned, scales are usable, the config says what
@@ -79,7 +79,7 @@ def verify_tensors(
 
     Args:
         source: the checkpoint that was compressed; None leaves out what needs it.
-        progress: is given the bytes of each layer that was read.
+        report_progress: is given the bytes of each layer that was read.
         process_group: each rank reads its share; all return the same report.
     """
     faults = list(find_structure_faults(written, source))
@@ -103,7 +103,7 @@ def verify_tensors(
 
         def verify_layer(module: str) -> tuple[list[Fault], float | None]:
             result = _verify_layer(written, module, source, reader)
-            progress(stored_bytes(module))
+            report_progress(stored_bytes(module))
             return result
 
         for module, result in zip(modules, pool.map(verify_layer, modules), strict=True):

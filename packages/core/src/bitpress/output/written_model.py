@@ -56,11 +56,11 @@ class WrittenModel:
         """The steps that wrote a layer."""
         return self.recipe.steps(module)
 
-    def expected_layer(self, module: str, rows: int) -> StoredLayer:
-        """Dtypes, shapes and config that this many rows of a layer must have been stored with."""
+    def expected_layer(self, module: str, num_rows: int) -> StoredLayer:
+        """Dtypes, shapes and config that so many rows of a layer must have been stored with."""
         record = self.layers[module]
         return stored_layout.describe(
-            rows, record.shape[1], DTYPES[record.dtype], self.steps(module)
+            num_rows, record.shape[1], DTYPES[record.dtype], self.steps(module)
         )
 
     def entries(self, module: str) -> dict[str, Entry | None]:

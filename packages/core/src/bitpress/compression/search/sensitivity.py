@@ -85,12 +85,15 @@ def split_sequences(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measure_divergences(
-    job: SearchJob, options: DecoderOptions, limits: MeasurementMemory, progress: ReportProgress
+    job: SearchJob,
+    options: DecoderOptions,
+    limits: MeasurementMemory,
+    report_progress: ReportProgress,
 ) -> Divergences:
     """What every candidate costs every unit, D[u, c].
 
     Args:
-        progress: is given the bytes of every unit's source, once for each candidate.
+        report_progress: is given the bytes of every unit's source, once for each candidate.
 
     Raises:
         CheckpointError: transformers cannot build the model, or it makes numbers that are not
@@ -121,7 +124,7 @@ def measure_divergences(
                         streams.block, judging_calls, source_states
                     )
                     num_bytes = sum(stack.source_bytes for stack in unit.stacks[candidate])
-                    progress(num_bytes, f"{unit.name}: {candidate}")
+                    report_progress(num_bytes, f"{unit.name}: {candidate}")
 
             if index + 1 < len(runner):
                 streams.enter_block(block, None, fitting_calls)
