@@ -109,6 +109,7 @@ def measure_divergences(
         trials: dict[tuple[str, str], range] = {}
         stream_limits = StreamLimits(limits.num_waiting)
         streams = ActivationStreams(runner.hidden_states, options.device, stream_limits)
+
         for index in range(len(runner)):
             calls = runner.take_calls(index)
             fitting_calls, judging_calls = calls[: len(fitted)], calls[len(fitted) :]
@@ -132,19 +133,7 @@ def measure_divergences(
             runner.run(block, judging_calls, source_states)
             memory.release_freed_memory()
         divergences = _compare_trials(runner, source_states, list(trials.values()))
-
-    if not all(map(math.isfinite, divergences)):
-        raise CheckpointError(
-            f"{plan.source.folder}: the model makes NaN or infinity of the calibration text; check "
-            "its weights"
-        )
-    measured = dict(zip(trials, divergences, strict=True))
-    return {
-        # a divergence is below 0 only by rounding; layers that stay as they are cost nothing
-        (unit.name, candidate): max(measured.get((unit.name, candidate), 0.0), 0.0)
-        for unit in job.units
-        for candidate in unit.stacks
-    }
+    return _tabulate(job, dict(zip(trials, divergences, strict=True)))
 
 
 def _split_batches(job: SearchJob) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -216,6 +205,21 @@ def _solve_and_store(
         warnings.simplefilter("ignore", UserWarning)
         layer = solve(group, collect_statistics(group, number, streams))
     return store(layer, group)
+
+
+def _tabulate(job: SearchJob, measured: Divergences) -> Divergences:
+    """What every candidate costs every unit, of what has been measured of those that compress."""
+    if not all(map(math.isfinite, measured.values())):
+        raise CheckpointError(
+            f"{job.plan.source.folder}: the model makes NaN or infinity of the calibration text; "
+            "check its weights"
+        )
+    return {
+        # a divergence is below 0 only by rounding; layers that stay as they are cost nothing
+        (unit.name, candidate): max(measured.get((unit.name, candidate), 0.0), 0.0)
+        for unit in job.units
+        for candidate in unit.stacks
+    }
 
 
 def _compare_trials(
