@@ -121,7 +121,7 @@ def test_a_run_that_was_killed_goes_on_from_the_finished_shards_to_the_same_byte
     _, error = running.communicate(timeout=120)
     assert running.returncode == (130 if kind is signal.SIGINT else -kind), error
     if kind is signal.SIGINT:
-        assert error == "bitpress: interrupted; the same command goes on from the finished shards\n"
+        assert error == "bitpress: interrupted; the same command resumes from the finished shards\n"
         assert not list(out.glob("*.part"))
     assert not (out / "config.json").exists()
     shards = {file.name: file.stat() for file in out.glob("*.safetensors")}

@@ -90,7 +90,7 @@ def test_tiles_of_any_size_give_the_same_bytes(
     tmp_path: Path, with_toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, result = write_model(tmp_path / "model"), []
-    for size in (1, 1000, 1 << 18, data_free.ON_GPU):
+    for size in (1, 1000, 1 << 18, data_free.GPU_TILE_WEIGHTS):
         monkeypatch.setattr("bitpress.schemes.stored_layout.WEIGHTS_PER_TILE", size)
         bitpress.compress(model, tmp_path / str(size), scheme="toy", threads=1, verify=False)
         result.append(files_of(tmp_path / str(size)))

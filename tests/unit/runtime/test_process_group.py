@@ -110,7 +110,7 @@ def test_a_rank_that_is_killed_ends_the_run_which_goes_on_with_another_number_of
     )
     assert completed.returncode != 0
     assert len(messages(completed)) == 1, completed.stderr
-    assert "the same command goes on" in messages(completed)[0]
+    assert "the same command resumes" in messages(completed)[0]
     rank, code = cause(completed)
     assert code == -signal.SIGKILL
     assert rank in range(3)

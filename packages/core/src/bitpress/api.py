@@ -104,7 +104,7 @@ def compress(  # noqa: PLR0913
 ) -> Manifest:
     """Write a smaller model into the folder `out`, and prove it unless `verify` is off.
 
-    An interrupted run goes on from its finished shards when it is started again. `config.json` is
+    An interrupted run resumes from its finished shards when it is started again. `config.json` is
     written last: without it no loader takes the folder for a model.
 
     Args:
@@ -125,7 +125,7 @@ def compress(  # noqa: PLR0913
         BitpressError: bad input, found before the work starts where headers show it.
         VerificationError: the written files are not what was planned, or predict too badly;
             `config.json` was not written. After the second the shards stay, and the same call with
-            another `max_kl` goes on from them.
+            another `max_kl` resumes from them.
     """
     recipe_source = RecipeSource(scheme, _to_path(recipe_file), tuple(settings), tuple(ignore))
     config = CalibrationConfig(_to_text(calibration), samples, sequence_length, seed, all_experts)

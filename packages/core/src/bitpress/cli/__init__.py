@@ -25,7 +25,7 @@ NUM_FAULTS = 10
 # What to do when a device has too little memory.
 OUT_OF_MEMORY_ADVICE = (
     "other processes may hold some of it; fewer --threads, with data a smaller --max-memory or "
-    "--sequence-length, take less, and --device cpu takes none; the same command goes on from what "
+    "--sequence-length, take less, and --device cpu takes none; the same command resumes from what "
     "is finished"
 )
 
@@ -49,7 +49,7 @@ def main() -> None:
     except BitpressError as e:
         code = _fail(str(e))
     except KeyboardInterrupt:
-        code = _fail("interrupted; the same command goes on from the finished shards", 130)
+        code = _fail("interrupted; the same command resumes from the finished shards", 130)
     except OSError as e:
         code = _fail(f"{e.filename or 'operating system'}: {e.strerror or e}")
     except click.ClickException as e:

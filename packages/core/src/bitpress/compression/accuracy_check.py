@@ -1,5 +1,5 @@
-"""The check of a run: what was written, run as it will be served, is compared with its source on a
-text.
+"""The accuracy check of a run: on a text, what was written, run as it will be served, is compared
+with its source.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from bitpress.runtime.progress import Progress
 from bitpress.schemes import activation_quantizer
 
 
-def read_text(plan: Plan, file: str, trust_remote_code: bool) -> EvaluationText:
-    """The tokens of a text, once it is known that the plan's source and its result can be run.
+def load_check_text(plan: Plan, file: str, trust_remote_code: bool) -> EvaluationText:
+    """The tokens of a text on which the result is compared with its source.
+
+    That transformers can run the source, and that schemes say how the result's activations are
+    quantized, is seen to here: before the run, and not after hours of it.
 
     Raises:
-        BitpressError: they cannot be run, or the text cannot be used.
+        BitpressError: one of the two cannot be run, or the text cannot be used.
     """
     for stack in plan.stacks:
         _, config = stack.describe_stored(next(iter(stack.members)))
@@ -43,7 +46,7 @@ def read_text(plan: Plan, file: str, trust_remote_code: bool) -> EvaluationText:
 
 @frozen(eq=False)
 class AccuracyCheck:
-    """A comparison whose memory is provided for.
+    """A comparison of the result with its source that fits into memory.
 
     Attributes:
         text: on which the models are compared.
@@ -74,8 +77,14 @@ class AccuracyCheck:
 def prepare_check(
     plan: Plan, text: EvaluationText, max_memory: int | None, folder: Path
 ) -> AccuracyCheck:
-    """A check that keeps its hidden states in memory where that has room for them, else in a
-    folder; raises RecipeError where `max_memory`, in bytes, is too low for either.
+    """A check that keeps its hidden states in memory if they fit, and otherwise in a folder.
+
+    Args:
+        max_memory: bytes of the process; None: no limit.
+        folder: on whose disk there is room for them.
+
+    Raises:
+        RecipeError: the limit is too low even with hidden states on disk.
     """
     with Reader() as reader:
         source = RunnableModel(plan.source, reader, plan.container)
@@ -86,11 +95,18 @@ def prepare_check(
 
 
 def require_accuracy(check: Check, max_kl: float | None, folder: Path) -> None:
-    """Raise VerificationError where the KL divergence is over a limit in nats per token."""
-    # NaN is over every limit
+    """See that a result predicts as its source does.
+
+    Args:
+        max_kl: nats per token.
+
+    Raises:
+        VerificationError: the KL divergence is over the limit, or NaN.
+    """
+    # `not <=` and not `>`: NaN is over every limit
     if max_kl is not None and check.kl is not None and not check.kl <= max_kl:
         raise VerificationError(
             f"{folder}: the KL divergence from the source is {check.kl:.6f} nats per token, more "
             f"than --max-kl {max_kl}; config.json is not written; with a higher limit the same "
-            "command goes on from the finished shards"
+            "command resumes from the finished shards"
         )

@@ -1,5 +1,5 @@
-"""Data-free work: shard by shard, stack by stack, in row tiles that stay in a core's cache, or keep
-a GPU busy.
+"""A run without calibration: shard by shard, stack by stack, in row tiles that stay in a core's
+cache, or keep a GPU busy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bitpress.schemes.values import Layer
 
 # Weights of a row tile on a GPU, where each step costs the same few microseconds however few
 # weights it is given.
-ON_GPU = 1 << 22
+GPU_TILE_WEIGHTS = 1 << 22
 
 
 def write_shards(
@@ -39,12 +39,12 @@ def write_shards(
     """
     pinned = any(device.type == "cuda" for device in resources.devices)
     with Reader(pinned=pinned) as reader:
-        for shard in deal_shards(plan, resources.process_group):
+        for shard in select_shards(plan, resources.process_group):
             write_shard(shard, output, reader, resources, report_progress)
 
 
-def deal_shards(plan: Plan, process_group: ProcessGroup) -> list[Shard]:
-    """The shards that fall to a rank."""
+def select_shards(plan: Plan, process_group: ProcessGroup) -> list[Shard]:
+    """The part of the shards that is this rank's."""
     return process_group.partition_by_size(plan.shards, lambda shard: shard.source_bytes)
 
 
@@ -55,7 +55,7 @@ def write_shard(
     resources: Resources,
     report_progress: ReportProgress,
 ) -> None:
-    """Write a shard unless an earlier run has; its stacks need no data."""
+    """Write a shard unless an earlier run has; its stacks need no calibration."""
     if output.has_shard(shard.name, shard.header):
         report_progress(shard.source_bytes)
         return
@@ -82,16 +82,18 @@ def compress_stack(
             pipeline.pack(pipeline.quantize(tile, stack.steps, stats), stack.steps)
             for tile in read_tiles(module)
         )
-        record = pipeline.serialize(pipeline.join(packed, stack.members[module].shape), stack.steps)
-        stack.check_stored(module, record)
-        yield from ((f"{module}.{suffix}", tensor) for suffix, tensor in record.tensors.items())
+        layer = pipeline.join(packed, stack.members[module].shape)
+        stored = pipeline.serialize(layer, stack.steps)
+        stack.check_stored(module, stored)
+        yield from ((f"{module}.{suffix}", tensor) for suffix, tensor in stored.tensors.items())
 
 
 def _read_tiles(stack: Stack, reader: Reader, device: torch.device, module: str) -> Iterator[Layer]:
+    """The row tiles of a member, (rows, in) float32 each; raises CheckpointError for NaN or Inf."""
     entry = stack.members[module]
-    num_weights = stored_layout.WEIGHTS_PER_TILE if device.type == "cpu" else ON_GPU
+    num_weights = stored_layout.WEIGHTS_PER_TILE if device.type == "cpu" else GPU_TILE_WEIGHTS
     for first, last in stored_layout.row_tiles(entry.shape, stack.steps, num_weights):
-        # torch keeps pinned memory from being taken anew until a copy out of it is over
+        # torch does not reuse pinned memory before a copy out of it has ended
         weight = reader.rows(entry, first, last).to(device, non_blocking=True).float()
         # one cheap pass: a NaN or Inf anywhere makes the sum so
         if not math.isfinite(weight.sum()):

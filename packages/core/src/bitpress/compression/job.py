@@ -27,7 +27,7 @@ from bitpress.schemes.registry import discover
 
 @frozen(eq=False)
 class Job:
-    """A plan, and what goes with it.
+    """A plan, and the texts that carrying it out needs.
 
     Attributes:
         calibration: the sequences that it is calibrated on; None where it needs none.
@@ -68,7 +68,7 @@ def prepare_job(
     plan = make_plan(source, recipe)
     check_text = None
     if options.check is not None:
-        check_text = accuracy_check.read_text(plan, options.check, options.trust_remote_code)
+        check_text = accuracy_check.load_check_text(plan, options.check, options.trust_remote_code)
     config = (calibration or CalibrationConfig()) if recipe.calibrated else None
     command = _command(str(model), recipe_source, config, options)
     if config is None:
@@ -95,9 +95,9 @@ def _command(
     model: str, recipe_source: RecipeSource, config: CalibrationConfig | None, options: RunOptions
 ) -> str:
     """The command line that the model card shows."""
-    words = {
+    command_options = {
         **recipe_source.command_options,
         **(config.command_options if config else {}),
         "--check": None if options.check is None else Path(options.check),
     }
-    return model_card.format_command(display_name(model), words)
+    return model_card.format_command(display_name(model), command_options)

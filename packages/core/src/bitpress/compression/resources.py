@@ -1,4 +1,4 @@
-"""What a run computes with, once devices and threads are known."""
+"""Devices, threads and memory of a run, once they are chosen."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Resources:
     """Devices, threads and memory of one process.
 
     Attributes:
-        devices: which share what can be dealt out; the first does what cannot.
-        num_threads: of the process, which share the devices.
+        devices: which share work that can be split; the first does what cannot.
+        num_threads: of the process; they share the devices.
         max_memory: bytes of the process; None: no limit.
         trust_remote_code: whether code in the model's folder may run.
         process_group: the processes that share the run.
@@ -28,5 +28,5 @@ class Resources:
 
     @property
     def device(self) -> torch.device:
-        """The one that does what cannot be dealt out."""
+        """The one that does what cannot be split: a calibrated run uses no other."""
         return self.devices[0]

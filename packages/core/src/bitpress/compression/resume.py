@@ -1,5 +1,5 @@
-"""The record of what an unfinished output is made of, kept beside its shards: a run that would
-mix other bytes in is refused, and the error names what differs.
+"""The record of an unfinished run, kept beside its shards: a run that would mix other bytes in is
+refused, and the error names what differs.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ MAX_DIFFERENCES = 3
 # Characters of a value in an error.
 MAX_CHARACTERS = 60
 
+# Size and time of change (ns) of files by name; None for one that is not there.
 Stamps = Mapping[str, tuple[int, int] | None]
 
 
 @contextlib.contextmanager
 def keep_record(
-    output: OutputFolder, plan: Plan, data: CalibrationData | None, device: torch.device
+    output: OutputFolder, plan: Plan, calibration: CalibrationData | None, device: torch.device
 ) -> Iterator[None]:
-    """Keep a record of what the run is made of beside its shards, until the block has ended well
-    or leaves no finished shard behind.
+    """Keep a record of the run beside its shards while the `with` statement runs; it stays there
+    where that ends with an exception and finished shards.
 
     Raises:
-        OutputError: an unfinished run whose shards are in the folder was made of something else;
-            the message names it.
+        OutputError: the finished shards in the folder are another run's; the message names what
+            differs.
     """
-    record = _describe_run(plan, data, device)
+    record = _describe_run(plan, calibration, device)
     earlier_record = output.read(RUN_RECORD)
     # an interrupt may come as soon as the record has its name
     try:
@@ -61,12 +62,15 @@ def keep_record(
 
 
 def require_same_on_ranks(
-    process_group: ProcessGroup, plan: Plan, data: CalibrationData | None, device: torch.device
+    process_group: ProcessGroup,
+    plan: Plan,
+    calibration: CalibrationData | None,
+    device: torch.device,
 ) -> None:
     """Raise OutputError, naming what differs, unless all ranks are about to make the same."""
-    first, *others = process_group.all_gather_object(_describe_run(plan, data, device))
+    first, *others = process_group.all_gather_object(_describe_run(plan, calibration, device))
     for rank, record in enumerate(others, 1):
-        if lines := list(differences(first, record)):
+        if lines := list(_find_differences(first, record)):
             raise OutputError(
                 f"rank {rank} would make something else than rank 0: "
                 f"{'; '.join(lines[:MAX_DIFFERENCES])}"
@@ -79,7 +83,7 @@ def _has_shards(output: OutputFolder, plan: Plan) -> bool:
 
 def _require_same_run(output: OutputFolder, earlier_record: str, record: Any) -> None:
     try:
-        lines = list(differences(json.loads(earlier_record), record))
+        lines = list(_find_differences(json.loads(earlier_record), record))
     except ValueError:
         lines = [f"{RUN_RECORD} cannot be read"]
     if lines:
@@ -92,16 +96,16 @@ def _require_same_run(output: OutputFolder, earlier_record: str, record: Any) ->
         )
 
 
-def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+def _find_differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
     """What differs between two JSON values, a line for every leaf."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
-            yield from differences(before.get(key), now.get(key), f"{path} {key}".strip())
+            yield from _find_differences(before.get(key), now.get(key), f"{path} {key}".strip())
     elif isinstance(before, list) and isinstance(now, list):
         for i, pair in enumerate(zip_longest(before, now), 1):
-            yield from differences(*pair, f"{path} {i}")
+            yield from _find_differences(*pair, f"{path} {i}")
     elif before != now:
-        yield f"{path} was {_short(before)} and is {_short(now)}"
+        yield f"{path} was {_shorten(before)} and is {_shorten(now)}"
 
 
 def read_stamps(source: Checkpoint) -> Stamps:
@@ -113,12 +117,14 @@ def read_stamps(source: Checkpoint) -> Stamps:
     }
 
 
-def check_unchanged(source: Checkpoint, before: Stamps) -> None:
-    """Raise CheckpointError if a file of the source is not what it was when the run began."""
-    for name, stamp in before.items():
-        if (now := _read_stamp(source, name)) != stamp:
+def check_unchanged(source: Checkpoint, stamps: Stamps) -> None:
+    """Raise CheckpointError if a file of the source has changed since its stamp was read."""
+    for name, stamp in stamps.items():
+        stamp_now = _read_stamp(source, name)
+        if stamp_now != stamp:
+            change = "changed" if stamp_now else "vanished"
             raise CheckpointError(
-                f"{source.folder / name}: it {'changed' if now else 'vanished'} during the run, "
+                f"{source.folder / name}: it {change} during the run, "
                 "and what was written may hold some of both states; delete the output and run "
                 "again"
             )
@@ -132,9 +138,20 @@ def _read_stamp(source: Checkpoint, name: str) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _describe_run(plan: Plan, data: CalibrationData | None, device: torch.device) -> Any:
-    """Everything that the output's bytes depend on, as it is after a way through JSON."""
+def _describe_run(plan: Plan, calibration: CalibrationData | None, device: torch.device) -> Any:
+    """Everything that the output's bytes depend on, in JSON values."""
     source = plan.source
+    calibration_record = None
+    if calibration is not None:
+        calibration_record = {
+            "text": calibration.source,
+            "sequences": len(calibration.input_ids),
+            "tokens of a sequence": calibration.input_ids.shape[1],
+            "seed": calibration.seed,
+            "all experts": calibration.all_experts,
+            "SHA-256 of the tokens": calibration.digest,
+            "transformers": importlib.metadata.version("transformers"),
+        }
     record = {
         "bitpress-core": __version__,
         "scheme": {
@@ -150,22 +167,14 @@ def _describe_run(plan: Plan, data: CalibrationData | None, device: torch.device
             for name, header in source.headers.items()
         },
         CONFIG: dict(source.config),
-        "calibration": data
-        and {
-            "text": data.source,
-            "sequences": len(data.input_ids),
-            "tokens of a sequence": data.input_ids.shape[1],
-            "seed": data.seed,
-            "all experts": data.all_experts,
-            "SHA-256 of the tokens": data.digest,
-            "transformers": importlib.metadata.version("transformers"),
-        },
+        "calibration": calibration_record,
         "device": device.type,
         "torch": torch.__version__,
     }
+    # as an earlier record is read: tuples have become lists
     return json.loads(json.dumps(record))
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = "nothing" if value is None else json.dumps(value)
     return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 3] + "..."

@@ -41,7 +41,7 @@ def run(
     """Write a job's model into the folder `out`, on this rank; all ranks return the same.
 
     Raises:
-        BitpressError: the options or the folder cannot be used, or a file of the source cannot.
+        BitpressError: the options, the folder or a file of the source cannot be used.
         VerificationError: the written files are not what was planned, or predict too badly.
     """
     options = options or RunOptions()
@@ -61,13 +61,13 @@ def run(
                     "need one file system"
                 )
 
-            blocks = _write_shards(job, output, resources, progress)
+            block_results = _write_shards(job, output, resources, progress)
             _copy_side_files(plan, output, process_group)
             # a changed source's faults would otherwise seem to be the output's
             resume.check_unchanged(plan.source, stamps)
             process_group.barrier()
 
-            manifest = build_manifest(job, output, blocks, resources, options.verify)
+            manifest = build_manifest(job, output, block_results, resources, options.verify)
             if options.verify:
                 manifest = _verify(manifest, plan, output, resources, progress)
             if check and process_group.is_rank_zero:
@@ -95,26 +95,28 @@ def _choose_num_threads(
     """As many as there are cores for a rank, or fewer where memory is short and each thread takes
     its own.
     """
-    most = max(count_cores() // process_group.local_world_size, 1)
+    max_threads = max(count_cores() // process_group.local_world_size, 1)
     if job.calibration or max_memory is None:
-        return most
-    fitting = (n for n in range(most, 1, -1) if estimate_memory(job.plan, n) <= max_memory)
-    return next(fitting, 1)
+        return max_threads
+    for num_threads in range(max_threads, 1, -1):
+        if estimate_memory(job.plan, num_threads) <= max_memory:
+            return num_threads
+    return 1
 
 
 def _check_options(job: Job, options: RunOptions, resources: Resources) -> None:
-    """Raise RecipeError where the limits that were given cannot be kept to."""
+    """Raise RecipeError where a limit cannot be kept."""
     max_memory, max_kl = options.max_memory, options.max_kl
     if max_memory is not None:
-        num_tokens = _num_tokens(job, resources.process_group)
-        least = estimate_memory(job.plan, resources.num_threads, num_tokens)
-        if max_memory < least:
+        num_tokens = _count_tokens(job, resources.process_group)
+        min_memory = estimate_memory(job.plan, resources.num_threads, num_tokens)
+        if max_memory < min_memory:
             raise RecipeError(
-                f"the run needs about {least / 1e6:,.0f} MB of memory, more than the "
+                f"the run needs about {min_memory / 1e6:,.0f} MB of memory, more than the "
                 f"{max_memory / 1e6:,.0f} MB allowed"
                 + ("" if job.calibration else "; fewer threads need less")
             )
-    # NaN is no limit
+    # `not >=` and not `<`: NaN is no limit
     if max_kl is not None and (job.check_text is None or not max_kl >= 0):
         raise RecipeError(
             f"--max-kl {max_kl}: it is a number from 0 on, and needs a text to measure it on: "
@@ -122,17 +124,15 @@ def _check_options(job: Job, options: RunOptions, resources: Resources) -> None:
         )
 
 
-def _num_tokens(job: Job, process_group: ProcessGroup) -> int:
+def _count_tokens(job: Job, process_group: ProcessGroup) -> int:
     """Calibration tokens of each rank, at most."""
-    return (
-        math.ceil(job.calibration.input_ids.numel() / process_group.world_size)
-        if job.calibration
-        else 0
-    )
+    if job.calibration is None:
+        return 0
+    return math.ceil(job.calibration.input_ids.numel() / process_group.world_size)
 
 
 def _prepare_output(job: Job, output: OutputFolder, resources: Resources) -> AccuracyCheck | None:
-    """Lock the folder and see that all will find room in it; returns the check of the result."""
+    """Lock the folder and see that there is room for all files; returns the check of the result."""
     plan, process_group = job.plan, resources.process_group
     if output.folder.resolve().is_relative_to(plan.source.folder.resolve()):
         raise OutputError(f"{output.folder} is the source or lies inside it; name another folder")
@@ -143,9 +143,9 @@ def _prepare_output(job: Job, output: OutputFolder, resources: Resources) -> Acc
         )
     if process_group.is_rank_zero:
         num_bytes = estimate_disk(
-            plan, _num_tokens(job, process_group), resources.max_memory, process_group.world_size
+            plan, _count_tokens(job, process_group), resources.max_memory, process_group.world_size
         )
-        output.prepare([*plan.files, *_block_results(plan)], num_bytes)
+        output.prepare([*plan.files, *_block_result_files(plan)], num_bytes)
     return check
 
 
@@ -172,7 +172,7 @@ def _write_shards(
                 resources,
                 progress("compressing", plan.source_bytes),
             )
-    shards = data_free.deal_shards(plan, resources.process_group)
+    shards = data_free.select_shards(plan, resources.process_group)
     # tasks run side by side, each on one core: torch's own threads would only wait for each other
     with torch_threads(1):
         data_free.write_shards(
@@ -251,10 +251,10 @@ def _publish(job: Job, manifest: Manifest, output: OutputFolder) -> Manifest:
     manifest = write_model_card(job, manifest, output)
     output.write_text(filenames.MANIFEST, manifests.serialize(manifest))
     output.write_text(filenames.CONFIG, format_json(job.plan.config))
-    output.remove(_block_results(job.plan))
+    output.remove(_block_result_files(job.plan))
     return manifest
 
 
-def _block_results(plan: Plan) -> list[str]:
-    """Files beside the shards by which a calibrated run is resumed."""
+def _block_result_files(plan: Plan) -> list[str]:
+    """Files beside the shards of blocks, from which a calibrated run resumes."""
     return [shard.name + filenames.BLOCK_RESULT_SUFFIX for shard in plan.shards]

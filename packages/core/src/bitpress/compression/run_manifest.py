@@ -20,7 +20,7 @@ from bitpress.runtime.version import __version__
 def build_manifest(
     job: Job,
     output: OutputFolder,
-    blocks: Sequence[BlockResult],
+    block_results: Sequence[BlockResult],
     resources: Resources,
     with_digests: bool,
 ) -> Manifest:
@@ -45,11 +45,13 @@ def build_manifest(
             resources.process_group,
         ),
         files=_describe_files(job, output, resources, with_digests),
-        layers=_describe_layers(job, blocks),
+        layers=_describe_layers(job, block_results),
         data=_describe_calibration(job),
-        warnings=tuple(text for block in blocks for text in block.warnings),
-        rescaled={name: change for block in blocks for name, change in block.rescaled.items()},
-        blocks={name: error for block in blocks for name, error in block.drift.items()},
+        warnings=tuple(text for result in block_results for text in result.warnings),
+        rescaled={
+            name: change for result in block_results for name, change in result.rescaled.items()
+        },
+        blocks={name: error for result in block_results for name, error in result.drift.items()},
     )
 
 
@@ -59,10 +61,10 @@ def write_model_card(job: Job, manifest: Manifest, output: OutputFolder) -> Mani
     source_card = next(
         (name for name, source in plan.side_files.items() if source == filenames.MODEL_CARD), None
     )
-    made = model_card.RunDetails(
+    details = model_card.RunDetails(
         job.command, plan.source_bytes, plan.output_bytes, plan.source.folder, source_card
     )
-    content = model_card.render_card(manifest, made)
+    content = model_card.render_card(manifest, details)
     output.write_text(filenames.MODEL_CARD, content)
     files = {**manifest.files, filenames.MODEL_CARD: _describe_bytes(content.encode())}
     return attrs.evolve(manifest, files=files)
@@ -87,9 +89,13 @@ def _describe_bytes(content: bytes) -> FileRecord:
     return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
-def _describe_layers(job: Job, blocks: Sequence[BlockResult]) -> Mapping[str, LayerRecord]:
-    output_errors = {name: error for block in blocks for name, error in block.output_errors.items()}
-    num_tokens = {name: count for block in blocks for name, count in block.num_tokens.items()}
+def _describe_layers(job: Job, block_results: Sequence[BlockResult]) -> Mapping[str, LayerRecord]:
+    output_errors = {
+        name: error for result in block_results for name, error in result.output_errors.items()
+    }
+    num_tokens = {
+        name: count for result in block_results for name, count in result.num_tokens.items()
+    }
     return {
         module: LayerRecord(
             tuple(step.scheme.name for step in stack.steps),

@@ -20,7 +20,7 @@ from bitpress.errors import BitpressError, is_out_of_memory
 
 Item = TypeVar("Item")
 
-RESUME_HINT = "the same command goes on from what is finished"
+RESUME_HINT = "the same command resumes from what is finished"
 
 
 class RankError(BitpressError):

@@ -111,16 +111,18 @@ def _compress_group(
     group_warnings += _warn_of_input_and_weights(group, statistics.num_tokens)
 
     solved_here = store(layer, group) if layer is not None else None
+    # beside what is stored, the solution would be several copies of the weights
+    del layer
     stored_layers = broadcast_stored(solved_here, group, process_group, owner)
     for module, stored in zip(group.modules, stored_layers, strict=True):
         for suffix, tensor in stored.tensors.items():
             write_tensor(f"{module}.{suffix}", tensor)
-    errors = install(stored_layers, group, statistics.sample)
+    output_errors = install(stored_layers, group, statistics.sample)
 
     num_tokens = {}
     if group.is_routed and group.stack.calibrated:
         num_tokens = dict.fromkeys(group.modules, statistics.num_tokens)
-    return _GroupResult(errors, group_warnings, num_tokens)
+    return _GroupResult(output_errors, group_warnings, num_tokens)
 
 
 def _warn_of_input_and_weights(group: LayerGroup, num_tokens: int) -> Iterator[str]:

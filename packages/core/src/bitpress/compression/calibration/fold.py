@@ -204,8 +204,9 @@ def _observe_groups(
             # after the last group it is abandoned
             inputs, _ = forward.advance(number, is_resumed=number + 1 < len(groups))
             observed = observe_inputs(group, [] if inputs is None else [GroupInputs(inputs)])
-            for into, found in zip(merged[number].by_step, observed.by_step, strict=True):
-                pipeline.merge(into, found)
+            steps = zip(merged[number].by_step, observed.by_step, strict=True)
+            for step_statistics, batch_statistics in steps:
+                pipeline.merge(step_statistics, batch_statistics)
     breakpoints.remove()
     return merged
 

@@ -146,17 +146,20 @@ def warn_of_few_tokens(num_tokens: Mapping[str, int]) -> Iterator[str]:
         if match := OF_EXPERT.fullmatch(module):
             by_experts.setdefault(match["experts"], {})[match["number"]] = count
     for experts, counts in by_experts.items():
-        few = {number: count for number, count in counts.items() if count < MIN_EXPERT_TOKENS}
-        if few:
+        undersampled = {
+            number: count for number, count in counts.items() if count < MIN_EXPERT_TOKENS
+        }
+        if undersampled:
             names = ", ".join(
                 f"{number} ({count} tokens)"
-                for number, count in list(few.items())[:MAX_NAMED_EXPERTS]
+                for number, count in list(undersampled.items())[:MAX_NAMED_EXPERTS]
             )
+            if len(undersampled) > MAX_NAMED_EXPERTS:
+                names += ", ..."
             yield (
-                f"{experts}: {len(few)} of {len(counts)} experts were sent fewer than "
+                f"{experts}: {len(undersampled)} of {len(counts)} experts were sent fewer than "
                 f"{MIN_EXPERT_TOKENS} tokens and are compressed as without data: "
-                f"{names}{', ...' if len(few) > MAX_NAMED_EXPERTS else ''}; give more text, or "
-                "--all-experts"
+                f"{names}; give more text, or --all-experts"
             )
 
 
@@ -203,10 +206,10 @@ def reduce_statistics(
     if process_group.world_size == 1:
         return by_step
     reduced = []
-    for own, specs in zip(by_step, _gather_specs(process_group, by_step), strict=True):
+    for own_statistics, specs in zip(by_step, _gather_specs(process_group, by_step), strict=True):
         step_statistics: StepStatistics = {}
         for name, spec in specs.items():
-            statistic = own.pop(name, None)
+            statistic = own_statistics.pop(name, None)
             if statistic is None:
                 value = spec.neutral_value(device)
             else:
@@ -223,11 +226,11 @@ def _gather_specs(
     process_group: ProcessGroup, by_step: Sequence[StepStatistics]
 ) -> list[dict[str, _StatisticSpec]]:
     """The statistics that any rank has, step by step, in one order for all."""
-    own = [
+    own_specs = [
         {name: _StatisticSpec.of(statistic) for name, statistic in step.items()} for step in by_step
     ]
     union: list[dict[str, _StatisticSpec]] = [{} for _ in by_step]
-    for of_rank in process_group.all_gather_object(own):
+    for of_rank in process_group.all_gather_object(own_specs):
         for specs, step in zip(union, of_rank, strict=True):
             for name, spec in step.items():
                 if specs.setdefault(name, spec) != spec:
