@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from fixtures.forked import ForkedCommand
-from fixtures.toy_scheme import TOY, install_deadly
+from fixtures.toy_scheme import TOY, install_deadly, install_toy
 
 import bitpress
 from bitpress import VerificationError
@@ -199,13 +199,7 @@ def test_a_shard_of_another_run_is_not_taken_for_one_s_own(
 
 def test_the_digest_of_a_plan_tells_apart_what_would_be_written_otherwise(tmp_path: Path) -> None:
     def digest(folder: str, version: str = "1.0", seed: int = 0, **arguments: object) -> str:
-        install(
-            tmp_path / f"p{version}",
-            "bitpress-scheme-toy",
-            TOY,
-            "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
-            version,
-        )
+        install_toy(tmp_path / f"p{version}", version)
         tensors = llama_tensors(seed) if seed < 2 else llama_tensors() | {"more": torch.zeros(2)}
         if not (tmp_path / folder).exists():
             write_model(tmp_path / folder, tensors)

@@ -200,7 +200,7 @@ def test_what_differs_from_the_run_that_began_the_folder_is_named_and_nothing_is
     assert "model.safetensors" in left
     if change is not None:
         change(model)
-    second = install(tmp_path / "second", "bitpress-scheme-toy", TOY, ENTRY, version)
+    second = install_toy(tmp_path / "second", version)
     line = refusal("compress", model, out, "--scheme", "toy", *arguments, path=second)
     for word in [*words, "was begun by another run", "delete the folder"]:
         assert word in line, line
