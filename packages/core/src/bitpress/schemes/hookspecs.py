@@ -5,8 +5,8 @@ point in the group `bitpress.schemes`. A hook left out means that there is nothi
 hook names the arguments it wants and gets only those. Hooks are pure: they leave their arguments
 untouched, and never see a model, a file, a device, a rank or another layer.
 
-Before a tensor is read, the plan learns every stored shape by running the hooks on one row block of
-zeros: shapes and dtypes must follow from shapes and options, not from numbers.
+The plan reads no tensor: it learns every stored shape by running the hooks on one row block of
+zeros. So shapes and dtypes must follow from shapes and options, not from numbers.
 
 Letters for axes: out and in are the rows and columns of a weight (for a stack, the rows of all
 members one below the other); groups is the number of column groups that have a scale of their own.
@@ -47,30 +47,33 @@ def observe(
     `weight` needs no data and is called once for each row tile.
 
     Args:
-        inputs: (tokens, in) as the already compressed layers before this one make them, floating;
+        inputs: (tokens, in) floating, as the already compressed layers before this one make them;
             None for weights alone.
-        reference: (tokens, in) the same tokens in the uncompressed model, for part of the batches;
-            None for the others.
-        residual: (tokens, out), where `reference` is given and the layer's output is added to the
-            residual stream: what that stream carries in the uncompressed model, less what it
-            carries now, before the layer's output; otherwise None.
-        weight: (out, in) float32, the rows at hand.
+        reference: (tokens, in) floating, the same tokens in the uncompressed model, for part of the
+            batches; None for the others.
+        residual: (tokens, out) floating, where `reference` is given and the layer's output is added
+            to the residual stream: what that stream carries in the uncompressed model, less what
+            it carries now, before the layer's output; otherwise None.
+        weight: (out, in) float32, all rows of the layer or a tile of them.
+        options: of the scheme.
 
     Returns:
-        Statistics by name, float32, their shape independent of the number of tokens, those with a
-            row for each of the weight's rows
-        saying so (`rows=True`); or None where there is nothing to note.
+        Statistics by name, float32, of a shape that does not depend on the number of tokens; one
+        with a row for each of the weight's rows has `rows=True`. None where there is nothing to
+        observe.
     """
 
 
 @hookspec(firstresult=True)
 def rescale(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Tensor | None:
-    """Positive factors (in,) for the columns of the weight, as SmoothQuant and AWQ choose them;
-    None to leave them alone.
+    """Positive factors (in,) for the columns of the weight, as SmoothQuant and AWQ choose them.
 
     The core rounds the factors to powers of two, so that the fold is exact in every float format,
     multiplies the columns, and folds the inverse into whatever produces the input: the function is
     unchanged. Where nothing could take the inverse it is not called.
+
+    Returns:
+        (in,) float32; None to leave the columns alone.
     """
 
 
@@ -86,13 +89,12 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
     have observed.
 
     Without statistics of inputs (`stats` lacks them: the layer never saw a token, or the plan asks
-    for shapes) it rounds to nearest. What the user should know of a layer is said with
-    `warnings.warn`: the core adds the layer's name.
+    for shapes) it rounds to nearest. What the user should know of a layer goes to `warnings.warn`:
+    the core adds the layer's name.
 
     Returns:
         `attrs.evolve(layer, weight=..., codes=..., qparams=...)`. `weight` is float32 and exactly
-            what the stored codes decode
-        to; it may be a function of no arguments.
+        what the stored codes decode to; it may be a function of no arguments.
 
     Raises:
         ShapeError: the width does not fit; the message names one that does.
@@ -118,8 +120,9 @@ def serialize(layer: Layer, options: Options) -> StoredLayer:
 
 @hookspec(firstresult=True)
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
-    """What to expect on a device, best news first; at least one finding for any device, without
-    needing the device.
+    """What to expect on a device, best news first; at least one finding for any device.
+
+    It is asked of devices that are not there: it must need none.
     """
 
 
@@ -127,22 +130,30 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
 def validate_shape(
     shape: tuple[int, int], cut: str | None, hardware: Hardware, options: Options
 ) -> Sequence[Finding] | None:
-    """What engines make of a layer of this shape on a device; nothing where there is nothing to
-    say.
+    """What engines make of a layer of this shape on a device.
 
     Args:
         shape: (out, in) of what one rank of a tensor-parallel engine holds of the layer.
         cut: "rows" or "columns", along which the layer was cut for that; None where a rank holds
             all of it.
+        hardware: the device.
+        options: of the scheme.
+
+    Returns:
+        Findings; none, or None, where there is nothing to say.
     """
 
 
 @hookspec(firstresult=True)
 def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor:
-    """(out, in) float32: the effective weight, from what `serialize` stored. The inverse of `pack`
-    and `serialize`.
+    """The effective weight, from what `serialize` stored: the inverse of `pack` and `serialize`.
 
-    A number that a loader would read as NaN is restored as NaN.
+    Args:
+        tensors: what `serialize` stored of the layer, or some rows of each.
+        config: the layer's config fragment.
+
+    Returns:
+        (out, in) float32; NaN where a loader would read NaN.
     """
 
 
@@ -150,7 +161,7 @@ def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) 
 def quantize_activations(
     inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None
 ) -> Tensor | None:
-    """(tokens, in) float32: the numbers that a loader computes with in place of a layer's inputs.
+    """The numbers that a loader computes with in place of a layer's inputs.
 
     For `eval`, which runs the model as it will be served. A scheme whose config names
     `input_activations` needs it; others leave it out. Where loaders differ, compressed-tensors'
@@ -160,26 +171,38 @@ def quantize_activations(
         inputs: (tokens, in) float32.
         tensors: what `serialize` stored of the layer under names that begin with `input_`.
         config: the layer's config fragment.
+
+    Returns:
+        (tokens, in) float32; None where inputs are not rounded.
     """
 
 
 @hookspec(firstresult=True)
 def validate_weight(weight: Tensor, options: Options) -> str | None:
-    """What of its promise a step's part of the effective weight breaks, in a few words; None where
-    it is kept.
+    """Which promise of the scheme's an effective weight breaks.
 
     `verify` asks every step of a layer, whichever of them wrote the file.
 
     Args:
-        weight: (out, in) float32, restored, some rows of a layer.
+        weight: (out, in) float32, some rows of a layer, dequantized.
+        options: of the scheme.
+
+    Returns:
+        A few words for the user; None where the weight breaks none.
     """
 
 
 @hookspec(firstresult=True)
 def error_bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor | None:
-    """How far rounding may have moved each weight: non-negative float32 that broadcasts to (out,
-    in).
+    """How far rounding may have moved each weight.
 
-    `verify` holds the source's weight against it. None, or no hook, where no such bound exists
-    (error feedback moves weights on purpose).
+    `verify` holds the source's weight against it.
+
+    Args:
+        tensors: what `serialize` stored of the layer, or some rows of each.
+        config: the layer's config fragment.
+
+    Returns:
+        Non-negative float32 that broadcasts to (out, in). None, or no hook, where no such bound
+        exists (error feedback moves weights on purpose).
     """
