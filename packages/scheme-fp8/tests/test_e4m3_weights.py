@@ -31,15 +31,15 @@ NUMBERS = {
 MAGNITUDES = np.array([NUMBERS[code] for code in range(127)])
 
 
-def step(name: str, **options: Any) -> Step:
+def make_step(name: str, **options: Any) -> Step:
     return discover().get(name).step(options)
 
 
-def stored(weight: torch.Tensor, used: Step) -> StoredLayer:
+def store(weight: torch.Tensor, step: Step) -> StoredLayer:
     layer = Layer("layer", weight, torch.bfloat16)
-    stats = pipeline.observe_weights(lambda: iter([layer]), [used])
+    stats = pipeline.observe_weights(lambda: iter([layer]), [step])
     return pipeline.serialize(
-        pipeline.pack(pipeline.quantize(layer, [used], stats), [used]), [used]
+        pipeline.pack(pipeline.quantize(layer, [step], stats), [step]), [step]
     )
 
 
@@ -72,7 +72,7 @@ def test_a_channel_has_the_scale_amax_over_448_and_the_nearest_codes(
     rows: int, columns: int, seed: int, spread: float
 ) -> None:
     weight = numbers(rows, columns, seed, spread)
-    tensors = stored(weight, step("fp8")).tensors
+    tensors = store(weight, make_step("fp8")).tensors
     scale = np.abs(weight.numpy()).max(1, keepdims=True) / np.float32(448)
     np.testing.assert_array_equal(tensors["weight_scale"].numpy(), scale)
     np.testing.assert_array_equal(
@@ -86,7 +86,7 @@ def test_a_tile_of_a_block_has_the_scale_of_its_own_numbers(
     rows: int, wide: int, seed: int
 ) -> None:
     weight = numbers(rows, 128 * wide, seed, spread=1.0)
-    tensors = stored(weight, step("fp8-block")).tensors
+    tensors = store(weight, make_step("fp8-block")).tensors
     scale, codes = np.empty((-(-rows // 128), wide), np.float32), np.empty(weight.shape, np.uint8)
     for i, j in itertools.product(*map(range, scale.shape)):
         tile = np.s_[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
@@ -100,7 +100,7 @@ def test_ties_go_to_the_even_code_and_the_largest_number_is_kept() -> None:
     # scale 1: 448 in each row; 1.0625 lies between 1 and 1.125, 1.1875 between 1.125 and 1.25,
     # 2^-10 between 0 and 2^-9
     weight = torch.tensor([[448.0, 1.0625, 1.1875, 2.0**-10, 3 * 2.0**-10, -1.0625]])
-    codes = stored(weight, step("fp8")).tensors["weight"].view(torch.uint8)
+    codes = store(weight, make_step("fp8")).tensors["weight"].view(torch.uint8)
     assert [NUMBERS[code] for code in codes[0].tolist()] == [448, 1.0, 1.25, 0.0, 2.0**-8, -1.0]
 
 
@@ -136,7 +136,7 @@ COMMON = {"num_bits": 8, "type": "float", "symmetric": True}
 
 
 @pytest.mark.parametrize(
-    ("used", "weights", "activations", "scale"),
+    ("scheme", "weights", "activations", "scale_shape"),
     [
         (("fp8", {}), {"strategy": "channel"}, {"strategy": "token", "dynamic": True}, (256, 1)),
         (
@@ -154,15 +154,16 @@ COMMON = {"num_bits": 8, "type": "float", "symmetric": True}
     ],
     ids=["channel", "tensor", "block"],
 )
-def test_the_record_is_what_compressed_tensors_calls_it(
-    used: Any, weights: Any, activations: Any, scale: tuple[int, ...]
+def test_the_stored_layer_is_what_compressed_tensors_expects(
+    scheme: Any, weights: Any, activations: Any, scale_shape: tuple[int, ...]
 ) -> None:
-    record = stored(numbers(256, 384, 0), step(used[0], **used[1]))
-    assert {n: (t.dtype, tuple(t.shape)) for n, t in record.tensors.items()} == {
+    name, options = scheme
+    stored = store(numbers(256, 384, 0), make_step(name, **options))
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in stored.tensors.items()} == {
         "weight": (torch.float8_e4m3fn, (256, 384)),
-        "weight_scale": (torch.float32, scale),
+        "weight_scale": (torch.float32, scale_shape),
     }
-    assert record.config == {
+    assert stored.config == {
         "format": "float-quantized",
         "weights": COMMON | {"dynamic": False} | weights,
         "input_activations": COMMON | activations,

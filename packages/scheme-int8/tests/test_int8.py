@@ -14,7 +14,7 @@ from bitpress.schemes.values import Layer, StoredLayer
 from bitpress_int8 import smoothing
 
 
-def step(**options: Any) -> Step:
+def make_step(**options: Any) -> Step:
     return discover().get("int8").step(options)
 
 
@@ -24,22 +24,22 @@ def inputs(outlier: float = 1.0) -> torch.Tensor:
     return x
 
 
-def stored(used: Step, x: torch.Tensor) -> tuple[Layer, StoredLayer]:
+def store(step: Step, x: torch.Tensor) -> tuple[Layer, StoredLayer]:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
-    stats = dict(used.call("observe", inputs=x, reference=x, residual=None, weight=weight) or {})
-    layer = pipeline.quantize_whole(Layer("layer", weight, torch.bfloat16), [used], [stats])
-    return layer, pipeline.serialize(pipeline.pack(layer, [used]), [used])
+    stats = dict(step.call("observe", inputs=x, reference=x, residual=None, weight=weight) or {})
+    layer = pipeline.quantize_whole(Layer("layer", weight, torch.bfloat16), [step], [stats])
+    return layer, pipeline.serialize(pipeline.pack(layer, [step]), [step])
 
 
 @pytest.mark.parametrize("outliers", ["max", "percentile", "mse"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_static_scales_cover_what_was_seen(symmetric: bool, outliers: str) -> None:
+def test_static_scales_cover_the_observed_range(symmetric: bool, outliers: str) -> None:
     x = inputs().abs() if not symmetric else inputs()
-    _, record = stored(
-        step(activations="static", symmetric_activations=symmetric, outliers=outliers), x
+    _, stored = store(
+        make_step(activations="static", symmetric_activations=symmetric, outliers=outliers), x
     )
-    scale = record.tensors["input_scale"].item()
-    zero = record.tensors["input_zero_point"].item() if not symmetric else 0
+    scale = stored.tensors["input_scale"].item()
+    zero = stored.tensors["input_zero_point"].item() if not symmetric else 0
     low, high = (-128 - zero) * scale, (127 - zero) * scale
     share = ((x >= low - scale) & (x <= high + scale)).float().mean()
     assert share == 1 if outliers == "max" else share > 0.998
@@ -60,18 +60,18 @@ def test_static_scales_cover_what_was_seen(symmetric: bool, outliers: str) -> No
     ],
 )
 def test_only_what_a_loader_reads_is_stored(options: dict[str, Any], names: set[str]) -> None:
-    _, record = stored(step(**options), inputs())
-    assert set(record.tensors) == names
-    assert record.config is not None
-    assert record.config["format"] == "int-quantized"
-    assert record.config["input_activations"]["dynamic"] is (options.get("activations") != "static")
+    _, stored = store(make_step(**options), inputs())
+    assert set(stored.tensors) == names
+    assert stored.config is not None
+    assert stored.config["format"] == "int-quantized"
+    assert stored.config["input_activations"]["dynamic"] is (options.get("activations") != "static")
 
 
 def test_feedback_costs_the_output_less_than_rounding() -> None:
     x = inputs() @ torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
     errors = {}
     for algorithm in ("gptq", "rtn"):
-        layer, _ = stored(step(algorithm=algorithm), x)
+        layer, _ = store(make_step(algorithm=algorithm), x)
         weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
         errors[algorithm] = float((x @ (layer.weight - weight).T).norm())
     assert errors["gptq"] < 0.8 * errors["rtn"]
@@ -94,17 +94,19 @@ def test_feedback_costs_the_output_less_than_rounding() -> None:
     ],
 )
 def test_hardware_is_judged_by_what_its_engine_runs(device: str, level: str) -> None:
-    assert step().call("validate_hardware", hardware=find_device(device))[0].level == level
+    assert make_step().call("validate_hardware", hardware=find_device(device))[0].level == level
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_an_outlier_channel_is_smoothed_and_an_even_input_is_left_alone(static: bool) -> None:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
     assert smoothing.factors(weight, smoothing.observe_channels(inputs()), None, static) is None
-    result = smoothing.factors(weight, smoothing.observe_channels(inputs(outlier=60)), None, static)
-    assert result is not None
-    assert result.argmax() == 5
-    assert torch.equal(result, result.log2().round().exp2())
+    factors = smoothing.factors(
+        weight, smoothing.observe_channels(inputs(outlier=60)), None, static
+    )
+    assert factors is not None
+    assert factors.argmax() == 5
+    assert torch.equal(factors, factors.log2().round().exp2())
 
 
 def test_smoothing_lowers_the_true_error_of_integer_arithmetic() -> None:
@@ -115,18 +117,18 @@ def test_smoothing_lowers_the_true_error_of_integer_arithmetic() -> None:
     s = smoothing.factors(weight, smoothing.observe_channels(x), None, static=False)
     assert s is not None
 
-    def rounded(values: torch.Tensor) -> torch.Tensor:
+    def quantize_int8(values: torch.Tensor) -> torch.Tensor:
         scale = values.abs().amax(1, keepdim=True) / 127.5
         return (values / scale).round().clamp(-128, 127) * scale
 
     def error(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float((rounded(a) @ rounded(b).T - x @ weight.T).norm())
+        return float((quantize_int8(a) @ quantize_int8(b).T - x @ weight.T).norm())
 
     assert error(x / s, weight * s) < 0.5 * error(x, weight)
 
 
 @pytest.mark.parametrize(
-    ("options", "needed"),
+    ("options", "is_calibrated"),
     [
         ({}, True),
         ({"algorithm": "rtn"}, False),
@@ -136,6 +138,6 @@ def test_smoothing_lowers_the_true_error_of_integer_arithmetic() -> None:
     ],
 )
 def test_data_is_needed_exactly_where_something_looks_at_it(
-    options: dict[str, Any], needed: bool
+    options: dict[str, Any], is_calibrated: bool
 ) -> None:
-    assert step(**options).calibrated is needed
+    assert make_step(**options).calibrated is is_calibrated

@@ -37,7 +37,7 @@ FP4 = {
 }
 
 
-def step(**options: Any) -> Step:
+def make_step(**options: Any) -> Step:
     return discover().get("nvfp4").step(options)
 
 
@@ -52,35 +52,35 @@ def numbers(rows: int, columns: int, seed: int = 0, spread: float = 0.0) -> torc
     return grouped.view(rows, -1)[:, :columns].bfloat16().float()
 
 
-def quantized(weight: torch.Tensor, used: Step, stats: dict[str, Statistic] | None = None) -> Layer:
+def quantize(weight: torch.Tensor, step: Step, stats: dict[str, Statistic] | None = None) -> Layer:
     layer = Layer("layer", weight, torch.bfloat16)
-    return pipeline.quantize_whole(layer, [used], [stats or {}])
+    return pipeline.quantize_whole(layer, [step], [stats or {}])
 
 
-def stored(layer: Layer, used: Step) -> StoredLayer:
-    return pipeline.serialize(pipeline.pack(layer, [used]), [used])
+def store(layer: Layer, step: Step) -> StoredLayer:
+    return pipeline.serialize(pipeline.pack(layer, [step]), [step])
 
 
-def loaded(record: StoredLayer) -> torch.Tensor:
+def decode_with_compressed_tensors(stored: StoredLayer) -> torch.Tensor:
     """The weight as compressed-tensors decodes it, which is in bfloat16."""
     group = {
         "targets": ["Linear"],
-        **{name: value for name, value in record.config.items() if name != "format"},
+        **{name: value for name, value in stored.config.items() if name != "format"},
     }
     config = {
         "quant_method": "compressed-tensors",
-        "format": record.config["format"],
+        "format": stored.config["format"],
         "config_groups": {"group_0": group},
     }
     parsed = QuantizationConfig.model_validate(
         config | {"quantization_status": "compressed"}
     ).config_groups["group_0"]
     return BaseCompressor.get_value_from_registry("nvfp4-pack-quantized").decompress(
-        dict(record.tensors), parsed
+        dict(stored.tensors), parsed
     )["weight"]
 
 
-def all_at_once(layer: Layer) -> torch.Tensor:
+def combined_scale(layer: Layer) -> torch.Tensor:
     """(out, groups, 1) the multiplier of each group."""
     return (layer.qparams["scale"].float() / layer.qparams["global_scale"]).unsqueeze(2)
 
@@ -107,75 +107,77 @@ AWKWARD = {
 def test_what_is_stored_is_decoded_exactly(
     kind: str, rows: int, groups: int, seed: int, spread: float
 ) -> None:
-    layer = quantized(
-        AWKWARD[kind](numbers(rows, 16 * groups, seed, spread)), this := step(**PLAIN)
+    layer = quantize(
+        AWKWARD[kind](numbers(rows, 16 * groups, seed, spread)), step := make_step(**PLAIN)
     )
-    record = stored(layer, this)
-    assert torch.equal(pipeline.dequantize(record.tensors, record.config, [this]), layer.weight)
-    assert torch.equal(loaded(record), layer.weight.bfloat16())
+    stored = store(layer, step)
+    assert torch.equal(pipeline.dequantize(stored.tensors, stored.config, [step]), layer.weight)
+    assert torch.equal(decode_with_compressed_tensors(stored), layer.weight.bfloat16())
     assert layer.weight.isfinite().all()
-    assert (record.tensors["weight_scale"].float() > 0).all()
-    assert not (record.tensors["weight_scale"].view(torch.uint8) == 0x7F).any()
+    assert (stored.tensors["weight_scale"].float() > 0).all()
+    assert not (stored.tensors["weight_scale"].view(torch.uint8) == 0x7F).any()
 
 
 @pytest.mark.parametrize("kind", ["normal", "tiny", "denormal", "huge"])
 def test_numbers_of_any_size_lose_alike(kind: str) -> None:
     weight = AWKWARD[kind](numbers(8, 64))
-    result = quantized(weight, step(**PLAIN)).weight
+    result = quantize(weight, make_step(**PLAIN)).weight
     assert (result - weight).double().norm() < 0.12 * weight.double().norm()
 
 
 def test_two_codes_lie_in_a_byte_the_even_column_in_its_low_half() -> None:
     row = torch.cat([MAGNITUDES, -MAGNITUDES]).unsqueeze(0)
-    layer = quantized(row, this := step(**PLAIN))
-    scale = all_at_once(layer).flatten()
+    layer = quantize(row, step := make_step(**PLAIN))
+    scale = combined_scale(layer).flatten()
     # all of them are representable
     assert torch.equal(layer.weight / scale, row / scale)
     units = (row / scale).flatten().tolist()
     table = [*MAGNITUDES.tolist(), *(-MAGNITUDES).tolist()]
     codes = [table.index(unit) for unit in units]
-    packed = stored(layer, this).tensors["weight_packed"].flatten().tolist()
+    packed = store(layer, step).tensors["weight_packed"].flatten().tolist()
     assert packed == [low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True)]
 
 
-@pytest.mark.parametrize(("activations", "given_inputs"), [("quantized", True), ("float", False)])
-def test_the_record_is_what_compressed_tensors_calls_it(
-    activations: str, given_inputs: bool
+@pytest.mark.parametrize(
+    ("activations", "has_input_scale"), [("quantized", True), ("float", False)]
+)
+def test_the_stored_layer_is_what_compressed_tensors_expects(
+    activations: str, has_input_scale: bool
 ) -> None:
-    this = step(activations=activations, algorithm="rtn")
-    record = stored(quantized(numbers(24, 64), this), this)
-    inputs = {"input_global_scale": (torch.float32, (1,))} if given_inputs else {}
-    assert {n: (t.dtype, tuple(t.shape)) for n, t in record.tensors.items()} == {
+    step = make_step(activations=activations, algorithm="rtn")
+    stored = store(quantize(numbers(24, 64), step), step)
+    inputs = {"input_global_scale": (torch.float32, (1,))} if has_input_scale else {}
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in stored.tensors.items()} == {
         "weight_packed": (torch.uint8, (24, 32)),
         "weight_scale": (torch.float8_e4m3fn, (24, 4)),
         "weight_global_scale": (torch.float32, (1,)),
         **inputs,
     }
-    assert record.config == {
+    assert stored.config == {
         "format": "nvfp4-pack-quantized",
         "weights": FP4 | {"dynamic": False},
-        "input_activations": FP4 | {"dynamic": "local"} if given_inputs else None,
+        "input_activations": FP4 | {"dynamic": "local"} if has_input_scale else None,
     }
 
 
 def test_a_group_s_scale_is_the_best_e4m3_number_of_an_octave() -> None:
     weight = numbers(16, 64, spread=1)
-    layer = quantized(weight, step(**PLAIN))
-    divisor, groups = layer.qparams["global_scale"], weight.view(16, 4, 16)
+    layer = quantize(weight, make_step(**PLAIN))
+    global_scale, groups = layer.qparams["global_scale"], weight.view(16, 4, 16)
     costs = []
     for local in LOCALS:
-        units = groups / (local / divisor)
+        units = groups / (local / global_scale)
         # brute force
         distance = (units.abs().clamp(max=6).unsqueeze(3) - MAGNITUDES).abs()
         nearest = MAGNITUDES[distance.argmin(3)] * units.sign()
-        costs.append((nearest * (local / divisor) - groups).double().square().sum(2))
+        costs.append((nearest * (local / global_scale) - groups).double().square().sum(2))
     result = (layer.weight.view(16, 4, 16) - groups).double().square().sum(2)
     best = torch.stack(costs).amin(0)
     # the best of all 126 hardly ever lies outside the octave
     assert (result <= best * (1 + 1e-5)).double().mean() > 0.95
     # the largest weight at 6 is the usual rule, at 4 the other half of "four over six"
     for reach in (6, 4):
-        usual = (groups.abs().amax(2) * divisor / reach).to(torch.float8_e4m3fn).view(
+        usual = (groups.abs().amax(2) * global_scale / reach).to(torch.float8_e4m3fn).view(
             torch.uint8
         ).long() - 1
         assert (result <= torch.stack(costs).gather(0, usual.unsqueeze(0))[0] * (1 + 1e-5)).all()
@@ -183,7 +185,7 @@ def test_a_group_s_scale_is_the_best_e4m3_number_of_an_octave() -> None:
 
 def test_rounding_loses_what_was_worked_out_for_normal_numbers() -> None:
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(3))
-    result = quantized(weight, step(**PLAIN)).weight
+    result = quantize(weight, make_step(**PLAIN)).weight
     # amax / 6 gives 0.0090
     assert float((result - weight).square().mean()) == pytest.approx(0.0065, abs=0.0002)
 
@@ -204,7 +206,7 @@ def test_the_global_scale_is_float32_and_one_for_the_whole_stack(tmp_path: Path)
 
 
 def inputs(tokens: int = 2000, width: int = 256) -> torch.Tensor:
-    """(tokens, in): alike in parts, one channel in sixteen larger than the others."""
+    """(tokens, in): correlated channels, one channel in sixteen larger than the others."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, width, generator=generator)
     x = x + 0.5 * torch.randn(tokens, 8, generator=generator) @ torch.randn(
@@ -214,8 +216,8 @@ def inputs(tokens: int = 2000, width: int = 256) -> torch.Tensor:
     return x
 
 
-def observed(this: Step, x: torch.Tensor, weight: torch.Tensor) -> dict[str, Statistic]:
-    return dict(this.call("observe", inputs=x, reference=x, residual=None, weight=weight) or {})
+def observe(step: Step, x: torch.Tensor, weight: torch.Tensor) -> dict[str, Statistic]:
+    return dict(step.call("observe", inputs=x, reference=x, residual=None, weight=weight) or {})
 
 
 @pytest.mark.parametrize("activations", ["quantized", "float"])
@@ -223,49 +225,51 @@ def test_error_feedback_beats_rounding(activations: str) -> None:
     weight, x = numbers(96, 256) * 0.02, inputs()
 
     def error(algorithm: str) -> float:
-        this = step(activations=activations, algorithm=algorithm)
-        result = quantized(weight, this, observed(this, x, weight)).weight
+        step = make_step(activations=activations, algorithm=algorithm)
+        result = quantize(weight, step, observe(step, x, weight)).weight
         return float(((result - weight) @ x.T).norm() / (weight @ x.T).norm())
 
     assert error("gptq") < 0.75 * error("rtn")
 
 
 def test_the_inputs_global_scale_reaches_the_largest_that_was_seen() -> None:
-    this, weight = step(algorithm="rtn"), numbers(8, 32)
-    stats = observed(this, torch.linspace(-5, 3, 64).view(2, 32), weight)
-    assert stored(quantized(weight, this, stats), this).tensors[
+    step, weight = make_step(algorithm="rtn"), numbers(8, 32)
+    stats = observe(step, torch.linspace(-5, 3, 64).view(2, 32), weight)
+    assert store(quantize(weight, step, stats), step).tensors[
         "input_global_scale"
     ].item() == pytest.approx(2688 / 5)
 
 
 def test_a_layer_without_data_takes_inputs_up_to_2688() -> None:
-    this = step()
-    assert stored(quantized(numbers(8, 32), this), this).tensors["input_global_scale"].item() == 1.0
+    step = make_step()
+    assert store(quantize(numbers(8, 32), step), step).tensors["input_global_scale"].item() == 1.0
 
 
-def as_compressed_tensors_serves(x: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+def round_with_compressed_tensors(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
     arguments = QuantizationArgs(**FP4, dynamic="local")
     groups = x.view(len(x), -1, 16)
-    scale, zero = calculate_qparams(groups.amin(2), groups.amax(2), arguments, global_scale=divisor)
-    return fake_quantize(x, scale, zero, arguments, global_scale=divisor)
+    scale, zero = calculate_qparams(
+        groups.amin(2), groups.amax(2), arguments, global_scale=global_scale
+    )
+    return fake_quantize(x, scale, zero, arguments, global_scale=global_scale)
 
 
-@pytest.mark.parametrize("divisor", [1.0, 100.0, 0.37])
-def test_inputs_are_rounded_as_compressed_tensors_rounds_them(divisor: float) -> None:
+@pytest.mark.parametrize("global_scale", [1.0, 100.0, 0.37])
+def test_inputs_are_rounded_as_compressed_tensors_rounds_them(global_scale: float) -> None:
     x = numbers(64, 64, spread=2)
     # a token of zeros, and groups below the least scale
     x[3], x[:, 16:32] = 0, x[:, 16:32] / 1e6
-    record = stored(quantized(numbers(8, 64), this := step(algorithm="rtn")), this)
-    tensors = {**record.tensors, "input_global_scale": torch.tensor([divisor])}
-    rounded = find_activation_quantizer(tensors, record.config, [this])(x)
-    assert torch.equal(rounded, as_compressed_tensors_serves(x, torch.tensor([divisor])))
+    stored = store(quantize(numbers(8, 64), step := make_step(algorithm="rtn")), step)
+    tensors = {**stored.tensors, "input_global_scale": torch.tensor([global_scale])}
+    rounded = find_activation_quantizer(tensors, stored.config, [step])(x)
+    assert torch.equal(rounded, round_with_compressed_tensors(x, torch.tensor([global_scale])))
 
 
 def test_statistics_are_taken_of_inputs_as_they_will_be_rounded() -> None:
     x = numbers(64, 32) * 7
-    rounded = as_compressed_tensors_serves(x, torch.ones(1))
-    this = step()
-    hessian = this.call("observe", inputs=x, reference=None, residual=None, weight=None)[
+    rounded = round_with_compressed_tensors(x, torch.ones(1))
+    step = make_step()
+    hessian = step.call("observe", inputs=x, reference=None, residual=None, weight=None)[
         "hessian"
     ].value
     torch.testing.assert_close(hessian, rounded.T @ rounded)
@@ -278,7 +282,7 @@ def test_statistics_are_taken_of_inputs_as_they_will_be_rounded() -> None:
 def test_only_plain_rounding_of_weights_alone_needs_no_data(
     options: dict[str, str], calibrated: bool
 ) -> None:
-    assert step(**options).calibrated == calibrated
+    assert make_step(**options).calibrated == calibrated
 
 
 def test_another_group_size_is_refused_saying_why(tmp_path: Path) -> None:
@@ -317,6 +321,6 @@ def test_a_width_that_does_not_divide_is_refused_naming_the_way_out(tmp_path: Pa
 def test_hardware_is_judged_by_what_its_engine_runs(
     options: dict[str, str], device: str, level: str, words: str
 ) -> None:
-    finding = step(**options).call("validate_hardware", hardware=find_device(device))[0]
+    finding = make_step(**options).call("validate_hardware", hardware=find_device(device))[0]
     assert finding.level == level
     assert words in finding.text

@@ -23,15 +23,15 @@ SCHEMES = ("sparse-2of4", "sparse")
 LAYER = "model.layers.1.mlp.up_proj"
 
 
-def step(name: str, **options: Any) -> Step:
+def make_step(name: str, **options: Any) -> Step:
     return discover().get(name).step({"algorithm": "magnitude"} | options)
 
 
-def stored(
-    this: Step, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+def store(
+    step: Step, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Layer, StoredLayer]:
-    layer = pipeline.quantize(Layer("layer", weight, dtype), [this], [{}])
-    return layer, pipeline.serialize(pipeline.pack(layer, [this]), [this])
+    layer = pipeline.quantize(Layer("layer", weight, dtype), [step], [{}])
+    return layer, pipeline.serialize(pipeline.pack(layer, [step]), [step])
 
 
 def weights(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -64,39 +64,39 @@ def test_restoring_is_exact_in_either_layout(
     # some are zero already
     weight = weights(rows, width, seed) * (weights(rows, width, seed + 1) > -0.5)
     for layout in ("dense", "bitmask"):
-        this = step(name, layout=layout)
-        layer, record = stored(this, weight)
-        assert torch.equal(pipeline.dequantize(record.tensors, record.config, [this]), layer.weight)
+        step = make_step(name, layout=layout)
+        layer, stored = store(step, weight)
+        assert torch.equal(pipeline.dequantize(stored.tensors, stored.config, [step]), layer.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_bitmask_stores_each_row_s_weights_and_a_bit_for_each_place(dtype: torch.dtype) -> None:
-    _, record = stored(step("sparse-2of4", layout="bitmask"), weights(6, 20), dtype)
-    result = {name: (t.dtype, tuple(t.shape)) for name, t in record.tensors.items()}
+    _, stored = store(make_step("sparse-2of4", layout="bitmask"), weights(6, 20), dtype)
+    result = {name: (t.dtype, tuple(t.shape)) for name, t in stored.tensors.items()}
     assert result == {
         "compressed": (dtype, (6, 10)),
         "bitmask": (torch.uint8, (6, 3)),
         "shape": (torch.int64, (2, 1)),
     }
-    assert record.config == {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}
-    _, record = stored(step("sparse", layout="bitmask", sparsity=0.7), weights(6, 20), dtype)
-    result = {name: (t.dtype, tuple(t.shape)) for name, t in record.tensors.items()}
+    assert stored.config == {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}
+    _, stored = store(make_step("sparse", layout="bitmask", sparsity=0.7), weights(6, 20), dtype)
+    result = {name: (t.dtype, tuple(t.shape)) for name, t in stored.tensors.items()}
     assert result == {
         "compressed": (dtype, (36,)),
         "bitmask": (torch.uint8, (6, 3)),
         "shape": (torch.int64, (2,)),
         "row_offsets": (torch.int64, (6,)),
     }
-    assert record.tensors["row_offsets"].tolist() == [0, 6, 12, 18, 24, 30]
-    assert record.config == {"format": "sparse-bitmask", "sparsity_structure": "unstructured"}
+    assert stored.tensors["row_offsets"].tolist() == [0, 6, 12, 18, 24, 30]
+    assert stored.config == {"format": "sparse-bitmask", "sparsity_structure": "unstructured"}
 
 
 def test_a_plain_weight_needs_no_config() -> None:
     for name in SCHEMES:
-        layer, record = stored(step(name), weights(6, 20))
-        assert record.config is None
-        assert {n: t.dtype for n, t in record.tensors.items()} == {"weight": torch.bfloat16}
-        assert torch.equal(record.tensors["weight"].float(), layer.weight)
+        layer, stored = store(make_step(name), weights(6, 20))
+        assert stored.config is None
+        assert {n: t.dtype for n, t in stored.tensors.items()} == {"weight": torch.bfloat16}
+        assert torch.equal(stored.tensors["weight"].float(), layer.weight)
 
 
 # --- the commands
@@ -105,7 +105,7 @@ def test_a_plain_weight_needs_no_config() -> None:
 MAGNITUDE = ["--set", "algorithm=magnitude"]
 
 
-def compressed(source: Path, out: Path, scheme: str, *arguments: object) -> Path:
+def compress(source: Path, out: Path, scheme: str, *arguments: object) -> Path:
     done = command("compress", source, out, "--scheme", scheme, *MAGNITUDE, *arguments)
     assert done.returncode == 0, done.stderr
     assert "vLLM has no sparse layout" in done.stderr or "layout=bitmask" in arguments
@@ -118,7 +118,7 @@ def test_the_default_is_the_same_model_with_zeros_in_it(
     tmp_path: Path, scheme: str, shards: int
 ) -> None:
     source = write_model(tmp_path / "m", shards=shards)
-    out = compressed(source, tmp_path / "o", scheme)
+    out = compress(source, tmp_path / "o", scheme)
     before, after = tensors_of(source), tensors_of(out)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -135,8 +135,8 @@ def test_the_default_is_the_same_model_with_zeros_in_it(
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_bitmask_is_read_back(tmp_path: Path, scheme: str, shards: int) -> None:
     source = write_model(tmp_path / "m", shards=shards)
-    plain = compressed(source, tmp_path / "plain", scheme)
-    out = compressed(source, tmp_path / "o", scheme, "--set", "layout=bitmask")
+    plain = compress(source, tmp_path / "plain", scheme)
+    out = compress(source, tmp_path / "o", scheme, "--set", "layout=bitmask")
     assert command("verify", out, "--against", source).returncode == 0
     # bits per weight: eight, and one for its place
     assert "9." in command("inspect", out).stdout
@@ -147,7 +147,7 @@ def test_a_bitmask_is_read_back(tmp_path: Path, scheme: str, shards: int) -> Non
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config == {
         "quant_method": "compressed-tensors",
-        "sparsity_config": dict(step(scheme).options.sparsity_config)
+        "sparsity_config": dict(make_step(scheme).options.sparsity_config)
         | {"targets": ["Linear"], "ignore": ["lm_head"]},
     }
 
@@ -158,14 +158,14 @@ def test_rows_read_in_pieces_are_put_together(tmp_path: Path) -> None:
         tmp_path / "m", config=LLAMA | {"intermediate_size": 4096, "num_hidden_layers": 1}
     )
     for scheme in SCHEMES:
-        out = compressed(source, tmp_path / scheme, scheme, "--set", "layout=bitmask")
+        out = compress(source, tmp_path / scheme, scheme, "--set", "layout=bitmask")
         assert command("verify", out, "--against", source).returncode == 0
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_verify_counts_the_zeros(tmp_path: Path, scheme: str) -> None:
     source = write_model(tmp_path / "m")
-    out = compressed(source, tmp_path / "o", scheme, "--no-verify")
+    out = compress(source, tmp_path / "o", scheme, "--no-verify")
     tensors = load_file(out / "model.safetensors")
     weight = tensors[f"{LAYER}.weight"]
     weight[100, (weight[100] == 0).nonzero()[0]] = 0.5
@@ -177,7 +177,7 @@ def test_verify_counts_the_zeros(tmp_path: Path, scheme: str) -> None:
 
 
 def test_a_mask_that_does_not_fit_its_weights_is_a_fault(tmp_path: Path) -> None:
-    out = compressed(
+    out = compress(
         write_model(tmp_path / "m"),
         tmp_path / "o",
         "sparse",
@@ -196,10 +196,8 @@ def test_a_mask_that_does_not_fit_its_weights_is_a_fault(tmp_path: Path) -> None
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_number_of_threads_writes_the_same_bytes(tmp_path: Path, threads: int) -> None:
     source = write_model(tmp_path / "m", shards=2)
-    out = compressed(source, tmp_path / "o", "sparse", "--threads", threads)
-    assert files_of(out) == files_of(
-        compressed(source, tmp_path / "again", "sparse", "--threads", 2)
-    )
+    out = compress(source, tmp_path / "o", "sparse", "--threads", threads)
+    assert files_of(out) == files_of(compress(source, tmp_path / "again", "sparse", "--threads", 2))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -221,12 +219,13 @@ def test_the_plan_and_the_summary_say_what_zeros_are_good_for(tmp_path: Path, sc
 # ----------------------------------------------------------------------
 
 
-def recipe(folder: Path, **steps_of: str) -> Path:
+def recipe(folder: Path, **steps_by_pattern: str) -> Path:
     """A recipe of rules: steps by pattern."""
     file = folder / "recipe.toml"
     file.write_text(
         "".join(
-            f'[[layers]]\nmatch = "{match}"\nsteps = {steps}\n' for match, steps in steps_of.items()
+            f'[[layers]]\nmatch = "{match}"\nsteps = {steps}\n'
+            for match, steps in steps_by_pattern.items()
         )
     )
     return file
@@ -248,7 +247,7 @@ def test_two_bitmask_layouts_in_one_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_shares_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
-    steps_of = recipe(
+    steps_by_pattern = recipe(
         tmp_path,
         **{
             "*.layers.0.*": '[{ use = "sparse", sparsity = 0.25, layout = "bitmask" }]',
@@ -256,7 +255,7 @@ def test_shares_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
         },
     )
     source = write_model(tmp_path / "m")
-    assert command("compress", source, tmp_path / "o", "--recipe", steps_of).returncode == 0
+    assert command("compress", source, tmp_path / "o", "--recipe", steps_by_pattern).returncode == 0
     assert command("verify", tmp_path / "o", "--against", source).returncode == 0
     assert tensors_of(tmp_path / "o")["model.layers.0.self_attn.q_proj.compressed"].shape == (
         128 * 96,
@@ -332,10 +331,10 @@ def test_layers_that_engines_fuse_must_get_the_same_steps(tmp_path: Path, leaf: 
         )
         assert f".{leaf}" in line
         assert "must get the same steps" in line
-    spelt_twice = recipe(
+    same_steps = recipe(
         tmp_path, **{f"*.{leaf}": '["sparse"]', "*": '[{ use = "sparse", sparsity = 0.5 }]'}
     )
-    assert command("plan", source, "--recipe", spelt_twice).returncode == 0
+    assert command("plan", source, "--recipe", same_steps).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -352,5 +351,5 @@ def test_layers_that_engines_fuse_must_get_the_same_steps(tmp_path: Path, leaf: 
 def test_hardware_is_judged_by_what_its_engine_makes_of_zeros(
     name: str, layout: str, device: str, levels: list[str]
 ) -> None:
-    result = step(name, layout=layout).call("validate_hardware", hardware=find_device(device))
+    result = make_step(name, layout=layout).call("validate_hardware", hardware=find_device(device))
     assert [finding.level for finding in result] == levels

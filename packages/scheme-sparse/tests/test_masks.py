@@ -22,7 +22,7 @@ ALGORITHMS = ("sparsegpt", "wanda", "magnitude")
 Statistics = dict[str, Statistic]
 
 
-def step(name: str = "sparse-2of4", **options: Any) -> Step:
+def make_step(name: str = "sparse-2of4", **options: Any) -> Step:
     return discover().get(name).step(options)
 
 
@@ -35,26 +35,26 @@ def weights(rows: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def inputs(width: int, tokens: int = 800, seed: int = 1) -> torch.Tensor:
-    """(tokens, in): alike in parts, unlike in size."""
+    """(tokens, in): correlated channels of unlike size."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(tokens, width, generator=generator)
     mixed = mixed + mixed @ torch.randn(width, width, generator=generator) / width**0.5
     return mixed * (torch.randn(width, generator=generator) * 0.7).exp()
 
 
-def observed(
-    this: Step, weight: torch.Tensor, x: torch.Tensor, reference: torch.Tensor | None = None
+def observe(
+    step: Step, weight: torch.Tensor, x: torch.Tensor, reference: torch.Tensor | None = None
 ) -> Statistics:
-    return this.call("observe", inputs=x, reference=reference, residual=None, weight=weight) or {}
+    return step.call("observe", inputs=x, reference=reference, residual=None, weight=weight) or {}
 
 
-def pruned(
-    this: Step,
+def prune(
+    step: Step,
     weight: torch.Tensor,
     stats: Statistics | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Layer:
-    return pipeline.quantize(Layer("layer", weight, dtype), [this], [stats or {}])
+    return pipeline.quantize(Layer("layer", weight, dtype), [step], [stats or {}])
 
 
 def loss(weight: torch.Tensor, pruned_weight: torch.Tensor, x: torch.Tensor) -> float:
@@ -70,37 +70,37 @@ shapes = st.tuples(
 @given(shapes, st.sampled_from(["normal", "all equal", "half zeros", "all zeros"]))
 def test_of_every_four_two_are_kept_whatever_the_numbers(case: Any, kind: str) -> None:
     rows, quads, algorithm, seed = case
-    this, weight = step(algorithm=algorithm), weights(rows, 4 * quads, seed)
+    step, weight = make_step(algorithm=algorithm), weights(rows, 4 * quads, seed)
     weight = {
         "all equal": torch.ones_like(weight),
         "half zeros": weight.clamp(min=0),
         "all zeros": 0 * weight,
     }.get(kind, weight)
-    result = pruned(this, weight, observed(this, weight, inputs(4 * quads, 200)))
+    result = prune(step, weight, observe(step, weight, inputs(4 * quads, 200)))
     num_kept = result.mask.view(rows, quads, 4).sum(2)
     assert torch.equal(num_kept, (weight != 0).view(rows, quads, 4).sum(2).clamp(max=2))
     assert not result.weight[~result.mask].any()
-    assert this.call("validate_weight", weight=result.weight) is None
+    assert step.call("validate_weight", weight=result.weight) is None
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(shapes, st.sampled_from([0.1, 0.5, 0.75, 0.99]))
 def test_of_every_row_the_share_is_met_to_the_weight(case: Any, sparsity: float) -> None:
     rows, width, algorithm, seed = case
-    this, weight = (
-        step("sparse", algorithm=algorithm, sparsity=sparsity),
+    step, weight = (
+        make_step("sparse", algorithm=algorithm, sparsity=sparsity),
         weights(rows, width, seed) + 1,
     )
-    result = pruned(this, weight, observed(this, weight, inputs(width, 200)))
+    result = prune(step, weight, observe(step, weight, inputs(width, 200)))
     assert (result.mask.sum(1) == max(width - round(sparsity * width), 1)).all()
     assert not result.weight[~result.mask].any()
-    assert this.call("validate_weight", weight=result.weight) is None
+    assert step.call("validate_weight", weight=result.weight) is None
 
 
 @pytest.mark.parametrize("name", ["sparse-2of4", "sparse"])
 def test_by_magnitude_the_largest_stay_as_they_are(name: str) -> None:
     weight = weights(12, 64)
-    result = pruned(step(name, algorithm="magnitude"), weight)
+    result = prune(make_step(name, algorithm="magnitude"), weight)
     assert torch.equal(result.weight, weight * result.mask)
     groups, num_kept = (
         (weight.abs().view(-1, 4), 2) if name == "sparse-2of4" else (weight.abs(), 32)
@@ -110,7 +110,7 @@ def test_by_magnitude_the_largest_stay_as_they_are(name: str) -> None:
     assert (result.mask.view_as(groups).sum(1) == num_kept).all()
 
 
-def published(
+def published_sparsegpt(
     weight: torch.Tensor, hessian: NDArray[np.float64], order: NDArray[np.int64]
 ) -> tuple[Any, Any]:
     """Frantar & Alistarh, arXiv 2301.00774, algorithm 1 with 2:4 blocks: weights and mask, columns
@@ -133,17 +133,16 @@ def published(
 @pytest.mark.parametrize("width", [16, 96, 200])
 def test_the_sweep_is_sparsegpt_as_first_published(width: int) -> None:
     weight, x = weights(24, width), inputs(width)
-    factored = numerics.factorize_hessian(x.T @ x, len(x), 4)
-    assert factored is not None
-    hessian = factored.multiply(torch.eye(width)).double().numpy()
-    keep, result = masks.sparsegpt(
-        weight, factored, torch.ones_like(weight, dtype=torch.bool), 2, 4
-    )
-    expected, mask = published(weight, hessian, factored.order.numpy())
-    same = (keep.numpy() == mask).all(1)
+    factor = numerics.factorize_hessian(x.T @ x, len(x), 4)
+    assert factor is not None
+    hessian = factor.multiply(torch.eye(width)).double().numpy()
+    mask, swept = masks.sparsegpt(weight, factor, torch.ones_like(weight, dtype=torch.bool), 2, 4)
+    expected, expected_mask = published_sparsegpt(weight, hessian, factor.order.numpy())
+    same_mask = (mask.numpy() == expected_mask).all(1)
     # a near tie decided the other way changes what follows it in the row
-    assert same.mean() > 0.9
-    np.testing.assert_allclose(result.numpy()[same], expected[same], atol=1e-4 * weight.abs().max())
+    assert same_mask.mean() > 0.9
+    tolerance = 1e-4 * weight.abs().max()
+    np.testing.assert_allclose(swept.numpy()[same_mask], expected[same_mask], atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["sparse-2of4", "sparse"])
@@ -151,8 +150,8 @@ def test_each_algorithm_loses_less_than_the_simpler_one(name: str) -> None:
     weight, x = weights(64, 128), inputs(128, 3000)
     losses = []
     for algorithm in ALGORITHMS:
-        this = step(name, algorithm=algorithm)
-        losses.append(loss(weight, pruned(this, weight, observed(this, weight, x)).weight, x))
+        step = make_step(name, algorithm=algorithm)
+        losses.append(loss(weight, prune(step, weight, observe(step, weight, x)).weight, x))
     assert losses[0] < 0.97 * losses[1]
     assert losses[1] < 0.5 * losses[2]
 
@@ -163,29 +162,29 @@ def test_fitting_the_kept_ones_gains_over_the_sweep_and_over_leaving_them(
     name: str, algorithm: str
 ) -> None:
     weight, x = weights(64, 128), inputs(128, 3000)
-    this = step(name, algorithm=algorithm)
-    result = pruned(this, weight, observed(this, weight, x))
+    step = make_step(name, algorithm=algorithm)
+    result = prune(step, weight, observe(step, weight, x))
     assert loss(weight, result.weight, x) < 0.8 * loss(weight, weight * result.mask, x)
     if algorithm == "sparsegpt":
         group, num_kept = (4, 2) if name == "sparse-2of4" else (128, 64)
-        factored = numerics.factorize_hessian(x.T @ x, len(x), group)
+        factor = numerics.factorize_hessian(x.T @ x, len(x), group)
         _, swept = masks.sparsegpt(
-            weight, factored, torch.ones_like(weight, dtype=torch.bool), num_kept, group
+            weight, factor, torch.ones_like(weight, dtype=torch.bool), num_kept, group
         )
         assert loss(weight, result.weight, x) < 0.9 * loss(weight, swept, x)
 
 
 @pytest.mark.parametrize("algorithm", ["sparsegpt", "wanda"])
-def test_it_makes_up_for_what_the_layers_before_it_have_moved(algorithm: str) -> None:
-    weight, before = weights(64, 128), inputs(128, 4000)
-    shifted, this = before + 0.3 * before.roll(1, 1), step(algorithm=algorithm)
-    plain = pruned(this, weight, observed(this, weight, shifted)).weight
-    result = pruned(this, weight, observed(this, weight, shifted, before)).weight
+def test_it_makes_up_for_the_drift_of_its_inputs(algorithm: str) -> None:
+    weight, reference = weights(64, 128), inputs(128, 4000)
+    x, step = reference + 0.3 * reference.roll(1, 1), make_step(algorithm=algorithm)
+    plain = prune(step, weight, observe(step, weight, x)).weight
+    result = prune(step, weight, observe(step, weight, x, reference)).weight
 
-    def missing(q: torch.Tensor) -> float:
-        return float((before @ weight.T - shifted @ q.T).square().sum())
+    def output_error(q: torch.Tensor) -> float:
+        return float((reference @ weight.T - x @ q.T).square().sum())
 
-    assert missing(result) < 0.9 * missing(plain)
+    assert output_error(result) < 0.9 * output_error(plain)
 
 
 def test_zeros_have_no_sign() -> None:
@@ -194,36 +193,36 @@ def test_zeros_have_no_sign() -> None:
     # rounds to zero in bfloat16
     weight[1] = -(2.0**-149)
     for algorithm in ALGORITHMS:
-        this = step(algorithm=algorithm)
-        result = pruned(this, weight, observed(this, weight, inputs(64))).weight
+        step = make_step(algorithm=algorithm)
+        result = prune(step, weight, observe(step, weight, inputs(64))).weight
         assert not torch.signbit(result[result == 0]).any()
         assert not result[:2].any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_statistics_that_are_not_finite_are_warned_of_and_magnitudes_decide(bad: float) -> None:
-    weight, this = weights(8, 64), step()
-    stats = observed(this, weight, inputs(64))
+    weight, step = weights(8, 64), make_step()
+    stats = observe(step, weight, inputs(64))
     stats["hessian"].value[3, 2] = bad
     with pytest.warns(UserWarning, match="pruned by magnitude"):
-        result = pruned(this, weight, stats).weight
-    assert torch.equal(result, pruned(step(algorithm="magnitude"), weight).weight)
+        result = prune(step, weight, stats).weight
+    assert torch.equal(result, prune(make_step(algorithm="magnitude"), weight).weight)
 
 
 def test_a_channel_that_was_never_active_keeps_half_of_its_weights() -> None:
     weight, x = weights(200, 64), inputs(64)
     # it may speak in service
     x[:, 8:16] = 0
-    this = step()
-    result = pruned(this, weight, observed(this, weight, x)).weight
+    step = make_step()
+    result = prune(step, weight, observe(step, weight, x)).weight
     assert (result[:, 8:16] != 0).float().mean() == 0.5
     assert torch.equal(result[:, 8:16][result[:, 8:16] != 0], weight[:, 8:16][result[:, 8:16] != 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_are_numbers_of_the_model_s_own_dtype(dtype: torch.dtype) -> None:
-    weight, this = weights(8, 64), step()
-    result = pruned(this, weight, observed(this, weight, inputs(64)), dtype).weight
+    weight, step = weights(8, 64), make_step()
+    result = prune(step, weight, observe(step, weight, inputs(64)), dtype).weight
     assert torch.equal(result, result.to(dtype).float())
 
 
@@ -238,4 +237,4 @@ def test_weights_are_numbers_of_the_model_s_own_dtype(dtype: torch.dtype) -> Non
     ],
 )
 def test_only_magnitudes_need_no_data(name: str, options: dict[str, str], calibrated: bool) -> None:
-    assert step(name, **options).calibrated == calibrated
+    assert make_step(name, **options).calibrated == calibrated

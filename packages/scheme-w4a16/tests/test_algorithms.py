@@ -19,7 +19,7 @@ from bitpress.schemes.values import Layer, Statistic
 WIDTH = 256
 
 
-def step(name: str = "w4a16", **options: Any) -> Step:
+def make_step(name: str = "w4a16", **options: Any) -> Step:
     return discover().get(name).step(options)
 
 
@@ -28,7 +28,7 @@ def weights(rows: int = 96) -> torch.Tensor:
 
 
 def inputs(salient: float = 1.0) -> torch.Tensor:
-    """(tokens, in): alike in parts; one channel in sixteen is larger than the others by
+    """(tokens, in): correlated channels, one channel in sixteen is larger than the others by
     `salient`.
     """
     generator = torch.Generator().manual_seed(1)
@@ -41,14 +41,14 @@ def inputs(salient: float = 1.0) -> torch.Tensor:
 
 
 def error(
-    this: Step, weight: torch.Tensor, x: torch.Tensor, factors: torch.Tensor | None = None
+    step: Step, weight: torch.Tensor, x: torch.Tensor, factors: torch.Tensor | None = None
 ) -> float:
     """||x (W - Q)ᵀ|| / ||x Wᵀ||, inputs divided by the factors and columns multiplied."""
     s = torch.ones(WIDTH) if factors is None else factors
     stats = (
-        this.call("observe", inputs=x / s, reference=None, residual=None, weight=weight * s) or {}
+        step.call("observe", inputs=x / s, reference=None, residual=None, weight=weight * s) or {}
     )
-    result = pipeline.quantize(Layer("layer", weight * s, torch.bfloat16), [this], [stats]).weight
+    result = pipeline.quantize(Layer("layer", weight * s, torch.bfloat16), [step], [stats]).weight
     return float(((x / s) @ result.T - x @ weight.T).norm() / (x @ weight.T).norm())
 
 
@@ -59,7 +59,7 @@ def test_error_feedback_beats_rounding_and_a_weighted_grid_lies_between(
 ) -> None:
     weight, x = weights(), inputs(salient=6)
     gptq, awq, rtn = (
-        error(step(name, algorithm=a, symmetric=symmetric), weight, x)
+        error(make_step(name, algorithm=a, symmetric=symmetric), weight, x)
         for a in ("gptq", "awq", "rtn")
     )
     assert gptq < awq <= rtn
@@ -67,49 +67,53 @@ def test_error_feedback_beats_rounding_and_a_weighted_grid_lies_between(
 
 def test_zero_points_and_smaller_groups_lose_less() -> None:
     weight, x = weights(), inputs()
-    plain = error(step(), weight, x)
-    assert error(step(symmetric=False), weight, x) < plain
-    assert error(step(group_size=32), weight, x) < error(step(group_size=64), weight, x) < plain
-    assert error(step(group_size="channel"), weight, x) > plain
+    plain = error(make_step(), weight, x)
+    assert error(make_step(symmetric=False), weight, x) < plain
+    assert (
+        error(make_step(group_size=32), weight, x)
+        < error(make_step(group_size=64), weight, x)
+        < plain
+    )
+    assert error(make_step(group_size="channel"), weight, x) > plain
 
 
 def test_awq_s_factors_are_powers_of_two_that_make_salient_channels_finer() -> None:
     weight, x = weights(), inputs(salient=20)
-    this = step(algorithm="awq")
-    stats = this.call("observe", inputs=x, reference=None, residual=None, weight=weight)
-    factors = this.call("rescale", layer=Layer("layer", weight, torch.bfloat16), stats=stats)
+    step = make_step(algorithm="awq")
+    stats = step.call("observe", inputs=x, reference=None, residual=None, weight=weight)
+    factors = step.call("rescale", layer=Layer("layer", weight, torch.bfloat16), stats=stats)
     assert torch.equal(factors.log2(), factors.log2().round())
     assert factors[::16].min() > factors[1::16].max()
     scaled, unscaled, plain = (
-        error(this, weight, x, factors),
-        error(this, weight, x),
-        error(step(algorithm="rtn"), weight, x),
+        error(step, weight, x, factors),
+        error(step, weight, x),
+        error(make_step(algorithm="rtn"), weight, x),
     )
     assert scaled < unscaled < 0.8 * plain
 
 
 def test_awq_leaves_channels_alone_that_are_alike() -> None:
-    this, x = (
-        step(algorithm="awq"),
+    step, x = (
+        make_step(algorithm="awq"),
         torch.randn(3000, WIDTH, generator=torch.Generator().manual_seed(2)),
     )
-    stats = this.call("observe", inputs=x, reference=None, residual=None, weight=weights())
+    stats = step.call("observe", inputs=x, reference=None, residual=None, weight=weights())
     assert (
-        this.call("rescale", layer=Layer("layer", weights(), torch.bfloat16), stats=stats) is None
+        step.call("rescale", layer=Layer("layer", weights(), torch.bfloat16), stats=stats) is None
     )
 
 
 @pytest.mark.parametrize("bad", [torch.nan, 0.0])
 def test_awq_without_usable_statistics_says_so_and_rounds(bad: float) -> None:
-    this = step(algorithm="awq")
+    step = make_step(algorithm="awq")
     stats = {
         "hessian": Statistic(torch.full((WIDTH, WIDTH), bad), "sum"),
         "tokens": Statistic(torch.tensor(9.0), "sum"),
     }
     layer = Layer("layer", weights(), torch.bfloat16)
     with pytest.warns(UserWarning, match="rounded without them"):
-        result = pipeline.quantize(layer, [this], [stats]).weight
-    assert torch.equal(result, pipeline.quantize(layer, [step(algorithm="rtn")], [{}]).weight)
+        result = pipeline.quantize(layer, [step], [stats]).weight
+    assert torch.equal(result, pipeline.quantize(layer, [make_step(algorithm="rtn")], [{}]).weight)
 
 
 @pytest.mark.parametrize(
@@ -126,29 +130,29 @@ def test_awq_without_usable_statistics_says_so_and_rounds(bad: float) -> None:
 def test_only_rounding_of_weights_needs_no_data(
     name: str, options: dict[str, str], calibrated: bool, rescales: bool
 ) -> None:
-    this = step(name, **options)
-    assert (this.calibrated, this.rescales) == (calibrated, rescales)
+    step = make_step(name, **options)
+    assert (step.calibrated, step.rescales) == (calibrated, rescales)
 
 
 @pytest.mark.parametrize(("width", "group"), [(256, 128), (192, 64), (96, 32), (80, "channel")])
 def test_auto_takes_the_largest_group_that_fits_and_says_so_where_it_is_not_128(
     width: int, group: int | str
 ) -> None:
-    this, layer = (
-        step(group_size="auto", algorithm="rtn"),
+    step, layer = (
+        make_step(group_size="auto", algorithm="rtn"),
         Layer("layer", torch.ones(8, width), torch.bfloat16),
     )
     with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
-        record = pipeline.serialize(
-            pipeline.pack(pipeline.quantize(layer, [this], [{}]), [this]), [this]
+        stored = pipeline.serialize(
+            pipeline.pack(pipeline.quantize(layer, [step], [{}]), [step]), [step]
         )
     expected = (
         {"strategy": "channel"}
         if group == "channel"
         else {"strategy": "group", "group_size": group}
     )
-    assert expected.items() <= record.config["weights"].items()
+    assert expected.items() <= stored.config["weights"].items()
     assert [str(t.message) for t in messages] == (
         [] if group == 128 else [f"group_size=auto: {group}, as {width} columns need it"]
     )
@@ -204,6 +208,6 @@ def test_hardware_is_judged_by_what_its_engine_runs(
     name: str, options: dict, device: str, level: str
 ) -> None:
     assert (
-        step(name, **options).call("validate_hardware", hardware=find_device(device))[0].level
+        make_step(name, **options).call("validate_hardware", hardware=find_device(device))[0].level
         == level
     )

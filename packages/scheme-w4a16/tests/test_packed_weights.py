@@ -19,7 +19,7 @@ SCHEMES = ("w4a16", "w8a16")
 BITS = {"w4a16": 4, "w8a16": 8}
 
 
-def step(name: str, **options: Any) -> Step:
+def make_step(name: str, **options: Any) -> Step:
     return discover().get(name).step({"algorithm": "rtn"} | options)
 
 
@@ -28,24 +28,24 @@ def numbers(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return (weight + 0.01).bfloat16().float()
 
 
-def quantized(
+def quantize(
     weight: torch.Tensor,
-    used: Step,
+    step: Step,
     stats: dict[str, Statistic] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Layer:
-    return pipeline.quantize(Layer("layer", weight, dtype), [used], [stats or {}])
+    return pipeline.quantize(Layer("layer", weight, dtype), [step], [stats or {}])
 
 
-def stored(layer: Layer, used: Step) -> StoredLayer:
-    return pipeline.serialize(pipeline.pack(layer, [used]), [used])
+def store(layer: Layer, step: Step) -> StoredLayer:
+    return pipeline.serialize(pipeline.pack(layer, [step]), [step])
 
 
-def loaded(record: StoredLayer) -> torch.Tensor:
+def decode_with_compressed_tensors(stored: StoredLayer) -> torch.Tensor:
     """The weight as compressed-tensors decodes it, in float32."""
     group = {
         "targets": ["Linear"],
-        **{name: value for name, value in record.config.items() if name != "format"},
+        **{name: value for name, value in stored.config.items() if name != "format"},
     }
     config = {
         "quant_method": "compressed-tensors",
@@ -56,7 +56,7 @@ def loaded(record: StoredLayer) -> torch.Tensor:
         config | {"quantization_status": "compressed"}
     ).config_groups["group_0"]
     tensors = {
-        name: t.float() if name == "weight_scale" else t for name, t in record.tensors.items()
+        name: t.float() if name == "weight_scale" else t for name, t in stored.tensors.items()
     }
     return BaseCompressor.get_value_from_registry("pack-quantized").decompress(tensors, parsed)[
         "weight"
@@ -71,23 +71,23 @@ shapes = st.tuples(
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(shapes, st.integers(1, 40), st.integers(1, 4), st.integers(1, 70), st.integers(0, 1000))
 def test_restoring_what_is_packed_is_exact(
-    used: Any, rows: int, groups: int, odd: int, seed: int
+    case: Any, rows: int, groups: int, odd: int, seed: int
 ) -> None:
-    name, group, symmetric = used
+    name, group, symmetric = case
     width = odd if group == "channel" else group * groups
-    this = step(name, group_size=group, symmetric=symmetric)
-    layer = quantized(numbers(rows, width, seed), this)
-    record = stored(layer, this)
-    assert torch.equal(pipeline.dequantize(record.tensors, record.config, [this]), layer.weight)
-    assert torch.equal(loaded(record), layer.weight)
+    step = make_step(name, group_size=group, symmetric=symmetric)
+    layer = quantize(numbers(rows, width, seed), step)
+    stored = store(layer, step)
+    assert torch.equal(pipeline.dequantize(stored.tensors, stored.config, [step]), layer.weight)
+    assert torch.equal(decode_with_compressed_tensors(stored), layer.weight)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_words_are_those_of_compressed_tensors_to_the_bit(name: str, symmetric: bool) -> None:
-    this, bits = step(name, symmetric=symmetric), BITS[name]
-    layer = quantized(numbers(24, 384), this)
-    tensors = stored(layer, this).tensors
+    step, bits = make_step(name, symmetric=symmetric), BITS[name]
+    layer = quantize(numbers(24, 384), step)
+    tensors = store(layer, step).tensors
     assert torch.equal(tensors["weight_packed"], pack_to_int32(layer.codes, bits))
     assert torch.equal(
         unpack_from_int32(tensors["weight_packed"], bits, torch.Size((24, 384))), layer.codes
@@ -163,14 +163,14 @@ CASES: dict[
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_record_is_what_compressed_tensors_calls_it(case: str) -> None:
+def test_the_stored_layer_is_what_compressed_tensors_expects(case: str) -> None:
     name, options, weights, tensors = CASES[case]
-    this = step(name, **options)
-    record = stored(quantized(numbers(16, 384), this), this)
-    result = {suffix: (t.dtype, tuple(t.shape)) for suffix, t in record.tensors.items()}
+    step = make_step(name, **options)
+    stored = store(quantize(numbers(16, 384), step), step)
+    result = {suffix: (t.dtype, tuple(t.shape)) for suffix, t in stored.tensors.items()}
     assert result == tensors | {"weight_shape": (torch.int64, (2,))}
-    assert record.tensors["weight_shape"].tolist() == [16, 384]
-    assert record.config == {
+    assert stored.tensors["weight_shape"].tolist() == [16, 384]
+    assert stored.config == {
         "format": "pack-quantized",
         "weights": INT | weights,
         "input_activations": None,
@@ -181,11 +181,11 @@ def test_the_record_is_what_compressed_tensors_calls_it(case: str) -> None:
 def test_scales_are_stored_in_the_model_s_own_dtype_and_codes_made_for_them(
     dtype: torch.dtype,
 ) -> None:
-    this = step("w4a16")
-    layer = quantized(numbers(8, 128), this, dtype=dtype)
-    record = stored(layer, this)
-    assert record.tensors["weight_scale"].dtype == dtype
-    scale = record.tensors["weight_scale"].float()
+    step = make_step("w4a16")
+    layer = quantize(numbers(8, 128), step, dtype=dtype)
+    stored = store(layer, step)
+    assert stored.tensors["weight_scale"].dtype == dtype
+    scale = stored.tensors["weight_scale"].float()
     nearest = (numbers(8, 128) / scale).round().clamp(-8, 7)
     assert torch.equal(layer.weight, nearest * scale)
 
@@ -201,25 +201,25 @@ def test_the_searched_grid_costs_less_than_the_whole_range(symmetric: bool) -> N
         scale = (high - low) / 15
         zero = (-8 - low / scale).round()
     plain = ((grouped / scale).round().add(zero).clamp(-8, 7) - zero) * scale
-    result = quantized(weight, step("w4a16", symmetric=symmetric)).weight
+    result = quantize(weight, make_step("w4a16", symmetric=symmetric)).weight
     assert (result - weight).square().sum() < (plain.view(64, 256) - weight).square().sum()
 
 
 def test_16_bit_activations_store_a_scale_from_the_largest_input() -> None:
-    this = step("w8a16", activations="int16")
-    assert this.calibrated
+    step = make_step("w8a16", activations="int16")
+    assert step.calibrated
     x = torch.linspace(-3, 2, 256).view(2, 128)
-    stats = this.call("observe", inputs=x, reference=None, residual=None, weight=None)
-    record = stored(quantized(numbers(8, 128), this, stats), this)
-    assert record.tensors["input_scale"].tolist() == pytest.approx([3 / 32767.5])
-    assert record.config["input_activations"] == INT | {
+    stats = step.call("observe", inputs=x, reference=None, residual=None, weight=None)
+    stored = store(quantize(numbers(8, 128), step, stats), step)
+    assert stored.tensors["input_scale"].tolist() == pytest.approx([3 / 32767.5])
+    assert stored.config["input_activations"] == INT | {
         "num_bits": 16,
         "symmetric": True,
         "strategy": "tensor",
     }
-    assert loaded(record).shape == (8, 128)
+    assert decode_with_compressed_tensors(stored).shape == (8, 128)
 
 
 def test_16_bit_activations_of_a_layer_without_data_have_scale_one() -> None:
-    this = step("w8a16", activations="int16")
-    assert stored(quantized(numbers(8, 128), this), this).tensors["input_scale"].tolist() == [1.0]
+    step = make_step("w8a16", activations="int16")
+    assert store(quantize(numbers(8, 128), step), step).tensors["input_scale"].tolist() == [1.0]
