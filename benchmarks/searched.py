@@ -95,14 +95,14 @@ def figures(case: Case, folder: Path) -> Iterator[Row]:
     name, recipe = f"{', '.join(case.schemes)} at {case.budget:g}", folder / "recipe.toml"
     recipe.unlink(missing_ok=True)
     result = bitpress.search(MODEL, recipe, schemes=case.schemes, budget=case.budget, **DATA)
-    yield measured(name, "searched", folder, result.damage(), recipe_file=recipe)
+    yield measure(name, "searched", folder, result.divergence(), recipe_file=recipe)
     for scheme, settings in case.uniform:
         expected = (
-            result.damage(result.everywhere(scheme))
+            result.divergence(result.everywhere(scheme))
             if scheme in case.schemes and not settings
             else None
         )
-        yield measured(
+        yield measure(
             name,
             " ".join([scheme, *settings, "everywhere"]),
             folder,
@@ -110,9 +110,9 @@ def figures(case: Case, folder: Path) -> Iterator[Row]:
             scheme=scheme,
             settings=settings,
         )
-    for mix, chosen in mixes(result) if case.mixes else ():
-        recipe.write_text(text(result, chosen))
-        yield measured(name, mix, folder, result.damage(chosen), recipe_file=recipe)
+    for mix, choice in mixes(result) if case.mixes else ():
+        recipe.write_text(render_recipe(result, choice))
+        yield measure(name, mix, folder, result.divergence(choice), recipe_file=recipe)
 
 
 def mixes(result: Any) -> Iterator[tuple[str, dict[str, str]]]:
@@ -133,27 +133,27 @@ def mixes(result: Any) -> Iterator[tuple[str, dict[str, str]]]:
         },
     }
     for name, order in orders.items():
-        chosen = dict(result.everywhere(small))
+        choice = dict(result.everywhere(small))
         for unit in order:
-            if result.bits({**chosen, unit.name: large}) <= result.search.budget + 0.005:
-                chosen[unit.name] = large
-        yield name, chosen
+            if result.bits({**choice, unit.name: large}) <= result.search.budget + 0.005:
+                choice[unit.name] = large
+        yield name, choice
 
 
-def text(result: Any, chosen: dict[str, str]) -> str:
+def render_recipe(result: Any, choice: dict[str, str]) -> str:
     """A choice as a recipe."""
     rule = "[[layers]]\nmatch = {}\nsteps = {}\n"
     return "\n".join(
-        rule.format(json.dumps(u.patterns), json.dumps([chosen[u.name]]))
+        rule.format(json.dumps(u.patterns), json.dumps([choice[u.name]]))
         for u in result.search.units
     )
 
 
-def measured(case: str, choice: str, folder: Path, expected: float | None, **what: Any) -> Row:
+def measure(case: str, choice: str, folder: Path, expected: float | None, **options: Any) -> Row:
     """Compress, and compare with the source."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
-    manifest = bitpress.compress(MODEL, out, **what, **DATA, verify=False)
+    manifest = bitpress.compress(MODEL, out, **options, **DATA, verify=False)
     check = bitpress.eval(out, HELDOUT, MODEL, max_tokens=16384, threads=1)
     assert check.kl is not None
     assert check.top1 is not None

@@ -15,8 +15,8 @@ from attrs import frozen
 
 from bitpress.cli.text import parse_size, store_wants_json
 
-# A decorator that gives a command an argument, or several.
-Declared = Callable[[Any], Any]
+# Gives a command an argument, or several.
+Decorator = Callable[[Any], Any]
 
 
 class Argument(click.Argument):
@@ -37,29 +37,29 @@ class Commands(click.Group):
         return list(self.commands)
 
 
-def argument(name: str, metavar: str, help: str, **kwargs: Any) -> Declared:
+def argument(name: str, metavar: str, help: str, **kwargs: Any) -> Decorator:
     """A decorator that adds an argument to a command."""
     return click.argument(name, cls=Argument, metavar=metavar, help=help, **kwargs)
 
 
-def number(name: str, help: str, default: int) -> Declared:
+def number(name: str, help: str, default: int) -> Decorator:
     """A decorator that adds an option whose value is a whole number."""
     return click.option(name, metavar="N", type=int, default=default, help=help)
 
 
-def together(*declared: Declared) -> Declared:
-    """Several, in the order in which they are shown."""
+def combine(*decorators: Decorator) -> Decorator:
+    """Several decorators as one, in the order in which `--help` shows their options."""
 
     def decorate(command: Any) -> Any:
         # click lists first what is applied last
-        for declare in reversed(declared):
-            command = declare(command)
+        for decorator in reversed(decorators):
+            command = decorator(command)
         return command
 
     return decorate
 
 
-def collect(**values: type) -> Declared:
+def collect(**values: type) -> Decorator:
     """A decorator that builds attrs values out of a command's options, by the names of their
     fields: `collect(recipe=RecipeSource)` hands one `recipe` on in place of `scheme`, `file`,
     `settings` and `ignore`. It stands next to the command, under what declares the options.
@@ -88,9 +88,9 @@ def _negate(context: click.Context, parameter: click.Parameter, is_set: bool) ->
     return not is_set
 
 
-def calibration(samples: int) -> Declared:
+def calibration(samples: int) -> Decorator:
     """The options of a CalibrationConfig, `samples` sequences if the user asks for no number."""
-    return together(
+    return combine(
         click.option(
             "--calibration",
             "source",
@@ -122,7 +122,7 @@ as_json = click.option(
     help="Print one JSON document and nothing else.",
 )
 
-settings = together(
+settings = combine(
     click.option(
         "--set",
         "settings",
@@ -139,7 +139,7 @@ settings = together(
 )
 
 # The options of a RecipeSource.
-recipe = together(
+recipe = combine(
     click.option("--scheme", metavar="NAME[+NAME]", help="A scheme, or several joined by +."),
     click.option(
         "--recipe",
@@ -162,7 +162,7 @@ threads = click.option(
 )
 
 # Those of RunOptions that say what computes.
-machine = together(
+machine = combine(
     click.option(
         "--trust-remote-code", is_flag=True, help="Allow code in the model's folder to run."
     ),
@@ -182,7 +182,7 @@ machine = together(
 )
 
 # Those of RunOptions that say what the result must pass.
-proof = together(
+proof = combine(
     click.option(
         "--check",
         metavar="TEXT",
@@ -222,7 +222,7 @@ class Deployment:
 
 
 # The options of a Deployment.
-deployment = together(
+deployment = combine(
     click.option(
         "--tensor-parallel",
         metavar="N",

@@ -21,7 +21,7 @@ class SearchSummary:
     out: Path
 
     def as_json(self) -> dict[str, Any]:
-        """The choice with its sizes and damages, and those of every other."""
+        """The choice with its size and divergence, and those of every other."""
         result, search = self.result, self.result.search
         everywhere = {
             name: {
