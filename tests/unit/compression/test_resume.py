@@ -103,17 +103,16 @@ DEATHS = [
 
 
 @pytest.mark.parametrize(
-    ("moment", "kind", "threads"), DEATHS, ids=lambda value: getattr(value, "name", str(value))
+    "death", DEATHS, ids=[f"{moment}-{kind.name}-{threads}" for moment, kind, threads in DEATHS]
 )
 def test_a_run_that_was_killed_goes_on_from_the_finished_shards_to_the_same_bytes(
     tmp_path: Path,
     model: Path,
     deadly: Path,
     expected: dict[str, bytes],
-    moment: str,
-    kind: signal.Signals,
-    threads: int,
+    death: tuple[str, signal.Signals, int],
 ) -> None:
+    moment, kind, threads = death
     out, (where, finished) = tmp_path / "out", PLACES[moment]
     (deadly / "die").write_text(f"{where}|{int(kind)}")
     arguments = ("compress", model, out, "--scheme", "toy", "--threads", threads)

@@ -75,8 +75,9 @@ def words(sequences: torch.Tensor) -> str:
     ids=["without data", "calibrated, inputs rounded", "rescaled"],
 )
 @pytest.mark.parametrize("layer", ["self_attn.o_proj", "mlp.down_proj"])
+@pytest.mark.usefixtures("installed")
 def test_a_cost_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
-    installed: Path, model: Path, tmp_path: Path, scheme: str, settings: list[str], layer: str
+    model: Path, tmp_path: Path, scheme: str, settings: list[str], layer: str
 ) -> None:
     text = model.parent / "text.txt"
     options = {
@@ -312,15 +313,14 @@ def test_experts_of_a_block_share_one_scheme(installed: Path, tmp_path: Path, fa
 def test_what_cannot_be_searched_is_refused_in_one_line(
     installed: Path,
     model: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     words: tuple[str, ...],
     parts: list[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(model.parent)
     line = refusal("search", model, *words, path=installed)
     assert not [part for part in parts if part not in line], line
-    assert not (tmp_path / "recipe.toml").exists()
+    assert not Path("recipe.toml").exists()
 
 
 def test_a_budget_is_refused_from_headers_alone(installed: Path, tmp_path: Path) -> None:

@@ -153,14 +153,9 @@ def test_a_file_that_is_not_there_is_said_with_the_nearest_name(
     [("pyarrow", "a.parquet", "parquet"), ("datasets", "a/name", "datasets")],
 )
 def test_a_missing_library_is_said_with_the_extra_that_brings_it(
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    module: str,
-    source: str,
-    extra: str,
+    model: Path, monkeypatch: pytest.MonkeyPatch, module: str, source: str, extra: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(model.parent)
     Path("a.parquet").touch()
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=rf"bitpress-core\[{extra}\]"):
