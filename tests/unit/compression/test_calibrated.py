@@ -111,8 +111,8 @@ def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(
     tensors, ids = tensors_of(out), token_ids(source)
     compressed: set[str] = set()
     for block in range(3):
-        for site in ORDER:
-            layer = f"model.layers.{block}.{site}"
+        for layer_name in ORDER:
+            layer = f"model.layers.{block}.{layer_name}"
             expected = sums_of_inputs(dense(source, out, compressed, coarse), layer, ids)
             torch.testing.assert_close(tensors[f"{layer}.seen"][0], expected, rtol=1e-4, atol=1e-2)
             members = [
@@ -125,7 +125,7 @@ def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(
                 "self_attn.o_proj": "o",
                 "mlp.gate_proj": "gu",
                 "mlp.down_proj": "d",
-            }[site]
+            }[layer_name]
             compressed |= {
                 name.removesuffix(".weight_scale")
                 for name in members
@@ -145,17 +145,17 @@ def test_the_reference_is_what_the_source_makes_of_every_eighth_batch(
 
 
 @pytest.mark.parametrize(
-    ("site", "norm"),
+    ("layer_name", "norm"),
     [("self_attn.o_proj", "input_layernorm"), ("mlp.down_proj", "post_attention_layernorm")],
 )
 def test_a_layer_whose_output_is_added_to_the_stream_is_told_how_far_the_stream_has_moved(
-    tmp_path: Path, learner: Path, site: str, norm: str
+    tmp_path: Path, learner: Path, layer_name: str, norm: str
 ) -> None:
     source = runnable_model(tmp_path / "m")
     out = run(source, tmp_path / "o", "bits=2")
-    behind = moved_before(source, out, f"model.layers.1.{site}", f"model.layers.1.{norm}")
+    behind = moved_before(source, out, f"model.layers.1.{layer_name}", f"model.layers.1.{norm}")
     torch.testing.assert_close(
-        tensors_of(out)[f"model.layers.1.{site}.behind"], behind, rtol=1e-3, atol=1e-2
+        tensors_of(out)[f"model.layers.1.{layer_name}.behind"], behind, rtol=1e-3, atol=1e-2
     )
     assert behind.norm() > 1
     assert not tensors_of(out)["model.layers.1.mlp.up_proj.behind"].any()

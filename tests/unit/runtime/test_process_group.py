@@ -260,8 +260,8 @@ def test_ranks_see_together_what_one_process_sees(calibrated: Path) -> None:
     alone, two = (tensors_of(calibrated / name) for name in ("alone", "two"))
     assert alone.keys() == two.keys()
     # what comes later depends on roundings, which sums in another order may turn
-    for site in ("q_proj", "k_proj", "v_proj"):
-        layer = f"model.layers.0.self_attn.{site}"
+    for layer_name in ("q_proj", "k_proj", "v_proj"):
+        layer = f"model.layers.0.self_attn.{layer_name}"
         assert torch.equal(alone[f"{layer}.weight"], two[f"{layer}.weight"])
     # and the means of the source's inputs beside them, of every eighth batch
     for name in ("seen", "weight_scale"):
