@@ -96,7 +96,7 @@ def main(words: list[str]) -> None:
                 arguments.append(f"{wheel}{bracket}{extras}")
                 layers = layers or [layer("core", core["dependencies"])]
                 if "conformance" in extras:
-                    extra = [*core["optional-dependencies"]["conformance"], "pytest-xdist"]
+                    extra = core["optional-dependencies"]["conformance"]
                     layers.append(layer("tests", extra, *layers))
                 how = "wheel"
             else:
