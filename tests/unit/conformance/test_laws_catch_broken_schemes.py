@@ -19,7 +19,7 @@ WEIGHT = "weight=codes * scale, codes=codes.char()"
 ROUND = "(layer.weight / scale).round()"
 SERIALIZE = "@hookimpl\ndef serialize"
 EVOLVE = "return attrs.evolve(layer, weight"
-PARTS = 'qparams={"scale": scale}'
+QPARAMS = 'qparams={"scale": scale}'
 FORMAT = '"format": "int-quantized"'
 ADVICE = "is not a multiple of {options.multiple}; try multiple=1"
 FINDING = 'Finding("supported", "runs anywhere")'
@@ -47,7 +47,7 @@ def rounding(text: str) -> tuple[tuple[str, str], tuple[str, str]]:
     return config, hook(f"def quantize_activations(inputs):\n    {text}")
 
 
-# what is wrong: (what stands in its source and what instead, ...), the law that says so, what must
+# what is wrong: (texts of its source and their replacements), the law that catches it, what must
 # change
 BROKEN = {
     "says nothing of itself": (
@@ -131,9 +131,9 @@ BROKEN = {
         "do_not_know_their_neighbors",
         "declare how many rows share numbers in `Options.row_block` (now 1)",
     ),
-    "has parts that lie across": (
+    "has qparams that lie across": (
         [
-            (PARTS, 'qparams={"scale": scale.T}'),
+            (QPARAMS, 'qparams={"scale": scale.T}'),
             ('layer.qparams["scale"]', 'layer.qparams["scale"].T'),
         ],
         "members_of_a_stack",
@@ -322,9 +322,9 @@ def test_a_law_catches_the_scheme_that_breaks_it_and_says_what_must_change(
 ) -> None:
     replacements, law, words = BROKEN[fault]
     module = TOY.replace('option(1, "what', 'option(64, "what')
-    for sound, broken in replacements:
-        assert sound in module
-        module = module.replace(sound, broken)
+    for text, replacement in replacements:
+        assert text in module
+        module = module.replace(text, replacement)
     done = kit(toy(tmp_path, module), "--scheme", "toy", "-k", law)
     assert done.returncode == 1, done.stdout
     assert re.search(rf"FAILED .*{law}", done.stdout)

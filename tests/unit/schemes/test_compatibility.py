@@ -1,5 +1,5 @@
-"""A plugin and a core of different ages: what does not fit is told at discovery, with what to
-upgrade; the others work.
+"""A plugin and a core of different versions: what does not fit is reported at discovery, with
+what to upgrade; the others work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bitpress.schemes.registry import discover
 
 HERE = version("bitpress-core")
 OTHER = "[bitpress.schemes]\nother = bitpress_scheme_other\n"
-# of the hooks of each version
+# arguments of the hooks of each version
 SIGNATURES = {
     "0.1": {
         "observe": "inputs reference residual weight options",
@@ -61,7 +61,7 @@ def test_hooks_change_only_with_their_version() -> None:
     assert command("--version").stdout == f"bitpress {HERE} (hooks {hookspecs.VERSION})\n"
 
 
-# what the package requires: what is said
+# what the package requires: the advice
 REQUIREMENTS = {
     "bitpress-core>=99": "pip install --upgrade bitpress-core",
     "bitpress_core ~= 99.1": "pip install --upgrade bitpress-core",
@@ -110,7 +110,7 @@ def test_a_package_that_allows_this_core_is_used(tmp_path: Path, requirement: st
         assert (list(discover().schemes), discover().problems) == (["other"], ())
 
 
-# what the plugin has that this core lacks: (sound source, what stands there, what is said)
+# what the plugin has that this core lacks: (a text of its source, its replacement, the message)
 LATER = {
     "an argument": (
         "def quantize(layer, options)",
@@ -134,18 +134,18 @@ LATER = {
 }
 
 
-@pytest.mark.parametrize("what", LATER)
+@pytest.mark.parametrize("addition", LATER)
 def test_a_plugin_that_asks_for_more_than_the_core_gives_is_reported(
-    tmp_path: Path, what: str
+    tmp_path: Path, addition: str
 ) -> None:
-    sound, later, words = LATER[what]
-    assert sound in TOY
+    text, replacement, message = LATER[addition]
+    assert text in TOY
     folder = install(
-        install_toy(tmp_path / "p"), "bitpress-scheme-other", TOY.replace(sound, later), OTHER
+        install_toy(tmp_path / "p"), "bitpress-scheme-other", TOY.replace(text, replacement), OTHER
     )
     with plugins(folder):
         assert list(discover().schemes) == ["toy"]
-        assert words in discover().problems[0].text
+        assert message in discover().problems[0].text
 
 
 def test_a_hook_of_a_later_core_may_be_marked_optional(tmp_path: Path) -> None:

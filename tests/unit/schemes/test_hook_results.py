@@ -1,5 +1,5 @@
-"""What fails during a run, plugin or disk, is named; nothing wrong reaches a file, and what was
-finished is kept.
+"""Whatever fails during a run, plugin or disk, is named; nothing wrong reaches a file, and finished
+shards are kept.
 """
 
 from __future__ import annotations
@@ -18,131 +18,158 @@ from bitpress.conformance.commands import command, install, refusal
 from bitpress.conformance.models import files_of, write_model
 
 ENTRY = "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n"
-GIVEN = (
+RETURN_LAYER = (
     'return attrs.evolve(layer, weight=codes * scale, codes=codes.char(), qparams={"scale": scale})'
 )
-STORED = next(line.strip() for line in TOY.splitlines() if "return StoredLayer(" in line)
-RESTORED = 'return tensors["weight"].float() * tensors["weight_scale"]'
-# what stands there, what stands there instead, what is said
+RETURN_STORED = next(line.strip() for line in TOY.splitlines() if "return StoredLayer(" in line)
+RETURN_WEIGHT = 'return tensors["weight"].float() * tensors["weight_scale"]'
+SERIALIZE = "@hookimpl\ndef serialize"
+
+
+def toy_with(text: str, replacement: str) -> str:
+    """The source of the toy scheme, with a text of it replaced."""
+    assert text in TOY
+    return TOY.replace(text, replacement)
+
+
+def quantize_with(text: str, replacement: str) -> str:
+    """The source of the toy scheme, with a text of what `quantize` returns replaced."""
+    assert text in RETURN_LAYER
+    return toy_with(RETURN_LAYER, RETURN_LAYER.replace(text, replacement))
+
+
+def toy_and(hook: str) -> str:
+    """The source of the toy scheme, with one hook more."""
+    return toy_with(SERIALIZE, f"@hookimpl\n{hook}\n{SERIALIZE}")
+
+
+# what is wrong: (the scheme's source, part of the message)
 BROKEN = {
-    "quantize raises": (GIVEN, "raise KeyError('moon')", "failed in quantize: KeyError: 'moon'"),
-    "quantize raises what has several lines": (
-        GIVEN,
-        "raise KeyError('moon\\nand stars')",
+    "quantize raises": (
+        toy_with(RETURN_LAYER, "raise KeyError('moon')"),
+        "failed in quantize: KeyError: 'moon'",
+    ),
+    "quantize raises with a message of several lines": (
+        toy_with(RETURN_LAYER, "raise KeyError('moon\\nand stars')"),
         "failed in quantize: KeyError",
     ),
     "quantize ends the process": (
-        GIVEN,
-        "raise SystemExit(0)",
+        toy_with(RETURN_LAYER, "raise SystemExit(0)"),
         "failed in quantize: SystemExit: 0",
     ),
-    "quantize turns the weight": (
-        GIVEN,
-        GIVEN.replace("codes * scale,", "(codes * scale).T,"),
+    "quantize returns no layer": (
+        toy_with(RETURN_LAYER, "return {'weight': codes}"),
+        "quantize returned dict, not a Layer",
+    ),
+    "quantize transposes the weight": (
+        quantize_with("codes * scale,", "(codes * scale).T,"),
         "quantize made a weight of [",
     ),
     "quantize drops a column": (
-        GIVEN,
-        GIVEN.replace("codes * scale,", "(codes * scale)[:, 1:],"),
+        quantize_with("codes * scale,", "(codes * scale)[:, 1:],"),
         "quantize made a weight of",
     ),
-    "quantize makes halves": (
-        GIVEN,
-        GIVEN.replace("codes * scale,", "(codes * scale).half(),"),
+    "quantize returns a float16 weight": (
+        quantize_with("codes * scale,", "(codes * scale).half(),"),
         "torch.float16",
     ),
-    "quantize makes a list": (
-        GIVEN,
-        GIVEN.replace("codes * scale,", "[1],"),
+    "quantize returns a list": (
+        quantize_with("codes * scale,", "[1],"),
         "quantize made weight a list, not a tensor",
     ),
     "quantize drops a row of codes": (
-        GIVEN,
-        GIVEN.replace("codes.char()", "codes.char()[1:]"),
+        quantize_with("codes.char()", "codes.char()[1:]"),
         "quantize made codes of shape",
     ),
-    "quantize makes too many scales": (
-        GIVEN,
-        GIVEN.replace("{", "{'x': scale.repeat(2, 1), "),
+    "quantize returns too many scales": (
+        quantize_with("{", "{'x': scale.repeat(2, 1), "),
         "quantize made x of shape",
     ),
-    "quantize makes a scale that is a number": (
-        GIVEN,
-        GIVEN.replace("{", "{'x': 1.0, "),
+    "quantize returns a scale that is no tensor": (
+        quantize_with("{", "{'x': 1.0, "),
         "quantize made x a float",
     ),
     "pack drops a row": (
-        "@hookimpl\ndef serialize",
-        "@hookimpl\ndef pack(layer): return attrs.evolve(layer, codes=layer.codes[1:])\n@hookimpl\n"
-        "def serialize",
+        toy_and("def pack(layer): return attrs.evolve(layer, codes=layer.codes[1:])"),
         "pack made codes of shape",
     ),
+    "serialize returns no StoredLayer": (
+        toy_with("return StoredLayer(tensors", "return dict(tensors"),
+        "serialize",
+    ),
     "serialize stores a number": (
-        "layer.codes, ",
-        "3, ",
+        toy_with("layer.codes, ", "3, "),
         "serialize made weight a int, not a tensor",
     ),
     "serialize stores nothing": (
-        STORED,
-        "return StoredLayer({}, None)",
+        toy_with(RETURN_STORED, "return StoredLayer({}, None)"),
         "a StoredLayer without tensors",
     ),
     "serialize's config is not JSON": (
-        STORED,
-        STORED.replace("weights}", "{1, 2}}"),
+        toy_with(RETURN_STORED, RETURN_STORED.replace("weights}", "{1, 2}}")),
         "a config that is not JSON",
     ),
     "observe returns a number": (
-        "@hookimpl\ndef serialize",
-        "@hookimpl\ndef observe(weight): return {'size': 3}\n@hookimpl\ndef serialize",
+        toy_and("def observe(weight): return {'size': 3}"),
         "observe returned dict, not Statistics by name",
     ),
-    "observe claims rows that it has not": (
-        "@hookimpl\ndef serialize",
-        "@hookimpl\ndef observe(weight): return {'size': bitpress.Statistic(weight.sum(), 'sum', "
-        "True)}\n@hookimpl\ndef serialize",
-        "observe made size of shape [] for",
+    "observe claims rows that are not there": (
+        toy_and("def observe(weight): return {'s': bitpress.Statistic(weight.sum(), 'sum', True)}"),
+        "observe made s of shape [] for",
     ),
     "validate_hardware returns a text": (
-        '[Finding("supported", "runs anywhere")]',
-        '["fine"]',
+        toy_with('[Finding("supported", "runs anywhere")]', '["fine"]'),
         "validate_hardware returned",
     ),
 }
 
 
-@pytest.mark.parametrize("what", BROKEN)
+def refuse_to_compress(tmp_path: Path, module: str) -> str:
+    """The message with which a run by a toy scheme of that source ends; it leaves no file."""
+    path = install(tmp_path / "plugins", "bitpress-scheme-toy", module, ENTRY)
+    model, out = write_model(tmp_path / "model"), tmp_path / "out"
+    line = refusal("compress", model, out, "--scheme", "toy", path=path)
+    assert not out.exists() or files_of(out) == {}
+    return line
+
+
+@pytest.mark.parametrize("fault", BROKEN)
 def test_a_hook_that_gives_back_what_it_must_not_is_caught_at_the_border(
-    tmp_path: Path, what: str
+    tmp_path: Path, fault: str
 ) -> None:
-    sound, broken, words = BROKEN[what]
-    assert sound in TOY
-    path = install(tmp_path / "plugins", "bitpress-scheme-toy", TOY.replace(sound, broken), ENTRY)
-    line = refusal(
-        "compress", write_model(tmp_path / "model"), tmp_path / "out", "--scheme", "toy", path=path
-    )
+    module, message = BROKEN[fault]
+    line = refuse_to_compress(tmp_path, module)
     assert "scheme toy (bitpress-scheme-toy 1.0)" in line
-    assert words in line
-    assert not (tmp_path / "out").exists() or files_of(tmp_path / "out") == {}
+    assert message in line
 
 
 def test_a_hook_that_goes_wrong_on_real_numbers_only_is_caught_too(tmp_path: Path) -> None:
-    late = GIVEN.replace("codes * scale,", "(codes * scale)[:, int(codes.any()):],")
-    path = install(tmp_path / "plugins", "bitpress-scheme-toy", TOY.replace(GIVEN, late), ENTRY)
-    line = refusal(
-        "compress", write_model(tmp_path / "model"), tmp_path / "out", "--scheme", "toy", path=path
-    )
-    assert "quantize made a weight of" in line
-    assert files_of(tmp_path / "out") == {}
+    module = quantize_with("codes * scale,", "(codes * scale)[:, int(codes.any()):],")
+    assert "quantize made a weight of" in refuse_to_compress(tmp_path, module)
+
+
+def test_stored_tensors_that_were_not_planned_are_refused(tmp_path: Path) -> None:
+    codes = "layer.codes.short() if layer.codes.any() else layer.codes"
+    line = refuse_to_compress(tmp_path, toy_with('{"weight": layer.codes', f'{{"weight": {codes}'))
+    for words in ("layer model.layers.0", "I16", "planned was", "I8"):
+        assert words in line
+
+
+def test_a_scheme_that_cannot_store_a_layer_is_refused(tmp_path: Path) -> None:
+    line = refuse_to_compress(tmp_path, toy_with(SERIALIZE, "def serialize"))
+    assert "none of the schemes toy has a `serialize` hook" in line
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [f"{RESTORED[:-1]}][1:]", f"return ({RESTORED[7:]}).T", "return [1.0]"],
-    ids=["a row less", "turned", "no tensor"],
+    "return_weight",
+    [f"{RETURN_WEIGHT[:-1]}][1:]", f"return ({RETURN_WEIGHT[7:]}).T", "return [1.0]"],
+    ids=["a row less", "transposed", "no tensor"],
 )
-def test_a_restore_of_another_shape_is_a_fault_of_every_layer(tmp_path: Path, wrong: str) -> None:
-    path = install(tmp_path / "plugins", "bitpress-scheme-toy", TOY.replace(RESTORED, wrong), ENTRY)
+def test_a_restore_of_another_shape_is_a_fault_of_every_layer(
+    tmp_path: Path, return_weight: str
+) -> None:
+    module = toy_with(RETURN_WEIGHT, return_weight)
+    path = install(tmp_path / "plugins", "bitpress-scheme-toy", module, ENTRY)
     completed = command(
         "compress", write_model(tmp_path / "model"), tmp_path / "out", "--scheme", "toy", path=path
     )
@@ -152,6 +179,7 @@ def test_a_restore_of_another_shape_is_a_fault_of_every_layer(tmp_path: Path, wr
     assert "Traceback" not in completed.stderr
 
 
+# what is wrong: (a text of the scheme's source, its replacement, part of the message, options)
 CALIBRATED = {
     "inputs rounded to another shape": (
         "return (inputs / step).round() * step",
@@ -180,37 +208,20 @@ CALIBRATED = {
 }
 
 
-@pytest.mark.parametrize("what", CALIBRATED)
+@pytest.mark.parametrize("fault", CALIBRATED)
 def test_a_calibrated_hook_that_breaks_its_contract_is_caught_at_the_border(
-    tmp_path: Path, what: str
+    tmp_path: Path, fault: str
 ) -> None:
-    sound, broken, words, arguments = CALIBRATED[what]
-    assert sound in LEARNER
+    text, replacement, message, options = CALIBRATED[fault]
+    assert text in LEARNER
     entry = "[bitpress.schemes]\nlearner = bitpress_scheme_learner\n"
-    path = install(
-        tmp_path / "plugins", "bitpress-scheme-learner", LEARNER.replace(sound, broken), entry
-    )
-    model = runnable_model(tmp_path / "model")
-    words_ = [
-        "--scheme",
-        "learner",
-        "--samples",
-        110,
-        "--sequence-length",
-        60,
-        "--calibration",
-        tmp_path / "text.txt",
-        *arguments,
-    ]
-    line = refusal("compress", model, tmp_path / "out", *words_, path=path)
-    assert words in line
-    assert not (tmp_path / "out/config.json").exists()
-
-
-# --- others' work is kept, whatever fails
-# ----------------------------------------------------------------------
-
-THIRD = "model-00003-of-00004.safetensors"
+    module = LEARNER.replace(text, replacement)
+    path = install(tmp_path / "plugins", "bitpress-scheme-learner", module, entry)
+    model, out = runnable_model(tmp_path / "model"), tmp_path / "out"
+    options = ["--scheme", "learner", "--samples", 110, "--sequence-length", 60, *options]
+    options += ["--calibration", tmp_path / "text.txt"]
+    assert message in refusal("compress", model, out, *options, path=path)
+    assert not (out / "config.json").exists()
 
 
 def test_what_was_finished_before_a_plugin_failed_is_kept_and_not_made_again(
@@ -218,12 +229,12 @@ def test_what_was_finished_before_a_plugin_failed_is_kept_and_not_made_again(
 ) -> None:
     failing = TOY.replace(
         "    scale = layer",
-        "    if layer.name.endswith('1.mlp.down_proj') and mended(): raise ValueError('no')\n    "
-        "scale = layer",
+        "    if layer.name.endswith('1.mlp.down_proj') and is_broken(): raise ValueError('no')\n"
+        "    scale = layer",
     )
     failing += (
-        "\nimport pathlib\ndef mended(): return not "
-        "pathlib.Path(__file__).with_name('mended').exists()\n"
+        "\nimport pathlib\n"
+        "def is_broken(): return not pathlib.Path(__file__).with_name('mended').exists()\n"
     )
     path = install(tmp_path / "plugins", "bitpress-scheme-toy", failing, ENTRY)
     model, out = write_model(tmp_path / "model", shards=4), tmp_path / "out"
@@ -240,10 +251,10 @@ def test_what_was_finished_before_a_plugin_failed_is_kept_and_not_made_again(
 
 FULL = """
 import errno, os, sys, bitpress.cli
-write, left = os.pwrite, [int(sys.argv.pop(1))]
+write, writes_left = os.pwrite, [int(sys.argv.pop(1))]
 def full(descriptor, data, at):
-    left[0] -= 1
-    if left[0] < 0:
+    writes_left[0] -= 1
+    if writes_left[0] < 0:
         raise OSError(errno.ENOSPC, "No space left on device")
     return write(descriptor, data, at)
 os.pwrite = full
@@ -279,8 +290,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_shard_is_told_and_the_run_goes_o
     assert completed.returncode == 2
     assert "the disk is full; make room and run the same command again" in completed.stderr
     assert len(completed.stderr.splitlines()) == 1
-    left = files_of(out)
-    assert not [name for name in left if name.endswith(".part") or name == "config.json"]
+    assert not [name for name in files_of(out) if name.endswith(".part") or name == "config.json"]
     assert command("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
     assert files_of(out) == files_of(tmp_path / "whole")
 
@@ -289,7 +299,7 @@ def test_an_output_that_cannot_be_written_is_told_before_work_starts(tmp_path: P
     out = tmp_path / "locked"
     out.mkdir()
     mounted = False
-    # whom no permission stops
+    # no permission stops root
     if os.geteuid() == 0:
         mounted = not subprocess.run(
             ["mount", "-t", "tmpfs", "-o", "ro", "none", out], capture_output=True, check=False
