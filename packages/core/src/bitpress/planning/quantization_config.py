@@ -23,7 +23,7 @@ def quantization_config(
         ignored: modules that are not compressed, for `ignore`.
 
     Raises:
-        RecipeError: layers are to be stored in several sparse layouts, and a config has one.
+        RecipeError: layers are to be stored in several sparsity layouts, and a config has one.
     """
     quantized = _group_by_fragment(fragments, is_sparse=False)
     sparse = _group_by_fragment(fragments, is_sparse=True)
@@ -56,7 +56,7 @@ def quantization_config(
 def _group_by_fragment(
     fragments: Mapping[str, Mapping[str, Any] | None], is_sparse: bool
 ) -> dict[str, list[str]]:
-    """The modules of each sparse, or each other, fragment by its JSON text."""
+    """The modules of each fragment, by its JSON text: of those about sparsity, or of all others."""
     groups: dict[str, list[str]] = {}
     for module, fragment in fragments.items():
         if fragment is not None and ("sparsity_structure" in fragment) == is_sparse:
