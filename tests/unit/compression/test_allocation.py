@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from bitpress.compression.search.allocation import Option, choose_options
 
@@ -25,6 +25,8 @@ def cost(units: Sequence[Sequence[Option]], chosen: Sequence[int]) -> float:
     return sum(options[i].cost for options, i in zip(units, chosen, strict=True))
 
 
+# a busy machine draws examples slowly
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(UNITS, st.integers(0, 50))
 def test_no_choice_that_keeps_to_the_limit_has_less_cost(
     units: list[list[Option]], limit: int

@@ -290,7 +290,7 @@ def evaluate(  # noqa: PLR0913
 
     Args:
         model: a plain model, or one that bitpress wrote: it is run as it will be served,
-            activations rounded.
+            activations quantized.
         text: a .jsonl, .txt or .parquet file.
         against: as `model`; usually its source.
 

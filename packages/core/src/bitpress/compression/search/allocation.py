@@ -61,8 +61,8 @@ def choose_options(units: Units, limit: int) -> list[int]:
     upper_bound += TOLERANCE * abs(upper_bound)
 
     # what each unit adds to the bound, min_i (c + λ s), and takes at least
-    bounds = [min(o.cost + price * o.size for o in options) for options in units]
-    smallest = [min(o.size for o in options) for options in units]
+    bounds = [min(option.cost + price * option.size for option in options) for options in units]
+    smallest = [min(option.size for option in options) for options in units]
     # the same of the units that are still to come; -λ C stands in the first from the start
     remaining_bound, remaining_size = sum(bounds) - price * limit, sum(smallest)
 
@@ -84,7 +84,10 @@ def choose_options(units: Units, limit: int) -> list[int]:
             if is_feasible and cost < least_cost and is_promising:
                 partial.append((size, cost, chosen))
                 least_cost = cost
-    return list(min(partial, key=lambda p: p[1])[2]) if partial else choice
+    if not partial:
+        return choice
+    _, _, best = min(partial, key=lambda candidate: candidate[1])
+    return list(best)
 
 
 def _find_price(units: Units, limit: int) -> tuple[float, list[int]]:
@@ -93,10 +96,11 @@ def _find_price(units: Units, limit: int) -> tuple[float, list[int]]:
     """
 
     def cheapest(price: float) -> list[int]:
-        return [
-            min(range(len(u)), key=lambda i: (u[i].cost + price * u[i].size, u[i].size))
-            for u in units
-        ]
+        choice = []
+        for options in units:
+            prices = [(option.cost + price * option.size, option.size) for option in options]
+            choice.append(min(range(len(options)), key=prices.__getitem__))
+        return choice
 
     def is_feasible(choice: Sequence[int]) -> bool:
         return sum(options[i].size for options, i in zip(units, choice, strict=True)) <= limit
