@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bitpress import Statistic, numerics
+from bitpress_int8.activations import HALF_RANGE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +29,6 @@ UNIT = 256.0
 # With a scale per token, smoothing must leave at most this part of the expected error: that is a
 # bound, and a small gain in it may be none.
 MAX_ERROR_LEFT = 0.25
-
-# Half the range of codes, -128 to 127.
-HALF_RANGE = 127.5
 
 
 def observe_channels(inputs: Tensor) -> dict[str, Statistic]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def global_scale(stats: Mapping[str, Statistic]) -> Tensor:
+def input_global_scale(stats: Mapping[str, Statistic]) -> Tensor:
     """The global scale of inputs, 448 · 6 / amax, without axes; 1 where none was observed."""
     import torch
 

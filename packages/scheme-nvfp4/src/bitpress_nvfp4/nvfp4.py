@@ -112,7 +112,7 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
     codes = grid.codes(weight)  # (out, in)
     qparams = {"scale": grid.local.contiguous(), "global_scale": global_scale}
     if options.activations == "quantized":
-        qparams["input_global_scale"] = activations.global_scale(stats)
+        qparams["input_global_scale"] = activations.input_global_scale(stats)
     return attrs.evolve(
         layer, weight=lambda: _decode(codes, grid.scale), codes=codes, qparams=qparams
     )

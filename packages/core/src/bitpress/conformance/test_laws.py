@@ -1,4 +1,7 @@
-"""The laws. A failure's message says what the scheme's author must change."""
+"""The laws of one layer: what each hook promises for any weight and any inputs.
+
+A failure's message says what the scheme's author must change.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from bitpress.schemes.values import Finding, Layer
 
 LEVELS = get_args(get_type_hints(Finding)["level"])
 
+# Difficult weights, as `trial.weights` draws them.
 WEIGHTS = (
     "normal",
     "zero",
@@ -51,7 +55,7 @@ def test_the_effective_weight_is_finite_and_keeps_its_shape(step: Step, kind: st
     assert quantized.shape == weight.shape, "`quantize` must not change the weight's shape"
     assert quantized.dtype == torch.float32, "`quantize` must return a float32 weight"
     assert quantized.isfinite().all(), (
-        f"`quantize` made NaN or infinity of the finite weight {kind!r}"
+        f"`quantize` made NaN or infinity of the finite weight {kind!r}: bound its scales"
     )
 
 
@@ -123,7 +127,7 @@ def test_hooks_leave_their_arguments_untouched(step: Step) -> None:
     quantized = pipeline.quantize(layer, [step], [stats])
     quantized_before = quantized.weight.clone()
     trial.store(step, quantized)
-    assert torch.equal(inputs, trial.inputs(step)), "`observe` changed its inputs"
+    assert torch.equal(inputs, trial.inputs(step)), "`observe` changed its inputs: copy them first"
     for what, tensor in trial.hook_arguments(layer, stats):
         assert torch.equal(tensor, before[what]), (
             f"a hook changed {what} it was given: return new tensors"
@@ -137,11 +141,11 @@ def test_the_same_input_gives_the_same_bits(step: Step) -> None:
     weight = trial.weights(step)["normal"]
     first, second = (trial.store(step, trial.quantize(step, weight)) for _ in range(2))
     assert first.config == second.config, (
-        "the config fragment differs between two runs on one input"
+        "the config fragment differs between two runs on one input: hooks must be pure functions"
     )
     for name, tensor in first.tensors.items():
         assert torch.equal(_as_bytes(tensor), _as_bytes(second.tensors[name])), (
-            f"{name} differs between two runs on one input"
+            f"{name} differs between two runs on one input: hooks must be pure functions"
         )
 
 
@@ -249,7 +253,7 @@ def test_weights_lie_within_the_bound_of_the_source(step: Step, kind: str) -> No
     if bound is None:
         pytest.skip("no bound for these options")
     assert ((layer.weight - weight).abs() <= bound).all(), (
-        "`error_bound` is smaller than what `quantize` moved a weight by"
+        "`error_bound` is smaller than what `quantize` moved a weight by: return more, or None"
     )
 
 
@@ -266,7 +270,9 @@ def test_what_the_config_says_of_activations_can_be_computed(step: Step) -> None
     inputs = trial.inputs(step).float()
     inputs[5] = 0
     before, quantized = inputs.clone(), trial.quantize_activations(step, inputs, stored)
-    assert torch.equal(inputs, before), "`quantize_activations` changed the inputs it was given"
+    assert torch.equal(inputs, before), (
+        "`quantize_activations` changed the inputs it was given: return a new tensor"
+    )
     assert (quantized.dtype, quantized.shape) == (torch.float32, inputs.shape), (
         "`quantize_activations` must return float32 of the inputs' shape"
     )
