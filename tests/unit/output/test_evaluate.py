@@ -136,7 +136,7 @@ def test_the_figures_do_not_depend_on_how_much_is_held(
 ) -> None:
     whole = run(other, model)
     monkeypatch.setattr(metrics, "MAX_LOGITS", logits)
-    monkeypatch.setattr(memory, "available", lambda: 0 if spilled else 1 << 40)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0 if spilled else 1 << 40)
     result = run(other, model)
     for name in ("perplexity", "source_perplexity", "kl", "top1"):
         assert getattr(result, name) == pytest.approx(getattr(whole, name), rel=1e-5), name
