@@ -67,10 +67,10 @@ def test_fused_experts_become_what_layers_of_their_own_become(
     with plugins(toy):
         for source in (fused, apart):
             bitpress.compress(source, tmp_path / f"{source.name}-out", scheme="toy")
-    fused, expected = tensors_of(tmp_path / "fused-out"), tensors_of(tmp_path / "apart-out")
-    assert fused.keys() == expected.keys()
+    written, expected = tensors_of(tmp_path / "fused-out"), tensors_of(tmp_path / "apart-out")
+    assert written.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(fused[name], tensor), name
+        assert torch.equal(written[name], tensor), name
     assert command("verify", tmp_path / "fused-out", "--against", fused, path=toy).returncode == 0
 
 
