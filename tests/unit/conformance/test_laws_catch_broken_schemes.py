@@ -337,6 +337,17 @@ def test_every_law_catches_some_scheme() -> None:
     assert not [law for law in LAWS if not any(word in law for _, word, _ in BROKEN.values())]
 
 
+def test_several_schemes_are_tried_in_one_run(tmp_path: Path) -> None:
+    folder = toy(tmp_path, TOY)
+    twin = "[bitpress.schemes]\ntwin = bitpress_scheme_twin\n"
+    install(folder, "bitpress-scheme-twin", TOY, twin)
+    words = ["--scheme", "toy", "--scheme", "twin", "-vv", "-k", "zeros_stay_zero"]
+    done = kit(folder, *words)
+    assert done.returncode == 0, done.stdout
+    assert "[toy, defaults] PASSED" in done.stdout
+    assert "[twin, defaults] PASSED" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,4 +1,4 @@
-"""Every test runs for every variant of the scheme's options."""
+"""Every test runs for every variant of the schemes' options."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ def _one_thread() -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test for every variant of the scheme's options."""
+    """Run each test for every variant of the schemes' options."""
     config = metafunc.config
-    if not config.getoption("--scheme"):
+    schemes = config.getoption("--scheme")
+    if not schemes:
         raise pytest.UsageError("bitpress.conformance needs --scheme NAME")
+    steps = {}
     try:
-        variants = trial.variants(
-            config.getoption("--scheme"), config.getoption("--set"), discover()
-        )
+        for scheme in schemes:
+            variants = trial.variants(scheme, config.getoption("--set"), discover())
+            prefix = f"{scheme}, " if len(schemes) > 1 else ""
+            steps |= {f"{prefix}{variant}": step for variant, step in variants.items()}
     except BitpressError as e:
         raise pytest.UsageError(str(e)) from None
-    metafunc.parametrize("step", variants.values(), ids=variants)
+    metafunc.parametrize("step", steps.values(), ids=steps)

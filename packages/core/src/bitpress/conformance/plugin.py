@@ -8,7 +8,13 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the kit's options."""
     group = parser.getgroup("bitpress", "bitpress.conformance: the laws that every scheme keeps")
-    group.addoption("--scheme", metavar="NAME", help="the installed scheme to try")
+    group.addoption(
+        "--scheme",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the installed scheme to try; may be repeated",
+    )
     group.addoption(
         "--set",
         action="append",
