@@ -9,7 +9,7 @@ import pytest
 from bitpress.conformance import trial
 from bitpress.errors import BitpressError
 from bitpress.runtime.devices import torch_threads
-from bitpress.schemes.registry import discover
+from bitpress.schemes.registry import Step, discover
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     schemes = config.getoption("--scheme")
     if not schemes:
         raise pytest.UsageError("bitpress.conformance needs --scheme NAME")
-    steps = {}
+    steps: dict[str, Step] = {}
     try:
         for scheme in schemes:
             variants = trial.variants(scheme, config.getoption("--set"), discover())
