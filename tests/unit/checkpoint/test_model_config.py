@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+import bitpress
 from bitpress.checkpoint.model_config import (
     ModelConfig,
     without_quantization,
 )
+from bitpress.conformance.models import LLAMA, llama_tensors, write_model
+from bitpress.planning import tensor_parallel
 
 SIZES: dict[str, Any] = {
     "model_type": "llama",
@@ -96,3 +101,16 @@ def test_a_config_without_its_quantization_is_the_same_otherwise() -> None:
     config = {**SIZES, **quantized, "text_config": {**SIZES, **quantized}}
     assert without_quantization(config) == {**SIZES, "text_config": SIZES}
     assert "quantization_config" in config
+
+
+def test_a_plan_parses_the_config_as_often_however_many_layers_there_are(
+    tmp_path: Path, with_toy: Path
+) -> None:
+    counts = []
+    for num_layers in (2, 4):
+        config = LLAMA | {"num_hidden_layers": num_layers}
+        model = write_model(tmp_path / str(num_layers), llama_tensors(config=config), config)
+        with patch.object(ModelConfig, "from_json", wraps=ModelConfig.from_json) as from_json:
+            tensor_parallel.remarks(bitpress.plan(model, scheme="toy"), 2)
+        counts.append(from_json.call_count)
+    assert counts[0] == counts[1]

@@ -47,7 +47,7 @@ def view_dequantized(checkpoint: Checkpoint) -> dict[str, Entry]:
         CheckpointError: a weight has no scale, or one of a shape that fits no layout; the message
             names it.
     """
-    dtype = _dtype(checkpoint.config)
+    dtype, tiles = _dtype(checkpoint.config), _tiles(checkpoint.config)
     entries: dict[str, Entry] = {}
     for name, entry in checkpoint.entries.items():
         module, _, leaf = name.rpartition(".")
@@ -55,21 +55,21 @@ def view_dequantized(checkpoint: Checkpoint) -> dict[str, Entry]:
         if leaf in SCALE_TENSORS and weight is not None and weight.dtype == FP8:
             continue
         if entry.dtype == FP8:
-            entries[name] = _view(entry, module, checkpoint, dtype)
+            scales = [checkpoint.entries.get(f"{module}.{scale}") for scale in SCALES]
+            scale = next((scale for scale in scales if scale is not None), None)
+            entries[name] = _view(entry, scale, tiles, dtype)
         else:
             entries[name] = entry
     return entries
 
 
-def _view(entry: Entry, module: str, checkpoint: Checkpoint, dtype: str) -> View:
-    scales = [checkpoint.entries.get(f"{module}.{name}") for name in SCALES]
-    scale = next((scale for scale in scales if scale is not None), None)
+def _view(entry: Entry, scale: Entry | None, tiles: Sequence[tuple[int, int]], dtype: str) -> View:
     if scale is None or not entry.name.endswith(".weight") or len(entry.shape) != 2:
         raise CheckpointError(
             f"{entry.file}: tensor {entry.name} is in FP8 and has no {' or '.join(SCALES)} beside "
             "it"
         )
-    tile = _tile(entry.shape, scale.shape, _tiles(checkpoint.config))
+    tile = _tile(entry.shape, scale.shape, tiles)
     if tile is None:
         raise CheckpointError(
             f"{entry.file}: tensor {scale.name} is {list(scale.shape)}, which fits {entry.name} "

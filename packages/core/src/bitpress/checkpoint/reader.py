@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,7 +47,7 @@ NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items(
 MAX_JSON_DEPTH = 100
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)
 class Checkpoint:
     """The tensors and files of a model folder.
 
@@ -63,7 +64,7 @@ class Checkpoint:
     entries: Mapping[str, Entry]
     side_files: tuple[str, ...]
 
-    @property
+    @cached_property
     def model_config(self) -> ModelConfig:
         """What `config.json` says of the model."""
         return ModelConfig.from_json(self.config)

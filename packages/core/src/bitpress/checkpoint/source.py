@@ -16,7 +16,7 @@ from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.views import View
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)
 class Source(Checkpoint):
     """A checkpoint some of whose tensors are views.
 
