@@ -59,8 +59,8 @@ def with_restored_weights(source: Path, out: Path, recipe: Recipe) -> torch.nn.M
     stored, state = tensors_of(out), {}
     for stack in plan.stacks:
         for module in stack.members:
-            names, config = stack.describe_stored(module)
-            tensors = {name.removeprefix(f"{module}."): stored.pop(name) for name in names}
+            specs, config = stack.describe_stored(module)
+            tensors = {suffix: stored.pop(f"{module}.{suffix}") for suffix in specs}
             state[f"{module}.weight"] = pipeline.dequantize(tensors, config, stack.steps)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(source)).float()
     missing, unexpected = model.load_state_dict(

@@ -208,10 +208,8 @@ def _install_finished_block(run: _Run, shard: Shard, prefix: str, block: nn.Modu
         for name, weight in group.weights.items():
             planned, config = stack.describe_stored(name)
             tensors = {
-                tensor_name.removeprefix(f"{name}."): run.reader.whole(entries[tensor_name]).to(
-                    weight.device
-                )
-                for tensor_name in planned
+                suffix: run.reader.whole(entries[f"{name}.{suffix}"]).to(weight.device)
+                for suffix in planned
             }
             stored_layers.append(StoredLayer(tensors, config))
         install(stored_layers, group)

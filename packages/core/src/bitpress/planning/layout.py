@@ -70,26 +70,18 @@ class Stack:
     def describe_stored(
         self, module: str
     ) -> tuple[dict[str, TensorSpec], Mapping[str, Any] | None]:
-        """What is stored of a member: the dtype and shape of its tensors, by name, and its config
+        """What is stored of a member: the dtype and shape of its tensors, by suffix, and its config
         fragment.
         """
         entry = self.members[module]
         stored = stored_layout.describe(*entry.shape, DTYPES[entry.dtype], self.steps)
-        specs = {
-            f"{module}.{suffix}": TensorSpec(NAMES[tensor.dtype], tuple(tensor.shape))
-            for suffix, tensor in stored.tensors.items()
-        }
-        return specs, stored.config
+        return _specs(stored), stored.config
 
     def check_stored(self, module: str, stored: StoredLayer) -> None:
         """Raise SchemeError unless a member's tensors have the names, dtypes and shapes that were
         planned.
         """
-        planned, _ = self.describe_stored(module)
-        actual = {
-            f"{module}.{suffix}": TensorSpec(str(NAMES.get(tensor.dtype)), tuple(tensor.shape))
-            for suffix, tensor in stored.tensors.items()
-        }
+        (planned, _), actual = self.describe_stored(module), _specs(stored)
         if actual != planned:
             raise SchemeError(
                 f"{self.steps[-1].scheme}: layer {module} became {_describe(actual)}, planned was "
@@ -171,7 +163,8 @@ def cut_shards(
         specs = {entry.name: entry.spec for entry in copies}
         for stack in file_stacks:
             for module in stack.members:
-                stored, _ = stack.describe_stored(module)
+                planned, _ = stack.describe_stored(module)
+                stored = {f"{module}.{suffix}": spec for suffix, spec in planned.items()}
                 if duplicates := sorted((stored.keys() & source.entries.keys()) - compressed):
                     raise CheckpointError(
                         f"{source.folder}: it holds a tensor {duplicates[0]}, and layer {module} "
@@ -197,6 +190,13 @@ def _partition(source: Checkpoint, module: str, by_block: bool) -> dict[Any, lis
 
 def _lay_out(file: Path, specs: Mapping[str, TensorSpec], digest: str) -> Header:
     return lay_out(file, specs, {"format": "pt", "bitpress": digest})
+
+
+def _specs(stored: StoredLayer) -> dict[str, TensorSpec]:
+    return {
+        suffix: TensorSpec(str(NAMES.get(tensor.dtype)), tuple(tensor.shape))
+        for suffix, tensor in stored.tensors.items()
+    }
 
 
 def _describe(specs: Mapping[str, TensorSpec]) -> str:

@@ -40,8 +40,7 @@ def store(layer: Layer, group: LayerGroup) -> list[StoredLayer]:
         stack.check_stored(name, stored)
         # in the planned order and with the planned config: what a resumed run finds in the files
         planned, config = stack.describe_stored(name)
-        suffixes = [tensor_name.removeprefix(f"{name}.") for tensor_name in planned]
-        tensors = {suffix: stored.tensors[suffix].to(weight.device) for suffix in suffixes}
+        tensors = {suffix: stored.tensors[suffix].to(weight.device) for suffix in planned}
         stored_layers.append(StoredLayer(tensors, config))
     return stored_layers
 
@@ -106,10 +105,8 @@ def _allocate_stored(group: LayerGroup) -> list[StoredLayer]:
     for name, weight in group.weights.items():
         planned, config = group.stack.describe_stored(name)
         tensors = {
-            tensor_name.removeprefix(f"{name}."): weight.new_empty(
-                spec.shape, dtype=DTYPES[spec.dtype]
-            )
-            for tensor_name, spec in planned.items()
+            suffix: weight.new_empty(spec.shape, dtype=DTYPES[spec.dtype])
+            for suffix, spec in planned.items()
         }
         stored_layers.append(StoredLayer(tensors, config))
     return stored_layers
