@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitpress.checkpoint.reader import Checkpoint, Reader
 from bitpress.modeling.capture import BlockCall, ExtraOutputs, capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
-from bitpress.schemes.activation_quantizer import ActivationQuantizer
+from bitpress.schemes.activation_quantizer import ActivationQuantizer, quantize_arguments
 
 
 @frozen(eq=False)
@@ -117,8 +117,6 @@ def _quantize_input(
     """A hook that quantizes what a layer is given."""
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        inputs, *others = arguments
-        quantized = quantize(inputs.flatten(0, -2).float())  # (tokens, in)
-        return quantized.view(inputs.shape).to(inputs.dtype), *others
+        return quantize_arguments(quantize, arguments)
 
     return hook

@@ -58,6 +58,15 @@ def find_activation_quantizer(
     return None
 
 
+def quantize_arguments(
+    quantizer: ActivationQuantizer, arguments: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """A layer's arguments, of which the first, its inputs (..., in), are quantized."""
+    inputs, *others = arguments
+    quantized = quantizer(inputs.flatten(0, -2))  # (tokens, in)
+    return (quantized.view_as(inputs).to(inputs.dtype), *others)
+
+
 def _quantize_activations(
     scheme: Scheme, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, inputs: Tensor
 ) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitpress.compression.calibration.activation_streams import ActivationStreams
 from bitpress.modeling.experts import is_routed
 from bitpress.planning.layout import Stack
-from bitpress.schemes.activation_quantizer import ActivationQuantizer
+from bitpress.schemes.activation_quantizer import ActivationQuantizer, quantize_arguments
 from bitpress.schemes.values import Layer
 
 
@@ -85,11 +85,7 @@ class LayerGroup:
                 module: nn.Module, arguments: tuple[Tensor, ...], name: str = name
             ) -> tuple[Tensor, ...]:
                 quantizer = input_quantizers.get(name)
-                if quantizer is None:
-                    return arguments
-                inputs, *others = arguments
-                quantized = quantizer(inputs.flatten(0, -2))  # (tokens, in)
-                return (quantized.view_as(inputs).to(inputs.dtype), *others)
+                return arguments if quantizer is None else quantize_arguments(quantizer, arguments)
 
             module.register_forward_pre_hook(quantize_inputs)
 
