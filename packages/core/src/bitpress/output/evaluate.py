@@ -218,9 +218,7 @@ def _share_a_head(models: Sequence[RunnableModel]) -> bool:
         }
         for model in models
     ]
-    specs = [
-        {name: (entry.dtype, entry.shape) for name, entry in entries.items()} for entries in outside
-    ]
+    specs = [{name: entry.spec for name, entry in entries.items()} for entries in outside]
     if any(spec != specs[0] for spec in specs):
         return False
     with Reader() as reader:

@@ -16,6 +16,7 @@ from attrs import frozen
 from bitpress.checkpoint.filenames import CONFIG
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint, Reader
+from bitpress.checkpoint.safetensors import TensorSpec
 from bitpress.errors import BitpressError, Fault
 from bitpress.modeling import metrics
 from bitpress.output.manifest import FileRecord, describe_files
@@ -160,16 +161,12 @@ def find_structure_faults(
 def _compare_entry(
     module: str, name: str, checkpoint: Checkpoint, expected: torch.Tensor
 ) -> Iterator[Fault]:
-    dtype, shape = NAMES[expected.dtype], tuple(expected.shape)
+    planned = TensorSpec(NAMES[expected.dtype], tuple(expected.shape))
     entry = checkpoint.entries.get(name)
     if entry is None:
         yield Fault(module, f"tensor {name} is missing")
-    elif (entry.dtype, entry.shape) != (dtype, shape):
-        yield Fault(
-            module,
-            f"tensor {name} is {entry.dtype} {list(entry.shape)}, planned was "
-            f"{dtype} {list(shape)}",
-        )
+    elif entry.spec != planned:
+        yield Fault(module, f"tensor {name} is {entry.spec}, planned was {planned}")
 
 
 def _compare_source_shapes(written: WrittenModel, source: Checkpoint) -> Iterator[Fault]:
@@ -259,7 +256,7 @@ def _verify_copies(
         copy = written.checkpoint.entries.get(name)
         if copy is None or name.removesuffix(".weight") in written.layers:
             continue
-        is_same = (copy.dtype, copy.shape) == (entry.dtype, entry.shape)
+        is_same = copy.spec == entry.spec
         if is_same and name in written.rescaled:
             rescaled = written.rescale_source(reader.whole(entry), name)
             is_same = torch.equal(rescaled.to(DTYPES[entry.dtype]), reader.whole(copy))

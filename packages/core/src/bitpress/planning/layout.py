@@ -200,4 +200,4 @@ def _specs(stored: StoredLayer) -> dict[str, TensorSpec]:
 
 
 def _describe(specs: Mapping[str, TensorSpec]) -> str:
-    return ", ".join(f"{name} {spec.dtype} {list(spec.shape)}" for name, spec in specs.items())
+    return ", ".join(f"{name} {spec}" for name, spec in specs.items())
