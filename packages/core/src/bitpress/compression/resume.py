@@ -91,8 +91,8 @@ def _require_same_run(output: OutputFolder, earlier_record: str, record: Any) ->
         more = f"; and {num_hidden} more" if num_hidden > 0 else ""
         raise OutputError(
             f"{output.folder} was begun by another run: "
-            f"{'; '.join(lines[:MAX_DIFFERENCES])}{more}; delete the folder, or go on with what it "
-            "was begun with"
+            f"{'; '.join(lines[:MAX_DIFFERENCES])}{more}; delete the folder, or resume with "
+            "what it was begun with"
         )
 
 
@@ -154,10 +154,7 @@ def _describe_run(plan: Plan, calibration: CalibrationData | None, device: torch
         }
     record = {
         "bitpress-core": __version__,
-        "scheme": {
-            step.scheme.name: f"{step.scheme.package} {step.scheme.version}"
-            for step in plan.recipe.all_steps
-        },
+        "scheme": plan.recipe.scheme_versions,
         "recipe": plan.recipe.as_json(),
         "source": {
             name: {

@@ -32,10 +32,7 @@ def build_manifest(
     plan = job.plan
     return Manifest(
         __version__,
-        {
-            step.scheme.name: f"{step.scheme.package} {step.scheme.version}"
-            for step in plan.recipe.all_steps
-        },
+        plan.recipe.scheme_versions,
         plan.recipe.as_json(),
         display_name(job.model),
         inputs=manifests.describe_files(

@@ -66,6 +66,14 @@ class Recipe:
         return tuple(step for rule in self.rules for step in rule.steps)
 
     @property
+    def scheme_versions(self) -> dict[str, str]:
+        """The package of every scheme and its version, by the scheme's name."""
+        return {
+            step.scheme.name: f"{step.scheme.package} {step.scheme.version}"
+            for step in self.all_steps
+        }
+
+    @property
     def calibrated(self) -> bool:
         """Whether any step must see the model run on data."""
         return any(step.calibrated for step in self.all_steps)
