@@ -38,7 +38,8 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
         ShapeError: a scheme cannot take a layer; the message names the layer and how to leave it
             out.
     """
-    source = _resolve_source(source)
+    source = resolve_source(source)
+    _require_unquantized(source)
     layers = linear_layers.linear_layers(source)
     steps_of = _assign_steps(source, recipe, layers)
 
@@ -82,15 +83,13 @@ def with_calibration(plan: Plan, data: str) -> Plan:
     return attrs.evolve(plan, digest=digest, shards=shards)
 
 
-def _resolve_source(checkpoint: Checkpoint) -> Source:
-    """The checkpoint as schemes see it, which must not be quantized."""
-    source = resolve_source(checkpoint)
+def _require_unquantized(source: Source) -> None:
+    """Raise CheckpointError where a source is quantized already."""
     if method := source.model_config.quantization_method:
         raise CheckpointError(
             f"{source.folder} is already quantized ({method}): start from the original, or "
             "decompress it first"
         )
-    return source
 
 
 def _assign_steps(

@@ -174,6 +174,11 @@ class _StatisticSpec:
     # counts may lie on the CPU beside sums on a GPU
     device_type: str
 
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        rows = ", by rows" if self.rows else ""
+        return f"{self.merge} of {dtype} {list(self.shape)} on {self.device_type}{rows}"
+
     @classmethod
     def of(cls, statistic: Statistic) -> _StatisticSpec:
         value = statistic.value
