@@ -10,6 +10,7 @@ each build, which took four seconds for each package.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -19,7 +20,9 @@ import sys
 import sysconfig
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ROOT / "packages"
@@ -77,32 +80,57 @@ def built(package: Path, how: str, into: Path, backend: Path) -> Path:
     return into / done.stdout.split()[-1]
 
 
+@contextlib.contextmanager
+def locked_layers() -> Iterator[None]:
+    """Two environments may be made at a time: one of them makes the layers for both."""
+    SHARED.mkdir(parents=True, exist_ok=True)
+    with (SHARED / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def core_project() -> dict[str, Any]:
+    """What the core says of itself."""
+    text = (PACKAGES / "core/pyproject.toml").read_text()
+    return dict(tomllib.loads(text)["project"])
+
+
+def core_layer() -> Path:
+    """What the core requires, for an environment that is made elsewhere."""
+    with locked_layers():
+        return layer("core", core_project()["dependencies"])
+
+
+def build_and_layer(words: list[str], folder: Path) -> tuple[list[str], list[Path]]:
+    """The words with wheels in place of packages of this repository, and the layers of what those
+    require.
+    """
+    core, layers, arguments, how = core_project(), list[Path](), list[str](), "wheel"
+    for word in words:
+        path, bracket, extras = word.partition("[")
+        if word == "-e":
+            how = "editable"
+        elif is_ours(word):
+            backend = layer("build", ["hatchling", "editables"])
+            wheel = built((ROOT / path).resolve(), how, folder, backend)
+            arguments.append(f"{wheel}{bracket}{extras}")
+            layers = layers or [layer("core", core["dependencies"])]
+            if "conformance" in extras:
+                extra = core["optional-dependencies"]["conformance"]
+                layers.append(layer("tests", extra, *layers))
+            how = "wheel"
+        else:
+            arguments.append(word)
+    return arguments, layers
+
+
 def main(words: list[str]) -> None:
     """Install what pip would have installed with these words."""
-    SHARED.mkdir(parents=True, exist_ok=True)
-    core = tomllib.loads((PACKAGES / "core/pyproject.toml").read_text())["project"]
-    with tempfile.TemporaryDirectory() as folder, (SHARED / "lock").open("w") as lock:
-        if any(is_ours(word) for word in words):
-            # Two environments may be made at a time: one of them makes the layers for both.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        layers, backend, arguments, how = [], None, list[str](), "wheel"
-        for word in words:
-            path, bracket, extras = word.partition("[")
-            if word == "-e":
-                how = "editable"
-            elif is_ours(word):
-                backend = backend or layer("build", ["hatchling", "editables"])
-                wheel = built((ROOT / path).resolve(), how, Path(folder), backend)
-                arguments.append(f"{wheel}{bracket}{extras}")
-                layers = layers or [layer("core", core["dependencies"])]
-                if "conformance" in extras:
-                    extra = core["optional-dependencies"]["conformance"]
-                    layers.append(layer("tests", extra, *layers))
-                how = "wheel"
-            else:
-                arguments.append(word)
-        see(Path(sysconfig.get_path("purelib")), *layers)
-        fcntl.flock(lock, fcntl.LOCK_UN)
+    needs_layers = any(is_ours(word) for word in words)
+    with tempfile.TemporaryDirectory() as folder:
+        with locked_layers() if needs_layers else contextlib.nullcontext():
+            arguments, layers = build_and_layer(words, Path(folder))
+            see(Path(sysconfig.get_path("purelib")), *layers)
         pip(Path(sys.executable), *arguments)
 
 

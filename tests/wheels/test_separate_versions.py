@@ -7,11 +7,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,14 +54,17 @@ class Environment:
     """A virtual environment that holds nothing but what is installed into it."""
 
     def __init__(self, home: Path) -> None:
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
         self.home = home
         (self.site,) = home.glob("lib/*/site-packages")
 
+    def pip(self, *words: str | Path) -> None:
+        """Run this Python's pip on the environment."""
+        pip = [sys.executable, "-m", "pip", "--python", self.home / "bin/python"]
+        subprocess.run([*pip, *words], check=True)
+
     def install(self, *what: Path) -> None:
-        # Most modules of torch are never imported here: to compile them all takes a minute.
-        words = ["-m", "pip", "install", "--quiet", "--no-compile", *what]
-        subprocess.run([self.home / "bin/python", *words], check=True)
+        self.pip("install", "--quiet", *what)
 
     def schemes(self) -> dict[str, tuple[str, str]]:
         """Package and version of each scheme that the installed command lists."""
@@ -92,11 +95,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    """A clean environment; it holds torch, so it is not left behind."""
-    home = tmp_path_factory.mktemp("clean") / "env"
-    yield Environment(home)
-    shutil.rmtree(home)
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """A clean environment that sees just what the core declares that it requires: to install torch
+    anew takes half a minute.
+    """
+    install = runpy.run_path(str(ROOT / "tools/install.py"))
+    result = Environment(tmp_path_factory.mktemp("clean") / "env")
+    install["see"](result.site, install["core_layer"]())
+    return result
 
 
 def test_every_package_builds_a_wheel_of_its_own_version(built: dict[str, Path]) -> None:
@@ -126,17 +132,7 @@ def test_a_scheme_written_and_installed_with_pip_joins_it(
     )
     environment.install(tmp_path / "bitpress-scheme-my-own")
     assert set(environment.schemes()) == {"nvfp4", "my-own"}
-    subprocess.run(
-        [
-            environment.home / "bin/python",
-            "-m",
-            "pip",
-            "uninstall",
-            "-qy",
-            "bitpress-scheme-my-own",
-        ],
-        check=True,
-    )
+    environment.pip("uninstall", "-qy", "bitpress-scheme-my-own")
 
 
 def test_upgrading_one_scheme_leaves_the_others_and_the_core_untouched(
