@@ -15,13 +15,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from fixtures.architectures import build
+from fixtures.forked import ForkedCommand
 from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
 from fixtures.toy_scheme import TOY, install_toy
 
 import bitpress
 from bitpress.api import search
 from bitpress.compression.search.sensitivity import split_sequences
-from bitpress.conformance.commands import bitpress as process, command, install, plugins, refusal
+from bitpress.conformance.commands import command, install, plugins, refusal
 from bitpress.conformance.models import write_model
 from bitpress.errors import RecipeError
 
@@ -140,9 +141,10 @@ def test_the_recipe_keeps_to_the_budget_and_is_carried_out_as_it_stands(
         text,
         *TEXT,
     )
-    done = process("search", model, *words, "--json", path=installed)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    done = ForkedCommand("search", model, *words, "--json", path=installed)
+    stdout, stderr = done.communicate(timeout=300)
+    assert done.returncode == 0, stderr
+    document = json.loads(stdout)
     assert {layer["chosen"] for layer in document["layers"]} == {"short", "toy"}
     plan = bitpress.plan(model, recipe_file=recipe)
     got = {module: stack.steps[0].scheme.name for stack in plan.stacks for module in stack.members}

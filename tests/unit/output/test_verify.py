@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ignore=["*.o_proj"],
         )
     return folder
+
+
+@pytest.fixture
+def with_plugins(outputs: Path) -> Iterator[None]:
+    """The scheme of the outputs is found by this process."""
+    with plugins(outputs / "plugins"):
+        yield
 
 
 def copy(outputs: Path, name: str, to: Path) -> Path:
@@ -300,7 +307,7 @@ def test_a_changed_file_is_found_without_the_source(
 )
 @given(data=st.data())
 def test_a_change_of_any_byte_of_any_file_is_found(
-    outputs: Path, tmp_path: Path, name: str, data: st.DataObject
+    outputs: Path, with_plugins: None, tmp_path: Path, name: str, data: st.DataObject
 ) -> None:
     out = tmp_path / "out"
     if not out.exists():
@@ -314,8 +321,7 @@ def test_a_change_of_any_byte_of_any_file_is_found(
     changed[location] ^= data.draw(st.integers(1, 255), label="bits")
     file.write_bytes(changed)
     try:
-        with plugins(outputs / "plugins"):
-            report = bitpress.verify(out, threads=1)
+        report = bitpress.verify(out, threads=1)
     finally:
         file.write_bytes(content)
     assert any(str(fault).startswith(file.name) for fault in report.faults), report.faults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import subprocess
@@ -43,6 +44,7 @@ GLIBC = pytest.mark.skipif(
 )
 
 
+@functools.cache
 def measured() -> dict[str, int]:
     """Pages that were faulted in, or that the process holds, by the program's names of them."""
     done = subprocess.run(

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
+from fixtures.forked import ForkedCommand
 from fixtures.learner_scheme import LEARNER, runnable_model
 from fixtures.toy_scheme import TOY, install_toy
 
@@ -250,7 +249,7 @@ def test_what_was_finished_before_a_plugin_failed_is_kept_and_not_made_again(
 
 
 FULL = """
-import errno, os, sys, bitpress.cli
+import errno, os, sys
 write, writes_left = os.pwrite, [int(sys.argv.pop(1))]
 def full(descriptor, data, at):
     writes_left[0] -= 1
@@ -258,7 +257,6 @@ def full(descriptor, data, at):
         raise OSError(errno.ENOSPC, "No space left on device")
     return write(descriptor, data, at)
 os.pwrite = full
-bitpress.cli.main()
 """
 
 
@@ -270,26 +268,12 @@ def test_a_disk_that_is_full_in_the_middle_of_a_shard_is_told_and_the_run_goes_o
     assert (
         command("compress", model, tmp_path / "whole", "--scheme", "toy", path=toy).returncode == 0
     )
-    arguments = [
-        sys.executable,
-        "-c",
-        FULL,
-        writes,
-        "compress",
-        model,
-        out,
-        "--scheme",
-        "toy",
-        "--threads",
-        1,
-    ]
-    with patch.dict("os.environ", {"PYTHONPATH": ":".join([str(toy), *sys.path])}):
-        completed = subprocess.run(
-            list(map(str, arguments)), capture_output=True, check=False, text=True
-        )
-    assert completed.returncode == 2
-    assert "the disk is full; make room and run the same command again" in completed.stderr
-    assert len(completed.stderr.splitlines()) == 1
+    arguments = ["compress", model, out, "--scheme", "toy", "--threads", 1]
+    running = ForkedCommand(writes, *arguments, path=toy, setup=FULL)
+    _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 2
+    assert "the disk is full; make room and run the same command again" in stderr
+    assert len(stderr.splitlines()) == 1
     assert not [name for name in files_of(out) if name.endswith(".part") or name == "config.json"]
     assert command("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
     assert files_of(out) == files_of(tmp_path / "whole")
