@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fixtures.forked_shell import command_for_shells
 
 from bitpress.schemes.registry import discover
 
@@ -69,7 +70,7 @@ def test_commands_that_pages_show_exist_with_their_options(
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """An environment of its own that sees what is installed here: what a page installs into it is
     gone afterwards.
     """
@@ -79,10 +80,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (site / "outer.pth").write_text(
         f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
     )
-    for command in ("bitpress", "pytest"):
-        script = home / "bin" / command
-        script.write_text(f'#!/bin/sh\nexec {home}/bin/python -m {command} "$@"\n')
-        script.chmod(0o755)
+    script = home / "bin/pytest"
+    script.write_text(f'#!/bin/sh\nexec {home}/bin/python -m pytest "$@"\n')
+    script.chmod(0o755)
     # 0 is read as: no isolation
     here = {
         "PIP_NO_INDEX": "1",
@@ -91,13 +91,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "PIP_QUIET": "1",
     }
     path = os.pathsep.join([str(home / "bin"), os.environ["PATH"]])
-    return {
-        **os.environ,
-        **here,
-        "PATH": path,
-        "MODEL": str(ROOT / "examples/tiny-llama"),
-        "HF_HUB_OFFLINE": "1",
-    }
+    with command_for_shells(home):
+        yield {
+            **os.environ,
+            **here,
+            "PATH": path,
+            "MODEL": str(ROOT / "examples/tiny-llama"),
+            "HF_HUB_OFFLINE": "1",
+        }
 
 
 def script(page: str) -> Iterator[str]:
