@@ -7,10 +7,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from attrs import frozen
+from fixtures.forked import TORCHRUN
 from fixtures.toy_scheme import DEADLY
 
 import bitpress
@@ -74,19 +76,18 @@ def permitted() -> bool:
 pytestmark = pytest.mark.skipif(not permitted(), reason="no network namespaces for this user")
 
 
-@pytest.fixture
-def plugin(tmp_path: Path) -> Path:
+def install_plugin(folder: Path) -> Path:
     return install(
-        tmp_path / "plugin",
+        folder,
         "bitpress-scheme-toy",
         WORDS,
         "[bitpress.schemes]\ntoy = bitpress_scheme_toy\n",
     )
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "model", shards=4)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model", shards=4)
 
 
 @frozen
@@ -114,35 +115,32 @@ class End:
         )
 
 
-def on_two_hosts(folder: Path, plugin: Path, *arguments: object) -> dict[str, End]:
-    """The command with a rank on each host."""
+def start_on_two_hosts(folder: Path, plugin: Path, model: Path) -> subprocess.Popen[bytes]:
+    """Compress into the folder's `out`, with a rank on each host."""
     (folder / "hosts").write_text("127.0.0.1 localhost\n10.9.0.1 one\n10.9.0.2 two\n")
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-    ]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "one:29500", "-m", "bitpress"]
-    words = [*UNSHARE, HOSTS, "one", *launcher, *map(str, arguments), "--threads", "1"]
+    torchrun = [sys.executable, "-c", TORCHRUN, "fork", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "one:29500", "-m", "bitpress"]
+    command = ["compress", str(model), "out", "--scheme", "toy", "--threads", "1"]
     path = os.pathsep.join(filter(None, [str(plugin), os.environ.get("PYTHONPATH")]))
-    subprocess.run(
-        words, cwd=folder, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=300
+    return subprocess.Popen(
+        [*UNSHARE, HOSTS, "one", *torchrun, *command],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path},
     )
+
+
+def ends(running: subprocess.Popen[bytes], folder: Path) -> dict[str, End]:
+    """What became of each host."""
+    assert running.wait(timeout=300) == 0
     return {host: End.of(host, folder) for host in ("one", "two")}
 
 
-def test_two_hosts_write_the_bytes_of_one_process(
-    tmp_path: Path, model: Path, plugin: Path
-) -> None:
+def test_two_hosts_write_the_bytes_of_one_process(tmp_path: Path, model: Path) -> None:
+    plugin = install_plugin(tmp_path / "plugin")
+    running = start_on_two_hosts(tmp_path, plugin, model)
     with plugins(plugin):
         bitpress.compress(model, tmp_path / "alone", scheme="toy", threads=1)
-    completed = on_two_hosts(
-        tmp_path, plugin, "compress", model, tmp_path / "out", "--scheme", "toy"
-    )
+    completed = ends(running, tmp_path)
     assert [(end.code, end.messages) for end in completed.values()] == [(0, []), (0, [])]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
     # one of them speaks
@@ -159,16 +157,27 @@ DEATHS = {
 }
 
 
+@pytest.fixture(scope="module")
+def deaths(
+    tmp_path_factory: pytest.TempPathFactory, model: Path
+) -> Mapping[str, tuple[subprocess.Popen[bytes], Path]]:
+    """A run for each death, and its folder: they wait for most of their time, so all at once."""
+    runs = {}
+    for death, (order, _) in DEATHS.items():
+        folder = tmp_path_factory.mktemp(death)
+        plugin = install_plugin(folder / "plugin")
+        # while all prove what they wrote
+        (plugin / "die").write_text(f"restore|[ $(hostname) = two ] && {order}")
+        runs[death] = start_on_two_hosts(folder, plugin, model), folder
+    return runs
+
+
 @pytest.mark.parametrize("death", DEATHS)
 def test_what_ends_a_host_s_rank_ends_the_run_and_is_told_on_the_other(
-    tmp_path: Path, model: Path, plugin: Path, death: str
+    deaths: Mapping[str, tuple[subprocess.Popen[bytes], Path]], death: str
 ) -> None:
-    order, expected = DEATHS[death]
-    # while all prove what they wrote
-    (plugin / "die").write_text(f"restore|[ $(hostname) = two ] && {order}")
-    completed = on_two_hosts(
-        tmp_path, plugin, "compress", model, tmp_path / "out", "--scheme", "toy"
-    )
+    _, expected = DEATHS[death]
+    completed = ends(*deaths[death])
     assert completed["one"].code not in (0, None)
     assert completed["two"].code != 0
     for host, words in expected.items():
