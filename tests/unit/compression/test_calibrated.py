@@ -26,6 +26,8 @@ from bitpress.conformance.models import files_of, llama_tensors, tensors_of
 from bitpress.modeling.decoder import Decoder
 from bitpress.planning.memory_estimate import estimate_memory
 
+# in three batches, and more than those of which statistics are taken together
+SAMPLES, LENGTH = 96, 48
 HEAD = ["--scheme", "learner", "--samples", "16", "--sequence-length", "64"]
 ORDER = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 
@@ -45,7 +47,7 @@ def run(model: Path, out: Path, *settings: str, **options: Any) -> Path:
         scheme="learner",
         settings=settings,
         calibration=model.parent / "text.txt",
-        **{"samples": 160, "sequence_length": 48, **options},
+        **{"samples": SAMPLES, "sequence_length": LENGTH, **options},
     )
     return out
 
@@ -54,18 +56,22 @@ def dense(source: Path, out: Path, replaced: set[str], coarse: float = 0.0) -> t
     """The source as transformers runs it, with those layers computing what the output's files say,
     from rounded inputs.
     """
-    model, result = (
-        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(),
-        tensors_of(out),
-    )
-    for name in replaced:
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    replace_layers(model, tensors_of(out), replaced, coarse)
+    return model
+
+
+def replace_layers(
+    model: torch.nn.Module, tensors: dict[str, torch.Tensor], names: set[str], coarse: float
+) -> None:
+    """Let layers compute with an output's tensors, from rounded inputs."""
+    for name in names:
         module = model.get_submodule(name)
-        module.weight.data = result[f"{name}.weight"].float() * result[f"{name}.weight_scale"]
+        module.weight.data = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"]
         if coarse:
             module.register_forward_pre_hook(
                 lambda module, inputs: (inputs[0] / coarse).round() * coarse
             )
-    return model
 
 
 def sums_of_inputs(model: torch.nn.Module, layer: str, ids: torch.Tensor) -> torch.Tensor:
@@ -80,9 +86,9 @@ def sums_of_inputs(model: torch.nn.Module, layer: str, ids: torch.Tensor) -> tor
     return captured[0]
 
 
-def token_ids(source: Path, samples: int = 160, length: int = 48) -> torch.Tensor:
-    words = (source.parent / "text.txt").read_text().split()[: samples * length]
-    return torch.tensor([int(word[1:]) for word in words]).view(samples, length)
+def token_ids(source: Path) -> torch.Tensor:
+    words = (source.parent / "text.txt").read_text().split()[: SAMPLES * LENGTH]
+    return torch.tensor([int(word[1:]) for word in words]).view(SAMPLES, LENGTH)
 
 
 def moved_before(source: Path, out: Path, layer: str, module: str) -> torch.Tensor:
@@ -93,7 +99,7 @@ def moved_before(source: Path, out: Path, layer: str, module: str) -> torch.Tens
         f"mlp.{x}_proj" for x in ("gate", "up", "down")
     ]
     layers = [f"model.layers.{block}.{part}" for block in range(3) for part in parts]
-    # the first of four batches
+    # the first batch
     shifted, ids = dense(source, out, set(layers[: layers.index(layer)])), token_ids(source)[:42]
     return sums_of_inputs(dense(source, out, set()), module, ids) - sums_of_inputs(
         shifted, module, ids
@@ -109,11 +115,11 @@ def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(
     source = runnable_model(tmp_path / "m")
     out = run(source, tmp_path / "o", "bits=2", f"coarse={coarse}")
     tensors, ids = tensors_of(out), token_ids(source)
-    compressed: set[str] = set()
+    model = dense(source, out, set())
     for block in range(3):
         for layer_name in ORDER:
             layer = f"model.layers.{block}.{layer_name}"
-            expected = sums_of_inputs(dense(source, out, compressed, coarse), layer, ids)
+            expected = sums_of_inputs(model, layer, ids)
             torch.testing.assert_close(tensors[f"{layer}.seen"][0], expected, rtol=1e-4, atol=1e-2)
             members = [
                 name
@@ -126,11 +132,12 @@ def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(
                 "mlp.gate_proj": "gu",
                 "mlp.down_proj": "d",
             }[layer_name]
-            compressed |= {
+            compressed = {
                 name.removesuffix(".weight_scale")
                 for name in members
                 if name.rpartition(".")[0].split(".")[-1][0] in stack
             }
+            replace_layers(model, tensors, compressed, coarse)
 
 
 def test_the_reference_is_what_the_source_makes_of_every_eighth_batch(
@@ -203,7 +210,7 @@ def test_what_was_found_is_kept_beside_the_files(tmp_path: Path, learner: Path) 
     out = run(runnable_model(tmp_path / "m", tensors), tmp_path / "o", "bits=4")
     manifest = json.loads((out / "bitpress.json").read_text())
     assert manifest["data"]["source"] == "text.txt"
-    assert manifest["data"]["tokens"] == str(160 * 48)
+    assert manifest["data"]["tokens"] == str(SAMPLES * LENGTH)
     errors = {name: layer["output_error"] for name, layer in manifest["layers"].items()}
     assert all(0 < error < 0.2 for name, error in errors.items() if "layers.1.mlp" not in name)
     assert "model.layers.1.mlp.up_proj: all its weights are zero" in manifest["warnings"]
@@ -213,7 +220,7 @@ def test_what_was_found_is_kept_beside_the_files(tmp_path: Path, learner: Path) 
 def test_memory_that_is_short_changes_no_byte(tmp_path: Path, learner: Path) -> None:
     source = runnable_model(tmp_path / "m")
     roomy = files_of(run(source, tmp_path / "a"))
-    least = estimate_memory(plan(source, scheme="learner"), tokens=160 * 48)
+    least = estimate_memory(plan(source, scheme="learner"), tokens=SAMPLES * LENGTH)
     assert files_of(run(source, tmp_path / "b", max_memory=least + 1000)) == roomy
     line = refusal("compress", source, tmp_path / "c", *HEAD, "--max-memory", "500MB", path=learner)
     assert "500 MB allowed" in line
@@ -234,7 +241,8 @@ def test_where_memory_is_short_no_forward_is_left_waiting(tmp_path: Path, learne
             source,
             tmp_path / "o",
             "factors=2 1",
-            max_memory=estimate_memory(plan(source, scheme="learner"), tokens=160 * 48) + 1000,
+            max_memory=estimate_memory(plan(source, scheme="learner"), tokens=SAMPLES * LENGTH)
+            + 1000,
         )
     # one, and the source's
     assert max(waiting) <= 2
