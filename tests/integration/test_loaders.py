@@ -4,6 +4,7 @@ that we restore.
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,7 @@ def test_transformers_computes_with_the_scales_that_calibration_found(
     assert abs(change) < math.log(1.02)
 
 
+@functools.cache
 def loss(folder: Path, characters: int) -> float:
     """Mean nats for each token of the beginning of the example's text, as transformers runs the
     model.

@@ -4,15 +4,14 @@ machine.
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from attrs import frozen
-from fixtures.forked import TORCHRUN
+from fixtures.forked import TORCHRUN, ForkedCommand
 from fixtures.toy_scheme import DEADLY
 
 import bitpress
@@ -23,29 +22,41 @@ from bitpress.conformance.models import files_of, write_model
 SOON = 3
 SETTING = f"\nfrom bitpress.runtime import watchdog\nwatchdog.MAX_MISSED_HEARTBEATS = {SOON}\n"
 WORDS = DEADLY.replace("os.kill(os.getpid(), int(number))", "os.system(number)") + SETTING
+# The two hosts; the processes that become their commands join them.
 HOSTS = """
 set -e
 mount --bind hosts /etc/hosts
 mount --bind /dev/null /etc/resolv.conf
 hostname one
 ip link set lo up
-unshare --net --uts sh -c '
+unshare --net --uts sh -ec '
     hostname two
     ip link set lo up
     until ip link show two >/dev/null 2>&1; do sleep 0.05; done
     ip addr add 10.9.0.2/24 dev two
     ip link set two up
-    "$@" >two.out 2>two.err && echo 0 >two.code || echo $? >two.code
-    sleep 1000  # its end of the cable stays
-' two "$@" &
+    touch ready
+    sleep 1000
+' &
 two=$!
 while [ "$(readlink /proc/$two/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done
 ip link add name one type veth peer name two netns $two
 ip addr add 10.9.0.1/24 dev one
 ip link set one up
-"$@" >one.out 2>one.err && echo 0 >one.code || echo $? >one.code
-# then everything ends with this shell
-for i in $(seq 100); do [ -e two.code ] && break; sleep 0.1; done
+wait
+"""
+# A fork becomes a process of a host, and then torchrun. Which process namespace is its own is
+# settled when a process begins, so that it is a child that goes on.
+JOIN = """
+import ctypes, os, sys
+libc, directory = ctypes.CDLL(None, use_errno=True), os.getcwd()
+kinds, process = ("user", "mnt", "pid", "net", "uts"), sys.argv.pop(1)
+for namespace in [os.open(f"/proc/{process}/ns/{kind}", os.O_RDONLY) for kind in kinds]:
+    if libc.setns(namespace, 0):
+        raise OSError(ctypes.get_errno(), "setns")
+os.chdir(directory)
+if child := os.fork():
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
 """
 APART = [
     "--user",
@@ -100,47 +111,64 @@ class End:
     out: str
     messages: list[str]
 
-    @classmethod
-    def of(cls, host: str, folder: Path) -> End:
-        code = folder / f"{host}.code"
-        messages = [
-            line
-            for line in (folder / f"{host}.err").read_text().splitlines()
-            if line.startswith("bitpress: ")
-        ]
-        return cls(
-            int(code.read_text()) if code.exists() else None,
-            (folder / f"{host}.out").read_text(),
-            messages,
-        )
+
+class TwoHosts:
+    """A run with a rank on each of two hosts, into the folder's `out`."""
+
+    def __init__(self, folder: Path, plugin: Path, model: Path) -> None:
+        (folder / "hosts").write_text("127.0.0.1 localhost\n10.9.0.1 one\n10.9.0.2 two\n")
+        self._hosts = subprocess.Popen([*UNSHARE, HOSTS], cwd=folder)
+        wait_until((folder / "ready").exists, 60)
+        one = child_of(self._hosts.pid)
+        words: list[object] = ["fork", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend"]
+        words += ["c10d", "--rdzv-endpoint", "one:29500", "-m", "bitpress", "compress", model]
+        words += [folder / "out", "--scheme", "toy", "--threads", 1]
+        self._running = {
+            name: ForkedCommand(host, *words, path=plugin, setup=JOIN + TORCHRUN)
+            for name, host in (("one", one), ("two", child_of(one)))
+        }
+
+    def is_over(self, name: str) -> bool:
+        return self._running[name].returncode is not None
+
+    def end(self) -> dict[str, End]:
+        """End both hosts, with everything on them; what has become of each by then."""
+        codes = {name: running.returncode for name, running in self._running.items()}
+        self._hosts.kill()
+        self._hosts.wait()
+        result = {}
+        for name, running in self._running.items():
+            out, error = running.communicate(timeout=60)
+            said = [line for line in error.splitlines() if line.startswith("bitpress: ")]
+            result[name] = End(codes[name], out, said)
+        return result
 
 
-def start_on_two_hosts(folder: Path, plugin: Path, model: Path) -> subprocess.Popen[bytes]:
-    """Compress into the folder's `out`, with a rank on each host."""
-    (folder / "hosts").write_text("127.0.0.1 localhost\n10.9.0.1 one\n10.9.0.2 two\n")
-    torchrun = [sys.executable, "-c", TORCHRUN, "fork", "--nnodes", "2", "--nproc-per-node", "1"]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "one:29500", "-m", "bitpress"]
-    command = ["compress", str(model), "out", "--scheme", "toy", "--threads", "1"]
-    path = os.pathsep.join(filter(None, [str(plugin), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [*UNSHARE, HOSTS, "one", *torchrun, *command],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path},
-    )
+def ends(runs: Sequence[TwoHosts]) -> list[dict[str, End]]:
+    """What becomes of each host; the second has ten seconds after the first."""
+    wait_until(lambda: all(run.is_over("one") for run in runs), 300)
+    wait_until(lambda: all(run.is_over("two") for run in runs), 10)
+    return [run.end() for run in runs]
 
 
-def ends(running: subprocess.Popen[bytes], folder: Path) -> dict[str, End]:
-    """What became of each host."""
-    assert running.wait(timeout=300) == 0
-    return {host: End.of(host, folder) for host in ("one", "two")}
+def child_of(process: int) -> int:
+    """The first child of a process."""
+    return int(Path(f"/proc/{process}/task/{process}/children").read_text().split()[0])
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until a condition holds, or for so long."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def test_two_hosts_write_the_bytes_of_one_process(tmp_path: Path, model: Path) -> None:
     plugin = install_plugin(tmp_path / "plugin")
-    running = start_on_two_hosts(tmp_path, plugin, model)
+    running = TwoHosts(tmp_path, plugin, model)
     with plugins(plugin):
         bitpress.compress(model, tmp_path / "alone", scheme="toy", threads=1)
-    completed = ends(running, tmp_path)
+    (completed,) = ends([running])
     assert [(end.code, end.messages) for end in completed.values()] == [(0, []), (0, [])]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
     # one of them speaks
@@ -158,26 +186,24 @@ DEATHS = {
 
 
 @pytest.fixture(scope="module")
-def deaths(
-    tmp_path_factory: pytest.TempPathFactory, model: Path
-) -> Mapping[str, tuple[subprocess.Popen[bytes], Path]]:
-    """A run for each death, and its folder: they wait for most of their time, so all at once."""
-    runs = {}
+def deaths(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, dict[str, End]]:
+    """What comes of each death. The runs wait for most of their time, so they run all at once."""
+    runs = []
     for death, (order, _) in DEATHS.items():
         folder = tmp_path_factory.mktemp(death)
         plugin = install_plugin(folder / "plugin")
         # while all prove what they wrote
         (plugin / "die").write_text(f"restore|[ $(hostname) = two ] && {order}")
-        runs[death] = start_on_two_hosts(folder, plugin, model), folder
-    return runs
+        runs.append(TwoHosts(folder, plugin, model))
+    return dict(zip(DEATHS, ends(runs), strict=True))
 
 
 @pytest.mark.parametrize("death", DEATHS)
 def test_what_ends_a_host_s_rank_ends_the_run_and_is_told_on_the_other(
-    deaths: Mapping[str, tuple[subprocess.Popen[bytes], Path]], death: str
+    deaths: dict[str, dict[str, End]], death: str
 ) -> None:
     _, expected = DEATHS[death]
-    completed = ends(*deaths[death])
+    completed = deaths[death]
     assert completed["one"].code not in (0, None)
     assert completed["two"].code != 0
     for host, words in expected.items():
