@@ -23,6 +23,28 @@ CONFIG = LLAMA | {
     "num_hidden_layers": 1,
 }
 MODULE = "model.layers.0.mlp.experts"
+# What engines read expert by expert, and what they do not.
+FUSED, APART = "Qwen3_5MoeForCausalLM", "Qwen3MoeForCausalLM"
+
+# Of an architecture the tensors of gate and up, and of down, and what vLLM calls the experts.
+ARCHITECTURES = {
+    FUSED: (f"{MODULE}.gate_up_proj", f"{MODULE}.down_proj", MODULE),
+    "Llama4ForCausalLM": (
+        "model.layers.0.feed_forward.experts.gate_up_proj",
+        "model.layers.0.feed_forward.experts.down_proj",
+        "model.layers.0.feed_forward.experts",
+    ),
+    "Gemma4ForCausalLM": (
+        "model.layers.0.experts.gate_up_proj",
+        "model.layers.0.experts.down_proj",
+        "model.layers.0.experts",
+    ),
+    "GraniteMoeForCausalLM": (
+        "model.layers.0.block_sparse_moe.input_linear.weight",
+        "model.layers.0.block_sparse_moe.output_linear.weight",
+        "model.layers.0.block_sparse_moe.experts",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,39 +53,44 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors(
-    transposed: bool, extra: Mapping[str, torch.Tensor] | None = None
+    transposed: bool,
+    extra: Mapping[str, torch.Tensor] | None = None,
+    architecture: str = FUSED,
 ) -> dict[str, torch.Tensor]:
     """A block's attention, and its experts' weights, (out, in) or (in, out), in two tensors."""
     generator = torch.Generator().manual_seed(1)
     both = torch.randn(EXPERTS, 2 * WIDE, HIDDEN, generator=generator).bfloat16()
     down = torch.randn(EXPERTS, HIDDEN, WIDE, generator=generator).bfloat16()
     result = {n: t for n, t in llama_tensors(config=CONFIG).items() if ".mlp." not in n}
-    for name, tensor in (("gate_up_proj", both), ("down_proj", down)):
-        result[f"{MODULE}.{name}"] = tensor.mT.contiguous() if transposed else tensor
+    gate_up_name, down_name, _ = ARCHITECTURES[architecture]
+    for name, tensor in ((gate_up_name, both), (down_name, down)):
+        result[name] = tensor.mT.contiguous() if transposed else tensor
     return result | dict(extra or {})
 
 
-def one_by_one(transposed: bool = False) -> dict[str, torch.Tensor]:
+def one_by_one(module: str = MODULE) -> dict[str, torch.Tensor]:
     """The same experts as layers of their own."""
     result = tensors(False)
     both, down = result.pop(f"{MODULE}.gate_up_proj"), result.pop(f"{MODULE}.down_proj")
     for e in range(EXPERTS):
         parts = {"gate_proj": both[e, :WIDE], "up_proj": both[e, WIDE:], "down_proj": down[e]}
-        result |= {f"{MODULE}.{e}.{leaf}.weight": part.contiguous() for leaf, part in parts.items()}
+        result |= {f"{module}.{e}.{leaf}.weight": part.contiguous() for leaf, part in parts.items()}
     return result
 
 
-def config(model_type: str, **keys: Any) -> dict[str, Any]:
-    return CONFIG | {"model_type": model_type} | keys
+def config(architecture: str, **keys: Any) -> dict[str, Any]:
+    return CONFIG | {"architectures": [architecture]} | keys
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out, in", "in, out"])
-@pytest.mark.parametrize("model_type", ["llama4_text", "qwen3_vl_moe_text", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fused_experts_become_what_layers_of_their_own_become(
-    tmp_path: Path, toy: Path, model_type: str, transposed: bool
+    tmp_path: Path, toy: Path, architecture: str, transposed: bool
 ) -> None:
-    fused = write_model(tmp_path / "fused", tensors(transposed), config(model_type), shards=2)
-    apart = write_model(tmp_path / "apart", one_by_one(), config("qwen3_moe"))
+    both = tensors(transposed, architecture=architecture)
+    fused = write_model(tmp_path / "fused", both, config(architecture), shards=2)
+    layers = one_by_one(ARCHITECTURES[architecture][2])
+    apart = write_model(tmp_path / "apart", layers, config(architecture))
     with plugins(toy):
         for source in (fused, apart):
             bitpress.compress(source, tmp_path / f"{source.name}-out", scheme="toy")
@@ -75,7 +102,7 @@ def test_fused_experts_become_what_layers_of_their_own_become(
 
 
 def test_more_threads_write_the_same_bytes(tmp_path: Path, toy: Path) -> None:
-    fused = write_model(tmp_path / "m", tensors(True), config("llama4_text"))
+    fused = write_model(tmp_path / "m", tensors(True), config(FUSED))
     with plugins(toy):
         for threads in (1, 3):
             bitpress.compress(fused, tmp_path / f"{threads}", scheme="toy", threads=threads)
@@ -83,7 +110,7 @@ def test_more_threads_write_the_same_bytes(tmp_path: Path, toy: Path) -> None:
 
 
 def test_experts_of_which_none_is_compressed_stay_fused(tmp_path: Path, toy: Path) -> None:
-    source = write_model(tmp_path / "m", tensors(True), config("llama4_text"))
+    source = write_model(tmp_path / "m", tensors(True), config(FUSED))
     with plugins(toy):
         bitpress.compress(source, tmp_path / "o", scheme="toy", ignore=["*.experts.*"])
         ignored = bitpress.plan(source, scheme="toy", ignore=["*.experts.*"]).config[
@@ -99,25 +126,30 @@ def test_experts_of_which_none_is_compressed_stay_fused(tmp_path: Path, toy: Pat
 NEITHER = {f"{MODULE}.gate_up_proj": torch.zeros(EXPERTS, HIDDEN, WIDE).bfloat16()}
 REFUSED = {
     "one way in one, the other in the other": (
-        "llama4_text",
+        FUSED,
         {f"{MODULE}.down_proj": torch.zeros(EXPERTS, HIDDEN, WIDE).bfloat16()},
         {},
         ["neither", "[3, 128, 64]"],
     ),
     "shapes that the config does not explain": (
-        "llama4_text",
+        FUSED,
         NEITHER,
         {},
         [f"{MODULE}.gate_up_proj", "[3, 128, 32]"],
     ),
     "a config without a width": (
-        "llama4_text",
+        FUSED,
         {},
         {"moe_intermediate_size": None, "intermediate_size": None},
         ["0 of an"],
     ),
-    "gpt-oss": ("gpt_oss", {}, {}, ["gpt-oss's experts", "interleaved"]),
-    "a model that nobody knows": ("novel_moe", {}, {}, ["no engine is known", "'novel_moe'"]),
+    "gpt-oss": ("GptOssForCausalLM", {}, {}, ["no engine is known", "GptOssForCausalLM"]),
+    "a model that nobody knows": (
+        "NovelForCausalLM",
+        {},
+        {},
+        ["no engine is known", "NovelForCausalLM"],
+    ),
 }
 
 
@@ -125,8 +157,8 @@ REFUSED = {
 def test_what_cannot_be_cut_is_refused_by_name_and_can_be_left_out(
     tmp_path: Path, toy: Path, case: str
 ) -> None:
-    model_type, extra, keys, words = REFUSED[case]
-    source = write_model(tmp_path / "m", tensors(True, extra), config(model_type, **keys))
+    architecture, extra, keys, words = REFUSED[case]
+    source = write_model(tmp_path / "m", tensors(True, extra), config(architecture, **keys))
     line = refusal("plan", source, "--scheme", "toy", path=toy)
     assert all(word in line for word in [MODULE, "--ignore '*.experts'", *words]), line
     assert (
@@ -145,7 +177,7 @@ def test_what_cannot_be_cut_is_refused_by_name_and_can_be_left_out(
 def test_experts_of_a_block_share_their_steps(
     tmp_path: Path, toy: Path, pattern: str, fused: bool
 ) -> None:
-    case = (tensors(True), config("llama4_text")) if fused else (one_by_one(), config("qwen3_moe"))
+    case = (tensors(True), config(FUSED)) if fused else (one_by_one(), config(APART))
     line = refusal(
         "plan", write_model(tmp_path / "m", *case), "--scheme", "toy", "--ignore", pattern, path=toy
     )
@@ -154,7 +186,7 @@ def test_experts_of_a_block_share_their_steps(
 
 
 def test_the_result_decompresses_to_layers_of_their_own(tmp_path: Path, toy: Path) -> None:
-    source = write_model(tmp_path / "m", tensors(True), config("llama4_text"))
+    source = write_model(tmp_path / "m", tensors(True), config(FUSED))
     with plugins(toy):
         bitpress.compress(source, tmp_path / "o", scheme="toy")
         bitpress.decompress(tmp_path / "o", tmp_path / "dense")

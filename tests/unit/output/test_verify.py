@@ -189,10 +189,17 @@ FORGED = {
         quantized(lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=4)),
         [CONFIG],
     ),
-    "the config ignores too little": (quantized(lambda q: q["ignore"].pop()), [CONFIG]),
+    "the config ignores too little": (
+        quantized(lambda q: q["ignore"].pop()),
+        ["lm_head: it is tied to model.embed_tokens and not stored", "takes it for quantized"],
+    ),
     "the config ignores a compressed layer": (
         quantized(lambda q: q["ignore"].append(LAYER)),
-        [CONFIG],
+        [f"{LAYER}: it is compressed", "takes it for plain"],
+    ),
+    "the config ignores what is not there": (
+        quantized(lambda q: q["ignore"].append("model.layers.9.mlp.up_proj")),
+        ["it ignores model.layers.9.mlp.up_proj, which is not there"],
     ),
     "the config has no status": (quantized(lambda q: q.pop("quantization_status")), [CONFIG]),
     "the config says nothing": (

@@ -14,7 +14,8 @@ from attrs import field, frozen
 from bitpress import CheckpointError
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
-from bitpress.planning.linear_layers import group_fused, linear_layers, uncompressed_modules
+from bitpress.planning.ignored_layers import ignored_layers
+from bitpress.planning.linear_layers import group_fused, linear_layers
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -233,7 +234,7 @@ LEFT = {
 def test_what_is_left_alone_is_listed_for_the_loaders(what: str) -> None:
     tensors, expected = LEFT[what]
     layers = block("model.layers.0", *MLP)
-    modules = uncompressed_modules(
+    modules = ignored_layers(
         checkpoint({**layers, **tensors}), [name.removesuffix(".weight") for name in layers]
     )
     assert modules == expected
@@ -241,7 +242,7 @@ def test_what_is_left_alone_is_listed_for_the_loaders(what: str) -> None:
 
 def test_a_layer_that_no_rule_matched_is_listed_too() -> None:
     layers = block("model.layers.0", *MLP)
-    assert uncompressed_modules(checkpoint(layers), ["model.layers.0.mlp.down_proj"]) == [
+    assert ignored_layers(checkpoint(layers), ["model.layers.0.mlp.down_proj"]) == [
         "model.layers.0.mlp.gate_proj",
         "model.layers.0.mlp.up_proj",
         "lm_head",

@@ -28,6 +28,7 @@ from bitpress.output import (
     verify as verification,
 )
 from bitpress.output.decompress import write_dense
+from bitpress.output.engine_check import find_engine_faults
 from bitpress.output.manifest import Check, Manifest, read_manifest
 from bitpress.output.report.page import DOCTYPE, render_page
 from bitpress.output.written_model import WrittenModel
@@ -189,9 +190,13 @@ def verify(
     against: str | Path | None = None,
     threads: int | None = None,
     progress: Progress = ignore_progress,
+    engine: bool = False,
 ) -> verification.VerificationReport:
     """Open an output again and prove it: files, config, scales, and with `against`, the source,
     every weight.
+
+    Args:
+        engine: whether the vLLM of this environment is asked too.
 
     Raises:
         BitpressError: the folder was not written by bitpress, or a scheme that wrote it is not
@@ -229,7 +234,10 @@ def verify(
             "it was written with --no-verify: there are no digests by which a changed byte would "
             "be found",
         )
-    return attrs.evolve(report, faults=file_faults + report.faults, remarks=remarks)
+    faults = file_faults + report.faults
+    if engine and not faults:
+        faults = tuple(find_engine_faults(folder))
+    return attrs.evolve(report, faults=faults, remarks=remarks)
 
 
 def inspect(out: str | Path) -> Manifest:

@@ -1,42 +1,26 @@
 """Models that keep all experts of a block in one tensor, read as the layers that schemes and
 engines know: one for each expert.
 
-Only this module names architectures, because which of them an engine reads expert by expert is a
-fact about the engine. How a tensor is split follows from its shape and from the config. Where these
-leave a doubt it is not split.
+Which architectures an engine reads expert by expert, and under which names, is among its facts. How
+a tensor is split follows from its shape and from the config. Where these leave a doubt it is not
+split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from attrs import frozen
 
 from bitpress.checkpoint import layer_names
+from bitpress.checkpoint.engine_facts import architecture_of, facts_of
 from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.views import View, select_matrix
 
-# Model types of which vLLM 0.32 also reads one layer for each expert: experts.0.gate_proj,
-# experts.0.up_proj, experts.0.down_proj.
-READ_BY_EXPERT = (
-    "llama4",
-    "llama4_text",
-    "qwen3_vl_moe",
-    "qwen3_vl_moe_text",
-    "qwen3_5_moe",
-    "qwen3_5_moe_text",
-)
-
-# Model types, by what they begin with, of which vLLM 0.32 does not.
-REFUSED: Mapping[str, str] = {
-    "gpt_oss": "vLLM reads gpt-oss's experts in one tensor, gate and up interleaved, and not in "
-    "this format",
-    "granitemoe": "vLLM reads Granite's experts in one tensor, and not in this format",
-}
-
-PAIR = ("gate_up_proj", "down_proj")
+# What the tensors of gate and up, and of down, are called.
+PAIRS = (("gate_up_proj", "down_proj"), ("input_linear", "output_linear"))
 
 
 @frozen
@@ -50,17 +34,23 @@ class UnsplitExperts:
 def split_experts(checkpoint: Checkpoint) -> tuple[dict[str, list[View]], list[UnsplitExperts]]:
     """The layers in each fused tensor by its name, and the experts that cannot be split."""
     config = checkpoint.model_config
+    engines = facts_of(checkpoint.config)
     views: dict[str, list[View]] = {}
     unsplit = []
     for module, tensors in _find_fused_tensors(checkpoint, config.num_experts or 0).items():
-        reason = _refusal(str(config.model_type), tensors)
-        if reason is None:
-            gate_up, down = (tensors[leaf] for leaf in PAIR)
-            layers = _split(module, gate_up, down, config)
-            views |= layers
-            reason = None if layers else _explain_shapes(gate_up, down, config)
-        if reason is not None:
+        pair = next((pair for pair in PAIRS if set(pair) == set(tensors)), None)
+        names = next(filter(None, (facts.expert_names(module) for facts in engines)), None)
+        if pair is None or names is None:
+            leaves = ", ".join(sorted(tensors))
+            architecture = architecture_of(checkpoint.config)
+            reason = f"no engine is known to read {leaves} of {architecture} expert by expert"
             unsplit.append(UnsplitExperts(module, reason))
+            continue
+        gate_up, down = (tensors[leaf] for leaf in pair)
+        layers = _split(names, gate_up, down, config)
+        views |= layers
+        if not layers:
+            unsplit.append(UnsplitExperts(module, _explain_shapes(gate_up, down, config)))
     return views, unsplit
 
 
@@ -79,25 +69,18 @@ def _is_in_decoder(name: str) -> bool:
     return bool(layer_names.BLOCK.fullmatch(name)) and not layer_names.OUTSIDE.search(name)
 
 
-def _refusal(model_type: str, tensors: Mapping[str, Entry]) -> str | None:
-    """Why engines do not read these experts one by one; None where they do."""
-    for prefix, reason in REFUSED.items():
-        if model_type.startswith(prefix):
-            return reason
-    if model_type in READ_BY_EXPERT and set(tensors) == set(PAIR):
-        return None
-    return (
-        f"no engine is known to read {', '.join(sorted(tensors))} of a {model_type!r} model in "
-        "this format"
-    )
-
-
-def _split(module: str, gate_up: Entry, down: Entry, config: ModelConfig) -> dict[str, list[View]]:
+def _split(
+    names: tuple[str, Sequence[str]], gate_up: Entry, down: Entry, config: ModelConfig
+) -> dict[str, list[View]]:
     """The layers in a pair of tensors by the tensor's name; empty where their shapes are neither
     (experts, out, in) nor (experts, in, out).
 
     Both tensors lie one way, and gate's rows come before up's.
+
+    Args:
+        names: what stands before an expert's number, and what its layers are called.
     """
+    parent, (gate_leaf, up_leaf, down_leaf) = names
     hidden, inner = config.hidden_size or 0, config.expert_size or 0
     if (gate_up.shape[1:], down.shape[1:]) == ((2 * inner, hidden), (hidden, inner)):
         transposed = False
@@ -105,11 +88,11 @@ def _split(module: str, gate_up: Entry, down: Entry, config: ModelConfig) -> dic
         transposed = True
     else:
         return {}
-    gate_up_layers = [("gate_proj", 0, (inner, hidden)), ("up_proj", inner, (inner, hidden))]
-    down_layers = [("down_proj", 0, (hidden, inner))]
+    gate_up_layers = [(gate_leaf, 0, (inner, hidden)), (up_leaf, inner, (inner, hidden))]
+    down_layers = [(down_leaf, 0, (hidden, inner))]
     return {
-        gate_up.name: list(_views(module, gate_up, gate_up_layers, transposed)),
-        down.name: list(_views(module, down, down_layers, transposed)),
+        gate_up.name: list(_views(parent, gate_up, gate_up_layers, transposed)),
+        down.name: list(_views(parent, down, down_layers, transposed)),
     }
 
 
@@ -123,7 +106,7 @@ def _explain_shapes(gate_up: Entry, down: Entry, config: ModelConfig) -> str:
 
 
 def _views(
-    module: str,
+    parent: str,
     fused: Entry,
     layers: Sequence[tuple[str, int, tuple[int, int]]],
     transposed: bool,
@@ -137,7 +120,7 @@ def _views(
         matrix = select_matrix(fused, number)
         for leaf, first, shape in layers:
             yield View(
-                f"{module}.{number}.{leaf}.weight",
+                f"{parent}.{number}.{leaf}.weight",
                 fused.dtype,
                 shape,
                 fused.file,

@@ -16,12 +16,12 @@ FUSED: Sequence[Sequence[str]] = (
     ("in_proj_b", "in_proj_a"),
 )
 
-# The layers of an expert, by the name that they have in different models.
-EXPERT: Sequence[Sequence[str]] = (
-    ("gate_proj", "up_proj", "down_proj"),
-    ("w1", "w3", "w2"),
-    ("up_proj", "down_proj"),
-)
+# The layers of an expert with a gate, by the name that they have in different models: gate, up,
+# down.
+GATED_EXPERT: Sequence[Sequence[str]] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+# Those of any expert.
+EXPERT: Sequence[Sequence[str]] = (*GATED_EXPERT, ("up_proj", "down_proj"))
 
 # Layers that choose the experts of a token: engines read them unquantized.
 ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -34,8 +34,11 @@ OUTSIDE = re.compile(
 # The number of a block, or of an expert.
 NUMBER = re.compile(r"[0-9]{1,6}")
 
-# A number between two dots of a name.
-INDEX_PART = re.compile(r"(?<=\.)\d+(?=\.)")
+# A number that is a whole part of a name.
+INDEX_PART = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+# What stands for such a number.
+STAR = re.compile(r"\*")
 
 OF_EXPERT = re.compile(rf"(?P<experts>.+\.experts)\.(?P<number>{NUMBER.pattern})\.(?P<leaf>\w+)")
 
@@ -100,13 +103,31 @@ def block_index(tensor: str, container: str) -> int | None:
     return int(number) if NUMBER.fullmatch(number) else None
 
 
+def star(name: str) -> str:
+    """A name with stars for its numbers: `model.layers.*.mlp.up_proj`."""
+    return INDEX_PART.sub("*", name)
+
+
+def numbers(name: str) -> list[str]:
+    """The numbers for which a starred name has stars."""
+    return INDEX_PART.findall(name)
+
+
+def fill(pattern: str, numbers: Sequence[str]) -> str:
+    """A starred name with numbers for its stars, in their order; the last ones may be left over."""
+    remaining = iter(numbers)
+    return "".join(
+        next(remaining, "*") if part == "*" else part for part in re.split(r"(\*)", pattern)
+    )
+
+
 def group_numbered(items: Iterable[tuple[str, T]]) -> list[tuple[str, T, int]]:
     """Items (name, value), of which those of one value whose names differ in numbers alone are one:
     its name, with stars for the numbers, its value, and how many they are.
     """
     groups: dict[tuple[str, T], list[str]] = {}
     for name, value in items:
-        groups.setdefault((INDEX_PART.sub("*", name), value), []).append(name)
+        groups.setdefault((star(name), value), []).append(name)
     return [
         (pattern if len(names) > 1 else names[0], value, len(names))
         for (pattern, value), names in groups.items()

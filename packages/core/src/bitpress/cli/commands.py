@@ -171,15 +171,18 @@ def search(
 @app.command()
 @options.out
 @click.option("--against", metavar="MODEL", help="The source to compare the weights with.")
+@click.option(
+    "--engine", "ask_engine", is_flag=True, help="Let the installed vLLM place the tensors too."
+)
 @options.threads
 @options.as_json
-def verify(out: Path, against: str | None, num_threads: int | None) -> None:
+def verify(out: Path, against: str | None, ask_engine: bool, num_threads: int | None) -> None:
     """Read an output back and check its files. If something is wrong, the exit code is 1."""
     with garbage_collection_paused():
         from bitpress import api
 
     with progress_bars() as progress:
-        report = api.verify(out, against, num_threads, progress)
+        report = api.verify(out, against, num_threads, progress, ask_engine)
     warn(report.remarks)
     show(VerifySummary(report, out, against))
     if report.faults:

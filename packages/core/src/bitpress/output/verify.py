@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from bitpress.checkpoint.engine_facts import facts_of
 from bitpress.checkpoint.filenames import CONFIG
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint, Reader
@@ -21,7 +22,8 @@ from bitpress.errors import BitpressError, Fault
 from bitpress.modeling import metrics
 from bitpress.output.manifest import FileRecord, describe_files
 from bitpress.output.written_model import WrittenModel
-from bitpress.planning import engine_rules, linear_layers
+from bitpress.planning import engine_rules
+from bitpress.planning.ignored_layers import ignored_layers
 from bitpress.planning.quantization_config import quantization_config
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from bitpress.runtime.progress import ReportProgress
@@ -152,9 +154,13 @@ def find_structure_faults(
         if source is not None or is_in_layer:
             yield Fault(name, "the tensor was not planned")
 
-    plain = linear_layers.uncompressed_modules(checkpoint, written.layers)
-    expected_config = quantization_config(fragments, plain)
-    if _sort_ignored(checkpoint.config.get(KEY)) != _sort_ignored(expected_config):
+    engines = facts_of(checkpoint.config)
+    plain = ignored_layers(checkpoint, written.layers)
+    expected_config = quantization_config(fragments, plain, engines)
+    # Where an engine's facts say under which names it looks for layers, these are proved, and not
+    # compared: another release may have listed others.
+    normalize = _without_names if engines else _sort_ignored
+    if normalize(checkpoint.config.get(KEY)) != normalize(expected_config):
         yield Fault(CONFIG, f"its {KEY} does not describe what is stored")
 
 
@@ -186,6 +192,21 @@ def _sort_ignored(table: Any) -> Any:
     """
     ignored = table.get("ignore") if isinstance(table, dict) else None
     return {**table, "ignore": sorted(map(str, ignored))} if isinstance(ignored, list) else table
+
+
+def _without_names(table: Any) -> Any:
+    """A quantization config without the names of layers."""
+    if not isinstance(table, dict):
+        return table
+    groups = table.get("config_groups")
+    if isinstance(groups, dict):
+        groups = {
+            name: {key: value for key, value in group.items() if key != "targets"}
+            if isinstance(group, dict)
+            else group
+            for name, group in groups.items()
+        }
+    return {**table, "ignore": None, "config_groups": groups}
 
 
 def _verify_layer(

@@ -6,21 +6,25 @@ are those of vLLM 0.32 and transformers 5.17, unless a comment names another.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
 from torch import Tensor
 
 from bitpress.checkpoint import layer_names
+from bitpress.checkpoint.engine_facts import (
+    EVERY_LINEAR,
+    EngineFacts,
+    EngineLayer,
+    NamePatterns,
+    QuantizedLayers,
+    facts_of,
+)
 from bitpress.checkpoint.filenames import CONFIG
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import Fault
-
-# The target that names the class of all linear layers.
-EVERY_LINEAR = "Linear"
 
 # compressed-tensors' format of integers in 32-bit words.
 PACKED_FORMAT = "pack-quantized"
@@ -56,6 +60,7 @@ class _LinearLayers:
 
     Attributes:
         tensors: of every linear layer, the compressed ones first.
+        engines: the facts of the engines that know the model.
         groups: the config's groups by name.
         groups_of: names of the groups that a layer belongs to; one for a compressed layer.
     """
@@ -63,6 +68,11 @@ class _LinearLayers:
     tensors: Mapping[str, ModuleTensors]
     groups: Mapping[str, ConfigGroup]
     groups_of: Mapping[str, Sequence[str]]
+    engines: Sequence[EngineFacts]
+
+    def is_compressed(self, module: str) -> bool:
+        """Whether a layer is stored compressed."""
+        return _is_compressed(self.tensors[module])
 
 
 def find_faults(
@@ -79,11 +89,7 @@ def find_faults(
     for name, entry in entries.items():
         module, _, suffix = name.rpartition(".")
         modules.setdefault(module, {})[suffix] = entry
-    compressed = {
-        module: tensors
-        for module, tensors in modules.items()
-        if "weight_scale" in tensors or "weight_packed" in tensors
-    }
+    compressed = {m: tensors for m, tensors in modules.items() if _is_compressed(tensors)}
 
     table = config.get(KEY)
     if not isinstance(table, dict):
@@ -107,12 +113,18 @@ def find_faults(
         if isinstance(group, dict)
     }
     linear = compressed | dense
-    groups_of = {module: _groups_of(module, ignored, groups) for module in linear}
-    yield from _check_ignored(ignored, modules)
-    yield from _check_targets(groups, linear)
-
-    layers = _LinearLayers(linear, groups, groups_of)
-    yield from _check_layers(layers, compressed, read)
+    ignored_patterns = NamePatterns.parse(ignored)
+    targets = {
+        name: NamePatterns.parse(group.get("targets") or ()) for name, group in groups.items()
+    }
+    groups_of = {module: _groups_of(module, ignored_patterns, targets) for module in linear}
+    layers = _LinearLayers(linear, groups, groups_of, facts_of(config))
+    engine_names = _names_in_engines(layers, entries)
+    yield from _check_ignored(ignored, engine_names.union(modules))
+    yield from _check_targets(groups, engine_names.union(linear))
+    yield from _check_layers(layers, read)
+    for facts in layers.engines:
+        yield from _check_engine(QuantizedLayers.read(facts, table), layers, entries)
     yield from _check_fused_layers(layers, read)
 
 
@@ -178,38 +190,97 @@ def _check_config(table: Mapping[str, Any]) -> Iterator[Fault]:
         )
 
 
-def _check_ignored(ignored: Sequence[str], modules: Mapping[str, ModuleTensors]) -> Iterator[Fault]:
+def _names_in_engines(layers: _LinearLayers, entries: Mapping[str, Entry]) -> set[str]:
+    """What engines call the layers of the files, and heads that files need not hold."""
+    names = {head for facts in layers.engines for head in facts.tied}
+    for name in {*layers.tensors, *(name.removesuffix(".weight") for name in entries)}:
+        for layer in filter(None, (facts.layer(name) for facts in layers.engines)):
+            names.update(layer.asked_as)
+    return names
+
+
+def _check_ignored(ignored: Sequence[str], modules: Collection[str]) -> Iterator[Fault]:
     for pattern in _unmatched(ignored, modules):
         # A head that is tied to the embeddings is ignored and stores nothing.
         if pattern != "lm_head":
             yield Fault(CONFIG, f"it ignores {pattern}, which is not there")
 
 
-def _check_targets(
-    groups: Mapping[str, ConfigGroup], linear: Mapping[str, ModuleTensors]
-) -> Iterator[Fault]:
+def _check_targets(groups: Mapping[str, ConfigGroup], modules: Collection[str]) -> Iterator[Fault]:
     for name, group in groups.items():
-        for target in _unmatched(group.get("targets"), linear):
+        for target in _unmatched(group.get("targets"), modules):
             yield Fault(CONFIG, f"{name} targets {target}, which is not there")
 
 
-def _check_layers(
-    layers: _LinearLayers, compressed: Mapping[str, ModuleTensors], read: ReadTensor | None
-) -> Iterator[Fault]:
+def _check_layers(layers: _LinearLayers, read: ReadTensor | None) -> Iterator[Fault]:
     """Whether every compressed layer, and no other, has one group, and is stored as it says."""
     for module, tensors in layers.tensors.items():
         names = layers.groups_of[module]
-        if module in compressed and len(names) != 1:
+        is_compressed = layers.is_compressed(module)
+        if is_compressed and len(names) != 1:
             yield Fault(
                 module,
                 f"it is compressed, and {len(names) or 'none'} of the config's groups and ignored "
                 "layers name it so",
             )
-        elif module not in compressed and names:
-            yield Fault(module, "it is stored as it was, and the config says that it is compressed")
+        elif not is_compressed and names:
+            # Engines that know the layer may look for it by another name.
+            if not layers.engines or any(facts.layer(module) is None for facts in layers.engines):
+                yield Fault(
+                    module, "it is stored as it was, and the config says that it is compressed"
+                )
         elif names:
             for text in _check_layer(layers.groups[names[0]], tensors, read):
                 yield Fault(module, text)
+
+
+def _check_engine(
+    config: QuantizedLayers, layers: _LinearLayers, entries: Mapping[str, Entry]
+) -> Iterator[Fault]:
+    """Whether an engine takes for quantized what is stored so, and nothing else."""
+    for module in layers.tensors:
+        if layer := config.facts.layer(module):
+            yield from _check_engine_layer(config, layers, module, layer)
+    for head, embedding in config.facts.tied.items():
+        if f"{head}.weight" not in entries and config.group(head) is not None:
+            yield Fault(
+                head,
+                f"it is tied to {embedding} and not stored, and {config.facts.engine} takes it for "
+                "quantized, since the config does not ignore it",
+            )
+
+
+def _check_engine_layer(
+    config: QuantizedLayers, layers: _LinearLayers, module: str, layer: EngineLayer
+) -> Iterator[Fault]:
+    engine = config.facts.engine
+    is_compressed = layers.is_compressed(module)
+    reason = config.facts.why_not_quantized(module)
+    if is_compressed and reason is not None:
+        yield Fault(module, f"it is compressed, and must be stored as it was: {reason}")
+    if is_compressed and (limit := config.facts.why_rows_only(module)):
+        tensors = layers.tensors[module]
+        rows = next(tensors[suffix].shape[0] for suffix in CODES if suffix in tensors)
+        for suffix, entry in tensors.items():
+            if suffix != "bias" and entry.shape[:1] != (rows,):
+                yield Fault(module, f"{limit}, and {suffix} is {list(entry.shape)}")
+    if reason is not None or not layer.is_quantizable:
+        return
+
+    names = ", ".join(layer.asked_as)
+    groups = config.groups_of(layer)
+    if not is_compressed and groups != [None]:
+        yield Fault(
+            module,
+            f"it is stored as it was, and {engine}, which looks for it as {names}, takes it for "
+            "quantized",
+        )
+    elif is_compressed and groups != layers.groups_of[module]:
+        yield Fault(
+            module,
+            f"it is compressed, and {engine}, which looks for it as {names}, takes it for "
+            f"{'plain' if groups == [None] else 'something else'}",
+        )
 
 
 def _check_layer(
@@ -342,10 +413,17 @@ def _check_shared_numbers(
                 )
 
 
-def _groups_of(module: str, ignored: Sequence[str], groups: Mapping[str, ConfigGroup]) -> list[str]:
-    if _matches(ignored, module):
+def _groups_of(
+    module: str, ignored: NamePatterns, targets: Mapping[str, NamePatterns]
+) -> list[str]:
+    """The groups that a layer is in by its name in the files."""
+    if ignored.match(module):
         return []
-    return [name for name, group in groups.items() if _matches(group.get("targets"), module)]
+    return [
+        group
+        for group, patterns in targets.items()
+        if EVERY_LINEAR in patterns.names or patterns.match(module)
+    ]
 
 
 def _is_dense_linear(module: str, tensors: ModuleTensors) -> bool:
@@ -355,17 +433,12 @@ def _is_dense_linear(module: str, tensors: ModuleTensors) -> bool:
     return weight is not None and len(weight.shape) == 2 and not is_embedding
 
 
-def _unmatched(patterns: Any, modules: Mapping[str, ModuleTensors]) -> Iterator[str]:
-    for pattern in patterns or ():
-        if not any(_matches([pattern], module) for module in modules):
-            yield str(pattern)
+def _is_compressed(tensors: ModuleTensors) -> bool:
+    return "weight_scale" in tensors or "weight_packed" in tensors
 
 
-def _matches(patterns: Any, module: str) -> bool:
-    """Whether a module is a target of patterns, as compressed-tensors matches them."""
-    return any(
-        re.match(pattern[3:], module) is not None
-        if pattern.startswith("re:")
-        else pattern in (EVERY_LINEAR, module)
-        for pattern in map(str, patterns or ())
-    )
+def _unmatched(patterns: Any, modules: Collection[str]) -> Iterator[str]:
+    for pattern in map(str, patterns or ()):
+        is_name = pattern == EVERY_LINEAR or pattern in modules
+        if not is_name and not any(map(NamePatterns.parse([pattern]).match, modules)):
+            yield pattern

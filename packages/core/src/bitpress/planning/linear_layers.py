@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+from bitpress.checkpoint.engine_facts import EngineFacts, facts_of
 from bitpress.checkpoint.layer_names import (
     BLOCK,
-    IN_BLOCK,
     OUTSIDE,
     ROUTERS,
     group_siblings,
 )
-from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import CheckpointError
@@ -51,16 +49,28 @@ def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
     layers = max(layers_of.values(), key=lambda part: sum(e.nbytes for e in part.values()))
     for module, entry in layers.items():
         _check(module, entry, checkpoint.entries.get(f"{module}.bias"))
-    return layers
+
+    engines = facts_of(checkpoint.config)
+    quantizable = {
+        module: entry for module, entry in layers.items() if not _why_plain(module, engines)
+    }
+    if not quantizable:
+        raise CheckpointError(
+            f"{checkpoint.folder}: no layer may be compressed: {next(iter(layers))} is "
+            f"{_why_plain(next(iter(layers)), engines)}"
+        )
+    return quantizable
 
 
-def explain_plain(entry: Entry, container: str, model_config: ModelConfig) -> str:
+def explain_plain(entry: Entry, container: str, checkpoint: Checkpoint) -> str:
     """Why a tensor is not a linear layer of the decoder blocks, in a few words.
 
     Args:
         container: the name of the list of decoder blocks.
+        checkpoint: that holds it.
     """
     name, match = entry.name, BLOCK.fullmatch(entry.name)
+    model_config = checkpoint.model_config
     count = model_config.num_layers
     if len(entry.shape) < 2:
         return "not a matrix (a norm, a bias)"
@@ -77,7 +87,8 @@ def explain_plain(entry: Entry, container: str, model_config: ModelConfig) -> st
         return "a router"
     if count is not None and int(match["index"]) >= count:
         return "multi-token prediction"
-    return "not a matrix"
+    reason = _why_plain(name.removesuffix(".weight"), facts_of(checkpoint.config))
+    return reason or "not a matrix"
 
 
 def group_fused(layers: Mapping[str, Entry]) -> list[tuple[str, ...]]:
@@ -91,45 +102,9 @@ def group_fused(layers: Mapping[str, Entry]) -> list[tuple[str, ...]]:
     return group_siblings(layers, have_one_width)
 
 
-def uncompressed_modules(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[str]:
-    """Modules that a loader might take for linear layers and that stay as they are, in file order,
-    the tied head included.
-    """
-    compressed = set(compressed)
-    modules: dict[str, None] = {}
-    for name, entry in checkpoint.entries.items():
-        module, _, leaf = name.rpartition(".")
-        is_embedding = "embed" in module.rpartition(".")[2]
-        is_matrix = leaf == "weight" and len(entry.shape) == 2 and not is_embedding
-        # Fused expert weights are parameters of the experts' module, not modules of their own.
-        are_experts = leaf != "weight" and len(entry.shape) == 3
-        if (is_matrix or are_experts) and module not in compressed:
-            modules[module] = None
-            # Engines ask for the experts by names of their own.
-            if are_experts and (match := IN_BLOCK.search(module)):
-                modules[rf"re:.*{re.escape(match[0])}(\..+)?$"] = None
-
-    patterns: list[str | None] = []
-    if isinstance(checkpoint.config.get("text_config"), dict):
-        patterns = [_pattern_anywhere(module) for module in modules]
-    if not any(module.endswith("lm_head") for module in modules):
-        modules["lm_head"] = None
-    return list(modules | dict.fromkeys(pattern for pattern in patterns if pattern))
-
-
-def _pattern_anywhere(module: str) -> str | None:
-    """A pattern for a module of a model with several parts, whose names begin otherwise in files,
-    transformers and engines: of a part that is not the decoder it names all, and of others what
-    follows from the list of blocks on.
-    """
-    if module.startswith("re:"):
-        return None
-    names = module.split(".")
-    if part := next((name for name in names[:-1] if OUTSIDE.search(name)), None):
-        return rf"re:(.*\.)?{re.escape(part)}\..*"
-    match = IN_BLOCK.search(module)
-    start = module.rfind(".", 0, match.start()) + 1 if match else len(module) - len(names[-1])
-    return rf"re:(.*\.)?{re.escape(module[start:])}$"
+def _why_plain(module: str, engines: Sequence[EngineFacts]) -> str | None:
+    """Why an engine must find a layer as it is; None where all may quantize it."""
+    return next(filter(None, (facts.why_not_quantized(module) for facts in engines)), None)
 
 
 def _is_router(name: str) -> bool:

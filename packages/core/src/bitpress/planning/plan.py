@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from bitpress.checkpoint import filenames, layer_names
+from bitpress.checkpoint.engine_facts import facts_of
 from bitpress.checkpoint.filenames import INDEX
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import Checkpoint
@@ -65,7 +66,8 @@ class Plan:
     @property
     def config(self) -> dict[str, Any]:
         """The output's `config.json`."""
-        table = quantization_config(self.fragments, self.ignored)
+        engines = facts_of(self.source.config)
+        table = quantization_config(self.fragments, self.ignored, engines)
         return dict(self.source.config) | ({KEY: table} if table else {})
 
     @property
@@ -111,13 +113,13 @@ class Plan:
     def uncompressed(self) -> list[tuple[Entry, str]]:
         """Every tensor that is copied, and why it is not compressed."""
         layers = linear_layers.linear_layers(self.source)
-        reasons, model_config = [], self.source.model_config
+        reasons = []
         for entry in (entry for shard in self.shards for entry in shard.copies):
             module = entry.name.removesuffix(".weight")
             if module in layers:
                 reason = self.recipe.reason(module)
             else:
-                reason = linear_layers.explain_plain(entry, self.container, model_config)
+                reason = linear_layers.explain_plain(entry, self.container, self.source)
             reasons.append((entry, reason))
         return reasons
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
 
 from bitpress.checkpoint import layer_names
+from bitpress.checkpoint.engine_facts import (
+    EngineFacts,
+    architecture_of,
+    engines_without,
+    facts_of,
+)
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import Source, fuse_uncompressed_experts, resolve_source
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
 from bitpress.planning import linear_layers
+from bitpress.planning.ignored_layers import ignored_layers
 from bitpress.planning.layout import Stack, cut_shards
 from bitpress.planning.plan import Plan
 from bitpress.planning.quantization_config import quantization_config
@@ -43,9 +51,11 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     layers = linear_layers.linear_layers(source)
     steps_of = _assign_steps(source, recipe, layers)
 
+    for facts in facts_of(source.config):
+        _check_shared_names(source, steps_of, facts)
     stacks = _group_stacks(layers, steps_of)
     for stack in stacks.values():
-        _check_shapes(stack)
+        _check_shapes(stack, facts_of(source.config))
     fragments = {
         module: stack.describe_stored(module)[1]
         for stack in stacks.values()
@@ -54,9 +64,9 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
 
     # Experts of which none is compressed are copied as they lie in the files.
     source = fuse_uncompressed_experts(source, fragments)
-    ignored = tuple(linear_layers.uncompressed_modules(source, fragments))
+    ignored = tuple(ignored_layers(source, fragments))
     # Raises where one config cannot describe all of the layers.
-    quantization_config(fragments, ignored)
+    quantization_config(fragments, ignored, facts_of(source.config))
 
     digest = _digest(source, recipe, "")
     device = device or detect_device()
@@ -66,7 +76,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
         digest=digest,
         shards=tuple(cut_shards(source, stacks, digest, by_block=recipe.calibrated)),
         ignored=ignored,
-        warnings=tuple(_warnings(source, recipe, list(layers))),
+        warnings=tuple(_warnings(source, recipe, list(layers), list(fragments))),
         device=device,
         findings=tuple(dict.fromkeys(_findings(recipe, device))),
     )
@@ -126,14 +136,38 @@ def _group_stacks(
     return stacks
 
 
+def _check_shared_names(
+    source: Checkpoint, steps_of: Mapping[str, tuple[Step, ...]], facts: EngineFacts
+) -> None:
+    """Raise RecipeError where layers of unlike steps have one name in an engine's config."""
+    first_of: dict[str, str] = {}
+    for name in source.entries:
+        module = name.removesuffix(".weight")
+        layer = facts.layer(module)
+        if layer is None or not layer.is_quantizable:
+            continue
+        for asked_as in layer.asked_as:
+            first = first_of.setdefault(asked_as, module)
+            if _written_steps(steps_of.get(first, ())) != _written_steps(steps_of.get(module, ())):
+                raise RecipeError(
+                    f"layers {first} and {module} are one to {facts.engine} (it looks for both as "
+                    f"{asked_as}) and must get the same steps: let one pattern match all of them, "
+                    "or none"
+                )
+
+
+def _written_steps(steps: Sequence[Step]) -> list[tuple[Any, Any]]:
+    """What two layers must have in common to be stored alike."""
+    return [(step.scheme, step.options) for step in steps]
+
+
 def _common_steps(
     modules: Sequence[str], steps_of: Mapping[str, tuple[Step, ...]]
 ) -> tuple[Step, ...]:
     """The steps that all modules get; raises RecipeError where they differ."""
     first = steps_of[modules[0]]
-    expected = [(step.scheme, step.options) for step in first]
     for module in modules:
-        if [(step.scheme, step.options) for step in steps_of[module]] != expected:
+        if _written_steps(steps_of[module]) != _written_steps(first):
             raise RecipeError(
                 f"layers {modules[0]} and {module} are one layer in serving engines and must get "
                 "the same steps: let one pattern match all of them, or none"
@@ -141,7 +175,7 @@ def _common_steps(
     return first
 
 
-def _check_shapes(stack: Stack) -> None:
+def _check_shapes(stack: Stack, engines: Sequence[EngineFacts]) -> None:
     """Raise ShapeError unless the schemes take the shape of every member."""
     row_block = stored_layout.row_block(stack.steps)
     leaves = [module.rpartition(".")[2] for module in stack.members]
@@ -155,9 +189,16 @@ def _check_shapes(stack: Stack) -> None:
                 f"rows would hold rows of two; {fix}"
             )
         try:
-            stack.describe_stored(module)
+            stored, _ = stack.describe_stored(module)
         except ShapeError as e:
             raise ShapeError(f"layer {module}: {e}; or {fix}") from None
+        reason = next(filter(None, (facts.why_rows_only(module) for facts in engines)), None)
+        others = [suffix for suffix, spec in stored.items() if spec.shape[:1] != entry.shape[:1]]
+        if reason and others:
+            raise ShapeError(
+                f"layer {module}: {reason}, and {others[0]} would be {stored[others[0]]}; use a "
+                f"scheme with a scale for each row, or {fix}"
+            )
 
 
 def _digest(source: Checkpoint, recipe: Recipe, data: str) -> str:
@@ -174,12 +215,15 @@ def _digest(source: Checkpoint, recipe: Recipe, data: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _warnings(source: Checkpoint, recipe: Recipe, modules: Sequence[str]) -> Iterator[str]:
+def _warnings(
+    source: Checkpoint, recipe: Recipe, modules: Sequence[str], compressed: Sequence[str]
+) -> Iterator[str]:
     for pattern in recipe.idle_patterns(modules):
         yield (
             f"the rule for {pattern!r} comes too late: what is before it takes all layers that it "
             "matches"
         )
+    yield from _unchecked(source, compressed)
     experts = [
         entry
         for entry in source.entries.values()
@@ -193,6 +237,23 @@ def _warnings(source: Checkpoint, recipe: Recipe, modules: Sequence[str]) -> Ite
             f"{len(experts)} tensors hold fused experts ({size:.2f} GB, first: "
             f"{experts[0].name}); they are copied unchanged"
         )
+
+
+def _unchecked(source: Checkpoint, compressed: Sequence[str]) -> Iterator[str]:
+    """What no facts of an engine say of the layers that are to be compressed."""
+    architecture = architecture_of(source.config)
+    if engines := engines_without(source.config):
+        yield (
+            f"it is not known which layers of {architecture} {' and '.join(engines)} quantize: "
+            "names and shapes decide, and verify cannot check it"
+        )
+    for facts in facts_of(source.config):
+        unknown = [module for module in compressed if facts.layer(module) is None]
+        if unknown:
+            yield (
+                f"it is not known whether {facts.engine} quantizes {len(unknown)} layers of "
+                f"{architecture} (first: {unknown[0]}): names and shapes decide"
+            )
 
 
 def _findings(recipe: Recipe, device: Hardware) -> Iterator[tuple[str, Finding]]:

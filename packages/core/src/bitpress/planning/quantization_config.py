@@ -8,12 +8,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bitpress.checkpoint.engine_facts import EVERY_LINEAR, EngineFacts
 from bitpress.checkpoint.model_config import METHOD
 from bitpress.errors import RecipeError
+from bitpress.planning.engine_names import names_to_ignore, names_to_target
 
 
 def quantization_config(
-    fragments: Mapping[str, Mapping[str, Any] | None], ignored: Sequence[str]
+    fragments: Mapping[str, Mapping[str, Any] | None],
+    ignored: Sequence[str],
+    engines: Sequence[EngineFacts] = (),
 ) -> dict[str, Any] | None:
     """The smallest config that both loaders accept; None where every tensor is plain.
 
@@ -21,6 +25,7 @@ def quantization_config(
         fragments: by compressed module, the config group that its scheme wrote; None for a plain
             weight.
         ignored: modules that are not compressed, for `ignore`.
+        engines: the facts of engines for the model.
 
     Raises:
         RecipeError: layers are to be stored in several sparsity layouts, and a config has one.
@@ -38,14 +43,20 @@ def quantization_config(
     formats = {entry["format"] for entry in entries}
     # The target of a single group is "Linear", which also matches layers that an engine has fused.
     # Several groups need the names.
-    targets = [["Linear"]] if len(quantized) == 1 else list(quantized.values())
+    targets = [[EVERY_LINEAR]] if len(quantized) == 1 else list(quantized.values())
     compressed = {module for modules in quantized.values() for module in modules}
+    plain = [module for module in fragments if module not in compressed]
+    ignored = [*ignored, *plain]
+    for facts in engines:
+        ignored += names_to_ignore(facts, ignored, plain, compressed)
+        if len(quantized) > 1:
+            targets = [[*names, *names_to_target(facts, names)] for names in targets]
     return config | {
         "quant_method": METHOD,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         # transformers 5.17 initializes the layers at random under any other status.
         "quantization_status": "compressed",
-        "ignore": [*ignored, *(module for module in fragments if module not in compressed)],
+        "ignore": ignored,
         "config_groups": {
             f"group_{number}": {"targets": target, **entry}
             for number, (target, entry) in enumerate(zip(targets, entries, strict=True))
@@ -79,6 +90,6 @@ def _sparsity_config(
     ((text, modules),) = groups.items()
     return {
         **json.loads(text),
-        "targets": modules if has_quantized else ["Linear"],
+        "targets": modules if has_quantized else [EVERY_LINEAR],
         "ignore": [*ignored, *(module for module in fragments if module not in modules)],
     }

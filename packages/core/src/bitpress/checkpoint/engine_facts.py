@@ -1,0 +1,253 @@
+"""What engines do with the layers of an architecture, as they answered when they were asked.
+
+`tox run -e facts` asks vLLM and transformers, and writes one file for each in `engines/`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from attrs import frozen
+
+from bitpress.checkpoint import layer_names
+
+# Kinds of layers that an engine asks its quantization config for.
+QUANTIZABLE = ("linear", "experts")
+
+# The target that names the class of all linear layers.
+EVERY_LINEAR = "Linear"
+
+
+@frozen
+class EngineLayer:
+    """What an engine does with a layer of the files.
+
+    Attributes:
+        kind: "linear" or "experts", which may be quantized; "never", a linear layer that may not;
+            "head", "embedding", "attention" or "other".
+        asked_as: the names under which the engine looks for it in the quantization config.
+        listed_as: what its name in the files becomes, where the config lists it: vLLM renames it.
+    """
+
+    kind: str
+    asked_as: tuple[str, ...]
+    listed_as: str
+
+    @property
+    def is_quantizable(self) -> bool:
+        """Whether the engine asks how it is quantized."""
+        return self.kind in QUANTIZABLE
+
+
+@frozen(eq=False)
+class EngineFacts:
+    """An engine's answers for one architecture.
+
+    Attributes:
+        engine: its name and version.
+        layers: by the name in files, with stars for numbers: the kind, or a table of it.
+        packed: names of layers that the engine makes one of, by the name of that one.
+        expert_leaves: names of the layers of an expert, by whose first it asks for all experts.
+        tied: heads that files need not hold, and the embeddings that they are tied to.
+        limits: by the name in files, with stars: why a layer must stay as it is ("never"), or may
+            only be stored in tensors that have a row for each of its own ("rows_only").
+    """
+
+    engine: str
+    layers: Mapping[str, Any]
+    packed: Mapping[str, Sequence[str]]
+    expert_leaves: Sequence[str]
+    tied: Mapping[str, str]
+    limits: Mapping[str, Mapping[str, str]]
+
+    def layer(self, name: str) -> EngineLayer | None:
+        """What the engine does with a layer; None where it was not asked for such a one.
+
+        Args:
+            name: in the files, without `.weight`.
+        """
+        pattern = layer_names.star(name)
+        fact = self.layers.get(pattern)
+        if fact is None:
+            return None
+        table = {fact: pattern} if isinstance(fact, str) else dict(fact)
+        numbers = layer_names.numbers(name)
+        listed_as = layer_names.fill(table.pop("listed_as", pattern), numbers)
+        ((kind, asked_as),) = table.items()
+        patterns = [asked_as] if isinstance(asked_as, str) else asked_as
+        names = [layer_names.fill(pattern, numbers) for pattern in patterns]
+        if kind == "experts" and self.expert_leaves:
+            names = [f"{name}.0.{leaf}" for name in names for leaf in self.expert_leaves]
+        return EngineLayer(kind, tuple(names), listed_as)
+
+    def why_not_quantized(self, name: str) -> str | None:
+        """Why a layer must stay as it is; None where the engine may quantize it, or does not know
+        it.
+        """
+        if limit := self._limit(name, "never"):
+            return limit
+        layer = self.layer(name)
+        if layer is None or layer.is_quantizable:
+            return None
+        if layer.kind == "embedding":
+            return f"an embedding in {self.engine}"
+        return f"{self.engine} never quantizes it"
+
+    def expert_names(self, module: str) -> tuple[str, Sequence[str]] | None:
+        """What the engine calls the layers of single experts that the files hold in one tensor.
+
+        Args:
+            module: of the experts.
+
+        Returns:
+            The name before an expert's number, and the layers' names: gate, up, down; None where it
+            reads no such layers.
+        """
+        for parent in (module, f"{module}.experts"):
+            for leaves in layer_names.GATED_EXPERT:
+                layers = [self.layer(f"{parent}.0.{leaf}") for leaf in leaves]
+                if all(layer is not None and layer.kind == "experts" for layer in layers):
+                    return parent, leaves
+        return None
+
+    def why_rows_only(self, name: str) -> str | None:
+        """Why every stored tensor of a layer must have a row for each of its own; None where that
+        need not be.
+        """
+        return self._limit(name, "rows_only")
+
+    def _limit(self, name: str, kind: str) -> str | None:
+        reason = self.limits.get(layer_names.star(name), {}).get(kind)
+        return f"{self.engine}: {reason}" if reason else None
+
+
+@frozen(eq=False)
+class NamePatterns:
+    """Names and regular expressions (`re:...`), as compressed-tensors matches them."""
+
+    names: frozenset[str]
+    expressions: tuple[re.Pattern[str], ...]
+
+    @classmethod
+    def parse(cls, patterns: Iterable[Any]) -> NamePatterns:
+        """The patterns of a list in a quantization config."""
+        texts = list(map(str, patterns))
+        return cls(
+            frozenset(text for text in texts if not text.startswith("re:")),
+            tuple(re.compile(text[3:]) for text in texts if text.startswith("re:")),
+        )
+
+    def match(self, name: str) -> bool:
+        """Whether one of them matches a name."""
+        return name in self.names or any(regex.match(name) for regex in self.expressions)
+
+
+@frozen(eq=False)
+class QuantizedLayers:
+    """Which layers an engine takes for quantized, by a quantization config.
+
+    Attributes:
+        facts: of the engine.
+        ignored: what the config leaves out, as the engine reads the names.
+        groups: the targets of its groups, likewise.
+    """
+
+    facts: EngineFacts
+    ignored: NamePatterns
+    groups: Mapping[str, NamePatterns]
+
+    @classmethod
+    def read(cls, facts: EngineFacts, table: Mapping[str, Any]) -> QuantizedLayers:
+        """What the engine makes of `quantization_config`."""
+
+        def listed(names: Any) -> NamePatterns:
+            return NamePatterns.parse(_as_listed(facts, str(name)) for name in names or ())
+
+        groups = {
+            name: listed(group.get("targets"))
+            for name, group in (table.get("config_groups") or {}).items()
+            if isinstance(group, dict)
+        }
+        return cls(facts, listed(table.get("ignore")), groups)
+
+    def groups_of(self, layer: EngineLayer) -> list[str | None]:
+        """The groups that a layer is in, once each; None stands for a name that is ignored, or is
+        no target.
+        """
+        return list(dict.fromkeys(self.group(name) for name in layer.asked_as))
+
+    def group(self, name: str) -> str | None:
+        """The group in which the engine finds one of its layers; None: it is not quantized."""
+        if self._match(self.ignored, name):
+            return None
+        for group, targets in self.groups.items():
+            if EVERY_LINEAR in targets.names or self._match(targets, name):
+                return group
+        return None
+
+    def _match(self, patterns: NamePatterns, name: str) -> bool:
+        """Whether a layer is named, or all of those that the engine makes one layer of."""
+        if patterns.match(name):
+            return True
+        parent, _, leaf = name.rpartition(".")
+        parts = self.facts.packed.get(leaf, ())
+        return bool(parts) and all(patterns.match(f"{parent}.{part}") for part in parts)
+
+
+def facts_of(config: Mapping[str, Any]) -> tuple[EngineFacts, ...]:
+    """The facts of every engine that holds the architecture of a `config.json`."""
+    found = (_find(document, config) for document in _documents())
+    return tuple(facts for facts in found if facts is not None)
+
+
+def engines_without(config: Mapping[str, Any]) -> list[str]:
+    """The engines whose facts do not hold the architecture of a `config.json`."""
+    return [_engine(document) for document in _documents() if _find(document, config) is None]
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The architecture, or else the model type, that a `config.json` names."""
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures:
+        return str(architectures[0])
+    return str(config.get("model_type") or "a model without a type")
+
+
+@functools.cache
+def _documents() -> tuple[Mapping[str, Any], ...]:
+    folder = resources.files("bitpress.checkpoint") / "engines"
+    files = sorted(folder.iterdir(), key=lambda file: file.name)
+    return tuple(json.loads(file.read_text(encoding="utf-8")) for file in files)
+
+
+def _engine(document: Mapping[str, Any]) -> str:
+    return f"{document['engine']} {document['version']}"
+
+
+def _find(document: Mapping[str, Any], config: Mapping[str, Any]) -> EngineFacts | None:
+    architectures = document["architectures"]
+    table = architectures.get(architecture_of(config))
+    # A config that names no architecture may name a type that only one class has.
+    if table is None and not config.get("architectures"):
+        tables = [t for t in architectures.values() if t["model_type"] == config.get("model_type")]
+        table = tables[0] if len(tables) == 1 else None
+    if table is None:
+        return None
+    return EngineFacts(
+        _engine(document),
+        table["layers"],
+        table.get("packed", {}),
+        table.get("experts_asked_as", ()),
+        table.get("tied", {}),
+        table.get("limits", {}),
+    )
+
+
+def _as_listed(facts: EngineFacts, name: str) -> str:
+    layer = None if name.startswith("re:") else facts.layer(name)
+    return name if layer is None else layer.listed_as

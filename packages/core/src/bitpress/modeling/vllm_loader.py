@@ -1,0 +1,213 @@
+"""Let the vLLM of this environment load folders without reading a weight, and say what goes wrong.
+
+`python -P vllm_loader.py FOLDER ...` prints one JSON object: a list of texts for each folder. It
+needs nothing but vLLM. It builds vLLM's own model with the folder's config on the meta device, and
+lets vLLM's own loader place tensors of the files' names, dtypes and shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import struct
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+# What safetensors calls the dtypes of torch.
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# What vLLM reads when it is imported: one process, nothing fetched or reported.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "CRITICAL",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+# Parameters that vLLM makes and fills itself: for the cache of keys and values.
+CACHE_PARAMETER = re.compile(r"\.(k|v|q|prob)_(scale|zero_point)$")
+
+# Texts at most: layers of one kind go wrong alike.
+MAX_FAULTS = 20
+
+# A part of a parameter that is loaded by itself: arguments of a weight loader.
+Shard = tuple[Any, ...]
+
+
+def find_load_faults(folder: Path) -> list[str]:
+    """What is wrong with a folder in the eyes of vLLM's loader: an error that it raises, tensors
+    that no parameter takes, parameters that no tensor fills.
+    """
+    tensors = _meta_tensors(folder)
+    try:
+        engine_config = _engine_config(folder)
+        with _in_one_process(engine_config):
+            model = _build(engine_config)
+            loads = _watch(model)
+            model.load_weights(iter(tensors.items()))
+            return _unfilled(model, loads)[:MAX_FAULTS]
+    except Exception as e:
+        # Whatever vLLM raises: it is what a user would meet.
+        return [f"vLLM: {type(e).__name__}: {' '.join(str(e).split())[:300]}"]
+
+
+def _meta_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder without their numbers, from the headers of its safetensors files."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (header_size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(header_size))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            dtype = DTYPES[entry["dtype"]]
+            tensors[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+    return tensors
+
+
+def _engine_config(folder: Path) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import registry
+
+    # Without a device to reserve memory on, and without a process that asks each class.
+    torch.accelerator.empty_cache = lambda: None
+    registry._LazyRegisteredModel.inspect_model_cls = lambda self: (
+        registry._ModelInfo.from_model_cls(self.load_model_cls())
+    )
+    arguments = EngineArgs(
+        model=str(folder),
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=64,
+        max_num_seqs=2,
+        max_num_batched_tokens=4096,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+    )
+    return arguments.create_engine_config()
+
+
+@contextlib.contextmanager
+def _in_one_process(engine_config: Any) -> Iterator[None]:
+    """The context in which vLLM builds a model on one device."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    with set_current_vllm_config(engine_config), tempfile.TemporaryDirectory() as folder:
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend="gloo")
+        init_workspace_manager(torch.device("cpu"))
+        initialize_model_parallel(1, 1)
+        yield
+
+
+def _build(engine_config: Any) -> nn.Module:
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    for device in ("meta", "cpu"):
+        engine_config.compilation_config.static_forward_context.clear()
+        try:
+            with torch.device(device):
+                model: nn.Module = initialize_model(vllm_config=engine_config)
+            return model
+        except (NotImplementedError, RuntimeError) as e:
+            # Some classes compute while they are built.
+            if "meta" not in str(e) or device == "cpu":
+                raise
+    raise AssertionError
+
+
+def _watch(model: nn.Module) -> dict[str, set[Shard]]:
+    """Let every parameter note which of its parts have been loaded."""
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+    loads: dict[str, set[Shard]] = defaultdict(set)
+    for name, parameter in model.named_parameters():
+        load = getattr(parameter, "weight_loader", default_weight_loader)
+        watched = _watched(load, loads[name])
+        try:
+            parameter.weight_loader = watched  # type: ignore[assignment]
+        except AttributeError:
+            parameter._weight_loader = watched  # type: ignore[assignment]
+    return loads
+
+
+def _watched(load: Callable[..., Any], shards: set[Shard]) -> Callable[..., Any]:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        values = [*args[2:], *(v for k, v in kwargs.items() if k not in ("param", "loaded_weight"))]
+        try:
+            result = load(*args, **kwargs)
+        except (NotImplementedError, RuntimeError) as e:
+            # A loader that looks at numbers, which tensors without data do not have.
+            if "meta" not in str(e):
+                raise
+            result = True
+        shards.add(tuple(value for value in values if isinstance(value, int | str)))
+        return result
+
+    return watched
+
+
+def _unfilled(model: nn.Module, loads: dict[str, set[Shard]]) -> list[str]:
+    """Parameters of which a part was not loaded."""
+    texts = []
+    for name, shards in loads.items():
+        if CACHE_PARAMETER.search(name):
+            continue
+        expected = _num_parts(model.get_submodule(name.rpartition(".")[0]), name)
+        if not shards:
+            texts.append(f"vLLM: no tensor of the files fills {name}")
+        elif () not in shards and len(shards) < expected:
+            texts.append(f"vLLM: {len(shards)} of the {expected} parts of {name} are in the files")
+    return texts
+
+
+def _num_parts(module: nn.Module, name: str) -> int:
+    """How many loads fill a parameter: one for each layer that it is stacked of."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    if isinstance(module, RoutedExperts):
+        leaf = name.rpartition(".")[2]
+        return int(module.local_num_experts) * (2 if leaf.startswith("w13") else 1)
+    return 1
+
+
+def main(folders: Sequence[str]) -> None:
+    """Print the faults of folders as a JSON object."""
+    os.environ |= ENVIRONMENT
+    import vllm.model_executor.model_loader.utils  # noqa: F401
+
+    # A process for each: vLLM keeps what it once set up.
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        faults = pool.map(find_load_faults, map(Path, folders), chunksize=1)
+    print(json.dumps(dict(zip(folders, faults, strict=True))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

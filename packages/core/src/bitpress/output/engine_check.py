@@ -1,0 +1,38 @@
+"""What the vLLM that is installed beside bitpress makes of an output."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitpress.errors import BitpressError, Fault
+
+LOADER = Path(__file__).parents[1] / "modeling/vllm_loader.py"
+
+
+def find_engine_faults(folder: Path, python: str = sys.executable) -> Sequence[Fault]:
+    """Let vLLM's loader place the tensors of a folder, in a process of its own; no weight is read.
+
+    Args:
+        python: the interpreter whose vLLM is asked.
+
+    Raises:
+        BitpressError: vLLM is not installed, or ended without an answer.
+    """
+    if python == sys.executable and importlib.util.find_spec("vllm") is None:
+        raise BitpressError(
+            "--engine asks the vLLM of this environment, and there is none: pip install vllm"
+        )
+    command = [python, "-P", str(LOADER), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last_line = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise BitpressError(
+            f"{folder}: vLLM ended with exit code {done.returncode} before it answered: {last_line}"
+        )
+    (texts,) = json.loads(done.stdout.splitlines()[-1]).values()
+    return [Fault("", text) for text in texts]

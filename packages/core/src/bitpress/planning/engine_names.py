@@ -1,0 +1,59 @@
+"""Names for a quantization config that the files do not have, and under which an engine looks for
+layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from bitpress.checkpoint.engine_facts import EVERY_LINEAR, EngineFacts, QuantizedLayers
+from bitpress.checkpoint.layer_names import star
+
+
+def names_to_ignore(
+    facts: EngineFacts, listed: Sequence[str], plain: Iterable[str], compressed: Iterable[str]
+) -> Iterator[str]:
+    """Patterns for layers that an engine would take for quantized in spite of what is ignored.
+
+    Args:
+        listed: what `ignore` has already.
+        plain: layers that are not compressed, by their names in the files.
+        compressed: layers that are.
+    """
+    groups = {"all": {"targets": [EVERY_LINEAR]}}
+    reading = QuantizedLayers.read(facts, {"ignore": listed, "config_groups": groups})
+    missing: dict[str, list[str]] = {}
+    for name in _names(facts, plain):
+        if reading.group(name) is not None:
+            missing.setdefault(star(name), []).append(name)
+
+    # A pattern takes in all blocks, unless some of them are compressed.
+    quantized = set(map(star, _names(facts, compressed)))
+    for pattern, names in missing.items():
+        for name in names if pattern in quantized else [pattern]:
+            yield _expression(name)
+
+
+def names_to_target(facts: EngineFacts, listed: Sequence[str]) -> Iterator[str]:
+    """Patterns for layers of a group that an engine does not find by their names in the files.
+
+    Args:
+        listed: the names in the files.
+    """
+    groups = {"all": {"targets": listed}}
+    reading = QuantizedLayers.read(facts, {"config_groups": groups})
+    for name in _names(facts, listed):
+        if reading.group(name) is None:
+            yield _expression(name)
+
+
+def _names(facts: EngineFacts, layers: Iterable[str]) -> Iterator[str]:
+    """The names under which an engine asks how layers are quantized."""
+    for layer in map(facts.layer, layers):
+        if layer is not None and layer.is_quantizable:
+            yield from layer.asked_as
+
+
+def _expression(name: str) -> str:
+    return f"re:{re.escape(name)}$".replace(r"\*", r"\d+")

@@ -1,0 +1,392 @@
+"""Write which layers vLLM quantizes, and under which names it asks for them.
+
+    python tools/engine_facts/ask_vllm.py FILE [PATTERN OF ARCHITECTURES]
+
+Run it in an environment with vLLM. It builds vLLM's own model classes on the meta device, from
+configs alone. It lets their own loaders read the names of the files, and notes which parameter each
+tensor reaches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# vLLM reads these when it is imported: a CPU, one process, nothing fetched or reported.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "CRITICAL",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+from stubs import install_stubs
+
+install_stubs()
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import vllm  # noqa: E402
+from configs import (  # noqa: E402
+    Json,
+    build_model,
+    file_tensors,
+    layer_name,
+    make_config,
+    skip_timm,
+    star,
+    star_like,
+    write_facts,
+)
+from limits import find_limits  # noqa: E402
+from vllm.config import set_current_vllm_config  # noqa: E402
+from vllm.distributed import (  # noqa: E402
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.layers.attention import Attention  # noqa: E402
+from vllm.model_executor.layers.fused_moe import RoutedExperts  # noqa: E402
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
+from vllm.model_executor.models import registry  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.worker.workspace import init_workspace_manager  # noqa: E402
+
+KINDS: tuple[tuple[type, str], ...] = (
+    (LinearBase, "linear"),
+    (RoutedExperts, "experts"),
+    (ParallelLMHead, "head"),
+    (VocabParallelEmbedding, "embedding"),
+    (Attention, "attention"),
+)
+
+# What an expert's layers are called in files, in the order gate, up, down.
+EXPERT_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+# Tensors with other names that a class may fail over before its facts are given up.
+MAX_FAILURES = 60
+
+
+class RecordingConfig(QuantizationConfig):  # type: ignore[misc]
+    """A quantization config that quantizes nothing and records who asks for it.
+
+    Attributes:
+        prefixes: the name under which a layer asks how it is quantized, by the layer's identity.
+        layers: these layers, so that no other gets the identity of one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefixes: dict[int, str] = {}
+        self.layers: list[torch.nn.Module] = []
+        self.mapper: Any = None
+
+    def get_name(self) -> str:
+        return "recording"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RecordingConfig:
+        return cls()
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.mapper = hf_to_vllm_mapper
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        self.layers.append(layer)
+        self.prefixes[id(layer)] = prefix
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def rename(self, layer: str) -> str:
+        """What the name of a layer becomes that a config lists: vLLM rewrites it."""
+        if self.mapper is None or "." not in layer:
+            return layer
+        return str(self.mapper.map_name(layer) or layer)
+
+
+class NamedTensor(torch.Tensor):
+    """A tensor that says from which of the files' it was made."""
+
+    sources: frozenset[str] = frozenset()
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        sources: frozenset[str] = frozenset()
+        for argument in _flat(args):
+            if isinstance(argument, NamedTensor):
+                sources |= argument.sources
+        for tensor in _flat((result,)):
+            if isinstance(tensor, NamedTensor):
+                tensor.sources = sources
+        return result
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value
+
+
+def ask(architecture: str) -> Json:
+    """What vLLM does with the layers of an architecture's files."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config(architecture)
+        tensors = file_tensors(build_model(architecture, config))
+        config.save_pretrained(folder)
+        arguments = EngineArgs(
+            model=folder,
+            dtype="bfloat16",
+            enforce_eager=True,
+            max_model_len=128,
+            max_num_seqs=2,
+            max_num_batched_tokens=4096,
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+        )
+        engine_config = arguments.create_engine_config()
+        # Classes with vision read the folder while they are built.
+        model, recording = _build(engine_config)
+        with set_current_vllm_config(engine_config):
+            readers = _load(model, tensors)
+            facts = {
+                name: _fact(name, readers, model, recording)
+                for name, tensor in tensors.items()
+                if tensor.dim() > 1
+            }
+            facts |= _split_experts(model, recording, tensors, facts)
+        packed = getattr(model, "packed_modules_mapping", None) or {}
+        layers = _join(facts)
+        answer = {"model_type": config.model_type, "layers": layers}
+        answer |= {"packed": dict(sorted(packed.items()))} if packed else {}
+        limits = find_limits(config.model_type, layers)
+        return answer | _expert_leaves(model) | ({"limits": limits} if limits else {})
+
+
+def _build(engine_config: Any) -> tuple[torch.nn.Module, RecordingConfig]:
+    """VLLM's model, and what its layers asked while it was built.
+
+    It is built on the meta device, or, where its class computes meanwhile, on the CPU.
+    """
+    with set_current_vllm_config(engine_config):
+        if not torch.distributed.is_initialized():
+            init_distributed_environment(1, 0, f"file://{tempfile.mktemp()}", 0, backend="gloo")
+            init_workspace_manager(torch.device("cpu"))
+        # Made anew: a mixture of experts needs process groups that other models lack.
+        destroy_model_parallel()
+        initialize_model_parallel(1, 1)
+        for device in ("meta", "cpu"):
+            engine_config.compilation_config.static_forward_context.clear()
+            engine_config.quant_config = recording = RecordingConfig()
+            try:
+                with torch.device(device):
+                    return initialize_model(vllm_config=engine_config), recording
+            except (NotImplementedError, RuntimeError) as e:
+                if "meta" not in str(e):
+                    raise
+    raise AssertionError
+
+
+def _load(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """The parameters that vLLM's loader fills from each tensor of the files, by its name.
+
+    A name that the loader fails over is left out, and with it those that differ in numbers alone.
+    """
+    readers: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        loader = _recorder(name, readers)
+        try:
+            parameter.weight_loader = loader
+        except AttributeError:
+            parameter._weight_loader = loader
+
+    failed: set[str] = set()
+    latest = ""
+
+    def read() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal latest
+        for name, tensor in tensors.items():
+            if star(name) not in failed:
+                named = tensor.as_subclass(NamedTensor)
+                named.sources = frozenset([name])
+                latest = name
+                yield name, named
+
+    for _ in range(MAX_FAILURES):
+        try:
+            model.load_weights(read())
+        except Exception:
+            # Whatever a class raises for a name that it does not expect.
+            failed.add(star(latest))
+        else:
+            return {name: found for name, found in readers.items() if star(name) not in failed}
+    raise LookupError("vLLM reads other names than transformers writes")
+
+
+def _recorder(parameter_name: str, readers: dict[str, list[str]]) -> Callable[..., bool]:
+    """A weight loader that notes from which tensors of the files a parameter is filled."""
+
+    def load(*args: Any, **kwargs: Any) -> bool:
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, NamedTensor):
+                for name in tensor.sources:
+                    readers.setdefault(name, []).append(parameter_name)
+        return True
+
+    return load
+
+
+def _fact(
+    name: str,
+    readers: Mapping[str, list[str]],
+    model: torch.nn.Module,
+    recording: RecordingConfig,
+) -> Json | None:
+    """What vLLM does with a tensor of the files: the kind of layer that it belongs to, and the name
+    under which this asks how it is quantized; None where vLLM does not read it.
+    """
+    if name not in readers:
+        return None
+    # A tied weight fills several parameters: that of a layer which may be quantized counts.
+    facts = [_describe(parameter, model, recording) for parameter in readers[name]]
+    fact = max(facts, key=lambda fact: fact["kind"] in ("linear", "experts"))
+    return fact | {"listed_as": recording.rename(layer_name(name))}
+
+
+def _describe(parameter: str, model: torch.nn.Module, recording: RecordingConfig) -> Json:
+    owner = parameter.rpartition(".")[0]
+    module = model.get_submodule(owner)
+    prefix = recording.prefixes.get(id(module))
+    kind = next((kind for cls, kind in KINDS if isinstance(module, cls)), None)
+    if kind == "embedding" or isinstance(module, torch.nn.Embedding):
+        return {"kind": "embedding"}
+    if prefix is None or kind is None:
+        is_linear = isinstance(module, LinearBase | torch.nn.Linear)
+        return {"kind": "never" if is_linear else "other"}
+    return {"kind": kind, "asked_as": [prefix]}
+
+
+def _expert_leaves(model: torch.nn.Module) -> Json:
+    """What vLLM calls the layers of the first expert, by which it asks for all: gate, up, down."""
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            leaves = ("gate", "up", "down")
+            names = [getattr(module, f"ckpt_{leaf}_proj_name") for leaf in leaves]
+            return {"experts_asked_as": names}
+    return {}
+
+
+def _split_experts(
+    model: torch.nn.Module,
+    recording: RecordingConfig,
+    tensors: Mapping[str, torch.Tensor],
+    facts: Mapping[str, Json | None],
+) -> dict[str, Json | None]:
+    """What vLLM does with the layers of single experts, where the files hold all in one tensor.
+
+    Their possible names are tried: the first that vLLM reads into its experts count.
+    """
+    modules = {
+        star(layer_name(name)).rpartition(".")[0]: layer_name(name).rpartition(".")[0]
+        for name, tensor in tensors.items()
+        if tensor.dim() == 3 and (facts.get(name) or {"kind": "experts"})["kind"] == "experts"
+    }
+    split: dict[str, Json | None] = {}
+    for module in modules.values():
+        for parent, leaves in itertools.product((module, f"{module}.experts"), EXPERT_LEAVES):
+            names = [f"{parent}.0.{leaf}.weight" for leaf in leaves]
+            matrices = {name: torch.empty(8, 8, device="meta") for name in names}
+            try:
+                readers = _load(model, matrices)
+            except LookupError:
+                continue
+            answers = {name: _fact(name, readers, model, recording) for name in names}
+            if all(answer and answer["kind"] == "experts" for answer in answers.values()):
+                split |= answers
+                break
+    return split
+
+
+def _join(facts: Mapping[str, Json | None]) -> Json:
+    """The layers of one pattern as one: its kind, with the names that differ from the files'."""
+    layers: dict[str, Json] = {}
+    for name, fact in facts.items():
+        if fact is None:
+            continue
+        layer = star(layer_name(name))
+        asked_as = [star_like(layer_name(name), prefix) for prefix in fact.get("asked_as", ())]
+        joined = layers.setdefault(layer, {"kind": fact["kind"], "asked_as": []})
+        joined["asked_as"] += [prefix for prefix in asked_as if prefix not in joined["asked_as"]]
+        joined["listed_as"] = star_like(layer_name(name), fact["listed_as"])
+    return {name: _shorten(name, fact) for name, fact in sorted(layers.items())}
+
+
+def _shorten(name: str, fact: Json) -> Json | str:
+    """A layer's facts without what follows from its name in the files."""
+    table: Json = {fact["kind"]: fact["asked_as"]}
+    if len(fact["asked_as"]) == 1:
+        table[fact["kind"]] = fact["asked_as"][0]
+    if fact["listed_as"] != name:
+        table["listed_as"] = fact["listed_as"]
+    is_plain = fact["asked_as"] in ([], [name]) and len(table) == 1
+    return str(fact["kind"]) if is_plain else table
+
+
+def main() -> None:
+    """Ask vLLM without a device to reserve memory on, and in this process."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    skip_timm()
+    torch.accelerator.empty_cache = lambda: None
+    registry._LazyRegisteredModel.inspect_model_cls = lambda self: (
+        registry._ModelInfo.from_model_cls(self.load_model_cls())
+    )
+    platform = type(current_platform)
+    choose_backend = platform.get_attn_backend_cls.__func__
+
+    def get_attn_backend_cls(cls: type, *args: Any, **kwargs: Any) -> str:
+        # Sparse attention has no backend for CPUs, and no layer of its own.
+        try:
+            return str(choose_backend(cls, *args, **kwargs))
+        except NotImplementedError:
+            return "vllm.v1.attention.backends.mla.flashmla_sparse.FlashMLASparseBackend"
+
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    write_facts(Path(sys.argv[1]), "vLLM", vllm.__version__.partition("+")[0], ask)
+
+
+if __name__ == "__main__":
+    main()
