@@ -1,13 +1,11 @@
 """Write what transformers calls the layers of every architecture that generates text.
 
-python tools/engine_facts/ask_transformers.py FILE [PATTERN OF ARCHITECTURES]
+python tools/engine_facts/ask_transformers.py [PATTERN OF ARCHITECTURES]
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 import transformers
@@ -64,4 +62,4 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     skip_timm()
-    write_facts(Path(sys.argv[1]), "transformers", transformers.__version__, ask)
+    write_facts("transformers", transformers.__version__, ask)

@@ -1,6 +1,6 @@
 """Write which layers vLLM quantizes, and under which names it asks for them.
 
-    python tools/engine_facts/ask_vllm.py FILE [PATTERN OF ARCHITECTURES]
+    python tools/engine_facts/ask_vllm.py [PATTERN OF ARCHITECTURES]
 
 Run it in an environment with vLLM. It builds vLLM's own model classes on the meta device, from
 configs alone. It lets their own loaders read the names of the files, and notes which parameter each
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 # vLLM reads these when it is imported: a CPU, one process, nothing fetched or reported.
@@ -385,7 +383,7 @@ def main() -> None:
             return "vllm.v1.attention.backends.mla.flashmla_sparse.FlashMLASparseBackend"
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
-    write_facts(Path(sys.argv[1]), "vLLM", vllm.__version__.partition("+")[0], ask)
+    write_facts("vLLM", vllm.__version__.partition("+")[0], ask)
 
 
 if __name__ == "__main__":

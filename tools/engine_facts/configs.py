@@ -19,6 +19,9 @@ from transformers.models.auto import modeling_auto
 
 Json = dict[str, Any]
 
+# Where the core has the answers.
+FACTS = Path(__file__).parents[2] / "packages/core/src/bitpress/checkpoint/engines"
+
 # Tasks of transformers whose models generate text.
 TASKS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -180,7 +183,12 @@ def file_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     tensors = dict(revert_weight_conversion(model, state))
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False) or None
     tensors |= revert_weight_conversion(model, state)
-    return {name: tensor for name, tensor in tensors.items() if tensor.is_meta}
+    # transformers 5.19 writes one part too many for models with a tower of audio; 5.24 does not.
+    return {
+        name.replace("language_model.model.model.", "language_model.model."): tensor
+        for name, tensor in tensors.items()
+        if tensor.is_meta
+    }
 
 
 def star(name: str) -> str:
@@ -199,16 +207,22 @@ def layer_name(tensor: str) -> str:
     return tensor.removesuffix(".weight")
 
 
-def write_facts(path: Path, engine: str, version: str, ask: Callable[[str], Json]) -> None:
+def write_facts(engine: str, version: str, ask: Callable[[str], Json]) -> None:
     """Ask an engine about every architecture, and write the answers, one layer a line.
+
+    The command line may name a pattern of the architectures; what is known of others then stays.
 
     Args:
         ask: the answer for an architecture; raises whatever a library does for a config that it
             does not like.
     """
-    only = re.compile(sys.argv[2] if len(sys.argv) > 2 else "")
-    table = dict(_answers(ask, only))
-    document = {"engine": engine, "version": version, "architectures": table}
+    only = re.compile(sys.argv[1] if len(sys.argv) > 1 else "")
+    release = ".".join(version.split(".")[:2])
+    path = FACTS / f"{engine.lower()}-{release}.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["architectures"] if path.exists() else {}
+    table = {name: answer for name, answer in kept.items() if not only.search(name)}
+    table |= _answers(ask, only)
+    document = {"engine": engine, "version": version, "architectures": dict(sorted(table.items()))}
     path.write_text(_format(document) + "\n", encoding="utf-8")
 
 

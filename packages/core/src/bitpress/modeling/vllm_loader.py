@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import re
 import struct
 import sys
@@ -38,7 +37,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-# What vLLM reads when it is imported: one process, nothing fetched or reported.
+# The environment that vLLM wants when it is imported: one process, nothing fetched or reported.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -127,15 +126,14 @@ def _in_one_process(engine_config: Any) -> Iterator[None]:
         yield
 
 
-def _build(engine_config: Any) -> nn.Module:
+def _build(engine_config: Any) -> Any:
     from vllm.model_executor.model_loader.utils import initialize_model
 
     for device in ("meta", "cpu"):
         engine_config.compilation_config.static_forward_context.clear()
         try:
             with torch.device(device):
-                model: nn.Module = initialize_model(vllm_config=engine_config)
-            return model
+                return initialize_model(vllm_config=engine_config)
         except (NotImplementedError, RuntimeError) as e:
             # Some classes compute while they are built.
             if "meta" not in str(e) or device == "cpu":
@@ -152,9 +150,9 @@ def _watch(model: nn.Module) -> dict[str, set[Shard]]:
         load = getattr(parameter, "weight_loader", default_weight_loader)
         watched = _watched(load, loads[name])
         try:
-            parameter.weight_loader = watched  # type: ignore[assignment]
+            parameter.weight_loader = watched  # type: ignore[attr-defined]
         except AttributeError:
-            parameter._weight_loader = watched  # type: ignore[assignment]
+            parameter._weight_loader = watched  # type: ignore[attr-defined]
     return loads
 
 
@@ -200,7 +198,6 @@ def _num_parts(module: nn.Module, name: str) -> int:
 
 def main(folders: Sequence[str]) -> None:
     """Print the faults of folders as a JSON object."""
-    os.environ |= ENVIRONMENT
     import vllm.model_executor.model_loader.utils  # noqa: F401
 
     # A process for each: vLLM keeps what it once set up.

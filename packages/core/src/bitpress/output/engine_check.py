@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitpress.errors import BitpressError, Fault
-
-LOADER = Path(__file__).parents[1] / "modeling/vllm_loader.py"
+from bitpress.modeling import vllm_loader
 
 
 def find_engine_faults(folder: Path, python: str = sys.executable) -> Sequence[Fault]:
@@ -27,7 +26,8 @@ def find_engine_faults(folder: Path, python: str = sys.executable) -> Sequence[F
         raise BitpressError(
             "--engine asks the vLLM of this environment, and there is none: pip install vllm"
         )
-    command = [python, "-P", str(LOADER), str(folder)]
+    variables = [f"{name}={value}" for name, value in vllm_loader.ENVIRONMENT.items()]
+    command = ["env", *variables, python, "-P", vllm_loader.__file__, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last_line = (done.stderr.strip() or "no message").splitlines()[-1]

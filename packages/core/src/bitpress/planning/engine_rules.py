@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from attrs import frozen
 from torch import Tensor
 
 from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.engine_facts import (
     EVERY_LINEAR,
-    EngineFacts,
-    EngineLayer,
     NamePatterns,
     QuantizedLayers,
     facts_of,
@@ -25,15 +22,20 @@ from bitpress.checkpoint.filenames import CONFIG
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import Fault
+from bitpress.planning import engine_layers
+from bitpress.planning.engine_layers import (
+    CODES,
+    ConfigGroup,
+    LinearLayers,
+    ModuleTensors,
+    is_compressed,
+)
 
 # compressed-tensors' format of integers in 32-bit words.
 PACKED_FORMAT = "pack-quantized"
 
 # Endings of tensors that two layers share once an engine has fused them.
 SHARED_SUFFIXES = ("_scale", "_zero_point")
-
-# Tensors that hold a layer's codes.
-CODES = ("weight", "weight_packed")
 
 # What vLLM's kernels for experts take, by type and width of the weights' numbers: the strategy of
 # the weights, that of the inputs, and whether inputs are scaled as they come (dynamic).
@@ -47,32 +49,6 @@ EXPERT_LAYOUTS = {
 }
 
 ReadTensor = Callable[[Entry], Tensor]
-
-# The tensors of one module, by the last part of their names.
-ModuleTensors = Mapping[str, Entry]
-
-ConfigGroup = Mapping[str, Any]
-
-
-@frozen
-class _LinearLayers:
-    """The linear layers of a checkpoint, and what its config says of them.
-
-    Attributes:
-        tensors: of every linear layer, the compressed ones first.
-        engines: the facts of the engines that know the model.
-        groups: the config's groups by name.
-        groups_of: names of the groups that a layer belongs to; one for a compressed layer.
-    """
-
-    tensors: Mapping[str, ModuleTensors]
-    groups: Mapping[str, ConfigGroup]
-    groups_of: Mapping[str, Sequence[str]]
-    engines: Sequence[EngineFacts]
-
-    def is_compressed(self, module: str) -> bool:
-        """Whether a layer is stored compressed."""
-        return _is_compressed(self.tensors[module])
 
 
 def find_faults(
@@ -89,7 +65,7 @@ def find_faults(
     for name, entry in entries.items():
         module, _, suffix = name.rpartition(".")
         modules.setdefault(module, {})[suffix] = entry
-    compressed = {m: tensors for m, tensors in modules.items() if _is_compressed(tensors)}
+    compressed = {m: tensors for m, tensors in modules.items() if is_compressed(tensors)}
 
     table = config.get(KEY)
     if not isinstance(table, dict):
@@ -118,13 +94,14 @@ def find_faults(
         name: NamePatterns.parse(group.get("targets") or ()) for name, group in groups.items()
     }
     groups_of = {module: _groups_of(module, ignored_patterns, targets) for module in linear}
-    layers = _LinearLayers(linear, groups, groups_of, facts_of(config))
-    engine_names = _names_in_engines(layers, entries)
+    layers = LinearLayers(linear, groups, groups_of, facts_of(config))
+    engine_names = engine_layers.names_in_engines(layers, entries)
     yield from _check_ignored(ignored, engine_names.union(modules))
     yield from _check_targets(groups, engine_names.union(linear))
     yield from _check_layers(layers, read)
     for facts in layers.engines:
-        yield from _check_engine(QuantizedLayers.read(facts, table), layers, entries)
+        reading = QuantizedLayers.read(facts, table)
+        yield from engine_layers.check_engine(reading, layers, entries)
     yield from _check_fused_layers(layers, read)
 
 
@@ -190,15 +167,6 @@ def _check_config(table: Mapping[str, Any]) -> Iterator[Fault]:
         )
 
 
-def _names_in_engines(layers: _LinearLayers, entries: Mapping[str, Entry]) -> set[str]:
-    """What engines call the layers of the files, and heads that files need not hold."""
-    names = {head for facts in layers.engines for head in facts.tied}
-    for name in {*layers.tensors, *(name.removesuffix(".weight") for name in entries)}:
-        for layer in filter(None, (facts.layer(name) for facts in layers.engines)):
-            names.update(layer.asked_as)
-    return names
-
-
 def _check_ignored(ignored: Sequence[str], modules: Collection[str]) -> Iterator[Fault]:
     for pattern in _unmatched(ignored, modules):
         # A head that is tied to the embeddings is ignored and stores nothing.
@@ -212,18 +180,18 @@ def _check_targets(groups: Mapping[str, ConfigGroup], modules: Collection[str]) 
             yield Fault(CONFIG, f"{name} targets {target}, which is not there")
 
 
-def _check_layers(layers: _LinearLayers, read: ReadTensor | None) -> Iterator[Fault]:
+def _check_layers(layers: LinearLayers, read: ReadTensor | None) -> Iterator[Fault]:
     """Whether every compressed layer, and no other, has one group, and is stored as it says."""
     for module, tensors in layers.tensors.items():
         names = layers.groups_of[module]
-        is_compressed = layers.is_compressed(module)
-        if is_compressed and len(names) != 1:
+        is_stored_compressed = is_compressed(tensors)
+        if is_stored_compressed and len(names) != 1:
             yield Fault(
                 module,
                 f"it is compressed, and {len(names) or 'none'} of the config's groups and ignored "
                 "layers name it so",
             )
-        elif not is_compressed and names:
+        elif not is_stored_compressed and names:
             # Engines that know the layer may look for it by another name.
             if not layers.engines or any(facts.layer(module) is None for facts in layers.engines):
                 yield Fault(
@@ -232,55 +200,6 @@ def _check_layers(layers: _LinearLayers, read: ReadTensor | None) -> Iterator[Fa
         elif names:
             for text in _check_layer(layers.groups[names[0]], tensors, read):
                 yield Fault(module, text)
-
-
-def _check_engine(
-    config: QuantizedLayers, layers: _LinearLayers, entries: Mapping[str, Entry]
-) -> Iterator[Fault]:
-    """Whether an engine takes for quantized what is stored so, and nothing else."""
-    for module in layers.tensors:
-        if layer := config.facts.layer(module):
-            yield from _check_engine_layer(config, layers, module, layer)
-    for head, embedding in config.facts.tied.items():
-        if f"{head}.weight" not in entries and config.group(head) is not None:
-            yield Fault(
-                head,
-                f"it is tied to {embedding} and not stored, and {config.facts.engine} takes it for "
-                "quantized, since the config does not ignore it",
-            )
-
-
-def _check_engine_layer(
-    config: QuantizedLayers, layers: _LinearLayers, module: str, layer: EngineLayer
-) -> Iterator[Fault]:
-    engine = config.facts.engine
-    is_compressed = layers.is_compressed(module)
-    reason = config.facts.why_not_quantized(module)
-    if is_compressed and reason is not None:
-        yield Fault(module, f"it is compressed, and must be stored as it was: {reason}")
-    if is_compressed and (limit := config.facts.why_rows_only(module)):
-        tensors = layers.tensors[module]
-        rows = next(tensors[suffix].shape[0] for suffix in CODES if suffix in tensors)
-        for suffix, entry in tensors.items():
-            if suffix != "bias" and entry.shape[:1] != (rows,):
-                yield Fault(module, f"{limit}, and {suffix} is {list(entry.shape)}")
-    if reason is not None or not layer.is_quantizable:
-        return
-
-    names = ", ".join(layer.asked_as)
-    groups = config.groups_of(layer)
-    if not is_compressed and groups != [None]:
-        yield Fault(
-            module,
-            f"it is stored as it was, and {engine}, which looks for it as {names}, takes it for "
-            "quantized",
-        )
-    elif is_compressed and groups != layers.groups_of[module]:
-        yield Fault(
-            module,
-            f"it is compressed, and {engine}, which looks for it as {names}, takes it for "
-            f"{'plain' if groups == [None] else 'something else'}",
-        )
 
 
 def _check_layer(
@@ -357,7 +276,7 @@ def _check_scale_shape(
         )
 
 
-def _check_fused_layers(layers: _LinearLayers, read: ReadTensor | None) -> Iterator[Fault]:
+def _check_fused_layers(layers: LinearLayers, read: ReadTensor | None) -> Iterator[Fault]:
     """Whether layers that engines make one of are stored in one way, with equal shared numbers."""
     for members in layer_names.find_fused(layers.tensors):
         if len(members) == 1:
@@ -431,10 +350,6 @@ def _is_dense_linear(module: str, tensors: ModuleTensors) -> bool:
     weight = tensors.get("weight")
     is_embedding = "embed" in module.rpartition(".")[2]
     return weight is not None and len(weight.shape) == 2 and not is_embedding
-
-
-def _is_compressed(tensors: ModuleTensors) -> bool:
-    return "weight_scale" in tensors or "weight_packed" in tensors
 
 
 def _unmatched(patterns: Any, modules: Collection[str]) -> Iterator[str]:

@@ -45,21 +45,23 @@ def linear_layers(checkpoint: Checkpoint) -> dict[str, Entry]:
             f"{checkpoint.folder}: no linear layers in numbered decoder blocks were found"
         )
 
-    # The decoder is the largest list of blocks: a draft model or another tower is smaller.
-    layers = max(layers_of.values(), key=lambda part: sum(e.nbytes for e in part.values()))
-    for module, entry in layers.items():
-        _check(module, entry, checkpoint.entries.get(f"{module}.bias"))
-
+    # The decoder is the largest list of blocks: a draft model or another tower is smaller. What no
+    # engine quantizes is none.
     engines = facts_of(checkpoint.config)
     quantizable = {
-        module: entry for module, entry in layers.items() if not _why_plain(module, engines)
+        container: {m: entry for m, entry in part.items() if not _why_plain(m, engines)}
+        for container, part in layers_of.items()
     }
-    if not quantizable:
+    container = max(layers_of, key=lambda c: _num_bytes(quantizable[c]))
+    for module, entry in layers_of[container].items():
+        _check(module, entry, checkpoint.entries.get(f"{module}.bias"))
+    if not quantizable[container]:
+        module = next(iter(layers_of[container]))
         raise CheckpointError(
-            f"{checkpoint.folder}: no layer may be compressed: {next(iter(layers))} is "
-            f"{_why_plain(next(iter(layers)), engines)}"
+            f"{checkpoint.folder}: no layer may be compressed ({module}: "
+            f"{_why_plain(module, engines)})"
         )
-    return quantizable
+    return quantizable[container]
 
 
 def explain_plain(entry: Entry, container: str, checkpoint: Checkpoint) -> str:
@@ -100,6 +102,10 @@ def group_fused(layers: Mapping[str, Entry]) -> list[tuple[str, ...]]:
         return len({layers[member].shape[1] for member in members}) == 1
 
     return group_siblings(layers, have_one_width)
+
+
+def _num_bytes(layers: Mapping[str, Entry]) -> int:
+    return sum(entry.nbytes for entry in layers.values())
 
 
 def _why_plain(module: str, engines: Sequence[EngineFacts]) -> str | None:

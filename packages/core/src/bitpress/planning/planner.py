@@ -51,11 +51,12 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     layers = linear_layers.linear_layers(source)
     steps_of = _assign_steps(source, recipe, layers)
 
-    for facts in facts_of(source.config):
-        _check_shared_names(source, steps_of, facts)
+    engines = facts_of(source.config)
     stacks = _group_stacks(layers, steps_of)
     for stack in stacks.values():
-        _check_shapes(stack, facts_of(source.config))
+        _check_shapes(stack, engines)
+    for facts in engines:
+        _check_shared_names(source, steps_of, facts)
     fragments = {
         module: stack.describe_stored(module)[1]
         for stack in stacks.values()
@@ -66,7 +67,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     source = fuse_uncompressed_experts(source, fragments)
     ignored = tuple(ignored_layers(source, fragments))
     # Raises where one config cannot describe all of the layers.
-    quantization_config(fragments, ignored, facts_of(source.config))
+    quantization_config(fragments, ignored, engines)
 
     digest = _digest(source, recipe, "")
     device = device or detect_device()

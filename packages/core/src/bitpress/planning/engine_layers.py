@@ -1,0 +1,100 @@
+"""Whether engines take for quantized what a checkpoint stores so, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from attrs import frozen
+
+from bitpress.checkpoint.engine_facts import EngineFacts, EngineLayer, QuantizedLayers
+from bitpress.checkpoint.safetensors import Entry
+from bitpress.errors import Fault
+
+# Tensors that hold a layer's codes.
+CODES = ("weight", "weight_packed")
+
+# The tensors of one module, by the last part of their names.
+ModuleTensors = Mapping[str, Entry]
+
+ConfigGroup = Mapping[str, Any]
+
+
+@frozen
+class LinearLayers:
+    """The linear layers of a checkpoint, and what its config says of them.
+
+    Attributes:
+        tensors: of every linear layer, the compressed ones first.
+        engines: the facts of the engines that know the model.
+        groups: the config's groups by name.
+        groups_of: names of the groups that a layer belongs to; one for a compressed layer.
+    """
+
+    tensors: Mapping[str, ModuleTensors]
+    groups: Mapping[str, ConfigGroup]
+    groups_of: Mapping[str, Sequence[str]]
+    engines: Sequence[EngineFacts]
+
+
+def is_compressed(tensors: ModuleTensors) -> bool:
+    """Whether a layer is stored compressed."""
+    return "weight_scale" in tensors or "weight_packed" in tensors
+
+
+def names_in_engines(layers: LinearLayers, entries: Mapping[str, Entry]) -> set[str]:
+    """What engines call the layers of the files, and heads that files need not hold."""
+    names = {head for facts in layers.engines for head in facts.tied}
+    for name in {*layers.tensors, *(name.removesuffix(".weight") for name in entries)}:
+        for layer in filter(None, (facts.layer(name) for facts in layers.engines)):
+            names.update(layer.asked_as)
+    return names
+
+
+def check_engine(
+    config: QuantizedLayers, layers: LinearLayers, entries: Mapping[str, Entry]
+) -> Iterator[Fault]:
+    """Whether an engine takes for quantized what is stored so, and nothing else."""
+    for module in layers.tensors:
+        if layer := config.facts.layer(module):
+            yield from _check_engine_layer(config, layers, module, layer)
+    for head, embedding in config.facts.tied.items():
+        if f"{head}.weight" not in entries and config.group(head) is not None:
+            yield Fault(
+                head,
+                f"it is tied to {embedding} and not stored, and {config.facts.engine} takes it for "
+                "quantized, since the config does not ignore it",
+            )
+
+
+def _check_engine_layer(
+    config: QuantizedLayers, layers: LinearLayers, module: str, layer: EngineLayer
+) -> Iterator[Fault]:
+    engine = config.facts.engine
+    is_stored_compressed = is_compressed(layers.tensors[module])
+    reason = config.facts.why_not_quantized(module)
+    if is_stored_compressed and reason is not None:
+        yield Fault(module, f"it is compressed, and must be stored as it was: {reason}")
+    if is_stored_compressed and (limit := config.facts.why_rows_only(module)):
+        tensors = layers.tensors[module]
+        rows = next(tensors[suffix].shape[0] for suffix in CODES if suffix in tensors)
+        for suffix, entry in tensors.items():
+            if suffix != "bias" and entry.shape[:1] != (rows,):
+                yield Fault(module, f"{limit}, and {suffix} is {list(entry.shape)}")
+    if reason is not None or not layer.is_quantizable:
+        return
+
+    names = ", ".join(layer.asked_as)
+    groups = config.groups_of(layer)
+    if not is_stored_compressed and groups != [None]:
+        yield Fault(
+            module,
+            f"it is stored as it was, and {engine}, which looks for it as {names}, takes it for "
+            "quantized",
+        )
+    elif is_stored_compressed and groups != layers.groups_of[module]:
+        yield Fault(
+            module,
+            f"it is compressed, and {engine}, which looks for it as {names}, takes it for "
+            f"{'plain' if groups == [None] else 'something else'}",
+        )
