@@ -212,7 +212,7 @@ def test_transformers_computes_with_the_scales_that_calibration_found(
         scheme=scheme,
         settings=settings,
         calibration=text,
-        samples=8,
+        samples=4,
         sequence_length=128,
     )
     ours, theirs = (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pluggy
 import pytest
 
-from bitpress.conformance.commands import bitpress
+from bitpress.conformance import commands
 from bitpress.schemes import hookspecs
 from bitpress.schemes.registry import discover
 
@@ -31,14 +31,14 @@ def test_the_readme_lists_the_schemes_that_are_here() -> None:
     "command", sorted(set(re.findall(r"^\$ bitpress ([\w-]+)", README, re.MULTILINE)))
 )
 def test_commands_of_the_readme_exist_with_their_options(command: str) -> None:
-    shown = bitpress(command, "--help").stdout
+    shown = commands.command(command, "--help").stdout
     for line in re.findall(rf"^\$ bitpress {command} (.*)$", README, re.MULTILINE):
         for option in re.findall(r"(--[\w-]+)", line.split("#")[0]):
             assert option in shown, f"{option} in: bitpress {command} {line}"
 
 
 def test_every_command_of_the_readme_s_table_of_contents_is_in_the_help() -> None:
-    shown = bitpress("--help").stdout
+    shown = commands.command("--help").stdout
     for command in (
         "schemes",
         "plan",
