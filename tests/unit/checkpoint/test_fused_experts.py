@@ -13,6 +13,7 @@ import torch
 from fixtures.toy_scheme import install_toy
 
 import bitpress
+from bitpress.checkpoint.engine_facts import NamePatterns
 from bitpress.conformance.commands import command, plugins, refusal
 from bitpress.conformance.models import LLAMA, files_of, llama_tensors, tensors_of, write_model
 
@@ -121,6 +122,31 @@ def test_experts_of_which_none_is_compressed_stay_fused(tmp_path: Path, toy: Pat
     # engines ask for the experts by other names
     assert {MODULE, r"re:.*\.0\.mlp\.experts(\..+)?$"} <= set(ignored)
     assert command("verify", tmp_path / "o", "--against", source, path=toy).returncode == 0
+
+
+def test_attention_with_as_many_heads_as_experts_is_no_expert(tmp_path: Path, toy: Path) -> None:
+    decay = {"model.layers.0.self_attn.slope_rate": torch.ones(EXPERTS, 1, 1).bfloat16()}
+    source = write_model(tmp_path / "m", tensors(False, decay), config(FUSED))
+    with plugins(toy):
+        bitpress.compress(source, tmp_path / "o", scheme="toy")
+    assert command("verify", tmp_path / "o", "--against", source, path=toy).returncode == 0
+    assert torch.equal(*(tensors_of(tmp_path / f)[next(iter(decay))] for f in ("m", "o")))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_engines_find_experts_that_stay_as_they_are_under_their_own_names(
+    tmp_path: Path, toy: Path, architecture: str
+) -> None:
+    *stacks, parent = ARCHITECTURES[architecture]
+    source = write_model(
+        tmp_path / "m", tensors(False, architecture=architecture), config(architecture)
+    )
+    with plugins(toy):
+        ignored = bitpress.plan(source, scheme="toy", ignore=[f"{parent}.*"]).config[
+            "quantization_config"
+        ]["ignore"]
+    assert not any(name in ignored for name in stacks)
+    assert NamePatterns.parse(ignored).match(f"{parent}.0.gate_proj")
 
 
 NEITHER = {f"{MODULE}.gate_up_proj": torch.zeros(EXPERTS, HIDDEN, WIDE).bfloat16()}

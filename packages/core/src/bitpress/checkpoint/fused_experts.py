@@ -8,12 +8,13 @@ split.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from attrs import frozen
 
 from bitpress.checkpoint import layer_names
-from bitpress.checkpoint.engine_facts import architecture_of, facts_of
+from bitpress.checkpoint.engine_facts import EngineFacts, architecture_of, facts_of
 from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
@@ -37,7 +38,9 @@ def split_experts(checkpoint: Checkpoint) -> tuple[dict[str, list[View]], list[U
     engines = facts_of(checkpoint.config)
     views: dict[str, list[View]] = {}
     unsplit = []
-    for module, tensors in _find_fused_tensors(checkpoint, config.num_experts or 0).items():
+    for module, tensors in _find_fused_tensors(
+        checkpoint, config.num_experts or 0, engines
+    ).items():
         pair = next((pair for pair in PAIRS if set(pair) == set(tensors)), None)
         names = next(filter(None, (facts.expert_names(module) for facts in engines)), None)
         if pair is None or names is None:
@@ -54,15 +57,28 @@ def split_experts(checkpoint: Checkpoint) -> tuple[dict[str, list[View]], list[U
     return views, unsplit
 
 
-def _find_fused_tensors(checkpoint: Checkpoint, num_experts: int) -> dict[str, dict[str, Entry]]:
+def _find_fused_tensors(
+    checkpoint: Checkpoint, num_experts: int, engines: Sequence[EngineFacts]
+) -> dict[str, dict[str, Entry]]:
     """Tensors (experts, ., .) in decoder blocks, by module and by their own names in it."""
     tensors: dict[str, dict[str, Entry]] = {}
     for name, entry in checkpoint.entries.items():
-        module, _, leaf = name.removesuffix(".weight").rpartition(".")
+        layer = name.removesuffix(".weight")
+        module, _, leaf = layer.rpartition(".")
         is_fused = len(entry.shape) == 3 and entry.shape[0] == num_experts
-        if is_fused and _is_in_decoder(f"{module}.{leaf}.weight"):
+        if is_fused and _is_in_decoder(f"{layer}.weight") and holds_experts(layer, entry, engines):
             tensors.setdefault(module, {})[leaf] = entry
     return tensors
+
+
+def holds_experts(layer: str, entry: Entry, engines: Sequence[EngineFacts]) -> bool:
+    """Whether a stack of as many matrices as there are experts is one of experts: there may be as
+    many heads of attention.
+    """
+    if "expert" in layer or layer.rpartition(".")[2] in itertools.chain(*PAIRS):
+        return True
+    kinds = {fact.kind for facts in engines if (fact := facts.layer(layer))}
+    return "experts" in kinds or (not kinds and min(entry.shape[1:]) > 1)
 
 
 def _is_in_decoder(name: str) -> bool:

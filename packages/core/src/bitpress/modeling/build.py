@@ -56,12 +56,16 @@ def build_model(
 
 def _from_config(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
     """The whole of a model that also sees, where the config is one's; its text part alone has other
-    names.
+    names. A class that neither of transformers' tasks knows is the one that the config names.
     """
     import transformers
 
     vision_model: Callable[..., nn.Module] = transformers.AutoModelForImageTextToText.from_config
     text_model: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
+    named = getattr(transformers, str((config.architectures or [None])[0]), None)
+    # Such a class has a decoder alone beside it, with other names.
+    if named is not None and getattr(config, "is_encoder_decoder", False):
+        return named._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
     # Asked first: the refusal names every class that would do, and imports 260 modules for that.
     has_vision = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if has_vision or getattr(config, "auto_map", None):
@@ -70,6 +74,9 @@ def _from_config(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn
         except ValueError as e:
             if "Unrecognized configuration class" not in str(e):
                 raise
+    has_text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if named is not None and not has_text and not getattr(config, "auto_map", None):
+        return named._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
     return text_model(config, trust_remote_code=trust_remote_code, dtype=dtype)
 
 

@@ -7,6 +7,7 @@ positions and whatever else its blocks are given.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -75,20 +76,35 @@ def capture_inputs(
             extra_outputs.append(call.run(decoder.load_block(0), hidden_states.to(dtype))[1])
         return _as_returned(hidden_states, extra_outputs[0])
 
+    order: list[int] = []
     last = len(decoder) - 1
-    recorders = [_Recorder(block, i == last, wrap_output) for i, block in enumerate(decoder.blocks)]
+    recorders = [
+        _Recorder(block, i == last, wrap_output, functools.partial(order.append, i))
+        for i, block in enumerate(decoder.blocks)
+    ]
     hidden_states = HiddenStates(folder=folder)
     with decoder.replace_blocks(recorders) as model:
         decoder.load_embeddings()
         for batch in batches:
-            try:
-                with _explain_failures(model):
-                    model(input_ids=batch.to(device), use_cache=False)
-            except _LastBlockReached:
-                first_input = recorders[0].hidden_states
-                assert first_input is not None
-                hidden_states.append(first_input.to(dtype).cpu())
+            with contextlib.suppress(_LastBlockReached), _explain_failures(model):
+                model(input_ids=batch.to(device), use_cache=False)
+            _check_order(order, decoder)
+            order.clear()
+            first_input = recorders[0].hidden_states
+            assert first_input is not None
+            hidden_states.append(first_input.to(dtype).cpu())
     return CapturedInputs(hidden_states, [recorder.calls for recorder in recorders])
+
+
+def _check_order(order: Sequence[int], decoder: Decoder) -> None:
+    """Raise CheckpointError unless a model runs its blocks once each, in their order."""
+    if list(order) != list(range(len(decoder))):
+        raise CheckpointError(
+            f"transformers' {type(decoder.model).__name__} runs its {len(decoder)} blocks in the "
+            f"order {', '.join(map(str, order[:8]))}{', ...' if len(order) > 8 else ''}: only a "
+            "model that runs each once, one after the other, can be calibrated; schemes and "
+            "options that need no data can be used"
+        )
 
 
 @contextlib.contextmanager
@@ -145,15 +161,21 @@ class _Recorder(_StandIn):
     Args:
         is_last: whether nothing is needed of what follows.
         wrap_output: makes of a call and the hidden states what blocks of this model return.
+        note_call: is called with each call.
     """
 
     def __init__(
-        self, block: nn.Module, is_last: bool, wrap_output: Callable[[BlockCall, Tensor], Any]
+        self,
+        block: nn.Module,
+        is_last: bool,
+        wrap_output: Callable[[BlockCall, Tensor], Any],
+        note_call: Callable[[], None],
     ) -> None:
         super().__init__(block)
         self.calls: list[BlockCall] = []
         self.hidden_states: Tensor | None = None
         self._is_last, self._wrap_output = is_last, wrap_output
+        self._note_call = note_call
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         if arguments:
@@ -161,6 +183,7 @@ class _Recorder(_StandIn):
         else:
             hidden_states, others = keywords.pop("hidden_states"), []
         self.hidden_states = hidden_states
+        self._note_call()
         call = BlockCall(tuple(others), keywords)
         self.calls.append(_share_tensors(call, self.calls[0]) if self.calls else call)
         if self._is_last:

@@ -73,6 +73,7 @@ class Decoder:
         self._checkpoint, self._reader = checkpoint, reader
         # by the name of a parameter in the model, that in the files
         self._names = {**parameters.names, **self._tied_head(parameters.names)}
+        self._merged = parameters.merged
 
         for name, module in self.model.named_modules():
             has_parameters = next(module.parameters(recurse=False), None) is not None
@@ -156,7 +157,9 @@ class Decoder:
 
     def _find_entry(self, name: str, shape: tuple[int, ...]) -> Entry:
         entry = self._checkpoint.entries.get(self._names.get(name, ""))
-        if entry is None:
+        if name in self._merged:
+            fault = f"is made of {' and '.join(self._merged[name])} while these are loaded"
+        elif entry is None:
             fault = "is not in the files"
         elif entry.shape != shape:
             fault = f"has the shape {list(entry.shape)} and not {list(shape)}"

@@ -5,7 +5,7 @@ experts in one tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from attrs import frozen
@@ -26,11 +26,14 @@ class ParameterMap:
             the files.
         container: what the model calls the list of blocks.
         blocks: the blocks, whose layers are found by the names that they have in the files.
+        merged: by the name of a parameter that the model makes of several tensors of the files, or
+            of one in another form, their names.
     """
 
     names: Mapping[str, str]
     container: str
     blocks: list[nn.Module]
+    merged: Mapping[str, list[str]]
 
 
 def map_parameters(
@@ -71,7 +74,10 @@ def map_parameters(
         if inside_model not in (inside, name_in_model):
             _add_alias(blocks[index], inside_model.rpartition(".")[0], inside.rpartition(".")[0])
     return ParameterMap(
-        {name_in_model: name for name, name_in_model in names.items()}, model_container, blocks
+        {name_in_model: name for name, name_in_model in names.items()},
+        model_container,
+        blocks,
+        _find_merged(model, checkpoint.entries),
     )
 
 
@@ -81,6 +87,28 @@ def find_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:
     An expert's tensors, which the model fuses, are named as if its experts were modules of their
     own. Left out are tensors that the model makes something else of while it loads them.
     """
+    names = {}
+    for name, renamed, is_converted in _rename(model, tensors):
+        match = _match_expert(name)
+        if not is_converted:
+            names[name] = renamed
+        elif match:
+            experts = renamed.rpartition(".")[0]
+            names[name] = f"{experts}.{match['number']}.{match['leaf']}.weight"
+    return names
+
+
+def _find_merged(model: Any, tensors: Iterable[str]) -> dict[str, list[str]]:
+    """By the name of a parameter, the tensors of which the model makes it while it loads them."""
+    merged: dict[str, list[str]] = {}
+    for name, renamed, is_converted in _rename(model, tensors):
+        if is_converted and not _match_expert(name):
+            merged.setdefault(renamed, []).append(name)
+    return merged
+
+
+def _rename(model: Any, tensors: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """Each tensor of the files, what it becomes in the model, and whether it is changed in that."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -90,21 +118,15 @@ def find_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:
         )
     except ImportError:
         # before it had such a mapping, its models had the names of the files
-        return {name: name for name in tensors}
+        yield from ((name, name, False) for name in tensors)
+        return
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state_dict, prefix = dict(model.state_dict()), str(getattr(model, "base_model_prefix", ""))
-
-    names = {}
     for name in tensors:
         renamed, converter = rename_source_key(name, renamings, converters, prefix, state_dict)
-        if converter is None:
-            names[name] = renamed
-        elif match := _match_expert(name):
-            experts = renamed.rpartition(".")[0]
-            names[name] = f"{experts}.{match['number']}.{match['leaf']}.weight"
-    return names
+        yield name, renamed, converter is not None
 
 
 def _find_container(

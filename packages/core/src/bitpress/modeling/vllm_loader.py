@@ -68,7 +68,8 @@ def find_load_faults(folder: Path) -> list[str]:
         with _in_one_process(engine_config):
             model = _build(engine_config)
             loads = _watch(model)
-            model.load_weights(iter(tensors.items()))
+            device = next(model.parameters()).device
+            model.load_weights((name, _on(device, tensor)) for name, tensor in tensors.items())
             return _unfilled(model, loads)[:MAX_FAULTS]
     except Exception as e:
         # Whatever vLLM raises: it is what a user would meet.
@@ -87,6 +88,11 @@ def _meta_tensors(folder: Path) -> dict[str, torch.Tensor]:
             dtype = DTYPES[entry["dtype"]]
             tensors[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
     return tensors
+
+
+def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, with some numbers where a class computes with them."""
+    return tensor if device.type == "meta" else torch.zeros_like(tensor, device=device)
 
 
 def _engine_config(folder: Path) -> Any:
@@ -166,7 +172,11 @@ def _watched(load: Callable[..., Any], shards: set[Shard]) -> Callable[..., Any]
             if "meta" not in str(e):
                 raise
             result = True
-        shards.add(tuple(value for value in values if isinstance(value, int | str)))
+        part = tuple(value for value in values if isinstance(value, int | str))
+        tensor: torch.Tensor = kwargs["loaded_weight"] if "loaded_weight" in kwargs else args[1]
+        # One tensor may hold all experts.
+        numbers = range(len(tensor)) if tensor.dim() == 3 else ()
+        shards.update([(number, *part) for number in numbers] or [part])
         return result
 
     return watched

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from bitpress.checkpoint.engine_facts import facts_of
+from bitpress.checkpoint.engine_facts import EngineFacts, NamePatterns, facts_of
+from bitpress.checkpoint.fused_experts import holds_experts
 from bitpress.checkpoint.layer_names import IN_BLOCK, OUTSIDE
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.planning.engine_names import names_to_ignore
@@ -20,7 +21,7 @@ def ignored_layers(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[st
     """
     compressed = list(compressed)
     engines = facts_of(checkpoint.config)
-    plain = _plain_layers(checkpoint, compressed)
+    plain = _plain_layers(checkpoint, compressed, engines)
     names = dict.fromkeys(name for layer in plain for name in plain[layer])
 
     # Where an engine does not know a layer, its name is guessed.
@@ -31,8 +32,11 @@ def ignored_layers(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[st
             for module in modules
             if not engines or any(facts.layer(layer) is None for facts in engines)
         ]
-        patterns = (_pattern_anywhere(module) for module in unknown)
-        names |= dict.fromkeys(pattern for pattern in patterns if pattern)
+        patterns = dict.fromkeys(filter(None, map(_pattern_anywhere, unknown)))
+        # Another tower may have the names of the decoder.
+        names |= {
+            p: None for p in patterns if not any(map(NamePatterns.parse([p]).match, compressed))
+        }
     for facts in engines:
         names |= dict.fromkeys(names_to_ignore(facts, list(names), plain, compressed))
 
@@ -44,20 +48,23 @@ def ignored_layers(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[st
     return list(names | dict.fromkeys(head for head in heads if is_tied[head]))
 
 
-def _plain_layers(checkpoint: Checkpoint, compressed: Iterable[str]) -> dict[str, list[str]]:
+def _plain_layers(
+    checkpoint: Checkpoint, compressed: Iterable[str], engines: Sequence[EngineFacts]
+) -> dict[str, list[str]]:
     """What a loader might take for linear layers, and what the files call them for `ignore`."""
     compressed = set(compressed)
     layers: dict[str, list[str]] = {}
     for name, entry in checkpoint.entries.items():
         module, _, leaf = name.rpartition(".")
+        layer = name.removesuffix(".weight")
         is_embedding = "embed" in module.rpartition(".")[2]
         is_matrix = leaf == "weight" and len(entry.shape) == 2 and not is_embedding
-        # Fused expert weights are parameters of the experts' module, not modules of their own.
-        are_experts = leaf != "weight" and len(entry.shape) == 3
+        are_experts = len(entry.shape) == 3 and holds_experts(layer, entry, engines)
         if (is_matrix or are_experts) and module not in compressed:
-            modules = layers.setdefault(name.removesuffix(".weight"), [module])
+            modules = layers.setdefault(layer, [module])
+            # Fused expert weights are parameters of the experts' module, not modules of their own.
             # Engines ask for the experts by names of their own.
-            if are_experts and (match := IN_BLOCK.search(module)):
+            if leaf != "weight" and (match := IN_BLOCK.search(module)):
                 modules.append(rf"re:.*{re.escape(match[0])}(\..+)?$")
     return layers
 
