@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from fixtures.forked import ForkedCommand
+from fixtures.small_models import build_small_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bitpress import CheckpointError
 from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.compression.calibration.activation_streams import (
     ActivationStreams,
@@ -264,6 +266,7 @@ AFTERWARDS = """
 import sys, transformers
 from pathlib import Path
 from bitpress.modeling.decoder import Decoder
+from bitpress import CheckpointError
 from bitpress.checkpoint.reader import Reader, open_checkpoint
 decoder = Decoder(open_checkpoint(Path(sys.argv[1])), "model.layers", Reader())
 config = transformers.AutoConfig.for_model("gemma2", **eval(sys.argv[2]))
@@ -310,3 +313,26 @@ def test_the_layers_whose_outputs_a_block_adds_to_its_input_are_found(
             kind = AutoConfig.from_pretrained(folder).model_type
             expected = RESIDUAL_LAYERS.get(kind, {"self_attn.o_proj", "mlp.down_proj"})
             assert set(trace.residual_layers) == expected
+
+
+# Of an architecture the container of its blocks, and why transformers cannot run it block by block.
+NOT_IN_ORDER = {
+    "DoryForCausalLM": (
+        "backbone.layers",
+        "runs its 3 blocks in the order 0, 1, 1, 2: only a model that runs each once",
+    ),
+    "BailingHybridForCausalLM": (
+        "model.layers",
+        "is made of model.layers.0.attention.k_conv1d.weight and",
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", NOT_IN_ORDER)
+def test_a_model_that_cannot_be_run_block_by_block_is_refused_with_the_reason(
+    tmp_path: Path, architecture: str
+) -> None:
+    container, words = NOT_IN_ORDER[architecture]
+    checkpoint = open_checkpoint(build_small_model(architecture, tmp_path / "model"))
+    with pytest.raises(CheckpointError, match=words), Reader() as reader:
+        capture_inputs(Decoder(checkpoint, container, reader), BATCHES)

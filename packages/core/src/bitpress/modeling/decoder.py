@@ -147,8 +147,15 @@ class Decoder:
     def _tied_head(self, names: Mapping[str, str]) -> dict[str, str]:
         """The head's weight by the name of the embeddings' in the files, where they are one."""
         modules = {module: f"{name}.weight" for name, module in self.model.named_modules()}
-        head = modules.get(self.model.get_output_embeddings())
-        embeddings = modules.get(self.model.get_input_embeddings())
+        try:
+            head = modules.get(self.model.get_output_embeddings())
+            embeddings = modules.get(self.model.get_input_embeddings())
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: transformers' {type(self.model).__name__} does not say "
+                "which embeddings are those of its text: a model of this layout cannot be run yet; "
+                "schemes and options that need no data can be used"
+            ) from None
         configs = (self.model.config, self.model.config.get_text_config())
         is_tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
         if not is_tied or head is None or embeddings is None:

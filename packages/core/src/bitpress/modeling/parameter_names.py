@@ -187,6 +187,9 @@ def _add_alias(block: nn.Module, module: str, alias: str) -> None:
     Names relative to the block, that differ in what they begin with: `mlp.experts.0.w1` is found by
     `block_sparse_moe.experts.0.w1` once `mlp` is found by `block_sparse_moe`.
     """
+    if not module or not alias:
+        # a parameter of the block itself
+        return
     parts, alias_parts = module.split("."), alias.split(".")
     while len(parts) > 1 and len(alias_parts) > 1 and parts[-1] == alias_parts[-1]:
         parts.pop()

@@ -22,7 +22,9 @@ def find_engine_faults(folder: Path, python: str = sys.executable) -> Sequence[F
     Raises:
         BitpressError: vLLM is not installed, or ended without an answer.
     """
-    if python == sys.executable and importlib.util.find_spec("vllm") is None:
+    spec = importlib.util.find_spec("vllm")
+    # A folder of that name is no package.
+    if python == sys.executable and (spec is None or spec.origin is None):
         raise BitpressError(
             "--engine asks the vLLM of this environment, and there is none: pip install vllm"
         )

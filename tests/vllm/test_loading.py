@@ -1,0 +1,87 @@
+"""Real vLLM's loader places every tensor of what we make of small models of many architectures, and
+leaves no parameter unfilled that the source fills.
+
+No weight is read and nothing computes: names, dtypes, shapes and parts are vLLM's own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from fixtures.architecture_matrix import COLUMNS
+from fixtures.small_model_tables import IN_VLLM, LOADED_BY_VLLM
+from fixtures.small_models import build_small_model
+
+from bitpress import BitpressError, compress
+
+LOADER = Path(__file__).parent / "load_models.py"
+
+Faults = Mapping[str, Sequence[str]]
+
+
+def load(python: str, folders: Sequence[Path]) -> Faults:
+    """What vLLM's loader says of folders."""
+    command = [python, "-P", str(LOADER), *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    faults: Faults = json.loads(done.stdout.splitlines()[-1])
+    return faults
+
+
+def outputs(source: Path) -> Iterator[Path]:
+    """What every scheme makes of a model, but for those that refuse it."""
+    for name, column in COLUMNS.items():
+        out = source.with_name(name.replace(", ", "-"))
+        try:
+            compress(
+                source,
+                out,
+                scheme=column.scheme,
+                settings=column.settings,
+                calibration=source.parent / "text.txt",
+                samples=12,
+                sequence_length=32,
+                threads=1,
+            )
+        except BitpressError:
+            continue
+        yield out
+
+
+@pytest.fixture(scope="module")
+def faults(python: str, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Faults]:
+    """What vLLM says of the source and the outputs of each architecture, by folder."""
+    root = tmp_path_factory.mktemp("models")
+    folders: list[Path] = []
+    for architecture in IN_VLLM:
+        source = build_small_model(architecture, root / architecture / "model")
+        folders += [source, *outputs(source)]
+    result: dict[str, dict[str, Sequence[str]]] = {}
+    for name, texts in load(python, folders).items():
+        result.setdefault(Path(name).parent.name, {})[Path(name).name] = texts
+    return result
+
+
+@pytest.mark.parametrize("architecture", IN_VLLM)
+def test_no_parameter_is_unfilled_that_the_source_fills(
+    faults: Mapping[str, Faults], architecture: str
+) -> None:
+    by_folder = dict(faults[architecture])
+    of_source = set(by_folder.pop("model"))
+    if errors := [text for text in of_source if "of the files fills" not in text]:
+        pytest.skip(f"vLLM does not load the source: {errors[0]}")
+    for out, texts in by_folder.items():
+        assert set(texts) <= of_source, out
+
+
+def test_vllm_loads_what_the_documentation_says(faults: Mapping[str, Faults]) -> None:
+    whole = [
+        architecture
+        for architecture, by_folder in faults.items()
+        if len(by_folder) > 1 and not any(by_folder.values())
+    ]
+    assert sorted(whole) == sorted(LOADED_BY_VLLM)
