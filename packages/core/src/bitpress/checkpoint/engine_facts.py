@@ -71,19 +71,7 @@ class EngineFacts:
         Args:
             name: in the files, without `.weight`.
         """
-        pattern = layer_names.star(name)
-        fact = self.layers.get(pattern)
-        if fact is None:
-            return None
-        table = {fact: pattern} if isinstance(fact, str) else dict(fact)
-        numbers = layer_names.numbers(name)
-        listed_as = layer_names.fill(table.pop("listed_as", pattern), numbers)
-        ((kind, asked_as),) = table.items()
-        patterns = [asked_as] if isinstance(asked_as, str) else asked_as
-        names = [layer_names.fill(pattern, numbers) for pattern in patterns]
-        if kind == "experts" and self.expert_leaves:
-            names = [f"{name}.0.{leaf}" for name in names for leaf in self.expert_leaves]
-        return EngineLayer(kind, tuple(names), listed_as)
+        return _layer(self, name)
 
     def why_not_quantized(self, name: str) -> str | None:
         """Why a layer must stay as it is; None where the engine may quantize it, or does not know
@@ -201,13 +189,13 @@ class QuantizedLayers:
 
 def facts_of(config: Mapping[str, Any]) -> tuple[EngineFacts, ...]:
     """The facts of every engine that holds the architecture of a `config.json`."""
-    found = (_find(document, config) for document in _documents())
-    return tuple(facts for facts in found if facts is not None)
+    return tuple(facts for facts in _facts(*_key(config)) if facts is not None)
 
 
 def engines_without(config: Mapping[str, Any]) -> list[str]:
     """The engines whose facts do not hold the architecture of a `config.json`."""
-    return [_engine(document) for document in _documents() if _find(document, config) is None]
+    by_engine = zip(_documents(), _facts(*_key(config)), strict=True)
+    return [_engine(document) for document, facts in by_engine if facts is None]
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -229,12 +217,26 @@ def _engine(document: Mapping[str, Any]) -> str:
     return f"{document['engine']} {document['version']}"
 
 
-def _find(document: Mapping[str, Any], config: Mapping[str, Any]) -> EngineFacts | None:
+def _key(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """An architecture, and, where the config names none, a model type that one class may have."""
+    model_type = None if config.get("architectures") else config.get("model_type")
+    return architecture_of(config), None if model_type is None else str(model_type)
+
+
+# Kept for the models of a few runs: every layer is looked up several times.
+@functools.lru_cache(maxsize=8)
+def _facts(architecture: str, model_type: str | None) -> tuple[EngineFacts | None, ...]:
+    """The facts of each engine."""
+    return tuple(_find(document, architecture, model_type) for document in _documents())
+
+
+def _find(
+    document: Mapping[str, Any], architecture: str, model_type: str | None
+) -> EngineFacts | None:
     architectures = document["architectures"]
-    table = architectures.get(architecture_of(config))
-    # A config that names no architecture may name a type that only one class has.
-    if table is None and not config.get("architectures"):
-        tables = [t for t in architectures.values() if t["model_type"] == config.get("model_type")]
+    table = architectures.get(architecture)
+    if model_type is not None:
+        tables = [table for table in architectures.values() if table["model_type"] == model_type]
         table = tables[0] if len(tables) == 1 else None
     if table is None:
         return None
@@ -246,6 +248,25 @@ def _find(document: Mapping[str, Any], config: Mapping[str, Any]) -> EngineFacts
         table.get("tied", {}),
         table.get("limits", {}),
     )
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _layer(facts: EngineFacts, name: str) -> EngineLayer | None:
+    pattern = layer_names.star(name)
+    fact = facts.layers.get(pattern)
+    if fact is None:
+        return None
+    if isinstance(fact, str):
+        return EngineLayer(fact, (name,), name)
+    table = dict(fact)
+    numbers = layer_names.numbers(name)
+    listed_as = layer_names.fill(table.pop("listed_as", pattern), numbers)
+    ((kind, asked_as),) = table.items()
+    patterns = [asked_as] if isinstance(asked_as, str) else asked_as
+    names = [layer_names.fill(pattern, numbers) for pattern in patterns]
+    if kind == "experts" and facts.expert_leaves:
+        names = [f"{name}.0.{leaf}" for name in names for leaf in facts.expert_leaves]
+    return EngineLayer(kind, tuple(names), listed_as)
 
 
 def _as_listed(facts: EngineFacts, name: str) -> str:

@@ -152,9 +152,9 @@ class Decoder:
             embeddings = modules.get(self.model.get_input_embeddings())
         except NotImplementedError:
             raise CheckpointError(
-                f"{self._checkpoint.folder}: transformers' {type(self.model).__name__} does not say "
-                "which embeddings are those of its text: a model of this layout cannot be run yet; "
-                "schemes and options that need no data can be used"
+                f"{self._checkpoint.folder}: transformers' {type(self.model).__name__} does not "
+                "say which embeddings are those of its text: a model of this layout cannot be run "
+                "yet; schemes and options that need no data can be used"
             ) from None
         configs = (self.model.config, self.model.config.get_text_config())
         is_tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
