@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compressed_tensors.utils.match import is_match
+from hypothesis import given, strategies as st
+from torch import nn
 
 from bitpress.checkpoint import engine_facts, layer_names
-from bitpress.checkpoint.engine_facts import EngineFacts
+from bitpress.checkpoint.engine_facts import EngineFacts, QuantizedLayers
 from bitpress.checkpoint.fused_experts import PAIRS
 from bitpress.checkpoint.layer_names import find_fused
 from bitpress.checkpoint.reader import Checkpoint
@@ -109,3 +112,21 @@ def test_engines_find_every_layer_as_it_is_planned(case: str) -> None:
         faults |= {architecture: found[:3]} if found else {}
     assert faults == {}
     assert num_plans >= least * len(tried)
+
+
+ASKED_AS = ("model.layers.0.attn.q_proj", "model.layers.1.attn.q_proj", "model.layers.0.mlp.up")
+LISTED = (*ASKED_AS, "re:.*attn.*", r"re:model\.layers\.\d+\.mlp", "re:attn", "Linear", "lm_head")
+
+
+@given(
+    st.lists(st.sampled_from(LISTED[:-2]), unique=True),
+    st.lists(st.sampled_from(LISTED), unique=True),
+    st.sampled_from(ASKED_AS),
+)
+def test_a_layer_is_quantized_where_compressed_tensors_matches_it(
+    ignored: list[str], targets: list[str], name: str
+) -> None:
+    facts = EngineFacts("engine", {}, {}, (), {}, {})
+    table = {"ignore": ignored, "config_groups": {"group_0": {"targets": targets}}}
+    is_quantized = QuantizedLayers.read(facts, table).group(name) is not None
+    assert is_quantized == is_match(name, nn.Linear(1, 1), targets, ignored)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = map(str, (ROOT / "tools/engine_facts", ROOT / "packages/core/src/bitpress/modeling"))
+FOLDERS = ("tools/engine_facts", "packages/core/src/bitpress/modeling", "../shared/oracles")
+sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 
 import vllm_loader  # noqa: E402
 from stubs import install_stubs  # noqa: E402
@@ -37,4 +38,9 @@ if __name__ == "__main__":
     os.environ |= vllm_loader.ENVIRONMENT
     install_stubs()
     skip_backends()
+    # After vLLM's own modules have been found.
+    import vllm_emulate
+
+    vllm_emulate.install()
+    vllm_emulate.install_moe()
     vllm_loader.main(sys.argv[1:])

@@ -58,7 +58,9 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.model_executor.layers.fused_moe import RoutedExperts  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # noqa: E402
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402
+    CompressedTensorsConfig,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -83,8 +85,10 @@ EXPERT_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 MAX_FAILURES = 60
 
 
-class RecordingConfig(QuantizationConfig):  # type: ignore[misc]
+class RecordingConfig(CompressedTensorsConfig):  # type: ignore[misc]
     """A quantization config that quantizes nothing and records who asks for it.
+
+    Some classes ask otherwise where the config is compressed-tensors'.
 
     Attributes:
         prefixes: the name under which a layer asks how it is quantized, by the layer's identity.
@@ -92,28 +96,10 @@ class RecordingConfig(QuantizationConfig):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(target_scheme_map={}, ignore=[], quant_format="float-quantized")
         self.prefixes: dict[int, str] = {}
         self.layers: list[torch.nn.Module] = []
         self.mapper: Any = None
-
-    def get_name(self) -> str:
-        return "recording"
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> RecordingConfig:
-        return cls()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.mapper = hf_to_vllm_mapper

@@ -198,6 +198,16 @@ def engines_without(config: Mapping[str, Any]) -> list[str]:
     return [_engine(document) for document, facts in by_engine if facts is None]
 
 
+def is_embedding(layer: str, engines: Iterable[EngineFacts]) -> bool:
+    """Whether a matrix is one of embeddings, as engines say, or else its name.
+
+    Args:
+        layer: its name in the files, without `.weight`.
+    """
+    kinds = {fact.kind for facts in engines if (fact := facts.layer(layer))}
+    return kinds == {"embedding"} or (not kinds and "embed" in layer.rpartition(".")[2])
+
+
 def architecture_of(config: Mapping[str, Any]) -> str:
     """The architecture, or else the model type, that a `config.json` names."""
     architectures = config.get("architectures")

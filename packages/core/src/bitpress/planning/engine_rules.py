@@ -17,6 +17,7 @@ from bitpress.checkpoint.engine_facts import (
     NamePatterns,
     QuantizedLayers,
     facts_of,
+    is_embedding,
 )
 from bitpress.checkpoint.filenames import CONFIG
 from bitpress.checkpoint.model_config import KEY
@@ -77,10 +78,11 @@ def find_faults(
         return
     yield from _check_config(table)
 
+    engines = facts_of(config)
     dense = {
         module: tensors
         for module, tensors in modules.items()
-        if module not in compressed and _is_dense_linear(module, tensors)
+        if module not in compressed and _is_matrix(tensors) and not is_embedding(module, engines)
     }
     ignored = [str(pattern) for pattern in table.get("ignore") or ()]
     groups = {
@@ -94,7 +96,7 @@ def find_faults(
         name: NamePatterns.parse(group.get("targets") or ()) for name, group in groups.items()
     }
     groups_of = {module: _groups_of(module, ignored_patterns, targets) for module in linear}
-    layers = LinearLayers(linear, groups, groups_of, facts_of(config))
+    layers = LinearLayers(linear, groups, groups_of, engines)
     engine_names = engine_layers.names_in_engines(layers, entries)
     yield from _check_ignored(ignored, engine_names.union(modules))
     yield from _check_targets(groups, engine_names.union(linear))
@@ -345,11 +347,9 @@ def _groups_of(
     ]
 
 
-def _is_dense_linear(module: str, tensors: ModuleTensors) -> bool:
-    """Whether a module is a linear layer that is not compressed, as names and shapes tell."""
+def _is_matrix(tensors: ModuleTensors) -> bool:
     weight = tensors.get("weight")
-    is_embedding = "embed" in module.rpartition(".")[2]
-    return weight is not None and len(weight.shape) == 2 and not is_embedding
+    return weight is not None and len(weight.shape) == 2
 
 
 def _unmatched(patterns: Any, modules: Collection[str]) -> Iterator[str]:

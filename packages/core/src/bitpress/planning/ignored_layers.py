@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from bitpress.checkpoint.engine_facts import EngineFacts, NamePatterns, facts_of
+from bitpress.checkpoint.engine_facts import (
+    EngineFacts,
+    NamePatterns,
+    engines_without,
+    facts_of,
+    is_embedding,
+)
 from bitpress.checkpoint.fused_experts import holds_experts
 from bitpress.checkpoint.layer_names import IN_BLOCK, OUTSIDE
 from bitpress.checkpoint.reader import Checkpoint
@@ -26,11 +32,12 @@ def ignored_layers(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[st
 
     # Where an engine does not know a layer, its name is guessed.
     if isinstance(checkpoint.config.get("text_config"), dict):
+        has_unknown_engine = bool(engines_without(checkpoint.config))
         unknown = [
             module
             for layer, modules in plain.items()
             for module in modules
-            if not engines or any(facts.layer(layer) is None for facts in engines)
+            if has_unknown_engine or any(facts.layer(layer) is None for facts in engines)
         ]
         patterns = dict.fromkeys(filter(None, map(_pattern_anywhere, unknown)))
         # Another tower may have the names of the decoder.
@@ -57,10 +64,10 @@ def _plain_layers(
     for name, entry in checkpoint.entries.items():
         module, _, leaf = name.rpartition(".")
         layer = name.removesuffix(".weight")
-        is_embedding = "embed" in module.rpartition(".")[2]
-        is_matrix = leaf == "weight" and len(entry.shape) == 2 and not is_embedding
+        is_matrix = leaf == "weight" and len(entry.shape) == 2
         are_experts = len(entry.shape) == 3 and holds_experts(layer, entry, engines)
-        if (is_matrix or are_experts) and module not in compressed:
+        is_linear = is_matrix and not is_embedding(layer, engines)
+        if (is_linear or are_experts) and module not in compressed:
             modules = layers.setdefault(layer, [module])
             # Fused expert weights are parameters of the experts' module, not modules of their own.
             # Engines ask for the experts by names of their own.
