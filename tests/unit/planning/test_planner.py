@@ -99,6 +99,61 @@ def test_a_rule_that_comes_too_late_is_said_to(tmp_path: Path, toy: Path) -> Non
     assert "the rule for '*.mlp.*' comes too late" in done.stderr
 
 
+# Of a config what it is warned of: which engine's facts are missing, for which layers.
+UNKNOWN = {
+    "a model that engines know": ({}, []),
+    "an architecture that nobody knows": (
+        {"architectures": ["NobodyForCausalLM"]},
+        ["NobodyForCausalLM", "transformers", "vLLM", "verify cannot check it"],
+    ),
+    "layers of other names than the architecture's": (
+        {"architectures": ["Gemma3nForCausalLM"], "tie_word_embeddings": True},
+        [],
+    ),
+    "layers that the architecture does not have": (
+        {"architectures": ["OPTForCausalLM"]},
+        ["OPTForCausalLM", "whether vLLM", "14 of the layers", "model.layers.0.mlp.down_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_what_no_facts_of_an_engine_decide_is_warned_of(
+    tmp_path: Path, with_toy: Path, case: str
+) -> None:
+    keys, words = UNKNOWN[case]
+    config = LLAMA | keys
+    model = write_model(tmp_path / "model", llama_tensors(config=config), config)
+    warnings = "; ".join(bitpress.plan(model, scheme="toy").warnings)
+    assert all(word in warnings for word in words), warnings
+    assert bool(words) == bool(warnings)
+
+
+def test_a_layer_that_an_engine_never_quantizes_is_copied_with_that_reason(
+    tmp_path: Path, with_toy: Path
+) -> None:
+    router = {"model.layers.0.altup.modality_router.weight": torch.ones(4, 128).bfloat16()}
+    config = LLAMA | {"architectures": ["Gemma3nForCausalLM"]}
+    model = write_model(tmp_path / "model", llama_tensors(config=config) | router, config)
+    reasons = {entry.name: why for entry, why in bitpress.plan(model, scheme="toy").uncompressed}
+    (name,) = router
+    assert "its class computes in the dtype of this weight" in reasons[name]
+
+
+def test_layers_that_an_engine_knows_by_one_name_get_one_scheme(tmp_path: Path, toy: Path) -> None:
+    layers = {
+        f"language_model.model.layers.{block}.mlp.shared_experts.down_proj.weight": torch.ones(
+            64, 64
+        ).bfloat16()
+        for block in (0, 1)
+    }
+    config = LLAMA | {"architectures": ["AriaForConditionalGeneration"]}
+    model = write_model(tmp_path / "model", layers, config)
+    line = refusal("plan", model, "--scheme", "toy", "--ignore", "*.0.*", path=toy)
+    assert "are one to vLLM" in line
+    assert "as .down_proj" in line
+
+
 def test_a_plan_needs_no_numbers(tmp_path: Path, toy: Path) -> None:
     model = write_model(tmp_path / "model")
     file, before = (

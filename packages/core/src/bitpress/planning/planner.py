@@ -245,15 +245,15 @@ def _unchecked(source: Checkpoint, compressed: Sequence[str]) -> Iterator[str]:
     architecture = architecture_of(source.config)
     if engines := engines_without(source.config):
         yield (
-            f"it is not known which layers of {architecture} {' and '.join(engines)} quantize: "
-            "names and shapes decide, and verify cannot check it"
+            f"{architecture}: it is not known what {' and '.join(engines)} would quantize; names "
+            "and shapes decide, and verify cannot check it"
         )
     for facts in facts_of(source.config):
         unknown = [module for module in compressed if facts.layer(module) is None]
         if unknown:
             yield (
-                f"it is not known whether {facts.engine} quantizes {len(unknown)} layers of "
-                f"{architecture} (first: {unknown[0]}): names and shapes decide"
+                f"{architecture}: it is not known whether {facts.engine} would quantize "
+                f"{len(unknown)} of the layers (first: {unknown[0]}); names and shapes decide"
             )
 
 
