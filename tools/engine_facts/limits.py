@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+GLOBAL_SCALE = (
+    "input_global_scale",
+    "its loader knows no scale of that name for the inputs of experts",
+)
+
 # By model type, as it begins, and by the end of a layer's name in the files.
 NEVER: Mapping[tuple[str, str], str] = {
     ("gemma3n", ".altup.modality_router"): (
@@ -24,6 +29,13 @@ ROWS_ONLY: Mapping[tuple[str, str], str] = {
     ),
 }
 
+# Stored tensors that a loader does not find a parameter for.
+UNREAD: Mapping[tuple[str, str], tuple[str, str]] = {
+    ("granitemoehybrid", ".experts.*.gate_proj"): GLOBAL_SCALE,
+    ("granitemoehybrid", ".experts.*.up_proj"): GLOBAL_SCALE,
+    ("granitemoehybrid", ".experts.*.down_proj"): GLOBAL_SCALE,
+}
+
 
 def find_limits(model_type: str, layers: Mapping[str, object]) -> dict[str, dict[str, str]]:
     """The limits of an architecture's layers, by their names with stars."""
@@ -33,4 +45,8 @@ def find_limits(model_type: str, layers: Mapping[str, object]) -> dict[str, dict
             if model_type.startswith(prefix):
                 names = [name for name in layers if name.endswith(suffix)]
                 limits |= {name: {key: reason} for name in names}
+    for (prefix, suffix), (tensor, reason) in UNREAD.items():
+        if model_type.startswith(prefix):
+            names = [name for name in layers if name.endswith(suffix)]
+            limits |= {name: {tensor: reason} for name in names}
     return limits

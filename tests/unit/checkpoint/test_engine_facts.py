@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 
 from bitpress.checkpoint import engine_facts, layer_names
 from bitpress.checkpoint.engine_facts import EngineFacts, EngineLayer, QuantizedLayers
+from bitpress.checkpoint.safetensors import TensorSpec
 
 FACTS = EngineFacts(
     engine="engine 1.0",
@@ -147,3 +148,27 @@ def test_an_architecture_that_nobody_knows_has_no_facts() -> None:
     assert engine_facts.facts_of(config) == ()
     assert len(engine_facts.engines_without(config)) >= 2
     assert engine_facts.architecture_of(config) == "NobodyForCausalLM"
+
+
+# A limit, a stored tensor and its shape, and whether the engine can read it of a layer of 8 rows.
+READABLE = {
+    "a scale for each row": ("rows_only", "weight_scale", (8, 1), True),
+    "one scale for all": ("rows_only", "weight_scale", (1,), False),
+    "a tensor that the loader does not know": (
+        "input_global_scale",
+        "input_global_scale",
+        (1,),
+        False,
+    ),
+    "another tensor": ("input_global_scale", "weight_global_scale", (1,), True),
+}
+
+
+@pytest.mark.parametrize("case", READABLE)
+def test_a_limit_is_about_some_of_the_stored_tensors(case: str) -> None:
+    limit, suffix, shape, is_readable = READABLE[case]
+    facts = attrs.evolve(FACTS, limits={"model.layers.*.mlp.up_proj": {limit: "so it is"}})
+    spec = TensorSpec("F32", shape)
+    reason = facts.why_unreadable("model.layers.4.mlp.up_proj", suffix, spec, 8)
+    assert reason == (None if is_readable else "engine 1.0: so it is")
+    assert facts.why_unreadable("model.layers.4.mlp.down_proj", suffix, spec, 8) is None

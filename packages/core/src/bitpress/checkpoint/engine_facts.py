@@ -15,6 +15,7 @@ from typing import Any
 from attrs import frozen
 
 from bitpress.checkpoint import layer_names
+from bitpress.checkpoint.safetensors import TensorSpec
 
 # Kinds of layers that an engine asks its quantization config for.
 QUANTIZABLE = ("linear", "experts")
@@ -54,8 +55,9 @@ class EngineFacts:
         packed: names of layers that the engine makes one of, by the name of that one.
         expert_leaves: names of the layers of an expert, by whose first it asks for all experts.
         tied: heads that files need not hold, and the embeddings that they are tied to.
-        limits: by the name in files, with stars: why a layer must stay as it is ("never"), or may
-            only be stored in tensors that have a row for each of its own ("rows_only").
+        limits: by the name in files, with stars: why a layer must stay as it is ("never"), may only
+            be stored in tensors that have a row for each of its own ("rows_only"), or not with a
+            tensor of the name given.
     """
 
     engine: str
@@ -103,11 +105,17 @@ class EngineFacts:
                     return parent, leaves
         return None
 
-    def why_rows_only(self, name: str) -> str | None:
-        """Why every stored tensor of a layer must have a row for each of its own; None where that
-        need not be.
+    def why_unreadable(self, name: str, suffix: str, spec: TensorSpec, num_rows: int) -> str | None:
+        """Why the engine cannot read one of the tensors that are stored of a layer; None where it
+        can.
+
+        Args:
+            suffix: what the tensor is called in the layer.
+            num_rows: of the layer.
         """
-        return self._limit(name, "rows_only")
+        if reason := self._limit(name, suffix):
+            return reason
+        return None if spec.shape[:1] == (num_rows,) else self._limit(name, "rows_only")
 
     def _limit(self, name: str, kind: str) -> str | None:
         reason = self.limits.get(layer_names.star(name), {}).get(kind)

@@ -75,12 +75,13 @@ def _check_engine_layer(
     reason = config.facts.why_not_quantized(module)
     if is_stored_compressed and reason is not None:
         yield Fault(module, f"it is compressed, and must be stored as it was: {reason}")
-    if is_stored_compressed and (limit := config.facts.why_rows_only(module)):
+    if is_stored_compressed:
         tensors = layers.tensors[module]
-        rows = next(tensors[suffix].shape[0] for suffix in CODES if suffix in tensors)
-        for suffix, entry in tensors.items():
-            if suffix != "bias" and entry.shape[:1] != (rows,):
-                yield Fault(module, f"{limit}, and {suffix} is {list(entry.shape)}")
+        num_rows = next(tensors[suffix].shape[0] for suffix in CODES if suffix in tensors)
+        for suffix in sorted(tensors.keys() - {"bias"}):
+            spec = tensors[suffix].spec
+            if limit := config.facts.why_unreadable(module, suffix, spec, num_rows):
+                yield Fault(module, f"{limit}, and {suffix} is {spec}")
     if reason is not None or not layer.is_quantizable:
         return
 

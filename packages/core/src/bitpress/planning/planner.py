@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -193,13 +194,12 @@ def _check_shapes(stack: Stack, engines: Sequence[EngineFacts]) -> None:
             stored, _ = stack.describe_stored(module)
         except ShapeError as e:
             raise ShapeError(f"layer {module}: {e}; or {fix}") from None
-        reason = next(filter(None, (facts.why_rows_only(module) for facts in engines)), None)
-        others = [suffix for suffix, spec in stored.items() if spec.shape[:1] != entry.shape[:1]]
-        if reason and others:
-            raise ShapeError(
-                f"layer {module}: {reason}, and {others[0]} would be {stored[others[0]]}; use a "
-                f"scheme with a scale for each row, or {fix}"
-            )
+        for facts, (suffix, spec) in itertools.product(engines, stored.items()):
+            if reason := facts.why_unreadable(module, suffix, spec, entry.shape[0]):
+                raise ShapeError(
+                    f"layer {module}: {reason}, and {suffix} would be {spec}; use another scheme, "
+                    f"or {fix}"
+                )
 
 
 def _digest(source: Checkpoint, recipe: Recipe, data: str) -> str:
