@@ -195,7 +195,7 @@ FORGED = {
     ),
     "the config ignores a compressed layer": (
         quantized(lambda q: q["ignore"].append(LAYER)),
-        [f"{LAYER}: it is compressed", "takes it for plain"],
+        [f"{LAYER}: it is compressed, and none of the config's groups"],
     ),
     "the config ignores what is not there": (
         quantized(lambda q: q["ignore"].append("model.layers.9.mlp.up_proj")),

@@ -5,6 +5,7 @@ load: each is refused. `fixtures/broken_outputs.json` holds their configs and he
 from __future__ import annotations
 
 import ast
+import copy
 import json
 from pathlib import Path
 
@@ -51,12 +52,20 @@ WRONG = {
 }
 
 
-def faults_of(name: str) -> dict[str, str]:
+def faults_of(name: str, targets: list[str] | None = None) -> dict[str, str]:
+    """The faults of an output by their subjects.
+
+    Args:
+        targets: what its config names instead of all linear layers.
+    """
     entries = {}
     for tensor, text in OUTPUTS[name]["tensors"].items():
         dtype, _, shape = text.partition(" ")
         entries[tensor] = Entry(tensor, dtype, tuple(ast.literal_eval(shape)), Path("f"), 0)
-    return {fault.subject: str(fault) for fault in find_faults(OUTPUTS[name]["config"], entries)}
+    config = copy.deepcopy(OUTPUTS[name]["config"])
+    if targets is not None:
+        config["quantization_config"]["config_groups"]["group_0"]["targets"] = targets
+    return {fault.subject: str(fault) for fault in find_faults(config, entries)}
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
@@ -64,3 +73,11 @@ def test_the_layer_that_a_loader_reads_otherwise_is_named(name: str) -> None:
     faults = faults_of(name)
     for layer, words in WRONG[name].items():
         assert words in faults.get(layer, ""), (layer, faults)
+
+
+def test_a_target_that_an_engine_calls_otherwise_is_plain_to_it() -> None:
+    tensors = OUTPUTS["whisper"]["tensors"]
+    targets = [name.removesuffix(".weight_scale") for name in tensors if "weight_scale" in name]
+    faults = faults_of("whisper", targets)
+    words = "looks for it as .decoder.layers.0.layers.mlp.fc1, takes it for plain"
+    assert words in faults["model.decoder.layers.0.fc1"]

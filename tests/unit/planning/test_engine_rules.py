@@ -153,6 +153,26 @@ BROKEN = {  # (what is broken, how, words of the fault)
         ignored("re:.*gate$"),
         "ignores re:.*gate$, which is not there",
     ),
+    "ignored layers that are no list": (
+        per_tensor,
+        lambda t, _: t.update(ignore="lm_head"),
+        "its ignore is no list of names",
+    ),
+    "an ignored layer that is no name": (
+        per_tensor,
+        lambda t, _: t["ignore"].append(5),
+        "its ignore holds 5, which is no name",
+    ),
+    "an expression that is none": (
+        per_tensor,
+        ignored("re:(lm_head"),
+        "'re:(lm_head', which is no regular expression",
+    ),
+    "a target that takes forever to match": (
+        per_tensor,
+        group(lambda g: g["targets"].append("re:(m+)+x")),
+        "its group_0.targets holds 're:(m+)+x', which may take forever to match",
+    ),
     "a target is nothing": (
         packed,
         group(lambda g: g["targets"].append("model.x")),

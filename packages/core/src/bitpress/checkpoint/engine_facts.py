@@ -23,6 +23,8 @@ QUANTIZABLE = ("linear", "experts")
 # The target that names the class of all linear layers.
 EVERY_LINEAR = "Linear"
 
+MAX_NAME_LENGTH = 500
+
 
 @frozen
 class EngineLayer:
@@ -140,7 +142,10 @@ class NamePatterns:
 
     def match(self, name: str) -> bool:
         """Whether one of them matches a name."""
-        return name in self.names or any(regex.match(name) for regex in self.expressions)
+        if name in self.names:
+            return True
+        # No layer has such a name, and matching it would take long.
+        return len(name) <= MAX_NAME_LENGTH and any(x.match(name) for x in self.expressions)
 
 
 @frozen(eq=False)

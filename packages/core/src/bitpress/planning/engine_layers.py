@@ -76,26 +76,32 @@ def _check_engine_layer(
     if is_stored_compressed and reason is not None:
         yield Fault(module, f"it is compressed, and must be stored as it was: {reason}")
     if is_stored_compressed:
-        tensors = layers.tensors[module]
-        num_rows = next(tensors[suffix].shape[0] for suffix in CODES if suffix in tensors)
-        for suffix in sorted(tensors.keys() - {"bias"}):
-            spec = tensors[suffix].spec
-            if limit := config.facts.why_unreadable(module, suffix, spec, num_rows):
-                yield Fault(module, f"{limit}, and {suffix} is {spec}")
+        yield from _check_limits(config.facts, module, layers.tensors[module])
     if reason is not None or not layer.is_quantizable:
         return
 
     names = ", ".join(layer.asked_as)
     groups = config.groups_of(layer)
+    stored_groups: list[str | None] = list(layers.groups_of[module]) or [None]
     if not is_stored_compressed and groups != [None]:
         yield Fault(
             module,
             f"it is stored as it was, and {engine}, which looks for it as {names}, takes it for "
             "quantized",
         )
-    elif is_stored_compressed and groups != layers.groups_of[module]:
+    elif is_stored_compressed and groups != stored_groups:
         yield Fault(
             module,
             f"it is compressed, and {engine}, which looks for it as {names}, takes it for "
             f"{'plain' if groups == [None] else 'something else'}",
         )
+
+
+def _check_limits(facts: EngineFacts, module: str, tensors: ModuleTensors) -> Iterator[Fault]:
+    """Whether an engine can read every tensor of a compressed layer."""
+    shapes = [tensors[suffix].shape for suffix in CODES if suffix in tensors]
+    num_rows = shapes[0][0] if shapes and shapes[0] else 0
+    for suffix in sorted(tensors.keys() - {"bias"}):
+        spec = tensors[suffix].spec
+        if limit := facts.why_unreadable(module, suffix, spec, num_rows):
+            yield Fault(module, f"{limit}, and {suffix} is {spec}")

@@ -6,6 +6,7 @@ are those of vLLM 0.32 and transformers 5.17, unless a comment names another.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,11 @@ PACKED_FORMAT = "pack-quantized"
 
 # Endings of tensors that two layers share once an engine has fused them.
 SHARED_SUFFIXES = ("_scale", "_zero_point")
+
+# What makes a regular expression try a number of ways that grows with a power of a name's length.
+REPEATED_GROUP = re.compile(r"\)[*+{]")
+QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
+MAX_QUANTIFIERS = 6
 
 # What vLLM's kernels for experts take, by type and width of the weights' numbers: the strategy of
 # the weights, that of the inputs, and whether inputs are scaled as they come (dynamic).
@@ -77,6 +83,10 @@ def find_faults(
             )
         return
     yield from _check_config(table)
+    name_faults = list(_check_names(table))
+    yield from name_faults
+    if name_faults:
+        return
 
     engines = facts_of(config)
     dense = {
@@ -167,6 +177,33 @@ def _check_config(table: Mapping[str, Any]) -> Iterator[Fault]:
             f"its format is {table.get('format')!r}, and those of its groups are "
             f"{', '.join(map(str, formats))}",
         )
+
+
+def _check_names(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Whether the lists of layers hold names, and expressions that do not take forever to match."""
+    lists = {"ignore": table.get("ignore")}
+    for name, group in (table.get("config_groups") or {}).items():
+        lists[f"{name}.targets"] = group.get("targets") if isinstance(group, dict) else None
+    for place, names in lists.items():
+        if names is not None and not isinstance(names, list):
+            yield Fault(CONFIG, f"its {place} is no list of names")
+            continue
+        for name in names or ():
+            if not isinstance(name, str):
+                yield Fault(CONFIG, f"its {place} holds {name!r:.60}, which is no name")
+            elif name.startswith("re:") and (reason := _explain_expression(name[3:])):
+                yield Fault(CONFIG, f"its {place} holds {name!r:.200}, {reason}")
+
+
+def _explain_expression(pattern: str) -> str | None:
+    """Why a regular expression is not used; None where it is."""
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        return f"which is no regular expression ({e})"
+    if REPEATED_GROUP.search(pattern) or len(QUANTIFIER.findall(pattern)) > MAX_QUANTIFIERS:
+        return "which may take forever to match"
+    return None
 
 
 def _check_ignored(ignored: Sequence[str], modules: Collection[str]) -> Iterator[Fault]:
