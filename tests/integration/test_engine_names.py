@@ -126,7 +126,7 @@ LISTED = (*ASKED_AS, "re:.*attn.*", r"re:model\.layers\.\d+\.mlp", "re:attn", "L
 def test_a_layer_is_quantized_where_compressed_tensors_matches_it(
     ignored: list[str], targets: list[str], name: str
 ) -> None:
-    facts = EngineFacts("engine", {}, {}, (), {}, {})
+    facts = EngineFacts("engine", {}, {}, (), {}, (), {})
     table = {"ignore": ignored, "config_groups": {"group_0": {"targets": targets}}}
     is_quantized = QuantizedLayers.read(facts, table).group(name) is not None
     assert is_quantized == is_match(name, nn.Linear(1, 1), targets, ignored)

@@ -29,24 +29,37 @@ def ask(architecture: str) -> Json:
     model = build_model(architecture, make_config(architecture))
     modules = dict(model.named_modules())
     tensors = file_tensors(model)
-    layers: Json = {}
-    for name, name_in_model in find_names(model, tensors).items():
+    names = find_names(model, tensors)
+    kinds: dict[str, str] = {}
+    renamed: dict[str, list[str]] = {}
+    for name, name_in_model in names.items():
         if tensors[name].dim() < 2:
             continue
         layer, layer_in_model = layer_name(name), layer_name(name_in_model)
-        kind = _kind(layer_in_model, modules)
-        renamed = {kind: star_like(layer, layer_in_model)}
-        layers[star(layer)] = kind if layer == layer_in_model else renamed
+        kinds[star(layer)] = _kind(layer_in_model, modules)
+        found = renamed.setdefault(star(layer), [])
+        if (pattern := star_like(layer, layer_in_model)) not in found:
+            found.append(pattern)
+    linear = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
     tied = {
         layer_name(name): layer_name(target)
         for name, target in (getattr(model, "all_tied_weights_keys", None) or {}).items()
-        if isinstance(modules.get(layer_name(name)), torch.nn.Linear)
+        if layer_name(name) in linear
     }
-    return {
+    unnamed = linear - set(map(layer_name, names.values())) - tied.keys()
+    answer = {
         "model_type": model.config.model_type,
-        "layers": dict(sorted(layers.items())),
+        "layers": {name: _shorten(name, kinds[name], renamed[name]) for name in sorted(kinds)},
         "tied": tied,
     }
+    return answer | ({"unnamed": sorted(set(map(star, unnamed)))} if unnamed else {})
+
+
+def _shorten(name: str, kind: str, names_in_model: list[str]) -> Json | str:
+    """A layer's kind, with its names in the model where they differ from that in the files."""
+    if names_in_model == [name]:
+        return kind
+    return {kind: names_in_model[0] if len(names_in_model) == 1 else names_in_model}
 
 
 def _kind(name: str, modules: dict[str, torch.nn.Module]) -> str:

@@ -27,6 +27,7 @@ FACTS = EngineFacts(
     packed={"gate_up_proj": ["gate_proj", "up_proj"]},
     expert_leaves=("w1", "w3", "w2"),
     tied={"lm_head": "model.embed_tokens"},
+    unnamed=(),
     limits={"model.layers.*.mlp.down_proj": {"never": "it is small"}},
 )
 
@@ -172,3 +173,9 @@ def test_a_limit_is_about_some_of_the_stored_tensors(case: str) -> None:
     reason = facts.why_unreadable("model.layers.4.mlp.up_proj", suffix, spec, 8)
     assert reason == (None if is_readable else "engine 1.0: so it is")
     assert facts.why_unreadable("model.layers.4.mlp.down_proj", suffix, spec, 8) is None
+
+
+def test_layers_of_towers_that_files_do_not_name_are_told_by_those_of_the_first_blocks() -> None:
+    unnamed = ("vision_tower.layers.*.q_proj", "projector", "model.layers.*.mlp.gate_proj")
+    facts = attrs.evolve(FACTS, unnamed=unnamed)
+    assert facts.unnamed_examples == ["vision_tower.layers.0.q_proj", "projector"]

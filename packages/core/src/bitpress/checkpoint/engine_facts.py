@@ -57,6 +57,8 @@ class EngineFacts:
         packed: names of layers that the engine makes one of, by the name of that one.
         expert_leaves: names of the layers of an expert, by whose first it asks for all experts.
         tied: heads that files need not hold, and the embeddings that they are tied to.
+        unnamed: its names, with stars, of linear layers that no tensor of the files is: they are
+            made of others while these are loaded.
         limits: by the name in files, with stars: why a layer must stay as it is ("never"), may only
             be stored in tensors that have a row for each of its own ("rows_only"), or not with a
             tensor of the name given.
@@ -67,7 +69,17 @@ class EngineFacts:
     packed: Mapping[str, Sequence[str]]
     expert_leaves: Sequence[str]
     tied: Mapping[str, str]
+    unnamed: Sequence[str]
     limits: Mapping[str, Mapping[str, str]]
+
+    @property
+    def unnamed_examples(self) -> list[str]:
+        """The layers of towers that no tensor of the files is, those of the first blocks for all.
+
+        Those of the decoder are made of layers that may be compressed, and are then so too.
+        """
+        towers = filter(layer_names.OUTSIDE.search, self.unnamed)
+        return [name.replace("*", "0") for name in towers]
 
     def layer(self, name: str) -> EngineLayer | None:
         """What the engine does with a layer; None where it was not asked for such a one.
@@ -269,6 +281,7 @@ def _find(
         table.get("packed", {}),
         table.get("experts_asked_as", ()),
         table.get("tied", {}),
+        table.get("unnamed", ()),
         table.get("limits", {}),
     )
 

@@ -44,7 +44,7 @@ def is_compressed(tensors: ModuleTensors) -> bool:
 
 def names_in_engines(layers: LinearLayers, entries: Mapping[str, Entry]) -> set[str]:
     """What engines call the layers of the files, and heads that files need not hold."""
-    names = {head for facts in layers.engines for head in facts.tied}
+    names = {name for facts in layers.engines for name in (*facts.tied, *facts.unnamed_examples)}
     for name in {*layers.tensors, *(name.removesuffix(".weight") for name in entries)}:
         for layer in filter(None, (facts.layer(name) for facts in layers.engines)):
             names.update(layer.asked_as)
@@ -58,6 +58,13 @@ def check_engine(
     for module in layers.tensors:
         if layer := config.facts.layer(module):
             yield from _check_engine_layer(config, layers, module, layer)
+    for example in config.facts.unnamed_examples:
+        if config.group(example) is not None:
+            yield Fault(
+                example,
+                f"{config.facts.engine} makes it of other tensors, and takes it for quantized, "
+                "since the config does not ignore it",
+            )
     for head, embedding in config.facts.tied.items():
         if f"{head}.weight" not in entries and config.group(head) is not None:
             yield Fault(

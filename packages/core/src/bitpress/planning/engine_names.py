@@ -24,7 +24,7 @@ def names_to_ignore(
     groups = {"all": {"targets": [EVERY_LINEAR]}}
     reading = QuantizedLayers.read(facts, {"ignore": listed, "config_groups": groups})
     missing: dict[str, list[str]] = {}
-    for name in _names(facts, plain):
+    for name in (*_names(facts, plain), *facts.unnamed_examples):
         if reading.group(name) is not None:
             missing.setdefault(star(name), []).append(name)
 

@@ -249,6 +249,11 @@ def _unchecked(source: Checkpoint, compressed: Sequence[str]) -> Iterator[str]:
             "and shapes decide, and verify cannot check it"
         )
     for facts in facts_of(source.config):
+        if others := [name for name in facts.unnamed if not layer_names.OUTSIDE.search(name)]:
+            yield (
+                f"{architecture}: {facts.engine} makes {others[0]} of other tensors while it loads "
+                "them; it is not known whether it can where these are compressed"
+            )
         unknown = [module for module in compressed if facts.layer(module) is None]
         if unknown:
             yield (
