@@ -5,42 +5,30 @@ What vLLM's build for CPUs lacks, and does not matter to names and shapes, has s
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
-from typing import Any
+
+from bitpress.modeling import vllm_loader
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("tools/engine_facts", "packages/core/src/bitpress/modeling", "../shared/oracles")
-sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tools/engine_facts", "../shared/oracles")]
 
-import vllm_loader  # noqa: E402
-from stubs import install_stubs  # noqa: E402
-
-
-def skip_backends() -> None:
-    """Take a backend of attention that is never run, where there is none for CPUs."""
-    from vllm.platforms import current_platform
-
-    platform = type(current_platform)
-    choose_backend = platform.get_attn_backend_cls.__func__
-
-    def get_attn_backend_cls(cls: type, *args: Any, **kwargs: Any) -> str:
-        try:
-            return str(choose_backend(cls, *args, **kwargs))
-        except NotImplementedError:
-            return "vllm.v1.attention.backends.mla.flashmla_sparse.FlashMLASparseBackend"
-
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
-
+from stubs import install_backend, install_stubs  # noqa: E402
 
 if __name__ == "__main__":
     os.environ |= vllm_loader.ENVIRONMENT
     install_stubs()
-    skip_backends()
+    install_backend()
     # After vLLM's own modules have been found.
     import vllm_emulate
 
     vllm_emulate.install()
     vllm_emulate.install_moe()
-    vllm_loader.main(sys.argv[1:])
+
+    # A process for each: vLLM keeps what it once set up.
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        faults = pool.map(vllm_loader.find_load_faults, map(Path, sys.argv[1:]), chunksize=1)
+    print(json.dumps(dict(zip(sys.argv[1:], faults, strict=True))))

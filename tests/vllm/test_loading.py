@@ -16,7 +16,7 @@ from fixtures.architecture_matrix import COLUMNS
 from fixtures.small_model_tables import IN_VLLM, LOADED_BY_VLLM
 from fixtures.small_models import build_small_model
 
-from bitpress import BitpressError, compress
+from bitpress import BitpressError
 
 LOADER = Path(__file__).parent / "load_models.py"
 
@@ -37,16 +37,7 @@ def outputs(source: Path) -> Iterator[Path]:
     for name, column in COLUMNS.items():
         out = source.with_name(name.replace(", ", "-"))
         try:
-            compress(
-                source,
-                out,
-                scheme=column.scheme,
-                settings=column.settings,
-                calibration=source.parent / "text.txt",
-                samples=12,
-                sequence_length=32,
-                threads=1,
-            )
+            column.compress(source, out)
         except BitpressError:
             continue
         yield out

@@ -19,8 +19,6 @@ from fixtures.architecture_matrix import COLUMNS, FAR
 from fixtures.small_models import build_small_model
 from torch import Tensor
 
-from bitpress import compress
-
 JUDGE = Path(__file__).parents[2] / "../shared/oracles/vllm_check.py"
 
 
@@ -90,21 +88,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_vllm_computes_with_it_as_with_the_source(
     python: str, sources: dict[str, Path], architecture: str, column: str
 ) -> None:
-    source, out, chosen = (
-        sources[architecture],
-        sources[architecture].with_name(column),
-        COLUMNS[column],
-    )
-    compress(
-        source,
-        out,
-        scheme=chosen.scheme,
-        settings=chosen.settings,
-        calibration=source.parent / "text.txt",
-        samples=12,
-        sequence_length=32,
-        threads=1,
-    )
+    source, out = sources[architecture], sources[architecture].with_name(column)
+    COLUMNS[column].compress(source, out)
     before, after = predicted(python, source, False), predicted(python, out, True)
     far = float((after - before).norm() / before.norm())
     print(f"\n{architecture}, {column}: {far:.3f}")

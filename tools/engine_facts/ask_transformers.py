@@ -16,11 +16,11 @@ from configs import (
     layer_name,
     make_config,
     skip_timm,
-    star,
     star_like,
     write_facts,
 )
 
+from bitpress.checkpoint.layer_names import star
 from bitpress.modeling.parameter_names import find_names
 
 

@@ -2,9 +2,9 @@
 
     python tools/engine_facts/ask_vllm.py [PATTERN OF ARCHITECTURES]
 
-Run it in an environment with vLLM. It builds vLLM's own model classes on the meta device, from
-configs alone. It lets their own loaders read the names of the files, and notes which parameter each
-tensor reaches.
+Run it in an environment with vLLM and bitpress. It builds vLLM's own model classes on the meta
+device, from configs alone. It lets their own loaders read the names of the files, and notes which
+parameter each tensor reaches.
 """
 
 from __future__ import annotations
@@ -14,22 +14,16 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-# vLLM reads these when it is imported: a CPU, one process, nothing fetched or reported.
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_DO_NOT_TRACK": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "CRITICAL",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+from bitpress.checkpoint.layer_names import GATED_EXPERT, star
+from bitpress.modeling import vllm_loader
 
-from stubs import install_stubs
+# vLLM reads these when it is imported.
+os.environ |= vllm_loader.ENVIRONMENT | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+from stubs import install_backend, install_stubs
 
 install_stubs()
 
@@ -43,18 +37,10 @@ from configs import (  # noqa: E402
     layer_name,
     make_config,
     skip_timm,
-    star,
     star_like,
     write_facts,
 )
 from limits import find_limits  # noqa: E402
-from vllm.config import set_current_vllm_config  # noqa: E402
-from vllm.distributed import (  # noqa: E402
-    destroy_model_parallel,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.model_executor.layers.fused_moe import RoutedExperts  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
@@ -65,10 +51,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
-from vllm.model_executor.models import registry  # noqa: E402
-from vllm.platforms import current_platform  # noqa: E402
-from vllm.v1.worker.workspace import init_workspace_manager  # noqa: E402
 
 KINDS: tuple[tuple[type, str], ...] = (
     (LinearBase, "linear"),
@@ -77,9 +59,6 @@ KINDS: tuple[tuple[type, str], ...] = (
     (VocabParallelEmbedding, "embedding"),
     (Attention, "attention"),
 )
-
-# What an expert's layers are called in files, in the order gate, up, down.
-EXPERT_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 # Tensors with other names that a class may fail over before its facts are given up.
 MAX_FAILURES = 60
@@ -150,21 +129,15 @@ def ask(architecture: str) -> Json:
         config = make_config(architecture)
         tensors = file_tensors(build_model(architecture, config))
         config.save_pretrained(folder)
-        arguments = EngineArgs(
-            model=folder,
-            dtype="bfloat16",
-            enforce_eager=True,
-            max_model_len=128,
-            max_num_seqs=2,
-            max_num_batched_tokens=4096,
-            enable_prefix_caching=False,
-            skip_tokenizer_init=True,
-            load_format="dummy",
-        )
-        engine_config = arguments.create_engine_config()
+        engine_config = vllm_loader.make_engine_config(Path(folder))
+
+        def record() -> None:
+            engine_config.quant_config = RecordingConfig()
+
         # Classes with vision read the folder while they are built.
-        model, recording = _build(engine_config)
-        with set_current_vllm_config(engine_config):
+        with vllm_loader.in_one_process(engine_config):
+            model = vllm_loader.build_model(engine_config, record)
+            recording = engine_config.quant_config
             readers = _load(model, tensors)
             facts = {
                 name: _fact(name, readers, model, recording)
@@ -172,36 +145,12 @@ def ask(architecture: str) -> Json:
                 if tensor.dim() > 1
             }
             facts |= _split_experts(model, recording, tensors, facts)
-        packed = getattr(model, "packed_modules_mapping", None) or {}
-        layers = _join(facts)
-        answer = {"model_type": config.model_type, "layers": layers}
-        answer |= {"packed": dict(sorted(packed.items()))} if packed else {}
-        limits = find_limits(config.model_type, layers)
-        return answer | _expert_leaves(model) | ({"limits": limits} if limits else {})
-
-
-def _build(engine_config: Any) -> tuple[torch.nn.Module, RecordingConfig]:
-    """VLLM's model, and what its layers asked while it was built.
-
-    It is built on the meta device, or, where its class computes meanwhile, on the CPU.
-    """
-    with set_current_vllm_config(engine_config):
-        if not torch.distributed.is_initialized():
-            init_distributed_environment(1, 0, f"file://{tempfile.mktemp()}", 0, backend="gloo")
-            init_workspace_manager(torch.device("cpu"))
-        # Made anew: a mixture of experts needs process groups that other models lack.
-        destroy_model_parallel()
-        initialize_model_parallel(1, 1)
-        for device in ("meta", "cpu"):
-            engine_config.compilation_config.static_forward_context.clear()
-            engine_config.quant_config = recording = RecordingConfig()
-            try:
-                with torch.device(device):
-                    return initialize_model(vllm_config=engine_config), recording
-            except (NotImplementedError, RuntimeError) as e:
-                if "meta" not in str(e):
-                    raise
-    raise AssertionError
+    packed = getattr(model, "packed_modules_mapping", None) or {}
+    layers = _join(facts)
+    answer = {"model_type": config.model_type, "layers": layers}
+    answer |= {"packed": dict(sorted(packed.items()))} if packed else {}
+    limits = find_limits(config.model_type, layers)
+    return answer | _expert_leaves(model) | ({"limits": limits} if limits else {})
 
 
 def _load(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
@@ -211,11 +160,7 @@ def _load(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[s
     """
     readers: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():
-        loader = _recorder(name, readers)
-        try:
-            parameter.weight_loader = loader
-        except AttributeError:
-            parameter._weight_loader = loader
+        vllm_loader.set_weight_loader(parameter, _recorder(name, readers))
 
     failed: set[str] = set()
     latest = ""
@@ -310,7 +255,7 @@ def _split_experts(
     }
     split: dict[str, Json | None] = {}
     for module in modules.values():
-        for parent, leaves in itertools.product((module, f"{module}.experts"), EXPERT_LEAVES):
+        for parent, leaves in itertools.product((module, f"{module}.experts"), GATED_EXPERT):
             names = [f"{parent}.0.{leaf}.weight" for leaf in leaves]
             matrices = {name: torch.empty(8, 8, device="meta") for name in names}
             try:
@@ -349,28 +294,9 @@ def _shorten(name: str, fact: Json) -> Json | str:
     return str(fact["kind"]) if is_plain else table
 
 
-def main() -> None:
-    """Ask vLLM without a device to reserve memory on, and in this process."""
+if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     skip_timm()
-    torch.accelerator.empty_cache = lambda: None
-    registry._LazyRegisteredModel.inspect_model_cls = lambda self: (
-        registry._ModelInfo.from_model_cls(self.load_model_cls())
-    )
-    platform = type(current_platform)
-    choose_backend = platform.get_attn_backend_cls.__func__
-
-    def get_attn_backend_cls(cls: type, *args: Any, **kwargs: Any) -> str:
-        # Sparse attention has no backend for CPUs, and no layer of its own.
-        try:
-            return str(choose_backend(cls, *args, **kwargs))
-        except NotImplementedError:
-            return "vllm.v1.attention.backends.mla.flashmla_sparse.FlashMLASparseBackend"
-
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    install_backend()
     write_facts("vLLM", vllm.__version__.partition("+")[0], ask)
-
-
-if __name__ == "__main__":
-    main()

@@ -17,6 +17,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto import modeling_auto
 
+from bitpress.checkpoint.layer_names import star
+
 Json = dict[str, Any]
 
 # Where the core has the answers.
@@ -189,11 +191,6 @@ def file_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, tensor in tensors.items()
         if tensor.is_meta
     }
-
-
-def star(name: str) -> str:
-    """A name with stars for its numbers."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def star_like(name: str, renamed: str) -> str:

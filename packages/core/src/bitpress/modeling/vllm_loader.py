@@ -1,41 +1,26 @@
-"""Let the vLLM of this environment load folders without reading a weight, and say what goes wrong.
+"""Let the vLLM of this environment load a folder without reading a weight, and say what goes wrong.
 
-`python -P vllm_loader.py FOLDER ...` prints one JSON object: a list of texts for each folder. It
-needs nothing but vLLM. It builds vLLM's own model with the folder's config on the meta device, and
-lets vLLM's own loader place tensors of the files' names, dtypes and shapes.
+`python -m bitpress.modeling.vllm_loader FOLDER` prints a JSON list of texts. It builds vLLM's own
+model with the folder's config on the meta device, and lets vLLM's own loader place tensors of the
+files' names, dtypes and shapes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import re
-import struct
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-# What safetensors calls the dtypes of torch.
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+from bitpress.checkpoint.reader import DTYPES, open_checkpoint
 
 # The environment that vLLM wants when it is imported: one process, nothing fetched or reported.
 ENVIRONMENT = {
@@ -62,11 +47,14 @@ def find_load_faults(folder: Path) -> list[str]:
     """What is wrong with a folder in the eyes of vLLM's loader: an error that it raises, tensors
     that no parameter takes, parameters that no tensor fills.
     """
-    tensors = _meta_tensors(folder)
+    tensors = {
+        name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+        for name, entry in open_checkpoint(folder).entries.items()
+    }
     try:
-        engine_config = _engine_config(folder)
-        with _in_one_process(engine_config):
-            model = _build(engine_config)
+        engine_config = make_engine_config(folder)
+        with in_one_process(engine_config):
+            model = build_model(engine_config)
             loads = _watch(model)
             device = next(model.parameters()).device
             model.load_weights((name, _on(device, tensor)) for name, tensor in tensors.items())
@@ -76,26 +64,13 @@ def find_load_faults(folder: Path) -> list[str]:
         return [f"vLLM: {type(e).__name__}: {' '.join(str(e).split())[:300]}"]
 
 
-def _meta_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder without their numbers, from the headers of its safetensors files."""
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (header_size,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(header_size))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            dtype = DTYPES[entry["dtype"]]
-            tensors[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
-    return tensors
-
-
 def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, with some numbers where a class computes with them."""
     return tensor if device.type == "meta" else torch.zeros_like(tensor, device=device)
 
 
-def _engine_config(folder: Path) -> Any:
+def make_engine_config(folder: Path) -> Any:
+    """VLLM's config of a model folder, which needs no device."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import registry
 
@@ -108,7 +83,7 @@ def _engine_config(folder: Path) -> Any:
         model=str(folder),
         dtype="bfloat16",
         enforce_eager=True,
-        max_model_len=64,
+        max_model_len=128,
         max_num_seqs=2,
         max_num_batched_tokens=4096,
         enable_prefix_caching=False,
@@ -119,7 +94,7 @@ def _engine_config(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _in_one_process(engine_config: Any) -> Iterator[None]:
+def in_one_process(engine_config: Any) -> Iterator[None]:
     """The context in which vLLM builds a model on one device."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -132,19 +107,33 @@ def _in_one_process(engine_config: Any) -> Iterator[None]:
         yield
 
 
-def _build(engine_config: Any) -> Any:
+def build_model(engine_config: Any, prepare: Callable[[], None] = lambda: None) -> Any:
+    """VLLM's model on the meta device, or, where its class computes meanwhile, on the CPU.
+
+    Args:
+        prepare: is called before each of these is tried.
+    """
     from vllm.model_executor.model_loader.utils import initialize_model
 
     for device in ("meta", "cpu"):
         engine_config.compilation_config.static_forward_context.clear()
+        prepare()
         try:
             with torch.device(device):
                 return initialize_model(vllm_config=engine_config)
         except (NotImplementedError, RuntimeError) as e:
-            # Some classes compute while they are built.
             if "meta" not in str(e) or device == "cpu":
                 raise
     raise AssertionError
+
+
+def set_weight_loader(parameter: Any, load: Callable[..., Any]) -> None:
+    """Let vLLM fill a parameter by a function."""
+    try:
+        parameter.weight_loader = load
+    except AttributeError:
+        # Where it is a property.
+        parameter._weight_loader = load
 
 
 def _watch(model: nn.Module) -> dict[str, set[Shard]]:
@@ -154,11 +143,7 @@ def _watch(model: nn.Module) -> dict[str, set[Shard]]:
     loads: dict[str, set[Shard]] = defaultdict(set)
     for name, parameter in model.named_parameters():
         load = getattr(parameter, "weight_loader", default_weight_loader)
-        watched = _watched(load, loads[name])
-        try:
-            parameter.weight_loader = watched  # type: ignore[attr-defined]
-        except AttributeError:
-            parameter._weight_loader = watched  # type: ignore[attr-defined]
+        set_weight_loader(parameter, _watched(load, loads[name]))
     return loads
 
 
@@ -199,22 +184,15 @@ def _unfilled(model: nn.Module, loads: dict[str, set[Shard]]) -> list[str]:
 def _num_parts(module: nn.Module, name: str) -> int:
     """How many loads fill a parameter: one for each layer that it is stacked of."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 
     if isinstance(module, RoutedExperts):
         leaf = name.rpartition(".")[2]
         return int(module.local_num_experts) * (2 if leaf.startswith("w13") else 1)
-    return 1
-
-
-def main(folders: Sequence[str]) -> None:
-    """Print the faults of folders as a JSON object."""
-    import vllm.model_executor.model_loader.utils  # noqa: F401
-
-    # A process for each: vLLM keeps what it once set up.
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        faults = pool.map(find_load_faults, map(Path, folders), chunksize=1)
-    print(json.dumps(dict(zip(folders, faults, strict=True))))
+    if isinstance(module, QKVParallelLinear):
+        return 3
+    return len(module.output_sizes) if isinstance(module, MergedColumnParallelLinear) else 1
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(json.dumps(find_load_faults(Path(sys.argv[1]))))

@@ -29,12 +29,12 @@ def find_engine_faults(folder: Path, python: str = sys.executable) -> Sequence[F
             "--engine asks the vLLM of this environment, and there is none: pip install vllm"
         )
     variables = [f"{name}={value}" for name, value in vllm_loader.ENVIRONMENT.items()]
-    command = ["env", *variables, python, "-P", vllm_loader.__file__, str(folder)]
+    command = ["env", *variables, python, "-P", "-m", vllm_loader.__name__, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last_line = (done.stderr.strip() or "no message").splitlines()[-1]
+    last_line = done.stdout.rstrip().rpartition("\n")[2]
+    if done.returncode or not last_line.startswith("["):
+        message = (done.stderr.strip() or "no message").splitlines()[-1]
         raise BitpressError(
-            f"{folder}: vLLM ended with exit code {done.returncode} before it answered: {last_line}"
+            f"{folder}: vLLM ended with exit code {done.returncode} before it answered: {message}"
         )
-    (texts,) = json.loads(done.stdout.splitlines()[-1]).values()
-    return [Fault("", text) for text in texts]
+    return [Fault("", text) for text in json.loads(last_line)]

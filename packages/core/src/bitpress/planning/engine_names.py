@@ -28,6 +28,8 @@ def names_to_ignore(
         if reading.group(name) is not None:
             missing.setdefault(star(name), []).append(name)
 
+    if not missing:
+        return
     # A pattern takes in all blocks, unless some of them are compressed.
     quantized = set(map(star, _names(facts, compressed)))
     for pattern, names in missing.items():

@@ -18,6 +18,7 @@ from bitpress.checkpoint.engine_facts import (
     NamePatterns,
     QuantizedLayers,
     facts_of,
+    fused_leaves,
     is_embedding,
 )
 from bitpress.checkpoint.filenames import CONFIG
@@ -107,9 +108,7 @@ def find_faults(
     }
     groups_of = {module: _groups_of(module, ignored_patterns, targets) for module in linear}
     layers = LinearLayers(linear, groups, groups_of, engines)
-    engine_names = engine_layers.names_in_engines(layers, entries)
-    yield from _check_ignored(ignored, engine_names.union(modules))
-    yield from _check_targets(groups, engine_names.union(linear))
+    yield from _check_patterns(layers, ignored, entries)
     yield from _check_layers(layers, read)
     for facts in layers.engines:
         reading = QuantizedLayers.read(facts, table)
@@ -206,17 +205,23 @@ def _explain_expression(pattern: str) -> str | None:
     return None
 
 
-def _check_ignored(ignored: Sequence[str], modules: Collection[str]) -> Iterator[Fault]:
-    for pattern in _unmatched(ignored, modules):
-        # A head that is tied to the embeddings is ignored and stores nothing.
-        if pattern != "lm_head":
-            yield Fault(CONFIG, f"it ignores {pattern}, which is not there")
-
-
-def _check_targets(groups: Mapping[str, ConfigGroup], modules: Collection[str]) -> Iterator[Fault]:
-    for name, group in groups.items():
-        for target in _unmatched(group.get("targets"), modules):
-            yield Fault(CONFIG, f"{name} targets {target}, which is not there")
+def _check_patterns(
+    layers: LinearLayers, ignored: Sequence[str], entries: Mapping[str, Entry]
+) -> Iterator[Fault]:
+    """Whether each name and expression of the config is a layer's, of the files or of an engine."""
+    modules = {name.rpartition(".")[0] for name in entries}
+    # A head that is tied to the embeddings is ignored and stores nothing.
+    missing = [("it ignores", name) for name in _unmatched(ignored, modules) if name != "lm_head"]
+    for group, table in layers.groups.items():
+        unmatched = _unmatched(table.get("targets"), layers.tensors)
+        missing += [(f"{group} targets", name) for name in unmatched]
+    if not missing:
+        return
+    engine_names = engine_layers.names_in_engines(layers, entries)
+    unknown = set(_unmatched((name for _, name in missing), engine_names))
+    for text, name in missing:
+        if name in unknown:
+            yield Fault(CONFIG, f"{text} {name}, which is not there")
 
 
 def _check_layers(layers: LinearLayers, read: ReadTensor | None) -> Iterator[Fault]:
@@ -317,7 +322,7 @@ def _check_scale_shape(
 
 def _check_fused_layers(layers: LinearLayers, read: ReadTensor | None) -> Iterator[Fault]:
     """Whether layers that engines make one of are stored in one way, with equal shared numbers."""
-    for members in layer_names.find_fused(layers.tensors):
+    for members in layer_names.find_fused(layers.tensors, fused_leaves(layers.engines)):
         if len(members) == 1:
             continue
 

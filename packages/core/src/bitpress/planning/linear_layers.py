@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from bitpress.checkpoint.engine_facts import EngineFacts, facts_of
+from bitpress.checkpoint.engine_facts import EngineFacts, facts_of, fused_leaves
 from bitpress.checkpoint.layer_names import (
     BLOCK,
     OUTSIDE,
@@ -93,7 +93,9 @@ def explain_plain(entry: Entry, container: str, checkpoint: Checkpoint) -> str:
     return reason or "not a matrix"
 
 
-def group_fused(layers: Mapping[str, Entry]) -> list[tuple[str, ...]]:
+def group_fused(
+    layers: Mapping[str, Entry], engines: Sequence[EngineFacts] = ()
+) -> list[tuple[str, ...]]:
     """Module names grouped into stacks: those that engines fuse and that have one width together,
     all others alone.
     """
@@ -101,7 +103,7 @@ def group_fused(layers: Mapping[str, Entry]) -> list[tuple[str, ...]]:
     def have_one_width(members: Sequence[str]) -> bool:
         return len({layers[member].shape[1] for member in members}) == 1
 
-    return group_siblings(layers, have_one_width)
+    return group_siblings(layers, have_one_width, fused_leaves(engines))
 
 
 def _num_bytes(layers: Mapping[str, Entry]) -> int:

@@ -63,7 +63,7 @@ class Plan:
             for module in stack.members
         }
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """The output's `config.json`."""
         engines = facts_of(self.source.config)

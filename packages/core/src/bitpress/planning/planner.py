@@ -53,7 +53,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     steps_of = _assign_steps(source, recipe, layers)
 
     engines = facts_of(source.config)
-    stacks = _group_stacks(layers, steps_of)
+    stacks = _group_stacks(layers, steps_of, engines)
     for stack in stacks.values():
         _check_shapes(stack, engines)
     for facts in engines:
@@ -121,7 +121,9 @@ def _assign_steps(
 
 
 def _group_stacks(
-    layers: Mapping[str, Entry], steps_of: Mapping[str, tuple[Step, ...]]
+    layers: Mapping[str, Entry],
+    steps_of: Mapping[str, tuple[Step, ...]],
+    engines: Sequence[EngineFacts],
 ) -> dict[str, Stack]:
     """The stacks that get steps, by the name of their first member."""
     # vLLM reads the config of all experts of a block from that of the first.
@@ -129,7 +131,7 @@ def _group_stacks(
         _common_steps(experts, steps_of)
 
     stacks = {}
-    for modules in linear_layers.group_fused(layers):
+    for modules in linear_layers.group_fused(layers, engines):
         steps = _common_steps(modules, steps_of)
         if steps:
             stacks[modules[0]] = Stack({module: layers[module] for module in modules}, steps)
