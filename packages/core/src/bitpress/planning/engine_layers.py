@@ -26,9 +26,9 @@ class LinearLayers:
 
     Attributes:
         tensors: of every linear layer, the compressed ones first.
-        engines: the facts of the engines that know the model.
         groups: the config's groups by name.
         groups_of: names of the groups that a layer belongs to; one for a compressed layer.
+        engines: the facts of the engines that know the model.
     """
 
     tensors: Mapping[str, ModuleTensors]
@@ -80,9 +80,9 @@ def _check_engine_layer(
     engine = config.facts.engine
     is_stored_compressed = is_compressed(layers.tensors[module])
     reason = config.facts.why_not_quantized(module)
-    if is_stored_compressed and reason is not None:
-        yield Fault(module, f"it is compressed, and must be stored as it was: {reason}")
     if is_stored_compressed:
+        if reason is not None:
+            yield Fault(module, f"it is compressed, and must be stored as it was: {reason}")
         yield from _check_limits(config.facts, module, layers.tensors[module])
     if reason is not None or not layer.is_quantizable:
         return
