@@ -6,7 +6,6 @@ are those of vLLM 0.32 and transformers 5.17, unless a comment names another.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from bitpress.checkpoint.filenames import CONFIG
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import Fault
-from bitpress.planning import engine_layers
+from bitpress.planning import config_rules, engine_layers
 from bitpress.planning.engine_layers import (
     CODES,
     ConfigGroup,
@@ -39,11 +38,6 @@ PACKED_FORMAT = "pack-quantized"
 
 # Endings of tensors that two layers share once an engine has fused them.
 SHARED_SUFFIXES = ("_scale", "_zero_point")
-
-# What makes a regular expression try a number of ways that grows with a power of a name's length.
-REPEATED_GROUP = re.compile(r"\)[*+{]")
-QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
-MAX_QUANTIFIERS = 6
 
 # What vLLM's kernels for experts take, by type and width of the weights' numbers: the strategy of
 # the weights, that of the inputs, and whether inputs are scaled as they come (dynamic).
@@ -83,8 +77,8 @@ def find_faults(
                 f"it has no {KEY}, and {next(iter(compressed))} is stored compressed",
             )
         return
-    yield from _check_config(table)
-    name_faults = list(_check_names(table))
+    yield from config_rules.find_table_faults(table)
+    name_faults = list(config_rules.find_name_faults(table))
     yield from name_faults
     if name_faults:
         return
@@ -140,69 +134,6 @@ def explain_expert_layout(group: ConfigGroup | None) -> str | None:
         f"vLLM computes experts with {supported_text} scales, and not {weight} with "
         f"{'dynamic' if dynamic else 'static'} {activation}"
     )
-
-
-def _check_config(table: Mapping[str, Any]) -> Iterator[Fault]:
-    """Whether loaders take the table for compressed-tensors, and its formats agree."""
-    if table.get("quant_method") != "compressed-tensors":
-        yield Fault(
-            CONFIG,
-            f"quant_method is {table.get('quant_method')!r}, not 'compressed-tensors'",
-        )
-
-    # A sparsity_config alone is a whole config: engines that read one ask for nothing below.
-    if table.get("sparsity_config") and not table.get("config_groups"):
-        return
-
-    # transformers initializes compressed layers at random under any other status.
-    if table.get("quantization_status") != "compressed":
-        yield Fault(
-            CONFIG,
-            "quantization_status is not 'compressed': transformers would leave random weights, "
-            "without an error",
-        )
-
-    formats = {
-        group.get("format")
-        for group in (table.get("config_groups") or {}).values()
-        if isinstance(group, dict)
-    }
-    expected = next(iter(formats)) if len(formats) == 1 else "mixed-precision"
-    if not formats:
-        yield Fault(CONFIG, "it has no config_groups")
-    elif table.get("format") != expected:
-        yield Fault(
-            CONFIG,
-            f"its format is {table.get('format')!r}, and those of its groups are "
-            f"{', '.join(map(str, formats))}",
-        )
-
-
-def _check_names(table: Mapping[str, Any]) -> Iterator[Fault]:
-    """Whether the lists of layers hold names, and expressions that do not take forever to match."""
-    lists = {"ignore": table.get("ignore")}
-    for name, group in (table.get("config_groups") or {}).items():
-        lists[f"{name}.targets"] = group.get("targets") if isinstance(group, dict) else None
-    for place, names in lists.items():
-        if names is not None and not isinstance(names, list):
-            yield Fault(CONFIG, f"its {place} is no list of names")
-            continue
-        for name in names or ():
-            if not isinstance(name, str):
-                yield Fault(CONFIG, f"its {place} holds {name!r:.60}, which is no name")
-            elif name.startswith("re:") and (reason := _explain_expression(name[3:])):
-                yield Fault(CONFIG, f"its {place} holds {name!r:.200}, {reason}")
-
-
-def _explain_expression(pattern: str) -> str | None:
-    """Why a regular expression is not used; None where it is."""
-    try:
-        re.compile(pattern)
-    except re.error as e:
-        return f"which is no regular expression ({e})"
-    if REPEATED_GROUP.search(pattern) or len(QUANTIFIER.findall(pattern)) > MAX_QUANTIFIERS:
-        return "which may take forever to match"
-    return None
 
 
 def _check_patterns(

@@ -1,0 +1,78 @@
+"""What loaders demand of the quantization config itself, whatever the files hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bitpress.checkpoint.filenames import CONFIG
+from bitpress.errors import Fault
+
+# What makes a regular expression try a number of ways that grows with a power of a name's length.
+REPEATED_GROUP = re.compile(r"\)[*+{]")
+QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
+MAX_QUANTIFIERS = 6
+
+
+def find_table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Whether loaders take the table for compressed-tensors, and its formats agree."""
+    if table.get("quant_method") != "compressed-tensors":
+        yield Fault(
+            CONFIG,
+            f"quant_method is {table.get('quant_method')!r}, not 'compressed-tensors'",
+        )
+
+    # A sparsity_config alone is a whole config: engines that read one ask for nothing below.
+    if table.get("sparsity_config") and not table.get("config_groups"):
+        return
+
+    # transformers initializes compressed layers at random under any other status.
+    if table.get("quantization_status") != "compressed":
+        yield Fault(
+            CONFIG,
+            "quantization_status is not 'compressed': transformers would leave random weights, "
+            "without an error",
+        )
+
+    formats = {
+        group.get("format")
+        for group in (table.get("config_groups") or {}).values()
+        if isinstance(group, dict)
+    }
+    expected = next(iter(formats)) if len(formats) == 1 else "mixed-precision"
+    if not formats:
+        yield Fault(CONFIG, "it has no config_groups")
+    elif table.get("format") != expected:
+        yield Fault(
+            CONFIG,
+            f"its format is {table.get('format')!r}, and those of its groups are "
+            f"{', '.join(map(str, formats))}",
+        )
+
+
+def find_name_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Whether the lists of layers hold names, and expressions that do not take forever to match."""
+    lists = {"ignore": table.get("ignore")}
+    for name, group in (table.get("config_groups") or {}).items():
+        lists[f"{name}.targets"] = group.get("targets") if isinstance(group, dict) else None
+    for place, names in lists.items():
+        if names is not None and not isinstance(names, list):
+            yield Fault(CONFIG, f"its {place} is no list of names")
+            continue
+        for name in names or ():
+            if not isinstance(name, str):
+                yield Fault(CONFIG, f"its {place} holds {name!r:.60}, which is no name")
+            elif name.startswith("re:") and (reason := _explain_expression(name[3:])):
+                yield Fault(CONFIG, f"its {place} holds {name!r:.200}, {reason}")
+
+
+def _explain_expression(pattern: str) -> str | None:
+    """Why a regular expression is not used; None where it is."""
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        return f"which is no regular expression ({e})"
+    if REPEATED_GROUP.search(pattern) or len(QUANTIFIER.findall(pattern)) > MAX_QUANTIFIERS:
+        return "which may take forever to match"
+    return None
