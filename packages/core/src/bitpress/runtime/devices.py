@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from bitpress.errors import BitpressError, first_line
+from bitpress.runtime import cgroup
 
 
 def find_device(name: str) -> torch.device:
@@ -72,10 +73,13 @@ class ThreadDevices:
 
 
 def count_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """CPU cores that this process may use, at least one: those of its affinity, or fewer where a
+    container is given less time.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    quota = cgroup.cpu_quota()
+    return num_cores if quota is None else min(num_cores, quota)
 
 
 @contextmanager

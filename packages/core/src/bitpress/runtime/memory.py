@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bitpress.runtime import cgroup
+
 # Bytes of memory that Python with torch takes before any work.
 TORCH_BYTES = 450_000_000
 
@@ -79,9 +81,13 @@ def resident_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Bytes that can be allocated without swapping; 8 GiB where the system does not say."""
+    """Bytes that can be allocated without swapping, and without breaking the limit of a container;
+    8 GiB where the system does not say.
+    """
     file = Path("/proc/meminfo")
+    available = ASSUMED_AVAILABLE_BYTES
     for line in file.read_text().splitlines() if file.is_file() else ():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return ASSUMED_AVAILABLE_BYTES
+            available = int(line.split()[1]) * 1024
+    in_cgroup = cgroup.available_memory()
+    return available if in_cgroup is None else min(available, in_cgroup)
