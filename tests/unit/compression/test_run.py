@@ -266,7 +266,7 @@ def test_a_run_that_left_no_finished_shard_binds_nobody(tmp_path: Path, toy: Pat
     model, out = write_model(tmp_path / "model"), tmp_path / "out"
     out.mkdir()
     (out / ".bitpress.run").write_text("{}")
-    (out / "model.safetensors.part").touch()
+    (out / "model.safetensors.0123cdef.part").touch()
     assert command("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
 
 

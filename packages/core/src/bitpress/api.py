@@ -12,7 +12,7 @@ from bitpress.checkpoint import filenames, layer_names
 from bitpress.checkpoint.hub import resolve
 from bitpress.checkpoint.reader import Checkpoint, Reader, open_checkpoint
 from bitpress.checkpoint.source import fuse_uncompressed_experts, resolve_source
-from bitpress.checkpoint.writer import OutputFolder
+from bitpress.checkpoint.writer import OutputFolder, Permissions
 from bitpress.compression.job import prepare_job
 from bitpress.compression.run import run
 from bitpress.compression.search import search as searching
@@ -259,7 +259,8 @@ def report(out: str | Path, file: str | Path | None = None) -> Path:
     if target.exists() and not _is_page(target):
         raise OutputError(f"{target} is there and no page: name another file (--html)")
     content = render_page(read_manifest(folder), name)
-    OutputFolder(target.absolute().parent).write_text(target.name, content)
+    permissions = Permissions.of(folder, [filenames.MANIFEST])
+    OutputFolder(target.absolute().parent, permissions).write_text(target.name, content)
     return target
 
 
@@ -275,7 +276,8 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress = ignore_p
     written = _open_written(open_checkpoint(Path(out)))
     # in two bytes a weight, as most sources have them
     num_bytes = sum(2 * record.shape[0] * record.shape[1] for record in written.layers.values())
-    with torch_threads(1), OutputFolder(Path(dense)) as output:
+    permissions = Permissions.of(written.checkpoint.folder, written.checkpoint.headers)
+    with torch_threads(1), OutputFolder(Path(dense), permissions) as output:
         write_dense(written, output, progress("decompressing", num_bytes))
 
 

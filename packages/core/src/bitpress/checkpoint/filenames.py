@@ -48,6 +48,11 @@ WEIGHT_SUFFIXES = (
 SOURCE_CARD = re.compile(r"README(\.source)+\.md")
 
 
+# The end of a file's name until it is complete. Its digits are random, so that nobody can have put
+# a link there.
+PART = re.compile(r"\.[0-9a-f]{8}\.part\Z")
+
+
 def rename_source_card(names: Iterable[str]) -> str:
     """A name for the source's model card that none of its files has."""
     existing, name = set(names), "README.source.md"

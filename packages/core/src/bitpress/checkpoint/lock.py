@@ -36,7 +36,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     lock = FileLock(file, timeout=0, fallback_to_soft=False)
     _acquire(lock, folder)
     try:
-        file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        _write_owner(file, f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         # Removed while it is held: after the release it may be the next run's.
@@ -65,6 +65,16 @@ def _acquire(lock: FileLock, folder: Path) -> None:
                 stacklevel=4,
             )
             return
+
+
+def _write_owner(file: Path, owner: str) -> None:
+    """Write into the lock's file, and into no other that a link has put in its place."""
+    # Where the file system has no locks, no file was made.
+    descriptor = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o644)
+    with open(descriptor, "w", encoding="utf-8") as f:
+        if os.fstat(descriptor).st_nlink <= 1:
+            f.truncate()
+            f.write(owner)
 
 
 def _read_owner(file: Path) -> str | None:

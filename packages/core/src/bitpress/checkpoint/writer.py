@@ -6,15 +6,18 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
 import torch
+from attrs import frozen
 
-from bitpress.checkpoint.filenames import CONFIG, LOCK, RUN_RECORD
+from bitpress.checkpoint.filenames import CONFIG, LOCK, PART, RUN_RECORD
 from bitpress.checkpoint.lock import lock_folder
 from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import Entry, Header, read_header
@@ -58,11 +61,41 @@ class ShardWriter:
             view, position = view[count:], position + count
 
 
-class OutputFolder:
-    """The folder that a run writes into. In `with`, it is locked for this run from `prepare` on."""
+# Mode bits of files and folders where the source has no narrower ones.
+FILE_MODE, FOLDER_MODE = 0o644, 0o777
 
-    def __init__(self, folder: Path) -> None:
+
+@frozen
+class Permissions:
+    """Who may read what a run writes, as mode bits.
+
+    Attributes:
+        folder: of a folder that is made.
+        file: of a file that is made.
+    """
+
+    folder: int = FOLDER_MODE
+    file: int = FILE_MODE
+
+    @classmethod
+    def of(cls, folder: Path, files: Iterable[str]) -> Permissions:
+        """Those that every one of a folder's files has."""
+        mode = FILE_MODE
+        for name in files:
+            mode &= _file_mode(folder / name)
+        return cls(folder.stat().st_mode & FOLDER_MODE | stat.S_IRWXU, mode)
+
+
+class OutputFolder:
+    """The folder that a run writes into. In `with`, it is locked for this run from `prepare` on.
+
+    A stranger may have put links there, which would lead out of it: it refuses them, and makes
+    every file anew.
+    """
+
+    def __init__(self, folder: Path, permissions: Permissions | None = None) -> None:
         self.folder = folder
+        self._permissions = permissions or Permissions()
         self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> OutputFolder:
@@ -84,32 +117,37 @@ class OutputFolder:
             num_bytes: the size of the output.
 
         Raises:
-            OutputError: it holds something else or a finished output, another run writes into it,
-                it cannot be written, or the disk is too small.
+            OutputError: it holds something else, links or a finished output, another run writes
+                into it, it cannot be written, or the disk is too small.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"{self.folder} is a file; name a folder that does not exist yet")
         self._refuse_finished()
         planned = set(planned)
         self._refuse_files_that_are_folders(planned)
-        run_files = [*planned, RUN_RECORD, LOCK]
-        expected = {name + ending for name in run_files for ending in ("", ".part")}
+        run_files = {*planned, RUN_RECORD, LOCK}
         with _explain_os_errors(self.folder):
             if not self.folder.exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(mode=self._permissions.folder, exist_ok=True)
                 _sync_folder(self.folder.parent)
-            present = {f.relative_to(self.folder).as_posix() for f in self._files()}
-            if unexpected := sorted(present - expected):
-                raise OutputError(
-                    f"{self.folder} is not empty: it holds {unexpected[0]}; name another folder or "
-                    "empty it"
-                )
+            for name in self._file_names():
+                if PART.sub("", name) not in run_files:
+                    raise OutputError(
+                        f"{self.folder} is not empty: it holds {name}; name another folder or "
+                        "empty it"
+                    )
             if not os.access(self.folder, os.W_OK):
                 raise OutputError(f"{self.folder} cannot be written: no permission")
             self._lock.enter_context(lock_folder(self.folder))
             # A run that had the lock until now may have finished.
             self._refuse_finished()
-            resumed_bytes = sum(f.stat().st_size for f in self._files() if f.name != LOCK)
+            # A run that was killed has left its unfinished files.
+            for name in filter(PART.search, self._file_names()):
+                (self.folder / name).unlink()
+            resumed_bytes = sum(
+                (self.folder / name).stat().st_size for name in self._file_names() if name != LOCK
+            )
             free_bytes = shutil.disk_usage(self.folder).free
         if free_bytes + resumed_bytes < num_bytes:
             raise OutputError(
@@ -138,8 +176,16 @@ class OutputFolder:
                     "that"
                 )
 
-    def _files(self) -> list[Path]:
-        return [f for f in self.folder.rglob("*") if not f.is_dir()]
+    def _file_names(self) -> list[str]:
+        """Paths of the files in it; raises OutputError where one would lead out of it."""
+        names = []
+        for root, folders, files in os.walk(self.folder):
+            for name in sorted((*folders, *files)):
+                path = Path(root, name)
+                _require_plain(path)
+                if name in files:
+                    names.append(path.relative_to(self.folder).as_posix())
+        return names
 
     def read(self, name: str) -> str | None:
         """The contents of a text file; None where there is none."""
@@ -194,16 +240,23 @@ class OutputFolder:
             f = source.open("rb")
         except OSError as e:
             raise CheckpointError(f"{source}: {e.strerror or e}") from None
-        with f, self._file(name) as descriptor, open(descriptor, "wb", closefd=False) as target:
+        with (
+            f,
+            self._file(name, _file_mode(source)) as descriptor,
+            open(descriptor, "wb", closefd=False) as target,
+        ):
             shutil.copyfileobj(f, target)
 
     @contextlib.contextmanager
-    def _file(self, name: str) -> Iterator[int]:
+    def _file(self, name: str, mode: int | None = None) -> Iterator[int]:
         final = self.folder / name
-        part = final.with_name(final.name + ".part")
+        part = final.with_name(f"{final.name}.{secrets.token_hex(4)}.part")
         with _explain_os_errors(final):
-            final.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
+            self._make_parents(name)
+            _require_plain(final)
+            # O_EXCL: a file of that name, or a link, is not opened.
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+            descriptor = os.open(part, flags, self._permissions.file if mode is None else mode)
             try:
                 try:
                     yield descriptor
@@ -215,6 +268,39 @@ class OutputFolder:
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
+
+    def _make_parents(self, name: str) -> None:
+        """Make the folders that a file lies in; a link among them would lead out of this one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for parent in reversed(PurePosixPath(name).parents[:-1]):
+            folder = self.folder / parent
+            _require_plain(folder)
+            folder.mkdir(mode=self._permissions.folder, exist_ok=True)
+
+
+def _file_mode(file: Path) -> int:
+    """The mode bits of what is made of a file: nobody may do more with it, but its owner reads."""
+    try:
+        return file.stat().st_mode & FILE_MODE | stat.S_IRUSR
+    except OSError as e:
+        raise CheckpointError(f"{file}: {e.strerror or e}") from None
+
+
+def _require_plain(path: Path) -> None:
+    """Raise OutputError unless what is there, if anything, is a folder or a file of one name."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(status.st_mode):
+        fact = "it is a link"
+    elif stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+        fact = "it is a hard link: another file shares its bytes"
+    elif stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+        return
+    else:
+        fact = "it is neither a file nor a folder"
+    raise OutputError(f"{path}: {fact}; delete it, or name another folder")
 
 
 def format_json(value: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import attrs
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.filenames import INDEX
 from bitpress.checkpoint.reader import open_checkpoint
-from bitpress.checkpoint.writer import OutputFolder, format_json
+from bitpress.checkpoint.writer import OutputFolder, Permissions, format_json
 from bitpress.compression import accuracy_check, calibrated, data_free, resume
 from bitpress.compression.accuracy_check import AccuracyCheck
 from bitpress.compression.calibration.block_result import BlockResult
@@ -49,7 +49,8 @@ def run(
     resources = _choose_resources(job, options, process_group)
     _check_options(job, options, resources)
 
-    with OutputFolder(Path(out)) as output:
+    permissions = Permissions.of(plan.source.folder, plan.source.headers)
+    with OutputFolder(Path(out), permissions) as output:
         check = _prepare_output(job, output, resources)
         stamps = resume.read_stamps(plan.source)
 
