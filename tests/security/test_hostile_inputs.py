@@ -5,6 +5,7 @@ nothing outside OUT.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from fixtures.hostile_values import (
     JSON,
@@ -30,7 +32,7 @@ from hypothesis import given, strategies as st
 import bitpress
 from bitpress import BitpressError
 from bitpress.checkpoint.reader import open_checkpoint
-from bitpress.checkpoint.safetensors import read_header
+from bitpress.checkpoint.safetensors import BITS, read_header
 from bitpress.conformance.commands import command, refusal
 from bitpress.conformance.models import LLAMA, llama_tensors, tensors_of, write_model
 from bitpress.planning.recipe import from_file, from_json
@@ -96,6 +98,62 @@ def test_any_header_is_read_or_refused(tmp_path: Path, count: int) -> None:
             read_header(tmp_path / "f")
 
     law()
+
+
+# What is put into a header, or in place of some of its bytes.
+PIECES_OF_HEADERS = [
+    *[b'"F4"', b'"F6_E2M3"', b'"F8_E4M3FNUZ"', b'"F8_E5M2FNUZ"', b'"U8"', b'"BOOL"', b'"C64"'],
+    *[b"0", b"1", b"8", b"-", b"-0", b".0", b"e1", b"64", b"9" * 20, b"18446744073709551615"],
+    *[b"[", b"]", b"{", b"}", b",", b":", b'"', b"null", b"true", b"NaN", b" ", b"\t", b"\n"],
+    *[b"\xef\xbb\xbf", b"\xff", b"\xed\xa0\x80", b"\xc3\xa9", b"\x00", b"\\ud800", b"\\u00e9"],
+    *[b'"__metadata__":{"a":"b"},', b'"__metadata__":{"a":1},', b'"__metadata__":null,'],
+]
+
+
+def varied_header(chance: random.Random) -> bytes:
+    """A file of a few tensors, whose header is right or nearly so."""
+    table, end = {}, 0
+    for name in "abc"[: chance.randint(0, 3)]:
+        dtype = chance.choice(["F32", "F4", "F6_E3M2", "F8_E4M3FNUZ", "U8", "BF16", "C64", "F8"])
+        shape = [chance.choice([0, 1, 2, 3, 4, 8]) for _ in range(chance.randint(0, 3))]
+        numel = math.prod(shape)
+        begin, end = (
+            end,
+            end + (numel * BITS.get(dtype, 8) + chance.choice([0, 0, 0, 0, 0, 7])) // 8,
+        )
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = bytearray(json.dumps(table).encode())
+    for _ in range(chance.choice([0, 0, 1, 1, 3])):
+        at = chance.randint(0, len(text))
+        text[at : at + chance.choice([0, 0, 1, 2])] = chance.choice(PIECES_OF_HEADERS)
+    length = len(text) + chance.choice([0, 0, 0, 0, 1, -1])
+    return max(length, 0).to_bytes(8, "little") + text + bytes(end + chance.choice([0, 0, 0, 1]))
+
+
+@amounts(3000, 1_000_000)
+def test_a_header_that_is_read_says_what_the_safetensors_library_reads(
+    tmp_path: Path, count: int
+) -> None:
+    chance, num_read, file = random.Random(1), 0, tmp_path / "f"
+    for _ in range(count):
+        data = varied_header(chance)
+        file.write_bytes(data)
+        try:
+            header = read_header(file)
+        except BitpressError:
+            continue
+        num_read += 1
+        # it raises SafetensorError for what it does not read
+        expected = {
+            name: (item["dtype"], tuple(item["shape"]), bytes(item["data"]))
+            for name, item in safetensors.deserialize(data)
+        }
+        found = {
+            entry.name: (entry.dtype, entry.shape, data[entry.start : entry.start + entry.nbytes])
+            for entry in header.entries
+        }
+        assert found == expected, data
+    assert num_read > count / 10
 
 
 def header_file(file: Path, text: bytes) -> Path:
@@ -191,6 +249,30 @@ def test_names_that_would_be_paths_or_colors_or_markup_are_names_and_nothing_els
     )
     assert "\x1b" not in line
     assert r"\x1b[31mred" in line
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3"])
+def test_tensors_of_dtypes_that_nothing_computes_with_are_copied(
+    tmp_path: Path, toy: Path, dtype: str
+) -> None:
+    model, out = write_model(tmp_path / "model"), tmp_path / "out"
+    whole = (model / WEIGHTS).read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    table, numbers = json.loads(whole[8 : 8 + size]), whole[8 + size :]
+    for name in ("extra", "model.layers.1.extra"):
+        item = {"dtype": dtype, "shape": [8, 8], "data_offsets": [len(numbers)]}
+        extra = os.urandom(8 * 8 * BITS[dtype] // 8)
+        numbers += extra
+        table[name] = item | {"data_offsets": [*item["data_offsets"], len(numbers)]}
+    text = json.dumps(table).encode()
+    (model / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+    assert command("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
+    written = (out / WEIGHTS).read_bytes()
+    entry = open_checkpoint(out).entries[name]
+    assert entry.dtype == dtype
+    assert written[entry.start : entry.start + entry.nbytes] == extra
+    assert command("verify", out, "--against", model, path=toy).returncode == 0
+    assert command("decompress", out, tmp_path / "dense", path=toy).returncode == 0
 
 
 def test_tensors_without_numbers_are_copied(tmp_path: Path, toy: Path) -> None:

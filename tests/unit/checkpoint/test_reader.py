@@ -132,8 +132,9 @@ SOUND = {
 }
 
 
-def write(file: Path, header: Mapping[str, Any] | str, data: int = 80) -> Path:
-    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+def write(file: Path, header: Mapping[str, Any] | str | bytes, data: int = 80) -> Path:
+    text = header if isinstance(header, (str, bytes)) else json.dumps(header)
+    text = text.encode() if isinstance(text, str) else text
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
     return file
 
@@ -148,10 +149,14 @@ def test_the_header_that_the_lies_start_from_is_sound(tmp_path: Path) -> None:
     assert [e.name for e in read_header(write(tmp_path / "f", SOUND)).entries] == ["a", "b"]
 
 
+def test_metadata_that_are_null_are_none(tmp_path: Path) -> None:
+    assert read_header(write(tmp_path / "f", {**SOUND, "__metadata__": None})).metadata == {}
+
+
 LIES: Mapping[str, tuple[Any, list[str]]] = {
     "a larger shape": (lie("a", shape=[4, 5]), ["tensor a", "64 bytes", "its shape needs 80"]),
     "a smaller shape": (lie("a", shape=[4, 3]), ["tensor a", "64 bytes", "its shape needs 48"]),
-    "a shape that overflows": (lie("a", shape=[2**40, 2**40]), ["tensor a", "its shape needs"]),
+    "a shape that overflows": (lie("a", shape=[2**40, 2**40]), ["tensor a", "larger than any"]),
     "a negative shape": (lie("a", shape=[-4, -4]), ["tensor a", "no valid"]),
     "a shape of fractions": (lie("a", shape=[4.0, 4.0]), ["tensor a", "no valid"]),
     "a shape of truths": (lie("a", shape=[True, 16]), ["tensor a", "no valid"]),
@@ -180,6 +185,34 @@ LIES: Mapping[str, tuple[Any, list[str]]] = {
     "no JSON": ("{", ["not valid"]),
     "no text": ("", ["not valid"]),
     "an abyss": ("[" * 100_000, ["not valid"]),
+    "a mark of the byte order": ("\ufeff" + json.dumps(SOUND), ["not valid"]),
+    "UTF-16": (json.dumps(SOUND).encode("utf-16"), ["not valid"]),
+    "bytes that are no UTF-8": (json.dumps(SOUND).encode().replace(b"a", b"\xff"), ["not valid"]),
+    "a surrogate in UTF-8": (
+        json.dumps(SOUND).encode().replace(b"a", b"\xed\xa0\x80"),
+        ["not valid"],
+    ),
+    "a number that is none": (lie("a", more=float("nan")), ["not valid"]),
+    "a zero with a sign": (json.dumps(SOUND).replace("[0,", "[-0,"), ["not valid"]),
+    "metadata that are a list": ({**SOUND, "__metadata__": ["pt"]}, ["__metadata__", "texts"]),
+    "metadata that are numbers": ({**SOUND, "__metadata__": {"a": 1}}, ["__metadata__", "texts"]),
+    "metadata of metadata": ({**SOUND, "__metadata__": {"a": {}}}, ["__metadata__", "texts"]),
+    "half of a pair in the metadata": (
+        {**SOUND, "__metadata__": {"a": "\ud800"}},
+        ["__metadata__", "texts"],
+    ),
+    "half of a byte": (
+        lie("b", dtype="F4", shape=[31], data_offsets=[64, 79]),
+        ["tensor b", "does not fill its last byte"],
+    ),
+    "some of a byte": (
+        lie("b", dtype="F6_E2M3", shape=[3], data_offsets=[64, 66]),
+        ["tensor b", "does not fill its last byte"],
+    ),
+    "nothing, of overflowing size": (
+        lie("b", shape=[2**62, 2**62, 0], data_offsets=[64, 64]),
+        ["tensor b", "larger than any memory"],
+    ),
 }
 
 

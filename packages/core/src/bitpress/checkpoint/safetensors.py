@@ -18,6 +18,7 @@ from attrs import field, frozen
 
 from bitpress.errors import CheckpointError
 
+# Those that torch has no dtype for, or whose numbers no scheme reads, are copied byte for byte.
 BITS: Mapping[str, int] = {
     "F64": 64,
     "F32": 32,
@@ -25,6 +26,8 @@ BITS: Mapping[str, int] = {
     "BF16": 16,
     "F8_E4M3": 8,
     "F8_E5M2": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
     "F8_E8M0": 8,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
@@ -179,7 +182,7 @@ def read_header(file: Path) -> Header:
     """
     raw, status = _read_raw_header(file)
     table = _parse_header(file, raw)
-    metadata = table.pop("__metadata__", {})
+    metadata = _metadata(file, table.pop("__metadata__", None))
     entries = sorted(
         (_entry(file, name, item, len(raw)) for name, item in table.items()),
         key=lambda entry: (entry.start, entry.nbytes),
@@ -199,7 +202,7 @@ def read_header(file: Path) -> Header:
         raise CheckpointError(f"{file}: {size} bytes where its header describes {end}; it {what}")
     return Header(
         tuple(entries),
-        metadata if isinstance(metadata, dict) else {},
+        metadata,
         raw,
         (size, status.st_mtime_ns),
     )
@@ -229,7 +232,13 @@ def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:
         num_brackets = raw.count(b"[") + raw.count(b"{")
         if len(raw) > NESTING_CHECK_BYTES and 12 * num_brackets > len(raw):
             raise ValueError("it is nested as no header is")
-        table = json.loads(raw[8:], object_pairs_hook=_unique)
+        # Given bytes, json would take UTF-16 and UTF-32 too.
+        table = json.loads(
+            raw[8:].decode(),
+            object_pairs_hook=_unique,
+            parse_int=_whole_number,
+            parse_constant=_refuse_constant,
+        )
         if not isinstance(table, dict):
             raise ValueError("it is not an object")
     except (ValueError, RecursionError) as e:
@@ -244,6 +253,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) != len(pairs):
         raise ValueError("a name occurs twice")
     return table
+
+
+def _whole_number(text: str) -> int:
+    # The safetensors library takes it for a fraction.
+    if text == "-0":
+        raise ValueError("-0 is no size")
+    return int(text)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _metadata(file: Path, table: Any) -> dict[str, str]:
+    """The metadata, which are texts by name; the library takes null for none."""
+    if table is None:
+        return {}
+    texts = [*table, *table.values()] if isinstance(table, dict) else [None]
+    if not all(isinstance(text, str) and encodable(text) for text in texts):
+        raise CheckpointError(
+            f"{file}: its __metadata__ are not texts by name; fetch the file again"
+        )
+    return dict(table)
 
 
 def is_name(text: str) -> bool:
@@ -285,6 +317,14 @@ def _entry(file: Path, name: str, item: Any, header_bytes: int) -> Entry:
     if dtype not in BITS:
         raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype[:20]!r}")
     entry = Entry(name, dtype, tuple(shape), file, header_bytes + begin)
+    # The library multiplies the axes in 64 bits, and so an axis of 0 does not make up for others.
+    if math.prod(filter(None, shape)) >= MAX_SIZE:
+        raise CheckpointError(f"{file}: tensor {name} has a shape that is larger than any memory")
+    if entry.numel * BITS[dtype] % 8:
+        raise CheckpointError(
+            f"{file}: tensor {name} does not fill its last byte: {entry.numel} numbers of "
+            f"{BITS[dtype]} bits"
+        )
     if entry.nbytes != end - begin:
         raise CheckpointError(
             f"{file}: tensor {name} is said to have {end - begin} bytes, its shape needs "
