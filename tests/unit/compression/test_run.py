@@ -27,6 +27,7 @@ from bitpress import OutputError
 from bitpress.checkpoint.filenames import LOCK
 from bitpress.checkpoint.lock import lock_folder
 from bitpress.checkpoint.writer import OutputFolder
+from bitpress.cli import INTERRUPTED
 from bitpress.compression import run
 from bitpress.compression.job import prepare_job
 from bitpress.conformance.commands import command, install, plugins, refusal
@@ -252,14 +253,21 @@ def test_other_calibration_is_named(
     assert files_of(out) == left
 
 
-def test_what_an_unreadable_note_of_the_run_hides_is_not_guessed(tmp_path: Path, toy: Path) -> None:
+@pytest.mark.parametrize(
+    "record",
+    [b"\xff{", b"[" * 100_000, b"[" * 900 + b"]" * 900, b'{"recipe":' * 900 + b"1" + b"}" * 900],
+    ids=["bytes", "an abyss", "nested lists", "nested tables"],
+)
+def test_what_an_unreadable_note_of_the_run_hides_is_not_guessed(
+    tmp_path: Path, toy: Path, record: bytes
+) -> None:
     model, out = write_model(tmp_path / "model"), tmp_path / "out"
     out.mkdir()
-    (out / ".bitpress.run").write_bytes(b"\xff{")
+    (out / ".bitpress.run").write_bytes(record)
     (out / "model.safetensors").touch()
-    assert ".bitpress.run cannot be read" in refusal(
-        "compress", model, out, "--scheme", "toy", path=toy
-    )
+    line = refusal("compress", model, out, "--scheme", "toy", path=toy)
+    assert ".bitpress.run cannot be read" in line or "was begun by another run" in line
+    assert len(line) < 1000
 
 
 def test_a_run_that_left_no_finished_shard_binds_nobody(tmp_path: Path, toy: Path) -> None:
@@ -393,3 +401,27 @@ def test_an_interrupted_process_leaves_no_lock_and_goes_on(tmp_path: Path) -> No
     running.send_signal(signal.SIGINT)
     assert running.wait(60) == 130
     assert files_of(out) == {}
+
+
+def test_a_second_interrupt_ends_the_process_in_one_line(tmp_path: Path) -> None:
+    slow = TOY.replace("import attrs\n", "import attrs, threading, time\n").replace(
+        "    scale = layer",
+        "    if threading.current_thread() is not threading.main_thread():\n        "
+        "time.sleep(20)\n    scale = layer",
+    )
+    path = install(tmp_path / "plugins", "bitpress-scheme-toy", slow, ENTRY)
+    model, out = write_model(tmp_path / "model"), tmp_path / "out"
+    running = ForkedCommand("compress", model, out, "--scheme", "toy", "--threads", 2, path=path)
+    while not list(out.glob("*.part")) and running.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    # Now it waits for its threads.
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=10)
+    assert running.returncode == 130
+    assert error.splitlines() == [f"bitpress: {INTERRUPTED}"]
+    done = command("compress", model, out, "--scheme", "toy", path=install_toy(path))
+    assert done.returncode == 0, done.stderr
+    assert not list(out.glob("*.part"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from attrs import frozen
-from fixtures.forked import TORCHRUN, ForkedCommand
+from fixtures.forked import COMMAND, TORCHRUN, ForkedCommand
 from fixtures.toy_scheme import DEADLY
 
 import bitpress
@@ -121,7 +121,7 @@ class TwoHosts:
         wait_until((folder / "ready").exists, 60)
         one = child_of(self._hosts.pid)
         words: list[object] = ["fork", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend"]
-        words += ["c10d", "--rdzv-endpoint", "one:29500", "-m", "bitpress", "compress", model]
+        words += ["c10d", "--rdzv-endpoint", "one:29500", *COMMAND, "compress", model]
         words += [folder / "out", "--scheme", "toy", "--threads", 1]
         self._running = {
             name: ForkedCommand(host, *words, path=plugin, setup=JOIN + TORCHRUN)

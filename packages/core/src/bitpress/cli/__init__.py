@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from types import FrameType
 
 import click
 
@@ -29,11 +34,20 @@ OUT_OF_MEMORY_ADVICE = (
     "is finished"
 )
 
+INTERRUPTED = "interrupted; the same command resumes from the finished shards"
+
 
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2, a failed check
     exit code 1.
     """
+    with _interrupts():
+        code = _run_command()
+    sys.exit(code)
+
+
+def _run_command() -> int:
+    """The exit code of the command that `sys.argv` holds."""
     code = 0
     # at exit all would be looked through for garbage once more, which takes 0.2 s with transformers
     atexit.register(gc.freeze)
@@ -49,7 +63,7 @@ def main() -> None:
     except BitpressError as e:
         code = _fail(str(e))
     except KeyboardInterrupt:
-        code = _fail("interrupted; the same command resumes from the finished shards", 130)
+        code = _fail(INTERRUPTED, 130)
     except OSError as e:
         code = _fail(f"{e.filename or 'operating system'}: {e.strerror or e}")
     except click.ClickException as e:
@@ -62,7 +76,36 @@ def main() -> None:
             raise
         fact = ". ".join(first_line(e).split(". ")[:2])
         code = _fail(f"the device's memory is full ({fact}): {OUT_OF_MEMORY_ADVICE}")
-    sys.exit(code)
+    return code
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """The first interrupt ends what runs inside, which tidies up; another one ends the process."""
+    handler = signal.getsignal(signal.SIGINT)
+    # A shell may have had it ignored, and a program that calls this may have its own.
+    if handler is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        # After an interrupt it stays: Python waits for threads after the last line.
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, _end_process)
+    raise KeyboardInterrupt
+
+
+def _end_process(number: int, frame: FrameType | None) -> None:
+    # Nothing may be raised from here on. The progress bars have hidden the cursor.
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    os.write(2, f"{show_cursor}bitpress: {INTERRUPTED}\n".encode())
+    os._exit(130)
 
 
 def _fail(message: str, code: int = 2) -> int:

@@ -84,7 +84,7 @@ def _has_shards(output: OutputFolder, plan: Plan) -> bool:
 def _require_same_run(output: OutputFolder, earlier_record: str, record: Any) -> None:
     try:
         lines = list(_find_differences(json.loads(earlier_record), record))
-    except ValueError:
+    except (ValueError, RecursionError):
         lines = [f"{RUN_RECORD} cannot be read"]
     if lines:
         num_hidden = len(lines) - MAX_DIFFERENCES

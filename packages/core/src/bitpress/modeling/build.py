@@ -40,6 +40,7 @@ def build_model(
         for part in (config, config.get_text_config()):
             # weights are given as they are computed with
             part.__dict__.pop(KEY, None)
+        _choose_implementations(config)
         with _parameters_on_meta():
             model = _from_config(config, trust_remote_code, dtype)
     except Exception as e:
@@ -52,6 +53,18 @@ def build_model(
             f"{checkpoint.folder}: transformers cannot build the model: {fact[:300]}{hint}"
         ) from None
     return model.eval()
+
+
+def _choose_implementations(config: Any) -> None:
+    """Let transformers choose how attention and experts are computed. A config may name a kernel,
+    and transformers would fetch its code from the Hub and run it.
+    """
+    config._attn_implementation = None
+    config._experts_implementation = None
+    for part in list(vars(config).values()):
+        # A config within another; not all are among its `sub_configs`.
+        if hasattr(part, "_attn_implementation"):
+            _choose_implementations(part)
 
 
 def _from_config(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
