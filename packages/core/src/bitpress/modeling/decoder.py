@@ -26,6 +26,9 @@ from bitpress.modeling.parameter_names import map_parameters
 
 CPU = torch.device("cpu")
 
+# Numbers of a tensor that are read together.
+NUMBERS_PER_READ = 1 << 20
+
 
 @frozen
 class DecoderOptions:
@@ -180,11 +183,18 @@ class Decoder:
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         entry = self._find_entry(name, shape)
-        tensor = self._reader.whole(entry).to(self.options.device, self.options.dtype)
-        # a finite sum has finite terms
-        if not math.isfinite(tensor.sum(dtype=torch.float64)):
-            raise CheckpointError(
-                f"{self._checkpoint.folder}: tensor {name} holds NaN or infinity: the source is "
-                "damaged; fetch it again"
-            )
+        tensor = torch.empty(shape, dtype=self.options.dtype, device=self.options.device)
+        # In parts: a vocabulary's embeddings take gigabytes, and torch adds up in float64 what it
+        # has copied as float64.
+        rows = tensor if shape else tensor.unsqueeze(0)
+        num_rows = max(NUMBERS_PER_READ // max(math.prod(shape[1:]), 1), 1)
+        for first in range(0, len(rows), num_rows):
+            part = rows[first : first + num_rows]
+            part.copy_(self._reader.rows(entry, first, first + len(part)))
+            # a finite sum has finite terms
+            if not math.isfinite(part.sum(dtype=torch.float64)):
+                raise CheckpointError(
+                    f"{self._checkpoint.folder}: tensor {name} holds NaN or infinity: the source "
+                    "is damaged; fetch it again"
+                )
         return tensor
