@@ -23,8 +23,12 @@ from bitpress.planning.evaluation_config import EvaluationConfig
 # Tokens of a lone sequence: a shorter one says nothing about a model.
 MIN_TOKENS = 16
 
-# Characters that are read for each token that is needed; a token of prose has three to five.
-CHARACTERS_PER_TOKEN = 16
+# Characters that are read at first for each token that is needed; a token of prose has three to
+# five. Every character that is tokenized takes some 200 bytes.
+CHARACTERS_PER_TOKEN = 6
+
+# Tokens beyond those that are needed: the end of a text that is cut may be part of a word.
+SPARE_TOKENS = 256
 
 
 @frozen(eq=False)
@@ -129,11 +133,7 @@ def load_calibration_data(
         CheckpointError: the folder has no usable tokenizer, or one that does not belong to this
             config.
     """
-    if config.samples < 1 or config.sequence_length < 1 or not 0 <= config.seed < 2**63:
-        raise DataError(
-            f"{config.samples} sequences of {config.sequence_length} tokens with seed "
-            f"{config.seed}: sequences and tokens are at least 1, a seed is from 0 to 2**63 - 1"
-        )
+    config.require_valid()
     warnings = []
     length = config.sequence_length
     max_length = ModelConfig.from_json(model_config).max_position_embeddings
@@ -195,6 +195,7 @@ def _tokenize(config: CalibrationConfig, num_tokens: int, tokenizer: Any) -> tup
     # Where the first tokens are all that is needed, the beginning of the text is all that is read:
     # a tokenizer hardly looks further than a word ahead, so that they are the same, and nobody
     # waits for gigabytes to be tokenized for them.
+    num_tokens += SPARE_TOKENS
     max_characters = None if config.seed else CHARACTERS_PER_TOKEN * num_tokens
     while True:
         text, name = text_sources.read(config.source, max_characters, render_chat)
@@ -204,7 +205,7 @@ def _tokenize(config: CalibrationConfig, num_tokens: int, tokenizer: Any) -> tup
         if max_characters is None or len(text) < max_characters or len(ids) >= num_tokens:
             return torch.tensor(ids, dtype=torch.int64), name
         # a text of uncommonly long tokens
-        max_characters *= CHARACTERS_PER_TOKEN
+        max_characters *= 2
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

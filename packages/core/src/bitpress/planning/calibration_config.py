@@ -6,6 +6,8 @@ from pathlib import Path
 
 from attrs import frozen
 
+from bitpress.errors import DataError
+
 # Tokens. An expert that is sent fewer is compressed as if there were no data: second moments of so
 # few tokens say little.
 MIN_EXPERT_TOKENS = 64
@@ -30,6 +32,19 @@ class CalibrationConfig:
     sequence_length: int = 512
     seed: int = 0
     all_experts: bool = False
+
+    def require_valid(self) -> None:
+        """Raise DataError where a number is none that texts can be taken by."""
+        if self.samples < 1 or self.sequence_length < 1 or not 0 <= self.seed < 2**63:
+            raise DataError(
+                f"{self.samples} sequences of {self.sequence_length} tokens with seed {self.seed}: "
+                "sequences and tokens are at least 1, a seed is from 0 to 2**63 - 1"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the token ids: (sequences, length)."""
+        return self.samples, self.sequence_length
 
     @property
     def command_options(self) -> dict[str, object]:
