@@ -83,7 +83,7 @@ def test_a_run_keeps_to_what_it_said_it_would_need(tmp_path: Path, arguments: li
     torch.manual_seed(0)
     model = runnable_model(tmp_path / "model", llama_tensors(config=LARGE), LARGE)
     scheme, calibrated = str(arguments[1]), "--samples" in arguments
-    need = memory_estimate.estimate_memory(bitpress.plan(model, scheme=scheme), 1, 32 * 96)
+    need = memory_estimate.estimate_memory(bitpress.plan(model, scheme=scheme), 1, (32, 96))
     words = ["compress", model, tmp_path / "out", *arguments, "--threads", 1]
     words += ["--calibration", tmp_path / "text.txt"] if calibrated else []
     # before there is anything that a limit of the system could end

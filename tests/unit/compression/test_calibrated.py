@@ -220,7 +220,7 @@ def test_what_was_found_is_kept_beside_the_files(tmp_path: Path, learner: Path) 
 def test_memory_that_is_short_changes_no_byte(tmp_path: Path, learner: Path) -> None:
     source = runnable_model(tmp_path / "m")
     roomy = files_of(run(source, tmp_path / "a"))
-    least = estimate_memory(plan(source, scheme="learner"), tokens=SAMPLES * LENGTH)
+    least = estimate_memory(plan(source, scheme="learner"), shape=(SAMPLES, LENGTH))
     assert files_of(run(source, tmp_path / "b", max_memory=least + 1000)) == roomy
     line = refusal("compress", source, tmp_path / "c", *HEAD, "--max-memory", "500MB", path=learner)
     assert "500 MB allowed" in line
@@ -241,7 +241,7 @@ def test_where_memory_is_short_no_forward_is_left_waiting(tmp_path: Path, learne
             source,
             tmp_path / "o",
             "factors=2 1",
-            max_memory=estimate_memory(plan(source, scheme="learner"), tokens=SAMPLES * LENGTH)
+            max_memory=estimate_memory(plan(source, scheme="learner"), shape=(SAMPLES, LENGTH))
             + 1000,
         )
     # one, and the source's

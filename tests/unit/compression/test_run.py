@@ -34,6 +34,7 @@ from bitpress.conformance.commands import command, install, plugins, refusal
 from bitpress.conformance.models import files_of, llama_tensors, write_model
 from bitpress.planning import memory_estimate
 from bitpress.planning.recipe_source import RecipeSource
+from bitpress.runtime import memory
 
 HOLDER = """
 import pathlib, sys, time
@@ -358,8 +359,9 @@ def test_the_room_that_the_plan_needs_is_there_before_the_first_byte(
     (model / "large.txt").write_bytes(b"x" * 100_000)
     with plugins(path):
         plan = bitpress.plan(model, scheme="learner" if spill else "toy")
-        short = memory_estimate.estimate_memory(plan, tokens=1024) + 1000 if spill else None
-        needed = memory_estimate.estimate_disk(plan, 1024 if spill else 0, short)
+        shape = (16, 64) if spill else None
+        short = memory_estimate.estimate_memory(plan, shape=shape) + 1000 if spill else None
+        needed = memory_estimate.estimate_disk(plan, shape, short)
     assert needed == sum(plan.file_sizes.values()) + (1024 * 128 * 4 * 9 // 8 if spill else 0)
     assert plan.file_sizes["large.txt"] == 100_000
     words = ["compress", model, out, "--scheme", "learner" if spill else "toy"]
@@ -386,6 +388,22 @@ def test_a_run_that_is_short_of_memory_takes_as_many_threads_as_fit(
             )
         assert run._choose_num_threads(job, memory_estimate.estimate_memory(job.plan, 4) - 1) == 3
         assert run._choose_num_threads(job, None) == 64
+        # without a limit, what the machine or a container gives is one
+        for count in (1, 3):
+            attainable = memory_estimate.estimate_memory(job.plan, count)
+            with patch.object(memory, "attainable_bytes", return_value=attainable):
+                assert run._choose_num_threads(job, None) == count
+
+
+def test_a_run_that_may_be_ended_for_want_of_memory_is_warned_of(
+    tmp_path: Path, with_toy: Path
+) -> None:
+    model = write_model(tmp_path / "model")
+    with (
+        patch.object(memory, "attainable_bytes", return_value=100_000_000),
+        pytest.warns(UserWarning, match="of memory, and this machine or its container gives it"),
+    ):
+        bitpress.compress(model, tmp_path / "out", scheme="toy")
 
 
 def test_an_interrupted_process_leaves_no_lock_and_goes_on(tmp_path: Path) -> None:

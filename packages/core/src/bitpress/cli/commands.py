@@ -60,10 +60,16 @@ def schemes(name: str | None, device: str | None) -> None:
 @app.command()
 @options.model
 @options.recipe
+@options.calibration_size(256)
 @options.deployment
 @options.as_json
-@options.collect(recipe=RecipeSource, deployment=options.Deployment)
-def plan(model: str, recipe: RecipeSource, deployment: options.Deployment) -> None:
+@options.collect(recipe=RecipeSource, calibration=CalibrationConfig, deployment=options.Deployment)
+def plan(
+    model: str,
+    recipe: RecipeSource,
+    calibration: CalibrationConfig,
+    deployment: options.Deployment,
+) -> None:
     """Show what a run would do. It reads only the headers of the model's files."""
     with garbage_collection_paused():
         from bitpress import api
@@ -73,10 +79,11 @@ def plan(model: str, recipe: RecipeSource, deployment: options.Deployment) -> No
     device = None if deployment.hardware is None else hardware.find_device(deployment.hardware)
     plan = api.plan_from(model, recipe, device)
 
-    shares = time_estimate.estimate_ranks(plan, deployment.world_size)
+    calibration.require_valid()
+    shares = time_estimate.estimate_ranks(plan, deployment.world_size, calibration)
     num_threads = deployment.num_threads or max(count_cores() // deployment.world_size, 1)
     requirements = Requirements(
-        memory_estimate.estimate_memory(plan, num_threads),
+        memory_estimate.estimate_memory(plan, num_threads, calibration.shape),
         memory_estimate.estimate_scratch(plan, max(share.tokens for share in shares)),
         tuple(shares),
         num_threads,

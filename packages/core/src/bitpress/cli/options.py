@@ -88,6 +88,13 @@ def _negate(context: click.Context, parameter: click.Parameter, is_set: bool) ->
     return not is_set
 
 
+def calibration_size(samples: int) -> Decorator:
+    """The options of a CalibrationConfig that say how much is run."""
+    return combine(
+        number("--samples", "Number of calibration sequences.", samples), sequence_length
+    )
+
+
 def calibration(samples: int) -> Decorator:
     """The options of a CalibrationConfig, `samples` sequences if the user asks for no number."""
     return combine(
@@ -97,8 +104,7 @@ def calibration(samples: int) -> Decorator:
             metavar="FILE|DATASET",
             help="Calibration texts: a .jsonl, .txt or .parquet file, or a dataset.",
         ),
-        number("--samples", "Number of calibration sequences.", samples),
-        sequence_length,
+        calibration_size(samples),
         number("--seed", "0 takes sequences from the start; others draw them at random.", 0),
         click.option(
             "--all-experts",

@@ -11,6 +11,7 @@ have drifted.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import torch
 from attrs import evolve, frozen
@@ -40,11 +41,72 @@ from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
 from bitpress.runtime.cpu_features import has_cpu_feature
+from bitpress.runtime.process_group import ProcessGroup
 from bitpress.runtime.progress import ReportProgress
 from bitpress.schemes.values import StoredLayer
 
 # Instruction sets that multiply bfloat16; without one, torch computes it slower than float32.
 BFLOAT16_FEATURES = ("avx512_bf16", "amx_bf16")
+
+
+@frozen(eq=False)
+class _OwnBatches:
+    """The part of the calibration batches that is this rank's.
+
+    Attributes:
+        batches: token ids, (sequences, length) int64 each.
+        numbers: of these among those of all ranks.
+    """
+
+    batches: Sequence[Tensor]
+    numbers: Sequence[int]
+
+    @classmethod
+    def of_rank(cls, input_ids: Tensor, process_group: ProcessGroup) -> _OwnBatches:
+        """The part of `input_ids` (sequences, length) that falls to a rank."""
+        batches = memory_estimate.split_batches(input_ids, process_group.world_size)
+        numbers = process_group.partition_evenly(batches)
+        return cls([batches[i] for i in numbers], numbers)
+
+
+@frozen
+class _Budget:
+    """How a run keeps to the memory that it may take.
+
+    Attributes:
+        max_working_bytes: that it plans to hold beyond the interpreter and its libraries.
+        is_ample: whether what is freed may stay in the heap, which is faster.
+        is_spilled: whether hidden states are kept on disk.
+        max_resumable: forward passes that may wait inside a block.
+    """
+
+    max_working_bytes: int
+    is_ample: bool
+    is_spilled: bool
+    max_resumable: int
+
+    @classmethod
+    def for_run(cls, plan: Plan, own_batches: _OwnBatches, resources: Resources) -> _Budget:
+        """The budget of this rank."""
+        num_sequences, length = own_batches.batches[0].shape
+        num_tokens = sum(batch.numel() for batch in own_batches.batches)
+        estimate = memory_estimate.estimate_calibration(plan, num_tokens, length)
+        if resources.max_memory is None:
+            available_bytes = memory.available_bytes() // resources.process_group.local_world_size
+        else:
+            available_bytes = resources.max_memory - memory.TRANSFORMERS_BYTES
+
+        # Holes in a heap that keeps what is freed take as much again as a run holds. Without a
+        # limit, half is left to others in any case.
+        is_ample = available_bytes >= 2 * estimate.in_memory
+        uses_half = is_ample or resources.max_memory is None
+        max_working_bytes = available_bytes // 2 if uses_half else available_bytes
+        return cls(
+            max_working_bytes,
+            is_ample,
+            bool(estimate.spilled_bytes(max_working_bytes)),
+            estimate.num_waiting(max_working_bytes, num_sequences * length),
+        )
 
 
 @frozen(eq=False)
@@ -88,7 +150,9 @@ def write_shards(
             not finite.
     """
     results = []
-    with Reader() as reader, torch.no_grad(), memory.retain_freed_memory():
+    own_batches = _OwnBatches.of_rank(calibration.input_ids, resources.process_group)
+    budget = _Budget.for_run(plan, own_batches, resources)
+    with Reader() as reader, torch.no_grad(), memory.retain_freed_memory(budget.is_ample):
         run = _Run(plan, output, reader, resources, report_progress)
         options = DecoderOptions(
             resources.device, run.dtype, resources.trust_remote_code, calibration.all_experts
@@ -101,7 +165,9 @@ def write_shards(
         }
         _write_other_shards(run, [s for s in plan.shards if s not in block_shards.values()])
 
-        inputs, streams = _capture_inputs(run, decoder, calibration)
+        inputs, streams = _capture_inputs(run, decoder, own_batches, budget)
+        # embeddings take more than a block does
+        memory.release_freed_memory(budget.max_working_bytes)
         for index in range(len(decoder)):
             # a block's calls are dropped with the block
             calls, inputs.calls[index] = inputs.calls[index], []
@@ -124,36 +190,24 @@ def _write_other_shards(run: _Run, shards: list[Shard]) -> None:
 
 
 def _capture_inputs(
-    run: _Run, decoder: Decoder, calibration: CalibrationData
+    run: _Run, decoder: Decoder, own_batches: _OwnBatches, budget: _Budget
 ) -> tuple[CapturedInputs, ActivationStreams]:
     """What every block is called with, and the streams before the first block."""
-    device, process_group = run.resources.device, run.resources.process_group
-    batches = memory_estimate.split_batches(calibration.input_ids, process_group.world_size)
-    own_numbers = process_group.partition_evenly(batches)
-    own_batches = [batches[i] for i in own_numbers]
-
-    # what may be held beyond the interpreter and its libraries
-    if run.resources.max_memory is None:
-        max_working_bytes = memory.available_bytes() // (2 * process_group.local_world_size)
-    else:
-        max_working_bytes = run.resources.max_memory - memory.TRANSFORMERS_BYTES
-    num_tokens = sum(batch.numel() for batch in own_batches)
-    estimate = memory_estimate.estimate_calibration(run.plan, num_tokens)
-    folder = run.output.folder if estimate.spilled_bytes(max_working_bytes) else None
-
-    inputs = capture_inputs(decoder, own_batches, folder)
+    folder = run.output.folder if budget.is_spilled else None
+    inputs = capture_inputs(decoder, own_batches.batches, folder)
     reference_batches = [
         position
-        for position, number in enumerate(own_numbers)
+        for position, number in enumerate(own_batches.numbers)
         if run.plan.recipe.needs_reference and number % memory_estimate.REFERENCE_INTERVAL == 0
     ]
     reference = None
     if reference_batches:
         states = HiddenStates((inputs.hidden_states[i].clone() for i in reference_batches), folder)
         reference = ReferenceStates(states, reference_batches)
-    max_resumable = estimate.num_waiting(max_working_bytes, own_batches[0].numel())
-    limits = StreamLimits(max_resumable, max_working_bytes)
-    streams = ActivationStreams(inputs.hidden_states, device, limits, reference, process_group)
+    limits = StreamLimits(budget.max_resumable, budget.max_working_bytes)
+    streams = ActivationStreams(
+        inputs.hidden_states, run.resources.device, limits, reference, run.resources.process_group
+    )
     return inputs, streams
 
 

@@ -43,6 +43,14 @@ class Job:
     command: str = ""
 
     @property
+    def calibration_shape(self) -> tuple[int, int] | None:
+        """(sequences, length) of the calibration data; None where there are none."""
+        if self.calibration is None:
+            return None
+        num_sequences, length = self.calibration.input_ids.shape
+        return num_sequences, length
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know before starting."""
         return self.plan.warnings + (self.calibration.warnings if self.calibration else ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from bitpress.output.written_model import WrittenModel
 from bitpress.planning.memory_estimate import estimate_disk, estimate_memory
 from bitpress.planning.plan import Plan
 from bitpress.planning.run_options import RunOptions
+from bitpress.runtime import memory
 from bitpress.runtime.devices import count_cores, find_all_devices, torch_threads
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from bitpress.runtime.progress import Progress, ignore_progress
@@ -97,8 +98,10 @@ def _choose_num_threads(
     its own.
     """
     max_threads = max(count_cores() // process_group.local_world_size, 1)
-    if job.calibration or max_memory is None:
+    if job.calibration:
         return max_threads
+    if max_memory is None:
+        max_memory = memory.attainable_bytes(process_group.local_world_size)
     for num_threads in range(max_threads, 1, -1):
         if estimate_memory(job.plan, num_threads) <= max_memory:
             return num_threads
@@ -106,30 +109,28 @@ def _choose_num_threads(
 
 
 def _check_options(job: Job, options: RunOptions, resources: Resources) -> None:
-    """Raise RecipeError where a limit cannot be kept."""
+    """Raise RecipeError where a limit cannot be kept; warn where memory is likely to run out."""
     max_memory, max_kl = options.max_memory, options.max_kl
-    if max_memory is not None:
-        num_tokens = _count_tokens(job, resources.process_group)
-        min_memory = estimate_memory(job.plan, resources.num_threads, num_tokens)
-        if max_memory < min_memory:
-            raise RecipeError(
-                f"the run needs about {min_memory / 1e6:,.0f} MB of memory, more than the "
-                f"{max_memory / 1e6:,.0f} MB allowed"
-                + ("" if job.calibration else "; fewer threads need less")
-            )
+    min_memory = estimate_memory(job.plan, resources.num_threads, job.calibration_shape)
+    hint = "" if job.calibration else "; fewer threads need less"
+    if max_memory is not None and max_memory < min_memory:
+        raise RecipeError(
+            f"the run needs about {min_memory / 1e6:,.0f} MB of memory, more than the "
+            f"{max_memory / 1e6:,.0f} MB allowed{hint}"
+        )
+    attainable_bytes = memory.attainable_bytes(resources.process_group.local_world_size)
+    if attainable_bytes < min_memory:
+        warnings.warn(
+            f"the run needs about {min_memory / 1e6:,.0f} MB of memory, and this machine or its "
+            f"container gives it {attainable_bytes / 1e6:,.0f} MB: the system may end it",
+            stacklevel=3,
+        )
     # `not >=` and not `<`: NaN is no limit
     if max_kl is not None and (job.check_text is None or not max_kl >= 0):
         raise RecipeError(
             f"--max-kl {max_kl}: it is a number from 0 on, and needs a text to measure it on: "
             "--check FILE"
         )
-
-
-def _count_tokens(job: Job, process_group: ProcessGroup) -> int:
-    """Calibration tokens of each rank, at most."""
-    if job.calibration is None:
-        return 0
-    return math.ceil(job.calibration.input_ids.numel() / process_group.world_size)
 
 
 def _prepare_output(job: Job, output: OutputFolder, resources: Resources) -> AccuracyCheck | None:
@@ -144,7 +145,7 @@ def _prepare_output(job: Job, output: OutputFolder, resources: Resources) -> Acc
         )
     if process_group.is_rank_zero:
         num_bytes = estimate_disk(
-            plan, _count_tokens(job, process_group), resources.max_memory, process_group.world_size
+            plan, job.calibration_shape, resources.max_memory, process_group.world_size
         )
         output.prepare([*plan.files, *_block_result_files(plan)], num_bytes)
     return check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,9 +29,16 @@ STATISTICS_TOKENS = 4096
 # Numbers for each of those tokens and each channel of the widest input: intermediate results.
 TEMPORARIES = 4
 
+# Numbers for each token that runs through a block: for each channel of the widest input, and for
+# each of the hidden states.
+WIDE_ACTIVATIONS, HIDDEN_ACTIVATIONS = 3, 8
+
 # Hidden states that a forward waiting inside a block holds for each token, beside the input that it
 # waits with.
 WAITING_STATES = 3
+
+# Bytes that Python, torch and a tokenizer take, and those of a token while a text is tokenized.
+TOKENIZER_BYTES, TOKENIZING_BYTES = 350_000_000, 1200
 
 # Every so many batches are run through the source's weights too, to measure how far inputs drift.
 REFERENCE_INTERVAL = 8
@@ -82,8 +90,8 @@ def split_batches(ids: torch.Tensor, num_ranks: int) -> Sequence[torch.Tensor]:
     return torch.split(ids, max(min(BATCH_TOKENS // length, num_sequences // num_ranks), 1))
 
 
-def estimate_calibration(plan: Plan, tokens: int) -> CalibrationMemory:
-    """What a run of the plan on so many tokens holds.
+def estimate_calibration(plan: Plan, tokens: int, length: int = 1) -> CalibrationMemory:
+    """What a run of the plan on so many tokens, in sequences of so many, holds.
 
     What comes before the blocks, and a block, once; later the widest block as it was and as it
     becomes, the statistics and the solution of its largest stack, what is made of a batch, and the
@@ -106,8 +114,13 @@ def estimate_calibration(plan: Plan, tokens: int) -> CalibrationMemory:
         for stack in plan.stacks
     )
     width = max(stack.shape[1] for stack in plan.stacks)
-    batch = TEMPORARIES * STATISTICS_TOKENS * width
-    on_disk = NUMBER_BYTES * max(embeddings + block, 2 * block + solution + batch)
+    batch_tokens = max(BATCH_TOKENS, length)
+    forward = batch_tokens * (WIDE_ACTIVATIONS * width + HIDDEN_ACTIVATIONS * plan.hidden_size)
+    observing = TEMPORARIES * max(STATISTICS_TOKENS, length) * width
+    num_blocks = 2 if plan.recipe.needs_reference else 1
+    on_disk = NUMBER_BYTES * max(
+        embeddings + block + forward, num_blocks * block + max(solution + observing, forward)
+    )
     states = NUMBER_BYTES * tokens * plan.hidden_size * (1 + 1 / REFERENCE_INTERVAL)
     per_waiting_token = NUMBER_BYTES * (WAITING_STATES * plan.hidden_size + width)
     return CalibrationMemory(on_disk, int(on_disk + states), per_waiting_token)
@@ -121,24 +134,31 @@ def _count_solution(rows: int, width: int, steps: int) -> int:
 
 
 def estimate_memory(
-    plan: Plan,
-    threads: int | None = None,
-    tokens: int = CalibrationConfig().samples * CalibrationConfig().sequence_length,
+    plan: Plan, threads: int | None = None, shape: tuple[int, int] | None = None
 ) -> int:
-    """Bytes that a run of the plan holds at least, Python and its libraries included.
+    """Bytes that a process of a run of the plan holds at least, Python and its libraries included.
 
     A calibrated run takes more where it may, for speed.
+
+    Args:
+        threads: of a run without data.
+        shape: (sequences, length) of the calibration data of all ranks; None: as many as are used
+            where nobody says.
     """
-    if plan.recipe.calibrated:
-        return TRANSFORMERS_BYTES + estimate_calibration(plan, tokens).on_disk
-    return TORCH_BYTES + (threads or count_cores()) * _thread_bytes(plan)
+    if not plan.recipe.calibrated:
+        return TORCH_BYTES + (threads or count_cores()) * _thread_bytes(plan)
+    num_sequences, length = shape or CalibrationConfig().shape
+    tokenizing_bytes = TOKENIZER_BYTES + num_sequences * length * TOKENIZING_BYTES
+    running_bytes = TRANSFORMERS_BYTES + estimate_calibration(plan, length, length).on_disk
+    return max(tokenizing_bytes, running_bytes)
 
 
-def estimate_scratch(
-    plan: Plan, tokens: int = CalibrationConfig().samples * CalibrationConfig().sequence_length
-) -> int:
+def estimate_scratch(plan: Plan, tokens: int = math.prod(CalibrationConfig().shape)) -> int:
     """Bytes that a run may keep on disk beside the output, where it is allowed no more memory than
     it needs at least.
+
+    Args:
+        tokens: of one rank.
     """
     if not plan.recipe.calibrated:
         return 0
@@ -147,20 +167,26 @@ def estimate_scratch(
 
 
 def estimate_disk(
-    plan: Plan, tokens: int = 0, max_memory: int | None = None, num_ranks: int = 1
+    plan: Plan,
+    shape: tuple[int, int] | None = None,
+    max_memory: int | None = None,
+    num_ranks: int = 1,
 ) -> int:
     """Bytes that a run of the plan needs room for in its output folder, hidden states that do not
     fit into memory included.
 
     Args:
-        tokens: of one rank.
+        shape: (sequences, length) of the calibration data of all ranks.
         max_memory: bytes of one rank, Python and its libraries included.
     """
     output_bytes = sum(plan.file_sizes.values())
-    if not tokens:
+    if shape is None:
         return output_bytes
+    num_sequences, length = shape
     limit = None if max_memory is None else max_memory - TRANSFORMERS_BYTES
-    return output_bytes + num_ranks * estimate_calibration(plan, tokens).spilled_bytes(limit)
+    rank_tokens = math.ceil(num_sequences / num_ranks) * length
+    memory = estimate_calibration(plan, rank_tokens, length)
+    return output_bytes + num_ranks * memory.spilled_bytes(limit)
 
 
 def _thread_bytes(plan: Plan) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from bitpress.runtime import cgroup
 
 # Bytes of memory that Python with torch takes before any work.
-TORCH_BYTES = 450_000_000
+TORCH_BYTES = 350_000_000
 
 # Bytes that Python takes with torch and transformers, their buffers and freed memory.
 TRANSFORMERS_BYTES = 550_000_000
@@ -28,23 +28,31 @@ DEFAULT_THRESHOLDS = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 # Bytes: thresholds under which tensors of up to 1 GiB stay in the heap when they are freed.
 RETAINING_THRESHOLDS = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1}
 
+# Bytes: thresholds under which every larger tensor goes back to the system when it is freed.
+RETURNING_THRESHOLDS = {M_MMAP_THRESHOLD: 8 << 20, M_TRIM_THRESHOLD: 1 << 24}
+
 # Bytes that are taken to be available where the system does not say.
 ASSUMED_AVAILABLE_BYTES = 8 << 30
 
 
 @contextmanager
-def retain_freed_memory() -> Iterator[None]:
+def retain_freed_memory(is_memory_ample: bool = True) -> Iterator[None]:
     """Let glibc keep what is freed for the next allocation, until `release_freed_memory`.
 
     The system zeroes every page it hands out: where each batch's tensors are mapped anew, that is a
     tenth of all CPU time. With another C library nothing changes.
+
+    Args:
+        is_memory_ample: otherwise what is freed goes back at once. Tensors of many sizes leave
+            holes in the heap, which made a run of long sequences twice as large as what it held.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         yield
         return
 
-    for parameter, num_bytes in RETAINING_THRESHOLDS.items():
+    thresholds = RETAINING_THRESHOLDS if is_memory_ample else RETURNING_THRESHOLDS
+    for parameter, num_bytes in thresholds.items():
         libc.mallopt(parameter, num_bytes)
     try:
         yield
@@ -91,3 +99,13 @@ def available_bytes() -> int:
             available = int(line.split()[1]) * 1024
     in_cgroup = cgroup.available_memory()
     return available if in_cgroup is None else min(available, in_cgroup)
+
+
+def attainable_bytes(num_processes: int = 1) -> int:
+    """Bytes that this process may come to hold in all: those that it holds, and its share of what
+    is available.
+
+    Args:
+        num_processes: of this machine, which share that.
+    """
+    return resident_bytes() + available_bytes() // num_processes

@@ -170,25 +170,32 @@ class ActivationStreams:
         num_left = self.limits.max_resumable
         batches = range(len(self._forwards))
         for i in sorted(batches, key=lambda i: i not in self._source_forwards):
-            forward, source_forward = self._forwards[i], self._source_forwards.get(i)
-            num_left -= 1 if source_forward is None else 2
-            is_resumed = num_left >= 0
+            num_left -= 2 if i in self._source_forwards else 1
+            group_inputs = self._advance(i, breakpoint_number, needs_residual, num_left >= 0)
+            if group_inputs is not None:
+                yield group_inputs
+            # nothing here holds it while the next one is made
+            del group_inputs
 
-            inputs, residual_stream = forward.advance(breakpoint_number, is_resumed)
-            reference, source_stream = None, None
-            if source_forward is not None:
-                reference, source_stream = source_forward.advance(breakpoint_number, is_resumed)
-            if inputs is None:
-                continue
+    def _advance(
+        self, batch: int, breakpoint_number: int, needs_residual: bool, is_resumed: bool
+    ) -> GroupInputs | None:
+        """A layer group's inputs of one batch; None where its forward pass does not come to it."""
+        source_forward = self._source_forwards.get(batch)
+        inputs, residual_stream = self._forwards[batch].advance(breakpoint_number, is_resumed)
+        reference, source_stream = None, None
+        if source_forward is not None:
+            reference, source_stream = source_forward.advance(breakpoint_number, is_resumed)
+        if inputs is None:
+            return None
 
-            # where a router stands before the group, the source's sends it other tokens
-            if reference is None or reference.shape != inputs.shape:
-                yield GroupInputs(inputs)
-                continue
-            residual = None
-            if needs_residual and source_stream is not None and residual_stream is not None:
-                residual = source_stream - residual_stream
-            yield GroupInputs(inputs, reference, residual)
+        # where a router stands before the group, the source's sends it other tokens
+        if reference is None or reference.shape != inputs.shape:
+            return GroupInputs(inputs)
+        residual = None
+        if needs_residual and source_stream is not None and residual_stream is not None:
+            residual = source_stream - residual_stream
+        return GroupInputs(inputs, reference, residual)
 
     def leave_block(self, is_last: bool = False) -> float | None:
         """Go on to the block's outputs.

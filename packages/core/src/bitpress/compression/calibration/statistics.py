@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
@@ -96,23 +95,36 @@ def observe_inputs(group: LayerGroup, batches: Iterable[GroupInputs]) -> GroupSt
             pipeline.merge(merged, observed)
         statistics = evolve(
             statistics,
-            sample=batch.inputs[:SAMPLE_TOKENS],
+            # a copy: a view would hold all of the batch
+            sample=batch.inputs[:SAMPLE_TOKENS].clone(),
             num_tokens=statistics.num_tokens + len(batch.inputs),
         )
+        # the next one is made without this one in memory
+        del batch
     return statistics
 
 
 def _join_batches(batches: Iterable[GroupInputs]) -> Iterator[GroupInputs]:
     """Batches of `STATISTICS_TOKENS` and more: statistics are large, and adding them up costs."""
-    for _, alike in itertools.groupby(batches, lambda batch: batch.reference is None):
-        parts: list[GroupInputs] = []
-        for batch in alike:
-            parts.append(batch)
-            if sum(len(part.inputs) for part in parts) >= memory_estimate.STATISTICS_TOKENS:
-                yield GroupInputs.concatenate(parts)
-                parts = []
-        if parts:
-            yield GroupInputs.concatenate(parts)
+    parts: list[GroupInputs] = []
+    for batch in batches:
+        is_alike = not parts or (batch.reference is None) == (parts[0].reference is None)
+        if not is_alike:
+            yield _take_joined(parts)
+        parts.append(batch)
+        # neither here nor in `parts` while the next one is made
+        del batch
+        if sum(len(part.inputs) for part in parts) >= memory_estimate.STATISTICS_TOKENS:
+            yield _take_joined(parts)
+    if parts:
+        yield _take_joined(parts)
+
+
+def _take_joined(parts: list[GroupInputs]) -> GroupInputs:
+    """The parts as one; the list is empty afterwards."""
+    joined = GroupInputs.concatenate(parts)
+    parts.clear()
+    return joined
 
 
 def _drop_non_finite(name: str, batch: GroupInputs) -> GroupInputs:

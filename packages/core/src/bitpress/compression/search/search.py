@@ -185,7 +185,7 @@ def _plan_memory(job: SearchJob, folder: Path, max_memory: int | None) -> Measur
         # a block as it was, and as it becomes
         running_bytes = 2 * evaluate.estimate_memory([model], 0)[0]
     estimates = [
-        memory_estimate.estimate_calibration(plan, 0)
+        memory_estimate.estimate_calibration(plan, 0, 512)
         for plan in job.plans.values()
         if plan.recipe.calibrated
     ]
