@@ -131,6 +131,24 @@ def changed(outputs: Path, folder: Path, **values: Any) -> Path:
     return folder
 
 
+def test_no_command_shows_a_text_that_a_terminal_would_obey(outputs: Path, tmp_path: Path) -> None:
+    whole, evil = json.loads((outputs / "whole.json").read_text()), "a\x1b[31m\x9b2J\rb\u202e"
+    texts = {
+        "source": evil,
+        "bitpress": evil,
+        "schemes": {"toy": evil},
+        "check": whole["check"] | {"text": evil},
+        "data": whole["data"] | {"source": evil},
+        "warnings": [evil],
+    }
+    out = changed(outputs, tmp_path / "out", **texts)
+    for words in (["inspect", out], ["inspect", out, "--json"], ["verify", out]):
+        completed = command(*words, path=outputs / "plugins")
+        shown = completed.stdout + completed.stderr
+        assert not {character for character in evil if not character.isprintable()} & {*shown}
+    assert r"a\x1b[31m\x9b2J\rb\u202e" in command("inspect", out, path=outputs / "plugins").stdout
+
+
 @pytest.mark.parametrize(
     "words", [["decompress", "dense"], ["eval", "--text", "text.txt"]], ids=["decompress", "eval"]
 )

@@ -195,6 +195,49 @@ def test_its_bytes_are_proved_like_those_of_every_file(
     assert "already holds a model" in refusal("compress", model, out, "--scheme", "toy", path=toy)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["---", '"', "a: b # c", "<script>x</script>", "[x](javascript:y)", "{{ x }}", "!!python/x y"],
+)
+@pytest.mark.parametrize("key", ["license", "license_name", "license_link", "language"])
+def test_a_licence_that_would_be_markup_is_a_value(
+    with_toy: Path, tmp_path: Path, key: str, text: str
+) -> None:
+    model = write_model(tmp_path / "model")
+    metadata = yaml.safe_dump({key: text, "more": "x"})
+    (model / "README.md").write_text(f"---\n{metadata}---\ncard\n")
+    bitpress.compress(model, tmp_path / "out", scheme="toy", verify=False)
+    assert front(tmp_path / "out")[key] == text
+    body = (tmp_path / "out/README.md").read_text().split("\n---\n", 1)[1]
+    assert text not in body.replace("|---|---|", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "escaped"),
+    [
+        ("a&lt;b", r"a\&lt;b"),
+        ("~~a~~", r"\~\~a\~\~"),
+        ("_a_b_", r"\_a_b\_"),
+        ("www.a.b", r"www\.a.b"),
+        ("<!--", r"\<!--"),
+    ],
+)
+def test_signs_of_a_name_are_written_out(
+    with_toy: Path, tmp_path: Path, name: str, escaped: str
+) -> None:
+    bitpress.compress(write_model(tmp_path / name), tmp_path / "out", scheme="toy", verify=False)
+    assert f"\n# {escaped}, toy\n" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_name_does_not_end_the_block_of_the_command(with_toy: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "x\n````\n<b>")
+    bitpress.compress(model, tmp_path / "out", scheme="toy", verify=False)
+    lines = (tmp_path / "out/README.md").read_text().splitlines()
+    assert lines.count("`````") == 2
+    assert "````" not in lines
+    assert r"bitpress compress 'x\n````\n<b>' OUT --scheme toy" in lines
+
+
 def test_a_name_that_would_be_markup_is_a_name(with_toy: Path, tmp_path: Path) -> None:
     bitpress.compress(write_model(tmp_path / "<b>[x](y)`|"), tmp_path / "out", scheme="toy")
     card = (tmp_path / "out/README.md").read_text()

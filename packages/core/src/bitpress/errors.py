@@ -86,16 +86,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError"
 
 
-def printable_line(text: str) -> str:
-    """A text as one line without control characters, and not too long.
+def printable(text: str) -> str:
+    """A text with its control characters written out, those that end lines too.
 
     Names of a stranger's model may stand in it: a terminal would obey their escape sequences.
     """
-    line = " ".join(text.split())
-    shown = "".join(
-        character if character.isprintable() else repr(character)[1:-1]
-        for character in line[:MAX_LINE_LENGTH]
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in text
     )
+
+
+def printable_line(text: str) -> str:
+    """A text as one printable line with single spaces, and not too long."""
+    line = " ".join(text.split())
+    shown = printable(line[:MAX_LINE_LENGTH])
     return shown if len(line) <= MAX_LINE_LENGTH else shown + "..."
 
 

@@ -13,7 +13,7 @@ from bitpress.cli.output import CompressSummary, EvalSummary, InspectSummary, Ve
 from bitpress.cli.plan_output import PlanSummary, Requirements, print_remarks
 from bitpress.cli.scheme_output import RegistrySummary, SchemeSummary
 from bitpress.cli.search_output import SearchSummary
-from bitpress.cli.text import garbage_collection_paused, progress_bars, show, warn
+from bitpress.cli.text import garbage_collection_paused, progress_bars, say, show, warn
 from bitpress.errors import VerificationError
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import EvaluationConfig
@@ -37,7 +37,7 @@ def app(context: click.Context, show_version: bool) -> None:
         from bitpress.runtime.version import __version__
         from bitpress.schemes.hookspecs import VERSION
 
-        print(f"bitpress {__version__} (hooks {VERSION})")
+        say(f"bitpress {__version__} (hooks {VERSION})")
         context.exit()
     elif context.invoked_subcommand is None:
         print(context.get_help())
@@ -247,7 +247,7 @@ def report(out: Path, file: Path | None) -> None:
     with garbage_collection_paused():
         from bitpress import api
 
-    print(f"{api.report(out, file)}: written")
+    say(f"{api.report(out, file)}: written")
 
 
 @app.command()
@@ -260,7 +260,7 @@ def decompress(out: Path, dense: Path) -> None:
 
     with progress_bars() as progress:
         api.decompress(out, dense, progress)
-    print(f"{dense}: written")
+    say(f"{dense}: written")
 
 
 @app.command("new-scheme")
@@ -270,7 +270,7 @@ def new_scheme(name: str) -> None:
     from bitpress.schemes import template
 
     folder = template.write_package(name, Path())
-    print(
+    say(
         f"{folder}: written; edit {template.module_name(name)}.py there, and try it: pip install "
         "-e '.[test]' && pytest"
     )

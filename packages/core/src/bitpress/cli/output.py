@@ -9,8 +9,7 @@ import attrs
 from attrs import frozen
 
 from bitpress.cli.scheme_output import unfavorable_findings
-from bitpress.cli.text import format_bytes, print_table, warn
-from bitpress.errors import printable_line
+from bitpress.cli.text import format_bytes, print_table, say, warn
 
 if TYPE_CHECKING:
     from bitpress.output.manifest import Check, LayerRecord, Manifest
@@ -46,14 +45,14 @@ class CompressSummary:
     def print_text(self) -> None:
         """How much smaller, how near to the source, and how to serve it."""
         manifest, before, after = self.manifest, self.plan.source_bytes, self.plan.output_bytes
-        print(
+        say(
             f"{self.out}: {format_bytes(before)} -> {format_bytes(after)} ("
             f"{before / after:.2f}x smaller), {manifest.bits:.2f} bits per weight"
         )
         warn(manifest.warnings)
         self._print_calibration()
         if self.is_verified:
-            print(
+            say(
                 f"verified: {len(manifest.layers)} layers read back and compared with the source; "
                 "largest relative errors:"
             )
@@ -61,13 +60,13 @@ class CompressSummary:
             rows = [(name, f"{layer.error:.5f}") for name, layer in worst[:NUM_WORST]]
             print_table(("layer", "error"), rows)
         else:
-            print("not verified (--no-verify)")
+            say("not verified (--no-verify)")
         if manifest.check:
-            print("checked, run as it will be served: ", end="")
+            say("checked, run as it will be served: ", end="")
             _print_check(manifest.check)
         for text in unfavorable_findings(self.plan):
-            print(text)
-        print(f"serve it: vllm serve {self.out}")
+            say(text)
+        say(f"serve it: vllm serve {self.out}")
 
     def _print_calibration(self) -> None:
         data, layers = self.manifest.data, self.manifest.layers
@@ -75,12 +74,12 @@ class CompressSummary:
             hint = ""
             if "ships" in data["source"]:
                 hint = "; texts like those the model will serve are better: --calibration FILE"
-            print(f"calibrated on {int(data['tokens']):,} tokens of {data['source']}{hint}")
+            say(f"calibrated on {int(data['tokens']):,} tokens of {data['source']}{hint}")
 
         num_tokens = sorted(layer.tokens for layer in layers.values() if layer.tokens is not None)
         if num_tokens:
             median = num_tokens[(len(num_tokens) - 1) // 2]
-            print(
+            say(
                 f"tokens sent to an expert: {num_tokens[0]:,} to {num_tokens[-1]:,}, to half of "
                 f"them at most {median:,}"
             )
@@ -91,7 +90,7 @@ class CompressSummary:
             if layer.output_error is not None
         }
         if errors:
-            print("largest relative errors of a layer's output on calibration data:")
+            say("largest relative errors of a layer's output on calibration data:")
             worst = sorted(errors.items(), key=lambda item: -item[1])[:NUM_WORST]
             print_table(
                 ("layer", "output error"), [(name, f"{error:.5f}") for name, error in worst]
@@ -122,7 +121,7 @@ class VerifySummary:
         comparison = "no source given: weights not compared"
         if self.against:
             comparison = f"{len(self.report.errors)} layers compared with {self.against}"
-        print(f"{self.out}: nothing wrong ({comparison})")
+        say(f"{self.out}: nothing wrong ({comparison})")
 
 
 @frozen
@@ -156,27 +155,24 @@ class InspectSummary:
         """A table of layers, and what was measured of the whole."""
         manifest = self.manifest
         packages = ", ".join(manifest.schemes.values())
-        print(
-            printable_line(
-                f"from {manifest.source}, by bitpress {manifest.bitpress} with {packages}"
-            )
-        )
+        say(f"from {manifest.source}, by bitpress {manifest.bitpress} with {packages}")
 
         columns = ["layer", "steps", "bits per weight", "relative error"]
         if any(layer.output_error is not None for layer in manifest.layers.values()):
             columns.append("output error")
         rows = [_layer_row(name, layer) for name, layer in manifest.layers.items()]
         print_table(columns, [row[: len(columns)] for row in rows])
-        print(f"\n{len(rows)} layers, {manifest.bits:.2f} bits per weight")
+        say()
+        say(f"{len(rows)} layers, {manifest.bits:.2f} bits per weight")
 
         if manifest.blocks:
             drift = list(manifest.blocks.values())[-1]
-            print(
+            say(
                 f"hidden states after the last block are {drift:.5f} from the source's on "
                 "calibration data"
             )
         if manifest.check:
-            print("checked on ", end="")
+            say("checked on ", end="")
             _print_check(manifest.check)
 
 
@@ -191,13 +187,13 @@ def _layer_row(name: str, layer: LayerRecord) -> tuple[str, ...]:
 
 
 def _print_check(check: Check) -> None:
-    print(f"{check.tokens:,} tokens of {check.text} in sequences of {check.sequence_length}")
+    say(f"{check.tokens:,} tokens of {check.text} in sequences of {check.sequence_length}")
     if check.kl is None:
-        print(f"perplexity       {check.perplexity:.4f}")
+        say(f"perplexity       {check.perplexity:.4f}")
         return
-    print(
+    say(
         f"perplexity       {check.perplexity:.4f}, the source's {check.source_perplexity:.4f} ("
         f"{check.rise:+.6f} nats per token)"
     )
-    print(f"KL divergence    {check.kl:.6f} nats per token")
-    print(f"top-1 agreement  {check.top1:.3%}")
+    say(f"KL divergence    {check.kl:.6f} nats per token")
+    say(f"top-1 agreement  {check.top1:.3%}")

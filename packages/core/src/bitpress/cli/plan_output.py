@@ -9,7 +9,7 @@ import attrs
 from attrs import frozen
 
 from bitpress.cli.scheme_output import USABLE, serves, unfavorable_findings
-from bitpress.cli.text import format_bytes, print_table, warn
+from bitpress.cli.text import format_bytes, print_table, say, warn
 from bitpress.schemes.hardware import DEVICES
 from bitpress.schemes.registry import Step
 
@@ -129,7 +129,7 @@ def _print_layers(plan: Plan) -> None:
     else:
         rows = [(name, 1, *row) for name, row in cells]
     print_table(("layers", "count", "steps", "bits per weight", "why"), rows)
-    print()
+    say()
 
     copies = group_numbered((entry.name, reason) for entry, reason in plan.uncompressed)
     print_table(
@@ -137,15 +137,14 @@ def _print_layers(plan: Plan) -> None:
         [(name, count, reason) for name, reason, count in copies],
     )
     num_layers = sum(len(stack.members) for stack in plan.stacks)
-    print(f"\n{num_layers} layers compressed, {len(plan.uncompressed)} tensors copied unchanged")
+    say()
+    say(f"{num_layers} layers compressed, {len(plan.uncompressed)} tensors copied unchanged")
 
 
 def _print_sizes(plan: Plan) -> None:
     before, after = plan.source_bytes, plan.output_bytes
-    print(
-        f"size    {format_bytes(before)} -> {format_bytes(after)} ({before / after:.2f}x smaller)"
-    )
-    print(
+    say(f"size    {format_bytes(before)} -> {format_bytes(after)} ({before / after:.2f}x smaller)")
+    say(
         f"output  {sum(plan.file_sizes.values()):,} bytes in {len(plan.file_sizes)} files; beside "
         "them bitpress.json and README.md"
     )
@@ -161,7 +160,7 @@ def _print_requirements(requirements: Requirements) -> None:
     if requirements.scratch:
         size = format_bytes(requirements.scratch)
         spilled = f"; with no more than that, {size} of hidden states go to disk"
-    print(f"memory  about {format_bytes(requirements.memory)}{each}, torch included{spilled}")
+    say(f"memory  about {format_bytes(requirements.memory)}{each}, torch included{spilled}")
 
     num_tokens = max(share.tokens for share in shares)
     reads, writes = (max(getattr(share, name) for share in shares) for name in ("reads", "writes"))
@@ -182,9 +181,9 @@ def _print_requirements(requirements: Requirements) -> None:
             f"fits {time_estimate.SOLVE_RATE / 1e9:g}",
         ]
     who = f"each of {len(shares)} processes at most: " if len(shares) > 1 else ""
-    print(f"work    {who}{format_bytes(reads)} read, {format_bytes(writes)} written{calibration}")
+    say(f"work    {who}{format_bytes(reads)} read, {format_bytes(writes)} written{calibration}")
     threads = f"{requirements.num_threads} thread{'s' * (requirements.num_threads > 1)} each"
-    print(
+    say(
         f"time    about {_format_duration(requirements.seconds)} with {threads}, where in a second "
         f"a core {', '.join(rates)}"
     )
@@ -192,11 +191,11 @@ def _print_requirements(requirements: Requirements) -> None:
 
 def _print_serving(plan: Plan) -> None:
     data = "needed: texts like those that it will serve (--calibration)"
-    print(f"data    {data if plan.recipe.calibrated else 'none needed'}")
+    say(f"data    {data if plan.recipe.calibrated else 'none needed'}")
     for step in {step.scheme.name: step for step in plan.recipe.all_steps}.values():
-        print(f"serves  {step.scheme.name}: {serves(step, DEVICES)}")
+        say(f"serves  {step.scheme.name}: {serves(step, DEVICES)}")
     for name, finding in plan.findings if plan.device in DEVICES else ():
-        print(f"device  {plan.device.name}: {name} is {finding.level}, {finding.text}")
+        say(f"device  {plan.device.name}: {name} is {finding.level}, {finding.text}")
 
 
 def _format_duration(seconds: float) -> str:

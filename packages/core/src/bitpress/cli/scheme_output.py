@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import attrs
 from attrs import frozen
 
-from bitpress.cli.text import print_table
-from bitpress.errors import BitpressError
+from bitpress.cli.text import print_table, say
+from bitpress.errors import BitpressError, printable_line
 from bitpress.schemes.hardware import DEVICES, Hardware
 from bitpress.schemes.options import describe_type
 from bitpress.schemes.registry import Registry, Step
@@ -56,13 +56,15 @@ class RegistrySummary:
             )
         print_table(("scheme", "package", "bits", "data", "serves on", "what it does"), rows)
         if not rows:
-            print(
+            say(
                 "no schemes are installed; each is a package of its own: pip install "
                 "bitpress-scheme-NAME"
             )
         for problem in self.registry.problems:
             print(
-                f"problem: {problem.name} of {problem.package} cannot be used: {problem.text}",
+                printable_line(
+                    f"problem: {problem.name} of {problem.package} cannot be used: {problem.text}"
+                ),
                 file=sys.stderr,
             )
 
@@ -105,13 +107,14 @@ class SchemeSummary:
     def print_text(self) -> None:
         """A table of options, and one of findings with the devices that share them."""
         value = self.as_json()
-        print(f"{value['name']} ({value['package']} {value['version']}): {value['summary']}\n")
+        say(f"{value['name']} ({value['package']} {value['version']}): {value['summary']}")
+        say()
         rows = [
             (name, option["values"], option["default"], option["help"])
             for name, option in value["options"].items()
         ]
         print_table(("option", "values", "default", "what it sets"), rows)
-        print()
+        say()
         devices: dict[tuple[str, str], list[str]] = {}
         for finding in value["hardware"]:
             devices.setdefault((finding["level"], finding["text"]), []).append(finding["device"])

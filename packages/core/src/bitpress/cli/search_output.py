@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from bitpress.cli.text import print_table
+from bitpress.cli.text import print_table, say
 
 if TYPE_CHECKING:
     from bitpress.compression.search.result import SearchResult
@@ -59,7 +59,7 @@ class SearchSummary:
         """
         result, search = self.result, self.result.search
         candidates = list(search.candidates)
-        print(
+        say(
             f"nats per token that each layer costs by itself, on {result.tokens:,} tokens of "
             f"{search.calibration.source}:"
         )
@@ -76,7 +76,7 @@ class SearchSummary:
             for name, choice in choices.items()
         ]
         print_table(("", "bits per weight", "expected KL divergence"), totals)
-        print(
+        say(
             f"{self.out}: written; carry it out: bitpress compress {search.model} OUT --recipe "
             f"{self.out}"
         )

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import click
 
-from bitpress.errors import RecipeError, printable_line
+from bitpress.errors import RecipeError, printable, printable_line
 from bitpress.runtime.progress import Progress, ReportProgress, ignore_progress
 
 # Where the wish for JSON is kept in click's context.
@@ -46,6 +46,11 @@ def show(summary: Summary) -> None:
         summary.print_text()
 
 
+def say(text: str = "", end: str = "\n") -> None:
+    """One line on standard output, whatever a stranger's names in it hold."""
+    print(printable(text), end=end)
+
+
 def warn(texts: Iterable[str]) -> None:
     """One line each, on standard error."""
     for text in texts:
@@ -66,7 +71,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     if table.row_count:
         # what reads a pipe has no width
         width = None if Console().is_terminal else 200
-        Console(width=width, markup=False, highlight=False).print(table)
+        Console(width=width, markup=False, highlight=False, emoji=False).print(table)
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -117,7 +122,7 @@ def progress_bars(is_silent: bool = False) -> Iterator[Progress]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
@@ -127,7 +132,7 @@ def progress_bars(is_silent: bool = False) -> Iterator[Progress]:
         def start_stage(stage: str, num_bytes: int) -> ReportProgress:
             task = bars.add_task(stage, total=num_bytes)
             return lambda num_bytes, text="": bars.update(
-                task, advance=num_bytes, description=f"{stage} {text}".strip()
+                task, advance=num_bytes, description=printable_line(f"{stage} {text}")
             )
 
         yield start_stage

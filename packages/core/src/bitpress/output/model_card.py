@@ -16,6 +16,7 @@ from typing import Any
 from attrs import frozen
 
 from bitpress.checkpoint.filenames import MODEL_CARD
+from bitpress.errors import printable
 from bitpress.output.manifest import Check, Manifest
 
 # Bytes of a card whose front matter is read.
@@ -126,12 +127,14 @@ def _is_plain(value: Any) -> bool:
 
 def _render_body(manifest: Manifest, details: RunDetails) -> Iterator[str]:
     name = _escaped(manifest.source)
-    yield f"# {name}, {' + '.join(manifest.schemes)}\n"
+    yield f"# {name}, {_escaped(' + '.join(manifest.schemes))}\n"
     yield (
-        f"{name}, made smaller by bitpress {manifest.bitpress} with "
-        f"{', '.join(manifest.schemes.values())}:\n"
+        f"{name}, made smaller by bitpress {_escaped(manifest.bitpress)} with "
+        f"{_escaped(', '.join(manifest.schemes.values()))}:\n"
     )
-    yield f"```\n{details.command}\n```\n"
+    # The command may hold a name with backticks, which end no longer fence than they are.
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", details.command))])
+    yield f"{fence}\n{printable(details.command)}\n{fence}\n"
     if details.source_card:
         yield f"What the model is and may be used for says [its own card]({details.source_card}).\n"
     yield "| | |\n|---|---|"
@@ -187,4 +190,8 @@ def _render_check(check: Check) -> Iterator[str]:
 def _escaped(text: str) -> str:
     """One line without Markdown's or HTML's signs, whatever a stranger has named a model."""
     line = "".join(sign if sign.isprintable() else " " for sign in text)
-    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", line)
+    line = re.sub(r"([\\`*\[\]<>|#&~])", r"\\\1", line)
+    # Underscores inside of a word are no emphasis.
+    line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
+    # GitHub makes links of addresses.
+    return re.sub(r"(?i)\b(www)\.", r"\1\\.", line.replace("://", r"\://"))
