@@ -10,6 +10,7 @@ import pytest
 
 import bitpress
 from bitpress.conformance.models import LLAMA, files_of, llama_tensors, write_model
+from bitpress.planning import memory_estimate
 from bitpress.planning.tensor_parallel import remarks
 
 SCHEMES = {
@@ -35,6 +36,9 @@ def test_every_file_has_the_size_that_was_planned(tmp_path: Path, case: str, sha
         if name not in ("bitpress.json", "README.md")
     }
     assert plan.file_sizes == written
+    descriptions = (tmp_path / "out" / name for name in ("bitpress.json", "README.md"))
+    measured = sum(file.stat().st_size for file in descriptions)
+    assert measured < memory_estimate.estimate_descriptions(plan)
     assert bitpress.verify(tmp_path / "out", model).faults == ()
 
 

@@ -362,7 +362,9 @@ def test_the_room_that_the_plan_needs_is_there_before_the_first_byte(
         shape = (16, 64) if spill else None
         short = memory_estimate.estimate_memory(plan, shape=shape) + 1000 if spill else None
         needed = memory_estimate.estimate_disk(plan, shape, short)
-    assert needed == sum(plan.file_sizes.values()) + (1024 * 128 * 4 * 9 // 8 if spill else 0)
+    states = 1024 * 128 * 4 * 9 // 8 if spill else 0
+    descriptions = memory_estimate.estimate_descriptions(plan)
+    assert needed == sum(plan.file_sizes.values()) + descriptions + states
     assert plan.file_sizes["large.txt"] == 100_000
     words = ["compress", model, out, "--scheme", "learner" if spill else "toy"]
     words += (
@@ -374,6 +376,23 @@ def test_the_room_that_the_plan_needs_is_there_before_the_first_byte(
     with patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=needed - 1)):
         assert "the disk has" in refusal(*words, path=path)
     assert files_of(out) == {}
+
+
+def test_there_are_inodes_for_all_files_before_the_first_byte(
+    tmp_path: Path, with_toy: Path
+) -> None:
+    model, out = write_model(tmp_path / "model"), tmp_path / "out"
+    words = ["compress", model, out, "--scheme", "toy"]
+    # blocks, of which there are enough
+    blocks = dict.fromkeys(("f_frsize", "f_blocks", "f_bavail", "f_bfree"), 1 << 30)
+    full = SimpleNamespace(**blocks, f_files=100, f_favail=3)
+    with patch.object(os, "statvfs", return_value=full):
+        assert "has room for 3 more files (inodes)" in refusal(*words)
+    assert files_of(out) == {}
+    # a file system that counts none has as many as are wanted
+    uncounted = SimpleNamespace(**blocks, f_files=0, f_favail=0)
+    with patch.object(os, "statvfs", return_value=uncounted):
+        bitpress.compress(model, out, scheme="toy")
 
 
 def test_a_run_that_is_short_of_memory_takes_as_many_threads_as_fit(

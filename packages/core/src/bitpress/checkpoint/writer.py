@@ -149,10 +149,22 @@ class OutputFolder:
                 (self.folder / name).stat().st_size for name in self._file_names() if name != LOCK
             )
             free_bytes = shutil.disk_usage(self.folder).free
+            self._require_inodes(run_files)
         if free_bytes + resumed_bytes < num_bytes:
             raise OutputError(
                 f"{self.folder}: the disk has {free_bytes / 1e9:.2f} GB free and the output needs "
                 f"{num_bytes / 1e9:.2f} GB"
+            )
+
+    def _require_inodes(self, names: Collection[str]) -> None:
+        """Raise OutputError where the disk has no room for so many files, however small."""
+        num_new = len(set(names) - set(self._file_names()))
+        status = os.statvfs(self.folder)
+        # Some file systems have no table of files that could be full, and count none.
+        if status.f_files and status.f_favail < num_new:
+            raise OutputError(
+                f"{self.folder}: the disk has room for {status.f_favail:,} more files (inodes) and "
+                f"the output needs {num_new:,}"
             )
 
     @property

@@ -9,6 +9,7 @@ import torch
 from attrs import frozen
 
 from bitpress.checkpoint.views import View
+from bitpress.checkpoint.writer import format_json
 from bitpress.errors import DataError
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.plan import Plan
@@ -42,6 +43,17 @@ TOKENIZER_BYTES, TOKENIZING_BYTES = 350_000_000, 1200
 
 # Every so many batches are run through the source's weights too, to measure how far inputs drift.
 REFERENCE_INTERVAL = 8
+
+# Bytes of a model card, front matter of the source's included, and of a manifest that describes
+# nothing.
+CARD_BYTES = 1 << 17
+
+# Bytes in which the manifest describes a layer (or a file), beside its name: its figures, and what
+# it is warned of.
+DESCRIPTION_BYTES = 1000
+
+# Bytes that the exponent of a channel's factor takes in the manifest, and in a block's notes.
+CHANNEL_BYTES = 20
 
 # Bytes of a number: blocks are computed in float32, or in half of it.
 NUMBER_BYTES = 4
@@ -172,14 +184,14 @@ def estimate_disk(
     max_memory: int | None = None,
     num_ranks: int = 1,
 ) -> int:
-    """Bytes that a run of the plan needs room for in its output folder, hidden states that do not
-    fit into memory included.
+    """Bytes that a run of the plan needs room for in its output folder: files, what is noted while
+    it runs, and hidden states that do not fit into memory.
 
     Args:
         shape: (sequences, length) of the calibration data of all ranks.
         max_memory: bytes of one rank, Python and its libraries included.
     """
-    output_bytes = sum(plan.file_sizes.values())
+    output_bytes = sum(plan.file_sizes.values()) + estimate_descriptions(plan)
     if shape is None:
         return output_bytes
     num_sequences, length = shape
@@ -187,6 +199,25 @@ def estimate_disk(
     rank_tokens = math.ceil(num_sequences / num_ranks) * length
     memory = estimate_calibration(plan, rank_tokens, length)
     return output_bytes + num_ranks * memory.spilled_bytes(limit)
+
+
+def estimate_descriptions(plan: Plan) -> int:
+    """Bytes of the manifest, the model card and the notes of finished blocks, at most: they hold
+    what the run measures, of every layer, file and, where columns are rescaled, channel.
+    """
+    names = [*plan.files, *plan.source.headers]
+    names += [module for stack in plan.stacks for module in stack.members]
+    num_bytes = CARD_BYTES + len(names) * DESCRIPTION_BYTES + sum(len(n.encode()) for n in names)
+    num_bytes += 2 * len(format_json(plan.recipe.as_json()).encode())
+    if any(step.rescales for step in plan.recipe.all_steps):
+        num_channels = sum(
+            sum(entry.shape)
+            for shard in plan.shards
+            if shard.block is not None
+            for entry in shard.entries
+        )
+        num_bytes += num_channels * CHANNEL_BYTES
+    return num_bytes
 
 
 def _thread_bytes(plan: Plan) -> int:
