@@ -333,7 +333,7 @@ def evaluate_model(
             options.trust_remote_code,
         )
         hidden_states_folder = evaluation.choose_folder(
-            models, tokens.input_ids.numel(), options.max_memory, Path(tempfile.gettempdir())
+            models, tokens.input_ids, options.max_memory, Path(tempfile.gettempdir())
         )
         return evaluation.evaluate(
             models,

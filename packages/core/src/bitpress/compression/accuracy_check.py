@@ -89,7 +89,7 @@ def prepare_check(
     with Reader() as reader:
         source = RunnableModel(plan.source, reader, plan.container)
         hidden_states_folder = evaluate.choose_folder(
-            [source, source], text.input_ids.numel(), max_memory, folder
+            [source, source], text.input_ids, max_memory, folder
         )
     return AccuracyCheck(plan, text, hidden_states_folder)
 

@@ -40,10 +40,13 @@ class DequantizingReader(Reader):
             return self._stored.rows(entry, first, last)
         steps = self._written.steps(module)
         config = self._written.expected_layer(module, entry.shape[0]).config
-        weight = torch.empty(entry.shape)
-        for start, end, tensors in self._written.read_tiles(module, self._stored):
-            weight[start:end] = pipeline.dequantize(tensors, config, steps)
-        return weight[first:last]
+        weight = torch.empty((last - first, *entry.shape[1:]))
+        for start, _, tensors in self._written.read_tiles(module, self._stored, first, last):
+            tile = pipeline.dequantize(tensors, config, steps)
+            tile_rows = tile[max(first - start, 0) : last - start]
+            position = max(start - first, 0)
+            weight[position : position + len(tile_rows)] = tile_rows
+        return weight
 
 
 def open_compressed(

@@ -96,9 +96,14 @@ def evaluate(
     return _summarize(sums, text, drift)
 
 
-def estimate_memory(models: Sequence[RunnableModel], num_tokens: int) -> tuple[int, int]:
+def estimate_memory(
+    models: Sequence[RunnableModel], num_sequences: int, length: int
+) -> tuple[int, int]:
     """Bytes that `evaluate` holds with hidden states on disk, and in memory, beyond what the
     interpreter takes.
+
+    Args:
+        num_sequences: that are predicted, of `length` tokens each.
     """
     container = models[0].container
     block_weights: dict[int, int] = {}
@@ -113,28 +118,37 @@ def estimate_memory(models: Sequence[RunnableModel], num_tokens: int) -> tuple[i
             width, hidden_size = max(width, *entry.shape), min(hidden_size, entry.shape[1])
 
     # running a block; and comparing, with embeddings or the head beside, of the two the larger
-    activations = memory_estimate.TEMPORARIES * memory_estimate.BATCH_TOKENS * width
+    batch_tokens = max(memory_estimate.BATCH_TOKENS, length)
+    # a block without matrices has next to no channels
+    hidden_size = min(hidden_size, width)
+    activations = batch_tokens * (
+        memory_estimate.WIDE_ACTIVATIONS * width + memory_estimate.HIDDEN_ACTIVATIONS * hidden_size
+    )
     running = max(block_weights.values(), default=0) + activations
     comparing = outside_weights // 2 + LOGITS_TENSORS * len(models) * metrics.MAX_LOGITS
     on_disk = memory_estimate.NUMBER_BYTES * max(outside_weights, running, comparing)
-    hidden_states = memory_estimate.NUMBER_BYTES * len(models) * num_tokens * hidden_size
+    hidden_states = (
+        memory_estimate.NUMBER_BYTES * len(models) * num_sequences * length * hidden_size
+    )
     return on_disk, on_disk + hidden_states
 
 
 def choose_folder(
-    models: Sequence[RunnableModel], num_tokens: int, max_memory: int | None, folder: Path
+    models: Sequence[RunnableModel], input_ids: Tensor, max_memory: int | None, folder: Path
 ) -> Path | None:
     """Where an evaluation keeps its hidden states: in memory (None) where that is allowed, else in
     a folder.
 
     Args:
+        input_ids: the text, (sequences, length).
         max_memory: bytes of the process; None: half of what is free.
 
     Raises:
         RecipeError: `max_memory` is too low for either.
     """
     on_disk, in_memory = (
-        memory.TRANSFORMERS_BYTES + num_bytes for num_bytes in estimate_memory(models, num_tokens)
+        memory.TRANSFORMERS_BYTES + num_bytes
+        for num_bytes in estimate_memory(models, *input_ids.shape)
     )
     if max_memory is None:
         max_memory = memory.TRANSFORMERS_BYTES + memory.available_bytes() // 2

@@ -69,10 +69,14 @@ class WrittenModel:
         return {suffix: self.checkpoint.entries.get(f"{module}.{suffix}") for suffix in expected}
 
     def read_tiles(
-        self, module: str, reader: Reader
+        self, module: str, reader: Reader, first_row: int = 0, last_row: int | None = None
     ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
         """Read a layer in row tiles: first and last (exclusive) row of each, and the stored tensors
         cut to these rows, on which `dequantize` works.
+
+        Args:
+            first_row: tiles that end before it are left out.
+            last_row: tiles that begin at it or after it are left out; None leaves out none.
         """
         steps, num_rows = self.steps(module), self.layers[module].shape[0]
         row_block = stored_layout.row_block(steps)
@@ -83,6 +87,8 @@ class WrittenModel:
         }
 
         for first, last in stored_layout.row_tiles(self.layers[module].shape, steps):
+            if last <= first_row or first >= (num_rows if last_row is None else last_row):
+                continue
             tensors = {}
             for suffix, expected in self.expected_layer(module, last - first).tensors.items():
                 # The only tile of the layer, or a tensor that does not follow the rows.

@@ -180,12 +180,13 @@ def _plan_memory(job: SearchJob, folder: Path, max_memory: int | None) -> Measur
     Raises:
         BitpressError: there is no room for hidden states, or `max_memory` is too low in any case.
     """
+    length = job.calibration.input_ids.shape[1]
     with Reader() as reader:
         model = RunnableModel(job.plan.source, reader, job.plan.container)
         # a block as it was, and as it becomes
-        running_bytes = 2 * evaluate.estimate_memory([model], 0)[0]
+        running_bytes = 2 * evaluate.estimate_memory([model], 0, length)[0]
     estimates = [
-        memory_estimate.estimate_calibration(plan, 0, 512)
+        memory_estimate.estimate_calibration(plan, 0, length)
         for plan in job.plans.values()
         if plan.recipe.calibrated
     ]
