@@ -256,8 +256,9 @@ def test_a_folder_s_inventory_is_every_tensor_and_every_other_file(
     tmp_path: Path, shards: int
 ) -> None:
     folder = write_model(tmp_path / "m", shards=shards)
-    (folder / "sub").mkdir()
-    (folder / "sub/chat_template.jinja").write_text("hello")
+    (folder / "chat_templates").mkdir()
+    (folder / "chat_templates/tool.jinja").write_text("hello")
+    (folder / "train.log").write_text("not part of the model")
     (folder / ".cache").mkdir()
     (folder / ".cache/x").write_text("not part of the model")
     checkpoint = open_checkpoint(folder)
@@ -266,8 +267,9 @@ def test_a_folder_s_inventory_is_every_tensor_and_every_other_file(
     assert checkpoint.side_files == (
         "config.json",
         "tokenizer_config.json",
-        "sub/chat_template.jinja",
+        "chat_templates/tool.jinja",
     )
+    assert checkpoint.left_files == ("train.log",)
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:

@@ -356,7 +356,7 @@ def test_the_room_that_the_plan_needs_is_there_before_the_first_byte(
         runnable_model(tmp_path / "m", config=CONFIG | {"num_hidden_layers": 1}),
         tmp_path / "out",
     )
-    (model / "large.txt").write_bytes(b"x" * 100_000)
+    (model / "vocab.txt").write_bytes(b"x" * 100_000)
     with plugins(path):
         plan = bitpress.plan(model, scheme="learner" if spill else "toy")
         shape = (16, 64) if spill else None
@@ -365,7 +365,7 @@ def test_the_room_that_the_plan_needs_is_there_before_the_first_byte(
     states = 1024 * 128 * 4 * 9 // 8 if spill else 0
     descriptions = memory_estimate.estimate_descriptions(plan)
     assert needed == sum(plan.file_sizes.values()) + descriptions + states
-    assert plan.file_sizes["large.txt"] == 100_000
+    assert plan.file_sizes["vocab.txt"] == 100_000
     words = ["compress", model, out, "--scheme", "learner" if spill else "toy"]
     words += (
         ["--samples", 16, "--sequence-length", 64, "--calibration", tmp_path / "text.txt"]

@@ -130,7 +130,8 @@ def test_a_folder_where_the_output_has_a_file_is_told_before_work_starts(
     model = write_model(tmp_path / "model", shards=2)
     (model / name).mkdir()
     (model / name / "notes.txt").write_text("mine")
-    line = refusal("compress", model, tmp_path / "out", "--scheme", "toy", path=toy)
+    words = ["--scheme", "toy", "--copy", "*/notes.txt"]
+    line = refusal("compress", model, tmp_path / "out", *words, path=toy)
     assert f"{name} would be a file, and a folder too, with {name}/notes.txt" in line
     assert not (tmp_path / "out").exists()
 

@@ -54,6 +54,7 @@ def plan(  # noqa: PLR0913
     recipe_file: str | Path | None = None,
     settings: Iterable[str] = (),
     ignore: Iterable[str] = (),
+    copy: Iterable[str] = (),
     device: Hardware | None = None,
 ) -> Plan:
     """What `compress` would do, from headers alone.
@@ -63,20 +64,22 @@ def plan(  # noqa: PLR0913
         scheme: a scheme's name, or several joined by `+`; give this or `recipe_file`.
         settings: `[SCHEME.]OPTION=VALUE` texts.
         ignore: patterns of layers to leave alone.
+        copy: patterns of files to copy, beside those that loaders read.
         device: on which the result is to be served; None: the one present.
 
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
-    return plan_from(
-        model, RecipeSource(scheme, _to_path(recipe_file), tuple(settings), tuple(ignore)), device
+    recipe_source = RecipeSource(
+        scheme, _to_path(recipe_file), tuple(settings), tuple(ignore), tuple(copy)
     )
+    return plan_from(model, recipe_source, device)
 
 
 def plan_from(model: str | Path, recipe_source: RecipeSource, device: Hardware | None) -> Plan:
     """`plan`, its options as a value."""
     recipe_source.require_one()
-    source = open_checkpoint(resolve(model))
+    source = open_checkpoint(resolve(model), copy=recipe_source.copy)
     return make_plan(source, recipe_source.resolve(discover()), device=device)
 
 
@@ -89,6 +92,7 @@ def compress(  # noqa: PLR0913
     recipe_file: str | Path | None = None,
     settings: Iterable[str] = (),
     ignore: Iterable[str] = (),
+    copy: Iterable[str] = (),
     calibration: str | Path | None = None,
     samples: int = CalibrationConfig().samples,
     sequence_length: int = CalibrationConfig().sequence_length,
@@ -109,6 +113,7 @@ def compress(  # noqa: PLR0913
     written last: without it no loader takes the folder for a model.
 
     Args:
+        copy: patterns of files to copy, beside those that loaders read.
         calibration: a .jsonl, .txt or .parquet file, or a dataset's name; None takes the text that
             ships with bitpress.
         samples: how many sequences of `sequence_length` tokens are taken of it.
@@ -128,7 +133,9 @@ def compress(  # noqa: PLR0913
             `config.json` was not written. After the second the shards stay, and the same call with
             another `max_kl` resumes from them.
     """
-    recipe_source = RecipeSource(scheme, _to_path(recipe_file), tuple(settings), tuple(ignore))
+    recipe_source = RecipeSource(
+        scheme, _to_path(recipe_file), tuple(settings), tuple(ignore), tuple(copy)
+    )
     config = CalibrationConfig(_to_text(calibration), samples, sequence_length, seed, all_experts)
     options = RunOptions(
         device, threads, max_memory, verify, _to_text(check), max_kl, trust_remote_code
@@ -273,7 +280,11 @@ def _is_page(file: Path) -> bool:
 
 def decompress(out: str | Path, dense: str | Path, progress: Progress = ignore_progress) -> None:
     """Write the plain checkpoint that an output's loader computes with."""
-    written = _open_written(open_checkpoint(Path(out)))
+    checkpoint = open_checkpoint(Path(out))
+    # what --copy took from the source goes back
+    files = read_manifest(checkpoint.folder).files
+    copied = [name for name in checkpoint.left_files if name in files]
+    written = _open_written(checkpoint.with_side_files(copied))
     # in two bytes a weight, as most sources have them
     num_bytes = sum(2 * record.shape[0] * record.shape[1] for record in written.layers.values())
     permissions = Permissions.of(written.checkpoint.folder, written.checkpoint.headers)

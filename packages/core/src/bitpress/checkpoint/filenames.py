@@ -39,7 +39,11 @@ WEIGHT_SUFFIXES = (
     ".msgpack",
     ".onnx",
     ".npz",
+    ".npy",
     ".pkl",
+    ".pickle",
+    ".ot",
+    ".tflite",
     ".index.json",
     ".part",
 )

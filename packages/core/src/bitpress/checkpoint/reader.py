@@ -7,18 +7,20 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import attrs
 import torch
 from attrs import frozen
 
-from bitpress.checkpoint.filenames import CONFIG, FILE_NAME, INDEX, WEIGHT_SUFFIXES, WEIGHTS
+from bitpress.checkpoint.filenames import CONFIG, FILE_NAME, INDEX, WEIGHTS
 from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.checkpoint.safetensors import MAX_HEADER_BYTES, Entry, Header, encodable, read_header
+from bitpress.checkpoint.side_files import check_side_file, choose_side_files, is_weight_file
 from bitpress.checkpoint.views import View
 from bitpress.errors import CheckpointError
 
@@ -55,7 +57,8 @@ class Checkpoint:
         config: the contents of `config.json`.
         headers: by file name, in the order in which the files are numbered.
         entries: every tensor by name, file by file, in the order of their bytes.
-        side_files: relative paths of the files that hold no weights.
+        side_files: relative paths of the other files that belong to it.
+        left_files: relative paths of those that do not, and are left where they are.
     """
 
     folder: Path
@@ -63,18 +66,33 @@ class Checkpoint:
     headers: Mapping[str, Header]
     entries: Mapping[str, Entry]
     side_files: tuple[str, ...]
+    left_files: tuple[str, ...] = ()
 
     @cached_property
     def model_config(self) -> ModelConfig:
         """What `config.json` says of the model."""
         return ModelConfig.from_json(self.config)
 
+    def with_side_files(self, names: Sequence[str]) -> Checkpoint:
+        """The checkpoint with further files that belong to it, weights left out.
 
-def open_checkpoint(folder: Path, config: Mapping[str, Any] | None = None) -> Checkpoint:
+        Raises:
+            CheckpointError: one cannot be copied.
+        """
+        further = [name for name in names if not is_weight_file(name)]
+        for name in further:
+            check_side_file(self.folder, self.folder / name)
+        return attrs.evolve(self, side_files=(*self.side_files, *further))
+
+
+def open_checkpoint(
+    folder: Path, config: Mapping[str, Any] | None = None, copy: Sequence[str] = ()
+) -> Checkpoint:
     """The tensors and files of a model folder, from headers alone.
 
     Args:
         config: stands in for a `config.json` that is not written yet.
+        copy: patterns of further files that belong to it.
 
     Raises:
         CheckpointError: it is not a model folder, or index, headers and files do not agree.
@@ -93,9 +111,8 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any] | None = None) -> Ch
             entries[entry.name] = entry
     if (folder / INDEX).is_file():
         _check_index(folder, entries)
-    return Checkpoint(
-        folder, config, headers, entries, tuple(list_side_files(folder, WEIGHT_SUFFIXES))
-    )
+    files = choose_side_files(folder, config, headers, copy)
+    return Checkpoint(folder, config, headers, entries, files.copied, files.left)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -297,37 +314,3 @@ class Reader:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             return self._descriptors[file]
-
-
-def list_side_files(folder: Path, weights: tuple[str, ...]) -> Iterator[str]:
-    """Relative paths of the files of a model folder, without those that end as weights do.
-
-    Raises:
-        CheckpointError: one cannot be copied.
-    """
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__pycache__")))
-        for name in sorted(files):
-            relative = (Path(root) / name).relative_to(folder)
-            if not name.startswith(".") and not name.endswith(weights):
-                _check_side_file(folder, folder / relative)
-                yield relative.as_posix()
-
-
-def _check_side_file(folder: Path, file: Path) -> None:
-    """Raise CheckpointError unless a file can be copied: regular, readable, and no link out of the
-    model folder, to a private key for example.
-
-    The Hub's cache keeps a model's files as links into the `blobs` beside its `snapshots`.
-    """
-    if not file.is_file() or not os.access(file, os.R_OK):
-        raise CheckpointError(
-            f"{file}: not a regular file that can be read; mend it or take it away"
-        )
-    real, home = file.resolve(), folder.resolve()
-    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
-    if not real.is_relative_to(home) and not real.is_relative_to(blobs):
-        raise CheckpointError(
-            f"{file}: a link that leads out of the model's folder, to {real}; put the file itself "
-            "there, if it belongs"
-        )

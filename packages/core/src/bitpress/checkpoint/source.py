@@ -58,6 +58,7 @@ def split_experts(checkpoint: Checkpoint) -> Source:
         checkpoint.headers,
         entries,
         checkpoint.side_files,
+        checkpoint.left_files,
         tuple(unsplit),
     )
 

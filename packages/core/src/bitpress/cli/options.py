@@ -155,6 +155,12 @@ recipe = combine(
         help="A TOML file that gives each layer its steps.",
     ),
     settings,
+    click.option(
+        "--copy",
+        metavar="PATTERN",
+        multiple=True,
+        help="Copy matching files of the model's folder too; may be repeated.",
+    ),
 )
 
 sequence_length = number("--sequence-length", "Tokens per sequence.", 512)

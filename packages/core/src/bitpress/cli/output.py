@@ -9,7 +9,7 @@ import attrs
 from attrs import frozen
 
 from bitpress.cli.scheme_output import unfavorable_findings
-from bitpress.cli.text import format_bytes, print_table, say, warn
+from bitpress.cli.text import format_bytes, print_table, say, say_what_is_left, warn
 
 if TYPE_CHECKING:
     from bitpress.output.manifest import Check, LayerRecord, Manifest
@@ -66,6 +66,7 @@ class CompressSummary:
             _print_check(manifest.check)
         for text in unfavorable_findings(self.plan):
             say(text)
+        say_what_is_left(self.plan.source.left_files)
         say(f"serve it: vllm serve {self.out}")
 
     def _print_calibration(self) -> None:

@@ -9,7 +9,7 @@ import attrs
 from attrs import frozen
 
 from bitpress.cli.scheme_output import USABLE, serves, unfavorable_findings
-from bitpress.cli.text import format_bytes, print_table, say, warn
+from bitpress.cli.text import format_bytes, print_table, say, say_what_is_left, warn
 from bitpress.schemes.hardware import DEVICES
 from bitpress.schemes.registry import Step
 
@@ -68,6 +68,7 @@ class PlanSummary:
             ],
             "shards": [{"name": shard.name, "bytes": shard.header.nbytes} for shard in plan.shards],
             "files": plan.file_sizes,
+            "not_copied": plan.source.left_files,
             "before": plan.source_bytes,
             "after": plan.output_bytes,
             "memory": requirements.memory,
@@ -148,6 +149,7 @@ def _print_sizes(plan: Plan) -> None:
         f"output  {sum(plan.file_sizes.values()):,} bytes in {len(plan.file_sizes)} files; beside "
         "them bitpress.json and README.md"
     )
+    say_what_is_left(plan.source.left_files)
 
 
 def _print_requirements(requirements: Requirements) -> None:

@@ -18,6 +18,9 @@ from bitpress.runtime.progress import Progress, ReportProgress, ignore_progress
 # Where the wish for JSON is kept in click's context.
 WANTS_JSON = "bitpress.wants_json"
 
+# Files that a line names.
+MAX_NAMES = 10
+
 
 class Summary(Protocol):
     """What a command has to say, for people and for scripts."""
@@ -72,6 +75,14 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         # what reads a pipe has no width
         width = None if Console().is_terminal else 200
         Console(width=width, markup=False, highlight=False, emoji=False).print(table)
+
+
+def say_what_is_left(names: Sequence[str]) -> None:
+    """A line on the files of a model's folder that are not copied, if there are any."""
+    if names:
+        num_hidden = len(names) - MAX_NAMES
+        more = f" and {num_hidden} more" if num_hidden > 0 else ""
+        say(f"not copied: {', '.join(names[:MAX_NAMES])}{more} (--copy PATTERN)")
 
 
 def format_bytes(num_bytes: int) -> str:

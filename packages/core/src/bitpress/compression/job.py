@@ -69,7 +69,7 @@ def prepare_job(
     """
     options = options or RunOptions()
     recipe_source.require_one()
-    source = open_checkpoint(resolve(model))
+    source = open_checkpoint(resolve(model), copy=recipe_source.copy)
     recipe = recipe_source.resolve(discover())
 
     # what headers can refuse is refused before texts are read

@@ -14,19 +14,21 @@ from bitpress.schemes.registry import Registry
 
 @frozen
 class RecipeSource:
-    """A scheme or a recipe file, and what is changed in it.
+    """A scheme or a recipe file, what is changed in it, and what is copied with it.
 
     Attributes:
         scheme: a scheme's name, or several joined by `+`.
         file: a TOML file; give this or `scheme`.
         settings: `[SCHEME.]OPTION=VALUE` texts, which override the recipe's options.
         ignore: patterns of layers to leave alone.
+        copy: patterns of files of the model's folder to copy, beside those that loaders read.
     """
 
     scheme: str | None = None
     file: Path | None = None
     settings: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    copy: tuple[str, ...] = ()
 
     def require_one(self) -> None:
         """Raise RecipeError unless there is either a scheme or a file."""
@@ -49,4 +51,5 @@ class RecipeSource:
             "--recipe": self.file,
             "--set": self.settings,
             "--ignore": self.ignore,
+            "--copy": self.copy,
         }
