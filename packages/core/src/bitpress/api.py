@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -343,6 +344,8 @@ def evaluate_model(
             tokenizer_source.config,
             options.trust_remote_code,
         )
+        for text in tokens.warnings:
+            warnings.warn(text, stacklevel=2)
         hidden_states_folder = evaluation.choose_folder(
             models, tokens.input_ids, options.max_memory, Path(tempfile.gettempdir())
         )

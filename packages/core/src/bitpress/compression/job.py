@@ -53,7 +53,8 @@ class Job:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know before starting."""
-        return self.plan.warnings + (self.calibration.warnings if self.calibration else ())
+        texts = [text for text in (self.calibration, self.check_text) if text]
+        return self.plan.warnings + tuple(line for text in texts for line in text.warnings)
 
 
 def prepare_job(

@@ -9,7 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from attrs import frozen
+
 from bitpress.errors import DataError, did_you_mean, first_line
+from bitpress.modeling.chat_templates import SkippedChatError
 
 # What the source is called where the user names none.
 DEFAULT_SOURCE = "the text that ships with bitpress"
@@ -31,8 +34,27 @@ Row: TypeAlias = tuple[str, Any]
 RenderChat: TypeAlias = Callable[[list[Any]], str]
 
 
-def read(source: str | None, max_characters: int | None, render: RenderChat) -> tuple[str, str]:
-    """The texts of a source joined by single newlines, and what to call the source.
+# Chats that are left out and named one by one.
+MAX_NAMED_CHATS = 3
+
+
+@frozen
+class Texts:
+    """What a source holds.
+
+    Attributes:
+        text: its texts, joined by single newlines.
+        source: what to call it.
+        warnings: what the user should know, such as which chats were left out.
+    """
+
+    text: str
+    source: str
+    warnings: tuple[str, ...] = ()
+
+
+def read(source: str | None, max_characters: int | None, render: RenderChat) -> Texts:
+    """The texts of a source.
 
     Args:
         source: a file, or the name of a dataset; None: the text that ships with bitpress.
@@ -43,20 +65,20 @@ def read(source: str | None, max_characters: int | None, render: RenderChat) -> 
     """
     if source is None:
         packed = resources.files("bitpress.modeling").joinpath("default.txt.xz").read_bytes()
-        return lzma.decompress(packed).decode()[:max_characters], DEFAULT_SOURCE
+        return Texts(lzma.decompress(packed).decode()[:max_characters], DEFAULT_SOURCE)
     file = Path(source)
     try:
         if not file.is_file():
-            name, text = source, _join(_dataset_rows(source), max_characters, render)
+            texts = _join(source, _dataset_rows(source), max_characters, render)
         elif file.suffix.lower() == ".txt":
-            name, text = file.name, _read_plain(file, max_characters)
+            texts = Texts(_read_plain(file, max_characters), file.name)
         else:
-            name, text = file.name, _join(_file_rows(file), max_characters, render)
+            texts = _join(file.name, _file_rows(file), max_characters, render)
     except OSError as e:
         raise DataError(f"{source}: {e.strerror or first_line(e)}") from None
-    if not text.strip():
-        raise DataError(f"{source}: it holds no text")
-    return text, name
+    if not texts.text.strip():
+        raise DataError("; ".join((f"{source}: it holds no text", *texts.warnings)))
+    return texts
 
 
 def _read_plain(file: Path, max_characters: int | None) -> str:
@@ -163,19 +185,29 @@ def _dataset_rows(source: str) -> Iterator[Row]:
         ) from None
 
 
-def _join(rows: Iterable[Row], max_characters: int | None, render: RenderChat) -> str:
+def _join(
+    source: str, rows: Iterable[Row], max_characters: int | None, render: RenderChat
+) -> Texts:
     texts: list[str] = []
+    skipped: list[str] = []
     # a newline less than there are texts
     num_characters, position = -1, ""
     limit = MAX_CHARACTERS + 1 if max_characters is None else max_characters
     for position, row in rows:
-        texts.append(_extract_text(position, row, render))
+        try:
+            texts.append(_extract_text(position, row, render))
+        except SkippedChatError as e:
+            skipped.append(f"{position}: the chat is left out: {e}")
+            continue
         num_characters += len(texts[-1]) + 1
         if num_characters >= limit:
             break
     text = "\n".join(texts)
     _check_size(text, position)
-    return text[:max_characters]
+    warnings = skipped[:MAX_NAMED_CHATS]
+    if len(skipped) > MAX_NAMED_CHATS:
+        warnings.append(f"{source}: {len(skipped) - MAX_NAMED_CHATS} more chats are left out")
+    return Texts(text[:max_characters], source, tuple(warnings))
 
 
 def _extract_text(position: str, row: Any, render: RenderChat) -> str:

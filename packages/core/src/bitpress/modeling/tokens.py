@@ -17,6 +17,7 @@ from torch import Tensor
 from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.errors import CheckpointError, DataError, first_line
 from bitpress.modeling import text_sources
+from bitpress.modeling.chat_templates import ChatRenderer
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import EvaluationConfig
 
@@ -62,12 +63,14 @@ class EvaluationText:
         target_ids: (sequences, length) int64.
         source: for people, a file's name or a dataset's.
         digest: SHA-256 of shape and ids of the inputs.
+        warnings: what the user should know, such as which chats were left out.
     """
 
     input_ids: Tensor
     target_ids: Tensor
     source: str
     digest: str
+    warnings: tuple[str, ...] = ()
 
 
 def load_evaluation_text(
@@ -92,13 +95,13 @@ def load_evaluation_text(
         raise DataError(f"{num_tokens} tokens in sequences of {length}: both are at least 1")
     tokenizer = _load_tokenizer(folder, trust_remote_code)
     # one more than is judged: each is judged by the token that follows it
-    tokens, name = _tokenize(CalibrationConfig(config.text), num_tokens + 1, tokenizer)
+    tokens, texts = _tokenize(CalibrationConfig(config.text), num_tokens + 1, tokenizer)
     _check_vocabulary(tokens, tokenizer, folder, model_config)
     tokens = tokens[: num_tokens + 1]
     if len(tokens) <= MIN_TOKENS:
         raise DataError(
-            f"{name}: it gives {len(tokens)} tokens, too few to judge a model by; give a longer "
-            "text"
+            f"{texts.source}: it gives {len(tokens)} tokens, too few to judge a model by; give a "
+            "longer text"
         )
 
     max_length = ModelConfig.from_json(model_config).max_position_embeddings or length
@@ -108,7 +111,7 @@ def load_evaluation_text(
         tokens[start : start + num_sequences * length].view(num_sequences, length)
         for start in (0, 1)
     )
-    return EvaluationText(input_ids, target_ids, name, _digest(input_ids))
+    return EvaluationText(input_ids, target_ids, texts.source, _digest(input_ids), texts.warnings)
 
 
 def load_calibration_data(
@@ -134,7 +137,7 @@ def load_calibration_data(
             config.
     """
     config.require_valid()
-    warnings = []
+    warnings: list[str] = []
     length = config.sequence_length
     max_length = ModelConfig.from_json(model_config).max_position_embeddings
     if max_length is not None and length > max_length:
@@ -144,7 +147,9 @@ def load_calibration_data(
         length = max_length
 
     tokenizer = _load_tokenizer(folder, trust_remote_code)
-    tokens, name = _tokenize(config, config.samples * length, tokenizer)
+    tokens, texts = _tokenize(config, config.samples * length, tokenizer)
+    name = texts.source
+    warnings += texts.warnings
     _check_vocabulary(tokens, tokenizer, folder, model_config)
     if len(tokens) < min(length, MIN_TOKENS):
         raise DataError(
@@ -174,38 +179,27 @@ def load_calibration_data(
     )
 
 
-def _tokenize(config: CalibrationConfig, num_tokens: int, tokenizer: Any) -> tuple[Tensor, str]:
-    """The tokens of the texts, and the source's name: all tokens, or with seed 0 the first ones, so
-    many or more where there are so many.
+def _tokenize(
+    config: CalibrationConfig, num_tokens: int, tokenizer: Any
+) -> tuple[Tensor, text_sources.Texts]:
+    """The tokens of the texts, and these: all tokens, or with seed 0 the first ones, so many or
+    more where there are so many.
     """
-
-    def render_chat(messages: list[Any]) -> str:
-        if not tokenizer.chat_template:
-            raise DataError(
-                "a chat, and the model's tokenizer has no chat template; give it as one text"
-            )
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as e:
-            # templates are programs, and raise what they like
-            raise DataError(
-                f"the tokenizer's chat template does not take these messages ({first_line(e)})"
-            ) from None
-
     # Where the first tokens are all that is needed, the beginning of the text is all that is read:
     # a tokenizer hardly looks further than a word ahead, so that they are the same, and nobody
     # waits for gigabytes to be tokenized for them.
-    num_tokens += SPARE_TOKENS
     max_characters = None if config.seed else CHARACTERS_PER_TOKEN * num_tokens
-    while True:
-        text, name = text_sources.read(config.source, max_characters, render_chat)
-        # a chat template writes the token that begins a sequence itself
-        has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        ids = tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
-        if max_characters is None or len(text) < max_characters or len(ids) >= num_tokens:
-            return torch.tensor(ids, dtype=torch.int64), name
-        # a text of uncommonly long tokens
-        max_characters *= 2
+    with ChatRenderer(tokenizer) as renderer:
+        while True:
+            texts = text_sources.read(config.source, max_characters, renderer.render)
+            text = texts.text
+            # a chat template writes the token that begins a sequence itself
+            has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+            ids = tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
+            if max_characters is None or len(text) < max_characters or len(ids) >= num_tokens:
+                return torch.tensor(ids, dtype=torch.int64), texts
+            # a text of uncommonly long tokens
+            max_characters *= CHARACTERS_PER_TOKEN
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
