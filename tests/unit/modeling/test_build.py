@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures.learner_scheme import runnable_model
+from huggingface_hub import constants
 from transformers.modeling_utils import PreTrainedModel
 
+from bitpress import CheckpointError
 from bitpress.checkpoint.reader import Checkpoint, open_checkpoint
 from bitpress.modeling.build import build_model
 
@@ -76,3 +79,32 @@ def test_a_kernel_that_a_part_of_a_config_names_is_not_fetched(
     config[part] = config[part] | KEYS[what]
     (checkpoint.folder / "config.json").write_text(json.dumps(config))
     assert implementations(checkpoint) <= {"sdpa", "eager", "grouped_mm", "None"}
+
+
+@pytest.mark.parametrize("model_type", ["detr", "mask2former"])
+def test_a_model_that_a_config_names_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    requests: list[str] = []
+
+    def resolve(host: str, *args: Any, **kwargs: Any) -> None:
+        requests.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    checkpoint = open_checkpoint(runnable_model(tmp_path / "model"))
+    classes = {"detr": "DetrForObjectDetection", "mask2former": "Mask2FormerModel"}
+    config = {
+        "model_type": model_type,
+        "architectures": [classes[model_type]],
+        "backbone": "stranger/model",
+        "use_pretrained_backbone": True,
+        "use_timm_backbone": False,
+        "backbone_config": None,
+    }
+    (checkpoint.folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="transformers cannot build the model"):
+        build_model(checkpoint, False)
+    assert requests == []
+    assert constants.HF_HUB_OFFLINE is False

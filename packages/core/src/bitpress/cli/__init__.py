@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -83,8 +84,9 @@ def _run_command() -> int:
 def _interrupts() -> Iterator[None]:
     """The first interrupt ends what runs inside, which tidies up; another one ends the process."""
     handler = signal.getsignal(signal.SIGINT)
-    # A shell may have had it ignored, and a program that calls this may have its own.
-    if handler is not signal.default_int_handler:
+    # A shell may have had it ignored, and a program that calls this may have its own, or threads.
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if handler is not signal.default_int_handler or not is_main_thread:
         yield
         return
     signal.signal(signal.SIGINT, _interrupt)

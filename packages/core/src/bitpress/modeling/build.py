@@ -34,15 +34,17 @@ def build_model(
             "tensors than that"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=trust_remote_code
-        )
-        for part in (config, config.get_text_config()):
-            # weights are given as they are computed with
-            part.__dict__.pop(KEY, None)
-        _choose_implementations(config)
-        with _parameters_on_meta():
-            model = _from_config(config, trust_remote_code, dtype)
+        # trusted code may lie in another repository
+        with contextlib.nullcontext() if trust_remote_code else _hub_closed():
+            config = transformers.AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=trust_remote_code
+            )
+            for part in (config, config.get_text_config()):
+                # weights are given as they are computed with
+                part.__dict__.pop(KEY, None)
+            _choose_implementations(config)
+            with _parameters_on_meta():
+                model = _from_config(config, trust_remote_code, dtype)
     except Exception as e:
         # whatever its parsers and its models raise for a config that is not what it says
         fact = re.sub(r"\s+", " ", str(e)).strip()
@@ -53,6 +55,21 @@ def build_model(
             f"{checkpoint.folder}: transformers cannot build the model: {fact[:300]}{hint}"
         ) from None
     return model.eval()
+
+
+@contextlib.contextmanager
+def _hub_closed() -> Iterator[None]:
+    """Nothing is fetched inside: a config may name another model, for example as the backbone of
+    its vision part, and transformers would load its weights.
+    """
+    from huggingface_hub import constants
+
+    was_closed = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_closed
 
 
 def _choose_implementations(config: Any) -> None:
