@@ -48,8 +48,8 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     shards, config = request.param
     folder = write_model(tmp_path / "model", llama_tensors(config=config) | UNKNOWN, config, shards)
-    (folder / "assets").mkdir()
-    (folder / "assets/voice.txt").write_bytes(b"\x00\xff")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/voice.jinja").write_bytes(b"\x00\xff")
     (folder / "generation_config.json").write_text("{}")
     (folder / ".gitattributes").write_text("of the place it came from")
     return folder
@@ -81,7 +81,11 @@ def test_every_other_file_of_the_source_is_carried_over(
 ) -> None:
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     before, after = files_of(model), files_of(tmp_path / "out")
-    for name in ("tokenizer_config.json", "generation_config.json", "assets/voice.txt"):
+    for name in (
+        "tokenizer_config.json",
+        "generation_config.json",
+        "additional_chat_templates/voice.jinja",
+    ):
         assert after[name] == before[name]
     ours = {"config.json", "bitpress.json", "README.md", "model.safetensors.index.json"}
     weights = {name for name in after if name.endswith(".safetensors")}
