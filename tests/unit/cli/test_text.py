@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
+import warnings
 
 import click
 import pytest
 
 from bitpress.cli.commands import app
-from bitpress.cli.text import print_table, progress_bars, say
+from bitpress.cli.text import print_table, printable_messages, progress_bars, say
 
 NAME = "a\x1b[31m[red]:smile:\x07\r"
 SHOWN = r"a\x1b[31m[red]:smile:\x07"
@@ -38,3 +40,18 @@ def test_a_line_and_a_table_show_a_name_as_it_is(capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert shown.count(SHOWN) == 2
     assert "\x1b" not in shown
+
+
+def test_what_libraries_log_and_warn_of_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+    log = io.StringIO()
+    logger = logging.getLogger("a library")
+    handler = logging.StreamHandler(log)
+    logger.addHandler(handler)
+    try:
+        with printable_messages():
+            logger.warning("two\nlines: %s", NAME)
+            shown = warnings.formatwarning(NAME, UserWarning, "file.py", 1, "line")
+    finally:
+        logger.removeHandler(handler)
+    assert log.getvalue() == f"two\nlines: {SHOWN}\\r\n"
+    assert shown == f"file.py:1: UserWarning: {SHOWN}\\r\n  line\n"

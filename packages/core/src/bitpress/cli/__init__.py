@@ -15,6 +15,7 @@ from types import FrameType
 import click
 
 from bitpress.cli.commands import app
+from bitpress.cli.text import printable_messages
 from bitpress.errors import (
     BitpressError,
     VerificationError,
@@ -42,7 +43,7 @@ def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2, a failed check
     exit code 1.
     """
-    with _interrupts():
+    with _interrupts(), printable_messages():
         code = _run_command()
     sys.exit(code)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -52,6 +54,34 @@ def show(summary: Summary) -> None:
 def say(text: str = "", end: str = "\n") -> None:
     """One line on standard output, whatever a stranger's names in it hold."""
     print(printable(text), end=end)
+
+
+class _PrintableRecord(logging.LogRecord):
+    """What a library logs."""
+
+    def getMessage(self) -> str:  # noqa: N802 (as logging calls it)
+        return _printable_lines(super().getMessage())
+
+
+@contextlib.contextmanager
+def printable_messages() -> Iterator[None]:
+    """Inside, what libraries log and warn of is text alone: they repeat a stranger's names too."""
+    make_record, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def format_printable_warning(*args: Any, **kwargs: Any) -> str:
+        return _printable_lines(format_warning(*args, **kwargs))
+
+    logging.setLogRecordFactory(_PrintableRecord)
+    warnings.formatwarning = format_printable_warning
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make_record)
+        warnings.formatwarning = format_warning
+
+
+def _printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def warn(texts: Iterable[str]) -> None:
