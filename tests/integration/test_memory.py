@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.cgroups import can_limit_memory, in_cgroup, limited_cgroup
 from fixtures.learner_scheme import CONFIG, runnable_model
 
 import bitpress
@@ -92,6 +93,76 @@ def test_a_run_keeps_to_what_it_said_it_would_need(tmp_path: Path, arguments: li
     done = limited(need + 1000, *words)
     assert done.returncode == 0, done.stderr
     assert int(done.stderr.split()[-1]) < need + 1000
+    assert (tmp_path / "out/config.json").exists()
+
+
+# A model whose tokens take much where they wait inside a block, and little else.
+WIDE_INPUTS = CONFIG | {
+    "hidden_size": 256,
+    "intermediate_size": 4096,
+    "head_dim": 64,
+    "num_hidden_layers": 2,
+}
+
+# What a container gives, in bytes: less than the run would take for speed on a machine.
+CONTAINER_BYTES = 1_300_000_000
+
+# A container that the system enforces, as far as it is not one: its limit is in the files of a
+# cgroup, whose usage is what is resident before the run.
+CONTAINED = LIMITED.replace(
+    "try:\n    cli.main()",
+    """
+import functools, pathlib
+from bitpress.runtime import cgroup
+root = pathlib.Path(sys.argv.pop(1))
+(root / "sys/fs/cgroup/memory.max").write_text(str(limit))
+(root / "sys/fs/cgroup/memory.current").write_text(str(resident))
+cgroup.available_memory = functools.partial(cgroup.available_memory, root)
+try:
+    cli.main()""",
+)
+
+
+def write_container(root: Path) -> Path:
+    """A folder with the files of a process that a container of cgroups v2 holds."""
+    for name, content in {
+        "proc/self/cgroup": "0::/",
+        "proc/self/mountinfo": "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw",
+        "sys/fs/cgroup/memory.stat": "inactive_file 0",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+def calibrated_words(folder: Path) -> list[object]:
+    """A calibrated run without --max-memory, its model made."""
+    torch.manual_seed(0)
+    tensors = llama_tensors(config=WIDE_INPUTS)
+    model = runnable_model(folder / "model", tensors, WIDE_INPUTS)
+    (folder / "text.txt").write_text(8 * ((folder / "text.txt").read_text() + " "))
+    words = ["compress", model, folder / "out", "--scheme", "fp8", "--set", "activations=static"]
+    words += ["--samples", 300, "--sequence-length", 96, "--calibration", folder / "text.txt"]
+    return [*words, "--threads", 1]
+
+
+def test_a_calibrated_run_keeps_to_what_a_container_s_files_say(tmp_path: Path) -> None:
+    words = calibrated_words(tmp_path)
+    root = write_container(tmp_path / "root")
+    done = python(CONTAINED, CONTAINER_BYTES, root, *words)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr.split()[-1]) < CONTAINER_BYTES
+
+
+@pytest.mark.skipif(not can_limit_memory(), reason="no cgroup can be made here")
+def test_a_calibrated_run_ends_well_in_a_container(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "bitpress", *map(str, calibrated_words(tmp_path))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with limited_cgroup(CONTAINER_BYTES) as group:
+        done = subprocess.run(
+            in_cgroup(group, words), env=environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/config.json").exists()
 
 
