@@ -143,7 +143,7 @@ def test_the_schemes_as_json(toy: Path) -> None:
 
 def test_a_plan_shows_stacks_sizes_and_memory_and_writes_nothing(toy: Path, model: Path) -> None:
     before = files_of(model), sorted(f.name for f in model.parent.iterdir())
-    done = command("plan", model, "--scheme", "toy", "--ignore", "*.layers.1.mlp.*", path=toy)
+    done = command("plan", model, "--scheme", "toy", "--ignore", "*.1.mlp.*", "--all", path=toy)
     assert (done.returncode, done.stderr) == (0, "")
     for stack in STACKS:
         assert (stack in done.stdout) == ("1.mlp" not in stack)
@@ -193,7 +193,7 @@ def test_inspect_shows_every_layer_with_bits_and_error(toy: Path, model: Path) -
     out = model.parent / "out"
     command("compress", model, out, "--scheme", "toy", path=toy)
     # which needs no scheme
-    done = command("inspect", out)
+    done = command("inspect", out, "--all")
     assert done.returncode == 0
     assert done.stdout.startswith(
         f"from model, by bitpress {version('bitpress-core')} with bitpress-scheme-toy 1.0\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -36,6 +37,9 @@ NUMBER = re.compile(r"[0-9]{1,6}")
 
 # A number that is a whole part of a name.
 INDEX_PART = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+# Runs of numbers that a name for people shows, `0-2,5`; of more it has a star.
+MAX_RUNS = 4
 
 # What stands for such a number.
 STAR = re.compile(r"\*")
@@ -132,10 +136,48 @@ def group_numbered(items: Iterable[tuple[str, T]]) -> list[tuple[str, T, int]]:
     """Items (name, value), of which those of one value whose names differ in numbers alone are one:
     its name, with stars for the numbers, its value, and how many they are.
     """
+    return [
+        (star(names[0]) if len(names) > 1 else names[0], value, len(names))
+        for names, value in _group_alike(items)
+    ]
+
+
+def collapse_numbered(items: Iterable[tuple[str, T]]) -> list[tuple[str, T, list[str]]]:
+    """The same for people: a name has ranges for the numbers and says how many they are, as in
+    `model.layers.0-31.mlp.up_proj x32`; then the value, and all names.
+    """
+    return [
+        (f"{_name_ranges(names)} x{len(names)}" if len(names) > 1 else names[0], value, names)
+        for names, value in _group_alike(items)
+    ]
+
+
+def _group_alike(items: Iterable[tuple[str, T]]) -> list[tuple[list[str], T]]:
+    """The names of items of one value that differ in numbers alone."""
     groups: dict[tuple[str, T], list[str]] = {}
     for name, value in items:
         groups.setdefault((star(name), value), []).append(name)
-    return [
-        (pattern if len(names) > 1 else names[0], value, len(names))
-        for (pattern, value), names in groups.items()
-    ]
+    return [(names, value) for (_, value), names in groups.items()]
+
+
+def _name_ranges(names: Sequence[str]) -> str:
+    """Names that differ in numbers alone as one; with stars where ranges would name others too, or
+    would be many.
+    """
+    columns = [sorted(set(map(int, column))) for column in zip(*map(numbers, names), strict=True)]
+    ranges = [_join_runs(column) for column in columns]
+    num_named = math.prod(map(len, columns))
+    if num_named != len(names) or any(text.count(",") >= MAX_RUNS for text in ranges):
+        return star(names[0])
+    return fill(star(names[0]), ranges)
+
+
+def _join_runs(indices: Sequence[int]) -> str:
+    """Ascending numbers as `0,2-5`."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -62,10 +62,12 @@ def schemes(name: str | None, device: str | None) -> None:
 @options.recipe
 @options.calibration_size(256)
 @options.deployment
+@options.lists_all
 @options.as_json
 @options.collect(recipe=RecipeSource, calibration=CalibrationConfig, deployment=options.Deployment)
 def plan(
     model: str,
+    lists_all: bool,
     recipe: RecipeSource,
     calibration: CalibrationConfig,
     deployment: options.Deployment,
@@ -90,7 +92,7 @@ def plan(
         time_estimate.estimate_seconds(shares, num_threads),
     )
     remarks = tuple(tensor_parallel.remarks(plan, deployment.tensor_parallel))
-    show(PlanSummary(plan, requirements, deployment.tensor_parallel, remarks))
+    show(PlanSummary(plan, requirements, deployment.tensor_parallel, remarks, lists_all))
 
 
 @app.command()
@@ -224,13 +226,14 @@ def evaluate(
 
 @app.command()
 @options.out
+@options.lists_all
 @options.as_json
-def inspect(out: Path) -> None:
+def inspect(out: Path, lists_all: bool) -> None:
     """Show the schemes, bits and errors of an output's layers."""
     with garbage_collection_paused():
         from bitpress import api
 
-    show(InspectSummary(api.inspect(out)))
+    show(InspectSummary(api.inspect(out), lists_all))
 
 
 @app.command()

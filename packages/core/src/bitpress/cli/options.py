@@ -128,6 +128,10 @@ as_json = click.option(
     help="Print one JSON document and nothing else.",
 )
 
+lists_all = click.option(
+    "--all", "lists_all", is_flag=True, help="List every layer, also those that are alike."
+)
+
 settings = combine(
     click.option(
         "--set",

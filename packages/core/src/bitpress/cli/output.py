@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from bitpress.cli.scheme_output import unfavorable_findings
 from bitpress.cli.text import format_bytes, print_table, say, say_what_is_left, warn
 
 if TYPE_CHECKING:
-    from bitpress.output.manifest import Check, LayerRecord, Manifest
+    from bitpress.output.manifest import Check, Manifest
     from bitpress.output.verify import VerificationReport
     from bitpress.planning.plan import Plan
 
@@ -144,28 +145,25 @@ class EvalSummary:
 
 @frozen(eq=False)
 class InspectSummary:
-    """What is inside an output."""
+    """What is inside an output.
+
+    Attributes:
+        lists_all: whether people see every layer, not those alike as one.
+    """
 
     manifest: Manifest
+    lists_all: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """The manifest, and bits per weight."""
         return self.manifest.as_json() | {"bits": self.manifest.bits}
 
     def print_text(self) -> None:
-        """A table of layers, and what was measured of the whole."""
+        """What was measured of the whole, and a table of layers."""
         manifest = self.manifest
         packages = ", ".join(manifest.schemes.values())
         say(f"from {manifest.source}, by bitpress {manifest.bitpress} with {packages}")
-
-        columns = ["layer", "steps", "bits per weight", "relative error"]
-        if any(layer.output_error is not None for layer in manifest.layers.values()):
-            columns.append("output error")
-        rows = [_layer_row(name, layer) for name, layer in manifest.layers.items()]
-        print_table(columns, [row[: len(columns)] for row in rows])
-        say()
-        say(f"{len(rows)} layers, {manifest.bits:.2f} bits per weight")
-
+        say(f"{len(manifest.layers)} layers, {manifest.bits:.2f} bits per weight")
         if manifest.blocks:
             drift = list(manifest.blocks.values())[-1]
             say(
@@ -175,16 +173,41 @@ class InspectSummary:
         if manifest.check:
             say("checked on ", end="")
             _print_check(manifest.check)
+        self._print_layers()
+
+    def _print_layers(self) -> None:
+        # it imports torch, which takes a second
+        from bitpress.checkpoint.layer_names import collapse_numbered
+
+        layers = self.manifest.layers
+        descriptions = {
+            name: (" + ".join(layer.steps), f"{layer.bits:.2f}") for name, layer in layers.items()
+        }
+        if self.lists_all:
+            groups = [(name, cells, [name]) for name, cells in descriptions.items()]
+        else:
+            groups = collapse_numbered(descriptions.items())
+        has_collapsed = len(groups) < len(layers)
+
+        largest = "largest " if has_collapsed else ""
+        columns = ["layers", "steps", "bits per weight", f"{largest}relative error"]
+        if any(layer.output_error is not None for layer in layers.values()):
+            columns.append(f"{largest}output error")
+        rows = []
+        for shown_name, cells, names in groups:
+            errors = (
+                _format_largest([layers[name].error for name in names]),
+                _format_largest([layers[name].output_error for name in names]),
+            )
+            rows.append((shown_name, *cells, *errors)[: len(columns)])
+        print_table(columns, rows)
+        if has_collapsed:
+            say("every layer by itself: --all")
 
 
-def _layer_row(name: str, layer: LayerRecord) -> tuple[str, ...]:
-    errors = (layer.error, layer.output_error)
-    return (
-        name,
-        " + ".join(layer.steps),
-        f"{layer.bits:.2f}",
-        *("-" if error is None else f"{error:.5f}" for error in errors),
-    )
+def _format_largest(errors: Sequence[float | None]) -> str:
+    measured = [error for error in errors if error is not None]
+    return f"{max(measured):.5f}" if measured else "-"
 
 
 def _print_check(check: Check) -> None:

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from bitpress.planning.tensor_parallel import Remark
     from bitpress.planning.time_estimate import RankWork
 
-# Stacks that are shown one by one; of more, those alike are shown with stars for their numbers.
-MAX_STACKS = 200
-
 
 @frozen
 class Requirements:
@@ -49,12 +46,14 @@ class PlanSummary:
     Attributes:
         tensor_parallel: ranks of the engine that will serve the result.
         remarks: what that engine will make of the layers.
+        lists_all: whether people see every layer and tensor, not those alike as one.
     """
 
     plan: Plan
     requirements: Requirements
     tensor_parallel: int
     remarks: tuple[Remark, ...]
+    lists_all: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Every layer and every byte."""
@@ -96,13 +95,13 @@ class PlanSummary:
         }
 
     def print_text(self) -> None:
-        """What is compressed and what is left alone, and why; sizes before and after, what the run
-        needs, and remarks.
+        """Sizes before and after and what the run needs; then what is compressed and what is left
+        alone, and why; and remarks.
         """
-        _print_layers(self.plan)
         _print_sizes(self.plan)
         _print_requirements(self.requirements)
         _print_serving(self.plan)
+        _print_layers(self.plan, self.lists_all)
         print_remarks(self.plan, self.plan.warnings, self.remarks)
 
 
@@ -116,33 +115,29 @@ def print_remarks(plan: Plan, warnings: Iterable[str], remarks: Iterable[Remark]
             warn([f"{remark.layers}{count}: {remark.finding.level}: {remark.finding.text}"])
 
 
-def _print_layers(plan: Plan) -> None:
+def _print_layers(plan: Plan, lists_all: bool) -> None:
     # it imports torch, which takes a second
-    from bitpress.checkpoint.layer_names import group_numbered
+    from bitpress.checkpoint.layer_names import collapse_numbered
 
-    cells = []
+    layers: list[tuple[str, tuple[str, ...]]] = []
     for stack in plan.stacks:
         steps = " + ".join(step.scheme.name for step in stack.steps)
         reason = plan.recipe.reason(next(iter(stack.members)))
-        cells.append((stack.name, (steps, f"{_mean_bits(stack):.2f}", reason)))
-    if len(cells) > MAX_STACKS:
-        rows = [(name, count, *row) for name, row, count in group_numbered(cells)]
-    else:
-        rows = [(name, 1, *row) for name, row in cells]
-    print_table(("layers", "count", "steps", "bits per weight", "why"), rows)
-    say()
-
-    copies = group_numbered((entry.name, reason) for entry, reason in plan.uncompressed)
-    print_table(
-        ("copied unchanged", "count", "why"),
-        [(name, count, reason) for name, reason, count in copies],
+        layers.append((stack.name, (steps, f"{_mean_bits(stack):.2f}", reason)))
+    copies = [(entry.name, (reason,)) for entry, reason in plan.uncompressed]
+    rows, copied_rows = (
+        [(name, *cells) for name, cells, *_ in (items if lists_all else collapse_numbered(items))]
+        for items in (layers, copies)
     )
-    num_layers = sum(len(stack.members) for stack in plan.stacks)
-    say()
-    say(f"{num_layers} layers compressed, {len(plan.uncompressed)} tensors copied unchanged")
+    print_table(("layers", "steps", "bits per weight", "why"), rows)
+    print_table(("copied unchanged", "why"), copied_rows)
+    if len(rows) + len(copied_rows) < len(layers) + len(copies):
+        say("every layer by itself: --all")
 
 
 def _print_sizes(plan: Plan) -> None:
+    num_layers = sum(len(stack.members) for stack in plan.stacks)
+    say(f"{num_layers} layers compressed, {len(plan.uncompressed)} tensors copied unchanged")
     before, after = plan.source_bytes, plan.output_bytes
     say(f"size    {format_bytes(before)} -> {format_bytes(after)} ({before / after:.2f}x smaller)")
     say(

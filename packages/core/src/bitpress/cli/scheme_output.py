@@ -108,13 +108,11 @@ class SchemeSummary:
         """A table of options, and one of findings with the devices that share them."""
         value = self.as_json()
         say(f"{value['name']} ({value['package']} {value['version']}): {value['summary']}")
-        say()
         rows = [
             (name, option["values"], option["default"], option["help"])
             for name, option in value["options"].items()
         ]
         print_table(("option", "values", "default", "what it sets"), rows)
-        say()
         devices: dict[tuple[str, str], list[str]] = {}
         for finding in value["hardware"]:
             devices.setdefault((finding["level"], finding["text"]), []).append(finding["device"])

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -22,6 +23,12 @@ WANTS_JSON = "bitpress.wants_json"
 
 # Files that a line names.
 MAX_NAMES = 10
+
+# Columns of a pipe, which has none.
+PIPE_WIDTH = 200
+
+# Columns of a terminal from which on the last column of a table may be folded, and to how many.
+FOLDING_WIDTH, FOLDED_WIDTH = 100, 40
 
 
 class Summary(Protocol):
@@ -91,20 +98,56 @@ def warn(texts: Iterable[str]) -> None:
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Columns of text; the last one is folded where the terminal is too narrow."""
+    """Columns of text, of which the last one may be folded; records where the terminal is too
+    narrow for that. Nothing is cut.
+    """
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
+
+    cells = [[printable_line(str(cell)) for cell in row] for row in rows]
+    if not cells:
+        return
+    is_terminal = Console().is_terminal
+    # what reads a pipe has no width
+    console = Console(
+        width=None if is_terminal else PIPE_WIDTH, markup=False, highlight=False, emoji=False
+    )
+    widths = [max(map(cell_len, column)) for column in zip(head, *cells, strict=True)]
+    if console.width >= FOLDING_WIDTH:
+        widths[-1] = min(widths[-1], FOLDED_WIDTH)
+    # rich sets three spaces between columns, and one at both ends
+    if sum(widths) + 3 * (len(widths) - 1) + 2 > console.width:
+        _print_records(head, cells, console.width)
+        return
 
     table = Table(*head, box=SIMPLE_HEAD, pad_edge=False)
     for column in table.columns[:-1]:
         column.no_wrap = True
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _print_records(head: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> None:
+    """A paragraph for each row, with a line for each cell, or several; the first, which names it,
+    stays whole.
+    """
+    indent = max(map(len, head)) + 2
     for row in rows:
-        table.add_row(*(printable_line(str(cell)) for cell in row))
-    if table.row_count:
-        # what reads a pipe has no width
-        width = None if Console().is_terminal else 200
-        Console(width=width, markup=False, highlight=False, emoji=False).print(table)
+        print()
+        print(f"{head[0]:{indent}}{row[0]}")
+        for name, cell in zip(head[1:], row[1:], strict=True):
+            lines = textwrap.wrap(
+                cell,
+                max(width - indent, FOLDED_WIDTH),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            text = f"\n{'':{indent}}".join(lines)
+            print(f"{name:{indent}}{text}")
+    print()
 
 
 def say_what_is_left(names: Sequence[str]) -> None:

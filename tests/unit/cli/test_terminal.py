@@ -1,0 +1,121 @@
+"""What commands show in a terminal: nothing that must be typed or that decides is cut."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from fixtures.toy_scheme import install_toy
+
+from bitpress.conformance.commands import command
+from bitpress.conformance.models import LLAMA, write_model
+
+LONG = "toy-of-a-name-that-fills-most-of-a-line-of-a-terminal"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+def write_deep_model(folder: Path) -> Path:
+    """A model of twelve blocks."""
+    return write_model(folder, config={**LLAMA, "num_hidden_layers": 12})
+
+
+def in_terminal(columns: int, *arguments: object, path: Path | None = None) -> str:
+    """What a command shows in a pseudo-terminal of so many columns, standard error included."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {
+        name: text for name, text in os.environ.items() if name not in ("COLUMNS", "LINES")
+    }
+    environment |= {"TERM": "xterm", "PYTHONPATH": str(path or "")}
+    argv = [sys.executable, "-m", "bitpress", *map(str, arguments)]
+    with subprocess.Popen(
+        argv, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+    ):
+        os.close(slave)
+        shown = b""
+        # Linux reports the end of a terminal as an error
+        with contextlib.suppress(OSError):
+            while piece := os.read(master, 65536):
+                shown += piece
+    os.close(master)
+    return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 99, 100, 120])
+def test_names_levels_and_findings_are_never_cut(tmp_path: Path, columns: int) -> None:
+    plugins = install_toy(tmp_path / "plugins")
+    (entry_points,) = plugins.glob("*.dist-info/entry_points.txt")
+    entry_points.write_text(entry_points.read_text().replace("toy =", f"{LONG} ="))
+    shown = in_terminal(columns, "schemes", path=plugins)
+    assert "…" not in shown
+    assert LONG in shown
+    assert "bitpress-scheme-toy 1.0" in shown
+    shown = in_terminal(columns, "schemes", LONG, path=plugins)
+    assert "…" not in shown
+    for words in ("levels", "whole number", "the largest code", "supported", "runs anywhere"):
+        assert words in shown
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_layers_of_plan_and_inspect_are_never_cut(toy: Path, model: Path, columns: int) -> None:
+    out = model.parent / "out"
+    command("compress", model, out, "--scheme", "toy", path=toy)
+    for words in (["plan", model, "--scheme", "toy"], ["inspect", out]):
+        shown = in_terminal(columns, *words, "--all", path=toy)
+        assert "…" not in shown
+        for i in (0, 1):
+            assert f"model.layers.{i}.mlp.down_proj" in shown
+            assert f"model.layers.{i}.self_attn.o_proj" in shown
+
+
+def test_a_narrow_terminal_has_records_of_lines_that_fit(toy: Path) -> None:
+    lines = in_terminal(80, "schemes", path=toy).splitlines()
+    assert lines[1:3] == ["scheme        toy", "package       bitpress-scheme-toy 1.0"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_rows_alike_are_one_after_the_summary(toy: Path, tmp_path: Path) -> None:
+    model = write_deep_model(tmp_path / "deep")
+    shown = command("plan", model, "--scheme", "toy", path=toy).stdout
+    lines = shown.splitlines()
+    (row,) = [line for line in lines if "down_proj" in line]
+    assert row.split()[:2] == ["model.layers.0-11.mlp.down_proj", "x12"]
+    assert "model.layers.0-11.input_layernorm.weight x12" in shown
+    assert lines[0].startswith("84 layers compressed, ")
+    assert lines[-1] == "every layer by itself: --all"
+    shown = command("plan", model, "--scheme", "toy", "--all", path=toy).stdout
+    assert shown.count("mlp.down_proj") == 12
+    assert "--all" not in shown
+
+
+def test_layers_that_are_missing_from_a_run_of_numbers_show(toy: Path, tmp_path: Path) -> None:
+    model = write_deep_model(tmp_path / "deep")
+    ignored = [f"--ignore=model.layers.{i}.mlp.down_proj" for i in (1, 2, 7)]
+    shown = command("plan", model, "--scheme", "toy", *ignored, path=toy).stdout
+    assert "model.layers.0,3-6,8-11.mlp.down_proj x9" in shown
+
+
+def test_inspect_shows_the_largest_error_of_layers_alike(toy: Path, model: Path) -> None:
+    out = model.parent / "out"
+    command("compress", model, out, "--scheme", "toy", path=toy)
+    errors = [
+        line.split()[-1]
+        for line in command("inspect", out, "--all").stdout.splitlines()
+        if "down_proj" in line
+    ]
+    shown = command("inspect", out).stdout.splitlines()
+    (row,) = [line.split() for line in shown if "down_proj" in line]
+    assert row[:2] == ["model.layers.0-1.mlp.down_proj", "x2"]
+    assert row[-1] == max(errors)
