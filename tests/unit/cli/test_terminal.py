@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import shlex
 import struct
 import subprocess
 import sys
@@ -119,3 +120,32 @@ def test_inspect_shows_the_largest_error_of_layers_alike(toy: Path, model: Path)
     (row,) = [line.split() for line in shown if "down_proj" in line]
     assert row[:2] == ["model.layers.0-1.mlp.down_proj", "x2"]
     assert row[-1] == max(errors)
+
+
+@pytest.mark.parametrize("words", [["schemes"], ["plan"], ["--help"]])
+@pytest.mark.parametrize("redirection", ["", "2>&1"])
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(
+    toy: Path, model: Path, words: list[str], redirection: str
+) -> None:
+    if words == ["plan"]:
+        words = ["plan", str(model), "--scheme", "toy", "--all"]
+    # the reader is gone before the first line
+    line = f"{{ sleep 0.2; {shlex.join([sys.executable, '-m', 'bitpress', *words])} {redirection}; "
+    line += "echo $? >&3; } 3>code | true"
+    done = subprocess.run(
+        ["sh", "-c", line],
+        cwd=toy.parent,
+        env={**os.environ, "PYTHONPATH": str(toy)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert (toy.parent / "code").read_text() == "141\n"
+
+
+def test_a_message_that_nobody_reads_ends_a_command_quietly(tmp_path: Path) -> None:
+    line = f"{{ sleep 0.2; {sys.executable} -m bitpress verify nothing; echo $? >&3; }} "
+    line += "2>&1 3>code | true"
+    subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True)
+    assert (tmp_path / "code").read_text() == "141\n"

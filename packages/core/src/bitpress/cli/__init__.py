@@ -6,11 +6,13 @@ import atexit
 import contextlib
 import gc
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import IO
 
 import click
 
@@ -39,12 +41,20 @@ OUT_OF_MEMORY_ADVICE = (
 INTERRUPTED = "interrupted; the same command resumes from the finished shards"
 
 
+# How a shell reports a command that wrote to a pipe which nobody reads any more: 128 + SIGPIPE.
+BROKEN_PIPE = 141
+
+
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2, a failed check
     exit code 1.
     """
     with _interrupts(), printable_messages():
-        code = _run_command()
+        try:
+            code = _run_command()
+        except BrokenPipeError:
+            code = BROKEN_PIPE
+            _discard_unread_output()
     sys.exit(code)
 
 
@@ -56,6 +66,7 @@ def _run_command() -> int:
     try:
         with app.make_context("bitpress", sys.argv[1:]) as context:
             app.invoke(context)
+        sys.stdout.flush()
     except VerificationError as e:
         for fault in e.faults[:NUM_FAULTS]:
             print(f"  {printable_line(str(fault))}", file=sys.stderr)
@@ -67,6 +78,9 @@ def _run_command() -> int:
     except KeyboardInterrupt:
         code = _fail(INTERRUPTED, 130)
     except OSError as e:
+        # as in `bitpress schemes | head -n 1`
+        if isinstance(e, BrokenPipeError) and any(map(_is_unread, (sys.stdout, sys.stderr))):
+            raise
         code = _fail(f"{e.filename or 'operating system'}: {e.strerror or e}")
     except click.ClickException as e:
         code = _fail(f"{e.format_message()} (bitpress --help)")
@@ -109,6 +123,26 @@ def _end_process(number: int, frame: FrameType | None) -> None:
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
     os.write(2, f"{show_cursor}bitpress: {INTERRUPTED}\n".encode())
     os._exit(130)
+
+
+def _is_unread(stream: IO[str]) -> bool:
+    """Whether a stream is a pipe whose reader is gone."""
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), select.POLLOUT)
+    except (OSError, ValueError):
+        # a program that calls this may have put something else in its place
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _discard_unread_output() -> None:
+    """Python writes what is left at exit, and would complain."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if _is_unread(stream):
+            os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _fail(message: str, code: int = 2) -> int:

@@ -127,7 +127,10 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         column.no_wrap = True
     for row in cells:
         table.add_row(*row)
-    console.print(table)
+    # rich itself would end the process where nobody reads a pipe any more
+    with console.capture() as capture:
+        console.print(table)
+    print(capture.get(), end="")
 
 
 def _print_records(head: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> None:
