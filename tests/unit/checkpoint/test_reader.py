@@ -4,6 +4,7 @@ in nothing unchecked.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -64,9 +65,14 @@ def test_a_file_written_here_is_what_the_library_reads(
         for entry in reversed(header.entries):
             writer.write(entry, originals[entry.name])
     assert (folder / "f").stat().st_size == header.nbytes
-    assert read_header(folder / "f") == header
+    written = read_header(folder / "f")
+    assert written.is_same_layout(header)
+    assert written.digests == {
+        name: hashlib.sha256(raw(tensor).numpy().tobytes()).hexdigest()
+        for name, tensor in originals.items()
+    }
     with safe_open(folder / "f", "pt") as f:
-        assert (f.metadata() or {}) == metadata
+        assert {k: v for k, v in f.metadata().items() if k != "sha256"} == metadata
     stored = load_file(folder / "f")
     assert stored.keys() == originals.keys()
     for name, tensor in originals.items():
@@ -108,18 +114,20 @@ def test_rows_are_read_alone(tmp_path: Path) -> None:
         assert torch.equal(torch.cat(list(reader.chunks(entry))), raw(weight))
 
 
-def test_rows_are_written_alone(tmp_path: Path) -> None:
+def test_a_tensor_is_written_piece_by_piece_and_its_digest_is_that_of_the_whole(
+    tmp_path: Path,
+) -> None:
     weight = torch.randn(40, 7)
     specs = {"weight": TensorSpec("F32", (40, 7)), "a": TensorSpec("F64", (3,))}
     header = lay_out(tmp_path / "f", specs, {})
+    entries = {entry.name: entry for entry in header.entries}
     with OutputFolder(tmp_path).shard("f", header) as writer:
-        for first in (30, 0, 10, 20):
-            writer.write_rows(
-                next(e for e in header.entries if e.name == "weight"),
-                first,
-                weight[first : first + 10],
-            )
+        writer.write_chunks(entries["weight"], weight.split(13))
+        writer.write(entries["a"], torch.zeros(3).double())
     assert torch.equal(load_file(tmp_path / "f")["weight"], weight)
+    digests = read_header(tmp_path / "f").digests
+    assert digests is not None
+    assert digests["weight"] == hashlib.sha256(weight.numpy().tobytes()).hexdigest()
 
 
 # --- headers that lie

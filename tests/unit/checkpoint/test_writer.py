@@ -17,7 +17,7 @@ from bitpress.checkpoint.filenames import LOCK
 from bitpress.checkpoint.lock import lock_folder
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.conformance.commands import command, refusal
-from bitpress.conformance.models import files_of, write_model
+from bitpress.conformance.models import files_of, llama_tensors, write_model
 from bitpress.errors import OutputError
 
 
@@ -39,8 +39,9 @@ def test_a_finished_output_a_file_and_the_source_itself_are_not_written_over(
     assert command("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
     written = files_of(out)
     (tmp_path / "file").write_text("mine")
+    other = write_model(tmp_path / "other", llama_tensors(seed=1))
+    assert "already holds a model" in refusal("compress", other, out, "--scheme", "toy", path=toy)
     for location, words in (
-        (out, "already holds a model"),
         (tmp_path / "file", "is a file"),
         (model, "source"),
         (model / "o", "source"),

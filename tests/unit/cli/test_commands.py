@@ -180,7 +180,7 @@ def test_a_plan_as_json_names_every_layer_and_every_byte(toy: Path, model: Path)
 def test_compress_says_how_much_smaller_how_near_and_how_to_serve(toy: Path, model: Path) -> None:
     done = command("compress", model, model.parent / "out", "--scheme", "toy", path=toy)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "0.71 MB -> 0.39 MB (1.81x smaller), 8.22 bits per weight" in done.stdout
+    assert "0.71 MB -> 0.39 MB (1.80x smaller), 8.22 bits per weight" in done.stdout
     assert "verified: 14 layers read back and compared with the source" in done.stdout
     assert done.stdout.endswith(f"serve it: vllm serve {model.parent / 'out'}\n")
     other = command(

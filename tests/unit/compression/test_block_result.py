@@ -11,6 +11,7 @@ RESULT = BlockResult(
     {"model.layers.0.input_layernorm.weight": {"rows": [1, -2]}},
     ["model.layers.0.mlp.up_proj: all its weights are zero"],
     {"model.layers.0.mlp.experts.0.up_proj": 3},
+    {"model.layers.0.mlp.up_proj": 0.2},
     {"model.layers.0": 0.5},
 )
 
@@ -20,4 +21,11 @@ def test_a_result_comes_back_from_its_json() -> None:
 
 
 def test_its_keys_are_those_that_an_interrupted_run_has_written() -> None:
-    assert list(RESULT.as_json()) == ["errors", "rescaled", "warnings", "blocks", "tokens"]
+    assert list(RESULT.as_json()) == [
+        "errors",
+        "rescaled",
+        "warnings",
+        "rounding_errors",
+        "blocks",
+        "tokens",
+    ]

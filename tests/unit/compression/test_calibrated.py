@@ -388,6 +388,45 @@ def test_a_run_that_ends_half_way_goes_on_and_writes_the_same_bytes(
     assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
 
 
+DATED = (
+    "{% for m in messages %}{% for i in range(40) %}"
+    "w{{ strftime_now('%f') | int % 96 }} {{ m.content }} {% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("is_text_changed", [False, True])
+def test_a_run_whose_chat_template_writes_the_date_goes_on_with_the_tokens_that_it_began_with(
+    tmp_path: Path, learner: Path, is_text_changed: bool
+) -> None:
+    # the template writes microseconds in place of a day
+    source = runnable_model(tmp_path / "m")
+    config = source / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": DATED}))
+    chats, deadly = tmp_path / "chats.jsonl", tmp_path / "kill.7"
+    chat = json.dumps({"messages": [{"role": "user", "content": "w1 w2 w3"}]})
+    chats.write_text(f"{chat}\n" * 50)
+    words = ["compress", source, tmp_path / "o", *HEAD, "--calibration", chats]
+    words += ["--set", f"deadly={deadly}"]
+    assert ForkedCommand(*words, path=learner).wait(timeout=120) == -signal.SIGKILL
+    before = {file.name: file.read_bytes() for file in (tmp_path / "o").glob("*.safetensors")}
+    assert len(before) == 2
+
+    if is_text_changed:
+        chats.write_text(f"{chat}\n" * 51)
+    again = ForkedCommand(*words, path=learner)
+    _, error = again.communicate(timeout=120)
+    if is_text_changed:
+        assert again.returncode == 2
+        assert "of the text 1 was" in error
+        return
+    assert again.returncode == 0, error
+    assert "the model's chat template writes the date" in error
+    for name, data in before.items():
+        assert (tmp_path / "o" / name).read_bytes() == data
+    assert not (tmp_path / "o/.bitpress.tokens").exists()
+    assert command("verify", tmp_path / "o", "--against", source, path=learner).returncode == 0
+
+
 def test_numbers_that_the_model_itself_makes_infinite_are_named(
     tmp_path: Path, learner: Path
 ) -> None:

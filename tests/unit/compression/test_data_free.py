@@ -152,7 +152,7 @@ def test_the_plan_is_exactly_what_is_written(tmp_path: Path, with_toy: Path, mod
     )
     for shard in plan.shards:
         assert shard.header.nbytes == len(written[shard.name])
-        assert read_header(tmp_path / "out" / shard.name).raw == shard.header.raw
+        assert read_header(tmp_path / "out" / shard.name).is_same_layout(shard.header)
     assert json.loads(written["config.json"]) == plan.config
 
 
@@ -168,9 +168,12 @@ def test_the_manifest_holds_sizes_digests_bits_and_errors(
         assert manifest[key].keys() == names
         for name in names:
             data = (folder / name).read_bytes()
+            is_shard = key == "files" and name.endswith(".safetensors")
+            header = data[: 8 + int.from_bytes(data[:8], "little")]
             assert manifest[key][name] == {
                 "bytes": len(data),
                 "sha256": hashlib.sha256(data).hexdigest(),
+                "header": hashlib.sha256(header).hexdigest() if is_shard else None,
             }
     assert manifest["schemes"] == {"toy": "bitpress-scheme-toy 1.0"}
     assert manifest["recipe"]["layers"][0]["steps"] == [{"use": "toy", "levels": 63, "multiple": 1}]
@@ -336,3 +339,51 @@ def test_json_is_one_document_and_nothing_else(tmp_path: Path, toy: Path) -> Non
     assert documents["inspect"]["layers"] == documents["compress"]["layers"]
     errors = {n: e["error"] for n, e in documents["inspect"]["layers"].items()}
     assert documents["verify"] == {"ok": True, "faults": [], "errors": errors, "remarks": []}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_copied_weight_that_is_not_finite_is_refused(
+    tmp_path: Path, with_toy: Path, name: str, value: float
+) -> None:
+    tensors = llama_tensors()
+    tensors[name][7, 5] = value
+    model = write_model(tmp_path / "model", tensors)
+    with pytest.raises(bitpress.CheckpointError, match=f"{name} holds NaN or infinity"):
+        bitpress.compress(model, tmp_path / "out", scheme="toy")
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_mask_that_is_copied_may_be_infinite(tmp_path: Path, with_toy: Path) -> None:
+    mask = torch.full((4, 4), -torch.inf).triu(1)
+    model = write_model(tmp_path / "model", {**llama_tensors(), "model.mask": mask})
+    bitpress.compress(model, tmp_path / "out", scheme="toy")
+    assert torch.equal(tensors_of(tmp_path / "out")["model.mask"], mask)
+
+
+def test_a_weight_near_the_largest_number_has_an_error_that_is_a_number(
+    tmp_path: Path, with_toy: Path
+) -> None:
+    tensors = llama_tensors()
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.weight"][3, 4] = 3e38
+    model = write_model(tmp_path / "model", tensors)
+    manifest = bitpress.compress(model, tmp_path / "out", scheme="toy")
+    restored = tensors_of(tmp_path / "out")
+    weight = tensors[f"{name}.weight"].double()
+    distance = restored[f"{name}.weight"] * restored[f"{name}.weight_scale"] - weight
+    assert manifest.layers[name].error == pytest.approx(float(distance.norm() / weight.norm()))
+    for file in ("bitpress.json", "README.md"):
+        assert "nan" not in (tmp_path / "out" / file).read_text().lower()
+
+
+@pytest.mark.parametrize("where", ["", "text_config"])
+def test_a_model_without_the_head_that_its_config_asks_for_is_refused(
+    tmp_path: Path, with_toy: Path, where: str
+) -> None:
+    tensors = llama_tensors()
+    del tensors["lm_head.weight"]
+    config = {**LLAMA, where: {"tie_word_embeddings": False}} if where else LLAMA
+    model = write_model(tmp_path / "model", tensors, config)
+    with pytest.raises(bitpress.CheckpointError, match=r"no lm_head\.weight"):
+        bitpress.plan(model, scheme="toy")

@@ -293,6 +293,52 @@ def test_a_run_that_died_while_it_tidied_up_is_tidied_up(tmp_path: Path, toy: Pa
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
+# --- the same command once more
+# ----------------------------------------------------------------------
+
+
+def test_a_run_that_has_finished_is_finished_when_it_is_started_again(
+    tmp_path: Path, toy: Path
+) -> None:
+    words = ["compress", write_model(tmp_path / "model"), tmp_path / "out", "--scheme", "toy"]
+    assert command(*words, path=toy).returncode == 0
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    done = command(*words, path=toy)
+    assert done.returncode == 0
+    assert "is finished already: the same run wrote it" in done.stderr
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
+
+
+FINISHED_OTHERWISE = {
+    "another recipe": lambda model, out: ["--set", "levels=7"],
+    "another source": lambda model, out: write_model_again(model, seed=1),
+    "another tokenizer": lambda model, out: (model / "tokenizer_config.json").write_text("{}"),
+    "a file cut short": lambda model, out: os.truncate(out / "model.safetensors", 9000),
+    "a changed manifest": lambda model, out: append(out / "bitpress.json", " "),
+}
+
+
+def write_model_again(model: Path, seed: int) -> None:
+    shutil.rmtree(model)
+    write_model(model, llama_tensors(seed))
+
+
+def append(file: Path, text: str) -> None:
+    file.write_text(file.read_text() + text)
+
+
+@pytest.mark.parametrize("change", FINISHED_OTHERWISE)
+def test_an_output_that_another_run_would_make_is_not_taken_for_finished(
+    tmp_path: Path, toy: Path, change: str
+) -> None:
+    model, out = write_model(tmp_path / "model"), tmp_path / "out"
+    words = ["compress", model, out, "--scheme", "toy"]
+    assert command(*words, path=toy).returncode == 0
+    more = FINISHED_OTHERWISE[change](model, out)
+    line = refusal(*words, *(more if isinstance(more, list) else []), path=toy)
+    assert "already holds a model" in line
+
+
 # --- the source while the run lasts
 # ----------------------------------------------------------------------
 

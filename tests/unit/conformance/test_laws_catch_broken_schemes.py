@@ -240,6 +240,16 @@ BROKEN = {
         "within_the_bound",
         "`error_bound` is smaller than",
     ),
+    "moves weights as far as zeros are": (
+        [(ROUND, ROUND + ".flip(1)"), ("* 0.501", "* 1e9")],
+        "a_damage_to_what_is_stored",
+        "a run would take that for damage",
+    ),
+    "stores what nothing reads": (
+        [('tensors = {"weight": ', 'tensors = {"spare": layer.codes.float(), "weight": ')],
+        "destroyed_codes",
+        "where spare is zero, nothing finds it",
+    ),
     "forgets what inputs become": (
         rounding("pass")[:1],
         "says_of_activations",

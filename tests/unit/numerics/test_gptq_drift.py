@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import warnings
 
 import numpy as np
 import pytest
@@ -45,6 +46,23 @@ def test_of_much_data_the_correction_is_the_least_squares_solution(has_residual:
     np.testing.assert_allclose(corrected.numpy(), expected, atol=0.02)
     error_before, error_after = target - inputs @ weight.T, target - inputs @ corrected.T
     assert error_after.norm() < 0.02 * error_before.norm()
+
+
+def test_a_row_that_would_move_by_more_than_its_norm_is_left_alone_with_a_warning() -> None:
+    weight, x = draw(ROWS, WIDTH, seed=1), draw(20_000, WIDTH, seed=2)
+    residual = 1e-3 * x @ draw(WIDTH, ROWS, seed=3)
+    residual[:, :3] *= 1e6
+    with pytest.warns(UserWarning, match=f"3 of its {ROWS} rows would move by more than"):
+        moved = (correct_weight(weight, x, x, residual) - weight).norm(dim=1)
+    assert (moved[:3] == 0).all()
+    assert (moved[3:] > 0).all()
+
+
+def test_where_nothing_has_drifted_nothing_is_moved_or_warned_of() -> None:
+    weight, x = draw(ROWS, WIDTH, seed=1), draw(200, WIDTH, seed=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(correct_weight(weight, x, x), weight)
 
 
 @pytest.mark.parametrize("tokens", [8, 100, 3000])

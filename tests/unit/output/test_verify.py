@@ -4,7 +4,6 @@ sound one is passed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -13,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures.signed_manifest import sign
+from fixtures.signed_manifest import change_tensors, forge, sign
 from fixtures.toy_scheme import TOY, install_toy
 from hypothesis import HealthCheck, given, settings, strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import bitpress
 from bitpress.conformance.commands import command, install, plugins, refusal
@@ -66,26 +65,11 @@ def copy(outputs: Path, name: str, to: Path) -> Path:
     return to
 
 
-def mend_digests(out: Path) -> None:
-    """Write the sizes and digests of the files as they are into the manifest, as one who hides a
-    damage would.
-    """
-    manifest = json.loads((out / "bitpress.json").read_text())
-    stored = {name: data for name, data in files_of(out).items() if name != "bitpress.json"}
-    manifest["files"] = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in stored.items()
-    }
-    sign(out, manifest)
-
-
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     """A damage to the tensors of the output's one file."""
 
     def damage(out: Path) -> None:
-        stored = load_file(out / FILE)
-        change(stored)
-        save_file(stored, out / FILE, metadata={"format": "pt"})
+        change_tensors(out / FILE, change)
 
     return damage
 
@@ -216,6 +200,51 @@ FORGED = {
 }
 
 
+# what is added, removed or changed beside the weights, and what is named
+BESIDE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "a chat template is added": (
+        lambda out: (out / "chat_template.jinja").write_text("{{ 1 }}"),
+        ["chat_template.jinja", "not written by the run"],
+    ),
+    "code is added": (
+        lambda out: (out / "modeling_x.py").write_text("import os"),
+        ["modeling_x.py", "not written by the run"],
+    ),
+    "a pickle is added": (
+        lambda out: (out / "pytorch_model.bin").write_bytes(b"x"),
+        ["pytorch_model.bin", "not written by the run"],
+    ),
+    "weights are added in a subfolder": (
+        lambda out: [(out / "more").mkdir(), (out / "more/model.safetensors").write_bytes(b"x")],
+        ["more/model.safetensors", "not written by the run"],
+    ),
+    "a folder is linked": (
+        lambda out: (out / "more").symlink_to(out.parent),
+        ["more", "not written by the run"],
+    ),
+    "the tokenizer differs": (
+        lambda out: (out / "tokenizer_config.json").write_text("{}"),
+        ["tokenizer_config.json", "not the source's"],
+    ),
+    "the tokenizer is gone": (
+        lambda out: (out / "tokenizer_config.json").unlink(),
+        ["tokenizer_config.json", "missing"],
+    ),
+    "the config has another rope_theta": (
+        table("config.json", lambda config: config.update(rope_theta=1.0)),
+        ["config.json", "its rope_theta is not the source's"],
+    ),
+    "the config names code": (
+        table("config.json", lambda config: config.update(auto_map={"AutoModel": "x.Y"})),
+        ["config.json", "its auto_map is not the source's"],
+    ),
+    "the config lacks a key": (
+        table("config.json", lambda config: config.pop("rms_norm_eps")),
+        ["config.json", "its rms_norm_eps is not the source's"],
+    ),
+}
+
+
 def found_at_fault(outputs: Path, out: Path, *arguments: object) -> str:
     """What `verify` says: exit code 1, the faults and a last line with their number on standard
     error.
@@ -234,10 +263,33 @@ def test_a_damage_is_found_in_what_is_stored_even_where_the_digests_agree(
     damage, words = FORGED[what]
     out = copy(outputs, "out", tmp_path / "out")
     damage(out)
-    mend_digests(out)
+    forge(out)
     messages = found_at_fault(outputs, out, "--against", outputs / "model")
     for word in words:
         assert word in messages
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_was_changed_beside_the_weights_is_found_even_where_the_digests_agree(
+    outputs: Path, tmp_path: Path, what: str
+) -> None:
+    damage, words = BESIDE[what]
+    out = copy(outputs, "out", tmp_path / "out")
+    damage(out)
+    forge(out)
+    messages = found_at_fault(outputs, out, "--against", outputs / "model")
+    for word in words:
+        assert word in messages
+
+
+@pytest.mark.parametrize("name", [".gitattributes", ".cache/x", "model.sig"])
+def test_what_no_loader_reads_may_lie_beside_an_output(
+    outputs: Path, with_plugins: None, tmp_path: Path, name: str
+) -> None:
+    out = copy(outputs, "out", tmp_path / "out")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("x")
+    assert not bitpress.verify(out, against=outputs / "model").faults
 
 
 def zero_a_byte(out: Path) -> None:
@@ -374,7 +426,7 @@ def test_every_step_is_asked_whether_its_promise_is_kept(outputs: Path, tmp_path
     out = copy(outputs, "out", tmp_path / "out")
     assert command("verify", out, path=strict).returncode == 0
     tensors(lambda t: t[f"{LAYER}.weight_scale"][7].mul_(1000))(out)
-    mend_digests(out)
+    forge(out)
     done = command("verify", out, path=strict)
     assert done.returncode == 1
     assert f"{LAYER}: toy: too large" in done.stderr
@@ -400,7 +452,7 @@ def test_a_bound_that_is_no_number_somewhere_hides_no_damage_elsewhere(
     out = copy(outputs, "out", tmp_path / "out")
     assert command("verify", out, "--against", outputs / "model", path=plugin).returncode == 0
     tensors(flip_a_code)(out)
-    mend_digests(out)
+    forge(out)
     done = command("verify", out, "--against", outputs / "model", path=plugin)
     assert done.returncode == 1
     assert f"{LAYER}: a stored weight is {FAR}" in done.stderr
@@ -418,19 +470,30 @@ def test_faults_are_told_as_json_too(outputs: Path, tmp_path: Path) -> None:
     assert [fault.split(":")[0] for fault in document["faults"]] == [FILE, LAYER]
 
 
-def test_what_was_written_without_digests_is_said_to_have_none(
+def test_what_was_written_without_proof_has_digests_all_the_same(
+    outputs: Path, with_plugins: None, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    bitpress.compress(outputs / "model", out, scheme="toy", verify=False)
+    assert not bitpress.verify(out).faults
+    manifest = json.loads((out / "bitpress.json").read_text())
+    assert manifest["files"][FILE]["sha256"] is None
+    change_a_byte = bytearray((out / FILE).read_bytes())
+    change_a_byte[-100] ^= 1
+    (out / FILE).write_bytes(change_a_byte)
+    assert [fault.subject for fault in bitpress.verify(out).faults] == [FILE]
+
+
+def test_what_an_earlier_version_wrote_without_digests_is_said_to_have_none(
     outputs: Path, tmp_path: Path
 ) -> None:
-    command(
-        "compress",
-        outputs / "model",
-        tmp_path / "out",
-        "--scheme",
-        "toy",
-        "--no-verify",
-        path=outputs / "plugins",
-    )
-    done = command("verify", tmp_path / "out", "--json", path=outputs / "plugins")
+    out = copy(outputs, "out", tmp_path / "out")
+
+    def forget_digests(manifest: dict[str, Any]) -> None:
+        manifest["files"][FILE] = {"bytes": manifest["files"][FILE]["bytes"]}
+
+    forge(out, forget_digests)
+    done = command("verify", out, "--json", path=outputs / "plugins")
     assert done.returncode == 0
     assert "no digests" in done.stderr
     assert "no digests" in json.loads(done.stdout)["remarks"][0]

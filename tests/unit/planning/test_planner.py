@@ -148,6 +148,7 @@ def test_layers_that_an_engine_knows_by_one_name_get_one_scheme(tmp_path: Path, 
         for block in (0, 1)
     }
     config = LLAMA | {"architectures": ["AriaForConditionalGeneration"]}
+    config |= {"tie_word_embeddings": True}
     model = write_model(tmp_path / "model", layers, config)
     line = refusal("plan", model, "--scheme", "toy", "--ignore", "*.0.*", path=toy)
     assert "are one to vLLM" in line

@@ -70,14 +70,12 @@ def test_every_device_has_stacks_and_the_bytes_are_those_of_one(
         data_free.compress_stack,
     )
 
-    def on(
-        stack: Stack, reader: Reader, device: torch.device
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def on(stack: Stack, reader: Reader, device: torch.device, is_proved: bool) -> Iterator[object]:
         if next(number) < len(CPUS):
             # or one thread might be done before another has begun
             meet.wait(60)
         used.add(device)
-        yield from compress_stack(stack, reader, device)
+        yield from compress_stack(stack, reader, device, is_proved)
 
     monkeypatch.setattr(data_free, "compress_stack", on)
     monkeypatch.setattr(run, "find_all_devices", lambda name: CPUS)

@@ -44,7 +44,7 @@ SIGNATURES = {
         "dequantize": "tensors config",
         "quantize_activations": "inputs tensors config",
         "validate_weight": "weight options",
-        "error_bound": "tensors config",
+        "error_bound": "tensors config weight bound options",
     },
 }
 

@@ -25,11 +25,13 @@ from bitpress.modeling.tokens import load_evaluation_text
 from bitpress.output import (
     compressed_model,
     evaluate as evaluation,
+    file_proof,
     manifest as manifests,
     verify as verification,
 )
 from bitpress.output.decompress import write_dense
 from bitpress.output.engine_check import find_engine_faults
+from bitpress.output.file_proof import Workers
 from bitpress.output.manifest import Check, Manifest, read_manifest
 from bitpress.output.report.page import DOCTYPE, render_page
 from bitpress.output.written_model import WrittenModel
@@ -222,30 +224,32 @@ def verify(
     if against is not None:
         resolved = resolve_source(open_checkpoint(resolve(against)))
         source = fuse_uncompressed_experts(resolved, manifest.layers)
-    file_faults = tuple(verification.verify_files(manifest.files, folder, num_threads))
-    try:
-        checkpoint = open_checkpoint(folder)
-    except CheckpointError as e:
-        return verification.VerificationReport((*file_faults, Fault("", str(e))), {})
-
-    num_bytes = sum(header.nbytes for header in checkpoint.headers.values())
+    # files are read, and then their layers
+    num_bytes = sum(2 * record.bytes for name, record in manifest.files.items() if record.header)
+    workers = Workers(num_threads, progress("verifying", num_bytes))
     with torch_threads(1):
-        report = verification.verify_tensors(
-            _read_written(manifest, checkpoint),
-            source,
-            num_threads,
-            progress("verifying", num_bytes),
-        )
-    remarks: tuple[str, ...] = ()
-    if any(file.sha256 is None for file in manifest.files.values()):
-        remarks = (
-            "it was written with --no-verify: there are no digests by which a changed byte would "
-            "be found",
-        )
-    faults = file_faults + report.faults
+        _, faults = file_proof.verify_files(manifest.files, folder, workers)
+        faults += file_proof.find_added_files(manifest.files, folder)
+        try:
+            checkpoint = open_checkpoint(folder)
+        except CheckpointError as e:
+            return verification.VerificationReport((*faults, Fault("", str(e))), {})
+        written = _read_written(manifest, checkpoint)
+        report = verification.verify_tensors(written, source, workers)
+        if source is not None:
+            faults += file_proof.find_source_differences(
+                manifest.files, folder, checkpoint.config, source
+            )
+    faults += report.faults
     if engine and not faults:
-        faults = tuple(find_engine_faults(folder))
-    return attrs.evolve(report, faults=faults, remarks=remarks)
+        faults += find_engine_faults(folder)
+    remarks: tuple[str, ...] = ()
+    if any(file.sha256 is None and file.header is None for file in manifest.files.values()):
+        remarks = (
+            "it was written with --no-verify by an earlier version: there are no digests by which "
+            "a changed byte would be found",
+        )
+    return attrs.evolve(report, faults=tuple(dict.fromkeys(faults)), remarks=remarks)
 
 
 def inspect(out: str | Path) -> Manifest:

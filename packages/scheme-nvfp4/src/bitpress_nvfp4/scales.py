@@ -42,6 +42,12 @@ SMALLEST_LOCAL_SCALE = 2.0**-9
 SPAN, TOP_SPAN = 12.0, 10.5
 
 
+# How far beyond 6 a weight may be clipped, in units of its scale: the smallest scale that is tried
+# is 9/16 of a power of two, of which the group's largest weight is less than twelve; and rounded to
+# E4M3's smallest numbers, a scale may lose a third.
+MAX_CLIPPED = 12 * 16 / 9 * 1.5 - 6
+
+
 @frozen(eq=False)
 class Grid:
     """E2M1 numbers times scales.

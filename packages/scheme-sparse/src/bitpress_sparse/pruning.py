@@ -155,6 +155,28 @@ def validate_weight(weight: Tensor, options: PruningOptions) -> str | None:
     return f"{num_nonzero} of {group_size} neighbors are not zero, where at most {num_kept} may be"
 
 
+@hookimpl
+def error_bound(weight: Tensor, bound: Tensor | None, options: PruningOptions) -> Tensor | None:
+    """What steps after this one may have moved; for weights that are not kept, the least of those
+    that are, in their group. With data, weights are moved on purpose.
+    """
+    import torch
+
+    if options.calibrated:
+        return None
+    width = weight.shape[1]
+    moved = torch.zeros_like(weight) if bound is None else bound.expand(weight.shape)
+    groups, moved_groups = (x.reshape(-1, options.group_size(width)) for x in (weight.abs(), moved))
+    is_kept = groups != 0
+    smallest = (groups + moved_groups).masked_fill(~is_kept, torch.inf).amin(1, keepdim=True)
+    # Where fewer are not zero than are kept, some were so small that a later step made zeros of
+    # them: what was not kept is smaller still.
+    is_full = is_kept.sum(1, keepdim=True) == options.num_kept(width)
+    moved_zeros = moved_groups.masked_fill(is_kept, 0.0).amax(1, keepdim=True)
+    smallest = torch.where(is_full, smallest, moved_zeros)
+    return torch.where(is_kept, moved_groups, smallest.maximum(moved_groups)).view_as(weight)
+
+
 def _prune(
     target: Tensor,
     candidates: Tensor,

@@ -12,6 +12,7 @@ from bitpress import Finding, Hardware, ShapeError, hookimpl
 from bitpress_sparse.pruning import (
     PruningOptions,
     dequantize,
+    error_bound,
     findings,
     observe,
     pack,
@@ -23,6 +24,7 @@ from bitpress_sparse.pruning import (
 __all__ = [
     "Options",
     "dequantize",
+    "error_bound",
     "observe",
     "pack",
     "quantize",

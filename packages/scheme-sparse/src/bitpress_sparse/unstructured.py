@@ -15,6 +15,7 @@ from bitpress_sparse.pruning import (
     ALGORITHM,
     PruningOptions,
     dequantize,
+    error_bound,
     findings,
     observe,
     pack,
@@ -26,6 +27,7 @@ from bitpress_sparse.pruning import (
 __all__ = [
     "Options",
     "dequantize",
+    "error_bound",
     "observe",
     "pack",
     "quantize",

@@ -13,6 +13,7 @@ from bitpress_w4a16.hardware import gpu_findings
 from bitpress_w4a16.weight_only import (
     WeightOnlyOptions,
     dequantize,
+    error_bound,
     observe,
     pack,
     quantize,
@@ -24,6 +25,7 @@ from bitpress_w4a16.weight_only import (
 __all__ = [
     "Options",
     "dequantize",
+    "error_bound",
     "observe",
     "pack",
     "quantize",

@@ -15,6 +15,7 @@ from bitpress_w4a16.weight_only import (
     ALGORITHM,
     WeightOnlyOptions,
     dequantize,
+    error_bound,
     observe,
     pack,
     quantize,
@@ -27,6 +28,7 @@ from bitpress_w4a16.weight_only import (
 __all__ = [
     "Options",
     "dequantize",
+    "error_bound",
     "observe",
     "pack",
     "quantize",

@@ -85,6 +85,16 @@ class EngineFacts:
         return tuple(dict.fromkeys(tuple(group) for group in leaves.values() if len(group) > 1))
 
     @property
+    def heads(self) -> list[str]:
+        """The layers, by their names in files, whose outputs are logits."""
+        return [
+            name
+            for name, fact in self.layers.items()
+            if "head" in (fact if isinstance(fact, dict) else [fact])
+            or name.rpartition(".")[2] == "lm_head"
+        ]
+
+    @property
     def unnamed_examples(self) -> list[str]:
         """The layers of towers that no tensor of the files is, those of the first blocks for all.
 

@@ -21,6 +21,10 @@ BLOCK_RESULT_SUFFIX = ".notes"
 # Until the run is over: what it is made of, so that only the same run is resumed.
 RUN_RECORD = ".bitpress.run"
 
+# Until the run is over: its calibration tokens, where a chat template has written the date into
+# them.
+RUN_TOKENS = ".bitpress.tokens"
+
 # While a run writes into the folder.
 LOCK = ".bitpress.lock"
 
@@ -63,6 +67,16 @@ def rename_source_card(names: Iterable[str]) -> str:
     while name in existing:
         name = name.replace(".md", ".source.md")
     return name
+
+
+def copied_name(name: str, side_files: Iterable[str]) -> str:
+    """The name in an output of a file that is copied: another for the source's model card alone.
+
+    Args:
+        name: in the source.
+        side_files: all files of the source that hold no weights.
+    """
+    return rename_source_card(side_files) if name == MODEL_CARD else name
 
 
 def find_source_card(names: Iterable[str]) -> str | None:

@@ -39,8 +39,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
         _write_owner(file, f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        # Removed while it is held: after the release it may be the next run's.
-        file.unlink(missing_ok=True)
+        # Removed while it is held: after the release it may be the next run's. Where it cannot be,
+        # nothing is lost: nobody holds it then.
+        with contextlib.suppress(OSError):
+            file.unlink()
         lock.release()
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from bitpress.errors import CheckpointError
 
@@ -55,6 +56,13 @@ MAX_DIMENSIONS = 64
 
 # A number in a shape, or an offset, is smaller.
 MAX_SIZE = 2**63
+
+# The key of a header's metadata under which the digests of its tensors stand: SHA-256 in
+# hexadecimal, of one tensor after the other in the order of their bytes.
+DIGESTS = "sha256"
+
+# Characters of one of them.
+DIGEST_LENGTH = 64
 
 # Headers of more bytes are checked for nested lists, which fill memory when they are parsed: 1 MB
 # of `[]` becomes 22 MB of Python lists (measured with tracemalloc).
@@ -131,13 +139,40 @@ class Header:
         """Size of the whole file."""
         return len(self.raw) + sum(entry.nbytes for entry in self.entries)
 
+    @property
+    def digests(self) -> Mapping[str, str] | None:
+        """SHA-256 of each tensor's numbers by its name; None where the header holds none."""
+        text = self.metadata.get(DIGESTS, "")
+        if not re.fullmatch(f"[0-9a-f]{{{DIGEST_LENGTH * len(self.entries)}}}", text):
+            return None
+        starts = range(0, len(text), DIGEST_LENGTH)
+        return {
+            entry.name: text[start : start + DIGEST_LENGTH]
+            for entry, start in zip(self.entries, starts, strict=True)
+        }
+
+    def with_digests(self, digests: Mapping[str, str]) -> Header:
+        """The same header, of the same size, with other digests in the place of its own."""
+        text = "".join(digests[entry.name] for entry in self.entries)
+        # metadata stand first: what is replaced is no tensor's name
+        raw = self.raw.replace(self.metadata[DIGESTS].encode(), text.encode(), 1)
+        return evolve(self, metadata={**self.metadata, DIGESTS: text}, raw=raw)
+
+    def is_same_layout(self, other: Header) -> bool:
+        """Whether two headers are equal but for the digests of their tensors."""
+        if self.digests is None or other.digests is None:
+            return self.raw == other.raw
+        return self.with_digests(other.digests).raw == other.raw
+
 
 def lay_out(file: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> Header:
     """The header of a file to be written, the tensors with the widest numbers first, then by name.
 
     Args:
         specs: by the tensor's name, in any order.
+        metadata: beside it, zeros stand for the digests of the tensors.
     """
+    metadata = {**metadata, DIGESTS: "0" * (DIGEST_LENGTH * len(specs))}
     ordered = sorted(specs.items(), key=lambda item: (-BITS[item[1].dtype], item[0]))
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 import stat
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -17,20 +20,41 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from bitpress.checkpoint.filenames import CONFIG, LOCK, PART, RUN_RECORD
+from bitpress.checkpoint.digests import find_changed_tensors, hash_bytes
+from bitpress.checkpoint.filenames import CONFIG, LOCK, PART, RUN_RECORD, RUN_TOKENS
 from bitpress.checkpoint.lock import lock_folder
-from bitpress.checkpoint.reader import Reader
+from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.safetensors import Entry, Header, read_header
 from bitpress.errors import CheckpointError, OutputError
 
 
 def copy_entry(source: Entry, target: Entry, reader: Reader, writer: ShardWriter) -> None:
-    """Write a tensor of the source, unchanged, where the output's header says."""
-    position = target.start
-    for chunk in reader.chunks(source):
-        writer.write_bytes(position, chunk)
-        position += len(chunk)
+    """Write a tensor of the source, unchanged, where the output's header says.
 
+    Raises:
+        CheckpointError: it is a weight or a bias, and holds NaN or infinity. Masks may.
+    """
+    chunks = reader.chunks(source)
+    is_parameter = source.name.endswith((".weight", ".bias"))
+    if is_parameter and source.dtype in FLOATS:
+        chunks = _require_finite(source, chunks)
+    writer.write_chunks(target, chunks)
+
+
+def _require_finite(entry: Entry, chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for chunk in chunks:
+        numbers = chunk.view(DTYPES[entry.dtype])
+        # a finite sum has finite terms, and is found several times as fast
+        if not math.isfinite(numbers.sum()) and not numbers.isfinite().all():
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.name} holds NaN or infinity; the source is damaged: "
+                "fetch it again"
+            )
+        yield chunk
+
+
+# Dtypes, as safetensors names them, that may hold NaN and infinity and are computed with.
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Bytes of one write: a larger one may get fresh large pages, whose first touch costs more than the
 # copying.
@@ -38,26 +62,38 @@ WRITE_BYTES = 1 << 20
 
 
 class ShardWriter:
-    """One file being written; tensors may come in any order and from several threads."""
+    """One file being written; tensors may come in any order and from several threads.
+
+    Attributes:
+        digests: SHA-256 of each tensor that was written, by its name: taken of the numbers in
+            memory, and not of the file.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self.digests: dict[str, str] = {}
 
     def write(self, entry: Entry, tensor: torch.Tensor) -> None:
         """Write all of one planned tensor; dtype and shape must be the planned ones."""
-        self.write_bytes(entry.start, tensor.contiguous().reshape(-1).view(torch.uint8))
+        self.write_chunks(entry, [tensor])
 
-    def write_rows(self, entry: Entry, first: int, rows: torch.Tensor) -> None:
-        """Write rows of a planned tensor, from row `first` on."""
-        row_bytes = entry.nbytes // entry.shape[0]
-        numbers = rows.contiguous().reshape(-1).view(torch.uint8)
-        self.write_bytes(entry.start + first * row_bytes, numbers)
+    def write_chunks(self, entry: Entry, chunks: Iterable[torch.Tensor]) -> None:
+        """Write all of one planned tensor, which comes in pieces: rows, or bytes, in order."""
+        digest, position = hashlib.sha256(), entry.start
+        for chunk in chunks:
+            numbers = chunk.contiguous().reshape(-1).view(torch.uint8)
+            digest.update(memoryview(numbers.numpy()))  # type: ignore[arg-type]
+            self.write_bytes(position, numbers)
+            position += len(numbers)
+        self.digests[entry.name] = digest.hexdigest()
 
     def write_bytes(self, position: int, data: torch.Tensor | bytes) -> None:
         """Write bytes, or a uint8 tensor, at a position counted from the beginning of the file."""
         view = memoryview(data) if isinstance(data, bytes) else memoryview(data.numpy())  # type: ignore[arg-type]
         while view:
             count = os.pwrite(self._descriptor, view[:WRITE_BYTES], position)
+            if not count:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             view, position = view[count:], position + count
 
 
@@ -91,11 +127,16 @@ class OutputFolder:
 
     A stranger may have put links there, which would lead out of it: it refuses them, and makes
     every file anew.
+
+    Attributes:
+        header_digests: SHA-256 of the header of each shard that is finished, by the file's name.
+            The header holds the digests of the tensors, so that this proves every byte.
     """
 
     def __init__(self, folder: Path, permissions: Permissions | None = None) -> None:
         self.folder = folder
         self._permissions = permissions or Permissions()
+        self.header_digests: dict[str, str] = {}
         self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> OutputFolder:
@@ -125,7 +166,7 @@ class OutputFolder:
         self._refuse_finished()
         planned = set(planned)
         self._refuse_files_that_are_folders(planned)
-        run_files = {*planned, RUN_RECORD, LOCK}
+        run_files = {*planned, RUN_RECORD, RUN_TOKENS, LOCK}
         with _explain_os_errors(self.folder):
             if not self.folder.exists():
                 self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -210,36 +251,44 @@ class OutputFolder:
             for name in names:
                 (self.folder / name).unlink(missing_ok=True)
 
-    def has_shard(self, name: str, header: Header) -> bool:
+    def has_shard(self, name: str, header: Header, num_threads: int = 1) -> bool:
         """Whether an interrupted run of the same plan has written this shard.
 
-        Raises:
-            OutputError: there is a shard of that name, and another plan wrote it.
+        Every tensor is read, and held against the digest that was taken of it in memory. A shard
+        that has changed since is removed, with a warning: it is to be written again. The record of
+        the run says that it was this one's.
         """
         file = self.folder / name
         if not file.exists():
             return False
+        damage = None
         try:
-            is_same_plan = read_header(file).raw == header.raw
-        except CheckpointError:
-            is_same_plan = False
-        if not is_same_plan:
-            raise OutputError(
-                f"{file} was left by another run (recipe, versions or source differ); delete the "
-                "folder first"
-            )
+            found = read_header(file)
+            if not found.is_same_layout(header):
+                damage = f"{file}: its header is not the one that is planned"
+            elif changed := find_changed_tensors(found, num_threads):
+                damage = f"{file}: tensor {changed[0]} has changed since an earlier run wrote it"
+        except CheckpointError as e:
+            damage = str(e)
+        if damage is not None:
+            warnings.warn(f"{damage}; the file is written again", stacklevel=2)
+            self.remove([name])
+            return False
+        self.header_digests[name] = hash_bytes(found.raw)
         return True
 
     @contextlib.contextmanager
     def shard(self, name: str, header: Header) -> Iterator[ShardWriter]:
-        """A shard's file with its header. It gets its name when the block ends, and is removed when
-        the block raises.
+        """A shard's file with its header, into which the digests of its tensors are put when the
+        block ends. Then it gets its name; it is removed when the block raises.
         """
         with self._file(name) as descriptor:
             writer = ShardWriter(descriptor)
-            writer.write_bytes(0, header.raw)
             os.ftruncate(descriptor, header.nbytes)
             yield writer
+            header = header.with_digests(writer.digests)
+            writer.write_bytes(0, header.raw)
+        self.header_digests[name] = hash_bytes(header.raw)
 
     def write_text(self, name: str, content: str) -> None:
         """Write a text file."""

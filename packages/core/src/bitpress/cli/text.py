@@ -74,15 +74,26 @@ class _PrintableRecord(logging.LogRecord):
 def printable_messages() -> Iterator[None]:
     """Inside, what libraries log and warn of is text alone: they repeat a stranger's names too."""
     make_record, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+    show_warning = warnings.showwarning
 
     def format_printable_warning(*args: Any, **kwargs: Any) -> str:
         return _printable_lines(format_warning(*args, **kwargs))
 
+    def show_line(
+        message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any
+    ) -> None:
+        # the place in the code of what is meant for the user tells nothing
+        if category is UserWarning:
+            warn([str(message)])
+        else:
+            show_warning(message, category, *args, **kwargs)
+
     logging.setLogRecordFactory(_PrintableRecord)
-    warnings.formatwarning = format_printable_warning
+    warnings.formatwarning, warnings.showwarning = format_printable_warning, show_line
     try:
         yield
     finally:
+        warnings.showwarning = show_warning
         logging.setLogRecordFactory(make_record)
         warnings.formatwarning = format_warning
 

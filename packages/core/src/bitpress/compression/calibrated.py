@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bitpress.checkpoint.filenames import BLOCK_RESULT_SUFFIX
 from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.safetensors import read_header
+from bitpress.checkpoint.signed_json import is_signed, sign_json
 from bitpress.checkpoint.writer import OutputFolder, copy_entry
 from bitpress.compression.calibration.activation_streams import (
     ActivationStreams,
@@ -186,7 +187,13 @@ def _write_other_shards(run: _Run, shards: list[Shard]) -> None:
     """Write this rank's part of the shards that lie outside the blocks."""
     process_group, device = run.resources.process_group, run.resources.device
     for shard in process_group.partition_by_size(shards, lambda shard: shard.source_bytes):
-        write_shard(shard, run.output, run.reader, Resources((device,)), run.report_progress)
+        write_shard(
+            shard,
+            run.output,
+            run.reader,
+            Resources((device,), is_proved=run.resources.is_proved),
+            run.report_progress,
+        )
 
 
 def _capture_inputs(
@@ -220,8 +227,9 @@ def _compress_or_resume_block(run: _Run, shard: Shard, streams: ActivationStream
     # rank 0 looks, since another host may see a file later
     is_finished = (
         process_group.is_rank_zero
-        and output.has_shard(shard.name, shard.header)
+        and output.has_shard(shard.name, shard.header, run.resources.num_threads)
         and result_file.is_file()
+        and is_signed(result_file.read_bytes())
     )
     if process_group.broadcast_object(is_finished):
         _install_finished_block(run, shard, block_plan.prefix, streams.block)
@@ -246,7 +254,7 @@ def _compress_or_resume_block(run: _Run, shard: Shard, streams: ActivationStream
                 copy_entry(entry, entries[entry.name], run.reader, writer)
             run.report_progress(entry.nbytes, entry.name)
         # before the shard has its name: a finished shard has its result beside it
-        output.write_text(result_file.name, json.dumps(result.as_json()))
+        output.write_text(result_file.name, sign_json(result.as_json()))
     return result
 
 

@@ -6,41 +6,62 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import torch
+from attrs import frozen
 
 from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.writer import OutputFolder, ShardWriter, copy_entry
 from bitpress.compression.resources import Resources
-from bitpress.errors import CheckpointError
+from bitpress.errors import CheckpointError, SchemeError
+from bitpress.output.layer_proof import LayerMeasurement, prove_stored
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
 from bitpress.runtime.devices import ThreadDevices
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.runtime.progress import ReportProgress
 from bitpress.schemes import pipeline, stored_layout
-from bitpress.schemes.values import Layer
+from bitpress.schemes.values import Layer, StoredLayer
 
 # Weights of a row tile on a GPU, where each step costs the same few microseconds however few
 # weights it is given.
 GPU_TILE_WEIGHTS = 1 << 22
 
 
+@frozen(eq=False)
+class _ProvedTile:
+    """A row tile whose stored numbers decode to what `quantize` returned.
+
+    Attributes:
+        rows: the first, and the one after the last.
+        stored: what is stored of them.
+        measured: on that.
+    """
+
+    rows: tuple[int, int]
+    stored: StoredLayer
+    measured: LayerMeasurement
+
+
 def write_shards(
     plan: Plan, output: OutputFolder, resources: Resources, report_progress: ReportProgress
-) -> None:
-    """Write this rank's shards, but for those that an earlier run of the same plan has finished.
+) -> dict[str, LayerMeasurement]:
+    """Write this rank's shards, but for those that an earlier run of the same plan has finished;
+    returns what was measured of each layer that was written.
 
     Args:
         report_progress: called with the bytes of the source that are done.
     """
+    measured: dict[str, LayerMeasurement] = {}
     pinned = any(device.type == "cuda" for device in resources.devices)
     with Reader(pinned=pinned) as reader:
         for shard in select_shards(plan, resources.process_group):
-            write_shard(shard, output, reader, resources, report_progress)
+            measured |= write_shard(shard, output, reader, resources, report_progress)
+    return measured
 
 
 def select_shards(plan: Plan, process_group: ProcessGroup) -> list[Shard]:
@@ -54,38 +75,96 @@ def write_shard(
     reader: Reader,
     resources: Resources,
     report_progress: ReportProgress,
-) -> None:
-    """Write a shard unless an earlier run has; its stacks need no calibration."""
-    if output.has_shard(shard.name, shard.header):
+) -> dict[str, LayerMeasurement]:
+    """Write a shard unless an earlier run has; its stacks need no calibration. Returns what was
+    measured of the layers that were written.
+    """
+    if output.has_shard(shard.name, shard.header, resources.num_threads):
         report_progress(shard.source_bytes)
-        return
+        return {}
     with output.shard(shard.name, shard.header) as writer:
-        _fill_shard(shard, reader, writer, resources, report_progress)
+        return _fill_shard(shard, reader, writer, resources, report_progress)
 
 
 def compress_stack(
-    stack: Stack, reader: Reader, device: torch.device
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stored tensors of a stack by name, one member after the other.
+    stack: Stack, reader: Reader, device: torch.device, is_proved: bool = True
+) -> Iterator[tuple[str, StoredLayer, LayerMeasurement]]:
+    """What is stored of each member of a stack, and what was measured of it.
+
+    Args:
+        is_proved: whether every row tile is proved to decode to the weight that `quantize`
+            returned, and the stored layer to hold the tiles; otherwise nothing is measured.
 
     Raises:
         CheckpointError: a weight is NaN or infinite; the message names the tensor.
-        SchemeError: the scheme returned other tensors than it planned.
+        SchemeError: the scheme returned other tensors than it planned, or such as decode to other
+            weights.
     """
     read_tiles = functools.partial(_read_tiles, stack, reader, device)
     stats = pipeline.observe_weights(
         lambda: (tile for module in stack.members for tile in read_tiles(module)), stack.steps
     )
-
-    for module in stack.members:
-        packed = (
-            pipeline.pack(pipeline.quantize(tile, stack.steps, stats), stack.steps)
-            for tile in read_tiles(module)
-        )
-        layer = pipeline.join(packed, stack.members[module].shape)
-        stored = pipeline.serialize(layer, stack.steps)
+    for module, entry in stack.members.items():
+        proved: list[_ProvedTile] = []
+        tiles = _pack_tiles(stack, read_tiles(module), stats, proved if is_proved else None)
+        stored = pipeline.serialize(pipeline.join(tiles, entry.shape), stack.steps)
         stack.check_stored(module, stored)
-        yield from ((f"{module}.{suffix}", tensor) for suffix, tensor in stored.tensors.items())
+        _require_tiles(stack, module, stored, proved)
+        measured = (tile.measured for tile in proved)
+        yield module, stored, functools.reduce(operator.or_, measured, LayerMeasurement())
+
+
+def _pack_tiles(
+    stack: Stack,
+    tiles: Iterable[Layer],
+    stats: Sequence[pipeline.Statistics],
+    proved: list[_ProvedTile] | None,
+) -> Iterator[Layer]:
+    """Row tiles quantized and packed; what is proved of each is added to a list if there is one."""
+    first = 0
+    for tile in tiles:
+        quantized = pipeline.quantize(tile, stack.steps, stats)
+        packed = pipeline.pack(quantized, stack.steps)
+        if proved is not None:
+            stored = pipeline.serialize(packed, stack.steps)
+            measured = prove_stored(stored, stack.steps, quantized.weight, tile.weight)
+            last = first + len(tile.weight)
+            proved.append(_ProvedTile((first, last), stored, measured))
+            first = last
+        yield packed
+
+
+def _require_tiles(
+    stack: Stack, module: str, stored: StoredLayer, proved: Sequence[_ProvedTile]
+) -> None:
+    """Raise SchemeError unless a stored layer decodes to what its tiles decode to."""
+    shape, steps = stack.members[module].shape, stack.steps
+    for tile in proved:
+        ranges = stored_layout.row_ranges((shape[0], shape[1]), stack.dtype, steps, tile.rows)
+        cut = {
+            suffix: stored.tensors[suffix] if rows is None else stored.tensors[suffix][slice(*rows)]
+            for suffix, rows in ranges.items()
+        }
+        if all(_is_same(tensor, tile.stored.tensors[suffix]) for suffix, tensor in cut.items()):
+            continue
+        # what counts the rows, as offsets do, differs between a tile and the layer
+        weights = [
+            pipeline.dequantize(tensors, stored.config, steps)
+            for tensors in (cut, tile.stored.tensors)
+        ]
+        if not torch.equal(*weights):
+            first, last = tile.rows
+            raise SchemeError(
+                f"{steps[-1].scheme}: rows {first} to {last} of layer {module} are not stored as "
+                "they are stored by themselves"
+            )
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal to the bit."""
+    if a.shape != b.shape:
+        return False
+    return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
 def _read_tiles(stack: Stack, reader: Reader, device: torch.device, module: str) -> Iterator[Layer]:
@@ -119,16 +198,21 @@ def _fill_shard(
     writer: ShardWriter,
     resources: Resources,
     report_progress: ReportProgress,
-) -> None:
+) -> dict[str, LayerMeasurement]:
     """Write all tensors of a shard, several stacks side by side; the bytes do not depend on which
     is done first.
     """
+    measured: dict[str, LayerMeasurement] = {}
     entries = {entry.name: entry for entry in shard.header.entries}
     thread_devices = ThreadDevices(resources.devices)
 
     def write_stack(stack: Stack) -> None:
-        for name, tensor in compress_stack(stack, reader, thread_devices.device):
-            writer.write(entries[name], tensor.cpu())
+        for module, stored, measurement in compress_stack(
+            stack, reader, thread_devices.device, resources.is_proved
+        ):
+            for suffix, tensor in stored.tensors.items():
+                writer.write(entries[f"{module}.{suffix}"], tensor.cpu())
+            measured[module] = measurement
         report_progress(stack.source_bytes)
 
     def write_copy(entry: Entry) -> None:
@@ -143,3 +227,4 @@ def _fill_shard(
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+    return measured

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.hub import resolve
@@ -50,6 +50,11 @@ class Job:
         num_sequences, length = self.calibration.input_ids.shape
         return num_sequences, length
 
+    def with_calibration(self, calibration: CalibrationData) -> Job:
+        """The same job on other calibration data, which the digest of its plan covers."""
+        data = calibration.digest + " all experts" * calibration.all_experts
+        return evolve(self, plan=with_calibration(self.plan, data), calibration=calibration)
+
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know before starting."""
@@ -90,9 +95,7 @@ def prepare_job(
         layer_names.group_experts(stack.members) for stack in plan.stacks
     ):
         raise RecipeError("--all-experts: no experts of this model are compressed; leave it out")
-    # the digest of the plan covers the calibration data
-    plan = with_calibration(plan, sequences.digest + " all experts" * config.all_experts)
-    return Job(plan, sequences, str(model), check_text, command)
+    return Job(plan, None, str(model), check_text, command).with_calibration(sequences)
 
 
 def display_name(model: str) -> str:

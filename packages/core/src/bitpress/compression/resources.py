@@ -1,4 +1,4 @@
-"""Devices, threads and memory of a run, once they are chosen."""
+"""Devices, threads and memory of a run, and what it may do, once they are chosen."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Resources:
         max_memory: bytes of the process; None: no limit.
         trust_remote_code: whether code in the model's folder may run.
         process_group: the processes that share the run.
+        is_proved: whether what is stored is measured before it is written.
     """
 
     devices: tuple[torch.device, ...] = (torch.device("cpu"),)
@@ -25,6 +26,7 @@ class Resources:
     max_memory: int | None = None
     trust_remote_code: bool = False
     process_group: ProcessGroup = SINGLE_PROCESS
+    is_proved: bool = True
 
     @property
     def device(self) -> torch.device:

@@ -11,12 +11,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bitpress.checkpoint.filenames import CONFIG, RUN_RECORD
+from bitpress.checkpoint.filenames import CONFIG, RUN_RECORD, RUN_TOKENS
 from bitpress.checkpoint.reader import Checkpoint
+from bitpress.checkpoint.signed_json import is_signed, sign_json
 from bitpress.checkpoint.writer import OutputFolder, format_json
 from bitpress.errors import CheckpointError, OutputError
 from bitpress.modeling.tokens import CalibrationData
@@ -42,23 +44,47 @@ def keep_record(
     where that ends with an exception and finished shards.
 
     Raises:
-        OutputError: the finished shards in the folder are another run's; the message names what
-            differs.
+        OutputError: the finished shards in the folder are another run's, and the message names what
+            differs; or nothing says whose they are.
     """
     record = _describe_run(plan, calibration, device)
     earlier_record = output.read(RUN_RECORD)
     # an interrupt may come as soon as the record has its name
     try:
-        if earlier_record is None or not _has_shards(output, plan):
+        if not _has_shards(output, plan):
+            if calibration is not None and calibration.depends_on_day:
+                tokens = {"input_ids": calibration.input_ids.tolist()}
+                output.write_text(RUN_TOKENS, sign_json(tokens))
             output.write_text(RUN_RECORD, format_json(record))
+        elif earlier_record is None:
+            raise OutputError(
+                f"{output.folder}: it holds finished shards and no {RUN_RECORD}, which says what "
+                "run wrote them; delete the folder, or name another"
+            )
         else:
             _require_same_run(output, earlier_record, record)
         yield
     except BaseException:
         if not _has_shards(output, plan):
-            output.remove([RUN_RECORD])
+            output.remove([RUN_RECORD, RUN_TOKENS])
         raise
-    output.remove([RUN_RECORD])
+    output.remove([RUN_RECORD, RUN_TOKENS])
+
+
+def read_begun_tokens(folder: Path, calibration: CalibrationData) -> CalibrationData:
+    """The calibration data that an unfinished run in a folder has begun with, where a chat template
+    has written another day's date into it since; otherwise the same.
+
+    The run's record says whether all else is the same.
+    """
+    file = folder / RUN_TOKENS
+    if not calibration.depends_on_day or not file.is_file():
+        return calibration
+    content = file.read_bytes()
+    if not is_signed(content):
+        return calibration
+    begun = calibration.with_tokens(torch.tensor(json.loads(content)["input_ids"]))
+    return begun if begun.input_ids.shape == calibration.input_ids.shape else calibration
 
 
 def require_same_on_ranks(
@@ -152,6 +178,9 @@ def _describe_run(plan: Plan, calibration: CalibrationData | None, device: torch
             "SHA-256 of the tokens": calibration.digest,
             "transformers": importlib.metadata.version("transformers"),
         }
+        # tokens that another day would change are kept, and do not show that the text has changed
+        if calibration.depends_on_day:
+            calibration_record["size and time of change (ns) of the text"] = calibration.text_stamp
     record = {
         "bitpress-core": __version__,
         "scheme": plan.recipe.scheme_versions,

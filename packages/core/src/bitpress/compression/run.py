@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import attrs
+from attrs import field, frozen
 
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.filenames import INDEX
@@ -16,11 +17,14 @@ from bitpress.checkpoint.writer import OutputFolder, Permissions, format_json
 from bitpress.compression import accuracy_check, calibrated, data_free, resume
 from bitpress.compression.accuracy_check import AccuracyCheck
 from bitpress.compression.calibration.block_result import BlockResult
+from bitpress.compression.finished import read_finished
 from bitpress.compression.job import Job
 from bitpress.compression.resources import Resources
 from bitpress.compression.run_manifest import build_manifest, write_model_card
 from bitpress.errors import OutputError, RecipeError, VerificationError
 from bitpress.output import manifest as manifests, verify as verification
+from bitpress.output.file_proof import Workers, verify_files
+from bitpress.output.layer_proof import LayerMeasurement
 from bitpress.output.manifest import Manifest
 from bitpress.output.written_model import WrittenModel
 from bitpress.planning.memory_estimate import estimate_disk, estimate_memory
@@ -46,10 +50,14 @@ def run(
         VerificationError: the written files are not what was planned, or predict too badly.
     """
     options = options or RunOptions()
+    if job.calibration is not None:
+        job = job.with_calibration(resume.read_begun_tokens(Path(out), job.calibration))
     plan = job.plan
     resources = _choose_resources(job, options, process_group)
     _check_options(job, options, resources)
 
+    if (finished := _read_finished(job, Path(out), options, resources)) is not None:
+        return finished
     permissions = Permissions.of(plan.source.folder, plan.source.headers)
     with OutputFolder(Path(out), permissions) as output:
         check = _prepare_output(job, output, resources)
@@ -57,21 +65,21 @@ def run(
 
         with _keep_record(job, output, resources):
             resume.require_same_on_ranks(process_group, plan, job.calibration, resources.device)
-            if not output.is_locked:
-                raise OutputError(
-                    f"rank {process_group.rank} does not see {out} as rank 0 has prepared it: all "
-                    "need one file system"
-                )
-
-            block_results = _write_shards(job, output, resources, progress)
-            _copy_side_files(plan, output, process_group)
+            _require_shared_folder(output, process_group)
+            written = _write_shards(job, output, resources, progress)
             # a changed source's faults would otherwise seem to be the output's
             resume.check_unchanged(plan.source, stamps)
+            _copy_side_files(plan, output, process_group)
             process_group.barrier()
 
-            manifest = build_manifest(job, output, block_results, resources, options.verify)
+            manifest = build_manifest(job, output, written.block_results, resources, options.verify)
             if options.verify:
-                manifest = _verify(manifest, plan, output, resources, progress)
+                # every file is read back, and layers that an earlier run has written
+                num_bytes = 2 * plan.output_bytes // process_group.world_size
+                workers = Workers(
+                    resources.num_threads, progress("verifying", num_bytes), process_group
+                )
+                manifest = _verify(manifest, plan, output, written.measured, workers)
             if check and process_group.is_rank_zero:
                 manifest = _check_accuracy(manifest, check, output, resources, progress)
                 assert manifest.check is not None
@@ -83,11 +91,36 @@ def run(
         return process_group.broadcast_object(manifest)
 
 
+def _read_finished(
+    job: Job, out: Path, options: RunOptions, resources: Resources
+) -> Manifest | None:
+    """The manifest of an output that this job has finished already, on all ranks."""
+    finished = None
+    if resources.process_group.is_rank_zero:
+        finished = read_finished(job, out, options, resources.num_threads)
+        if finished is not None:
+            warnings.warn(f"{out} is finished already: the same run wrote it", stacklevel=3)
+    return resources.process_group.broadcast_object(finished)
+
+
+def _require_shared_folder(output: OutputFolder, process_group: ProcessGroup) -> None:
+    if not output.is_locked:
+        raise OutputError(
+            f"rank {process_group.rank} does not see {output.folder} as rank 0 has prepared it: "
+            "all need one file system"
+        )
+
+
 def _choose_resources(job: Job, options: RunOptions, process_group: ProcessGroup) -> Resources:
     devices = find_all_devices(process_group.local_device(options.device))
     num_threads = options.num_threads or _choose_num_threads(job, options.max_memory, process_group)
     return Resources(
-        devices, num_threads, options.max_memory, options.trust_remote_code, process_group
+        devices,
+        num_threads,
+        options.max_memory,
+        options.trust_remote_code,
+        process_group,
+        options.verify,
     )
 
 
@@ -160,30 +193,37 @@ def _keep_record(
     return resume.keep_record(output, job.plan, job.calibration, resources.device)
 
 
+@frozen(eq=False)
+class _WrittenShards:
+    """What was measured while shards were written.
+
+    Attributes:
+        measured: by layer, in a run without calibration.
+        block_results: of each block, in a calibrated one.
+    """
+
+    measured: Mapping[str, LayerMeasurement] = field(factory=dict)
+    block_results: Sequence[BlockResult] = ()
+
+
 def _write_shards(
     job: Job, output: OutputFolder, resources: Resources, progress: Progress
-) -> Sequence[BlockResult]:
-    """Write all shards; returns what calibration has measured of each block."""
+) -> _WrittenShards:
     plan = job.plan
     if job.calibration:
+        report_progress = progress("compressing", plan.source_bytes)
         with torch_threads(resources.num_threads):
-            return calibrated.write_shards(
-                plan,
-                output,
-                job.calibration,
-                resources,
-                progress("compressing", plan.source_bytes),
+            results = calibrated.write_shards(
+                plan, output, job.calibration, resources, report_progress
             )
+        return _WrittenShards(block_results=results)
+
     shards = data_free.select_shards(plan, resources.process_group)
+    report_progress = progress("compressing", sum(shard.source_bytes for shard in shards))
     # tasks run side by side, each on one core: torch's own threads would only wait for each other
     with torch_threads(1):
-        data_free.write_shards(
-            plan,
-            output,
-            resources,
-            progress("compressing", sum(shard.source_bytes for shard in shards)),
-        )
-    return ()
+        measured = data_free.write_shards(plan, output, resources, report_progress)
+    return _WrittenShards(measured)
 
 
 def _copy_side_files(plan: Plan, output: OutputFolder, process_group: ProcessGroup) -> None:
@@ -200,31 +240,35 @@ def _verify(
     manifest: Manifest,
     plan: Plan,
     output: OutputFolder,
-    resources: Resources,
-    progress: Progress,
+    measured: Mapping[str, LayerMeasurement],
+    workers: Workers,
 ) -> Manifest:
-    """The manifest with every layer's error, measured on the files; raises VerificationError where
-    something is wrong.
+    """The manifest with the digest of every file and the error of every layer; raises
+    VerificationError where what is read back is not what was written, or something else is wrong.
+
+    Args:
+        measured: of layers before they were written, on this rank.
     """
-    process_group = resources.process_group
+    shares = workers.process_group.all_gather_object(measured)
+    measured = {module: layer for share in shares for module, layer in share.items()}
+    later = {name: manifest.files[name] for name in (filenames.CONFIG,)}
+    written = {name: record for name, record in manifest.files.items() if name not in later}
     with torch_threads(1):
-        report = verification.verify_tensors(
-            _open_written(manifest, plan, output),
-            plan.source,
-            resources.num_threads,
-            progress("verifying", plan.output_bytes // process_group.world_size),
-            process_group,
-        )
-    if report.faults:
+        files, faults = verify_files(written, output.folder, workers)
+        if not faults:
+            opened = _open_written(manifest, plan, output)
+            report = verification.verify_tensors(opened, plan.source, workers, measured)
+            faults += report.faults
+    if faults:
         raise VerificationError(
             f"{output.folder}: the written files are not what was planned; delete the folder",
-            report.faults,
+            faults,
         )
     layers = {
         module: attrs.evolve(layer, error=report.errors[module])
         for module, layer in manifest.layers.items()
     }
-    return attrs.evolve(manifest, layers=layers)
+    return attrs.evolve(manifest, layers=layers, files=files | later)
 
 
 def _check_accuracy(

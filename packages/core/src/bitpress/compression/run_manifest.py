@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import attrs
 
 from bitpress.checkpoint import filenames
+from bitpress.checkpoint.digests import hash_bytes
 from bitpress.checkpoint.writer import OutputFolder, format_json
 from bitpress.compression.calibration.block_result import BlockResult
 from bitpress.compression.job import Job, display_name
@@ -27,7 +27,8 @@ def build_manifest(
     """The manifest of a run, without the errors that verification measures.
 
     Args:
-        with_digests: whether to take SHA-256 of all files, which is a pass over every byte.
+        with_digests: whether to take SHA-256 of the source's files, which is a pass over every
+            byte.
     """
     plan = job.plan
     return Manifest(
@@ -41,7 +42,7 @@ def build_manifest(
             with_digests,
             resources.process_group,
         ),
-        files=_describe_files(job, output, resources, with_digests),
+        files=_describe_files(job, output, resources),
         layers=_describe_layers(job, block_results),
         data=_describe_calibration(job),
         warnings=tuple(text for result in block_results for text in result.warnings),
@@ -68,27 +69,40 @@ def write_model_card(job: Job, manifest: Manifest, output: OutputFolder) -> Mani
 
 
 def _describe_files(
-    job: Job, output: OutputFolder, resources: Resources, with_digests: bool
+    job: Job, output: OutputFolder, resources: Resources
 ) -> Mapping[str, FileRecord]:
     """Files that are written already, and config.json, which is written last."""
     written_later = (filenames.CONFIG, filenames.MANIFEST, filenames.MODEL_CARD)
+    names = [name for name in job.plan.files if name not in written_later]
+    digests = {
+        name: digest
+        for share in resources.process_group.all_gather_object(output.header_digests)
+        for name, digest in share.items()
+    }
+    # weight files are read when they are verified: until then their headers' digests prove them
     files = manifests.describe_files(
-        {name: output.folder / name for name in job.plan.files if name not in written_later},
+        {name: output.folder / name for name in names if name not in digests},
         resources.num_threads,
-        with_digests,
-        resources.process_group,
+        process_group=resources.process_group,
     )
+    files |= {
+        name: FileRecord((output.folder / name).stat().st_size, header=digest)
+        for name, digest in digests.items()
+    }
     files[filenames.CONFIG] = _describe_bytes(format_json(job.plan.config).encode())
-    return files
+    return {name: files[name] for name in [*names, filenames.CONFIG]}
 
 
 def _describe_bytes(content: bytes) -> FileRecord:
-    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    return FileRecord(len(content), hash_bytes(content))
 
 
 def _describe_layers(job: Job, block_results: Sequence[BlockResult]) -> Mapping[str, LayerRecord]:
     output_errors = {
         name: error for result in block_results for name, error in result.output_errors.items()
+    }
+    rounding_errors = {
+        name: error for result in block_results for name, error in result.rounding_errors.items()
     }
     num_tokens = {
         name: count for result in block_results for name, count in result.num_tokens.items()
@@ -99,6 +113,7 @@ def _describe_layers(job: Job, block_results: Sequence[BlockResult]) -> Mapping[
             (entry.shape[0], entry.shape[1]),
             entry.dtype,
             stack.bits(module),
+            rounding_error=rounding_errors.get(module),
             output_error=output_errors.get(module),
             tokens=num_tokens.get(module),
         )

@@ -15,7 +15,13 @@ import torch
 
 from bitpress.checkpoint.reader import NAMES
 from bitpress.conformance import trial
-from bitpress.errors import ShapeError
+from bitpress.errors import BitpressError, ShapeError
+from bitpress.output.layer_proof import (
+    find_error_faults,
+    max_error,
+    measure_stored,
+    prove_stored,
+)
 from bitpress.schemes import pipeline, stored_layout
 from bitpress.schemes.hardware import DEVICES, Hardware
 from bitpress.schemes.registry import Step
@@ -114,7 +120,7 @@ def test_rows_do_not_know_their_neighbors(step: Step) -> None:
     packed = [pipeline.pack(tile, [step]) for tile in tiles]
     tiled = pipeline.serialize(pipeline.join(packed, tuple(weight.shape)), [step])
     for name, tensor in trial.store(step, whole).tensors.items():
-        assert torch.equal(_as_bytes(tiled.tensors[name]), _as_bytes(tensor)), (
+        assert torch.equal(trial.as_bytes(tiled.tensors[name]), trial.as_bytes(tensor)), (
             f"{name} depends on how rows are tiled: {advice}"
         )
 
@@ -144,7 +150,7 @@ def test_the_same_input_gives_the_same_bits(step: Step) -> None:
         "the config fragment differs between two runs on one input: hooks must be pure functions"
     )
     for name, tensor in first.tensors.items():
-        assert torch.equal(_as_bytes(tensor), _as_bytes(second.tensors[name])), (
+        assert torch.equal(trial.as_bytes(tensor), trial.as_bytes(second.tensors[name])), (
             f"{name} differs between two runs on one input: hooks must be pure functions"
         )
 
@@ -249,12 +255,58 @@ def test_weights_lie_within_the_bound_of_the_source(step: Step, kind: str) -> No
     weight = trial.weights(step)[kind]
     layer = trial.quantize(step, weight)
     stored = trial.store(step, layer)
-    bound = pipeline.error_bound(stored.tensors, stored.config, [step])
+    bound = pipeline.error_bound(stored, [step], layer.weight)
     if bound is None:
         pytest.skip("no bound for these options")
     assert ((layer.weight - weight).abs() <= bound).all(), (
         "`error_bound` is smaller than what `quantize` moved a weight by: return more, or None"
     )
+
+
+def test_a_damage_to_what_is_stored_is_found(step: Step) -> None:
+    trial.require_hook(step, "dequantize")
+    weight, steps = trial.weights(step)["normal"], (step,)
+    layer = trial.quantize(step, weight)
+    stored = trial.store(step, layer)
+    plain = trial.quantize(step, weight, stats=trial.observe(step, weight, []))
+    sound = prove_stored(stored, steps, layer.weight, weight)
+    rounding = prove_stored(trial.store(step, plain), steps, plain.weight, weight)
+    assert not sound.faults
+    # without data, plain rounding is all that a scheme does
+    rounding_error = rounding.error if step.calibrated else None
+    assert sound.error <= max_error(rounding_error), (
+        f"`quantize` moves weights by {sound.error:.3f} of their norm, and plain rounding by "
+        f"{rounding.error:.3f}: a run would take that for damage"
+    )
+    for damage, damaged in trial.damages(step, stored):
+        try:
+            measured = measure_stored(damaged, steps, (weight.shape[0], weight.shape[1]), weight)
+        except BitpressError:
+            continue
+        is_found = measured.faults or any(find_error_faults(measured, sound.error, rounding_error))
+        # a bit may stand for nothing, or for so little that the error stays what it was
+        decoded = pipeline.dequantize(damaged.tensors, damaged.config, steps)
+        is_small = (decoded - layer.weight).norm() <= 1e-4 * layer.weight.norm()
+        assert is_found or is_small, (
+            f"where {damage}, no check finds it: `dequantize` must compute with all that is stored"
+        )
+
+
+@pytest.mark.parametrize("attack", ["zero", "reversed", "another layer's"])
+def test_destroyed_codes_are_found_without_a_record_of_the_error(step: Step, attack: str) -> None:
+    trial.require_hook(step, "dequantize")
+    weight = trial.weights(step)["normal"]
+    stored = trial.store(step, trial.quantize(step, weight))
+    for damage, damaged in trial.damages(step, stored):
+        if not damage.endswith(attack):
+            continue
+        try:
+            measured = measure_stored(damaged, (step,), (weight.shape[0], weight.shape[1]), weight)
+        except BitpressError:
+            continue
+        assert measured.faults or any(find_error_faults(measured, None, None)), (
+            f"where {damage}, nothing finds it: `dequantize` must compute with every code"
+        )
 
 
 def test_what_the_config_says_of_activations_can_be_computed(step: Step) -> None:
@@ -287,7 +339,3 @@ def test_what_the_config_says_of_activations_can_be_computed(step: Step) -> None
     assert torch.equal(torch.cat(by_token), quantized), (
         "`quantize_activations` must not mix tokens: an engine batches them as it likes"
     )
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -149,6 +149,43 @@ def store(step: Step, layer: Layer) -> StoredLayer:
     return StoredLayer(tensors, json.loads(json.dumps(stored.config)))
 
 
+def damages(step: Step, stored: StoredLayer) -> Iterator[tuple[str, StoredLayer]]:
+    """A stored layer with its codes destroyed, or with a bit of a scale flipped, by what was done.
+
+    Codes are what most bytes of it are.
+    """
+    codes = max(stored.tensors, key=lambda name: stored.tensors[name].nbytes)
+    numbers = as_bytes(stored.tensors[codes])
+    other = store(step, quantize(step, weights(step)["normal"].flip(0)))
+    destroyed = {
+        f"{codes} is zero": torch.zeros_like(numbers),
+        f"{codes} is reversed": numbers.flip(0),
+        f"{codes} is another layer's": as_bytes(other.tensors[codes]),
+    }
+    for name, damaged in destroyed.items():
+        yield name, _with_bytes(stored, codes, damaged)
+    yield "all of it is another layer's", other
+    for suffix, tensor in stored.tensors.items():
+        if "scale" not in suffix or suffix.startswith("input_"):
+            continue
+        for bit in range(8 * tensor.element_size()):
+            flipped = as_bytes(tensor).clone()
+            flipped[bit // 8] ^= 1 << bit % 8
+            yield f"bit {bit} of {suffix} is flipped", _with_bytes(stored, suffix, flipped)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, as uint8."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _with_bytes(stored: StoredLayer, suffix: str, numbers: Tensor) -> StoredLayer:
+    """A stored layer with other bytes in one of its tensors."""
+    tensor = stored.tensors[suffix]
+    changed = numbers.view(tensor.dtype).reshape(tensor.shape)
+    return StoredLayer({**stored.tensors, suffix: changed}, stored.config)
+
+
 def quantize_activations(step: Step, inputs: Tensor, stored: StoredLayer) -> Tensor:
     """The inputs (tokens, in) as a loader quantizes them with the stored tensors of the layer."""
     quantizer = find_activation_quantizer(stored.tensors, stored.config, [step])

@@ -35,6 +35,9 @@ PATIENCE = 300.0
 MAX_BYTES, MAX_CHARACTERS = 1 << 29, 1 << 20
 BYTES_PER_BYTE, CHARACTERS_PER_BYTE = 32, 8
 
+# What transformers gives templates that write the date.
+DATE_FUNCTION = "strftime_now"
+
 # What the process answers with, before a text: it is ready; a rendered chat; what the template
 # complains about; why the chat is left out.
 READY, RENDERED, REFUSED, SKIPPED = b"0", b"1", b"2", b"3"
@@ -48,10 +51,15 @@ class SkippedChatError(Exception):
 
 
 class ChatRenderer:
-    """Renders chats as a tokenizer's `apply_chat_template` does; use it in `with`."""
+    """Renders chats as a tokenizer's `apply_chat_template` does; use it in `with`.
+
+    Attributes:
+        writes_date: whether a chat was rendered by a template that asks for the day.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self.writes_date = False
         self._process: subprocess.Popen[bytes] | None = None
         self._num_endless = 0
 
@@ -79,6 +87,7 @@ class ChatRenderer:
                 return str(tokenizer.apply_chat_template(messages, tokenize=False))
             template = tokenizer.get_chat_template()
             names = dict(_special_tokens(tokenizer))
+            self.writes_date |= DATE_FUNCTION in template
         except Exception as e:
             raise _refusal(first_line(e)) from None
         if self._num_endless >= MAX_ENDLESS_CHATS:

@@ -44,6 +44,8 @@ class CalibrationData:
         warnings: what the user should know, such as that there was less text than asked for.
         seed: that they were drawn with.
         all_experts: whether every expert is given all of them.
+        depends_on_day: whether a chat template has written the date into them.
+        text_stamp: size in bytes and time of change in ns of the file of texts; None for others.
     """
 
     input_ids: Tensor
@@ -52,6 +54,12 @@ class CalibrationData:
     warnings: tuple[str, ...]
     seed: int = 0
     all_experts: bool = False
+    depends_on_day: bool = False
+    text_stamp: tuple[int, int] | None = None
+
+    def with_tokens(self, input_ids: Tensor) -> CalibrationData:
+        """The same with other tokens, (sequences, length) int64."""
+        return attrs.evolve(self, input_ids=input_ids, digest=_digest(input_ids))
 
 
 @frozen(eq=False)
@@ -95,7 +103,7 @@ def load_evaluation_text(
         raise DataError(f"{num_tokens} tokens in sequences of {length}: both are at least 1")
     tokenizer = _load_tokenizer(folder, trust_remote_code)
     # one more than is judged: each is judged by the token that follows it
-    tokens, texts = _tokenize(CalibrationConfig(config.text), num_tokens + 1, tokenizer)
+    tokens, texts, _ = _tokenize(CalibrationConfig(config.text), num_tokens + 1, tokenizer)
     _check_vocabulary(tokens, tokenizer, folder, model_config)
     tokens = tokens[: num_tokens + 1]
     if len(tokens) <= MIN_TOKENS:
@@ -137,23 +145,19 @@ def load_calibration_data(
             config.
     """
     config.require_valid()
-    warnings: list[str] = []
-    length = config.sequence_length
-    max_length = ModelConfig.from_json(model_config).max_position_embeddings
-    if max_length is not None and length > max_length:
-        warnings.append(
-            f"sequences of {length} tokens cut to {max_length}, the model's max_position_embeddings"
-        )
-        length = max_length
-
+    length, warnings = _limit_length(config.sequence_length, model_config)
     tokenizer = _load_tokenizer(folder, trust_remote_code)
-    tokens, texts = _tokenize(config, config.samples * length, tokenizer)
-    name = texts.source
+    tokens, texts, depends_on_day = _tokenize(config, config.samples * length, tokenizer)
     warnings += texts.warnings
+    if depends_on_day:
+        warnings.append(
+            "the model's chat template writes the date: on another day the same command has other "
+            "tokens, and makes other files"
+        )
     _check_vocabulary(tokens, tokenizer, folder, model_config)
     if len(tokens) < min(length, MIN_TOKENS):
         raise DataError(
-            f"{name}: it gives {len(tokens)} tokens, too few to run a model on; give a longer text"
+            f"{texts.source}: it gives {len(tokens)} tokens, too few to run a model on; give a longer text"
         )
 
     cut_length = min(length, len(tokens))
@@ -171,19 +175,43 @@ def load_calibration_data(
         if cut_length < length:
             num_full, shorter = 0, f", one of {cut_length} tokens"
         warnings.append(
-            f"{num_full} of {config.samples} sequences of {length} tokens{shorter}: {name} holds "
+            f"{num_full} of {config.samples} sequences of {length} tokens{shorter}: {texts.source} holds "
             f"{len(tokens):,} tokens"
         )
     return CalibrationData(
-        input_ids, name, _digest(input_ids), tuple(warnings), config.seed, config.all_experts
+        input_ids,
+        texts.source,
+        _digest(input_ids),
+        tuple(warnings),
+        config.seed,
+        config.all_experts,
+        depends_on_day,
+        _read_stamp(config.source),
     )
+
+
+def _limit_length(length: int, model_config: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """The length of sequences that a model takes, and a warning where it is another."""
+    max_length = ModelConfig.from_json(model_config).max_position_embeddings
+    if max_length is None or length <= max_length:
+        return length, []
+    return max_length, [
+        f"sequences of {length} tokens cut to {max_length}, the model's max_position_embeddings"
+    ]
+
+
+def _read_stamp(source: str | None) -> tuple[int, int] | None:
+    if source is None or not Path(source).is_file():
+        return None
+    status = Path(source).stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _tokenize(
     config: CalibrationConfig, num_tokens: int, tokenizer: Any
-) -> tuple[Tensor, text_sources.Texts]:
-    """The tokens of the texts, and these: all tokens, or with seed 0 the first ones, so many or
-    more where there are so many.
+) -> tuple[Tensor, text_sources.Texts, bool]:
+    """The tokens of the texts, these, and whether they depend on the day: all tokens, or with seed
+    0 the first ones, so many or more where there are so many.
     """
     # Where the first tokens are all that is needed, the beginning of the text is all that is read:
     # a tokenizer hardly looks further than a word ahead, so that they are the same, and nobody
@@ -197,7 +225,7 @@ def _tokenize(
             has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
             ids = tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
             if max_characters is None or len(text) < max_characters or len(ids) >= num_tokens:
-                return torch.tensor(ids, dtype=torch.int64), texts
+                return torch.tensor(ids, dtype=torch.int64), texts, renderer.writes_date
             # a text of uncommonly long tokens
             max_characters *= CHARACTERS_PER_TOKEN
 

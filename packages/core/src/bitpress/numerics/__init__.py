@@ -15,7 +15,7 @@ from bitpress.schemes.deprecation import warn_renamed
 if TYPE_CHECKING:
     from bitpress.numerics.blocks import absmax, block_absmax, expand_blocks
     from bitpress.numerics.columns import column_sweep
-    from bitpress.numerics.fp4 import E2M1_MAX, decode_e2m1, encode_e2m1, round_e2m1
+    from bitpress.numerics.fp4 import E2M1_MAX, decode_e2m1, e2m1_bound, encode_e2m1, round_e2m1
     from bitpress.numerics.fp8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
     from bitpress.numerics.gptq import Grid, gptq_quantize, gptq_statistics, gptq_target
     from bitpress.numerics.hessian import Factor, factorize_hessian
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         decode_integers,
         fit_asymmetric,
         fit_symmetric,
+        integer_bound,
         integer_range,
     )
     from bitpress.numerics.least_squares import masked_least_squares
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 _MODULES: Mapping[str, Sequence[str]] = {
     "blocks": ("absmax", "block_absmax", "expand_blocks"),
     "columns": ("column_sweep",),
-    "fp4": ("E2M1_MAX", "decode_e2m1", "encode_e2m1", "round_e2m1"),
+    "fp4": ("E2M1_MAX", "decode_e2m1", "e2m1_bound", "encode_e2m1", "round_e2m1"),
     "fp8": ("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"),
     "gptq": ("Grid", "gptq_quantize", "gptq_statistics", "gptq_target"),
     "hessian": ("Factor", "factorize_hessian"),
@@ -61,6 +62,7 @@ _MODULES: Mapping[str, Sequence[str]] = {
         "decode_integers",
         "fit_asymmetric",
         "fit_symmetric",
+        "integer_bound",
         "integer_range",
     ),
     "least_squares": ("masked_least_squares",),
@@ -101,6 +103,7 @@ __all__ = [
     "decode_e2m1",
     "decode_e4m3",
     "decode_integers",
+    "e2m1_bound",
     "e4m3_bound",
     "e4m3_scale",
     "encode_e2m1",
@@ -113,6 +116,7 @@ __all__ = [
     "gptq_statistics",
     "gptq_target",
     "input_absmax",
+    "integer_bound",
     "integer_range",
     "magnitude_histogram",
     "masked_least_squares",

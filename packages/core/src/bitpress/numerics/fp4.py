@@ -62,3 +62,18 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     """The float32 numbers, of the same shape, that codes 0 to 15 stand for."""
     table = torch.tensor((*MAGNITUDES, *(-m for m in MAGNITUDES)), device=codes.device)
     return table[codes.int()]
+
+
+def e2m1_bound(codes: Tensor, clipped: float) -> Tensor:
+    """How far a number may lie from the code it was rounded to: half the wider of the steps beside
+    it, and beyond 6 as far as it may have been clipped.
+
+    Args:
+        codes: 0 to 15, any shape.
+        clipped: how far beyond 6 a number may lie.
+
+    Returns:
+        float32 of the same shape, in units of the scale.
+    """
+    bounds = (0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 1.0, max(clipped, 1.0))
+    return torch.tensor(bounds * 2, device=codes.device)[codes.int()]

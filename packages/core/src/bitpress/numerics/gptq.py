@@ -29,6 +29,11 @@ SAMPLE_STRIDE = 8
 TOKENS_PER_CHANNEL = 16
 
 
+# A correction larger than the row that it corrects is not believed: in a model whose outputs
+# are hardly sensitive to a layer, it may be hundreds of times the weight.
+MAX_CORRECTION = 1.0
+
+
 class Grid(Protocol):
     """The numbers a weight may become: scales and zero points already chosen."""
 
@@ -165,7 +170,8 @@ def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Fac
     explain more than E[e²], H is too small for them, and by Cauchy and Schwarz the best multiple of
     the row is at most E[e²] over what it seems to explain. A few tokens larger than all others can
     still mislead, and what is wrong in one layer is drift in the next: where tokens are few for the
-    width the whole is shrunk.
+    width the whole is shrunk. A row that it would move by more than `MAX_CORRECTION` of its norm
+    gets none, with a warning.
     """
     width = weight.shape[1]
     tokens = stats["drift_tokens"].value.item()
@@ -186,8 +192,16 @@ def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Fac
     shrinkage.mul_(min(tokens / (TOKENS_PER_CHANNEL * width), 1.0))
     correction *= shrinkage.unsqueeze(1)
 
-    # Numbers too large for float32 give no correction.
-    return torch.where(correction.isfinite().all(1, keepdim=True), correction, 0.0)
+    # Numbers too large for float32 give no correction, and where there is no drift it is 0 / 0.
+    correction = torch.where(correction.isfinite().all(1, keepdim=True), correction, 0.0)
+    is_large = correction.norm(dim=1) > MAX_CORRECTION * weight.norm(dim=1)  # (out,)
+    if is_large.any():
+        warnings.warn(
+            f"{int(is_large.sum())} of its {len(weight)} rows would move by more than their own "
+            "norm to make up for errors before them: they are fitted without that",
+            stacklevel=3,
+        )
+    return torch.where(is_large.unsqueeze(1), 0.0, correction)
 
 
 def _factorize(stats: Mapping[str, Statistic]) -> Factor | None:

@@ -90,6 +90,44 @@ def decode_integers(codes: Tensor, scale: Tensor, zero: Tensor | None = None) ->
     return (steps * scale.float().unsqueeze(2)).view_as(codes)
 
 
+def integer_bound(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, smallest_ratio: float
+) -> Tensor:
+    """How far a weight may lie from what its code stands for: half a step, and at both ends of the
+    range as far as the scale may have clipped it.
+
+    Args:
+        codes: (out, in) integers.
+        scale: (out, groups) as it is stored, the groups of one width.
+        zero: (out, groups) zero points; None where codes are symmetric.
+        bits: bits per code.
+        smallest_ratio: of those that the scale was chosen from, as `fit_symmetric` and
+            `fit_asymmetric` take them.
+
+    Returns:
+        (out, in) float32.
+    """
+    min_code, max_code = integer_range(bits)
+    num_steps = max_code - min_code
+    info = torch.finfo(scale.dtype)
+    scale = scale.float()
+    # How much smaller the stored scale may be than the one that was chosen, as a share.
+    rounding = info.eps * (info.smallest_normal / scale).clamp_(min=1)  # (out, groups)
+    widest = num_steps / smallest_ratio * (1 + rounding)
+    # Where codes are symmetric, the range is half of that on each side. Otherwise it is all of it,
+    # and a zero point may be one off, and is rounded.
+    clipped = widest / 2 + 1 - max_code if zero is None else widest - num_steps + 2
+    # The largest scale that can be stored may clip any weight.
+    is_largest = scale >= torch.finfo(torch.float32).max / 2**bits * (1 - 2.0**-7)
+    clipped = torch.where(is_largest, 2.0 ** (bits + 1), clipped)
+
+    groups = to_groups(codes, codes.shape[1] // scale.shape[1])  # (out, groups, group)
+    is_end = (groups == min_code) | (groups == max_code)
+    bound = torch.where(is_end, clipped.clamp_(min=0.5).unsqueeze(2), 0.5)
+    # float32 rounds the quotient, the product and the difference
+    return bound.mul_(scale.unsqueeze(2) * (1 + 2.0**-10)).view_as(codes)
+
+
 # Public: schemes of other packages call it with these arguments.
 def fit_symmetric(  # noqa: PLR0913
     weight: Tensor,

@@ -95,6 +95,8 @@ def _write_tensor(written: WrittenModel, entry: Entry, reader: Reader, writer: S
         copy_entry(written.checkpoint.entries[entry.name], entry, reader, writer)
         return
     config = written.expected_layer(module, entry.shape[0]).config
-    for first, _, tensors in written.read_tiles(module, reader):
-        weight = pipeline.dequantize(tensors, config, written.steps(module))
-        writer.write_rows(entry, first, weight.to(DTYPES[entry.dtype]))
+    rows = (
+        pipeline.dequantize(tensors, config, written.steps(module)).to(DTYPES[entry.dtype])
+        for _, _, tensors in written.read_tiles(module, reader)
+    )
+    writer.write_chunks(entry, rows)

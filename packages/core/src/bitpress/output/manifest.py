@@ -4,39 +4,46 @@ the error of every layer.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 from attrs import field, frozen, validators
 
+from bitpress.checkpoint.digests import hash_file
 from bitpress.checkpoint.filenames import MANIFEST
 from bitpress.checkpoint.reader import read_json
 from bitpress.checkpoint.safetensors import is_name
-from bitpress.checkpoint.writer import format_json
+from bitpress.checkpoint.signed_json import OWN_DIGEST, is_signed, sign_json
 from bitpress.errors import CheckpointError
 from bitpress.output.typed_json import parse_typed
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 
-# The last key of the file: the digest of the file itself.
-OWN_DIGEST = "sha256"
+Described = TypeVar("Described")
 
 # Exponents of two, by the axis ("columns", "rows") that they multiply.
 Rescaled = Mapping[str, Sequence[int]]
 
 
+_is_digest = validators.optional(validators.matches_re("[0-9a-f]{64}"))
+
+
 @frozen
 class FileRecord:
-    """Size and SHA-256 of a file; no digest where none was taken."""
+    """Size and digests of a file.
+
+    Attributes:
+        sha256: of the file; None where it was not read.
+        header: SHA-256 of the header of a weight file that the run wrote. The header holds the
+            digest of each tensor, taken in memory before it was written. None for other files.
+    """
 
     bytes: int = field(validator=validators.ge(0))
-    sha256: str | None = field(
-        default=None, validator=validators.optional(validators.matches_re("[0-9a-f]{64}"))
-    )
+    sha256: str | None = field(default=None, validator=_is_digest)
+    header: str | None = field(default=None, validator=_is_digest)
 
 
 @frozen
@@ -48,8 +55,10 @@ class LayerRecord:
         shape: (out, in) of the source's weight.
         dtype: of the source's weight, as safetensors names it.
         bits: stored bits per weight, scales included.
-        error: ||dequantized - source|| / ||source||, measured on the written file; None where it
-            was not verified.
+        error: ||dequantized - source|| / ||source|| of what was written; None where it was not
+            verified.
+        rounding_error: the error that plain rounding would have had, where the scheme moves weights
+            further on purpose; None elsewhere.
         output_error: ||x (W - Q)ᵀ|| / ||x Wᵀ|| on a sample of calibration inputs; None where there
             were none.
         tokens: of the calibration data that a router sent to it; None for a layer that all tokens
@@ -61,6 +70,7 @@ class LayerRecord:
     dtype: str
     bits: float
     error: float | None = None
+    rounding_error: float | None = None
     output_error: float | None = None
     tokens: int | None = None
 
@@ -182,23 +192,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def serialize(manifest: Manifest) -> str:
-    """The content of the file: the manifest, and last the SHA-256 of the file itself, computed with
-    zeros in the place of the digest.
-    """
-    zeros = "0" * 64
-    blank = format_json({**manifest.as_json(), OWN_DIGEST: zeros})
-    digest = hashlib.sha256(blank.encode()).hexdigest()
-    return digest.join(blank.rsplit(zeros, 1))
+    """The content of the file: the manifest, and last the SHA-256 of the file itself."""
+    return sign_json(manifest.as_json())
 
 
 def is_intact(folder: Path) -> bool:
     """Whether the manifest of a folder is, to the byte, what was written."""
-    content = (folder / MANIFEST).read_bytes()
-    # The digest is the last text of the file: 64 characters before the last quotation mark.
-    start = content.rfind(b'"') - 64
-    digest = content[start : start + 64]
-    blank = content[:start] + b"0" * 64 + content[start + 64 :]
-    return hashlib.sha256(blank).hexdigest().encode() == digest
+    return is_signed((folder / MANIFEST).read_bytes())
 
 
 def describe_files(
@@ -216,19 +216,26 @@ def describe_files(
     """
     if not with_digests:
         return {name: FileRecord(file.stat().st_size) for name, file in files.items()}
+
+    def describe(name: str) -> FileRecord:
+        return FileRecord(files[name].stat().st_size, hash_file(files[name]))
+
+    return map_files(describe, files, num_threads, process_group)
+
+
+def map_files(
+    describe: Callable[[str], Described],
+    files: Mapping[str, Path],
+    num_threads: int,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> dict[str, Described]:
+    """What reading each file gives, by its name; each rank reads its share, side by side."""
     names = process_group.partition_by_size(list(files), lambda name: files[name].stat().st_size)
     with ThreadPoolExecutor(num_threads) as pool:
-        records = pool.map(_hash_file, (files[name] for name in names))
-        share = dict(zip(names, records, strict=True))
+        share = dict(zip(names, pool.map(describe, names), strict=True))
     merged = {
-        name: record
+        name: described
         for part in process_group.all_gather_object(share)
-        for name, record in part.items()
+        for name, described in part.items()
     }
     return {name: merged[name] for name in files}
-
-
-def _hash_file(file: Path) -> FileRecord:
-    with file.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-        return FileRecord(f.tell(), digest)

@@ -4,10 +4,8 @@ the source.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +17,14 @@ from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint, Reader
 from bitpress.checkpoint.safetensors import TensorSpec
 from bitpress.errors import BitpressError, Fault
-from bitpress.modeling import metrics
-from bitpress.output.manifest import FileRecord, describe_files
+from bitpress.output.file_proof import Workers
+from bitpress.output.layer_proof import LayerMeasurement, find_error_faults, measure_stored
 from bitpress.output.written_model import WrittenModel
 from bitpress.planning import engine_rules
 from bitpress.planning.ignored_layers import ignored_layers
 from bitpress.planning.quantization_config import quantization_config
-from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
-from bitpress.runtime.progress import ReportProgress
-from bitpress.schemes import pipeline
+from bitpress.runtime.process_group import ProcessGroup
+from bitpress.schemes.values import StoredLayer
 
 
 @frozen
@@ -45,57 +42,32 @@ class VerificationReport:
     remarks: tuple[str, ...] = ()
 
 
-def verify_files(
-    records: Mapping[str, FileRecord], folder: Path, num_threads: int
-) -> Iterator[Fault]:
-    """Faults of files against their records: missing, another size, other bytes."""
-    present = {name for name in records if (folder / name).is_file()}
-    for name in records:
-        if name not in present:
-            yield Fault(name, "the file is missing")
-
-    # Some engines load every weight file of a folder, whether the index names it or not.
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name not in records:
-            yield Fault(
-                file.name, "weights that were not written; some engines load every such file"
-            )
-
-    on_disk = describe_files({n: folder / n for n in records if n in present}, num_threads)
-    for name, actual in on_disk.items():
-        expected = records[name]
-        if actual.bytes != expected.bytes:
-            yield Fault(name, f"{actual.bytes} bytes, written were {expected.bytes}")
-        elif expected.sha256 is not None and actual.sha256 != expected.sha256:
-            yield Fault(name, "its bytes are not those that were written (SHA-256 differs)")
-
-
 def verify_tensors(
     written: WrittenModel,
     source: Checkpoint | None,
-    num_threads: int,
-    report_progress: ReportProgress,
-    process_group: ProcessGroup = SINGLE_PROCESS,
+    workers: Workers,
+    measured: Mapping[str, LayerMeasurement] | None = None,
 ) -> VerificationReport:
     """Prove that every planned tensor is stored as planned, scales are usable, the config says what
     is stored, and weights are near those of the source.
 
     Args:
         source: the checkpoint that was compressed; None leaves out what needs it.
-        report_progress: is given the bytes of each layer that was read.
-        process_group: each rank reads its share; all return the same report.
+        measured: on all ranks, of layers before they were written, in the run that now proves its
+            files: these are not read again, nor are copies. None where another run wrote the files.
     """
+    process_group = workers.process_group
     faults = list(find_structure_faults(written, source))
     broken = {fault.subject for fault in faults}
+    known = {} if measured is None else measured
 
     def stored_bytes(module: str) -> int:
         return sum(entry.nbytes for entry in written.entries(module).values() if entry)
 
     modules = process_group.partition_by_size(
-        [name for name in written.layers if name not in broken], stored_bytes
+        [name for name in written.layers if name not in broken and name not in known], stored_bytes
     )
-    errors: dict[str, float] = {}
-    with Reader() as reader, ThreadPoolExecutor(num_threads) as pool:
+    with Reader() as reader, ThreadPoolExecutor(workers.num_threads) as pool:
         if not process_group.is_rank_zero:
             # Every rank sees the same headers; the first reports them.
             faults = []
@@ -104,24 +76,40 @@ def verify_tensors(
             checkpoint = written.checkpoint
             faults += engine_rules.find_faults(checkpoint.config, checkpoint.entries, reader.whole)
 
-        def verify_layer(module: str) -> tuple[list[Fault], float | None]:
-            result = _verify_layer(written, module, source, reader)
-            report_progress(stored_bytes(module))
-            return result
+        def measure(module: str) -> LayerMeasurement:
+            measurement = _measure_layer(written, module, source, reader)
+            workers.report_progress(stored_bytes(module))
+            return measurement
 
-        for module, result in zip(modules, pool.map(verify_layer, modules), strict=True):
-            layer_faults, error = result
-            faults += layer_faults
-            if error is not None:
-                errors[module] = error
-        if source:
-            faults += _verify_copies(written, source, reader, process_group)
+        share = dict(zip(modules, pool.map(measure, modules), strict=True))
+        if process_group.is_rank_zero:
+            share |= known
+        layer_faults, errors = _judge_layers(written, share, has_source=source is not None)
+        faults += layer_faults
+        if source is not None:
+            names = source.entries if measured is None else written.rescaled
+            faults += _verify_copies(written, source, reader, process_group, names)
 
     gathered = process_group.all_gather_object((faults, errors))
     return VerificationReport(
         tuple(fault for rank_faults, _ in gathered for fault in rank_faults),
         {module: error for _, errors in gathered for module, error in errors.items()},
     )
+
+
+def _judge_layers(
+    written: WrittenModel, measured: Mapping[str, LayerMeasurement], *, has_source: bool
+) -> tuple[list[Fault], dict[str, float]]:
+    """What measurements of layers show, and by layer the error of those that are sound."""
+    faults, errors = [], {}
+    for module, measurement in measured.items():
+        record = written.layers[module]
+        texts = sorted(measurement.faults)
+        if has_source and not texts:
+            errors[module] = measurement.error
+            texts += find_error_faults(measurement, record.error, record.rounding_error)
+        faults += [Fault(module, text) for text in texts]
+    return faults, errors
 
 
 def find_structure_faults(
@@ -209,71 +197,38 @@ def _without_names(table: Any) -> Any:
     return {**table, "ignore": None, "config_groups": groups}
 
 
-def _verify_layer(
+def _measure_layer(
     written: WrittenModel, module: str, source: Checkpoint | None, reader: Reader
-) -> tuple[list[Fault], float | None]:
-    """Faults of one layer's numbers, and its relative error where there is a source."""
+) -> LayerMeasurement:
+    """Measure one layer on its file, against the source where there is one."""
     steps, (num_rows, num_columns) = written.steps(module), written.layers[module].shape
     config = written.expected_layer(module, num_rows).config
     source_entry = source.entries.get(f"{module}.weight") if source else None
-    texts = set()
-    squared_error, squared_norm = 0.0, 0.0
+    measured = LayerMeasurement()
     try:
         for first, last, tensors in written.read_tiles(module, reader):
-            for suffix, tensor in tensors.items():
-                is_scale = "scale" in suffix and tensor.is_floating_point()
-                if is_scale and not _is_usable_scale(tensor.float()):
-                    texts.add(f"{suffix} has a scale that is zero, infinite or NaN")
-
-            weight = pipeline.dequantize(tensors, config, steps, (last - first, num_columns))
-            texts.update(pipeline.validate_weight(weight, steps))
-            # A finite sum has finite terms, and is found several times as fast.
-            if not math.isfinite(weight.sum()) and not weight.isfinite().all():
-                texts.add("the stored weight decodes to NaN or infinity")
-                continue
-            if source_entry is None:
-                continue
-
-            rows = reader.rows(source_entry, first, last)
-            reference = written.rescale_source(rows, source_entry.name, first)
-            bound = pipeline.error_bound(tensors, config, steps, tuple(weight.shape))
-            distance = weight.sub_(reference).abs_()
-            if bound is not None and _exceeds(distance, bound):
-                texts.add("a stored weight is further from the source's than rounding can move it")
-            squared_error += float(distance.square().sum(dtype=torch.float64))
-            squared_norm += float(reference.square().sum(dtype=torch.float64))
+            reference = None
+            if source_entry is not None:
+                rows = reader.rows(source_entry, first, last)
+                reference = written.rescale_source(rows, source_entry.name, first)
+            stored, shape = StoredLayer(tensors, config), (last - first, num_columns)
+            measured |= measure_stored(stored, steps, shape, reference)
     except BitpressError as e:
-        return [Fault(module, str(e))], None
-
-    faults = [Fault(module, text) for text in sorted(texts)]
-    if source_entry is None:
-        return faults, None
-    if squared_error and not squared_norm:
-        return faults, math.inf
-    return faults, metrics.relative_error(squared_error, squared_norm)
-
-
-def _exceeds(distance: torch.Tensor, bound: torch.Tensor) -> bool:
-    """Whether any distance is larger than its bound."""
-    # The largest difference is found several times as fast as each pair is compared. It is NaN
-    # where any is, and NaN exceeds nothing.
-    if (distance - bound).amax() <= 0:
-        return False
-    return bool((distance > bound).any())
-
-
-def _is_usable_scale(scale: torch.Tensor) -> bool:
-    return bool(((scale > 0) & scale.isfinite()).all())
+        return LayerMeasurement(frozenset([str(e)]))
+    return measured
 
 
 def _verify_copies(
-    written: WrittenModel, source: Checkpoint, reader: Reader, process_group: ProcessGroup
+    written: WrittenModel,
+    source: Checkpoint,
+    reader: Reader,
+    process_group: ProcessGroup,
+    names: Collection[str],
 ) -> Sequence[Fault]:
-    """Tensors outside the compressed layers that differ from the source's."""
+    """Tensors outside the compressed layers, of these names, that differ from the source's."""
     faults = []
-    for name, entry in process_group.partition_by_size(
-        list(source.entries.items()), lambda item: item[1].nbytes
-    ):
+    entries = [(name, entry) for name, entry in source.entries.items() if name in names]
+    for name, entry in process_group.partition_by_size(entries, lambda item: item[1].nbytes):
         copy = written.checkpoint.entries.get(name)
         if copy is None or name.removesuffix(".weight") in written.layers:
             continue

@@ -78,27 +78,20 @@ class WrittenModel:
             first_row: tiles that end before it are left out.
             last_row: tiles that begin at it or after it are left out; None leaves out none.
         """
-        steps, num_rows = self.steps(module), self.layers[module].shape[0]
-        row_block = stored_layout.row_block(steps)
-        one_block = self.expected_layer(module, row_block).tensors
-        all_rows = self.expected_layer(module, num_rows).tensors
+        record, steps = self.layers[module], self.steps(module)
         entries = {
             suffix: entry for suffix, entry in self.entries(module).items() if entry is not None
         }
-
-        for first, last in stored_layout.row_tiles(self.layers[module].shape, steps):
-            if last <= first_row or first >= (num_rows if last_row is None else last_row):
+        end = record.shape[0] if last_row is None else last_row
+        for tile in stored_layout.row_tiles(record.shape, steps):
+            if tile[1] <= first_row or tile[0] >= end:
                 continue
             tensors = {}
-            for suffix, expected in self.expected_layer(module, last - first).tensors.items():
-                # The only tile of the layer, or a tensor that does not follow the rows.
-                if expected.shape == all_rows[suffix].shape:
-                    tensors[suffix] = reader.whole(entries[suffix])
-                else:
-                    start = first // row_block * one_block[suffix].shape[0]
-                    stop = start + expected.shape[0]
-                    tensors[suffix] = reader.rows(entries[suffix], start, stop)
-            yield first, last, tensors
+            ranges = stored_layout.row_ranges(record.shape, DTYPES[record.dtype], steps, tile)
+            for suffix, rows in ranges.items():
+                entry = entries[suffix]
+                tensors[suffix] = reader.whole(entry) if rows is None else reader.rows(entry, *rows)
+            yield *tile, tensors
 
     def rescale_source(self, tensor: torch.Tensor, name: str, first_row: int = 0) -> torch.Tensor:
         """The source's numbers after the factors that the run folded into them.

@@ -141,10 +141,7 @@ class Plan:
             for name in self.source.side_files
             if name not in (filenames.CONFIG, filenames.MANIFEST)
         ]
-        return {
-            filenames.rename_source_card(others) if name == filenames.MODEL_CARD else name: name
-            for name in others
-        }
+        return {filenames.copied_name(name, others): name for name in others}
 
     @cached_property
     def file_sizes(self) -> dict[str, int]:

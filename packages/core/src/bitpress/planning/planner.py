@@ -53,6 +53,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     steps_of = _assign_steps(source, recipe, layers)
 
     engines = facts_of(source.config)
+    _require_head(source, engines)
     stacks = _group_stacks(layers, steps_of, engines)
     for stack in stacks.values():
         _check_shapes(stack, engines)
@@ -101,6 +102,24 @@ def _require_unquantized(source: Source) -> None:
         raise CheckpointError(
             f"{source.folder} is already quantized ({method}): start from the original, or "
             "decompress it first"
+        )
+
+
+def _require_head(source: Source, engines: Sequence[EngineFacts]) -> None:
+    """Raise CheckpointError where a model has neither a head nor embeddings that it is tied to:
+    transformers makes up a new one at every load.
+    """
+    config = source.config
+    text_config = config.get("text_config")
+    tables = [config, text_config if isinstance(text_config, dict) else {}]
+    if {table.get("tie_word_embeddings") for table in tables} - {None} != {False}:
+        return
+    heads = sorted({head for facts in engines for head in facts.heads})
+    if heads and not any(f"{head}.weight" in source.entries for head in heads):
+        raise CheckpointError(
+            f"{source.folder}: it has no {heads[0]}.weight, and its config says that the head is "
+            "not tied to the embeddings: fetch the file that is missing, or set "
+            "tie_word_embeddings in config.json"
         )
 
 

@@ -192,17 +192,31 @@ def validate_weight(weight: Tensor, options: Options) -> str | None:
     """
 
 
+# Hooks get arguments by name: one that needs none but the first two names no others.
 @hookspec(firstresult=True)
-def error_bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensor | None:
-    """How far rounding may have moved each weight.
+def error_bound(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None,
+    weight: Tensor,
+    bound: Tensor | None,
+    options: Options,
+) -> Tensor | None:
+    """How far the scheme may have moved each weight.
 
-    `verify` holds the source's weight against it.
+    Every run, and `verify`, hold the source's weight against it. In a composition every step is
+    asked, the last first.
 
     Args:
-        tensors: what `serialize` stored of the layer, or some rows of each.
+        tensors: what is stored of the layer, or some rows of each: by the scheme itself, or by a
+            step after it.
         config: the layer's config fragment.
+        weight: (out, in) float32, what `tensors` decode to.
+        bound: how far the steps after this one may have moved each weight, broadcastable to
+            (out, in); None where there are none.
+        options: of the scheme.
 
     Returns:
-        Non-negative float32 that broadcasts to (out, in). None, or no hook, where no such bound
-        exists (error feedback moves weights on purpose).
+        Non-negative float32 that broadcasts to (out, in), what the steps after this one have moved
+        included. None, or no hook, where no such bound exists (error feedback moves weights on
+        purpose).
     """

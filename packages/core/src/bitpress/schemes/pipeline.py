@@ -267,21 +267,28 @@ def validate_weight(weight: torch.Tensor, steps: Sequence[Step]) -> Iterator[str
 
 
 def error_bound(
-    tensors: Mapping[str, torch.Tensor],
-    config: Mapping[str, Any] | None,
-    steps: Sequence[Step],
-    shape: tuple[int, ...] | None = None,
+    stored: StoredLayer, steps: Sequence[Step], weight: torch.Tensor
 ) -> torch.Tensor | None:
-    """How far each weight may be from the source's, broadcastable to (out, in); None where its
-    step promises nothing, or several steps moved it.
+    """How far each weight may be from the source's, broadcastable to (out, in); None where a step
+    promises nothing.
+
+    A fold over the steps, from the last one that stored the layer to the first.
+
+    Args:
+        stored: what is stored of the layer, or of some rows of it.
+        steps: of the layer.
+        weight: (out, in) float32, what is stored, dequantized.
     """
-    if len(steps) != 1:
-        return None
-    scheme = steps[0].scheme
-    bound = scheme.call("error_bound", tensors=tensors, config=config)
-    if bound is None:
-        return None
-    return hook_results.check_tensor(scheme, "error_bound", bound, shape, broadcast=True)
+    bound = None
+    for step in reversed(steps):
+        bound = step.call(
+            "error_bound", tensors=stored.tensors, config=stored.config, weight=weight, bound=bound
+        )
+        if bound is None:
+            return None
+        shape = tuple(weight.shape)
+        hook_results.check_tensor(step.scheme, "error_bound", bound, shape, broadcast=True)
+    return bound
 
 
 def _join_qparam(layer: str, name: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -43,6 +43,31 @@ def row_tiles(
     return ((first, min(first + height, rows)) for first in range(0, rows, height))
 
 
+def row_ranges(
+    shape: tuple[int, int], dtype: torch.dtype, steps: tuple[Step, ...], tile: tuple[int, int]
+) -> dict[str, tuple[int, int] | None]:
+    """Which rows of each stored tensor belong to a row tile of a layer; None where all do: of the
+    only tile, or of a tensor that does not follow the rows.
+
+    Args:
+        shape: (out, in) of the layer.
+        dtype: what the model stores its weights in.
+        steps: of the layer.
+        tile: the first row, a multiple of the row block, and the row after the last.
+    """
+    rows, width = shape
+    first, last = tile
+    block = row_block(steps)
+    one_block = describe(block, width, dtype, steps).tensors
+    all_rows = describe(rows, width, dtype, steps).tensors
+    ranges: dict[str, tuple[int, int] | None] = {}
+    for suffix, expected in describe(last - first, width, dtype, steps).tensors.items():
+        start = first // block * one_block[suffix].shape[0] if expected.ndim else 0
+        is_whole = expected.shape == all_rows[suffix].shape
+        ranges[suffix] = None if is_whole else (start, start + expected.shape[0])
+    return ranges
+
+
 @functools.lru_cache(maxsize=4096)
 def describe(rows: int, width: int, dtype: torch.dtype, steps: tuple[Step, ...]) -> StoredLayer:
     """What is stored of a layer of this shape: right dtypes and shapes, and meaningless numbers, in

@@ -13,7 +13,7 @@ from bitpress.compression.calibration.block_result import BlockResult
 from bitpress.compression.calibration.fold import fold_scales
 from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup, order_layer_groups
 from bitpress.compression.calibration.resumable_forward import Breakpoints
-from bitpress.compression.calibration.solution import broadcast_stored, install, solve, store
+from bitpress.compression.calibration.solution import broadcast_stored, install, solve
 from bitpress.compression.calibration.statistics import collect_statistics, warn_of_few_tokens
 from bitpress.runtime import memory
 from bitpress.runtime.progress import ReportProgress
@@ -28,6 +28,7 @@ class _GroupResult:
     output_errors: Mapping[str, float]
     warnings: Sequence[str]
     num_tokens: Mapping[str, int]
+    rounding_errors: Mapping[str, float]
 
 
 def compress_block(
@@ -81,6 +82,9 @@ def compress_block(
             *warn_of_few_tokens(num_tokens),
         ],
         num_tokens,
+        rounding_errors={
+            name: error for result in results for name, error in result.rounding_errors.items()
+        },
     )
 
 
@@ -100,9 +104,13 @@ def _compress_group(
         # what collecting has freed: what is allocated now is larger, and would not fit into its
         # holes
         memory.release_freed_memory(streams.limits.max_working_bytes)
-        layer = solve(group, statistics) if process_group.rank == owner else None
+        solution = None
+        if process_group.rank == owner:
+            solution = solve(group, statistics, streams.limits.max_working_bytes)
     texts = [str(warning.message) for warning in caught if warning.category is UserWarning]
     by_rank = process_group.all_gather_object(texts)
+    own_errors = {} if solution is None else solution.rounding_errors
+    rounding_errors = process_group.broadcast_object(own_errors, owner)
 
     name = group.stack.name
     group_warnings = [
@@ -110,9 +118,7 @@ def _compress_group(
     ]
     group_warnings += _warn_of_input_and_weights(group, statistics.num_tokens)
 
-    solved_here = store(layer, group) if layer is not None else None
-    # beside what is stored, the solution would be several copies of the weights
-    del layer
+    solved_here = None if solution is None else solution.stored_layers
     stored_layers = broadcast_stored(solved_here, group, process_group, owner)
     for module, stored in zip(group.modules, stored_layers, strict=True):
         for suffix, tensor in stored.tensors.items():
@@ -122,7 +128,7 @@ def _compress_group(
     num_tokens = {}
     if group.is_routed and group.stack.calibrated:
         num_tokens = dict.fromkeys(group.modules, statistics.num_tokens)
-    return _GroupResult(output_errors, group_warnings, num_tokens)
+    return _GroupResult(output_errors, group_warnings, num_tokens, rounding_errors)
 
 
 def _warn_of_input_and_weights(group: LayerGroup, num_tokens: int) -> Iterator[str]:

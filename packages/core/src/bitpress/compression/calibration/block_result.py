@@ -17,6 +17,8 @@ class BlockResult:
         rescaled: by tensor, the exponents of two by which its "columns" and "rows" were multiplied.
         warnings: one line each, naming the layer.
         num_tokens: by layer of an expert, how many tokens were sent to it.
+        rounding_errors: by layer, the error that plain rounding would have had, where weights were
+            moved further on purpose.
         drift: by block, ||h - h'|| / ||h'|| of the hidden states after it, h' being the source's.
     """
 
@@ -24,6 +26,7 @@ class BlockResult:
     rescaled: Mapping[str, Mapping[str, Sequence[int]]]
     warnings: Sequence[str]
     num_tokens: Mapping[str, int]
+    rounding_errors: Mapping[str, float] = field(factory=dict)
     drift: Mapping[str, float] = field(factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -32,6 +35,7 @@ class BlockResult:
             "errors": self.output_errors,
             "rescaled": self.rescaled,
             "warnings": self.warnings,
+            "rounding_errors": self.rounding_errors,
             "blocks": self.drift,
             "tokens": self.num_tokens,
         }
@@ -44,5 +48,6 @@ class BlockResult:
             values["rescaled"],
             values["warnings"],
             values["tokens"],
+            values["rounding_errors"],
             values["blocks"],
         )

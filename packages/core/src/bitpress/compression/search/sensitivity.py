@@ -35,7 +35,7 @@ from bitpress.compression.calibration.activation_streams import ActivationStream
 from bitpress.compression.calibration.fold import fold_scales
 from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup, order_layer_groups
 from bitpress.compression.calibration.resumable_forward import Breakpoints
-from bitpress.compression.calibration.solution import install, solve, store
+from bitpress.compression.calibration.solution import install, solve
 from bitpress.compression.calibration.statistics import collect_statistics
 from bitpress.compression.search.candidates import SearchUnit
 from bitpress.compression.search.search_job import Divergences, SearchJob
@@ -172,11 +172,11 @@ def _compress_in_turn(
 
     # a unit may have several stacks: it is compressed once all of them have been solved
     num_unsolved = {unit.name: len(unit.stacks[candidate]) for unit in units}
-    solved: dict[str, list[tuple[LayerGroup, list[StoredLayer]]]]
+    solved: dict[str, list[tuple[LayerGroup, Sequence[StoredLayer]]]]
     solved = {unit.name: [] for unit in units}
     for number, group in enumerate(groups):
         unit = unit_of[group.stack.name]
-        solved[unit.name].append((group, _solve_and_store(group, number, streams)))
+        solved[unit.name].append((group, _solve(group, number, streams)))
         num_unsolved[unit.name] -= 1
         if num_unsolved[unit.name]:
             continue
@@ -196,15 +196,14 @@ def _compress_in_turn(
     breakpoints.remove()
 
 
-def _solve_and_store(
-    group: LayerGroup, number: int, streams: ActivationStreams
-) -> list[StoredLayer]:
+def _solve(group: LayerGroup, number: int, streams: ActivationStreams) -> Sequence[StoredLayer]:
     """What a run would store of a layer group."""
     with warnings.catch_warnings():
         # `compress` warns of the same
         warnings.simplefilter("ignore", UserWarning)
-        layer = solve(group, collect_statistics(group, number, streams))
-    return store(layer, group)
+        statistics = collect_statistics(group, number, streams)
+        solution = solve(group, statistics, streams.limits.max_working_bytes)
+    return solution.stored_layers
 
 
 def _tabulate(job: SearchJob, measured: Divergences) -> Divergences:
