@@ -157,7 +157,8 @@ def load_calibration_data(
     _check_vocabulary(tokens, tokenizer, folder, model_config)
     if len(tokens) < min(length, MIN_TOKENS):
         raise DataError(
-            f"{texts.source}: it gives {len(tokens)} tokens, too few to run a model on; give a longer text"
+            f"{texts.source}: it gives {len(tokens)} tokens, too few to run a model on; give a "
+            "longer text"
         )
 
     cut_length = min(length, len(tokens))
@@ -175,8 +176,8 @@ def load_calibration_data(
         if cut_length < length:
             num_full, shorter = 0, f", one of {cut_length} tokens"
         warnings.append(
-            f"{num_full} of {config.samples} sequences of {length} tokens{shorter}: {texts.source} holds "
-            f"{len(tokens):,} tokens"
+            f"{num_full} of {config.samples} sequences of {length} tokens{shorter}: {texts.source} "
+            f"holds {len(tokens):,} tokens"
         )
     return CalibrationData(
         input_ids,
