@@ -164,10 +164,7 @@ def load_calibration_data(
     cut_length = min(length, len(tokens))
     num_sequences = len(tokens) // cut_length
     sequences = tokens[: num_sequences * cut_length].view(num_sequences, cut_length)
-    if config.seed:
-        generator = torch.Generator().manual_seed(config.seed)
-        sequences = sequences[torch.randperm(num_sequences, generator=generator)]
-    input_ids = sequences[: config.samples].clone()
+    input_ids = _draw(sequences, config.seed)[: config.samples].clone()
 
     # the default numbers are nobody's wish, and the text that ships is as long as it is
     is_default = attrs.evolve(config, seed=0, all_experts=False) == CalibrationConfig()
@@ -189,6 +186,14 @@ def load_calibration_data(
         depends_on_day,
         _read_stamp(config.source),
     )
+
+
+def _draw(sequences: Tensor, seed: int) -> Tensor:
+    """Sequences in an order drawn by lot; with seed 0 in their own."""
+    if not seed:
+        return sequences
+    generator = torch.Generator().manual_seed(seed)
+    return sequences[torch.randperm(len(sequences), generator=generator)]
 
 
 def _limit_length(length: int, model_config: Mapping[str, Any]) -> tuple[int, list[str]]:
