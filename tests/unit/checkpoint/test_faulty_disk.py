@@ -8,7 +8,6 @@ import contextlib
 import errno
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,10 @@ from bitpress.checkpoint.filenames import CONFIG, LOCK, RUN_RECORD
 from bitpress.conformance.models import LLAMA, files_of, llama_tensors, write_model
 
 # Of the calls of a run, each so-manieth is made to fail; with `-m long` every one.
-STRIDE = 13
+STRIDES = [
+    pytest.param(5, id="some calls"),
+    pytest.param(1, id="every call", marks=pytest.mark.long),
+]
 MODEL_CONFIG = LLAMA | {"num_hidden_layers": 1}
 
 
@@ -51,11 +53,6 @@ def count_calls(model: Path, folder: Path) -> int:
     return disk.num_calls
 
 
-def calls(number: int, request: pytest.FixtureRequest) -> Iterator[int]:
-    is_long = "long" in (request.config.option.markexpr or "")
-    return iter(range(1, number + 1, 1 if is_long else STRIDE))
-
-
 def require_whole_or_resumed(model: Path, out: Path, expected: dict[str, bytes]) -> None:
     if (out / CONFIG).exists() and not (out / RUN_RECORD).exists():
         # the file of a lock that nobody holds hinders nobody
@@ -66,24 +63,20 @@ def require_whole_or_resumed(model: Path, out: Path, expected: dict[str, bytes])
     assert files_of(out) == expected
 
 
-@pytest.mark.long
-def test_the_long_run_tries_every_call(model: Path, with_toy: Path, tmp_path: Path) -> None:
-    assert count_calls(model, tmp_path) > 100
-
-
+@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("kind", ["all that is not safe is lost", *map(str, range(3))])
 def test_after_a_power_loss_at_any_call_the_folder_is_whole_or_resumed_to_the_same_bytes(
     model: Path,
     expected: dict[str, bytes],
     tmp_path: Path,
-    request: pytest.FixtureRequest,
     kind: str,
+    stride: int,
 ) -> None:
     def lose_power(number: int, name: str, arguments: tuple[Any, ...]) -> None:
         if number == last:
             raise PowerLoss
 
-    for last in calls(count_calls(model, tmp_path / "counted"), request):
+    for last in range(1, count_calls(model, tmp_path / "counted") + 1, stride):
         out = tmp_path / str(last) / "out"
         disk = FaultyDisk(out, lose_power)
         with disk.mounted(), contextlib.suppress(PowerLoss):
@@ -94,13 +87,14 @@ def test_after_a_power_loss_at_any_call_the_folder_is_whole_or_resumed_to_the_sa
         require_whole_or_resumed(model, out, expected)
 
 
+@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC", "EINTR", "EDQUOT", "EROFS"])
 def test_a_call_that_fails_ends_the_run_and_the_same_command_makes_the_same_bytes(
     model: Path,
     expected: dict[str, bytes],
     tmp_path: Path,
-    request: pytest.FixtureRequest,
     error: str,
+    stride: int,
 ) -> None:
     number_of_error = getattr(errno, error)
 
@@ -108,7 +102,7 @@ def test_a_call_that_fails_ends_the_run_and_the_same_command_makes_the_same_byte
         if number == last:
             raise OSError(number_of_error, os.strerror(number_of_error))
 
-    for last in calls(count_calls(model, tmp_path / "counted"), request):
+    for last in range(1, count_calls(model, tmp_path / "counted") + 1, stride):
         out = tmp_path / str(last) / "out"
         with FaultyDisk(out, fail).mounted(), contextlib.suppress(bitpress.OutputError):
             compress(model, out)
