@@ -211,6 +211,7 @@ def test_what_was_found_is_kept_beside_the_files(tmp_path: Path, learner: Path) 
     manifest = json.loads((out / "bitpress.json").read_text())
     assert manifest["data"]["source"] == "text.txt"
     assert manifest["data"]["tokens"] == str(SAMPLES * LENGTH)
+    assert "prefix" not in manifest["data"]
     errors = {name: layer["output_error"] for name, layer in manifest["layers"].items()}
     assert all(0 < error < 0.2 for name, error in errors.items() if "layers.1.mlp" not in name)
     assert "model.layers.1.mlp.up_proj: all its weights are zero" in manifest["warnings"]

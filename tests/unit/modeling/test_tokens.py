@@ -77,10 +77,12 @@ def loaded(
 
 def test_packing_loses_and_repeats_no_token(model: Path, tmp_path: Path) -> None:
     sequences = loaded(model, json_lines(tmp_path / "a.jsonl"))
-    tokens = tokens_of("\n".join(TEXTS))
-    assert sequences.input_ids.shape == (len(tokens) // 32, 32)
+    bos, *tokens = tokens_of("\n".join(TEXTS))
+    assert sequences.input_ids.shape == (len(tokens) // 31, 32)
     assert sequences.input_ids.dtype == torch.int64
-    assert sequences.input_ids.flatten().tolist() == tokens[: sequences.input_ids.numel()]
+    assert set(sequences.input_ids[:, 0].tolist()) == {bos}
+    without_bos = sequences.input_ids[:, 1:].flatten().tolist()
+    assert without_bos == tokens[: len(without_bos)]
 
 
 @pytest.mark.parametrize("write", [json_lines, parquet])
@@ -147,8 +149,10 @@ def test_the_same_choice_gives_the_same_and_another_seed_another_draw_of_the_sam
 
 
 def test_the_digest_depends_on_the_shape(model: Path, tmp_path: Path) -> None:
-    file = json_lines(tmp_path / "a.jsonl")
-    one, other = loaded(model, file, 4, 32), loaded(model, file, 8, 16)
+    # a tokenizer without BOS: one token of a text after another, however it is cut
+    (model / "tokenizer.json").write_text(word_tokenizer(2))
+    (tmp_path / "a.txt").write_text(" ".join(["xx"] * 500))
+    one, other = loaded(model, tmp_path / "a.txt", 4, 32), loaded(model, tmp_path / "a.txt", 8, 16)
     assert torch.equal(one.input_ids.flatten(), other.input_ids.flatten())
     assert one.digest != other.digest
 
@@ -167,10 +171,9 @@ def test_chats_go_through_the_template(
         write(tmp_path / ("a.jsonl" if write is json_lines else "a.parquet"), "messages", CHATS),
     )
     rendered = "\n".join(f"<s>[user] {text}[assistant] Noted." for text in TEXTS)
-    assert (
-        sequences.input_ids.flatten().tolist()
-        == tokens_of(rendered, special=False)[: sequences.input_ids.numel()]
-    )
+    bos, *tokens = tokens_of(rendered, special=False)
+    assert set(sequences.input_ids[:, 0].tolist()) == {bos}
+    assert sequences.input_ids[:2, 1:].flatten().tolist() == tokens[:62]
 
 
 def test_a_chat_without_a_template_is_refused(model: Path, tmp_path: Path) -> None:
@@ -205,7 +208,9 @@ def test_the_default_text_needs_nothing(model: Path) -> None:
 def test_too_little_is_said_with_how_much_there_was(model: Path, tmp_path: Path) -> None:
     count = len(tokens_of("\n".join(TEXTS)))
     [warning] = loaded(model, json_lines(tmp_path / "a.jsonl"), samples=900).warnings
-    assert warning == f"{count // 32} of 900 sequences of 32 tokens: a.jsonl holds {count:,} tokens"
+    # BOS takes one token of each sequence
+    num_full = (count - 1) // 31
+    assert warning == f"{num_full} of 900 sequences of 32 tokens: a.jsonl holds {count:,} tokens"
     [warning] = load_calibration_data(
         CalibrationConfig(samples=5000, sequence_length=64), model, CONFIG
     ).warnings

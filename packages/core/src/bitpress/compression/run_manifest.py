@@ -44,7 +44,7 @@ def build_manifest(
         ),
         files=_describe_files(job, output, resources),
         layers=_describe_layers(job, block_results),
-        data=_describe_calibration(job),
+        data=describe_calibration(job),
         warnings=tuple(text for result in block_results for text in result.warnings),
         rescaled={
             name: change for result in block_results for name, change in result.rescaled.items()
@@ -122,7 +122,8 @@ def _describe_layers(job: Job, block_results: Sequence[BlockResult]) -> Mapping[
     }
 
 
-def _describe_calibration(job: Job) -> dict[str, str] | None:
+def describe_calibration(job: Job) -> dict[str, str] | None:
+    """What the run was calibrated on, for people and for who repeats it; None where nothing was."""
     calibration = job.calibration
     if calibration is None:
         return None
@@ -131,6 +132,8 @@ def _describe_calibration(job: Job) -> dict[str, str] | None:
         "tokens": str(calibration.input_ids.numel()),
         "sha256": calibration.digest,
     }
+    if calibration.prefix:
+        description["prefix"] = calibration.prefix
     if calibration.all_experts:
         description["experts"] = "every token"
     return description

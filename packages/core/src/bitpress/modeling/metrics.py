@@ -15,6 +15,9 @@ from bitpress.errors import CheckpointError
 # 4096 tokens and a vocabulary of 128 Ki in float32.
 MAX_LOGITS = 1 << 23
 
+# In place of the token that follows one, where that is none to be predicted.
+NO_TARGET = -100
+
 # What makes logits (tokens, vocabulary) of a model's last hidden states (tokens, channels).
 Head = Callable[[Tensor], Tensor]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.errors import CheckpointError, DataError, first_line
-from bitpress.modeling import text_sources
+from bitpress.modeling import metrics, sequences, text_sources
 from bitpress.modeling.chat_templates import ChatRenderer
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import EvaluationConfig
@@ -27,9 +27,6 @@ MIN_TOKENS = 16
 # Characters that are read at first for each token that is needed; a token of prose has three to
 # five. Every character that is tokenized takes some 200 bytes.
 CHARACTERS_PER_TOKEN = 6
-
-# Tokens beyond those that are needed: the end of a text that is cut may be part of a word.
-SPARE_TOKENS = 256
 
 
 @frozen(eq=False)
@@ -46,6 +43,7 @@ class CalibrationData:
         all_experts: whether every expert is given all of them.
         depends_on_day: whether a chat template has written the date into them.
         text_stamp: size in bytes and time of change in ns of the file of texts; None for others.
+        prefix: what the tokenizer begins a text with, and so every sequence: "<s>"; mostly BOS.
     """
 
     input_ids: Tensor
@@ -56,6 +54,7 @@ class CalibrationData:
     all_experts: bool = False
     depends_on_day: bool = False
     text_stamp: tuple[int, int] | None = None
+    prefix: str = ""
 
     def with_tokens(self, input_ids: Tensor) -> CalibrationData:
         """The same with other tokens, (sequences, length) int64."""
@@ -65,10 +64,12 @@ class CalibrationData:
 @frozen(eq=False)
 class EvaluationText:
     """The tokens from a text's start in full sequences, and for each token the one that follows it.
+    With BOS before them, every token of the text is predicted once, the first of a sequence too.
 
     Attributes:
         input_ids: (sequences, length) int64.
-        target_ids: (sequences, length) int64.
+        target_ids: (sequences, length) int64, `metrics.NO_TARGET` where what follows is of the
+            prefix that every sequence begins with.
         source: for people, a file's name or a dataset's.
         digest: SHA-256 of shape and ids of the inputs.
         warnings: what the user should know, such as which chats were left out.
@@ -103,23 +104,22 @@ def load_evaluation_text(
         raise DataError(f"{num_tokens} tokens in sequences of {length}: both are at least 1")
     tokenizer = _load_tokenizer(folder, trust_remote_code)
     # one more than is judged: each is judged by the token that follows it
-    tokens, texts, _ = _tokenize(CalibrationConfig(config.text), num_tokens + 1, tokenizer)
-    _check_vocabulary(tokens, tokenizer, folder, model_config)
-    tokens = tokens[: num_tokens + 1]
-    if len(tokens) <= MIN_TOKENS:
+    text = _tokenize(CalibrationConfig(config.text), num_tokens + 1, tokenizer)
+    _check_vocabulary(text, tokenizer, folder, model_config)
+    text = text.with_room_for_prefix(length).first(num_tokens + 1)
+    if len(text) <= MIN_TOKENS:
         raise DataError(
-            f"{texts.source}: it gives {len(tokens)} tokens, too few to judge a model by; give a "
+            f"{text.source}: it gives {len(text)} tokens, too few to judge a model by; give a "
             "longer text"
         )
 
     max_length = ModelConfig.from_json(model_config).max_position_embeddings or length
-    length = min(length, len(tokens) - 1, max_length)
-    num_sequences = (len(tokens) - 1) // length
-    input_ids, target_ids = (
-        tokens[start : start + num_sequences * length].view(num_sequences, length)
-        for start in (0, 1)
-    )
-    return EvaluationText(input_ids, target_ids, texts.source, _digest(input_ids), texts.warnings)
+    length = min(length, len(text) - 1, max_length)
+    windows = text.cut(length + 1, overlap=1)
+    input_ids, target_ids = windows[:, :-1].clone(), windows[:, 1:].clone()
+    # what predicts the rest of a prefix of several tokens was never asked to
+    target_ids[:, : max(len(text.prefix) - 1, 0)] = metrics.NO_TARGET
+    return EvaluationText(input_ids, target_ids, text.source, _digest(input_ids), text.warnings)
 
 
 def load_calibration_data(
@@ -131,8 +131,10 @@ def load_calibration_data(
     """Full sequences of tokens, made by the tokenizer of a model folder from the texts chosen.
 
     Texts are joined by single newlines and tokenized once, as one string, which is cut into
-    sequences from its start; a last one that is not full is left out. A chat becomes a text through
-    the tokenizer's chat template.
+    sequences from its start; a last one that is not full is left out. Every sequence begins as the
+    tokenizer begins a text, with BOS where it adds that: some models (Gemma) never see a text
+    without, and compute other hidden states there. A chat becomes a text through the tokenizer's
+    chat template.
 
     Args:
         folder: of the model whose tokenizer makes them.
@@ -147,24 +149,25 @@ def load_calibration_data(
     config.require_valid()
     length, warnings = _limit_length(config.sequence_length, model_config)
     tokenizer = _load_tokenizer(folder, trust_remote_code)
-    tokens, texts, depends_on_day = _tokenize(config, config.samples * length, tokenizer)
-    warnings += texts.warnings
-    if depends_on_day:
+    text = _tokenize(config, config.samples * length, tokenizer)
+    warnings += text.warnings
+    if text.depends_on_day:
         warnings.append(
             "the model's chat template writes the date: on another day the same command has other "
             "tokens, and makes other files"
         )
-    _check_vocabulary(tokens, tokenizer, folder, model_config)
-    if len(tokens) < min(length, MIN_TOKENS):
+    _check_vocabulary(text, tokenizer, folder, model_config)
+    text = text.with_room_for_prefix(length)
+    if len(text) < min(length, MIN_TOKENS):
         raise DataError(
-            f"{texts.source}: it gives {len(tokens)} tokens, too few to run a model on; give a "
-            "longer text"
+            f"{text.source}: it gives {len(text)} tokens, too few to run a model on; give a longer "
+            "text"
         )
 
-    cut_length = min(length, len(tokens))
-    num_sequences = len(tokens) // cut_length
-    sequences = tokens[: num_sequences * cut_length].view(num_sequences, cut_length)
-    input_ids = _draw(sequences, config.seed)[: config.samples].clone()
+    cut_length = min(length, len(text))
+    all_ids = text.cut(cut_length)
+    num_sequences = len(all_ids)
+    input_ids = _draw(all_ids, config.seed)[: config.samples].clone()
 
     # the default numbers are nobody's wish, and the text that ships is as long as it is
     is_default = attrs.evolve(config, seed=0, all_experts=False) == CalibrationConfig()
@@ -173,18 +176,19 @@ def load_calibration_data(
         if cut_length < length:
             num_full, shorter = 0, f", one of {cut_length} tokens"
         warnings.append(
-            f"{num_full} of {config.samples} sequences of {length} tokens{shorter}: {texts.source} "
-            f"holds {len(tokens):,} tokens"
+            f"{num_full} of {config.samples} sequences of {length} tokens{shorter}: {text.source} "
+            f"holds {len(text):,} tokens"
         )
     return CalibrationData(
         input_ids,
-        texts.source,
+        text.source,
         _digest(input_ids),
         tuple(warnings),
         config.seed,
         config.all_experts,
-        depends_on_day,
+        text.depends_on_day,
         _read_stamp(config.source),
+        "".join(tokenizer.convert_ids_to_tokens(text.prefix.tolist())),
     )
 
 
@@ -213,12 +217,49 @@ def _read_stamp(source: str | None) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _tokenize(
-    config: CalibrationConfig, num_tokens: int, tokenizer: Any
-) -> tuple[Tensor, text_sources.Texts, bool]:
-    """The tokens of the texts, these, and whether they depend on the day: all tokens, or with seed
-    0 the first ones, so many or more where there are so many.
+@frozen(eq=False)
+class _TokenizedText:
+    """A text's tokens, and what the tokenizer begins a text with.
+
+    Attributes:
+        tokens: (tokens,) int64.
+        prefix: (prefix tokens,) int64; none for many tokenizers.
+        depends_on_day: whether a chat template has written the date into it.
     """
+
+    tokens: Tensor
+    prefix: Tensor
+    source: str
+    warnings: tuple[str, ...]
+    depends_on_day: bool
+
+    def __len__(self) -> int:
+        """The tokens of the text as one sequence, its prefix included."""
+        return len(self.tokens) + self._num_inserted
+
+    @property
+    def _num_inserted(self) -> int:
+        # a chat template writes the token that begins a sequence itself
+        return 0 if sequences.begins_with(self.tokens, self.prefix) else len(self.prefix)
+
+    def first(self, num_tokens: int) -> _TokenizedText:
+        """No more than so many tokens, the prefix included."""
+        return attrs.evolve(self, tokens=self.tokens[: num_tokens - self._num_inserted])
+
+    def with_room_for_prefix(self, length: int) -> _TokenizedText:
+        """Without the prefix where sequences are so short that nothing else would be in them."""
+        return self if len(self.prefix) < length else attrs.evolve(self, prefix=self.prefix[:0])
+
+    def cut(self, length: int, overlap: int = 0) -> Tensor:
+        """Full sequences, each with the prefix; (sequences, length) int64."""
+        return sequences.cut_sequences(self.tokens, self.prefix, length, overlap)
+
+
+def _tokenize(config: CalibrationConfig, num_tokens: int, tokenizer: Any) -> _TokenizedText:
+    """The tokens of the texts: all, or with seed 0 the first ones, so many or more where there are
+    so many.
+    """
+    prefix = sequences.find_prefix(tokenizer)
     # Where the first tokens are all that is needed, the beginning of the text is all that is read:
     # a tokenizer hardly looks further than a word ahead, so that they are the same, and nobody
     # waits for gigabytes to be tokenized for them.
@@ -227,11 +268,15 @@ def _tokenize(
         while True:
             texts = text_sources.read(config.source, max_characters, renderer.render)
             text = texts.text
-            # a chat template writes the token that begins a sequence itself
             has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-            ids = tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
+            # with a prefix each sequence gets its own, and none the token that ends a text
+            add_special_tokens = not len(prefix) and not has_bos
+            ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
             if max_characters is None or len(text) < max_characters or len(ids) >= num_tokens:
-                return torch.tensor(ids, dtype=torch.int64), texts, renderer.writes_date
+                tokens = torch.tensor(ids, dtype=torch.int64)
+                return _TokenizedText(
+                    tokens, prefix, texts.source, texts.warnings, renderer.writes_date
+                )
             # a text of uncommonly long tokens
             max_characters *= CHARACTERS_PER_TOKEN
 
@@ -255,11 +300,11 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _check_vocabulary(
-    tokens: Tensor, tokenizer: Any, folder: Path, model_config: Mapping[str, Any]
+    text: _TokenizedText, tokenizer: Any, folder: Path, model_config: Mapping[str, Any]
 ) -> None:
     """Raise CheckpointError where a tokenizer gives ids that the model has no embedding for."""
     vocab_size = ModelConfig.from_json(model_config).vocab_size
-    largest = int(tokens.max()) if len(tokens) else 0
+    largest = max((int(ids.max()) for ids in (text.prefix, text.tokens) if len(ids)), default=0)
     if vocab_size is not None and largest >= vocab_size:
         raise CheckpointError(
             f"{folder}: its tokenizer gives the token id {largest} "

@@ -212,6 +212,10 @@ def _compare(
         for number, chunk, log_probabilities in metrics.compare_logits(batches, heads):
             log_q, *references = log_probabilities
             target_ids = targets[number].flatten()[chunk].to(log_q.device)
+            is_target = target_ids != metrics.NO_TARGET
+            if not is_target.all():
+                log_q, target_ids = log_q[is_target], target_ids[is_target]
+                references = [log_p[is_target] for log_p in references]
             nll += metrics.negative_log_likelihood(log_q, target_ids)
             for log_p in references:
                 reference_nll += metrics.negative_log_likelihood(log_p, target_ids)
@@ -248,7 +252,7 @@ def _share_a_head(models: Sequence[RunnableModel]) -> bool:
 
 def _summarize(sums: _Sums, text: EvaluationText, drift: Sequence[float]) -> Check:
     """Means over tokens; those of a comparison where there is a drift."""
-    num_tokens = text.target_ids.numel()
+    num_tokens = int((text.target_ids != metrics.NO_TARGET).sum())
     if not math.isfinite(sums.nll + sums.reference_nll + sums.kl):
         raise CheckpointError(
             "the model makes NaN or infinity of this text: its weights are damaged, or the text is "
