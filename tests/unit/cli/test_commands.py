@@ -260,3 +260,77 @@ def test_a_plan_can_be_made_for_another_device(toy: Path, model: Path) -> None:
     assert "did you mean 'h100'?" in refusal(
         "plan", model, "--scheme", "toy", "--hardware", "H101", path=toy
     )
+
+
+ALIASES = """
+ALIASES = {"T7": {}, "toy_coarse": {"levels": 7}}
+"""
+
+
+@pytest.fixture
+def toy_with_aliases(toy: Path) -> Path:
+    module = toy / "bitpress_scheme_toy.py"
+    module.write_text(module.read_text() + ALIASES)
+    return toy
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "line"),
+    [
+        ("TOY", 127, "TOY: taken as toy with its defaults\n"),
+        ("t7", 127, "t7: taken as toy with its defaults\n"),
+        ("Toy-Coarse", 7, "Toy-Coarse: taken as toy with levels=7\n"),
+    ],
+)
+def test_a_known_name_of_a_scheme_is_taken_and_a_line_says_for_what(
+    toy_with_aliases: Path, model: Path, name: str, levels: int, line: str
+) -> None:
+    recipe = model.parent / "recipe.toml"
+    recipe.write_text(f'[[layers]]\nmatch = "*"\nsteps = ["{name}"]\n')
+    for words in (["--scheme", name], ["--recipe", recipe]):
+        done = command("plan", model, *words, path=toy_with_aliases)
+        assert (done.returncode, done.stderr) == (0, line)
+        document = json.loads(
+            command("plan", model, *words, "--json", path=toy_with_aliases).stdout
+        )
+        assert document["layers"][0]["steps"] == [{"use": "toy", "levels": levels, "multiple": 1}]
+
+
+def test_a_setting_overrides_what_a_known_name_stands_for(
+    toy_with_aliases: Path, model: Path
+) -> None:
+    for option in ("levels", "toy.levels", "TOY_COARSE.levels"):
+        words = ["--scheme", "toy_coarse", "--set", f"{option}=9", "--json"]
+        document = json.loads(command("plan", model, *words, path=toy_with_aliases).stdout)
+        assert document["layers"][0]["steps"][0]["levels"] == 9
+
+
+@pytest.mark.parametrize("aliases", ["ALIASES = ['x']", "ALIASES = {'x': {'level': 3}}"])
+def test_a_scheme_with_broken_aliases_is_reported(toy: Path, aliases: str) -> None:
+    module = toy / "bitpress_scheme_toy.py"
+    module.write_text(f"{module.read_text()}\n{aliases}\n")
+    assert "problem: toy of bitpress-scheme-toy" in command("schemes", path=toy).stderr
+
+
+@pytest.mark.parametrize("name", ["toy4", "tay8"])
+def test_another_format_is_no_misspelled_name(toy: Path, model: Path, name: str) -> None:
+    assert "did you mean" not in refusal("plan", model, "--scheme", name, path=toy)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["lm_head", "re:.*lm_head", "model.embed_tokens", "re:.*norm$", "*.input_layernorm"]
+)
+def test_a_layer_that_is_left_alone_in_any_case_may_be_ignored(
+    toy: Path, model: Path, pattern: str
+) -> None:
+    shown = command("plan", model, "--scheme", "toy", path=toy).stdout
+    done = command("plan", model, "--scheme", "toy", "--ignore", pattern, path=toy)
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
+
+
+def test_a_pattern_of_llm_compressor_is_understood(toy: Path, model: Path) -> None:
+    done = command("plan", model, "--scheme", "toy", "--ignore", "re:.*down_proj$", path=toy)
+    assert done.stdout.startswith("12 layers compressed")
+    assert "'re:.*dawn_proj$' matches none of the 14 linear layers" in refusal(
+        "plan", model, "--scheme", "toy", "--ignore", "re:.*dawn_proj$", path=toy
+    )

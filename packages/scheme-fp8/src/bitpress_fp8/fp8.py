@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "ALIASES",
     "Options",
     "dequantize",
     "error_bound",
@@ -30,6 +31,9 @@ __all__ = [
     "serialize",
     "validate_hardware",
 ]
+
+# As llm-compressor and vLLM call the same format.
+ALIASES: Mapping[str, Mapping[str, str]] = {"FP8_DYNAMIC": {}, "W8A8_FP8": {}}
 
 
 @frozen

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "ALIASES",
     "Options",
     "dequantize",
     "error_bound",
@@ -29,6 +30,9 @@ __all__ = [
     "serialize",
     "validate_hardware",
 ]
+
+# As llm-compressor and vLLM call the same format.
+ALIASES: Mapping[str, Mapping[str, str]] = {"W8A8": {}, "W8A8_INT8": {}}
 
 # Scales tried, in units of amax / 127.5.
 RATIOS = tuple(1.02 - 0.02 * i for i in range(24))

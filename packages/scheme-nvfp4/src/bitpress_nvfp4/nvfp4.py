@@ -27,6 +27,9 @@ from bitpress_nvfp4 import activations, scales
 if TYPE_CHECKING:
     from torch import Tensor
 
+# As llm-compressor calls the format with weights only.
+ALIASES: Mapping[str, Mapping[str, str]] = {"NVFP4A16": {"activations": "float"}}
+
 
 def _check_group_size(instance: Options, attribute: attrs.Attribute[Any], value: int) -> None:
     if value != scales.GROUP_SIZE:

@@ -22,6 +22,7 @@ from bitpress_sparse.pruning import (
 )
 
 __all__ = [
+    "ALIASES",
     "Options",
     "dequantize",
     "error_bound",
@@ -32,6 +33,9 @@ __all__ = [
     "validate_hardware",
     "validate_weight",
 ]
+
+# As papers and engines call the pattern.
+ALIASES: Mapping[str, Mapping[str, str]] = {"2:4": {}, "2of4": {}}
 
 
 @frozen

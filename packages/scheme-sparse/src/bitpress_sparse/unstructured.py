@@ -25,6 +25,7 @@ from bitpress_sparse.pruning import (
 )
 
 __all__ = [
+    "ALIASES",
     "Options",
     "dequantize",
     "error_bound",
@@ -35,6 +36,12 @@ __all__ = [
     "validate_hardware",
     "validate_weight",
 ]
+
+# Algorithms that are known by their papers.
+ALIASES: Mapping[str, Mapping[str, str]] = {
+    "wanda": {"algorithm": "wanda"},
+    "sparsegpt": {"algorithm": "sparsegpt"},
+}
 
 
 def _check_sparsity(instance: Options, attribute: attrs.Attribute[Any], value: float) -> None:

@@ -4,7 +4,7 @@ latency at low load.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from attrs import frozen
 
@@ -23,6 +23,7 @@ from bitpress_w4a16.weight_only import (
 )
 
 __all__ = [
+    "ALIASES",
     "Options",
     "dequantize",
     "error_bound",
@@ -34,6 +35,15 @@ __all__ = [
     "validate_hardware",
     "validate_shape",
 ]
+
+# As llm-compressor and vLLM call the same format; checkpoints that are called after an algorithm
+# hold it too.
+ALIASES: Mapping[str, Mapping[str, str | bool]] = {
+    "int4": {},
+    "W4A16_ASYM": {"symmetric": False},
+    "gptq": {"algorithm": "gptq"},
+    "awq": {"algorithm": "awq"},
+}
 
 
 @frozen

@@ -127,7 +127,9 @@ def _assign_steps(
     source: Source, recipe: Recipe, layers: Mapping[str, Entry]
 ) -> Mapping[str, tuple[Step, ...]]:
     """The steps of every layer; experts that stay in one tensor must get none."""
-    steps_of = recipe.assign([*layers, *(experts.module for experts in source.unsplit)])
+    # Recipes of other tools ignore what is left alone here in any case, tied or not.
+    others = [*(name.rpartition(".")[0] for name in source.entries), "lm_head"]
+    steps_of = recipe.assign([*layers, *(experts.module for experts in source.unsplit)], others)
     for experts in source.unsplit:
         if steps_of[experts.module]:
             leaf = experts.module.rpartition(".")[2]

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import attrs
-from attrs import frozen
+from attrs import field, frozen
 
 from bitpress.checkpoint.layer_names import INDEX_PART
 from bitpress.errors import RecipeError, did_you_mean
-from bitpress.schemes.registry import Registry, Step
+from bitpress.planning.layer_pattern import REGEX, matches, require_valid
+from bitpress.schemes.registry import Registry, SchemeMatch, Step
 
 # A recipe file has at most so many bytes ...
 MAX_FILE_BYTES = 100_000
 
 # ... and characters in a line, because a key of very many parts takes tomllib very long.
 MAX_LINE_LENGTH = 4000
-
-# fnmatch translates every pattern to a regular expression.
-MAX_PATTERN_LENGTH = 1000
 
 
 @frozen
@@ -55,10 +52,12 @@ class Recipe:
     Attributes:
         rules: the first that matches a layer counts.
         ignore: patterns of layers that are copied unchanged, whatever the rules say.
+        aliases: a line for each name of a scheme that was taken for another.
     """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = field(default=(), eq=False)
 
     @property
     def all_steps(self) -> tuple[Step, ...]:
@@ -86,20 +85,22 @@ class Recipe:
             for step in self.all_steps
         )
 
-    def assign(self, modules: Sequence[str]) -> Mapping[str, tuple[Step, ...]]:
+    def assign(
+        self, modules: Sequence[str], others: Sequence[str] = ()
+    ) -> Mapping[str, tuple[Step, ...]]:
         """The steps of every module; empty where it is copied unchanged.
+
+        Args:
+            others: modules that are left alone in any case, which may be ignored too.
 
         Raises:
             RecipeError: a pattern matches no module; the message names the nearest.
         """
-        patterns = [rule.match for rule in self.rules] + list(self.ignore)
-        for pattern in patterns:
-            if len(pattern) > MAX_PATTERN_LENGTH:
-                raise RecipeError(
-                    f"the pattern {pattern[:40]!r}... has {len(pattern)} characters; at most "
-                    f"{MAX_PATTERN_LENGTH} are taken"
-                )
-            if not any(fnmatchcase(module, pattern) for module in modules):
+        patterns = [(rule.match, modules) for rule in self.rules]
+        patterns += [(pattern, [*modules, *others]) for pattern in self.ignore]
+        for pattern, candidates in patterns:
+            require_valid(pattern)
+            if not any(matches(module, pattern) for module in candidates):
                 raise RecipeError(
                     f"the pattern {pattern!r} matches none of the {len(modules)} linear layers"
                     f"{_suggest(pattern, modules)} (embeddings, lm_head, norms, routers and vision "
@@ -122,16 +123,16 @@ class Recipe:
 
     def steps(self, module: str) -> tuple[Step, ...]:
         """The steps of one module; empty where it is copied unchanged."""
-        if any(fnmatchcase(module, pattern) for pattern in self.ignore):
+        if any(matches(module, pattern) for pattern in self.ignore):
             return ()
-        return next((rule.steps for rule in self.rules if fnmatchcase(module, rule.match)), ())
+        return next((rule.steps for rule in self.rules if matches(module, rule.match)), ())
 
     def reason(self, module: str) -> str:
         """Which pattern gives a module its steps, in a few words."""
-        pattern = next((p for p in self.ignore if fnmatchcase(module, p)), None)
+        pattern = next((p for p in self.ignore if matches(module, p)), None)
         if pattern is not None:
             return f"ignored by {pattern!r}"
-        rule = next((rule for rule in self.rules if fnmatchcase(module, rule.match)), None)
+        rule = next((rule for rule in self.rules if matches(module, rule.match)), None)
         if rule is None:
             return "no rule matches it"
         return f"the rule for {rule.match!r}" + ("" if rule.steps else " has no steps")
@@ -153,6 +154,8 @@ def _suggest(pattern: str, modules: Sequence[str]) -> str:
     name where none is near.
     """
     example = f"; their names are like {modules[0]!r}" if modules else ""
+    if pattern.startswith(REGEX):
+        return example
     if not any(sign in pattern for sign in "*?["):
         return did_you_mean(pattern, modules) or example
     patterns: dict[str, None] = {}
@@ -175,10 +178,14 @@ def from_scheme(
         settings: `[SCHEME.]OPTION=VALUE` texts.
         ignore: patterns of layers to copy unchanged.
     """
-    names = name.split("+")
-    options_of = _parse_settings(settings, names, registry)
-    steps = tuple(registry.get(n).step(options_of[n]) for n in names)
-    return Recipe((Rule("*", steps),), tuple(ignore))
+    matches_by_name = {n: registry.find(n) for n in name.split("+")}
+    schemes = [match.scheme.name for match in matches_by_name.values()]
+    overrides = _parse_settings(settings, schemes, registry)
+    steps = tuple(
+        match.step(overrides[match.scheme.name])
+        for match in map(matches_by_name.__getitem__, name.split("+"))
+    )
+    return Recipe((Rule("*", steps),), tuple(ignore), _describe_aliases(matches_by_name))
 
 
 def from_file(
@@ -222,17 +229,28 @@ def from_json(
         ignore: patterns added to its own.
     """
     tables = parse_rules(table, origin)
-    schemes = dict.fromkeys(scheme for rule in tables for scheme, _ in rule.steps)
+    matches_by_name = {name: registry.find(name) for rule in tables for name, _ in rule.steps}
+    schemes = dict.fromkeys(match.scheme.name for match in matches_by_name.values())
     overrides = _parse_settings(settings, list(schemes), registry)
 
     rules = []
     for rule in tables:
-        steps = tuple(
-            registry.get(scheme).step({**options, **overrides[scheme]})
-            for scheme, options in rule.steps
-        )
-        rules += [Rule(pattern, steps) for pattern in rule.patterns]
-    return Recipe(tuple(rules), (*table.get("ignore", []), *ignore))
+        steps = []
+        for name, options in rule.steps:
+            match = matches_by_name[name]
+            steps.append(match.step({**options, **overrides[match.scheme.name]}))
+        rules += [Rule(pattern, tuple(steps)) for pattern in rule.patterns]
+    return Recipe(
+        tuple(rules), (*table.get("ignore", []), *ignore), _describe_aliases(matches_by_name)
+    )
+
+
+def _describe_aliases(matches_by_name: Mapping[str, SchemeMatch]) -> tuple[str, ...]:
+    return tuple(
+        match.describe_alias(name)
+        for name, match in matches_by_name.items()
+        if name != match.scheme.name
+    )
 
 
 def parse_rules(table: Mapping[str, Any], origin: str) -> list[RuleTable]:
@@ -301,6 +319,8 @@ def _parse_settings(
             raise RecipeError(
                 f"--set {setting}: it should read OPTION=VALUE or SCHEME.OPTION=VALUE"
             )
+        if dot and scheme not in values:
+            scheme = registry.canonical_name(scheme)
         if dot and scheme not in values:
             raise RecipeError(
                 f"--set {setting}: the scheme {scheme!r} is not used here"

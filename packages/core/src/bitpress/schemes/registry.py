@@ -5,6 +5,7 @@ others working.
 from __future__ import annotations
 
 import functools
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from importlib import metadata
@@ -33,6 +34,7 @@ class Scheme:
         version: of the package.
         summary: the first paragraph of the plugin's docstring, in one line.
         options_type: what users may set, a subclass of `bitpress.Options`.
+        aliases: other names that users know, each with the options that it stands for.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Scheme:
     version: str
     summary: str
     options_type: type[Options]
+    aliases: Mapping[str, Mapping[str, Any]]
     _hooks: Mapping[str, pluggy.HookCaller] = field(repr=False)
     _arguments: Mapping[str, tuple[str, ...]] = field(repr=False)
 
@@ -110,6 +113,27 @@ class Step:
         return self.scheme.call(hook, **arguments, options=self.options)
 
 
+@frozen(eq=False)
+class SchemeMatch:
+    """What a user's name of a scheme stands for.
+
+    Attributes:
+        options: those that the name implies.
+    """
+
+    scheme: Scheme
+    options: Mapping[str, Any] = field(factory=dict)
+
+    def step(self, values: Mapping[str, Any]) -> Step:
+        """The scheme with the options that the name implies, which `values` override."""
+        return self.scheme.step({**self.options, **values})
+
+    def describe_alias(self, name: str) -> str:
+        """One line that says what was taken for a name."""
+        options = ", ".join(f"{option}={value}" for option, value in self.options.items())
+        return f"{name}: taken as {self.scheme.name} with {options or 'its defaults'}"
+
+
 @frozen
 class Problem:
     """An entry point that could not be used, and why."""
@@ -127,25 +151,70 @@ class Registry:
     problems: tuple[Problem, ...]
 
     def get(self, name: str) -> Scheme:
-        """The scheme of that name.
+        """The scheme of that name; raises RecipeError as `find` does."""
+        return self.find(name).scheme
+
+    def canonical_name(self, name: str) -> str:
+        """The name of the scheme that a user's name stands for; the same where there is none."""
+        match = self._match(name)
+        return match.scheme.name if match else name
+
+    def find(self, name: str) -> SchemeMatch:
+        """The scheme of a name, in which capitals do not count, or of an alias.
 
         Raises:
             RecipeError: it is not installed, and the message names the nearest that is; or it is
                 broken.
         """
-        if name in self.schemes:
-            return self.schemes[name]
+        if match := self._match(name):
+            return match
         for problem in self.problems:
-            if problem.name == name:
+            if _plain(problem.name) == _plain(name):
                 raise RecipeError(
                     f"scheme {name} of {problem.package} cannot be used: {problem.text}"
                 )
-        hint = did_you_mean(name, self.schemes)
+        alike = [known for known in self.schemes if _is_misspelled(_plain(name), known)]
+        hint = did_you_mean(_plain(name), alike)
         installed = ", ".join(self.schemes) or "none"
         raise RecipeError(
             f"scheme {name!r} is not installed{hint} (installed: {installed}); schemes are "
             "packages, bitpress-scheme-NAME: pip install the one that provides it"
         )
+
+    def _match(self, name: str) -> SchemeMatch | None:
+        if name in self.schemes:
+            return SchemeMatch(self.schemes[name])
+        # A broken scheme's own name is no alias of another's.
+        if any(_plain(problem.name) == _plain(name) for problem in self.problems):
+            return None
+        for scheme in self.schemes.values():
+            if _plain(scheme.name) == _plain(name):
+                return SchemeMatch(scheme)
+        for scheme in self.schemes.values():
+            for alias, options in scheme.aliases.items():
+                if _plain(alias) == _plain(name):
+                    return SchemeMatch(scheme, options)
+        return None
+
+
+def _plain(name: str) -> str:
+    """A name without what people write in different ways: `MY_SCHEME` is `my-scheme`."""
+    return name.lower().replace("_", "-")
+
+
+def _is_misspelled(name: str, scheme: str) -> bool:
+    """Whether a name is that of a scheme but for one letter, or for one that stands elsewhere.
+
+    Names of formats are short: what differs in more, or in a digit, is another format.
+    """
+    is_other_format = sorted(re.findall(r"\d", name)) != sorted(re.findall(r"\d", scheme))
+    if is_other_format or abs(len(name) - len(scheme)) > 1:
+        return False
+    return not _without_a_letter(name).isdisjoint(_without_a_letter(scheme))
+
+
+def _without_a_letter(name: str) -> set[str]:
+    return {name, *(name[:i] + name[i + 1 :] for i in range(len(name)))}
 
 
 @functools.cache
@@ -211,8 +280,21 @@ def _check_plugin(manager: pluggy.PluginManager, plugin: Any, entry: metadata.En
     options_type = getattr(plugin, "Options", Options)
     if not (isinstance(options_type, type) and issubclass(options_type, Options)):
         raise TypeError("Options is not a subclass of bitpress.Options")
-    # The defaults must pass the scheme's own validators.
+    # The defaults must pass the scheme's own validators, and what other names imply too.
     build_options(options_type, {}, entry.name)
+    for options in _aliases(plugin).values():
+        build_options(options_type, options, entry.name)
+
+
+def _aliases(plugin: Any) -> Mapping[str, Mapping[str, Any]]:
+    """A plugin's `ALIASES`: names that users may know its scheme by, with options."""
+    aliases = getattr(plugin, "ALIASES", {})
+    if not isinstance(aliases, Mapping) or not all(
+        isinstance(alias, str) and isinstance(options, Mapping)
+        for alias, options in aliases.items()
+    ):
+        raise TypeError("ALIASES is not a dict of names, each with a dict of options")
+    return aliases
 
 
 def _make_scheme(
@@ -228,6 +310,7 @@ def _make_scheme(
         version=entry.dist.version if entry.dist else "unknown",
         summary=" ".join((plugin.__doc__ or "").strip().split("\n\n")[0].split()),
         options_type=getattr(plugin, "Options", Options),
+        aliases=_aliases(plugin),
         hooks={hook: manager.subset_hook_caller(hook, others) for hook in hook_names(manager)},
         arguments={hook: hookimpl.argnames for hook, hookimpl in implementations.items()},
     )
