@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from bitpress import DataError
 from bitpress.modeling import chat_templates
 from bitpress.modeling.chat_templates import ChatRenderer, SkippedChatError
-from bitpress.modeling.tokens import load_calibration_data, load_evaluation_text
+from bitpress.modeling.tokens import CalibrationData, load_calibration_data, load_evaluation_text
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import EvaluationConfig
 
@@ -138,3 +138,76 @@ def test_where_every_chat_is_left_out_the_error_says_why(tmp_path: Path) -> None
     words = r"it holds no text; .*line 1: the chat is left out: it takes too much memory"
     with pytest.raises(DataError, match=words):
         load_calibration_data(CalibrationConfig(str(file)), tmp_path / "model", {})
+
+
+TOOLS = [{"type": "function", "function": {"name": "find_ship", "parameters": {}}}]
+PICKY = "{% if messages[0].content == 'evil' %}{{ raise_exception('no evil') }}{% endif %}" + PLAIN
+
+
+def calibrate(folder: Path, template: str, rows: list[Any]) -> CalibrationData:
+    tokenizer(folder / "model", template)
+    file = folder / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = CalibrationConfig(str(file), samples=1000, sequence_length=32)
+    return load_calibration_data(config, folder / "model", {})
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["a list", "JSON"])
+def test_the_tools_of_a_chat_are_given_to_its_template(tmp_path: Path, tools: Any) -> None:
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + PLAIN
+    data = calibrate(tmp_path, template, [{"messages": CHAT, "tools": tools}])
+    own = AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = own.apply_chat_template(CHAT, tools=TOOLS, tokenize=False)
+    same = tmp_path / "same.txt"
+    same.write_text(text)
+    config = CalibrationConfig(str(same), samples=1000, sequence_length=32)
+    assert "find_ship" in text
+    assert data.digest == load_calibration_data(config, tmp_path / "model", {}).digest
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "Good\nday"),
+        ("{% for m in messages %}{{ m.content | trim }}{% endfor %}", "Good\nday"),
+        ("{% for m in messages %}{{ m.content + '!' }}{% endfor %}", "Good\nday!"),
+        (
+            "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% endif %}"
+            "{% endfor %}",
+            "Good\nday",
+        ),
+        (
+            "{% for m in messages %}{% for part in m.content %}<{{ part.text }}>{% endfor %}"
+            "{% endfor %}",
+            "<Good><day>",
+        ),
+    ],
+)
+def test_text_parts_are_text_where_a_template_takes_text_alone(
+    tmp_path: Path, template: str, expected: str
+) -> None:
+    parts = [{"type": "text", "text": "Good"}, {"type": "text", "text": "day"}]
+    with ChatRenderer(tokenizer(tmp_path / "model", template)) as renderer:
+        assert renderer.render([{"role": "user", "content": parts}]) == expected
+
+
+def test_a_chat_that_the_template_refuses_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    rows = [{"messages": chat} for chat in [CHAT, EVIL, CHAT, *[EVIL] * 4]]
+    data = calibrate(tmp_path, PICKY, rows)
+    refusal = "the tokenizer's chat template does not take these messages (no evil)"
+    file = tmp_path / "a.jsonl"
+    assert data.warnings[:4] == (
+        *(f"{file}, line {line}: the chat is left out: {refusal}" for line in (2, 4, 5)),
+        "a.jsonl: 2 more chats are left out",
+    )
+
+
+def test_a_template_that_refuses_every_chat_is_not_tried_on_all(tmp_path: Path) -> None:
+    words = r"a\.jsonl, line 1: .*\(no evil\); all of the first 100 chats are refused$"
+    with pytest.raises(DataError, match=words):
+        calibrate(tmp_path, PICKY, [{"messages": EVIL}] * 150)
+
+
+def test_tools_that_are_no_list_of_objects_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match='line 1: "tools" are a list of objects'):
+        calibrate(tmp_path, PLAIN, [{"messages": CHAT, "tools": "find_ship"}])

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import IO, Any
 
@@ -50,6 +50,10 @@ class SkippedChatError(Exception):
     """A chat that is left out, since rendering it would take too much; its text says of what."""
 
 
+class RefusedChatError(DataError):
+    """A chat that the model's chat template does not take."""
+
+
 class ChatRenderer:
     """Renders chats as a tokenizer's `apply_chat_template` does; use it in `with`.
 
@@ -69,13 +73,29 @@ class ChatRenderer:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
-    def render(self, messages: list[Any]) -> str:
+    def render(self, messages: list[Any], tools: list[Any] | None = None) -> str:
         """The text of a chat.
 
+        Args:
+            messages: contents that are lists of text parts become text where the template takes
+                text alone.
+            tools: descriptions of functions, as JSON schemas.
+
         Raises:
-            DataError: there is no template, it does not take these messages, or it does not end.
+            DataError: there is no template, or it does not end.
+            RefusedChatError: the template does not take these messages.
             SkippedChatError: it would take too much.
         """
+        joined = [_join_parts(message) for message in messages]
+        if joined == messages:
+            return self._render(messages, tools)
+        try:
+            text = self._render(messages, tools)
+        except RefusedChatError:
+            return self._render(joined, tools)
+        return text if _shows_parts(text, messages) else self._render(joined, tools)
+
+    def _render(self, messages: list[Any], tools: list[Any] | None) -> str:
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
             raise DataError(
@@ -84,8 +104,8 @@ class ChatRenderer:
         try:
             if _is_own_method(tokenizer):
                 # Not a template, but code that is installed, or that the user trusts.
-                return str(tokenizer.apply_chat_template(messages, tokenize=False))
-            template = tokenizer.get_chat_template()
+                return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+            template = tokenizer.get_chat_template(tools=tools)
             names = dict(_special_tokens(tokenizer))
             self.writes_date |= DATE_FUNCTION in template
         except Exception as e:
@@ -95,7 +115,7 @@ class ChatRenderer:
                 f"the tokenizer's chat template did not end on {self._num_endless} chats; give "
                 "them as texts"
             )
-        kind, text = self._ask(pickle.dumps((template, names, messages, MAX_SECONDS)))
+        kind, text = self._ask(pickle.dumps((template, names, messages, tools, MAX_SECONDS)))
         if kind == REFUSED:
             raise _refusal(text)
         if kind == SKIPPED:
@@ -129,6 +149,31 @@ class ChatRenderer:
             self._process = None
 
 
+def _join_parts(message: Any) -> Any:
+    """A message whose content is text where it was a list of text parts."""
+    content = message.get("content")
+    if not isinstance(content, list) or not content:
+        return message
+    texts = [part.get("text") if _is_text_part(part) else None for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        return message
+    return {**message, "content": "\n".join(map(str, texts))}
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text"
+
+
+def _shows_parts(text: str, messages: list[Any]) -> bool:
+    """Whether a template has written the texts of parts, and not the parts as Python shows them."""
+    contents = [message.get("content") for message in messages]
+    part_lists = [content for content in contents if isinstance(content, list)]
+    if any(str(content) in text for content in part_lists):
+        return False
+    parts = [part for content in part_lists for part in content if _is_text_part(part)]
+    return all(str(part.get("text")).strip() in text for part in parts)
+
+
 def _is_own_method(tokenizer: Any) -> bool:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -145,9 +190,9 @@ def _special_tokens(tokenizer: Any) -> Iterator[tuple[str, Any]]:
             yield name, str(token)
 
 
-def _refusal(fact: str) -> DataError:
+def _refusal(fact: str) -> RefusedChatError:
     # Templates are programs, and raise what they like.
-    return DataError(f"the tokenizer's chat template does not take these messages ({fact})")
+    return RefusedChatError(f"the tokenizer's chat template does not take these messages ({fact})")
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -210,13 +255,15 @@ def serve() -> None:
     _answer(answers, READY)
     while head := requests.read(8):
         request = requests.read(int.from_bytes(head, "little"))
-        template, names, messages, max_seconds = pickle.loads(request)
+        template, names, messages, tools, max_seconds = pickle.loads(request)
         tokenizer = SimpleNamespace(
             get_chat_template=lambda *_, text=template: text, special_tokens_map=names
         )
         _limit_resources(len(request), max_seconds)
         try:
-            text = PreTrainedTokenizerBase.apply_chat_template(tokenizer, messages, tokenize=False)
+            text = PreTrainedTokenizerBase.apply_chat_template(
+                tokenizer, messages, tools=tools, tokenize=False
+            )
             assert isinstance(text, str)
             if len(text) > MAX_CHARACTERS + CHARACTERS_PER_BYTE * len(request):
                 kind, text = SKIPPED, f"its text has {len(text):,} characters"

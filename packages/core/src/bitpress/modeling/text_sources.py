@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from attrs import frozen
 
 from bitpress.errors import DataError, did_you_mean, first_line
-from bitpress.modeling.chat_templates import SkippedChatError
+from bitpress.modeling.chat_templates import RefusedChatError, SkippedChatError
 
 # What the source is called where the user names none.
 DEFAULT_SOURCE = "the text that ships with bitpress"
@@ -30,12 +30,14 @@ SUFFIXES = (*JSON_LINES, ".txt", ".parquet")
 # Where a row stands, for messages ("texts.jsonl, line 3"), and the row.
 Row: TypeAlias = tuple[str, Any]
 
-# Makes one text of the messages of a chat.
-RenderChat: TypeAlias = Callable[[list[Any]], str]
-
+# Makes one text of the messages of a chat, and of its tools where it has any (`tools=`).
+RenderChat: TypeAlias = Callable[..., str]
 
 # Chats that are left out and named one by one.
 MAX_NAMED_CHATS = 3
+
+# Chats that a template refuses where it has taken none, before no more are tried.
+MAX_REFUSED_CHATS = 100
 
 
 @frozen
@@ -147,12 +149,13 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             column = next((name for name in ("text", "messages") if name in names), None)
+            columns = [name for name in (column, "tools") if name in names]
             if column is None:
                 raise DataError(
                     f"{file}: it has no column text or messages, but {', '.join(names) or 'none'}"
                 )
             number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", row
@@ -190,18 +193,26 @@ def _join(
 ) -> Texts:
     texts: list[str] = []
     skipped: list[str] = []
+    refusal: str | None = None
     # a newline less than there are texts
     num_characters, position = -1, ""
     limit = MAX_CHARACTERS + 1 if max_characters is None else max_characters
     for position, row in rows:
         try:
             texts.append(_extract_text(position, row, render))
-        except SkippedChatError as e:
+        except (SkippedChatError, RefusedChatError) as e:
             skipped.append(f"{position}: the chat is left out: {e}")
+            if isinstance(e, RefusedChatError):
+                refusal = refusal or f"{position}: {e}"
+            if not texts and len(skipped) >= MAX_REFUSED_CHATS:
+                break
             continue
         num_characters += len(texts[-1]) + 1
         if num_characters >= limit:
             break
+    if refusal and not texts:
+        others = f"; all of the first {len(skipped)} chats are refused" if skipped[1:] else ""
+        raise DataError(refusal + others)
     text = "\n".join(texts)
     _check_size(text, position)
     warnings = skipped[:MAX_NAMED_CHATS]
@@ -222,8 +233,11 @@ def _extract_text(position: str, row: Any, render: RenderChat) -> str:
                 f'{position}: an object with a "text" or with chat "messages" (each with "role" '
                 f'and "content") is expected{instead}'
             )
+        tools = _read_tools(position, row.get("tools"))
         try:
-            text = render(messages)
+            text = render(messages, **({"tools": tools} if tools else {}))
+        except RefusedChatError:
+            raise
         except DataError as e:
             raise DataError(f"{position}: {e}") from None
     try:
@@ -233,6 +247,20 @@ def _extract_text(position: str, row: Any, render: RenderChat) -> str:
             f"{position}: half of a surrogate pair, which is no character, at {e.start}"
         ) from None
     return text
+
+
+def _read_tools(position: str, tools: Any) -> list[Any] | None:
+    """The tools of a chat, which some datasets hold as JSON in a string."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            tools = {}
+    if not tools and not isinstance(tools, Mapping):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f'{position}: "tools" are a list of objects, or such a list as JSON')
+    return tools
 
 
 def _is_chat(messages: Any) -> bool:
