@@ -59,7 +59,7 @@ def test_help_lists_the_commands(words: list[str]) -> None:
         (["plan"], "Missing argument 'MODEL'"),
         (["plan", "a", "b"], "unexpected extra argument"),
         (["verify", "--agianst", "x"], "No such option"),
-        (["schemes", "--device", "H1000"], "no known device 'H1000'; did you mean 'h100'?"),
+        (["schemes", "--device", "H1000"], "no known device 'H1000'; did you mean NVIDIA H100, "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -257,7 +257,7 @@ def test_a_plan_can_be_made_for_another_device(toy: Path, model: Path) -> None:
     assert [remark["text"] for remark in document["serving"]] == ["too wide for NVIDIA T4"]
     done = command("plan", model, "--scheme", "toy", "--hardware", "NVIDIA T4", path=toy)
     assert "warning: toy is degraded on NVIDIA T4: as NVIDIA T4 goes\n" in done.stderr
-    assert "did you mean 'h100'?" in refusal(
+    assert "did you mean NVIDIA H100, " in refusal(
         "plan", model, "--scheme", "toy", "--hardware", "H101", path=toy
     )
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from attrs import frozen
 
-from bitpress.errors import BitpressError, did_you_mean
+from bitpress.errors import BitpressError
 
 Vendor = Literal["nvidia", "amd", "intel", "google", "cpu"]
 
@@ -68,23 +70,79 @@ DEVICES: Sequence[Hardware] = (
 )
 
 
+# Words that drivers print beside the name of a device: brands, boards, sizes, parts of a device.
+# "NVIDIA A100-SXM4-80GB", "NVIDIA RTX 6000 Ada Generation", "NVIDIA H100 80GB HBM3 MIG 1g.10gb".
+DECORATION = re.compile(
+    r"geforce|tesla|quadro|instinct|radeon|r|tm|gpu|laptop|max|q|generation|blackwell|workstation"
+    r"|server|edition|superchip|sxm\d?|pcie|nvl\d*|oam|hbm\d?e?|\d+gb|mig|\dg|1100|1550"
+)
+
+# What drivers call a device that is sold under another name.
+PRINTED_NAMES = {"gb10": "dgx spark"}
+
+# A CUDA compute capability: `9.0`, `sm_90`.
+CAPABILITY = re.compile(r"(\d+)\.(\d)|sm[_ ]?(\d+)(\d)a?")
+
+# Names of a message where there is no such device.
+NUM_NEAREST = 3
+
+
 def find_device(name: str) -> Hardware:
     """The known device of that name; vendor and capitals may be left out: "A100", "nvidia a100".
+
+    Names that drivers print are understood too, and for a CUDA compute capability or an LLVM target
+    the first device that has it, since engines choose kernels by them.
 
     Raises:
         BitpressError: no such device is known; the message names the nearest.
     """
-    words = name.lower().split()
+    text = name.strip().lower()
+    if match := CAPABILITY.fullmatch(text):
+        return _device_of_capability(int(match[1] or match[3]), int(match[2] or match[4]))
     for device in DEVICES:
-        device_words = device.name.lower().split()
-        if words in (device_words, device_words[1:]):
+        if text == device.architecture and device.vendor == "amd":
+            return device
+    words = _split_words(PRINTED_NAMES.get(text.removeprefix("nvidia "), text))
+    # of two names in it the longer one counts: x86 with AMX
+    for device in sorted(DEVICES, key=lambda device: -len(device.name)):
+        if _is_named(device, words):
             return device
 
-    names = [device.name for device in DEVICES]
-    full_names = [full_name.lower() for full_name in names]
-    without_vendor = [full_name.split(maxsplit=1)[1] for full_name in full_names]
-    hint = did_you_mean(name.lower(), full_names + without_vendor)
-    raise BitpressError(f"no known device {name!r}{hint} (known: {', '.join(names)})")
+    names = {device.name.lower().split(maxsplit=1)[1]: device.name for device in DEVICES}
+    plain_name = " ".join(word for word in words if not DECORATION.fullmatch(word))
+    plain_name = plain_name.removeprefix("nvidia ").removeprefix("amd ")
+    nearest = difflib.get_close_matches(plain_name, names, n=NUM_NEAREST, cutoff=0)
+    *others, last = [names[near] for near in nearest]
+    raise BitpressError(
+        f"no known device {name!r}; did you mean {', '.join(others)} or {last}? (any other NVIDIA "
+        "GPU: its CUDA capability, for example 9.0)"
+    )
+
+
+def _device_of_capability(major: int, minor: int) -> Hardware:
+    for device in DEVICES:
+        if device.capability == (major, minor):
+            return device
+    capabilities = dict.fromkeys(device.capability for device in DEVICES if device.capability)
+    known = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
+    raise BitpressError(f"no known device has CUDA capability {major}.{minor} (known: {known})")
+
+
+def _is_named(device: Hardware, words: Sequence[str]) -> bool:
+    """Whether words name a device: all of its own, and beside them nothing but decoration."""
+    vendor, *device_words = _split_words(device.name)
+    length = len(device_words)
+    for start in range(len(words) - length + 1):
+        rest = [*words[:start], *words[start + length :]]
+        if words[start : start + length] == device_words and all(
+            word == vendor or DECORATION.fullmatch(word) for word in rest
+        ):
+            return True
+    return False
+
+
+def _split_words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name.lower())
 
 
 def detect_device() -> Hardware:
