@@ -50,6 +50,10 @@ class SkippedChatError(Exception):
     """A chat that is left out, since rendering it would take too much; its text says of what."""
 
 
+class NoChatTemplateError(DataError):
+    """A tokenizer has no chat template."""
+
+
 class RefusedChatError(DataError):
     """A chat that the model's chat template does not take."""
 
@@ -82,7 +86,8 @@ class ChatRenderer:
             tools: descriptions of functions, as JSON schemas.
 
         Raises:
-            DataError: there is no template, or it does not end.
+            DataError: the template does not end.
+            NoChatTemplateError: there is none.
             RefusedChatError: the template does not take these messages.
             SkippedChatError: it would take too much.
         """
@@ -98,7 +103,7 @@ class ChatRenderer:
     def _render(self, messages: list[Any], tools: list[Any] | None) -> str:
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
-            raise DataError(
+            raise NoChatTemplateError(
                 "a chat, and the model's tokenizer has no chat template; give it as one text"
             )
         try:

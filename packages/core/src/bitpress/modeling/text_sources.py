@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -12,7 +13,13 @@ from typing import Any, TypeAlias
 from attrs import frozen
 
 from bitpress.errors import DataError, did_you_mean, first_line
-from bitpress.modeling.chat_templates import RefusedChatError, SkippedChatError
+from bitpress.modeling import row_shapes
+from bitpress.modeling.chat_templates import (
+    NoChatTemplateError,
+    RefusedChatError,
+    SkippedChatError,
+)
+from bitpress.modeling.row_shapes import Chat, TokenIds
 
 # What the source is called where the user names none.
 DEFAULT_SOURCE = "the text that ships with bitpress"
@@ -48,11 +55,13 @@ class Texts:
         text: its texts, joined by single newlines.
         source: what to call it.
         warnings: what the user should know, such as which chats were left out.
+        input_ids: where rows hold tokens and no text, all of them in order.
     """
 
     text: str
     source: str
     warnings: tuple[str, ...] = ()
+    input_ids: array[int] | None = None
 
 
 def read(source: str | None, max_characters: int | None, render: RenderChat) -> Texts:
@@ -78,7 +87,7 @@ def read(source: str | None, max_characters: int | None, render: RenderChat) -> 
             texts = _join(file.name, _file_rows(file), max_characters, render)
     except OSError as e:
         raise DataError(f"{source}: {e.strerror or first_line(e)}") from None
-    if not texts.text.strip():
+    if not texts.text.strip() and not texts.input_ids:
         raise DataError("; ".join((f"{source}: it holds no text", *texts.warnings)))
     return texts
 
@@ -148,11 +157,11 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            column = next((name for name in ("text", "messages") if name in names), None)
-            columns = [name for name in (column, "tools") if name in names]
-            if column is None:
+            columns = row_shapes.find_columns(names)
+            if not columns:
                 raise DataError(
-                    f"{file}: it has no column text or messages, but {', '.join(names) or 'none'}"
+                    f"{file}: it has no column text or messages, but {', '.join(names) or 'none'}; "
+                    f"all shapes: {row_shapes.describe_shapes()}"
                 )
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=columns):
@@ -192,6 +201,7 @@ def _join(
     source: str, rows: Iterable[Row], max_characters: int | None, render: RenderChat
 ) -> Texts:
     texts: list[str] = []
+    input_ids = array("q")
     skipped: list[str] = []
     refusal: str | None = None
     # a newline less than there are texts
@@ -199,7 +209,7 @@ def _join(
     limit = MAX_CHARACTERS + 1 if max_characters is None else max_characters
     for position, row in rows:
         try:
-            texts.append(_extract_text(position, row, render))
+            content = _extract_text(position, row, render)
         except (SkippedChatError, RefusedChatError) as e:
             skipped.append(f"{position}: the chat is left out: {e}")
             if isinstance(e, RefusedChatError):
@@ -207,10 +217,17 @@ def _join(
             if not texts and len(skipped) >= MAX_REFUSED_CHATS:
                 break
             continue
-        num_characters += len(texts[-1]) + 1
+        if isinstance(content, TokenIds):
+            input_ids.extend(content.ids)
+            num_characters += len(content.ids)
+        else:
+            texts.append(content)
+            num_characters += len(content) + 1
+        if texts and input_ids:
+            raise DataError(f"{position}: rows are texts or input_ids, not both in one file")
         if num_characters >= limit:
             break
-    if refusal and not texts:
+    if refusal and not texts and not input_ids:
         others = f"; all of the first {len(skipped)} chats are refused" if skipped[1:] else ""
         raise DataError(refusal + others)
     text = "\n".join(texts)
@@ -218,35 +235,43 @@ def _join(
     warnings = skipped[:MAX_NAMED_CHATS]
     if len(skipped) > MAX_NAMED_CHATS:
         warnings.append(f"{source}: {len(skipped) - MAX_NAMED_CHATS} more chats are left out")
-    return Texts(text[:max_characters], source, tuple(warnings))
+    return Texts(text[:max_characters], source, tuple(warnings), input_ids or None)
 
 
-def _extract_text(position: str, row: Any, render: RenderChat) -> str:
-    """The text of a row, or its chat as a text."""
-    row = row if isinstance(row, Mapping) else {}
-    text, messages = row.get("text"), row.get("messages")
-    if not isinstance(text, str):
-        if not _is_chat(messages):
-            keys = ", ".join(repr(str(key)[:40]) for key in list(row)[:10])
-            instead = f", not one with {keys}" if row else ""
-            raise DataError(
-                f'{position}: an object with a "text" or with chat "messages" (each with "role" '
-                f'and "content") is expected{instead}'
-            )
-        tools = _read_tools(position, row.get("tools"))
-        try:
-            text = render(messages, **({"tools": tools} if tools else {}))
-        except RefusedChatError:
-            raise
-        except DataError as e:
-            raise DataError(f"{position}: {e}") from None
+def _extract_text(position: str, row: Any, render: RenderChat) -> str | TokenIds:
+    """The text of a row, its chat as a text, or its tokens."""
+    content = row_shapes.read_content(row)
+    if isinstance(content, TokenIds):
+        return content
+    if isinstance(content, Chat):
+        content = _render_chat(position, content, row.get("tools"), render)
+    if content is None:
+        row = row if isinstance(row, Mapping) else {}
+        keys = ", ".join(repr(str(key)[:40]) for key in list(row)[:10])
+        instead = f", not one with {keys}" if row else ""
+        raise DataError(
+            f'{position}: an object with a "text" or with chat "messages" (each with "role" '
+            f'and "content") is expected{instead}; all shapes: {row_shapes.describe_shapes()}'
+        )
     try:
-        text.encode()
+        content.encode()
     except UnicodeEncodeError as e:
         raise DataError(
             f"{position}: half of a surrogate pair, which is no character, at {e.start}"
         ) from None
-    return text
+    return content
+
+
+def _render_chat(position: str, chat: Chat, tools: Any, render: RenderChat) -> str:
+    checked_tools = _read_tools(position, tools)
+    try:
+        return render(chat.messages, **({"tools": checked_tools} if checked_tools else {}))
+    except RefusedChatError:
+        raise
+    except DataError as e:
+        if chat.text is not None and isinstance(e, NoChatTemplateError):
+            return chat.text
+        raise DataError(f"{position}: {e}") from None
 
 
 def _read_tools(position: str, tools: Any) -> list[Any] | None:
@@ -261,9 +286,3 @@ def _read_tools(position: str, tools: Any) -> list[Any] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError(f'{position}: "tools" are a list of objects, or such a list as JSON')
     return tools
-
-
-def _is_chat(messages: Any) -> bool:
-    if not isinstance(messages, list) or not messages:
-        return False
-    return all(isinstance(message, Mapping) and "role" in message for message in messages)

@@ -267,6 +267,10 @@ def _tokenize(config: CalibrationConfig, num_tokens: int, tokenizer: Any) -> _To
     with ChatRenderer(tokenizer) as renderer:
         while True:
             texts = text_sources.read(config.source, max_characters, renderer.render)
+            if texts.input_ids:
+                # as they are: whoever made them has begun them as the model needs it
+                tokens = torch.tensor(texts.input_ids, dtype=torch.int64)
+                return _TokenizedText(tokens, prefix[:0], texts.source, texts.warnings, False)
             text = texts.text
             has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
             # with a prefix each sequence gets its own, and none the token that ends a text
