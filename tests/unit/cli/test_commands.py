@@ -67,6 +67,20 @@ def test_bad_usage_is_one_line_with_exit_code_2(words: list[str], message: str) 
     assert message in refusal(*words)
 
 
+@pytest.mark.parametrize(
+    ("words", "help_command"),
+    [
+        (["compres"], "(bitpress --help)"),
+        (["compress"], "(bitpress compress --help)"),
+        (["plan", "model", "--shceme", "x"], "(bitpress plan --help)"),
+        (["eval", "a", "--text", "t", "--threads", "0"], "(bitpress eval --help)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_usage_of_a_command_names_its_help(words: list[str], help_command: str) -> None:
+    assert refusal(*words).endswith(help_command)
+
+
 def test_without_schemes_the_list_says_where_they_come_from() -> None:
     done = command("schemes")
     assert (done.returncode, done.stderr) == (0, "")

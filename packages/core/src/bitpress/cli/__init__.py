@@ -28,6 +28,8 @@ from bitpress.errors import (
 
 __all__ = ["app", "main"]
 
+COMMAND = "bitpress"
+
 # How many faults of an output are shown.
 NUM_FAULTS = 10
 
@@ -64,7 +66,8 @@ def _run_command() -> int:
     # at exit all would be looked through for garbage once more, which takes 0.2 s with transformers
     atexit.register(gc.freeze)
     try:
-        with app.make_context("bitpress", sys.argv[1:]) as context:
+        app.answer_shell(COMMAND)
+        with app.make_context(COMMAND, sys.argv[1:]) as context:
             app.invoke(context)
         sys.stdout.flush()
     except VerificationError as e:
@@ -83,7 +86,10 @@ def _run_command() -> int:
             raise
         code = _fail(f"{e.filename or 'operating system'}: {e.strerror or e}")
     except click.ClickException as e:
-        code = _fail(f"{e.format_message()} (bitpress --help)")
+        command = COMMAND
+        if isinstance(e, click.UsageError) and e.ctx:
+            command = e.ctx.command_path
+        code = _fail(f"{e.format_message()} ({command} --help)")
     except click.exceptions.Exit as e:
         # after --help
         code = e.exit_code

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from bitpress.cli import options
+from bitpress.cli.completion import complete_device, complete_file, complete_scheme
 from bitpress.cli.output import CompressSummary, EvalSummary, InspectSummary, VerifySummary
 from bitpress.cli.plan_output import PlanSummary, Requirements, print_remarks
 from bitpress.cli.scheme_output import RegistrySummary, SchemeSummary
@@ -44,8 +45,19 @@ def app(context: click.Context, show_version: bool) -> None:
 
 
 @app.command()
-@options.argument("name", "[NAME]", "Show the options and devices of one scheme.", required=False)
-@click.option("--device", metavar="NAME", help="Show one device only, for example A100.")
+@options.argument(
+    "name",
+    "[NAME]",
+    "Show the options and devices of one scheme.",
+    required=False,
+    shell_complete=complete_scheme,
+)
+@click.option(
+    "--device",
+    metavar="NAME",
+    shell_complete=complete_device,
+    help="Show one device only, for example A100.",
+)
 @options.as_json
 def schemes(name: str | None, device: str | None) -> None:
     """List the installed schemes, or show one with its devices."""
@@ -179,7 +191,12 @@ def search(
 
 @app.command()
 @options.out
-@click.option("--against", metavar="MODEL", help="The source to compare the weights with.")
+@click.option(
+    "--against",
+    metavar="MODEL",
+    shell_complete=complete_file,
+    help="The source to compare the weights with.",
+)
 @click.option(
     "--engine", "ask_engine", is_flag=True, help="Let the installed vLLM place the tensors too."
 )
@@ -204,9 +221,15 @@ def verify(out: Path, against: str | None, ask_engine: bool, num_threads: int | 
     "--text",
     metavar="FILE",
     required=True,
+    shell_complete=complete_file,
     help="Text to predict: a .txt, .jsonl or .parquet file.",
 )
-@click.option("--against", metavar="REFERENCE", help="The model to compare the predictions with.")
+@click.option(
+    "--against",
+    metavar="REFERENCE",
+    shell_complete=complete_file,
+    help="The model to compare the predictions with.",
+)
 @options.sequence_length
 @options.number("--max-tokens", "Tokens to take from the start of the text.", 65536)
 @options.machine

@@ -13,6 +13,12 @@ import attrs
 import click
 from attrs import frozen
 
+from bitpress.cli.completion import (
+    complete_device,
+    complete_file,
+    complete_scheme,
+    complete_setting,
+)
 from bitpress.cli.text import parse_size, store_wants_json
 
 # Gives a command an argument, or several.
@@ -35,6 +41,10 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def answer_shell(self, name: str) -> None:
+        """Where a shell asks for completions, or for the script that asks, answer and exit."""
+        self._main_shell_completion({}, name)
 
 
 def argument(name: str, metavar: str, help: str, **kwargs: Any) -> Decorator:
@@ -102,6 +112,7 @@ def calibration(samples: int) -> Decorator:
             "--calibration",
             "source",
             metavar="FILE|DATASET",
+            shell_complete=complete_file,
             help="Calibration texts: a .jsonl, .txt or .parquet file, or a dataset.",
         ),
         calibration_size(samples),
@@ -116,7 +127,12 @@ def calibration(samples: int) -> Decorator:
 
 FILE = click.Path(path_type=Path)
 
-model = argument("model", "MODEL", "A model folder, or a name on the Hugging Face Hub.")
+model = argument(
+    "model",
+    "MODEL",
+    "A model folder, or a name on the Hugging Face Hub.",
+    shell_complete=complete_file,
+)
 
 out = argument("out", "OUT", "A folder that bitpress wrote.", type=FILE)
 
@@ -138,6 +154,7 @@ settings = combine(
         "settings",
         metavar="[SCHEME.]OPTION=VALUE",
         multiple=True,
+        shell_complete=complete_setting,
         help="Set an option of a scheme; may be repeated.",
     ),
     click.option(
@@ -150,7 +167,12 @@ settings = combine(
 
 # The options of a RecipeSource.
 recipe = combine(
-    click.option("--scheme", metavar="NAME[+NAME]", help="A scheme, or several joined by +."),
+    click.option(
+        "--scheme",
+        metavar="NAME[+NAME]",
+        shell_complete=complete_scheme,
+        help="A scheme, or several joined by +.",
+    ),
     click.option(
         "--recipe",
         "file",
@@ -202,6 +224,7 @@ proof = combine(
     click.option(
         "--check",
         metavar="TEXT",
+        shell_complete=complete_file,
         help="A text on which to compare the result with its source.",
     ),
     click.option(
@@ -248,6 +271,7 @@ deployment = combine(
     click.option(
         "--hardware",
         metavar="NAME",
+        shell_complete=complete_device,
         help="Device that will serve it, for example H100 (default: this machine's).",
     ),
     click.option(
