@@ -55,3 +55,15 @@ def test_bytes_hold_the_first_code_lowest() -> None:
     packed = numerics.pack_bytes(codes, 4)
     assert packed.flatten().tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
     assert torch.equal(numerics.unpack_bytes(packed, 4), codes)
+
+
+@pytest.mark.parametrize("clipped", [0.0, 3.0, 26.0])
+def test_a_bound_is_half_the_wider_step_beside_a_code_and_beyond_six_what_was_clipped(
+    clipped: float,
+) -> None:
+    bounds = numerics.e2m1_bound(torch.arange(16, dtype=torch.uint8), clipped)
+    for code, number in enumerate(TABLE.tolist()):
+        beside = [abs(number - other) for other in TABLE.tolist() if other != number]
+        steps = sorted(beside)[:2]
+        expected = max(clipped, 1.0) if abs(number) == 6 else max(steps) / 2
+        assert bounds[code].item() == expected

@@ -231,3 +231,26 @@ def test_an_integer_in_a_group_of_its_own_sign_keeps_zero_on_the_grid() -> None:
     assert torch.equal(grid.rounded(torch.zeros(1, 32)), torch.zeros(1, 32))
     assert grid.zero is not None
     assert grid.zero.item() == -8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("is_symmetric", [True, False])
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-30, 3e38])
+def test_a_weight_lies_within_the_bound_of_its_code(
+    dtype: torch.dtype, bits: int, is_symmetric: bool, size: float
+) -> None:
+    # no weight is larger than its dtype holds
+    size = min(size, torch.finfo(dtype).max)
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).clamp_(-1, 1) * size
+    fit = numerics.fit_symmetric if is_symmetric else numerics.fit_asymmetric
+    ratios = (1.0, 0.8, 0.6)
+    grid = fit(weight, None, bits, 32, ratios, dtype=dtype)
+    codes = grid.codes(weight)
+    bound = numerics.integer_bound(codes, grid.scale.to(dtype), grid.zero, bits, min(ratios))
+    distance = numerics.decode_integers(codes, grid.scale, grid.zero) - weight
+    assert (distance.abs() <= bound).all()
+    # and it is no wider than half a step, but at the ends of the range
+    inner = (codes > codes.new_tensor(-(1 << bits - 1))) & (codes < (1 << bits - 1) - 1)
+    half_steps = (grid.scale / 2).repeat_interleave(32, 1)
+    torch.testing.assert_close(bound[inner], half_steps[inner], rtol=1e-3, atol=0)

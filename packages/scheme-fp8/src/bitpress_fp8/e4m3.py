@@ -94,10 +94,11 @@ def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tens
 @hookimpl
 def error_bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """Half a step of E4M3 around each code, times its scale: (out, in) float32."""
-    bound = numerics.e4m3_bound(tensors["weight"])
     # 2^-17 of it is for the float32 roundings of w / scale, code * scale and their difference, each
     # at most 2^-19 of it.
-    return bound * _expanded_scale(tensors, config) * (1 + 2.0**-17)
+    scale = tensors["weight_scale"] * (1 + 2.0**-17)
+    expanded_scale = _expanded_scale({**tensors, "weight_scale": scale}, config)
+    return numerics.e4m3_bound(tensors["weight"]).mul_(expanded_scale)
 
 
 def _expanded_scale(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:

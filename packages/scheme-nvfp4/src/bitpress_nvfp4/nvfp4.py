@@ -176,7 +176,7 @@ def error_bound(tensors: Mapping[str, Tensor], options: Options) -> Tensor | Non
     bound = numerics.e2m1_bound(codes, scales.MAX_CLIPPED)
     groups = numerics.to_groups(bound, scales.GROUP_SIZE)
     # float32 rounds the quotient, the product and the difference
-    return (groups * scale.unsqueeze(2)).view_as(codes) * (1 + 2.0**-17)
+    return groups.mul_(scale.unsqueeze(2) * (1 + 2.0**-17)).view_as(codes)
 
 
 @hookimpl

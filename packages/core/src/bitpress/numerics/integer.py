@@ -111,19 +111,20 @@ def integer_bound(
     num_steps = max_code - min_code
     info = torch.finfo(scale.dtype)
     scale = scale.float()
-    # How much smaller the stored scale may be than the one that was chosen, as a share.
-    rounding = info.eps * (info.smallest_normal / scale).clamp_(min=1)  # (out, groups)
+    # How much smaller a stored scale may be than the one that was chosen, as a share.
+    rounding = info.eps * max(info.smallest_normal / float(scale.amin()), 1.0)
     widest = num_steps / smallest_ratio * (1 + rounding)
     # Where codes are symmetric, the range is half of that on each side. Otherwise it is all of it,
     # and a zero point may be one off, and is rounded.
     clipped = widest / 2 + 1 - max_code if zero is None else widest - num_steps + 2
     # The largest scale that can be stored may clip any weight.
-    is_largest = scale >= torch.finfo(torch.float32).max / 2**bits * (1 - 2.0**-7)
-    clipped = torch.where(is_largest, 2.0 ** (bits + 1), clipped)
+    if scale.amax() >= torch.finfo(torch.float32).max / 2**bits * (1 - 2.0**-7):
+        clipped = 2.0 ** (bits + 1)
 
-    groups = to_groups(codes, codes.shape[1] // scale.shape[1])  # (out, groups, group)
-    is_end = (groups == min_code) | (groups == max_code)
-    bound = torch.where(is_end, clipped.clamp_(min=0.5).unsqueeze(2), 0.5)
+    # 1 at both ends of the range and 0 between them: comparisons would take several times as long
+    is_end = (codes.float() + 0.5).abs_().sub_(max_code - 0.5).clamp_(min=0)
+    in_steps = is_end.mul_(max(clipped - 0.5, 0.0)).add_(0.5)
+    bound = to_groups(in_steps, codes.shape[1] // scale.shape[1])  # (out, groups, group)
     # float32 rounds the quotient, the product and the difference
     return bound.mul_(scale.unsqueeze(2) * (1 + 2.0**-10)).view_as(codes)
 
