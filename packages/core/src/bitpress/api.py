@@ -117,8 +117,8 @@ def compress(  # noqa: PLR0913
 
     Args:
         copy: patterns of files to copy, beside those that loaders read.
-        calibration: a .jsonl, .txt or .parquet file, or a dataset's name; None takes the text that
-            ships with bitpress.
+        calibration: a .jsonl, .json, .txt or .parquet file, a folder of them, or a dataset's name;
+            None takes the text that ships with bitpress.
         samples: how many sequences of `sequence_length` tokens are taken of it.
         all_experts: whether every expert is fitted to all of them, and not to those that its router
             sends to it.

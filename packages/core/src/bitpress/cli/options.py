@@ -111,9 +111,9 @@ def calibration(samples: int) -> Decorator:
         click.option(
             "--calibration",
             "source",
-            metavar="FILE|DATASET",
+            metavar="FILE|FOLDER|DATASET",
             shell_complete=complete_file,
-            help="Calibration texts: a .jsonl, .txt or .parquet file, or a dataset.",
+            help="Calibration texts: a .jsonl, .txt or .parquet file, a folder, or a dataset.",
         ),
         calibration_size(samples),
         number("--seed", "0 takes sequences from the start; others draw them at random.", 0),

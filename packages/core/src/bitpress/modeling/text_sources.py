@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
@@ -19,23 +20,23 @@ from bitpress.modeling.chat_templates import (
     RefusedChatError,
     SkippedChatError,
 )
+from bitpress.modeling.row_files import (
+    DEFAULT_SPLIT,
+    MAX_CHARACTERS,
+    SUFFIXES,
+    Row,
+    check_size,
+    file_rows,
+    folder_rows,
+    read_plain,
+)
 from bitpress.modeling.row_shapes import Chat, TokenIds
 
 # What the source is called where the user names none.
 DEFAULT_SOURCE = "the text that ships with bitpress"
 
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-
-# Bytes of a line of a JSON lines file.
-MAX_LINE_BYTES = 1 << 26
-
-# Characters of all texts together; as tokens they take several times the memory.
-MAX_CHARACTERS = 1 << 28
-
-SUFFIXES = (*JSON_LINES, ".txt", ".parquet")
-
-# Where a row stands, for messages ("texts.jsonl, line 3"), and the row.
-Row: TypeAlias = tuple[str, Any]
+# A dataset or a folder, and the split of it: NAME[train_sft].
+SPLIT = re.compile(r"(.+)\[([\w.-]+)\]")
 
 # Makes one text of the messages of a chat, and of its tools where it has any (`tools=`).
 RenderChat: TypeAlias = Callable[..., str]
@@ -68,7 +69,8 @@ def read(source: str | None, max_characters: int | None, render: RenderChat) -> 
     """The texts of a source.
 
     Args:
-        source: a file, or the name of a dataset; None: the text that ships with bitpress.
+        source: a file, a folder, or the name of a dataset, perhaps with a split in brackets; None:
+            the text that ships with bitpress.
         max_characters: no more is read; None reads all.
 
     Raises:
@@ -77,14 +79,20 @@ def read(source: str | None, max_characters: int | None, render: RenderChat) -> 
     if source is None:
         packed = resources.files("bitpress.modeling").joinpath("default.txt.xz").read_bytes()
         return Texts(lzma.decompress(packed).decode()[:max_characters], DEFAULT_SOURCE)
-    file = Path(source)
+    name, split = _parse_split(source)
+    file = Path(name)
     try:
-        if not file.is_file():
-            texts = _join(source, _dataset_rows(source), max_characters, render)
+        if file.is_dir():
+            rows = folder_rows(file, split, max_characters)
+            texts = _join(file.resolve().name, rows, max_characters, render)
+        elif file.is_file() and split:
+            raise DataError(f"{source}: a file has no splits; name the file alone")
+        elif not file.is_file():
+            texts = _join(source, _dataset_rows(name, split), max_characters, render)
         elif file.suffix.lower() == ".txt":
-            texts = Texts(_read_plain(file, max_characters), file.name)
+            texts = Texts(read_plain(file, max_characters), file.name)
         else:
-            texts = _join(file.name, _file_rows(file), max_characters, render)
+            texts = _join(file.name, file_rows(file), max_characters, render)
     except OSError as e:
         raise DataError(f"{source}: {e.strerror or first_line(e)}") from None
     if not texts.text.strip() and not texts.input_ids:
@@ -92,87 +100,13 @@ def read(source: str | None, max_characters: int | None, render: RenderChat) -> 
     return texts
 
 
-def _read_plain(file: Path, max_characters: int | None) -> str:
-    # one more than is taken shows that there is too much
-    limit = min(max_characters or MAX_CHARACTERS + 1, MAX_CHARACTERS + 1)
-    try:
-        with file.open(encoding="utf-8-sig") as opened:
-            text = opened.read(limit)
-    except UnicodeDecodeError as e:
-        raise DataError(f"{file}: it is not UTF-8 text ({e.reason}); save it as UTF-8") from None
-    _check_size(text, str(file))
-    return text
+def _parse_split(source: str) -> tuple[str, str | None]:
+    """The name of a source, and of its split where it is given."""
+    match = SPLIT.fullmatch(source)
+    return (source, None) if match is None or Path(source).exists() else (match[1], match[2])
 
 
-def _check_size(text: str, position: str) -> None:
-    if len(text) > MAX_CHARACTERS:
-        raise DataError(
-            f"{position}: it holds more than {MAX_CHARACTERS:,} characters, which are to be read "
-            "whole; give a part of it"
-        )
-
-
-def _file_rows(file: Path) -> Iterator[Row]:
-    suffix = file.suffix.lower()
-    if suffix in JSON_LINES:
-        return _json_lines_rows(file)
-    if suffix == ".parquet":
-        return _parquet_rows(file)
-    raise DataError(
-        f"{file}: texts are read from {', '.join(SUFFIXES)}; if it is plain text, name it .txt"
-    )
-
-
-def _json_lines_rows(file: Path) -> Iterator[Row]:
-    with file.open("rb") as opened:
-        lines = iter(lambda: opened.readline(MAX_LINE_BYTES + 1), b"")
-        for number, line in enumerate(lines, 1):
-            position = f"{file}, line {number}"
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(
-                    f"{position}: longer than {MAX_LINE_BYTES:,} bytes; every line is one object"
-                )
-            if not line.strip():
-                continue
-            try:
-                yield position, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as e:
-                raise DataError(
-                    f"{position}: it is not UTF-8 text ({e.reason}); save the file as UTF-8"
-                ) from None
-            except (ValueError, RecursionError) as e:
-                raise DataError(
-                    f"{position}: not valid JSON ({e}); every line is one object"
-                ) from None
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(
-            f"{file}: reading parquet needs pyarrow; pip install 'bitpress-core[parquet]'"
-        ) from None
-    try:
-        with parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            columns = row_shapes.find_columns(names)
-            if not columns:
-                raise DataError(
-                    f"{file}: it has no column text or messages, but {', '.join(names) or 'none'}; "
-                    f"all shapes: {row_shapes.describe_shapes()}"
-                )
-            number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", row
-    except (pyarrow.ArrowException, ValueError) as e:
-        raise DataError(f"{file}: it cannot be read as parquet ({first_line(e)})") from None
-
-
-def _dataset_rows(source: str) -> Iterator[Row]:
+def _dataset_rows(source: str, split: str | None) -> Iterator[Row]:
     file = Path(source)
     if file.suffix.lower() in SUFFIXES or file.is_absolute():
         siblings = [f.name for f in file.parent.iterdir()] if file.parent.is_dir() else []
@@ -187,7 +121,9 @@ def _dataset_rows(source: str) -> Iterator[Row]:
     name, _, subset = source.partition(":")
     try:
         # streamed: of a large dataset only what is used is fetched
-        rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
+        rows = datasets.load_dataset(
+            name, subset or None, split=split or DEFAULT_SPLIT, streaming=True
+        )
         for number, row in enumerate(rows, 1):
             yield f"{source}, row {number}", row
     except Exception as e:
@@ -231,7 +167,7 @@ def _join(
         others = f"; all of the first {len(skipped)} chats are refused" if skipped[1:] else ""
         raise DataError(refusal + others)
     text = "\n".join(texts)
-    _check_size(text, position)
+    check_size(text, position)
     warnings = skipped[:MAX_NAMED_CHATS]
     if len(skipped) > MAX_NAMED_CHATS:
         warnings.append(f"{source}: {len(skipped) - MAX_NAMED_CHATS} more chats are left out")

@@ -18,8 +18,9 @@ class CalibrationConfig:
     """The texts that a model is to be run on, and how much of them.
 
     Attributes:
-        source: a .jsonl, .txt or .parquet file, or a dataset of the `datasets` library as NAME or
-            NAME:SUBSET; None: the text that ships with bitpress.
+        source: a .jsonl, .json, .txt or .parquet file, a folder of such files, or a dataset of the
+            `datasets` library as NAME or NAME:SUBSET; after the last two perhaps a split in
+            brackets. None: the text that ships with bitpress.
         samples: how many sequences.
         sequence_length: tokens in each.
         seed: 0 takes the sequences in the text's own order and reads no further than they need; any
@@ -48,10 +49,10 @@ class CalibrationConfig:
 
     @property
     def command_options(self) -> dict[str, object]:
-        """Options of a command line that ask for it; files without their folders."""
-        is_file = self.source is not None and Path(self.source).is_file()
+        """Options of a command line that ask for it; files and folders by their names alone."""
+        is_local = self.source is not None and Path(self.source).exists()
         return {
-            "--calibration": Path(self.source) if self.source and is_file else self.source,
+            "--calibration": Path(self.source) if self.source and is_local else self.source,
             "--samples": self.samples,
             "--sequence-length": self.sequence_length,
             "--seed": self.seed or None,
