@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import sys
@@ -32,6 +33,28 @@ def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         progress("compressing", 10)(5, NAME)
     assert SHOWN in terminal.getvalue()
     assert "\x1b[31m[red]" not in terminal.getvalue()
+
+
+def test_a_bar_ends_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    with click.Context(app), progress_bars() as progress:
+        progress("compressing", 10)(5)
+        progress("verifying", 20)(1)
+    assert "10/10 bytes" in terminal.getvalue()
+    assert "20/20 bytes" in terminal.getvalue()
+
+
+def test_a_bar_of_what_failed_stays_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    with contextlib.suppress(OSError), click.Context(app), progress_bars() as progress:
+        progress("compressing", 10)(5)
+        raise OSError("disk")
+    assert "5/10 bytes" in terminal.getvalue()
+    assert "10/10 bytes" not in terminal.getvalue()
 
 
 def test_a_line_and_a_table_show_a_name_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,6 +119,7 @@ def plan(
 @options.calibration(256)
 @options.machine
 @options.proof
+@options.quiet
 @options.as_json
 @options.collect(recipe=RecipeSource, calibration=CalibrationConfig, run_options=RunOptions)
 def compress(
@@ -169,6 +170,7 @@ def compress(
 @options.settings
 @options.calibration(64)
 @options.machine
+@options.quiet
 @options.as_json
 @options.collect(goal=SearchGoal, calibration=CalibrationConfig, run_options=RunOptions)
 def search(
@@ -201,6 +203,7 @@ def search(
     "--engine", "ask_engine", is_flag=True, help="Let the installed vLLM place the tensors too."
 )
 @options.threads
+@options.quiet
 @options.as_json
 def verify(out: Path, against: str | None, ask_engine: bool, num_threads: int | None) -> None:
     """Read an output back and check its files. If something is wrong, the exit code is 1."""
@@ -233,6 +236,7 @@ def verify(out: Path, against: str | None, ask_engine: bool, num_threads: int | 
 @options.sequence_length
 @options.number("--max-tokens", "Tokens to take from the start of the text.", 65536)
 @options.machine
+@options.quiet
 @options.as_json
 @options.collect(config=EvaluationConfig, run_options=RunOptions)
 def evaluate(
@@ -279,6 +283,7 @@ def report(out: Path, file: Path | None) -> None:
 @app.command()
 @options.out
 @options.argument("dense", "DENSE", "The folder to write.", type=options.FILE)
+@options.quiet
 def decompress(out: Path, dense: Path) -> None:
     """Write an output's dequantized weights as a plain checkpoint."""
     with garbage_collection_paused():

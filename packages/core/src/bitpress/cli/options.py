@@ -19,7 +19,7 @@ from bitpress.cli.completion import (
     complete_scheme,
     complete_setting,
 )
-from bitpress.cli.text import parse_size, store_wants_json
+from bitpress.cli.text import parse_size, store_is_quiet, store_wants_json
 
 # Gives a command an argument, or several.
 Decorator = Callable[[Any], Any]
@@ -146,6 +146,15 @@ as_json = click.option(
 
 lists_all = click.option(
     "--all", "lists_all", is_flag=True, help="List every layer, also those that are alike."
+)
+
+quiet = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=store_is_quiet,
+    help="Show no progress.",
 )
 
 settings = combine(

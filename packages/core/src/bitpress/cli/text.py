@@ -15,11 +15,15 @@ from typing import Any, Protocol
 
 import click
 
+from bitpress.cli.progress_lines import ProgressLines
 from bitpress.errors import RecipeError, printable, printable_line
 from bitpress.runtime.progress import Progress, ReportProgress, ignore_progress
 
 # Where the wish for JSON is kept in click's context.
 WANTS_JSON = "bitpress.wants_json"
+
+# Where the wish for no progress is kept.
+IS_QUIET = "bitpress.is_quiet"
 
 # Files that a line names.
 MAX_NAMES = 10
@@ -44,6 +48,11 @@ class Summary(Protocol):
 def store_wants_json(context: click.Context, parameter: click.Parameter, wants_json: bool) -> None:
     """Keep what `--json` says, for `show` and `progress_bars`."""
     context.meta[WANTS_JSON] = wants_json
+
+
+def store_is_quiet(context: click.Context, parameter: click.Parameter, is_quiet: bool) -> None:
+    """Keep what `--quiet` says, for `progress_bars`."""
+    context.meta[IS_QUIET] = is_quiet
 
 
 def _wants_json() -> bool:
@@ -206,9 +215,15 @@ def garbage_collection_paused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bars(is_silent: bool = False) -> Iterator[Progress]:
-    """A bar per stage with the time left, on a terminal; nothing elsewhere, nor with `--json`."""
-    if is_silent or _wants_json() or not sys.stderr.isatty():
+    """A bar per stage with the time left, on a terminal; lines elsewhere; nothing with `--quiet` or
+    `--json`.
+    """
+    is_quiet = click.get_current_context().meta.get(IS_QUIET)
+    if is_silent or is_quiet or _wants_json():
         yield ignore_progress
+        return
+    if not sys.stderr.isatty():
+        yield ProgressLines()
         return
     from rich.console import Console
     from rich.progress import (
@@ -227,10 +242,17 @@ def progress_bars(is_silent: bool = False) -> Iterator[Progress]:
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
 
+        def complete_stages() -> None:
+            # what is copied or was finished earlier may not have been counted
+            for task in bars.tasks:
+                bars.update(task.id, completed=task.total)
+
         def start_stage(stage: str, num_bytes: int) -> ReportProgress:
+            complete_stages()
             task = bars.add_task(stage, total=num_bytes)
             return lambda num_bytes, text="": bars.update(
                 task, advance=num_bytes, description=printable_line(f"{stage} {text}")
             )
 
         yield start_stage
+        complete_stages()
