@@ -19,6 +19,7 @@ from fixtures.forked import ForkedCommand
 from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bitpress import DataError
 from bitpress.api import compress, plan
 from bitpress.compression.calibration import resumable_forward
 from bitpress.conformance.commands import command, plugins, refusal
@@ -46,8 +47,12 @@ def run(model: Path, out: Path, *settings: str, **options: Any) -> Path:
         out,
         scheme="learner",
         settings=settings,
-        calibration=model.parent / "text.txt",
-        **{"samples": SAMPLES, "sequence_length": LENGTH, **options},
+        **{
+            "calibration": model.parent / "text.txt",
+            "samples": SAMPLES,
+            "sequence_length": LENGTH,
+            **options,
+        },
     )
     return out
 
@@ -500,3 +505,30 @@ def test_how_far_each_block_s_output_is_from_the_source_s_is_recorded(
     assert list(drift) == [f"model.layers.{block}" for block in range(3)]
     assert list(drift.values()) == pytest.approx(expected, rel=1e-3)
     assert min(expected) > 0.01
+
+
+def test_calibration_texts_may_be_a_list(tmp_path: Path, learner: Path) -> None:
+    model = runnable_model(tmp_path / "m")
+    text = (tmp_path / "text.txt").read_text()
+    of_file = run(model, tmp_path / "file")
+    for name, texts in {"texts": [text], "rows": [{"text": text}]}.items():
+        out = run(model, tmp_path / name, calibration=texts)
+        expected = tensors_of(of_file)
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in tensors_of(out).items())
+        assert "--calibration FILE" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"text": "w1"}, "a list of texts or rows is expected, not dict"),
+        (3, "a list of texts or rows is expected, not int"),
+        ([3], "text 1 of the list: an object"),
+        ([], "a list of texts: it holds no text"),
+    ],
+)
+def test_calibration_texts_of_a_wrong_type_are_refused(
+    tmp_path: Path, learner: Path, wrong: Any, expected: str
+) -> None:
+    with pytest.raises(DataError, match=expected):
+        run(runnable_model(tmp_path / "m"), tmp_path / "o", calibration=wrong)

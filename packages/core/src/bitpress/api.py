@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -18,7 +19,7 @@ from bitpress.compression.job import prepare_job
 from bitpress.compression.run import run
 from bitpress.compression.search import search as searching
 from bitpress.compression.search.result import SearchResult
-from bitpress.errors import CheckpointError, Fault, OutputError
+from bitpress.errors import CheckpointError, DataError, Fault, OutputError
 from bitpress.modeling.block_runner import RunnableModel
 from bitpress.modeling.decoder import DecoderOptions
 from bitpress.modeling.tokens import load_evaluation_text
@@ -96,7 +97,7 @@ def compress(  # noqa: PLR0913
     settings: Iterable[str] = (),
     ignore: Iterable[str] = (),
     copy: Iterable[str] = (),
-    calibration: str | Path | None = None,
+    calibration: str | Path | Iterable[str | Mapping[str, Any]] | None = None,
     samples: int = CalibrationConfig().samples,
     sequence_length: int = CalibrationConfig().sequence_length,
     seed: int = 0,
@@ -118,7 +119,8 @@ def compress(  # noqa: PLR0913
     Args:
         copy: patterns of files to copy, beside those that loaders read.
         calibration: a .jsonl, .json, .txt or .parquet file, a folder of them, or a dataset's name;
-            None takes the text that ships with bitpress.
+            or a list of texts, or of rows as such files hold them. None takes the text that ships
+            with bitpress.
         samples: how many sequences of `sequence_length` tokens are taken of it.
         all_experts: whether every expert is fitted to all of them, and not to those that its router
             sends to it.
@@ -139,7 +141,7 @@ def compress(  # noqa: PLR0913
     recipe_source = RecipeSource(
         scheme, _to_path(recipe_file), tuple(settings), tuple(ignore), tuple(copy)
     )
-    config = CalibrationConfig(_to_text(calibration), samples, sequence_length, seed, all_experts)
+    config = CalibrationConfig(_to_source(calibration), samples, sequence_length, seed, all_experts)
     options = RunOptions(
         device, threads, max_memory, verify, _to_text(check), max_kl, trust_remote_code
     )
@@ -156,7 +158,7 @@ def search(  # noqa: PLR0913
     budget: float,
     settings: Iterable[str] = (),
     ignore: Iterable[str] = (),
-    calibration: str | Path | None = None,
+    calibration: str | Path | Iterable[str | Mapping[str, Any]] | None = None,
     samples: int = searching.NUM_SEQUENCES,
     sequence_length: int = CalibrationConfig().sequence_length,
     seed: int = 0,
@@ -181,7 +183,7 @@ def search(  # noqa: PLR0913
             budget, or `out` is there already.
     """
     goal = SearchGoal(tuple(schemes), budget, tuple(settings), tuple(ignore))
-    config = CalibrationConfig(_to_text(calibration), samples, sequence_length, seed, all_experts)
+    config = CalibrationConfig(_to_source(calibration), samples, sequence_length, seed, all_experts)
     options = RunOptions(device, threads, max_memory, trust_remote_code=trust_remote_code)
     job = searching.prepare_search(model, out, goal, config, options)
     return searching.run_search(job, out, options, progress)
@@ -193,6 +195,19 @@ def _to_path(file: str | Path | None) -> Path | None:
 
 def _to_text(file: str | Path | None) -> str | None:
     return None if file is None else str(file)
+
+
+def _to_source(
+    calibration: str | Path | Iterable[str | Mapping[str, Any]] | None,
+) -> str | tuple[str | Mapping[str, Any], ...] | None:
+    if calibration is None or isinstance(calibration, (str, Path)):
+        return _to_text(calibration)
+    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
+        raise DataError(
+            "calibration: a file, a dataset's name, or a list of texts or rows is expected, not "
+            f"{type(calibration).__name__}"
+        )
+    return tuple(calibration)
 
 
 def verify(

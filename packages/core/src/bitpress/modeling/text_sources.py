@@ -35,6 +35,9 @@ from bitpress.modeling.row_shapes import Chat, TokenIds
 # What the source is called where the user names none.
 DEFAULT_SOURCE = "the text that ships with bitpress"
 
+# What the source is called where texts are given themselves.
+GIVEN_SOURCE = "a list of texts"
+
 # A dataset or a folder, and the split of it: NAME[train_sft].
 SPLIT = re.compile(r"(.+)\[([\w.-]+)\]")
 
@@ -65,12 +68,16 @@ class Texts:
     input_ids: array[int] | None = None
 
 
-def read(source: str | None, max_characters: int | None, render: RenderChat) -> Texts:
+def read(
+    source: str | tuple[str | Mapping[str, Any], ...] | None,
+    max_characters: int | None,
+    render: RenderChat,
+) -> Texts:
     """The texts of a source.
 
     Args:
         source: a file, a folder, or the name of a dataset, perhaps with a split in brackets; None:
-            the text that ships with bitpress.
+            the text that ships with bitpress. Or texts themselves, or rows as files hold them.
         max_characters: no more is read; None reads all.
 
     Raises:
@@ -79,6 +86,9 @@ def read(source: str | None, max_characters: int | None, render: RenderChat) -> 
     if source is None:
         packed = resources.files("bitpress.modeling").joinpath("default.txt.xz").read_bytes()
         return Texts(lzma.decompress(packed).decode()[:max_characters], DEFAULT_SOURCE)
+    if isinstance(source, tuple):
+        texts = _join(GIVEN_SOURCE, _number_rows(source), max_characters, render)
+        return _require_text(GIVEN_SOURCE, texts)
     name, split = _parse_split(source)
     file = Path(name)
     try:
@@ -95,6 +105,15 @@ def read(source: str | None, max_characters: int | None, render: RenderChat) -> 
             texts = _join(file.name, file_rows(file), max_characters, render)
     except OSError as e:
         raise DataError(f"{source}: {e.strerror or first_line(e)}") from None
+    return _require_text(source, texts)
+
+
+def _number_rows(rows: tuple[str | Mapping[str, Any], ...]) -> Iterator[Row]:
+    for number, row in enumerate(rows, 1):
+        yield f"text {number} of the list", {"text": row} if isinstance(row, str) else row
+
+
+def _require_text(source: str, texts: Texts) -> Texts:
     if not texts.text.strip() and not texts.input_ids:
         raise DataError("; ".join((f"{source}: it holds no text", *texts.warnings)))
     return texts

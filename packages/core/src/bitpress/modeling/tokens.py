@@ -210,8 +210,8 @@ def _limit_length(length: int, model_config: Mapping[str, Any]) -> tuple[int, li
     ]
 
 
-def _read_stamp(source: str | None) -> tuple[int, int] | None:
-    if source is None or not Path(source).is_file():
+def _read_stamp(source: object) -> tuple[int, int] | None:
+    if not isinstance(source, str) or not Path(source).is_file():
         return None
     status = Path(source).stat()
     return status.st_size, status.st_mtime_ns

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from attrs import frozen
 
@@ -20,7 +22,8 @@ class CalibrationConfig:
     Attributes:
         source: a .jsonl, .json, .txt or .parquet file, a folder of such files, or a dataset of the
             `datasets` library as NAME or NAME:SUBSET; after the last two perhaps a split in
-            brackets. None: the text that ships with bitpress.
+            brackets. Or texts themselves, or rows as such files hold them. None: the text that
+            ships with bitpress.
         samples: how many sequences.
         sequence_length: tokens in each.
         seed: 0 takes the sequences in the text's own order and reads no further than they need; any
@@ -28,7 +31,7 @@ class CalibrationConfig:
         all_experts: whether every expert is given every token.
     """
 
-    source: str | None = None
+    source: str | tuple[str | Mapping[str, Any], ...] | None = None
     samples: int = 256
     sequence_length: int = 512
     seed: int = 0
@@ -50,9 +53,14 @@ class CalibrationConfig:
     @property
     def command_options(self) -> dict[str, object]:
         """Options of a command line that ask for it; files and folders by their names alone."""
-        is_local = self.source is not None and Path(self.source).exists()
+        source: object = self.source
+        if isinstance(self.source, tuple):
+            # whoever repeats the run writes the texts into one
+            source = "FILE"
+        elif self.source and Path(self.source).exists():
+            source = Path(self.source)
         return {
-            "--calibration": Path(self.source) if self.source and is_local else self.source,
+            "--calibration": source,
             "--samples": self.samples,
             "--sequence-length": self.sequence_length,
             "--seed": self.seed or None,
