@@ -40,6 +40,15 @@ def weights(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     )
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_of_any_dtype_is_stored_in_it(name: str, dtype: torch.dtype) -> None:
+    weight = weights(4, 64)
+    layer, stored = store(make_step(name), weight, dtype)
+    assert stored.tensors["weight"].dtype == dtype
+    assert torch.equal(layer.weight, torch.where(layer.weight != 0, weight, 0.0))
+
+
 def test_a_row_is_laid_out_as_the_format_says() -> None:
     row = torch.tensor([[0, 1, 0, 2, 3, 4, 0, 0, 5, 0, 0, 6, 0, 0, 7, 8.0]])
     assert bitmask.pack_mask(row != 0).tolist() == [[58, 201]]

@@ -155,6 +155,18 @@ def test_layers_that_an_engine_knows_by_one_name_get_one_scheme(tmp_path: Path, 
     assert "as .down_proj" in line
 
 
+def test_layers_of_unlike_dtypes_that_engines_fuse_are_refused_before_work_starts(
+    tmp_path: Path, toy: Path
+) -> None:
+    tensors = llama_tensors()
+    name = "model.layers.0.self_attn.k_proj"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float()
+    model = write_model(tmp_path / "model", tensors)
+    line = refusal("plan", model, "--scheme", "toy", path=toy)
+    assert f"model.layers.0.self_attn.q_proj (BF16) and {name} (F32) are one layer" in line
+    assert "--ignore" in line
+
+
 def test_a_plan_needs_no_numbers(tmp_path: Path, toy: Path) -> None:
     model = write_model(tmp_path / "model")
     file, before = (

@@ -203,7 +203,8 @@ def _prune(
     if factor is not None:
         weight = numerics.masked_least_squares(weight, target, factor, mask & candidates)
 
-    largest = torch.finfo(dtype).max
+    # weights come in float32, whatever the model stores them in
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     weight = torch.where(mask & candidates, weight.ldexp(-power), 0.0)
     weight = weight.clamp_(-largest, largest).to(dtype).float()
     # Old kernels for 2:4 weights broke on -0.0.

@@ -155,10 +155,25 @@ def _group_stacks(
     for modules in linear_layers.group_fused(layers, engines):
         steps = _common_steps(modules, steps_of)
         if steps:
+            _require_one_dtype(modules, layers)
             stacks[modules[0]] = Stack({module: layers[module] for module in modules}, steps)
     if not stacks:
         raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
     return stacks
+
+
+def _require_one_dtype(modules: Sequence[str], layers: Mapping[str, Entry]) -> None:
+    """Raise CheckpointError where layers that engines fuse have unlike dtypes: the fused layer is
+    stored with the scales of one dtype.
+    """
+    first = modules[0]
+    for module in modules:
+        if layers[module].dtype != layers[first].dtype:
+            raise CheckpointError(
+                f"layers {first} ({layers[first].dtype}) and {module} ({layers[module].dtype}) are "
+                "one layer in serving engines: store both in one dtype, or leave them out with "
+                "--ignore"
+            )
 
 
 def _check_shared_names(
