@@ -69,6 +69,12 @@ class _Stage:
         print(printable_line(", ".join(words)), file=sys.stderr, flush=True)
 
 
+def shorten_name(text: str) -> str:
+    """What is reported of a layer, without the list of blocks: `block 3, mlp.up_proj`."""
+    match = re.fullmatch(r"[\w.]*?\.(\d+)\.(.+)", text)
+    return f"block {match[1]}, {match[2].removesuffix('.weight')}" if match else text
+
+
 def _format_seconds(seconds: float) -> str:
     """Hours, minutes and seconds: `4:10`, `1:04:10`."""
     minutes, seconds = divmod(round(seconds), 60)

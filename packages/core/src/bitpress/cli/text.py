@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import click
 
-from bitpress.cli.progress_lines import ProgressLines
+from bitpress.cli.progress_lines import ProgressLines, shorten_name
 from bitpress.errors import RecipeError, printable, printable_line
 from bitpress.runtime.progress import Progress, ReportProgress, ignore_progress
 
@@ -27,6 +27,9 @@ IS_QUIET = "bitpress.is_quiet"
 
 # Files that a line names.
 MAX_NAMES = 10
+
+# Columns of the bar itself.
+BAR_WIDTH = 10
 
 # Columns of a pipe, which has none.
 PIPE_WIDTH = 200
@@ -228,30 +231,37 @@ def progress_bars(is_silent: bool = False) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
-        DownloadColumn,
         Progress as Bars,
+        TaskProgressColumn,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
+        BarColumn(BAR_WIDTH),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
+        # the rest of a terminal of 80 columns, and a second line where that is too little
+        TextColumn(
+            "{task.fields[text]}", markup=False, table_column=Column(ratio=1, overflow="fold")
+        ),
     )
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with Bars(*columns, console=Console(stderr=True), expand=True) as bars:
 
         def complete_stages() -> None:
             # what is copied or was finished earlier may not have been counted
             for task in bars.tasks:
-                bars.update(task.id, completed=task.total)
+                bars.update(task.id, completed=task.total, text="")
 
         def start_stage(stage: str, num_bytes: int) -> ReportProgress:
             complete_stages()
-            task = bars.add_task(stage, total=num_bytes)
+            task = bars.add_task(stage, total=num_bytes, text="")
             return lambda num_bytes, text="": bars.update(
-                task, advance=num_bytes, description=printable_line(f"{stage} {text}")
+                task, advance=num_bytes, text=printable_line(shorten_name(text))
             )
 
         yield start_stage
