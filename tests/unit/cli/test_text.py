@@ -26,13 +26,20 @@ class Terminal(io.StringIO):
         return True
 
 
+def wait_for(terminal: Terminal, text: str) -> None:
+    """Wait until a thread has drawn a text, which it does ten times a second."""
+    deadline = time.monotonic() + 20
+    while text not in terminal.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "200")
     with click.Context(app), progress_bars() as progress:
         progress("compressing", 10)(5, NAME)
-        time.sleep(0.3)
+        wait_for(terminal, SHOWN)
     assert SHOWN in terminal.getvalue()
     assert "\x1b[31m[red]" not in terminal.getvalue()
 
@@ -66,8 +73,7 @@ def test_a_bar_of_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch
     with click.Context(app), progress_bars() as progress:
         report_progress = progress("compressing", 10)
         report_progress(5, "model.layers.31.mlp.down_proj: error 0.0213")
-        # as bars are drawn ten times a second
-        time.sleep(0.3)
+        wait_for(terminal, "block 31")
     shown = terminal.getvalue()
     assert "block 31, mlp.down_proj: error" in shown
     assert "0.0213" in shown
