@@ -10,7 +10,7 @@ import pytest
 from fixtures.learner_scheme import TINY_CONFIG as CONFIG, tokenizer_folder
 
 from bitpress import DataError
-from bitpress.modeling import text_sources
+from bitpress.modeling import row_files, text_sources
 from bitpress.modeling.chat_templates import NoChatTemplateError
 from bitpress.modeling.row_shapes import SHAPES
 from bitpress.modeling.tokens import load_calibration_data
@@ -104,4 +104,14 @@ def test_tokens_that_are_none_are_refused(tmp_path: Path, ids: Any) -> None:
 def test_texts_and_tokens_in_one_file_are_refused(tmp_path: Path) -> None:
     file = json_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"input_ids": [1]}])
     with pytest.raises(DataError, match="line 2: rows are texts or input_ids"):
+        text_sources.read(str(file), None, render)
+
+
+def test_more_tokens_than_are_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_sources, "MAX_CHARACTERS", 7)
+    monkeypatch.setattr(row_files, "MAX_CHARACTERS", 7)
+    file = json_lines(tmp_path / "a.jsonl", [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9]}])
+    with pytest.raises(DataError, match="line 1: it holds more than 7 characters or tokens"):
         text_sources.read(str(file), None, render)

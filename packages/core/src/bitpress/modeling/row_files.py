@@ -47,16 +47,16 @@ def read_plain(file: Path, max_characters: int | None) -> str:
             text = opened.read(limit)
     except UnicodeDecodeError as e:
         raise DataError(f"{file}: it is not UTF-8 text ({e.reason}); save it as UTF-8") from None
-    check_size(text, str(file))
+    check_size(len(text), str(file))
     return text
 
 
-def check_size(text: str, position: str) -> None:
-    """Raise DataError where there are more characters than are read."""
-    if len(text) > MAX_CHARACTERS:
+def check_size(size: int, position: str) -> None:
+    """Raise DataError where there are more characters or tokens than are read."""
+    if size > MAX_CHARACTERS:
         raise DataError(
-            f"{position}: it holds more than {MAX_CHARACTERS:,} characters, which are to be read "
-            "whole; give a part of it"
+            f"{position}: it holds more than {MAX_CHARACTERS:,} characters or tokens, which are "
+            "to be read whole; give a part of it"
         )
 
 

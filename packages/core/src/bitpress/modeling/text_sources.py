@@ -186,7 +186,7 @@ def _join(
         others = f"; all of the first {len(skipped)} chats are refused" if skipped[1:] else ""
         raise DataError(refusal + others)
     text = "\n".join(texts)
-    check_size(text, position)
+    check_size(max(len(text), len(input_ids)), position)
     warnings = skipped[:MAX_NAMED_CHATS]
     if len(skipped) > MAX_NAMED_CHATS:
         warnings.append(f"{source}: {len(skipped) - MAX_NAMED_CHATS} more chats are left out")
