@@ -74,8 +74,9 @@ def run(
 
             manifest = build_manifest(job, output, written.block_results, resources, options.verify)
             if options.verify:
-                # every file is read back, and layers that an earlier run has written
-                num_bytes = 2 * plan.output_bytes // process_group.world_size
+                # every file is read back, and then the layers that were not measured in memory
+                num_passes = 1 if written.measured else 2
+                num_bytes = num_passes * plan.output_bytes // process_group.world_size
                 workers = Workers(
                     resources.num_threads, progress("verifying", num_bytes), process_group
                 )
