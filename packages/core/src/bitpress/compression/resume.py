@@ -52,7 +52,7 @@ def keep_record(
     # an interrupt may come as soon as the record has its name
     try:
         if not _has_shards(output, plan):
-            if calibration is not None and calibration.depends_on_day:
+            if calibration is not None and _keeps_tokens(calibration):
                 tokens = {"input_ids": calibration.input_ids.tolist()}
                 output.write_text(RUN_TOKENS, sign_json(tokens))
             output.write_text(RUN_RECORD, format_json(record))
@@ -71,6 +71,13 @@ def keep_record(
     output.remove([RUN_RECORD, RUN_TOKENS])
 
 
+def _keeps_tokens(calibration: CalibrationData) -> bool:
+    """Whether another day gives other tokens, and the record shows whether the texts are the same:
+    those of a file.
+    """
+    return calibration.depends_on_day and calibration.text_stamp is not None
+
+
 def read_begun_tokens(folder: Path, calibration: CalibrationData) -> CalibrationData:
     """The calibration data that an unfinished run in a folder has begun with, where a chat template
     has written another day's date into it since; otherwise the same.
@@ -78,7 +85,7 @@ def read_begun_tokens(folder: Path, calibration: CalibrationData) -> Calibration
     The run's record says whether all else is the same.
     """
     file = folder / RUN_TOKENS
-    if not calibration.depends_on_day or not file.is_file():
+    if not _keeps_tokens(calibration) or not file.is_file():
         return calibration
     content = file.read_bytes()
     if not is_signed(content):
