@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
 import time
 import warnings
@@ -101,3 +102,23 @@ def test_what_libraries_log_and_warn_of_is_text(capsys: pytest.CaptureFixture[st
         logger.removeHandler(handler)
     assert log.getvalue() == f"two\nlines: {SHOWN}\\r\n"
     assert shown == f"file.py:1: UserWarning: {SHOWN}\\r\n  line\n"
+
+
+def test_a_table_for_a_reader_that_is_gone_is_a_broken_pipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    unread = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", unread)
+
+    def show() -> None:
+        print("before the table")
+        print_table(["a", "b"], [["1", "2"]])
+        sys.stdout.flush()
+
+    with pytest.raises(BrokenPipeError):
+        show()
+    # what is left cannot be written when the file is closed
+    with contextlib.suppress(BrokenPipeError):
+        unread.close()

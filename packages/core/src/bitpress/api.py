@@ -10,9 +10,9 @@ from typing import Any
 
 import attrs
 
-from bitpress.checkpoint import filenames, layer_names
+from bitpress.checkpoint import filenames
 from bitpress.checkpoint.hub import resolve
-from bitpress.checkpoint.reader import Checkpoint, Reader, open_checkpoint
+from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.checkpoint.source import fuse_uncompressed_experts, resolve_source
 from bitpress.checkpoint.writer import OutputFolder, Permissions
 from bitpress.compression.job import prepare_job
@@ -20,11 +20,9 @@ from bitpress.compression.run import run
 from bitpress.compression.search import search as searching
 from bitpress.compression.search.result import SearchResult
 from bitpress.errors import CheckpointError, DataError, Fault, OutputError
-from bitpress.modeling.block_runner import RunnableModel
 from bitpress.modeling.decoder import DecoderOptions
 from bitpress.modeling.tokens import load_evaluation_text
 from bitpress.output import (
-    compressed_model,
     evaluate as evaluation,
     file_proof,
     manifest as manifests,
@@ -34,9 +32,8 @@ from bitpress.output.decompress import write_dense
 from bitpress.output.engine_check import find_engine_faults
 from bitpress.output.file_proof import Workers
 from bitpress.output.manifest import Check, Manifest, read_manifest
+from bitpress.output.open_model import open_runnable_model, open_written, read_written
 from bitpress.output.report.page import DOCTYPE, render_page
-from bitpress.output.written_model import WrittenModel
-from bitpress.planning import linear_layers, recipe
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import MAX_TOKENS, SEQUENCE_LENGTH, EvaluationConfig
 from bitpress.planning.plan import Plan
@@ -249,7 +246,7 @@ def verify(
             checkpoint = open_checkpoint(folder)
         except CheckpointError as e:
             return verification.VerificationReport((*faults, Fault("", str(e))), {})
-        written = _read_written(manifest, checkpoint)
+        written = read_written(manifest, checkpoint)
         report = verification.verify_tensors(written, source, workers)
         if source is not None:
             faults += file_proof.find_source_differences(
@@ -304,7 +301,7 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress = ignore_p
     # what --copy took from the source goes back
     files = read_manifest(checkpoint.folder).files
     copied = [name for name in checkpoint.left_files if name in files]
-    written = _open_written(checkpoint.with_side_files(copied))
+    written = open_written(checkpoint.with_side_files(copied))
     # in two bytes a weight, as most sources have them
     num_bytes = sum(2 * record.shape[0] * record.shape[1] for record in written.layers.values())
     permissions = Permissions.of(written.checkpoint.folder, written.checkpoint.headers)
@@ -354,7 +351,7 @@ def evaluate_model(
     device = find_device(options.device)
     with Reader() as reader, torch_threads(options.num_threads or count_cores()):
         folders = [resolve(model)] if against is None else [resolve(model), resolve(against)]
-        models = [_open_runnable_model(folder, reader) for folder in folders]
+        models = [open_runnable_model(folder, reader) for folder in folders]
         # texts are tokenized as the reference tokenizes them, where there is one
         tokenizer_source = models[-1].checkpoint
         tokens = load_evaluation_text(
@@ -375,41 +372,3 @@ def evaluate_model(
             hidden_states_folder,
             progress("evaluating", evaluation.count_bytes(models)),
         )
-
-
-def _open_runnable_model(folder: Path, reader: Reader) -> RunnableModel:
-    """A plain model, or one that bitpress wrote, ready to be run."""
-    checkpoint = open_checkpoint(folder)
-    if (folder / filenames.MANIFEST).is_file():
-        written = _open_written(checkpoint)
-        container = layer_names.container(next(iter(written.layers)))
-        return compressed_model.open_compressed(written, reader, container, folder)
-    checkpoint = resolve_source(checkpoint)
-    if method := checkpoint.model_config.quantization_method:
-        raise CheckpointError(
-            f"{folder} is quantized ({method}), and not by bitpress: only plain models and its own "
-            "can be run"
-        )
-    any_layer = next(iter(linear_layers.linear_layers(checkpoint)))
-    return RunnableModel(checkpoint, reader, layer_names.container(any_layer))
-
-
-def _read_written(manifest: Manifest, checkpoint: Checkpoint) -> WrittenModel:
-    """An output as its manifest describes it."""
-    file = checkpoint.folder / filenames.MANIFEST
-    return WrittenModel.from_manifest(
-        manifest, checkpoint, recipe.from_json(manifest.recipe, discover(), str(file))
-    )
-
-
-def _open_written(checkpoint: Checkpoint) -> WrittenModel:
-    """An output whose files hold what its manifest says; raises CheckpointError where headers or
-    config say otherwise.
-    """
-    written = _read_written(read_manifest(checkpoint.folder), checkpoint)
-    if fault := next(verification.find_structure_faults(written), None):
-        raise CheckpointError(
-            f"{checkpoint.folder} is not as it was written: {fault} (bitpress verify tells all "
-            "that is wrong)"
-        )
-    return written

@@ -15,6 +15,9 @@ from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import Header, read_header
 from bitpress.errors import CheckpointError
 
+# Bytes that are read and hashed at a time.
+CHUNK_BYTES = 1 << 20
+
 
 @frozen
 class ShardDigests:
@@ -53,7 +56,7 @@ def hash_shard(file: Path) -> ShardDigests:
     whole, changed = hashlib.sha256(header.raw), []
     with Reader() as reader:
         for entry in header.entries:
-            digest = hash_chunks(_tee(reader.chunks(entry), whole))
+            digest = hash_chunks(_tee(reader.chunks(entry, CHUNK_BYTES), whole))
             if digest != expected.get(entry.name, digest):
                 changed.append(entry.name)
     return ShardDigests(whole.hexdigest(), hash_bytes(header.raw), tuple(changed))
@@ -69,7 +72,9 @@ def find_changed_tensors(header: Header, num_threads: int) -> list[str]:
     if expected is None:
         raise CheckpointError(f"{header.entries[0].file}: its header holds no digests of tensors")
     with Reader() as reader, ThreadPoolExecutor(num_threads) as pool:
-        digests = pool.map(lambda entry: hash_chunks(reader.chunks(entry)), header.entries)
+        digests = pool.map(
+            lambda entry: hash_chunks(reader.chunks(entry, CHUNK_BYTES)), header.entries
+        )
         return [
             entry.name
             for entry, digest in zip(header.entries, digests, strict=True)

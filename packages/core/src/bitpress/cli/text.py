@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
 import logging
 import re
@@ -132,10 +133,17 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     cells = [[printable_line(str(cell)) for cell in row] for row in rows]
     if not cells:
         return
-    is_terminal = Console().is_terminal
-    # what reads a pipe has no width
+    terminal = Console()
+    # Rich itself would end the process where nobody reads a pipe any more: it writes into a text.
+    # What reads a pipe has no width.
+    text = io.StringIO()
     console = Console(
-        width=None if is_terminal else PIPE_WIDTH, markup=False, highlight=False, emoji=False
+        file=text,
+        width=terminal.width if terminal.is_terminal else PIPE_WIDTH,
+        force_terminal=terminal.is_terminal,
+        markup=False,
+        highlight=False,
+        emoji=False,
     )
     widths = [max(map(cell_len, column)) for column in zip(head, *cells, strict=True)]
     if console.width >= FOLDING_WIDTH:
@@ -150,10 +158,8 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         column.no_wrap = True
     for row in cells:
         table.add_row(*row)
-    # rich itself would end the process where nobody reads a pipe any more
-    with console.capture() as capture:
-        console.print(table)
-    print(capture.get(), end="")
+    console.print(table)
+    print(text.getvalue(), end="")
 
 
 def _print_records(head: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> None:

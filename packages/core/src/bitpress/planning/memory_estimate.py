@@ -223,8 +223,9 @@ def estimate_descriptions(plan: Plan) -> int:
 def _thread_bytes(plan: Plan) -> int:
     """Bytes that a thread of a data-free run holds at most.
 
-    A layer as it is stored and as it is written, a row tile and what is made of it on the way (ten
-    float32 tensors of its size), and a matrix that is turned while it is read, twice.
+    A layer as it is stored, whole and in the row tiles that were proved, what is made of a row tile
+    on the way (16 float32 tensors of its size), and a matrix that is turned while it is read,
+    twice.
     """
     stored = (stack.stored_bytes(module) for stack in plan.stacks for module in stack.members)
     transposed = (
@@ -233,4 +234,4 @@ def _thread_bytes(plan: Plan) -> int:
         if isinstance(entry, View) and entry.transposed
     )
     tile_bytes = NUMBER_BYTES * stored_layout.WEIGHTS_PER_TILE
-    return 2 * max(stored, default=0) + 10 * tile_bytes + 2 * max(transposed, default=0)
+    return 2 * max(stored, default=0) + 16 * tile_bytes + 2 * max(transposed, default=0)
