@@ -14,7 +14,7 @@ from pathlib import Path
 from bitpress.runtime import cgroup
 
 # Bytes of memory that Python with torch takes before any work.
-TORCH_BYTES = 350_000_000
+TORCH_BYTES = 380_000_000
 
 # Bytes that Python takes with torch and transformers, their buffers and freed memory.
 TRANSFORMERS_BYTES = 550_000_000
