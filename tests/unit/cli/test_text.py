@@ -27,6 +27,14 @@ class Terminal(io.StringIO):
         return True
 
 
+def watch(monkeypatch: pytest.MonkeyPatch, columns: int) -> Terminal:
+    """A terminal of so many columns in the place of standard error."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    return terminal
+
+
 def wait_for(terminal: Terminal, text: str) -> None:
     """Wait until a thread has drawn a text, which it does ten times a second."""
     deadline = time.monotonic() + 20
@@ -35,9 +43,7 @@ def wait_for(terminal: Terminal, text: str) -> None:
 
 
 def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "200")
+    terminal = watch(monkeypatch, columns=200)
     with click.Context(app), progress_bars() as progress:
         progress("compressing", 10)(5, NAME)
         wait_for(terminal, SHOWN)
@@ -46,9 +52,7 @@ def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_bar_ends_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "200")
+    terminal = watch(monkeypatch, columns=200)
     with click.Context(app), progress_bars() as progress:
         progress("compressing", 10)(5)
         progress("verifying", 20)(1)
@@ -57,9 +61,7 @@ def test_a_bar_ends_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_bar_of_what_failed_stays_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "200")
+    terminal = watch(monkeypatch, columns=200)
     with contextlib.suppress(OSError), click.Context(app), progress_bars() as progress:
         progress("compressing", 10)(5)
         raise OSError("disk")
@@ -68,9 +70,7 @@ def test_a_bar_of_what_failed_stays_where_it_was(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_bar_of_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "80")
+    terminal = watch(monkeypatch, columns=80)
     with click.Context(app), progress_bars() as progress:
         report_progress = progress("compressing", 10)
         report_progress(5, "model.layers.31.mlp.down_proj: error 0.0213")

@@ -256,30 +256,30 @@ def found_at_fault(outputs: Path, out: Path, *arguments: object) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("what", FORGED)
-def test_a_damage_is_found_in_what_is_stored_even_where_the_digests_agree(
-    outputs: Path, tmp_path: Path, what: str
+def require_found(
+    outputs: Path, out: Path, damage: Callable[[Path], Any], words: list[str]
 ) -> None:
-    damage, words = FORGED[what]
-    out = copy(outputs, "out", tmp_path / "out")
+    """A damage whose digests are made again is found against the source, and is named."""
+    copy(outputs, "out", out)
     damage(out)
     forge(out)
     messages = found_at_fault(outputs, out, "--against", outputs / "model")
     for word in words:
         assert word in messages
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_damage_is_found_in_what_is_stored_even_where_the_digests_agree(
+    outputs: Path, tmp_path: Path, what: str
+) -> None:
+    require_found(outputs, tmp_path / "out", *FORGED[what])
 
 
 @pytest.mark.parametrize("what", BESIDE)
 def test_what_was_changed_beside_the_weights_is_found_even_where_the_digests_agree(
     outputs: Path, tmp_path: Path, what: str
 ) -> None:
-    damage, words = BESIDE[what]
-    out = copy(outputs, "out", tmp_path / "out")
-    damage(out)
-    forge(out)
-    messages = found_at_fault(outputs, out, "--against", outputs / "model")
-    for word in words:
-        assert word in messages
+    require_found(outputs, tmp_path / "out", *BESIDE[what])
 
 
 @pytest.mark.parametrize("name", [".gitattributes", ".cache/x", "model.sig"])

@@ -1,4 +1,6 @@
-"""SHA-256 of files and of the tensors in them: what is read is known to be what was written."""
+"""SHA-256 of files and of the tensors in them: what is read is known to be what was written. And
+what shows without reading that a file has changed.
+"""
 
 from __future__ import annotations
 
@@ -94,3 +96,12 @@ def _tee(chunks: Iterable[torch.Tensor], digest: Any) -> Iterator[torch.Tensor]:
     for chunk in chunks:
         digest.update(memoryview(chunk.numpy()))  # type: ignore[arg-type]
         yield chunk
+
+
+def read_stamp(file: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change in ns of a file; None where there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns

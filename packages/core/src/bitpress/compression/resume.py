@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bitpress.checkpoint.digests import read_stamp
 from bitpress.checkpoint.filenames import CONFIG, RUN_RECORD, RUN_TOKENS
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.signed_json import is_signed, sign_json
@@ -146,14 +146,14 @@ def read_stamps(source: Checkpoint) -> Stamps:
     now if it has no weights.
     """
     return {name: header.stamp for name, header in source.headers.items()} | {
-        name: _read_stamp(source, name) for name in source.side_files
+        name: read_stamp(source.folder / name) for name in source.side_files
     }
 
 
 def check_unchanged(source: Checkpoint, stamps: Stamps) -> None:
     """Raise CheckpointError if a file of the source has changed since its stamp was read."""
     for name, stamp in stamps.items():
-        stamp_now = _read_stamp(source, name)
+        stamp_now = read_stamp(source.folder / name)
         if stamp_now != stamp:
             change = "changed" if stamp_now else "vanished"
             raise CheckpointError(
@@ -161,14 +161,6 @@ def check_unchanged(source: Checkpoint, stamps: Stamps) -> None:
                 "and what was written may hold some of both states; delete the output and run "
                 "again"
             )
-
-
-def _read_stamp(source: Checkpoint, name: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(source.folder / name)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def _describe_run(plan: Plan, calibration: CalibrationData | None, device: torch.device) -> Any:

@@ -14,6 +14,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from bitpress.checkpoint.digests import read_stamp
 from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.errors import CheckpointError, DataError, first_line
 from bitpress.modeling import metrics, sequences, text_sources
@@ -187,7 +188,7 @@ def load_calibration_data(
         config.seed,
         config.all_experts,
         text.depends_on_day,
-        _read_stamp(config.source),
+        _read_text_stamp(config.source),
         "".join(tokenizer.convert_ids_to_tokens(text.prefix.tolist())),
     )
 
@@ -210,11 +211,10 @@ def _limit_length(length: int, model_config: Mapping[str, Any]) -> tuple[int, li
     ]
 
 
-def _read_stamp(source: object) -> tuple[int, int] | None:
-    if not isinstance(source, str) or not Path(source).is_file():
-        return None
-    status = Path(source).stat()
-    return status.st_size, status.st_mtime_ns
+def _read_text_stamp(source: object) -> tuple[int, int] | None:
+    """The stamp of a file of texts; None for folders, datasets and lists."""
+    is_file = isinstance(source, str) and Path(source).is_file()
+    return read_stamp(Path(str(source))) if is_file else None
 
 
 @frozen(eq=False)
