@@ -193,6 +193,12 @@ CALIBRATED = {
         "rescale returned factors of shape [3]",
         ["--set", "factors=2"],
     ),
+    "weights that decode to others": (
+        'tensors["weight"].float() * tensors["weight_scale"]',
+        'tensors["weight"].float() * tensors["weight_scale"] * 1.001',
+        "what it stores does not decode to the weight that `quantize` returned",
+        [],
+    ),
     "sums that grow with the batch": (
         '"seen": inputs.float().sum(0)',
         '"seen": inputs.sum(0), "all": inputs.sum(1)',

@@ -42,14 +42,14 @@ def read_finished(job: Job, folder: Path, options: RunOptions, num_threads: int)
 
 
 def _is_same_plan(job: Job, manifest: Manifest, folder: Path) -> bool:
-    """Whether the plan's files have the headers that were planned, which carry its digest."""
+    """Whether the files are those that were planned: weight files by their headers, which carry the
+    plan's digest.
+    """
     plan = job.plan
-    config = manifest.files.get(filenames.CONFIG)
-    if config is None or config.sha256 != hash_bytes(format_json(plan.config).encode()):
+    config = format_json(plan.config).encode()
+    if manifest.bitpress != __version__ or {*manifest.files, filenames.MANIFEST} != {*plan.files}:
         return False
-    if manifest.bitpress != __version__ or manifest.files.keys() | {filenames.MANIFEST} != {
-        *plan.files
-    }:
+    if manifest.files[filenames.CONFIG].sha256 != hash_bytes(config):
         return False
     try:
         headers = {shard.name: read_header(folder / shard.name) for shard in plan.shards}

@@ -252,8 +252,8 @@ def _verify(
     """
     shares = workers.process_group.all_gather_object(measured)
     measured = {module: layer for share in shares for module, layer in share.items()}
-    later = {name: manifest.files[name] for name in (filenames.CONFIG,)}
-    written = {name: record for name, record in manifest.files.items() if name not in later}
+    # config.json is written last
+    written = {name: record for name, record in manifest.files.items() if name != filenames.CONFIG}
     with torch_threads(1):
         files, faults = verify_files(written, output.folder, workers)
         if not faults:
@@ -269,7 +269,7 @@ def _verify(
         module: attrs.evolve(layer, error=report.errors[module])
         for module, layer in manifest.layers.items()
     }
-    return attrs.evolve(manifest, layers=layers, files=files | later)
+    return attrs.evolve(manifest, layers=layers, files={**manifest.files, **files})
 
 
 def _check_accuracy(

@@ -91,7 +91,7 @@ def prove_stored(
     if not torch.equal(decoded, weight.to(decoded.device)):
         raise SchemeError(
             f"{steps[-1].scheme}: what it stores does not decode to the weight that `quantize` "
-            "returned"
+            "returned; `dequantize` must be the inverse of `pack` and `serialize`"
         )
     return _measure(stored, steps, decoded, source)
 
