@@ -142,6 +142,38 @@ def walk(environment: dict[str, str], tmp_path: Path) -> Walk:
     return run
 
 
+# What the README shows of commands, but for lines of time and memory, which depend on the machine,
+# and for the figures of `eval`, which depend on the CPU.
+MACHINE_LINES = ("time ", "memory ")
+
+
+def test_the_readme_shows_what_commands_print(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    text = (ROOT / "README.md").read_text()
+    shown = "".join(code for _, _, code in BLOCK.findall(text) if code.startswith("$ "))
+    checked = 0
+    for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", shown, re.MULTILINE):
+        if command.startswith("bitpress eval "):
+            continue
+        done = subprocess.run(
+            ["sh", "-c", command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        expected, printed = (
+            [line.rstrip() for line in lines.strip().splitlines()]
+            for lines in (output, done.stdout)
+        )
+        assert [line for line in printed if not line.startswith(MACHINE_LINES)] == [
+            line for line in expected if not line.startswith(MACHINE_LINES)
+        ]
+        checked += 1
+    assert checked == 3
+
+
 def test_the_walk_through_of_a_scheme_of_one_s_own_runs(walk: Walk, tmp_path: Path) -> None:
     printed = walk("writing-a-scheme.md")
     # as it was written, and as it was edited
