@@ -17,7 +17,7 @@ from bitpress.checkpoint.writer import OutputFolder, Permissions, format_json
 from bitpress.compression import accuracy_check, calibrated, data_free, resume
 from bitpress.compression.accuracy_check import AccuracyCheck
 from bitpress.compression.calibration.block_result import BlockResult
-from bitpress.compression.finished import read_finished
+from bitpress.compression.finished_run import read_finished
 from bitpress.compression.job import Job
 from bitpress.compression.resources import Resources
 from bitpress.compression.run_manifest import build_manifest, write_model_card
