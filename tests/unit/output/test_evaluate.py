@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +313,52 @@ def test_what_a_check_cannot_do_is_refused_before_the_work(
         "compress", broken, out, *CHECK, "--check", text, path=toy
     )
     assert not out.exists()
+
+
+def test_a_model_that_leaves_float16_is_said_to_in_one_line(model: Path, tmp_path: Path) -> None:
+    tensors = llama_tensors(config=CONFIG)
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 2e6
+    large = write_like(model, tmp_path / "large", tensors, CONFIG)
+    with pytest.warns(UserWarning, match="float16 ends at 65,504") as caught:
+        run(large, model)
+    (warning,) = caught
+    text = str(warning.message)
+    assert re.search(r"model\.layers\.1(\.mlp\.down_proj)?(\.weight)? reaches [1-9][\d,]{6,}", text)
+    assert "--dtype bfloat16" in text
+
+
+def test_a_weight_of_bfloat16_beyond_float16_is_said_too(model: Path, tmp_path: Path) -> None:
+    tensors = llama_tensors(config=CONFIG)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e9
+    # nothing of it reaches the output
+    tensors["model.layers.0.mlp.gate_proj.weight"][0] = 0
+    large = write_like(model, tmp_path / "large", tensors, CONFIG)
+    with pytest.warns(UserWarning, match=r"model\.layers\.0\.mlp\.up_proj"):
+        run(large, None)
+
+
+def test_a_model_that_answers_nan_has_no_figures(model: Path, tmp_path: Path, toy: Path) -> None:
+    tensors = llama_tensors(config=CONFIG)
+    tensors["model.layers.1.mlp.down_proj.weight"][:] = 1e38
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e10
+    broken = write_like(model, tmp_path / "broken", tensors, CONFIG)
+    with pytest.raises(bitpress.VerificationError, match="broken: the model answers NaN on this"):
+        run(broken, model)
+    with pytest.raises(bitpress.CheckpointError, match="broken: the model answers NaN on this"):
+        run(broken, None)
+    with pytest.raises(bitpress.CheckpointError, match="broken: the model answers NaN on this"):
+        run(model, broken)
+
+
+def test_a_run_whose_result_answers_nan_is_not_finished(
+    model: Path, tmp_path: Path, toy: Path
+) -> None:
+    module = toy / "bitpress_scheme_toy.py"
+    text = module.read_text().replace("weights}", 'weights, "input_activations": {"num_bits": 8}}')
+    inputs = 'inputs * float("nan")'
+    hook = f"@hookimpl\ndef quantize_activations(inputs): return {inputs}\n"
+    module.write_text(f"{text}\n{hook}")
+    with plugins(toy), pytest.raises(bitpress.VerificationError, match="the model answers NaN"):
+        bitpress.compress(model, tmp_path / "out", scheme="toy", check=model.parent / "text.txt")
+    assert not (tmp_path / "out/config.json").exists()
+    assert not (tmp_path / "out/bitpress.json").exists()

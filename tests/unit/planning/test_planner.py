@@ -15,7 +15,7 @@ from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
 import bitpress
 from bitpress.checkpoint.filenames import MANIFEST, MODEL_CARD as CARD
 from bitpress.conformance.commands import command, plugins, refusal
-from bitpress.conformance.models import LLAMA, files_of, llama_tensors, write_model
+from bitpress.conformance.models import LLAMA, files_of, llama_tensors, tensors_of, write_model
 
 SHAPED = """
 @hookimpl
@@ -299,6 +299,21 @@ def test_a_tensor_named_as_one_that_a_scheme_stores_is_refused_before_anything_i
 ) -> None:
     name = "model.layers.0.mlp.down_proj.weight_scale"
     model = write_model(tmp_path / "model", {**llama_tensors(), name: torch.ones(1)})
-    with pytest.raises(bitpress.CheckpointError, match=f"it holds a tensor {name}"):
+    with pytest.raises(bitpress.CheckpointError, match="down_proj has a tensor weight_scale"):
         bitpress.compress(model, tmp_path / "out", scheme="toy")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_beside_a_layer_s_weight_is_refused_unless_the_layer_is_left_alone(
+    tmp_path: Path, with_toy: Path
+) -> None:
+    layer = "model.layers.0.mlp.up_proj"
+    tensors = llama_tensors() | {f"{layer}.extra": torch.zeros(3)}
+    model, out = write_model(tmp_path / "model", tensors), tmp_path / "out"
+    with pytest.raises(bitpress.CheckpointError, match=f"layer {layer} has a tensor extra beside"):
+        bitpress.plan(model, scheme="toy")
+    bitpress.compress(model, out, scheme="toy", ignore=["*.0.mlp.*"])
+    assert not bitpress.verify(out).faults
+    assert not bitpress.verify(out, model).faults
+    bitpress.decompress(out, tmp_path / "dense")
+    assert tensors_of(tmp_path / "dense").keys() == tensors.keys()

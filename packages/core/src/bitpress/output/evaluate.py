@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
 import torch
 from attrs import frozen
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitpress.checkpoint.layer_names import block_index
 from bitpress.checkpoint.reader import Reader
-from bitpress.errors import CheckpointError, RecipeError
+from bitpress.errors import CheckpointError, RecipeError, VerificationError
 from bitpress.modeling import metrics
 from bitpress.modeling.block_runner import BlockRunner, RunnableModel
 from bitpress.modeling.capture import open_head
 from bitpress.modeling.decoder import DecoderOptions
+from bitpress.modeling.float16_range import Float16Watch
 from bitpress.modeling.tokens import EvaluationText
 from bitpress.output.manifest import Check
 from bitpress.planning import memory_estimate
@@ -33,6 +35,11 @@ from bitpress.runtime.progress import ReportProgress
 # Tensors of logits' size that each model holds while predictions are compared: logits, their
 # logarithms, and what is made of those on the way to a sum.
 LOGITS_TENSORS = 4
+
+# What a model that answers NaN, or infinity, tells of itself.
+DAMAGED = (
+    "the model answers NaN on this text: its weights are damaged, or the text is none of its kind"
+)
 
 
 @frozen
@@ -70,8 +77,9 @@ def evaluate(
         report_progress: is given the bytes of every block that was run, in float32.
 
     Raises:
-        CheckpointError: transformers cannot build a model, the two are unlike, or one makes numbers
-            that are not finite.
+        CheckpointError: transformers cannot build a model, the two are unlike, or the reference or
+            the only model answers NaN.
+        VerificationError: the model answers NaN, and its reference does not.
     """
     batch_size = max(memory_estimate.BATCH_TOKENS // text.input_ids.shape[1], 1)
     batches = torch.split(text.input_ids, batch_size)
@@ -85,14 +93,24 @@ def evaluate(
             )
 
         drift = []
+        float16_watch = Float16Watch()
         for index in range(len(runners[0])):
             for model, runner in zip(models, runners, strict=True):
-                num_bytes = _run_block(runner, index, len(batches))
-                report_progress(num_bytes, f"{model.container}.{index}")
+                name = f"{model.container}.{index}"
+                block = runner.load_block(index)
+                # the reference stands for the same numbers, and one line is enough
+                if model is models[0]:
+                    float16_watch.watch(block, name)
+                runner.run(block, runner.take_calls(index), range(len(batches)))
+                report_progress(_count_block_bytes(block), name)
+                del block
                 memory.release_freed_memory()
             if len(runners) > 1:
                 drift.append(_measure_drift(*runners))
         sums = _compare(models, runners, targets)
+    _require_finite(models, sums)
+    if warning := float16_watch.describe():
+        warnings.warn(warning, stacklevel=2)
     return _summarize(sums, text, drift)
 
 
@@ -170,10 +188,8 @@ def count_bytes(models: Sequence[RunnableModel]) -> int:
     )
 
 
-def _run_block(runner: BlockRunner, index: int, num_batches: int) -> int:
-    """Run all batches through one block; returns the block's bytes in float32."""
-    block = runner.load_block(index)
-    runner.run(block, runner.take_calls(index), range(num_batches))
+def _count_block_bytes(block: nn.Module) -> int:
+    """Bytes of a block in float32."""
     num_weights = sum(parameter.numel() for parameter in block.parameters())
     return memory_estimate.NUMBER_BYTES * num_weights
 
@@ -250,14 +266,33 @@ def _share_a_head(models: Sequence[RunnableModel]) -> bool:
         )
 
 
+def _require_finite(models: Sequence[RunnableModel], sums: _Sums) -> None:
+    """See that the models answer with numbers.
+
+    Raises:
+        VerificationError: the model answers NaN where its reference does not.
+        CheckpointError: the only model does, or the reference.
+    """
+    folders = [model.checkpoint.folder for model in models]
+    if len(models) > 1 and not math.isfinite(sums.reference_nll):
+        raise CheckpointError(f"{folders[1]}: {DAMAGED}")
+    if not math.isfinite(sums.nll):
+        if len(models) == 1:
+            raise CheckpointError(f"{folders[0]}: {DAMAGED}")
+        raise VerificationError(
+            f"{folders[0]}: the model answers NaN on this text, and {folders[1]} does not: it was "
+            "damaged by compression, and is of no use"
+        )
+    if not math.isfinite(sums.kl):
+        raise CheckpointError(
+            f"{folders[0]}: its KL divergence is infinite: it rules out tokens that {folders[1]} "
+            "expects"
+        )
+
+
 def _summarize(sums: _Sums, text: EvaluationText, drift: Sequence[float]) -> Check:
     """Means over tokens; those of a comparison where there is a drift."""
     num_tokens = int((text.target_ids != metrics.NO_TARGET).sum())
-    if not math.isfinite(sums.nll + sums.reference_nll + sums.kl):
-        raise CheckpointError(
-            "the model makes NaN or infinity of this text: its weights are damaged, or the text is "
-            "none of its kind"
-        )
     perplexity = metrics.perplexity(sums.nll / num_tokens)
     check = Check(text.source, text.digest, num_tokens, text.input_ids.shape[1], perplexity)
     if not drift:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -65,6 +65,8 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
         for module in stack.members
     }
 
+    _require_no_other_tensors(source, fragments)
+
     # Experts of which none is compressed are copied as they lie in the files.
     source = fuse_uncompressed_experts(source, fragments)
     ignored = tuple(ignored_layers(source, fragments))
@@ -103,6 +105,19 @@ def _require_unquantized(source: Source) -> None:
             f"{source.folder} is already quantized ({method}): start from the original, or "
             "decompress it first"
         )
+
+
+def _require_no_other_tensors(source: Source, modules: Collection[str]) -> None:
+    """Raise CheckpointError where a layer that is compressed has a tensor beside its weight and
+    bias: loaders know none there but those of the format, and `verify` finds it out of place.
+    """
+    for name in source.entries:
+        module, _, leaf = name.rpartition(".")
+        if module in modules and leaf not in ("weight", "bias"):
+            raise CheckpointError(
+                f"{source.folder}: layer {module} has a tensor {leaf} beside its weight, which no "
+                f"loader expects of a compressed layer: remove it, or --ignore {module}"
+            )
 
 
 def _require_head(source: Source, engines: Sequence[EngineFacts]) -> None:
