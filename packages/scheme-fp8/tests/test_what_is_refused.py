@@ -128,7 +128,7 @@ def test_blocks_on_cpus_need_amx() -> None:
 
 
 def test_a_named_device_is_answered_for_without_having_it() -> None:
-    shown = command("schemes", "fp8", "--device", "NVIDIA A100")
+    shown = command("schemes", "fp8", "--serve-on", "NVIDIA A100")
     assert shown.returncode == 0
     assert "degraded" in shown.stdout
     assert "NVIDIA A100" in shown.stdout

@@ -59,7 +59,7 @@ def test_help_lists_the_commands(words: list[str]) -> None:
         (["plan"], "Missing argument 'MODEL'"),
         (["plan", "a", "b"], "unexpected extra argument"),
         (["verify", "--agianst", "x"], "No such option"),
-        (["schemes", "--device", "H1000"], "no known device 'H1000'; did you mean NVIDIA H100, "),
+        (["schemes", "--serve-on", "H1000"], "no known device 'H1000'; did you mean NVIDIA H100, "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -115,7 +115,7 @@ def test_the_list_of_schemes_says_what_each_needs_and_where_it_serves(toy: Path)
 
 
 def test_one_scheme_is_shown_with_its_options_and_a_named_device(toy: Path) -> None:
-    shown = command("schemes", "toy", "--device", "nvidia a100", path=toy).stdout
+    shown = command("schemes", "toy", "--serve-on", "nvidia a100", path=toy).stdout
     for words in (
         "levels",
         "whole number",
@@ -130,7 +130,7 @@ def test_one_scheme_is_shown_with_its_options_and_a_named_device(toy: Path) -> N
 
 
 def test_the_schemes_as_json(toy: Path) -> None:
-    document = json.loads(command("schemes", "--json", "--device", "A100", path=toy).stdout)
+    document = json.loads(command("schemes", "--json", "--serve-on", "A100", path=toy).stdout)
     expected = {
         "name": "toy",
         "package": "bitpress-scheme-toy",
@@ -150,7 +150,7 @@ def test_the_schemes_as_json(toy: Path) -> None:
     }
     assert document == {"schemes": [expected], "problems": []}
     assert (
-        json.loads(command("schemes", "toy", "--json", "--device", "A100", path=toy).stdout)
+        json.loads(command("schemes", "toy", "--json", "--serve-on", "A100", path=toy).stdout)
         == expected
     )
 
@@ -258,21 +258,21 @@ def validate_shape(shape, hardware):
 def test_a_plan_can_be_made_for_another_device(toy: Path, model: Path) -> None:
     module = toy / "bitpress_scheme_toy.py"
     module.write_text(module.read_text().rpartition("@hookimpl")[0] + ABOUT)
-    done = command("plan", model, "--scheme", "toy", "--hardware", "h100", path=toy)
+    done = command("plan", model, "--scheme", "toy", "--serve-on", "h100", path=toy)
     assert "device  NVIDIA H100: toy is recommended, as NVIDIA H100 goes\n" in done.stdout
     assert "down_proj (2 layers): unsupported: too wide for NVIDIA H100\n" in done.stderr
     assert "degraded" not in done.stderr
-    done = command("plan", model, "--scheme", "toy", "--hardware", "NVIDIA T4", "--json", path=toy)
+    done = command("plan", model, "--scheme", "toy", "--serve-on", "NVIDIA T4", "--json", path=toy)
     document = json.loads(done.stdout)
     assert document["device"] == "NVIDIA T4"
     assert document["hardware"] == [
         {"scheme": "toy", "level": "degraded", "text": "as NVIDIA T4 goes"}
     ]
     assert [remark["text"] for remark in document["serving"]] == ["too wide for NVIDIA T4"]
-    done = command("plan", model, "--scheme", "toy", "--hardware", "NVIDIA T4", path=toy)
+    done = command("plan", model, "--scheme", "toy", "--serve-on", "NVIDIA T4", path=toy)
     assert "warning: toy is degraded on NVIDIA T4: as NVIDIA T4 goes\n" in done.stderr
     assert "did you mean NVIDIA H100, " in refusal(
-        "plan", model, "--scheme", "toy", "--hardware", "H101", path=toy
+        "plan", model, "--scheme", "toy", "--serve-on", "H101", path=toy
     )
 
 
@@ -348,3 +348,33 @@ def test_a_pattern_of_llm_compressor_is_understood(toy: Path, model: Path) -> No
     assert "'re:.*dawn_proj$' matches none of the 14 linear layers" in refusal(
         "plan", model, "--scheme", "toy", "--ignore", "re:.*dawn_proj$", path=toy
     )
+
+
+def test_old_names_of_serve_on_work_and_warn(toy: Path, model: Path) -> None:
+    for option, *words in (
+        ["--hardware", "plan", model, "--scheme", "toy"],
+        ["--device", "schemes", "toy"],
+    ):
+        new = command(*words, "--serve-on", "t4", path=toy)
+        old = command(*words, option, "t4", path=toy)
+        assert old.stdout == new.stdout
+        assert "NVIDIA T4" in new.stdout
+        notice = f"warning: {option} is now --serve-on; the old name goes with the next release\n"
+        assert old.stderr == notice + new.stderr
+        assert f"{option} " not in command(words[0], "--help").stdout
+
+
+def test_compress_warns_for_the_device_that_will_serve(toy: Path, model: Path) -> None:
+    words = ["compress", model, model.parent / "out", "--scheme", "toy", "--serve-on", "h101"]
+    done = command(*words, path=toy)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean NVIDIA H100" in done.stderr
+
+
+def test_a_line_says_what_auto_computes_on(toy: Path, model: Path) -> None:
+    words = ["compress", model, model.parent / "out", "--scheme", "toy", "--device", "auto"]
+    done = command(*words, path=toy)
+    assert done.returncode == 0
+    line, *others = done.stderr.splitlines()
+    assert line.startswith("--device auto: computes on ")
+    assert not others

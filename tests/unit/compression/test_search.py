@@ -178,7 +178,7 @@ def test_people_get_a_table_and_a_file_they_can_read(
         "--budget",
         "6",
         "--schemes",
-        "short,toy,none",
+        "short,TOY,none",
         "--set",
         "short.levels=5",
         "--ignore",
@@ -190,6 +190,7 @@ def test_people_get_a_table_and_a_file_they_can_read(
         "search", model, *words, "--calibration", model.parent / "text.txt", *TEXT, path=installed
     )
     assert done.returncode == 0, done.stderr
+    assert "TOY: taken as toy with its defaults\n" in done.stderr
     for part in (
         "model.layers.0.self_attn.[q_proj, k_proj, v_proj]",
         "short everywhere",

@@ -22,7 +22,7 @@ from bitpress.compression import data_free, run
 from bitpress.conformance.models import files_of, write_model
 from bitpress.planning.layout import Stack
 from bitpress.runtime import devices
-from bitpress.runtime.devices import ThreadDevices, find_all_devices
+from bitpress.runtime.devices import ThreadDevices, find_all_devices, find_device
 
 CPUS = tuple(torch.device("cpu", number) for number in range(3))
 
@@ -35,6 +35,29 @@ def test_cuda_is_every_gpu_and_a_number_is_one(
     # which would look for them
     monkeypatch.setattr(devices, "find_device", torch.device)
     assert find_all_devices(name) == tuple(torch.device("cuda", number) for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "works", "name"), [(0, True, "cpu"), (2, True, "cuda"), (2, False, "cpu")]
+)
+def test_auto_is_a_gpu_where_torch_can_use_one(
+    monkeypatch: pytest.MonkeyPatch, num_gpus: int, works: bool, name: str
+) -> None:
+    def allocate(size: int, device: torch.device) -> None:
+        if not works and device.type == "cuda":
+            raise RuntimeError("the driver is too old")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch, "empty", allocate)
+    assert devices.resolve_name("auto") == name
+    assert devices.resolve_name("cuda:1") == "cuda:1"
+    assert find_device("auto") == torch.device(name)
+    assert len(find_all_devices("auto")) == (2 if name == "cuda" else 1)
+    line = devices.describe_choice(name)
+    assert line.startswith("--device auto: computes on ")
+    assert ("cuda (NVIDIA H100 and 1 more)" in line) == (name == "cuda")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 7])

@@ -160,7 +160,7 @@ def test_a_hook_may_take_fewer_arguments_or_none(tmp_path: Path) -> None:
     done = command(
         "schemes",
         "other",
-        "--device",
+        "--serve-on",
         "H100",
         path=install(tmp_path, "bitpress-scheme-other", module, OTHER),
     )

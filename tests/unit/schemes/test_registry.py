@@ -257,7 +257,7 @@ assert not heavy, heavy
         "--version",
         "schemes",
         "schemes --json",
-        "schemes toy --device H100",
+        "schemes toy --serve-on H100",
         "compress --help",
     ],
 )

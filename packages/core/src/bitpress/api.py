@@ -43,6 +43,8 @@ from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
 from bitpress.runtime.devices import count_cores, find_device, torch_threads
 from bitpress.runtime.progress import Progress, ignore_progress
+from bitpress.schemes import hardware
+from bitpress.schemes.deprecation import warn_renamed
 from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.registry import discover
 
@@ -56,6 +58,7 @@ def plan(  # noqa: PLR0913
     settings: Iterable[str] = (),
     ignore: Iterable[str] = (),
     copy: Iterable[str] = (),
+    serve_on: Hardware | str | None = None,
     device: Hardware | None = None,
 ) -> Plan:
     """What `compress` would do, from headers alone.
@@ -66,7 +69,8 @@ def plan(  # noqa: PLR0913
         settings: `[SCHEME.]OPTION=VALUE` texts.
         ignore: patterns of layers to leave alone.
         copy: patterns of files to copy, beside those that loaders read.
-        device: on which the result is to be served; None: the one present.
+        serve_on: the device that will serve the result, or its name; None: the one present.
+        device: the old name of `serve_on`.
 
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
@@ -74,14 +78,20 @@ def plan(  # noqa: PLR0913
     recipe_source = RecipeSource(
         scheme, _to_path(recipe_file), tuple(settings), tuple(ignore), tuple(copy)
     )
-    return plan_from(model, recipe_source, device)
+    if device is not None:
+        warn_renamed("bitpress.plan(device=...)", "bitpress.plan(serve_on=...)")
+    return plan_from(model, recipe_source, _to_hardware(serve_on or device))
 
 
-def plan_from(model: str | Path, recipe_source: RecipeSource, device: Hardware | None) -> Plan:
+def _to_hardware(device: Hardware | str | None) -> Hardware | None:
+    return hardware.find_device(device) if isinstance(device, str) else device
+
+
+def plan_from(model: str | Path, recipe_source: RecipeSource, serve_on: Hardware | None) -> Plan:
     """`plan`, its options as a value."""
     recipe_source.require_one()
     source = open_checkpoint(resolve(model), copy=recipe_source.copy)
-    return make_plan(source, recipe_source.resolve(discover()), device=device)
+    return make_plan(source, recipe_source.resolve(discover()), serve_on)
 
 
 # One keyword for each option of the command line.
@@ -106,6 +116,7 @@ def compress(  # noqa: PLR0913
     verify: bool = True,
     check: str | Path | None = None,
     max_kl: float | None = None,
+    serve_on: Hardware | str | None = None,
     progress: Progress = ignore_progress,
 ) -> Manifest:
     """Write a smaller model into the folder `out`, and prove it unless `verify` is off.
@@ -121,13 +132,14 @@ def compress(  # noqa: PLR0913
         samples: how many sequences of `sequence_length` tokens are taken of it.
         all_experts: whether every expert is fitted to all of them, and not to those that its router
             sends to it.
-        device: what computes; the bytes written by schemes that need no data do not depend on
-            `threads`.
+        device: what computes: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"; the
+            bytes written by schemes that need no data do not depend on `threads`.
         max_memory: bytes; a run that would need more is refused, one that could use more for speed
             does not.
         trust_remote_code: whether code in the model's folder may run.
         check: a text on which the result, run as it will be served, is compared with its source.
         max_kl: the most that their KL divergence may be there, in nats per token.
+        serve_on: the device that will serve the result, or its name; None: the one present.
 
     Raises:
         BitpressError: bad input, found before the work starts where headers show it.
@@ -140,7 +152,14 @@ def compress(  # noqa: PLR0913
     )
     config = CalibrationConfig(_to_source(calibration), samples, sequence_length, seed, all_experts)
     options = RunOptions(
-        device, threads, max_memory, verify, _to_text(check), max_kl, trust_remote_code
+        device,
+        threads,
+        max_memory,
+        verify,
+        _to_text(check),
+        max_kl,
+        trust_remote_code,
+        _to_hardware(serve_on),
     )
     job = prepare_job(model, recipe_source, config, options)
     return run(job, out, options, progress)

@@ -6,22 +6,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import click
 
 from bitpress.cli import options
-from bitpress.cli.completion import complete_device, complete_file, complete_scheme
+from bitpress.cli.completion import complete_candidate, complete_file, complete_scheme
 from bitpress.cli.output import CompressSummary, EvalSummary, InspectSummary, VerifySummary
 from bitpress.cli.plan_output import PlanSummary, Requirements, print_remarks
 from bitpress.cli.scheme_output import RegistrySummary, SchemeSummary
 from bitpress.cli.search_output import SearchSummary
-from bitpress.cli.text import garbage_collection_paused, progress_bars, say, show, warn
+from bitpress.cli.text import (
+    garbage_collection_paused,
+    print_notes,
+    progress_bars,
+    say,
+    show,
+    warn,
+)
 from bitpress.errors import VerificationError
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import EvaluationConfig
 from bitpress.planning.recipe_source import RecipeSource
 from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
-from bitpress.schemes import hardware
+from bitpress.schemes.hardware import DEVICES, Hardware
 from bitpress.schemes.registry import discover
 
 
@@ -52,17 +60,12 @@ def app(context: click.Context, show_version: bool) -> None:
     required=False,
     shell_complete=complete_scheme,
 )
-@click.option(
-    "--device",
-    metavar="NAME",
-    shell_complete=complete_device,
-    help="Show one device only, for example A100.",
-)
+@options.serve_on("Show one device only, for example A100.", old_name="--device")
 @options.as_json
-def schemes(name: str | None, device: str | None) -> None:
+def schemes(name: str | None, serve_on: Hardware | None) -> None:
     """List the installed schemes, or show one with its devices."""
     registry = discover()
-    devices = tuple(hardware.DEVICES) if device is None else (hardware.find_device(device),)
+    devices = tuple(DEVICES) if serve_on is None else (serve_on,)
     if name is None:
         show(RegistrySummary(registry, devices))
     else:
@@ -90,8 +93,7 @@ def plan(
         from bitpress.planning import memory_estimate, tensor_parallel, time_estimate
         from bitpress.runtime.devices import count_cores
 
-    device = None if deployment.hardware is None else hardware.find_device(deployment.hardware)
-    plan = api.plan_from(model, recipe, device)
+    plan = api.plan_from(model, recipe, deployment.serve_on)
 
     calibration.require_valid()
     shares = time_estimate.estimate_ranks(plan, deployment.world_size, calibration)
@@ -117,6 +119,7 @@ def plan(
 )
 @options.recipe
 @options.calibration(256)
+@options.serve_on("Device that will serve the result (default: this machine's).")
 @options.machine
 @options.proof
 @options.quiet
@@ -136,9 +139,11 @@ def compress(
         from bitpress.planning import tensor_parallel
         from bitpress.runtime import watchdog
 
+    run_options, device_line = _resolve_device(run_options)
     with watchdog.join_process_group(run_options.device) as process_group:
         job = prepare_job(model, recipe, calibration, run_options)
         if process_group.is_rank_zero:
+            print_notes(device_line)
             print_remarks(job.plan, job.warnings, tensor_parallel.remarks(job.plan))
             if calibration.source is not None and job.calibration is None:
                 warn(["no step of this recipe needs data: --calibration is not used"])
@@ -155,6 +160,7 @@ def compress(
     metavar="NAME,NAME",
     required=True,
     callback=lambda context, parameter, text: tuple(name.strip() for name in text.split(",")),
+    shell_complete=complete_candidate,
     help="Choices for each layer: NAME, NAME:OPTION=VALUE, or none.",
 )
 @click.option(
@@ -184,7 +190,9 @@ def search(
     with garbage_collection_paused():
         from bitpress.compression.search.search import prepare_search, run_search
 
+    run_options, device_line = _resolve_device(run_options)
     job = prepare_search(model, out, goal, calibration, run_options)
+    print_notes(job.aliases + device_line)
     warn(job.calibration.warnings)
     with progress_bars() as progress:
         result = run_search(job, out, run_options, progress)
@@ -246,6 +254,8 @@ def evaluate(
     with garbage_collection_paused():
         from bitpress import api
 
+    run_options, device_line = _resolve_device(run_options)
+    print_notes(device_line)
     with progress_bars() as progress:
         check = api.evaluate_model(model, against, config, run_options, progress)
     show(EvalSummary(check, model, against))
@@ -305,3 +315,13 @@ def new_scheme(name: str) -> None:
         f"{folder}: written; edit {template.module_name(name)}.py there, and try it: pip install "
         "-e '.[test]' && pytest"
     )
+
+
+def _resolve_device(run_options: RunOptions) -> tuple[RunOptions, tuple[str, ...]]:
+    """The options with the device that `--device auto` takes, and a line that names it."""
+    from bitpress.runtime import devices
+
+    if run_options.device != devices.AUTO:
+        return run_options, ()
+    device = devices.resolve_name(run_options.device)
+    return attrs.evolve(run_options, device=device), (devices.describe_choice(device),)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
+
 import attrs
 import click
 from click.shell_completion import CompletionItem
 
 from bitpress.schemes.hardware import DEVICES
-from bitpress.schemes.registry import discover
+from bitpress.schemes.registry import Scheme, discover
+
+# Of --device, with what each computes on.
+COMPUTING_DEVICES = {
+    "auto": "a GPU where there is one",
+    "cpu": "the CPU",
+    "cuda": "the first GPU, or all",
+    "cuda:0": "one GPU by its number",
+}
 
 
 def complete_file(
@@ -22,11 +33,29 @@ def complete_scheme(
 ) -> list[CompletionItem]:
     """Installed schemes; after a `+` another one."""
     before, plus, name = incomplete.rpartition("+")
-    return [
-        CompletionItem(f"{before}{plus}{scheme.name}", help=scheme.summary)
-        for scheme in discover().schemes.values()
-        if scheme.name.startswith(name.lower())
-    ]
+    names = {scheme.name: scheme.summary for scheme in discover().schemes.values()}
+    return _starting_with(name.lower(), names, f"{before}{plus}")
+
+
+def complete_candidate(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Installed schemes and `none`, after a comma another one; after `NAME:` the options of that
+    scheme.
+    """
+    start = re.split(r"[,+:]", incomplete)[-1]
+    before = incomplete.removesuffix(start)
+    registry = discover()
+    if before.endswith(":"):
+        # the scheme itself stands before its first option
+        name = re.split(r"[,+]", before)[-1].partition(":")[0]
+        scheme = registry.schemes.get(registry.canonical_name(name))
+        settings = {} if scheme is None else _settings([scheme])
+        return _starting_with(start, settings, before)
+    names = {scheme.name: scheme.summary for scheme in registry.schemes.values()}
+    if not before.endswith("+"):
+        names["none"] = "leave the layer as it is"
+    return _starting_with(start.lower(), names, before)
 
 
 def complete_setting(
@@ -37,15 +66,25 @@ def complete_setting(
     chosen = (context.params.get("scheme") or "").split("+")
     names = set(map(registry.canonical_name, chosen))
     schemes = [scheme for name, scheme in registry.schemes.items() if name in names]
-    settings = {
+    return _starting_with(incomplete, _settings(schemes or registry.schemes.values()))
+
+
+def _settings(schemes: Iterable[Scheme]) -> dict[str, str | None]:
+    """The options of schemes as they are typed, each with its help."""
+    return {
         f"{field.name}=": field.metadata.get("help")
-        for scheme in schemes or registry.schemes.values()
+        for scheme in schemes
         for field in attrs.fields(scheme.options_type)
     }
+
+
+def _starting_with(
+    start: str, helps: Mapping[str, str | None], before: str = ""
+) -> list[CompletionItem]:
     return [
-        CompletionItem(setting, help=help)
-        for setting, help in settings.items()
-        if setting.startswith(incomplete)
+        CompletionItem(f"{before}{word}", help=help)
+        for word, help in helps.items()
+        if word.startswith(start)
     ]
 
 
@@ -59,3 +98,10 @@ def complete_device(
         for name in names
         if " " not in name and name.lower().startswith(incomplete.lower())
     ]
+
+
+def complete_computing_device(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """What --device takes."""
+    return _starting_with(incomplete, COMPUTING_DEVICES)

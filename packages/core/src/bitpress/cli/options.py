@@ -14,12 +14,17 @@ import click
 from attrs import frozen
 
 from bitpress.cli.completion import (
+    complete_computing_device,
     complete_device,
     complete_file,
     complete_scheme,
     complete_setting,
 )
-from bitpress.cli.text import parse_size, store_is_quiet, store_wants_json
+from bitpress.cli.text import parse_size, store_is_quiet, store_wants_json, warn
+from bitpress.schemes.hardware import Hardware, find_device
+
+# Where the value of an option's old name is kept in click's context.
+OLD_NAME_VALUE = "bitpress.old_name_value"
 
 # Gives a command an argument, or several.
 Decorator = Callable[[Any], Any]
@@ -96,6 +101,40 @@ def _parse_max_memory(
 
 def _negate(context: click.Context, parameter: click.Parameter, is_set: bool) -> bool:
     return not is_set
+
+
+def serve_on(help: str, old_name: str | None = None) -> Decorator:
+    """The option that names the device on which a result will be served, as a Hardware or None.
+
+    Args:
+        old_name: of the release before, which works in this one still and warns.
+    """
+
+    def store_old_value(
+        context: click.Context, parameter: click.Parameter, name: str | None
+    ) -> None:
+        if name is not None:
+            warn([f"{old_name} is now --serve-on; the old name goes with the next release"])
+            context.meta[OLD_NAME_VALUE] = name
+
+    def find_hardware(
+        context: click.Context, parameter: click.Parameter, name: str | None
+    ) -> Hardware | None:
+        # click looks at options that were given before those that were not
+        name = name or context.meta.get(OLD_NAME_VALUE)
+        return None if name is None else find_device(name)
+
+    option = click.option(
+        "--serve-on",
+        metavar="DEVICE",
+        shell_complete=complete_device,
+        callback=find_hardware,
+        help=help,
+    )
+    if old_name is None:
+        return option
+    old_option = click.option(old_name, hidden=True, expose_value=False, callback=store_old_value)
+    return combine(option, old_option)
 
 
 def calibration_size(samples: int) -> Decorator:
@@ -215,9 +254,11 @@ machine = combine(
     ),
     click.option(
         "--device",
-        metavar="cpu|cuda|cuda:N",
+        metavar="auto|cpu|cuda|cuda:N",
         default="cpu",
-        help="Device that computes; without calibration, cuda is every GPU.",
+        shell_complete=complete_computing_device,
+        help="Device that computes: auto takes a GPU where there is one; without calibration, cuda "
+        "is every GPU.",
     ),
     click.option(
         "--max-memory",
@@ -258,13 +299,13 @@ class Deployment:
 
     Attributes:
         tensor_parallel: ranks of the engine that will serve the result.
-        hardware: a device's name; None: this machine's.
+        serve_on: the device that will serve it; None: this machine's.
         world_size: processes that will share the run.
         num_threads: of each; None: its share of the cores.
     """
 
     tensor_parallel: int = 1
-    hardware: str | None = None
+    serve_on: Hardware | None = None
     world_size: int = 1
     num_threads: int | None = None
 
@@ -277,11 +318,9 @@ deployment = combine(
         default=1,
         help="Ranks of the engine that will serve the result.",
     ),
-    click.option(
-        "--hardware",
-        metavar="NAME",
-        shell_complete=complete_device,
-        help="Device that will serve it, for example H100 (default: this machine's).",
+    serve_on(
+        "Device that will serve the result, for example H100 (default: this machine's).",
+        old_name="--hardware",
     ),
     click.option(
         "--world-size",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +9,7 @@ import attrs
 from attrs import frozen
 
 from bitpress.cli.scheme_output import USABLE, serves, unfavorable_findings
-from bitpress.cli.text import format_bytes, print_table, say, say_what_is_left, warn
-from bitpress.errors import printable_line
+from bitpress.cli.text import format_bytes, print_notes, print_table, say, say_what_is_left, warn
 from bitpress.schemes.hardware import DEVICES
 from bitpress.schemes.registry import Step
 
@@ -109,8 +107,7 @@ class PlanSummary:
 
 def print_remarks(plan: Plan, warnings: Iterable[str], remarks: Iterable[Remark]) -> None:
     """What was taken for names of schemes, warnings and unfavorable findings, on standard error."""
-    for alias in plan.recipe.aliases:
-        print(printable_line(alias), file=sys.stderr)
+    print_notes(plan.recipe.aliases)
     warn(warnings)
     warn(unfavorable_findings(plan))
     for remark in remarks:

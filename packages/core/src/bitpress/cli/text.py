@@ -115,6 +115,12 @@ def _printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def print_notes(texts: Iterable[str]) -> None:
+    """One line each on standard error: what was chosen for the user, and is nothing wrong."""
+    for text in texts:
+        print(printable_line(text), file=sys.stderr)
+
+
 def warn(texts: Iterable[str]) -> None:
     """One line each, on standard error."""
     for text in texts:

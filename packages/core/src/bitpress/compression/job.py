@@ -79,7 +79,7 @@ def prepare_job(
     recipe = recipe_source.resolve(discover())
 
     # what headers can refuse is refused before texts are read
-    plan = make_plan(source, recipe)
+    plan = make_plan(source, recipe, options.serve_on)
     check_text = None
     if options.check is not None:
         check_text = accuracy_check.load_check_text(plan, options.check, options.trust_remote_code)

@@ -31,7 +31,7 @@ from bitpress.planning.memory_estimate import estimate_disk, estimate_memory
 from bitpress.planning.plan import Plan
 from bitpress.planning.run_options import RunOptions
 from bitpress.runtime import memory
-from bitpress.runtime.devices import count_cores, find_all_devices, torch_threads
+from bitpress.runtime.devices import count_cores, find_all_devices, resolve_name, torch_threads
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from bitpress.runtime.progress import Progress, ignore_progress
 
@@ -113,7 +113,7 @@ def _require_shared_folder(output: OutputFolder, process_group: ProcessGroup) ->
 
 
 def _choose_resources(job: Job, options: RunOptions, process_group: ProcessGroup) -> Resources:
-    devices = find_all_devices(process_group.local_device(options.device))
+    devices = find_all_devices(process_group.local_device(resolve_name(options.device)))
     num_threads = options.num_threads or _choose_num_threads(job, options.max_memory, process_group)
     return Resources(
         devices,

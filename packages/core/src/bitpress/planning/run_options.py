@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from bitpress.schemes.hardware import Hardware
+
 
 @frozen
 class RunOptions:
     """How a run computes, and what its result must pass.
 
     Attributes:
-        device: "cpu", "cuda" or "cuda:N"; without calibration data "cuda" is every GPU.
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"; without calibration
+            data "cuda" is every GPU.
         num_threads: layers worked on side by side; None: one per core, or fewer where
             `max_memory` has no room for so many.
         max_memory: bytes of the process; a run that would need more is refused. None: no limit.
@@ -19,6 +22,7 @@ class RunOptions:
             no check.
         max_kl: largest KL divergence of that check, in nats per token; None: no limit.
         trust_remote_code: whether code in the model's folder may run.
+        serve_on: the device that will serve the result; None: this machine's.
     """
 
     device: str = "cpu"
@@ -28,3 +32,4 @@ class RunOptions:
     check: str | None = None
     max_kl: float | None = None
     trust_remote_code: bool = False
+    serve_on: Hardware | None = None

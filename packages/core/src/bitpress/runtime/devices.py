@@ -14,6 +14,32 @@ import torch
 from bitpress.errors import BitpressError, first_line
 from bitpress.runtime import cgroup
 
+# The name that takes a GPU where there is one.
+AUTO = "auto"
+
+
+def resolve_name(name: str) -> str:
+    """The name of a device, where it may be "auto": "cuda" if torch can use a GPU, else "cpu"."""
+    if name != AUTO:
+        return name
+    if not torch.cuda.is_available():
+        return "cpu"
+    try:
+        find_device("cuda")
+    except BitpressError:
+        # a GPU that torch counts and cannot use, as with too old a driver
+        return "cpu"
+    return "cuda"
+
+
+def describe_choice(name: str) -> str:
+    """A line that says which device "auto" has taken."""
+    if name == "cpu":
+        return "--device auto: computes on the CPU; torch finds no GPU that it can use"
+    others = torch.cuda.device_count() - 1
+    more = f" and {others} more" if others else ""
+    return f"--device auto: computes on {name} ({torch.cuda.get_device_name()}{more})"
+
 
 def find_device(name: str) -> torch.device:
     """The device of that name.
@@ -21,8 +47,9 @@ def find_device(name: str) -> torch.device:
     Raises:
         BitpressError: there is none, or torch cannot use it.
     """
+    name = resolve_name(name)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise BitpressError(f"--device {name}: it is cpu, cuda or cuda:N")
+        raise BitpressError(f"--device {name}: it is auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         # only an allocation shows whether the driver works
@@ -37,6 +64,7 @@ def find_all_devices(name: str) -> tuple[torch.device, ...]:
 
     The first of them does what cannot be split.
     """
+    name = resolve_name(name)
     first = find_device(name)
     if name != "cuda":
         return (first,)

@@ -69,7 +69,10 @@ def prepare_search(
         raise OutputError(f"{out}: there is no such folder to write it into")
 
     source = open_checkpoint(resolve(model))
-    candidates = _read_candidates(names, goal.settings)
+    candidate_recipe = _read_candidates(names, goal.settings)
+    candidates = {
+        name: rule.steps for name, rule in zip(names, candidate_recipe.rules, strict=True)
+    }
     plans = {
         name: make_plan(source, Recipe((Rule("*", steps),), goal.ignore))
         for name, steps in candidates.items()
@@ -87,7 +90,16 @@ def prepare_search(
     data = load_calibration_data(
         calibration, source.folder, source.config, options.trust_remote_code
     )
-    return SearchJob(str(model), candidates, plans, tuple(units), goal.budget, max_bytes, data)
+    return SearchJob(
+        str(model),
+        candidates,
+        plans,
+        tuple(units),
+        goal.budget,
+        max_bytes,
+        data,
+        candidate_recipe.aliases,
+    )
 
 
 def run_search(
@@ -121,11 +133,10 @@ def run_search(
     return result
 
 
-def _read_candidates(names: Sequence[str], settings: Sequence[str]) -> dict[str, tuple[Step, ...]]:
-    """The steps of every candidate, by its name."""
+def _read_candidates(names: Sequence[str], settings: Sequence[str]) -> Recipe:
+    """A recipe with a rule for each candidate."""
     table = {"layers": [{"match": "*", "steps": _parse_steps(name)} for name in names]}
-    candidate_recipe = recipe.from_json(table, discover(), "--schemes", settings)
-    return {name: rule.steps for name, rule in zip(names, candidate_recipe.rules, strict=True)}
+    return recipe.from_json(table, discover(), "--schemes", settings)
 
 
 def _parse_steps(candidate: str) -> list[dict[str, str]]:
