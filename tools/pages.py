@@ -37,9 +37,9 @@ def commands() -> str:
     group = app
     text = [f"# Commands\n\n{group.help}\n", _table(("option", "what it does"), _options(group))]
     text.append(
-        "Exit codes: 0: the command has finished. 1: a check of the result failed. 2: the usage or "
-        "the input is wrong; one line says what. 130: you interrupted the command. 141: "
-        "nobody reads its output any more.\n"
+        "Exit codes: 0: the command has finished. 1: a check of the result failed, or `recommend` "
+        "found nothing. 2: the usage or the input is wrong; one line says what. 130: you "
+        "interrupted the command. 141: nobody reads its output any more.\n"
     )
     for name, command in group.commands.items():
         arguments = [_metavar(p) for p in command.params if p.param_type_name == "argument"]

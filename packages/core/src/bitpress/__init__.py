@@ -1,7 +1,8 @@
 """Makes language models on disk smaller, one scheme package at a time.
 
 What plugin authors need (`Layer`, `StoredLayer`, `hookimpl`, ...) imports no torch; the functions
-that do the work (`compress`, `plan`, `verify`, `decompress`, `inspect`, `eval`, `search`) are
+that do the work (`compress`, `plan`, `recommend`, `verify`, `decompress`, `inspect`, `eval`,
+`search`) are
 imported when they are first used.
 """
 
@@ -24,10 +25,19 @@ from bitpress.schemes.deprecation import warn_renamed
 from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.hookspecs import hookimpl
 from bitpress.schemes.options import Options, option
-from bitpress.schemes.values import Finding, Layer, Statistic, StoredLayer
+from bitpress.schemes.values import Finding, Layer, MeasuredLoss, Statistic, StoredLayer
 
 if TYPE_CHECKING:
-    from bitpress.api import compress, decompress, evaluate as eval, inspect, plan, search, verify
+    from bitpress.api import (
+        compress,
+        decompress,
+        evaluate as eval,
+        inspect,
+        plan,
+        recommend,
+        search,
+        verify,
+    )
 
 __all__ = [
     "BitpressError",
@@ -36,6 +46,7 @@ __all__ = [
     "Finding",
     "Hardware",
     "Layer",
+    "MeasuredLoss",
     "Options",
     "OutputError",
     "RecipeError",
@@ -51,12 +62,13 @@ __all__ = [
     "inspect",
     "option",
     "plan",
+    "recommend",
     "search",
     "verify",
 ]
 
 # functions of `api`, which imports torch: imported when they are first used
-_API = ("compress", "decompress", "eval", "inspect", "plan", "search", "verify")
+_API = ("compress", "decompress", "eval", "inspect", "plan", "recommend", "search", "verify")
 
 
 # Names of release 0.1, which work in this release still.

@@ -39,6 +39,7 @@ from bitpress.planning.evaluation_config import MAX_TOKENS, SEQUENCE_LENGTH, Eva
 from bitpress.planning.plan import Plan
 from bitpress.planning.planner import make_plan
 from bitpress.planning.recipe_source import RecipeSource
+from bitpress.planning.recommendation import Recommendation, recommend as make_recommendation
 from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
 from bitpress.runtime.devices import count_cores, find_device, torch_threads
@@ -92,6 +93,26 @@ def plan_from(model: str | Path, recipe_source: RecipeSource, serve_on: Hardware
     recipe_source.require_one()
     source = open_checkpoint(resolve(model), copy=recipe_source.copy)
     return make_plan(source, recipe_source.resolve(discover()), serve_on)
+
+
+def recommend(
+    model: str | Path,
+    *,
+    serve_on: Hardware | str | None = None,
+    memory: int | None = None,
+) -> Recommendation:
+    """Which scheme to take for a model on a device, and what is against the others.
+
+    Args:
+        model: a folder, or a Hub name; only headers are read.
+        serve_on: the device that will serve the result, or its name ("L4"); None: the one present.
+        memory: bytes of that device; None: everything is taken to fit.
+
+    Raises:
+        BitpressError: the model cannot be compressed, or no scheme is installed.
+    """
+    source = open_checkpoint(resolve(model))
+    return make_recommendation(source, discover(), _to_hardware(serve_on), memory)
 
 
 # One keyword for each option of the command line.

@@ -11,7 +11,17 @@ import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Finding, Hardware, Layer, Statistic, StoredLayer, hookimpl, numerics, option
+from bitpress import (
+    Finding,
+    Hardware,
+    Layer,
+    MeasuredLoss,
+    Statistic,
+    StoredLayer,
+    hookimpl,
+    numerics,
+    option,
+)
 from bitpress_fp8 import activations, e4m3
 from bitpress_fp8.activations import quantize_activations
 from bitpress_fp8.e4m3 import dequantize, error_bound
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALIASES",
+    "MEASURED_LOSSES",
     "Options",
     "dequantize",
     "error_bound",
@@ -34,6 +45,13 @@ __all__ = [
 
 # As llm-compressor and vLLM call the same format.
 ALIASES: Mapping[str, Mapping[str, str]] = {"FP8_DYNAMIC": {}, "W8A8_FP8": {}}
+
+# tiny-llama: 60,000 tokens of a held-out text, benchmarks/README.md; SmolLM2: 16,384 of wikitext2.
+MEASURED_LOSSES: Sequence[MeasuredLoss] = (
+    MeasuredLoss("tiny-llama (11M)", 0.0024),
+    MeasuredLoss("SmolLM2-135M-Instruct", 0.0262),
+    MeasuredLoss("tiny-llama (11M)", 0.00251, {"weights": "tensor", "activations": "static"}),
+)
 
 
 @frozen

@@ -11,7 +11,17 @@ import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Finding, Hardware, Layer, Statistic, StoredLayer, hookimpl, numerics, option
+from bitpress import (
+    Finding,
+    Hardware,
+    Layer,
+    MeasuredLoss,
+    Statistic,
+    StoredLayer,
+    hookimpl,
+    numerics,
+    option,
+)
 from bitpress_int8 import activations, smoothing
 from bitpress_int8.activations import quantize_activations
 
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALIASES",
+    "MEASURED_LOSSES",
     "Options",
     "dequantize",
     "error_bound",
@@ -33,6 +44,12 @@ __all__ = [
 
 # As llm-compressor and vLLM call the same format.
 ALIASES: Mapping[str, Mapping[str, str]] = {"W8A8": {}, "W8A8_INT8": {}}
+
+# tiny-llama: 60,000 tokens of a held-out text, benchmarks/README.md; SmolLM2: 16,384 of wikitext2.
+MEASURED_LOSSES: Sequence[MeasuredLoss] = (
+    MeasuredLoss("tiny-llama (11M)", 0.00041),
+    MeasuredLoss("SmolLM2-135M-Instruct", 0.0111),
+)
 
 # Scales tried, in units of amax / 127.5.
 RATIOS = tuple(1.02 - 0.02 * i for i in range(24))

@@ -15,6 +15,7 @@ from bitpress import (
     Finding,
     Hardware,
     Layer,
+    MeasuredLoss,
     ShapeError,
     Statistic,
     StoredLayer,
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
 
 # As llm-compressor calls the format with weights only.
 ALIASES: Mapping[str, Mapping[str, str]] = {"NVFP4A16": {"activations": "float"}}
+
+# tiny-llama: 60,000 tokens of a held-out text, benchmarks/README.md; SmolLM2: 16,384 of wikitext2.
+MEASURED_LOSSES: Sequence[MeasuredLoss] = (
+    MeasuredLoss("tiny-llama (11M)", 0.01705),
+    MeasuredLoss("SmolLM2-135M-Instruct", 0.2011),
+    MeasuredLoss("tiny-llama (11M)", 0.00258, {"activations": "float"}),
+    MeasuredLoss("tiny-llama (11M)", 0.00997, {"activations": "float", "algorithm": "rtn"}),
+)
 
 
 def _check_group_size(instance: Options, attribute: attrs.Attribute[Any], value: int) -> None:

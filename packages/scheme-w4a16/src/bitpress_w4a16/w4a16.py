@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from attrs import frozen
 
-from bitpress import Finding, Hardware, hookimpl
+from bitpress import Finding, Hardware, MeasuredLoss, hookimpl
 from bitpress_w4a16.hardware import gpu_findings
 from bitpress_w4a16.weight_only import (
     WeightOnlyOptions,
@@ -24,6 +24,7 @@ from bitpress_w4a16.weight_only import (
 
 __all__ = [
     "ALIASES",
+    "MEASURED_LOSSES",
     "Options",
     "dequantize",
     "error_bound",
@@ -44,6 +45,14 @@ ALIASES: Mapping[str, Mapping[str, str | bool]] = {
     "gptq": {"algorithm": "gptq"},
     "awq": {"algorithm": "awq"},
 }
+
+# tiny-llama: 60,000 tokens of a held-out text, benchmarks/README.md; SmolLM2: 16,384 of wikitext2.
+MEASURED_LOSSES: Sequence[MeasuredLoss] = (
+    MeasuredLoss("tiny-llama (11M)", 0.00384),
+    MeasuredLoss("SmolLM2-135M-Instruct", 0.0919, {"group_size": 64}),
+    MeasuredLoss("tiny-llama (11M)", 0.00333, {"symmetric": False}),
+    MeasuredLoss("tiny-llama (11M)", 0.01703, {"algorithm": "rtn"}),
+)
 
 
 @frozen

@@ -13,6 +13,7 @@ from bitpress.cli import options
 from bitpress.cli.completion import complete_candidate, complete_file, complete_scheme
 from bitpress.cli.output import CompressSummary, EvalSummary, InspectSummary, VerifySummary
 from bitpress.cli.plan_output import PlanSummary, Requirements, print_remarks
+from bitpress.cli.recommend_output import RecommendSummary
 from bitpress.cli.scheme_output import RegistrySummary, SchemeSummary
 from bitpress.cli.search_output import SearchSummary
 from bitpress.cli.text import (
@@ -107,6 +108,29 @@ def plan(
     )
     remarks = tuple(tensor_parallel.remarks(plan, deployment.tensor_parallel))
     show(PlanSummary(plan, requirements, deployment.tensor_parallel, remarks, lists_all))
+
+
+@app.command()
+@options.model
+@options.serve_on("Device that will serve it, for example L4 (default: this machine's).")
+@options.device_memory
+@options.as_json
+def recommend(model: str, serve_on: Hardware | None, memory: int | None) -> None:
+    """Say which scheme to take for a device, and why. It reads only the headers of the model's
+    files. If nothing fits, the exit code is 1.
+    """
+    with garbage_collection_paused():
+        from bitpress import api
+
+    recommendation = api.recommend(model, serve_on=serve_on, memory=memory)
+    show(RecommendSummary(recommendation, model))
+    if recommendation.best is None:
+        hint = ""
+        if any(out.cause == "memory" for out in recommendation.rejected):
+            hint = "; a device with more memory may, or several (vllm's --tensor-parallel-size)"
+        raise VerificationError(
+            f"{model}: {recommendation.device.name} serves it with no installed scheme{hint}"
+        )
 
 
 @app.command()

@@ -237,6 +237,13 @@ recipe = combine(
     ),
 )
 
+device_memory = click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=lambda context, parameter, text: parse_size(text, "--memory"),
+    help="Memory of that device, for example 24GB; without it everything is taken to fit.",
+)
+
 sequence_length = number("--sequence-length", "Tokens per sequence.", 512)
 
 threads = click.option(

@@ -10,7 +10,8 @@ import attrs
 from attrs import frozen
 
 from bitpress.cli.scheme_output import unfavorable_findings
-from bitpress.cli.text import format_bytes, print_table, say, say_what_is_left, warn
+from bitpress.cli.text import print_table, say, say_what_is_left, warn
+from bitpress.runtime.memory import format_bytes
 
 if TYPE_CHECKING:
     from bitpress.output.manifest import Check, Manifest

@@ -9,7 +9,8 @@ import attrs
 from attrs import frozen
 
 from bitpress.cli.scheme_output import USABLE, serves, unfavorable_findings
-from bitpress.cli.text import format_bytes, print_notes, print_table, say, say_what_is_left, warn
+from bitpress.cli.text import print_notes, print_table, say, say_what_is_left, warn
+from bitpress.runtime.memory import format_bytes
 from bitpress.schemes.hardware import DEVICES
 from bitpress.schemes.registry import Step
 
@@ -182,7 +183,7 @@ def _print_requirements(requirements: Requirements) -> None:
     say(f"work    {who}{format_bytes(reads)} read, {format_bytes(writes)} written{calibration}")
     threads = f"{requirements.num_threads} thread{'s' * (requirements.num_threads > 1)} each"
     say(
-        f"time    about {_format_duration(requirements.seconds)} with {threads}, where in a second "
+        f"time    about {format_duration(requirements.seconds)} with {threads}, where in a second "
         f"a core {', '.join(rates)}"
     )
 
@@ -196,7 +197,7 @@ def _print_serving(plan: Plan) -> None:
         say(f"device  {plan.device.name}: {name} is {finding.level}, {finding.text}")
 
 
-def _format_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`2.5 h`, in the largest unit of which there are two at least."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:

@@ -188,6 +188,15 @@ def _print_records(head: Sequence[str], rows: Iterable[Sequence[str]], width: in
     print()
 
 
+def print_record(head: Sequence[str], row: Sequence[str]) -> None:
+    """A line for each cell after its name, or several where the terminal is narrow."""
+    from rich.console import Console
+
+    terminal = Console()
+    cells = [printable_line(cell) for cell in row]
+    _print_records(head, [cells], terminal.width if terminal.is_terminal else PIPE_WIDTH)
+
+
 def say_what_is_left(names: Sequence[str]) -> None:
     """A line on the files of a model's folder that are not copied, if there are any."""
     if names:
@@ -196,13 +205,8 @@ def say_what_is_left(names: Sequence[str]) -> None:
         say(f"not copied: {', '.join(names[:MAX_NAMES])}{more} (--copy PATTERN)")
 
 
-def format_bytes(num_bytes: int) -> str:
-    """Bytes for people: `1.25 GB`, `0.71 MB`."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
-
-
-def parse_size(text: str | None) -> int | None:
-    """Bytes of `--max-memory`."""
+def parse_size(text: str | None, option: str = "--max-memory") -> int | None:
+    """Bytes of an option's value."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", text.lower())
@@ -211,7 +215,7 @@ def parse_size(text: str | None) -> int | None:
     except ValueError:
         number = -1.0
     if not match or number < 0:
-        raise RecipeError(f"--max-memory {text}: a size such as 4GB or 500MB is expected")
+        raise RecipeError(f"{option} {text}: a size such as 4GB or 500MB is expected")
     return int(number * 1000 ** " kmgt".index(match[2] or " "))
 
 

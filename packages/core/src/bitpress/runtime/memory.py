@@ -109,3 +109,8 @@ def attainable_bytes(num_processes: int = 1) -> int:
         num_processes: of this machine, which share that.
     """
     return resident_bytes() + available_bytes() // num_processes
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Bytes for people: `1.25 GB`, `0.71 MB`."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -19,6 +19,7 @@ from bitpress.schemes import hookspecs
 from bitpress.schemes.compatibility import hook_fault, hook_names, version_fault
 from bitpress.schemes.deprecation import PluginManager
 from bitpress.schemes.options import Options, build_options
+from bitpress.schemes.values import MeasuredLoss
 
 # Entry point groups.
 SCHEMES, EXTENSIONS = "bitpress.schemes", "bitpress.extensions"
@@ -35,6 +36,7 @@ class Scheme:
         summary: the first paragraph of the plugin's docstring, in one line.
         options_type: what users may set, a subclass of `bitpress.Options`.
         aliases: other names that users know, each with the options that it stands for.
+        losses: that were measured on some models.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Scheme:
     summary: str
     options_type: type[Options]
     aliases: Mapping[str, Mapping[str, Any]]
+    losses: tuple[MeasuredLoss, ...]
     _hooks: Mapping[str, pluggy.HookCaller] = field(repr=False)
     _arguments: Mapping[str, tuple[str, ...]] = field(repr=False)
 
@@ -59,6 +62,12 @@ class Scheme:
         if options.calibrated is not None:
             return options.calibrated
         return self.takes_argument("observe", "inputs")
+
+    def losses_of(
+        self, options: Mapping[str, Any], then: str | None = None
+    ) -> tuple[MeasuredLoss, ...]:
+        """Losses that were measured with these options, and with this scheme after it."""
+        return tuple(loss for loss in self.losses if loss.options == options and loss.then == then)
 
     def step(self, values: Mapping[str, Any] | None = None) -> Step:
         """The scheme with options, ready to be applied.
@@ -282,7 +291,8 @@ def _check_plugin(manager: pluggy.PluginManager, plugin: Any, entry: metadata.En
         raise TypeError("Options is not a subclass of bitpress.Options")
     # The defaults must pass the scheme's own validators, and what other names imply too.
     build_options(options_type, {}, entry.name)
-    for options in _aliases(plugin).values():
+    implied = [*_aliases(plugin).values(), *(loss.options for loss in _losses(plugin))]
+    for options in implied:
         build_options(options_type, options, entry.name)
 
 
@@ -295,6 +305,14 @@ def _aliases(plugin: Any) -> Mapping[str, Mapping[str, Any]]:
     ):
         raise TypeError("ALIASES is not a dict of names, each with a dict of options")
     return aliases
+
+
+def _losses(plugin: Any) -> tuple[MeasuredLoss, ...]:
+    """A plugin's `MEASURED_LOSSES`."""
+    losses = getattr(plugin, "MEASURED_LOSSES", ())
+    if not isinstance(losses, Sequence) or not all(isinstance(x, MeasuredLoss) for x in losses):
+        raise TypeError("MEASURED_LOSSES is not a list of bitpress.MeasuredLoss")
+    return tuple(losses)
 
 
 def _make_scheme(
@@ -311,6 +329,7 @@ def _make_scheme(
         summary=" ".join((plugin.__doc__ or "").strip().split("\n\n")[0].split()),
         options_type=getattr(plugin, "Options", Options),
         aliases=_aliases(plugin),
+        losses=_losses(plugin),
         hooks={hook: manager.subset_hook_caller(hook, others) for hook in hook_names(manager)},
         arguments={hook: hookimpl.argnames for hook, hookimpl in implementations.items()},
     )

@@ -110,3 +110,24 @@ class Finding:
 
     level: Literal["recommended", "supported", "degraded", "unsupported"]
     text: str
+
+
+@frozen
+class MeasuredLoss:
+    """What a scheme has lost on one model; a scheme's module lists some as `MEASURED_LOSSES`, in
+    the order in which it would take the options.
+
+    It is shown as measured on that model, and never as a prediction for another.
+
+    Attributes:
+        model: its name, and on what it was measured: "SmolLM2-135M-Instruct (wikitext2)".
+        kl: mean KL divergence from the source's predictions, in nats per token, on a text that it
+            was not calibrated on.
+        options: that differ from the scheme's defaults.
+        then: the scheme that followed with its defaults, if one did.
+    """
+
+    model: str
+    kl: float
+    options: Mapping[str, Any] = field(factory=dict)
+    then: str | None = None
