@@ -95,7 +95,7 @@ def figures(case: Case, folder: Path) -> Iterator[Row]:
     name, recipe = f"{', '.join(case.schemes)} at {case.budget:g}", folder / "recipe.toml"
     recipe.unlink(missing_ok=True)
     result = bitpress.search(MODEL, recipe, schemes=case.schemes, budget=case.budget, **DATA)
-    yield measure(name, "searched", folder, result.divergence(), recipe_file=recipe)
+    yield measure(name, "searched", folder, result.divergence(), recipe=recipe)
     for scheme, settings in case.uniform:
         expected = (
             result.divergence(result.everywhere(scheme))
@@ -112,7 +112,7 @@ def figures(case: Case, folder: Path) -> Iterator[Row]:
         )
     for mix, choice in mixes(result) if case.mixes else ():
         recipe.write_text(render_recipe(result, choice))
-        yield measure(name, mix, folder, result.divergence(choice), recipe_file=recipe)
+        yield measure(name, mix, folder, result.divergence(choice), recipe=recipe)
 
 
 def mixes(result: Any) -> Iterator[tuple[str, dict[str, str]]]:

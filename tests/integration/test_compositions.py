@@ -226,7 +226,7 @@ steps = ["sparse", { use = "w4a16", algorithm = "rtn" }]
 def test_a_mixed_recipe_names_every_group_and_ignores_the_rest_by_full_path(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(MIXED)
     source = write_model(tmp_path / "m", config=LLAMA | {"num_hidden_layers": 3})
-    compress(source, tmp_path / "o", recipe_file=tmp_path / "recipe.toml")
+    compress(source, tmp_path / "o", recipe=tmp_path / "recipe.toml")
     config = open_checkpoint(tmp_path / "o").config["quantization_config"]
     attention = [f"model.layers.{i}.self_attn.{n}_proj" for i in range(3) for n in "qkvo"]
     mlp = [f"model.layers.{i}.mlp.{n}_proj" for i in (1, 2) for n in ("gate", "up")]
@@ -248,7 +248,7 @@ def test_a_bitmask_beside_a_quantized_group_names_its_layers(tmp_path: Path) -> 
         '[[layers]]\nmatch = "*"\nsteps = ["fp8"]\n'
     )
     source = write_model(tmp_path / "m")
-    compress(source, tmp_path / "o", recipe_file=tmp_path / "recipe.toml")
+    compress(source, tmp_path / "o", recipe=tmp_path / "recipe.toml")
     config: dict[str, Any] = open_checkpoint(tmp_path / "o").config["quantization_config"]
     mlp = sorted(f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up", "down"))
     assert sorted(config["sparsity_config"]["targets"]) == mlp

@@ -172,7 +172,7 @@ steps = [{ use = "sparse-2of4", algorithm = "magnitude" }]
 def test_a_model_of_unlike_layers_is_read_layer_by_layer(tmp_path: Path) -> None:
     source, out, recipe = write_model(tmp_path / "m"), tmp_path / "o", tmp_path / "recipe.toml"
     recipe.write_text(MIXED)
-    compress(source, out, recipe_file=recipe)
+    compress(source, out, recipe=recipe)
     ours, theirs = with_restored_weights(source, out, from_file(recipe, discover())), loaded(out)
     with torch.inference_mode():
         assert torch.equal(theirs(TOKENS).logits, ours(TOKENS).logits)

@@ -118,7 +118,7 @@ def compress(
         return bitpress.compress(
             source,
             out,
-            recipe_file=recipe,
+            recipe=recipe,
             calibration=source.parent / "text.txt",
             samples=samples,
             sequence_length=32,

@@ -263,9 +263,7 @@ def test_of_a_recipe_the_first_rule_that_matches_counts(
 ) -> None:
     model, out = write_model(tmp_path / "model"), tmp_path / "out"
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    bitpress.compress(
-        model, out, recipe_file=tmp_path / "recipe.toml", ignore=ignore, settings=settings
-    )
+    bitpress.compress(model, out, recipe=tmp_path / "recipe.toml", ignore=ignore, settings=settings)
     before, after = tensors_of(model), tensors_of(out)
     for layer in LAYERS:
         levels = expected[".".join(layer.split(".")[2:4])]

@@ -98,7 +98,7 @@ def test_a_cost_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
     bitpress.compress(
         model,
         tmp_path / "out",
-        recipe_file=tmp_path / "one.toml",
+        recipe=tmp_path / "one.toml",
         settings=settings,
         calibration=tmp_path / "fitted.txt",
         samples=len(fitted),
@@ -146,7 +146,7 @@ def test_the_recipe_keeps_to_the_budget_and_is_carried_out_as_it_stands(
     assert done.returncode == 0, stderr
     document = json.loads(stdout)
     assert {layer["chosen"] for layer in document["layers"]} == {"short", "toy"}
-    plan = bitpress.plan(model, recipe_file=recipe)
+    plan = bitpress.plan(model, recipe=recipe)
     got = {module: stack.steps[0].scheme.name for stack in plan.stacks for module in stack.members}
     assert got == {
         module: layer["chosen"] for layer in document["layers"] for module in layer["modules"]
@@ -160,7 +160,7 @@ def test_the_recipe_keeps_to_the_budget_and_is_carried_out_as_it_stands(
         == 8 * stored / sum(e.numel for stack in plan.stacks for e in stack.members.values())
         <= 6.005
     )
-    manifest = bitpress.compress(model, tmp_path / "out", recipe_file=recipe, threads=1)
+    manifest = bitpress.compress(model, tmp_path / "out", recipe=recipe, threads=1)
     assert round(manifest.bits, 6) == round(document["bits"], 6)
     assert document["kl"] == pytest.approx(
         sum(layer["candidates"][layer["chosen"]]["kl"] for layer in document["layers"])
@@ -267,7 +267,7 @@ def test_experts_of_a_block_share_one_scheme(installed: Path, tmp_path: Path, fa
     assert [unit.block for unit in experts] == [0, 1]
     assert all(len(unit.patterns) == 1 for unit in experts)
     assert all(result.divergences[unit.name, "short"] > 0 for unit in experts)
-    plan = bitpress.plan(source, recipe_file=tmp_path / "r.toml")
+    plan = bitpress.plan(source, recipe=tmp_path / "r.toml")
     assert {m for stack in plan.stacks for m in stack.members} == {
         m for unit in result.search.units for m in unit.modules
     }

@@ -1,14 +1,14 @@
 """Makes language models on disk smaller, one scheme package at a time.
 
 What plugin authors need (`Layer`, `StoredLayer`, `hookimpl`, ...) imports no torch; the functions
-that do the work (`compress`, `plan`, `recommend`, `verify`, `decompress`, `inspect`, `eval`,
-`search`) are
-imported when they are first used.
+that do the work (`compress`, `plan`, `recommend`, `verify`, `decompress`, `inspect`, `report`,
+`eval`, `search`) are imported when they are first used.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from bitpress.errors import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         inspect,
         plan,
         recommend,
+        report,
         search,
         verify,
     )
@@ -63,12 +64,26 @@ __all__ = [
     "option",
     "plan",
     "recommend",
+    "report",
     "search",
     "verify",
 ]
 
+# A program that listens to it decides what is shown.
+logging.getLogger("bitpress").addHandler(logging.NullHandler())
+
 # functions of `api`, which imports torch: imported when they are first used
-_API = ("compress", "decompress", "eval", "inspect", "plan", "recommend", "search", "verify")
+_API = (
+    "compress",
+    "decompress",
+    "eval",
+    "inspect",
+    "plan",
+    "recommend",
+    "report",
+    "search",
+    "verify",
+)
 
 
 # Names of release 0.1, which work in this release still.

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.hub import resolve
 from bitpress.checkpoint.reader import Reader, open_checkpoint
-from bitpress.checkpoint.source import fuse_uncompressed_experts, resolve_source
 from bitpress.checkpoint.writer import OutputFolder, Permissions
 from bitpress.compression.job import prepare_job
 from bitpress.compression.run import run
 from bitpress.compression.search import search as searching
 from bitpress.compression.search.result import SearchResult
-from bitpress.errors import CheckpointError, DataError, Fault, OutputError
+from bitpress.errors import OutputError
 from bitpress.modeling.decoder import DecoderOptions
 from bitpress.modeling.tokens import load_evaluation_text
 from bitpress.output import (
     evaluate as evaluation,
-    file_proof,
-    manifest as manifests,
     verify as verification,
 )
 from bitpress.output.decompress import write_dense
-from bitpress.output.engine_check import find_engine_faults
-from bitpress.output.file_proof import Workers
+from bitpress.output.folder_proof import prove_folder
 from bitpress.output.manifest import Check, Manifest, read_manifest
-from bitpress.output.open_model import open_runnable_model, open_written, read_written
+from bitpress.output.open_model import open_runnable_model, open_written
 from bitpress.output.report.page import DOCTYPE, render_page
+from bitpress.planning import arguments
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import MAX_TOKENS, SEQUENCE_LENGTH, EvaluationConfig
 from bitpress.planning.plan import Plan
@@ -43,11 +39,20 @@ from bitpress.planning.recommendation import Recommendation, recommend as make_r
 from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
 from bitpress.runtime.devices import count_cores, find_device, torch_threads
-from bitpress.runtime.progress import Progress, ignore_progress
-from bitpress.schemes import hardware
+from bitpress.runtime.logger import log_warnings, warn
+from bitpress.runtime.progress import Progress, choose_progress
 from bitpress.schemes.deprecation import warn_renamed
 from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.registry import discover
+
+if TYPE_CHECKING:
+    import torch
+
+# What takes several values: a list, or one alone.
+Texts = str | Iterable[str] | None
+# The same, or a table of options, of which those of a scheme may be one themselves.
+Settings = Texts | Mapping[str, Any]
+Calibration = str | Path | Iterable[str | Mapping[str, Any]] | None
 
 
 # One keyword for each option of the command line.
@@ -55,19 +60,20 @@ def plan(  # noqa: PLR0913
     model: str | Path,
     *,
     scheme: str | None = None,
-    recipe_file: str | Path | None = None,
-    settings: Iterable[str] = (),
-    ignore: Iterable[str] = (),
-    copy: Iterable[str] = (),
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    settings: Settings = (),
+    ignore: Texts = (),
+    copy: Texts = (),
     serve_on: Hardware | str | None = None,
-    device: Hardware | None = None,
+    device: Hardware | str | None = None,
 ) -> Plan:
     """What `compress` would do, from headers alone.
 
     Args:
         model: a folder, or a Hub name.
-        scheme: a scheme's name, or several joined by `+`; give this or `recipe_file`.
-        settings: `[SCHEME.]OPTION=VALUE` texts.
+        scheme: a scheme's name, or several joined by `+`; give this or `recipe`.
+        recipe: a TOML file, or a table as it holds: `{"layers": [{"match", "steps"}]}`.
+        settings: `[SCHEME.]OPTION=VALUE` texts, or a table such as `{"group_size": 64}`.
         ignore: patterns of layers to leave alone.
         copy: patterns of files to copy, beside those that loaders read.
         serve_on: the device that will serve the result, or its name; None: the one present.
@@ -76,16 +82,14 @@ def plan(  # noqa: PLR0913
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
-    recipe_source = RecipeSource(
-        scheme, _to_path(recipe_file), tuple(settings), tuple(ignore), tuple(copy)
-    )
     if device is not None:
         warn_renamed("bitpress.plan(device=...)", "bitpress.plan(serve_on=...)")
-    return plan_from(model, recipe_source, _to_hardware(serve_on or device))
-
-
-def _to_hardware(device: Hardware | str | None) -> Hardware | None:
-    return hardware.find_device(device) if isinstance(device, str) else device
+        serve_on = device
+    recipe_source = arguments.read_recipe_source(scheme, recipe, settings, ignore, copy)
+    hardware = arguments.read_hardware("serve_on", serve_on)
+    plan = plan_from(arguments.read_model("model", model), recipe_source, hardware)
+    log_warnings((*plan.warnings, *plan.device_remarks))
+    return plan
 
 
 def plan_from(model: str | Path, recipe_source: RecipeSource, serve_on: Hardware | None) -> Plan:
@@ -99,20 +103,22 @@ def recommend(
     model: str | Path,
     *,
     serve_on: Hardware | str | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
 ) -> Recommendation:
     """Which scheme to take for a model on a device, and what is against the others.
 
     Args:
         model: a folder, or a Hub name; only headers are read.
         serve_on: the device that will serve the result, or its name ("L4"); None: the one present.
-        memory: bytes of that device; None: everything is taken to fit.
+        memory: bytes of that device, or a text such as "24GB"; None: everything is taken to fit.
 
     Raises:
         BitpressError: the model cannot be compressed, or no scheme is installed.
     """
-    source = open_checkpoint(resolve(model))
-    return make_recommendation(source, discover(), _to_hardware(serve_on), memory)
+    source = open_checkpoint(resolve(arguments.read_model("model", model)))
+    hardware = arguments.read_hardware("serve_on", serve_on)
+    num_bytes = arguments.read_size("memory", memory)
+    return make_recommendation(source, discover(), hardware, num_bytes)
 
 
 # One keyword for each option of the command line.
@@ -121,24 +127,24 @@ def compress(  # noqa: PLR0913
     out: str | Path,
     *,
     scheme: str | None = None,
-    recipe_file: str | Path | None = None,
-    settings: Iterable[str] = (),
-    ignore: Iterable[str] = (),
-    copy: Iterable[str] = (),
-    calibration: str | Path | Iterable[str | Mapping[str, Any]] | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    settings: Settings = (),
+    ignore: Texts = (),
+    copy: Texts = (),
+    calibration: Calibration = None,
     samples: int = CalibrationConfig().samples,
     sequence_length: int = CalibrationConfig().sequence_length,
     seed: int = 0,
     all_experts: bool = False,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     threads: int | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
     check: str | Path | None = None,
     max_kl: float | None = None,
     serve_on: Hardware | str | None = None,
-    progress: Progress = ignore_progress,
+    progress: Progress | bool | None = None,
 ) -> Manifest:
     """Write a smaller model into the folder `out`, and prove it unless `verify` is off.
 
@@ -155,12 +161,18 @@ def compress(  # noqa: PLR0913
             sends to it.
         device: what computes: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"; the
             bytes written by schemes that need no data do not depend on `threads`.
-        max_memory: bytes; a run that would need more is refused, one that could use more for speed
-            does not.
+        max_memory: bytes, or a text such as "4GB"; a run that would need more is refused, one that
+            could use more for speed does not.
         trust_remote_code: whether code in the model's folder may run.
         check: a text on which the result, run as it will be served, is compared with its source.
         max_kl: the most that their KL divergence may be there, in nats per token.
         serve_on: the device that will serve the result, or its name; None: the one present.
+        progress: True shows bars, in a notebook too; or a function that is called with the name
+            and the bytes of each stage, and returns one that is called with the bytes done.
+
+    Returns:
+        What `bitpress.json` holds. Its `warnings` are all that the run warned of: those that
+        the file holds, and what the device that will serve it makes of the schemes.
 
     Raises:
         BitpressError: bad input, found before the work starts where headers show it.
@@ -168,22 +180,23 @@ def compress(  # noqa: PLR0913
             `config.json` was not written. After the second the shards stay, and the same call with
             another `max_kl` resumes from them.
     """
-    recipe_source = RecipeSource(
-        scheme, _to_path(recipe_file), tuple(settings), tuple(ignore), tuple(copy)
+    recipe_source = arguments.read_recipe_source(scheme, recipe, settings, ignore, copy)
+    size = (samples, sequence_length, seed)
+    config = arguments.read_calibration_config(
+        calibration, size, CalibrationConfig(all_experts=all_experts)
     )
-    config = CalibrationConfig(_to_source(calibration), samples, sequence_length, seed, all_experts)
-    options = RunOptions(
-        device,
-        threads,
-        max_memory,
-        verify,
-        _to_text(check),
-        max_kl,
-        trust_remote_code,
-        _to_hardware(serve_on),
+    options = attrs.evolve(
+        arguments.read_run_options(device, threads, max_memory, trust_remote_code),
+        verify=arguments.read_flag("verify", verify),
+        check=None if check is None else str(arguments.read_path("check", check)),
+        max_kl=None if max_kl is None else arguments.read_number("max_kl", max_kl),
+        serve_on=arguments.read_hardware("serve_on", serve_on),
     )
-    job = prepare_job(model, recipe_source, config, options)
-    return run(job, out, options, progress)
+    folder, progress = arguments.read_path("out", out), choose_progress(progress)
+    job = prepare_job(arguments.read_model("model", model), recipe_source, config, options)
+    log_warnings(job.plan.device_remarks)
+    manifest = run(job, folder, options, progress)
+    return attrs.evolve(manifest, warnings=(*manifest.warnings, *job.plan.device_remarks))
 
 
 # One keyword for each option of the command line.
@@ -191,20 +204,20 @@ def search(  # noqa: PLR0913
     model: str | Path,
     out: str | Path,
     *,
-    schemes: Sequence[str],
+    schemes: Texts,
     budget: float,
-    settings: Iterable[str] = (),
-    ignore: Iterable[str] = (),
-    calibration: str | Path | Iterable[str | Mapping[str, Any]] | None = None,
+    settings: Settings = (),
+    ignore: Texts = (),
+    calibration: Calibration = None,
     samples: int = searching.NUM_SEQUENCES,
     sequence_length: int = CalibrationConfig().sequence_length,
     seed: int = 0,
     all_experts: bool = False,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     threads: int | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     trust_remote_code: bool = False,
-    progress: Progress = ignore_progress,
+    progress: Progress | bool | None = None,
 ) -> SearchResult:
     """Measure what each scheme costs each layer, and write the recipe that costs least in a budget
     into the file `out`.
@@ -219,39 +232,28 @@ def search(  # noqa: PLR0913
         BitpressError: the model, a scheme or the texts cannot be used, no choice keeps to the
             budget, or `out` is there already.
     """
-    goal = SearchGoal(tuple(schemes), budget, tuple(settings), tuple(ignore))
-    config = CalibrationConfig(_to_source(calibration), samples, sequence_length, seed, all_experts)
-    options = RunOptions(device, threads, max_memory, trust_remote_code=trust_remote_code)
-    job = searching.prepare_search(model, out, goal, config, options)
-    return searching.run_search(job, out, options, progress)
-
-
-def _to_path(file: str | Path | None) -> Path | None:
-    return None if file is None else Path(file)
-
-
-def _to_text(file: str | Path | None) -> str | None:
-    return None if file is None else str(file)
-
-
-def _to_source(
-    calibration: str | Path | Iterable[str | Mapping[str, Any]] | None,
-) -> str | tuple[str | Mapping[str, Any], ...] | None:
-    if calibration is None or isinstance(calibration, (str, Path)):
-        return _to_text(calibration)
-    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
-        raise DataError(
-            "calibration: a file, a dataset's name, or a list of texts or rows is expected, not "
-            f"{type(calibration).__name__}"
-        )
-    return tuple(calibration)
+    goal = SearchGoal(
+        arguments.read_texts("schemes", schemes),
+        arguments.read_number("budget", budget),
+        arguments.read_settings(settings),
+        arguments.read_texts("ignore", ignore),
+    )
+    size = (samples, sequence_length, seed)
+    defaults = CalibrationConfig(samples=searching.NUM_SEQUENCES, all_experts=all_experts)
+    config = arguments.read_calibration_config(calibration, size, defaults)
+    options = arguments.read_run_options(device, threads, max_memory, trust_remote_code)
+    file, progress = arguments.read_path("out", out), choose_progress(progress)
+    name = arguments.read_model("model", model)
+    job = searching.prepare_search(name, file, goal, config, options)
+    log_warnings(job.calibration.warnings)
+    return searching.run_search(job, file, options, progress)
 
 
 def verify(
     out: str | Path,
     against: str | Path | None = None,
     threads: int | None = None,
-    progress: Progress = ignore_progress,
+    progress: Progress | bool | None = None,
     engine: bool = False,
 ) -> verification.VerificationReport:
     """Open an output again and prove it: files, config, scales, and with `against`, the source,
@@ -264,49 +266,19 @@ def verify(
         BitpressError: the folder was not written by bitpress, or a scheme that wrote it is not
             installed.
     """
-    folder, num_threads = Path(out), threads or count_cores()
-    if (folder / filenames.MANIFEST).is_file() and not manifests.is_intact(folder):
-        fault = (
-            "its bytes are not those that were written (its own SHA-256 differs), and it is what "
-            "the rest is proved by"
-        )
-        return verification.VerificationReport((Fault(filenames.MANIFEST, fault),), {})
-    manifest = read_manifest(folder)
-    source = None
-    if against is not None:
-        resolved = resolve_source(open_checkpoint(resolve(against)))
-        source = fuse_uncompressed_experts(resolved, manifest.layers)
-    # files are read, and then their layers
-    num_bytes = sum(2 * record.bytes for name, record in manifest.files.items() if record.header)
-    workers = Workers(num_threads, progress("verifying", num_bytes))
-    with torch_threads(1):
-        _, faults = file_proof.verify_files(manifest.files, folder, workers)
-        faults += file_proof.find_added_files(manifest.files, folder)
-        try:
-            checkpoint = open_checkpoint(folder)
-        except CheckpointError as e:
-            return verification.VerificationReport((*faults, Fault("", str(e))), {})
-        written = read_written(manifest, checkpoint)
-        report = verification.verify_tensors(written, source, workers)
-        if source is not None:
-            faults += file_proof.find_source_differences(
-                manifest.files, folder, checkpoint.config, source
-            )
-    faults += report.faults
-    if engine and not faults:
-        faults += find_engine_faults(folder)
-    remarks: tuple[str, ...] = ()
-    if any(file.sha256 is None and file.header is None for file in manifest.files.values()):
-        remarks = (
-            "it was written with --no-verify by an earlier version: there are no digests by which "
-            "a changed byte would be found",
-        )
-    return attrs.evolve(report, faults=tuple(dict.fromkeys(faults)), remarks=remarks)
+    source = None if against is None else arguments.read_model("against", against)
+    return prove_folder(
+        arguments.read_path("out", out),
+        source,
+        arguments.read_threads(threads) or count_cores(),
+        choose_progress(progress),
+        engine,
+    )
 
 
 def inspect(out: str | Path) -> Manifest:
     """What is inside an output: schemes, bits per weight, error per layer."""
-    return read_manifest(Path(out))
+    return read_manifest(arguments.read_path("out", out))
 
 
 def report(out: str | Path, file: str | Path | None = None) -> Path:
@@ -317,9 +289,13 @@ def report(out: str | Path, file: str | Path | None = None) -> Path:
         BitpressError: the folder was not written by bitpress, matplotlib is not installed, or
             `file` is there and no page.
     """
-    folder = Path(out)
+    folder = arguments.read_path("out", out)
     name = folder.resolve().name
-    target = folder.resolve().with_name(f"{name}.html") if file is None else Path(file)
+    target = (
+        folder.resolve().with_name(f"{name}.html")
+        if file is None
+        else arguments.read_path("file", file)
+    )
     if target.exists() and not _is_page(target):
         raise OutputError(f"{target} is there and no page: name another file (--html)")
     content = render_page(read_manifest(folder), name)
@@ -335,9 +311,10 @@ def _is_page(file: Path) -> bool:
         return f.read(len(DOCTYPE)) == DOCTYPE.encode()
 
 
-def decompress(out: str | Path, dense: str | Path, progress: Progress = ignore_progress) -> None:
+def decompress(out: str | Path, dense: str | Path, progress: Progress | bool | None = None) -> None:
     """Write the plain checkpoint that an output's loader computes with."""
-    checkpoint = open_checkpoint(Path(out))
+    target, progress = arguments.read_path("dense", dense), choose_progress(progress)
+    checkpoint = open_checkpoint(arguments.read_path("out", out))
     # what --copy took from the source goes back
     files = read_manifest(checkpoint.folder).files
     copied = [name for name in checkpoint.left_files if name in files]
@@ -345,7 +322,7 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress = ignore_p
     # in two bytes a weight, as most sources have them
     num_bytes = sum(2 * record.shape[0] * record.shape[1] for record in written.layers.values())
     permissions = Permissions.of(written.checkpoint.folder, written.checkpoint.headers)
-    with torch_threads(1), OutputFolder(Path(dense), permissions) as output:
+    with torch_threads(1), OutputFolder(target, permissions) as output:
         write_dense(written, output, progress("decompressing", num_bytes))
 
 
@@ -357,11 +334,11 @@ def evaluate(  # noqa: PLR0913
     *,
     sequence_length: int = SEQUENCE_LENGTH,
     max_tokens: int = MAX_TOKENS,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     threads: int | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     trust_remote_code: bool = False,
-    progress: Progress = ignore_progress,
+    progress: Progress | bool | None = None,
 ) -> Check:
     """How well a model predicts a text; and with `against`, how far its predictions are from that
     model's.
@@ -375,9 +352,15 @@ def evaluate(  # noqa: PLR0913
     Raises:
         BitpressError: the text, or a model, cannot be used.
     """
-    config = EvaluationConfig(str(text), sequence_length, max_tokens)
-    options = RunOptions(device, threads, max_memory, trust_remote_code=trust_remote_code)
-    return evaluate_model(model, against, config, options, progress)
+    config = EvaluationConfig(
+        arguments.read_model("text", text),
+        arguments.read_count("sequence_length", sequence_length, SEQUENCE_LENGTH),
+        arguments.read_count("max_tokens", max_tokens, MAX_TOKENS),
+    )
+    options = arguments.read_run_options(device, threads, max_memory, trust_remote_code)
+    name = arguments.read_model("model", model)
+    other = None if against is None else arguments.read_model("against", against)
+    return evaluate_model(name, other, config, options, choose_progress(progress))
 
 
 def evaluate_model(
@@ -401,14 +384,15 @@ def evaluate_model(
             options.trust_remote_code,
         )
         for text in tokens.warnings:
-            warnings.warn(text, stacklevel=2)
+            warn(text, stacklevel=2)
         hidden_states_folder = evaluation.choose_folder(
             models, tokens.input_ids, options.max_memory, Path(tempfile.gettempdir())
         )
-        return evaluation.evaluate(
+        check = evaluation.evaluate(
             models,
             tokens,
             DecoderOptions(device, trust_remote_code=options.trust_remote_code),
             hidden_states_folder,
             progress("evaluating", evaluation.count_bytes(models)),
         )
+        return attrs.evolve(check, warnings=tokens.warnings)

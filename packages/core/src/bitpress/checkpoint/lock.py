@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import socket
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from bitpress.checkpoint.filenames import LOCK
 from bitpress.errors import OutputError
+from bitpress.runtime.logger import warn
 
 # How a file system without locks refuses flock: Lustre mounted without them gives ENOSYS, some FUSE
 # file systems ENOTSUP, and NFS whose lock daemon does not run ENOLCK.
@@ -61,7 +61,7 @@ def _acquire(lock: FileLock, folder: Path) -> None:
         except OSError as e:
             if e.errno not in NO_LOCKS:
                 raise
-            warnings.warn(
+            warn(
                 f"{folder}: this file system has no locks ({e.strerror}); let only one run write "
                 "there",
                 stacklevel=4,

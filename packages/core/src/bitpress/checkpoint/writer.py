@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import stat
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -26,6 +25,7 @@ from bitpress.checkpoint.lock import lock_folder
 from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.safetensors import Entry, Header, read_header
 from bitpress.errors import CheckpointError, OutputError
+from bitpress.runtime.logger import warn
 
 
 def copy_entry(source: Entry, target: Entry, reader: Reader, writer: ShardWriter) -> None:
@@ -271,7 +271,7 @@ class OutputFolder:
         except CheckpointError as e:
             damage = str(e)
         if damage is not None:
-            warnings.warn(f"{damage}; the file is written again", stacklevel=2)
+            warn(f"{damage}; the file is written again", stacklevel=2)
             self.remove([name])
             return False
         self.header_digests[name] = hash_bytes(found.raw)

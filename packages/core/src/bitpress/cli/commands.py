@@ -169,12 +169,10 @@ def compress(
         if process_group.is_rank_zero:
             print_notes(device_line)
             print_remarks(job.plan, job.warnings, tensor_parallel.remarks(job.plan))
-            if calibration.source is not None and job.calibration is None:
-                warn(["no step of this recipe needs data: --calibration is not used"])
         with progress_bars(is_silent=not process_group.is_rank_zero) as progress:
             manifest = run(job, out, run_options, progress, process_group)
     if process_group.is_rank_zero:
-        show(CompressSummary(manifest, job.plan, out, run_options.verify))
+        show(CompressSummary(manifest, job, out, run_options.verify))
 
 
 @app.command()

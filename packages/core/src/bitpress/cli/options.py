@@ -20,7 +20,8 @@ from bitpress.cli.completion import (
     complete_scheme,
     complete_setting,
 )
-from bitpress.cli.text import parse_size, store_is_quiet, store_wants_json, warn
+from bitpress.cli.text import store_is_quiet, store_wants_json, warn
+from bitpress.planning.arguments import read_size
 from bitpress.schemes.hardware import Hardware, find_device
 
 # Where the value of an option's old name is kept in click's context.
@@ -96,7 +97,7 @@ def collect(**values: type) -> Decorator:
 def _parse_max_memory(
     context: click.Context, parameter: click.Parameter, text: str | None
 ) -> int | None:
-    return parse_size(text)
+    return read_size("--max-memory", text)
 
 
 def _negate(context: click.Context, parameter: click.Parameter, is_set: bool) -> bool:
@@ -240,7 +241,7 @@ recipe = combine(
 device_memory = click.option(
     "--memory",
     metavar="SIZE",
-    callback=lambda context, parameter, text: parse_size(text, "--memory"),
+    callback=lambda context, parameter, text: read_size("--memory", text),
     help="Memory of that device, for example 24GB; without it everything is taken to fit.",
 )
 

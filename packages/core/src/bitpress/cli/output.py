@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import frozen
 
-from bitpress.cli.scheme_output import unfavorable_findings
 from bitpress.cli.text import print_table, say, say_what_is_left, warn
 from bitpress.runtime.memory import format_bytes
 
 if TYPE_CHECKING:
+    from bitpress.compression.job import Job
     from bitpress.output.manifest import Check, Manifest
     from bitpress.output.verify import VerificationReport
-    from bitpress.planning.plan import Plan
 
 # How many of the largest errors are shown.
 NUM_WORST = 5
@@ -31,27 +30,29 @@ class CompressSummary:
     """
 
     manifest: Manifest
-    plan: Plan
+    job: Job
     out: Path
     is_verified: bool
 
     def as_json(self) -> dict[str, Any]:
         """Sizes, whether it is verified, and the manifest."""
         return {
-            "before": self.plan.source_bytes,
-            "after": self.plan.output_bytes,
+            "before": self.job.plan.source_bytes,
+            "after": self.job.plan.output_bytes,
             "verified": self.is_verified,
             **self.manifest.as_json(),
         }
 
     def print_text(self) -> None:
         """How much smaller, how near to the source, and how to serve it."""
-        manifest, before, after = self.manifest, self.plan.source_bytes, self.plan.output_bytes
+        manifest, plan = self.manifest, self.job.plan
+        before, after = plan.source_bytes, plan.output_bytes
         say(
             f"{self.out}: {format_bytes(before)} -> {format_bytes(after)} ("
             f"{before / after:.2f}x smaller), {manifest.bits:.2f} bits per weight"
         )
-        warn(manifest.warnings)
+        # those before are on the screen since the run began
+        warn(text for text in manifest.warnings if text not in self.job.warnings)
         self._print_calibration()
         if self.is_verified:
             say(
@@ -66,9 +67,9 @@ class CompressSummary:
         if manifest.check:
             say("checked, run as it will be served: ", end="")
             _print_check(manifest.check)
-        for text in unfavorable_findings(self.plan):
+        for text in self.job.plan.device_remarks:
             say(text)
-        say_what_is_left(self.plan.source.left_files)
+        say_what_is_left(self.job.plan.source.left_files)
         say(f"serve it: vllm serve {self.out}")
 
     def _print_calibration(self) -> None:

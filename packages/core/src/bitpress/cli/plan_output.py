@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import frozen
 
-from bitpress.cli.scheme_output import USABLE, serves, unfavorable_findings
+from bitpress.cli.scheme_output import serves
 from bitpress.cli.text import print_notes, print_table, say, say_what_is_left, warn
 from bitpress.runtime.memory import format_bytes
 from bitpress.schemes.hardware import DEVICES
 from bitpress.schemes.registry import Step
+from bitpress.schemes.values import USABLE
 
 if TYPE_CHECKING:
     from bitpress.planning.layout import Stack
@@ -110,7 +111,7 @@ def print_remarks(plan: Plan, warnings: Iterable[str], remarks: Iterable[Remark]
     """What was taken for names of schemes, warnings and unfavorable findings, on standard error."""
     print_notes(plan.recipe.aliases)
     warn(warnings)
-    warn(unfavorable_findings(plan))
+    warn(plan.device_remarks)
     for remark in remarks:
         if remark.finding.level not in USABLE:
             count = f" ({remark.count} layers)" if remark.count > 1 else ""

@@ -11,16 +11,13 @@ from attrs import frozen
 
 from bitpress.cli.text import print_table, say
 from bitpress.errors import BitpressError, printable_line
-from bitpress.schemes.hardware import DEVICES, Hardware
+from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.options import describe_type
 from bitpress.schemes.registry import Registry, Step
-from bitpress.schemes.values import Finding
+from bitpress.schemes.values import USABLE, Finding
 
 if TYPE_CHECKING:
-    from bitpress.planning.plan import Plan
-
-# Levels of findings that need no warning.
-USABLE = ("recommended", "supported")
+    pass
 
 
 @frozen
@@ -120,16 +117,6 @@ class SchemeSummary:
             ("level", "what to expect", "devices"),
             [(*finding, ", ".join(names)) for finding, names in devices.items()],
         )
-
-
-def unfavorable_findings(plan: Plan) -> Sequence[str]:
-    """What the device makes of the schemes, where it is not good news."""
-    device = plan.device.name if plan.device in DEVICES else "this machine's device"
-    return [
-        f"{name} is {finding.level} on {device}: {finding.text}"
-        for name, finding in plan.findings
-        if finding.level not in USABLE
-    ]
 
 
 def serves(step: Step, devices: Sequence[Hardware]) -> str:

@@ -7,7 +7,6 @@ import gc
 import io
 import json
 import logging
-import re
 import sys
 import textwrap
 import warnings
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 import click
 
 from bitpress.cli.progress_lines import ProgressLines, shorten_name
-from bitpress.errors import RecipeError, printable, printable_line
+from bitpress.errors import printable, printable_line
 from bitpress.runtime.progress import Progress, ReportProgress, ignore_progress
 
 # Where the wish for JSON is kept in click's context.
@@ -203,20 +202,6 @@ def say_what_is_left(names: Sequence[str]) -> None:
         num_hidden = len(names) - MAX_NAMES
         more = f" and {num_hidden} more" if num_hidden > 0 else ""
         say(f"not copied: {', '.join(names[:MAX_NAMES])}{more} (--copy PATTERN)")
-
-
-def parse_size(text: str | None, option: str = "--max-memory") -> int | None:
-    """Bytes of an option's value."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", text.lower())
-    try:
-        number = float(match[1]) if match else -1.0
-    except ValueError:
-        number = -1.0
-    if not match or number < 0:
-        raise RecipeError(f"{option} {text}: a size such as 4GB or 500MB is expected")
-    return int(number * 1000 ** " kmgt".index(match[2] or " "))
 
 
 @contextlib.contextmanager

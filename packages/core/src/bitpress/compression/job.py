@@ -34,6 +34,7 @@ class Job:
         model: its name as the user gave it.
         check_text: on which the result is compared with its source; None where it is not.
         command: a command line that asks for the same.
+        remarks: on what was asked for and is not used.
     """
 
     plan: Plan
@@ -41,6 +42,7 @@ class Job:
     model: str
     check_text: EvaluationText | None = None
     command: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def calibration_shape(self) -> tuple[int, int] | None:
@@ -59,7 +61,8 @@ class Job:
     def warnings(self) -> tuple[str, ...]:
         """What the user should know before starting."""
         texts = [text for text in (self.calibration, self.check_text) if text]
-        return self.plan.warnings + tuple(line for text in texts for line in text.warnings)
+        text_warnings = tuple(line for text in texts for line in text.warnings)
+        return self.plan.warnings + text_warnings + self.remarks
 
 
 def prepare_job(
@@ -86,7 +89,10 @@ def prepare_job(
     config = (calibration or CalibrationConfig()) if recipe.calibrated else None
     command = _command(str(model), recipe_source, config, options)
     if config is None:
-        return Job(plan, None, str(model), check_text, command)
+        remarks: tuple[str, ...] = ()
+        if calibration is not None and calibration.source is not None:
+            remarks = ("no step of this recipe needs data: --calibration is not used",)
+        return Job(plan, None, str(model), check_text, command, remarks)
 
     sequences = load_calibration_data(
         config, source.folder, source.config, options.trust_remote_code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from bitpress.planning.plan import Plan
 from bitpress.planning.run_options import RunOptions
 from bitpress.runtime import memory
 from bitpress.runtime.devices import count_cores, find_all_devices, resolve_name, torch_threads
+from bitpress.runtime.logger import log_warnings, logger, warn
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from bitpress.runtime.progress import Progress, ignore_progress
 
@@ -58,6 +58,8 @@ def run(
 
     if (finished := _read_finished(job, Path(out), options, resources)) is not None:
         return finished
+    if process_group.is_rank_zero:
+        log_warnings(job.warnings)
     permissions = Permissions.of(plan.source.folder, plan.source.headers)
     with OutputFolder(Path(out), permissions) as output:
         check = _prepare_output(job, output, resources)
@@ -100,7 +102,7 @@ def _read_finished(
     if resources.process_group.is_rank_zero:
         finished = read_finished(job, out, options, resources.num_threads)
         if finished is not None:
-            warnings.warn(f"{out} is finished already: the same run wrote it", stacklevel=3)
+            warn(f"{out} is finished already: the same run wrote it", stacklevel=3)
     return resources.process_group.broadcast_object(finished)
 
 
@@ -154,7 +156,7 @@ def _check_options(job: Job, options: RunOptions, resources: Resources) -> None:
         )
     attainable_bytes = memory.attainable_bytes(resources.process_group.local_world_size)
     if attainable_bytes < min_memory:
-        warnings.warn(
+        warn(
             f"the run needs about {min_memory / 1e6:,.0f} MB of memory, and this machine or its "
             f"container gives it {attainable_bytes / 1e6:,.0f} MB: the system may end it",
             stacklevel=3,
@@ -295,10 +297,12 @@ def _publish(job: Job, manifest: Manifest, output: OutputFolder) -> Manifest:
     """Write what describes the model; config.json last, since without it no loader takes the folder
     for a model.
     """
+    log_warnings(manifest.warnings[len(job.warnings) :])
     manifest = write_model_card(job, manifest, output)
     output.write_text(filenames.MANIFEST, manifests.serialize(manifest))
     output.write_text(filenames.CONFIG, format_json(job.plan.config))
     output.remove(_block_result_files(job.plan))
+    logger.info("%s: written", output.folder)
     return manifest
 
 

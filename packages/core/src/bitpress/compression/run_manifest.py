@@ -45,7 +45,7 @@ def build_manifest(
         files=_describe_files(job, output, resources),
         layers=_describe_layers(job, block_results),
         data=describe_calibration(job),
-        warnings=tuple(text for result in block_results for text in result.warnings),
+        warnings=job.warnings + tuple(t for result in block_results for t in result.warnings),
         rescaled={
             name: change for result in block_results for name, change in result.rescaled.items()
         },

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from bitpress.errors import DataError, did_you_mean, first_line
 from bitpress.modeling import row_shapes
@@ -105,7 +105,9 @@ def read(
             texts = _join(file.name, file_rows(file), max_characters, render)
     except OSError as e:
         raise DataError(f"{source}: {e.strerror or first_line(e)}") from None
-    return _require_text(source, texts)
+    # what a run warns of is recorded, and where files lie is nobody's business
+    warnings = tuple(text.replace(str(file), file.resolve().name) for text in texts.warnings)
+    return _require_text(source, evolve(texts, warnings=warnings))
 
 
 def _number_rows(rows: tuple[str | Mapping[str, Any], ...]) -> Iterator[Row]:

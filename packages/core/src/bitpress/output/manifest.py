@@ -87,6 +87,7 @@ class Check:
         kl: mean KL divergence from the source's predictions, in nats per token.
         top1: share of tokens whose most likely successor is the source's too.
         drift: after each block, ||h - h'|| / ||h'|| of the hidden states h' of the source.
+        warnings: what the user should know of the text, such as which chats were left out.
     """
 
     text: str
@@ -99,6 +100,7 @@ class Check:
     kl: float | None = None
     top1: float | None = None
     drift: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def _check_calibration_data(
@@ -137,7 +139,7 @@ class Manifest:
         inputs: the source's weight files.
         files: every file of the output but `bitpress.json` itself.
         data: what the run was calibrated on, and its digest; None where it needed no data.
-        warnings: of the run, one line each.
+        warnings: of the run, one line each, but for those that concern the machine it ran on.
         rescaled: by tensor of the source, the exponents of two by which its "columns" and "rows"
             were multiplied first.
         blocks: by decoder block, ||h - h'|| / ||h'|| of the hidden states after it, h' the

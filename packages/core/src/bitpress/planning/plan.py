@@ -20,8 +20,8 @@ from bitpress.planning import linear_layers
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.quantization_config import quantization_config
 from bitpress.planning.recipe import Recipe
-from bitpress.schemes.hardware import Hardware
-from bitpress.schemes.values import Finding
+from bitpress.schemes.hardware import DEVICES, Hardware
+from bitpress.schemes.values import USABLE, Finding
 
 
 @attrs.frozen(eq=False, slots=False)
@@ -48,6 +48,16 @@ class Plan:
     warnings: tuple[str, ...]
     device: Hardware
     findings: tuple[tuple[str, Finding], ...]
+
+    @property
+    def device_remarks(self) -> tuple[str, ...]:
+        """What the device makes of the schemes, where it is not good news."""
+        device = self.device.name if self.device in DEVICES else "this machine's device"
+        return tuple(
+            f"{name} is {finding.level} on {device}: {finding.text}"
+            for name, finding in self.findings
+            if finding.level not in USABLE
+        )
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:

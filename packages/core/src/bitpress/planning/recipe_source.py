@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from attrs import frozen
 
@@ -18,10 +20,11 @@ class RecipeSource:
 
     Attributes:
         scheme: a scheme's name, or several joined by `+`.
-        file: a TOML file; give this or `scheme`.
+        file: a TOML file; give one of this, `scheme` and `table`.
         settings: `[SCHEME.]OPTION=VALUE` texts, which override the recipe's options.
         ignore: patterns of layers to leave alone.
         copy: patterns of files of the model's folder to copy, beside those that loaders read.
+        table: what a file would hold.
     """
 
     scheme: str | None = None
@@ -29,17 +32,20 @@ class RecipeSource:
     settings: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     copy: tuple[str, ...] = ()
+    table: Mapping[str, Any] | None = None
 
     def require_one(self) -> None:
-        """Raise RecipeError unless there is either a scheme or a file."""
-        if (self.scheme is None) == (self.file is None):
-            raise RecipeError("give either a scheme or a recipe file")
+        """Raise RecipeError unless there is either a scheme or a recipe."""
+        if [self.scheme, self.file, self.table].count(None) != 2:
+            raise RecipeError("give either a scheme or a recipe")
 
     def resolve(self, registry: Registry) -> Recipe:
         """The recipe; raises RecipeError where there is none."""
         self.require_one()
         if self.scheme is not None:
             return recipe.from_scheme(self.scheme, registry, self.settings, self.ignore)
+        if self.table is not None:
+            return recipe.from_json(self.table, registry, "recipe", self.settings, self.ignore)
         assert self.file is not None
         return recipe.from_file(self.file, registry, self.settings, self.ignore)
 
@@ -48,7 +54,8 @@ class RecipeSource:
         """Options of a command line that ask for it."""
         return {
             "--scheme": self.scheme,
-            "--recipe": self.file,
+            # whoever repeats the run writes the table into one
+            "--recipe": self.file if self.table is None else "FILE",
             "--set": self.settings,
             "--ignore": self.ignore,
             "--copy": self.copy,

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from typing import Protocol
+
+from bitpress.errors import BitpressError
+from bitpress.runtime.logger import logger
+
+# The block that a layer lies in: `model.layers.3` of `model.layers.3.mlp.up_proj: error 0.0120`.
+BLOCK = re.compile(r"[\w.]*?\.\d+(?=\.|$|:)")
 
 
 class ReportProgress(Protocol):
@@ -24,3 +32,73 @@ def ignore_bytes(num_bytes: int, text: str = "") -> None:
 def ignore_progress(stage: str, num_bytes: int) -> ReportProgress:
     """Progress that nobody looks at."""
     return ignore_bytes
+
+
+def choose_progress(progress: Progress | bool | None) -> Progress:
+    """Progress as a caller of the Python API asks for it, which the logger `bitpress` is told too.
+
+    Args:
+        progress: True shows bars, in a notebook as in a terminal; None and False show nothing.
+
+    Raises:
+        BitpressError: it is neither of these nor a function.
+    """
+    if progress is None or progress is False:
+        return LoggedProgress(ignore_progress)
+    if progress is True:
+        return LoggedProgress(show_progress)
+    if not callable(progress):
+        raise BitpressError(
+            "progress: True, False or a function of a stage's name and bytes is expected, not "
+            f"{type(progress).__name__}"
+        )
+    return LoggedProgress(progress)
+
+
+def show_progress(stage: str, num_bytes: int) -> ReportProgress:
+    """A bar of `tqdm` for a stage: a widget in a notebook, a line on standard error elsewhere."""
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=num_bytes, desc=stage, unit="B", unit_scale=True)
+    # Several threads report.
+    lock = threading.Lock()
+    num_left = num_bytes
+
+    def report(num_bytes: int, text: str = "") -> None:
+        nonlocal num_left
+        with lock:
+            # More may be reported than the stage was thought to have.
+            bar.update(min(num_bytes, num_left))
+            num_left -= min(num_bytes, num_left)
+            bar.set_postfix_str(text.partition(":")[0], refresh=False)
+            if not num_left:
+                bar.close()
+
+    return report
+
+
+class LoggedProgress:
+    """Progress of which the logger `bitpress` gets a line for each stage and each block (INFO)."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __call__(self, stage: str, num_bytes: int) -> ReportProgress:
+        """Begin a stage."""
+        logger.info("%s: %.1f MB", stage, num_bytes / 1e6)
+        report_progress = self._progress(stage, num_bytes)
+        # Blocks are done one after another; threads that report twice of one only log it twice.
+        last_block = ""
+        num_done = 0
+        total_bytes = max(num_bytes, 1)
+
+        def report(num_bytes: int, text: str = "") -> None:
+            nonlocal last_block, num_done
+            num_done += num_bytes
+            match = BLOCK.match(text)
+            if match and match[0] != last_block:
+                last_block = match[0]
+                logger.info("%s: %s, %.0f%%", stage, last_block, 100 * num_done / total_bytes)
+            report_progress(num_bytes, text)
+
+        return report

@@ -99,6 +99,10 @@ class StoredLayer:
     config: Mapping[str, Any] | None = None
 
 
+# Levels of findings that need no warning.
+USABLE = ("recommended", "supported")
+
+
 @frozen
 class Finding:
     """One remark of a scheme about a device, or about a layer on it.

@@ -33,6 +33,11 @@ class SearchResult:
     divergences: Divergences
     tokens: int
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of the texts."""
+        return self.search.calibration.warnings
+
     def bits(self, choice: Choice | None = None) -> float:
         """Stored bits per weight of this or another choice, scales included."""
         choice, units = choice or self.choice, self.search.units

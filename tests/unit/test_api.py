@@ -1,0 +1,177 @@
+"""The Python API as people call it: with wrong types, in a notebook, with a log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures.learner_scheme import install_learner, runnable_model
+
+import bitpress
+from bitpress.conformance.commands import plugins
+from bitpress.conformance.models import files_of, write_model
+
+RECIPE = {"layers": [{"match": "*", "steps": ["toy"]}]}
+
+
+@pytest.fixture
+def model(tmp_path: Path, with_toy: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+def test_types_that_mean_the_same_write_the_same(model: Path, tmp_path: Path) -> None:
+    settings, head = {"levels": 100}, "*.o_proj"
+    bitpress.compress(
+        model, tmp_path / "plain", scheme="toy", settings=["levels=100"], ignore=[head]
+    )
+    manifest = bitpress.compress(
+        str(model),
+        str(tmp_path / "other"),
+        recipe=RECIPE,
+        settings=settings,
+        ignore=head,
+        copy=None,
+        device=torch.device("cpu"),
+        threads="2",  # type: ignore[arg-type]
+        max_memory="20GB",
+        samples=None,  # type: ignore[arg-type]
+        progress=None,
+    )
+    assert manifest.recipe["layers"][0]["steps"] == [{"use": "toy", "levels": 100, "multiple": 1}]
+    written = files_of(tmp_path / "plain")
+    # the card gives the command
+    assert files_of(tmp_path / "other") | {"README.md": b"", "bitpress.json": b""} == written | {
+        "README.md": b"",
+        "bitpress.json": b"",
+    }
+    # a manifest's recipe is one
+    again = bitpress.plan(model, recipe=manifest.recipe)
+    assert again.recipe.as_json() == manifest.recipe
+
+
+CALLS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (bitpress.plan, {"scheme": pytest}, "scheme: the name of a scheme is expected, not module"),
+    (bitpress.plan, {"model": 3, "scheme": "toy"}, "model: a folder or a Hub name"),
+    (bitpress.plan, {"scheme": "toy", "recipe": RECIPE}, "either a scheme or a recipe"),
+    (bitpress.plan, {"scheme": "toy", "serve_on": 90}, "serve_on: a device that serves"),
+    (bitpress.plan, {"recipe": {"layers": "toy"}}, "recipe: it needs at least one [[layers]]"),
+    (bitpress.compress, {"scheme": "toy", "samples": "few"}, "samples: a whole number"),
+    (bitpress.compress, {"scheme": "toy", "out": None}, "out: a path is expected, not None"),
+    (bitpress.compress, {"scheme": "toy", "max_memory": "much"}, "max_memory much: a size"),
+    (bitpress.compress, {"scheme": "toy", "verify": "no"}, "verify: True or False"),
+    (bitpress.compress, {"scheme": "toy", "progress": "yes"}, "progress: True, False or a"),
+    (bitpress.compress, {"scheme": "toy", "device": "gpu"}, "device gpu: it is auto, cpu"),
+    (bitpress.compress, {"scheme": "toy", "check": ["text"]}, "check: a path"),
+    (bitpress.search, {"schemes": "toy", "budget": 8}, "name two or more to choose from"),
+    (bitpress.search, {"schemes": ["toy", "none"], "budget": "low"}, "budget: a number"),
+    (bitpress.verify, {"out": 1}, "out: a path is expected, not 1"),
+    (bitpress.verify, {"threads": 0}, "threads: 0 is not 1 or more"),
+    (bitpress.inspect, {"out": None}, "out: a path is expected, not None"),
+    (bitpress.report, {"out": RECIPE}, "out: a path is expected, not dict"),
+    (bitpress.decompress, {"dense": 5}, "dense: a path is expected, not 5"),
+    (bitpress.eval, {"text": None}, "text: a"),
+]
+
+
+@pytest.mark.parametrize(("call", "arguments", "message"), CALLS)
+def test_a_wrong_type_is_an_error_of_bitpress_in_one_line(
+    model: Path, tmp_path: Path, call: Callable[..., Any], arguments: dict[str, Any], message: str
+) -> None:
+    defaults = {"model": model, "out": tmp_path / "out", "text": "t.txt", "dense": tmp_path / "d"}
+    names = call.__code__.co_varnames[: call.__code__.co_argcount]
+    values = {name: value for name, value in defaults.items() if name in names} | arguments
+    with pytest.raises(bitpress.BitpressError) as error:
+        call(**values)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def learned(tmp_path: Path) -> Path:
+    return runnable_model(tmp_path / "learned")
+
+
+def test_warnings_are_returned_recorded_and_logged(
+    tmp_path: Path, learned: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    install_learner(tmp_path / "plugins")
+    chats = [{"messages": [{"role": "user", "content": "hello"}]}]
+    with plugins(tmp_path / "plugins"), caplog.at_level(logging.INFO, "bitpress"):
+        manifest = bitpress.compress(
+            learned,
+            tmp_path / "out",
+            scheme="learner",
+            calibration=["word and word " * 200],
+            samples=10_000,
+            sequence_length=16,
+        )
+        assert bitpress.verify(tmp_path / "out").faults == ()
+        with pytest.raises(bitpress.DataError, match="text 1 of the list: a chat, and"):
+            bitpress.compress(learned, tmp_path / "no", scheme="learner", calibration=chats)
+    assert any("of 10000 sequences of 16 tokens" in text for text in manifest.warnings)
+    recorded = json.loads((tmp_path / "out/bitpress.json").read_text())["warnings"]
+    assert recorded == list(manifest.warnings)
+    messages = [record.getMessage() for record in caplog.records]
+    assert set(manifest.warnings) <= set(messages)
+    assert any(message.startswith("compressing: model.layers.1") for message in messages)
+
+
+def test_data_that_no_step_needs_is_remarked_on(model: Path, tmp_path: Path) -> None:
+    manifest = bitpress.compress(model, tmp_path / "out", scheme="toy", calibration=["text"])
+    assert manifest.warnings == ("no step of this recipe needs data: --calibration is not used",)
+
+
+def test_the_log_is_quiet_until_somebody_listens(model: Path, tmp_path: Path, toy: Path) -> None:
+    code = (
+        "import sys, logging, bitpress\n"
+        "if sys.argv[3:]: logging.basicConfig(level='INFO', format='%(name)s %(message)s')\n"
+        "bitpress.compress(sys.argv[1], sys.argv[2], scheme='toy', calibration=['a'])\n"
+    )
+
+    def run(out: str, *arguments: str) -> str:
+        words = [sys.executable, "-c", code, str(model), str(tmp_path / out), *arguments]
+        environment = {"PYTHONPATH": ":".join([str(toy), *sys.path]), "TQDM_DISABLE": ""}
+        return subprocess.run(
+            words, env=environment, check=True, capture_output=True, text=True
+        ).stderr
+
+    assert run("quiet") == ""
+    heard = run("heard", "listen")
+    assert "bitpress no step of this recipe needs data" in heard
+    assert "bitpress verifying: 0.4 MB" in heard
+
+
+def test_progress_true_shows_bars_and_a_function_gets_every_byte(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    bitpress.compress(model, tmp_path / "bars", scheme="toy", progress=True)
+    shown = capfd.readouterr().err
+    assert "compressing: 100%" in shown
+    assert "verifying: 100%" in shown
+
+    reports: list[tuple[str, int]] = []
+
+    def progress(stage: str, num_bytes: int) -> Callable[..., None]:
+        return lambda num_bytes, text="": reports.append((stage, num_bytes))
+
+    bitpress.compress(model, tmp_path / "function", scheme="toy", progress=progress)
+    assert {stage for stage, _ in reports} == {"compressing", "verifying"}
+
+
+def test_the_report_is_the_command_s(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bitpress.compress(model, tmp_path / "out", scheme="toy")
+    page = bitpress.report(str(tmp_path / "out"))
+    assert page == tmp_path / "out.html"
+    assert page.read_text().startswith("<!doctype html>")
+    other = bitpress.report(tmp_path / "out", tmp_path / "other.html")
+    assert other.read_bytes() == page.read_bytes()
