@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import disable_quantization
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +21,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from bitpress import compress
+from bitpress import compress, numerics
 from bitpress.checkpoint.reader import open_checkpoint
 from bitpress.conformance.models import LLAMA, tensors_of, write_model
 from bitpress.planning.planner import make_plan
@@ -52,6 +53,20 @@ CASES = {
     ),
     "half, then 4 bits": ("sparse+w4a16", ["w4a16.algorithm=rtn"]),
 }
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("num_columns", [1, 31, 32, 96, 130])
+def test_codes_of_every_width_are_packed_as_compressed_tensors_packs_them(
+    bits: int, num_columns: int
+) -> None:
+    low, high = numerics.integer_range(bits)
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(low, high + 1, (6, num_columns), generator=generator, dtype=torch.int8)
+    words = numerics.pack_words(codes, bits)
+    assert torch.equal(words, pack_to_int32(codes, bits))
+    assert torch.equal(unpack_from_int32(words, bits, codes.shape), codes)
+    assert torch.equal(numerics.unpack_words(words, bits, num_columns), codes)
 
 
 def with_restored_weights(source: Path, out: Path, recipe: Recipe) -> torch.nn.Module:

@@ -198,33 +198,6 @@ def test_small_float16_scales_are_subnormal_numbers_rather_than_too_large() -> N
     assert error < 0.2
 
 
-@settings(derandomize=True, deadline=None, max_examples=30)
-@given(st.sampled_from([2, 4, 8]), st.integers(1, 9), st.integers(1, 70), st.integers(0, 1000))
-def test_packed_words_are_little_endian_streams_of_codes(
-    bits: int, rows: int, count: int, seed: int
-) -> None:
-    low, high = numerics.integer_range(bits)
-    codes = torch.randint(
-        low,
-        high + 1,
-        (rows, count),
-        generator=torch.Generator().manual_seed(seed),
-        dtype=torch.int8,
-    )
-    words = numerics.pack_words(codes, bits)
-    assert words.dtype == torch.int32
-    assert words.shape == (rows, -(-count * bits // 32))
-    for row, line in zip(codes.tolist(), words.tolist(), strict=True):
-        stream = sum((code - low) << i * bits for i, code in enumerate(row))
-        assert [word & 0xFFFFFFFF for word in line] == [
-            stream >> 32 * i & 0xFFFFFFFF for i in range(len(line))
-        ]
-    assert torch.equal(numerics.unpack_words(words, bits, count), codes)
-    # strides do not matter
-    transposed = numerics.pack_words(codes.T, bits)
-    assert torch.equal(numerics.unpack_words(transposed.T.contiguous().T, bits, rows), codes.T)
-
-
 def test_an_integer_in_a_group_of_its_own_sign_keeps_zero_on_the_grid() -> None:
     weight = torch.linspace(0.2, 0.5, 32).view(1, 32)
     grid = numerics.fit_asymmetric(weight, None, 4, 32, (1.0,))

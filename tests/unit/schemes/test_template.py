@@ -49,7 +49,7 @@ def installed(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_it_is_a_package_of_at_most_60_lines(written: Path) -> None:
+def test_it_is_a_package_of_at_most_70_lines(written: Path) -> None:
     files = {
         file.relative_to(written).as_posix(): file.read_text()
         for file in written.rglob("*")
@@ -61,7 +61,7 @@ def test_it_is_a_package_of_at_most_60_lines(written: Path) -> None:
         "pyproject.toml",
         "tests/test_bitpress_my_ternary.py",
     }
-    assert sum(len(text.splitlines()) for text in files.values()) <= 60
+    assert sum(len(text.splitlines()) for text in files.values()) <= 70
     assert f'"bitpress-core>={VERSION},<1"' in files["pyproject.toml"]
 
 

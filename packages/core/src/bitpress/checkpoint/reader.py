@@ -23,6 +23,7 @@ from bitpress.checkpoint.safetensors import MAX_HEADER_BYTES, Entry, Header, enc
 from bitpress.checkpoint.side_files import check_side_file, choose_side_files, is_weight_file
 from bitpress.checkpoint.views import View
 from bitpress.errors import CheckpointError
+from bitpress.runtime import operating_system
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -225,6 +226,7 @@ class Reader:
     """
 
     def __init__(self, pinned: bool = False) -> None:
+        operating_system.require_posix()
         self._pinned = pinned
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -297,7 +299,7 @@ class Reader:
         while num_read < len(view):
             position = entry.start + offset + num_read
             try:
-                count = os.preadv(self._open(entry.file), [view[num_read:]], position)
+                count = operating_system.read_at(self._open(entry.file), view[num_read:], position)
             except OSError as e:
                 raise CheckpointError(
                     f"{entry.file}: {e.strerror or e} (while reading {entry.name})"

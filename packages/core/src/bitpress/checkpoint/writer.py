@@ -25,6 +25,7 @@ from bitpress.checkpoint.lock import lock_folder
 from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.safetensors import Entry, Header, read_header
 from bitpress.errors import CheckpointError, OutputError
+from bitpress.runtime import operating_system
 from bitpress.runtime.logger import warn
 
 
@@ -134,6 +135,7 @@ class OutputFolder:
     """
 
     def __init__(self, folder: Path, permissions: Permissions | None = None) -> None:
+        operating_system.require_posix()
         self.folder = folder
         self._permissions = permissions or Permissions()
         self.header_digests: dict[str, str] = {}
@@ -321,7 +323,7 @@ class OutputFolder:
             try:
                 try:
                     yield descriptor
-                    os.fsync(descriptor)
+                    operating_system.flush_to_disk(descriptor)
                 finally:
                     os.close(descriptor)
                 part.rename(final)

@@ -133,6 +133,9 @@ def _end_process(number: int, frame: FrameType | None) -> None:
 
 def _is_unread(stream: IO[str]) -> bool:
     """Whether a stream is a pipe whose reader is gone."""
+    # Windows does not say.
+    if not hasattr(select, "poll"):
+        return False
     poll = select.poll()
     try:
         poll.register(stream.fileno(), select.POLLOUT)

@@ -22,6 +22,7 @@ from bitpress.planning.plan import Plan
 from bitpress.planning.planner import make_plan, with_calibration
 from bitpress.planning.recipe_source import RecipeSource
 from bitpress.planning.run_options import RunOptions
+from bitpress.runtime.operating_system import require_posix
 from bitpress.schemes.registry import discover
 
 
@@ -78,6 +79,8 @@ def prepare_job(
     """
     options = options or RunOptions()
     recipe_source.require_one()
+    # before a model is downloaded
+    require_posix()
     source = open_checkpoint(resolve(model), copy=recipe_source.copy)
     recipe = recipe_source.resolve(discover())
 

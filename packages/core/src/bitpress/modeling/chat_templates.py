@@ -8,7 +8,6 @@ import contextlib
 import math
 import os
 import pickle
-import resource
 import select
 import signal
 import subprocess
@@ -285,6 +284,9 @@ def _limit_resources(num_bytes: int, max_seconds: int) -> None:
     """Limit this process for a chat of so many bytes. The limit of time ends it (SIGXCPU), also
     where nobody waits for it any more.
     """
+    # Windows has no such module, and is refused before a chat is read.
+    import resource
+
     usage = resource.getrusage(resource.RUSAGE_SELF)
     used_seconds = math.ceil(usage.ru_utime + usage.ru_stime)
     _, hard_limit = resource.getrlimit(resource.RLIMIT_CPU)

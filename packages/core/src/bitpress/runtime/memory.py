@@ -77,15 +77,20 @@ def release_freed_memory(max_working_bytes: int = 0) -> None:
 
 
 def resident_bytes() -> int:
-    """Bytes of memory that this process holds.
+    """Bytes of memory that this process holds; on macOS the most that it has held so far.
 
-    More than any limit where the system does not say (it is not Linux).
+    More than any limit where the system does not say.
     """
     file = Path("/proc/self/statm")
-    if not file.is_file():
+    if file.is_file():
+        num_pages = int(file.read_text().split()[1])
+        return num_pages * os.sysconf("SC_PAGE_SIZE")
+    try:
+        import resource
+    except ImportError:
         return sys.maxsize
-    num_pages = int(file.read_text().split()[1])
-    return num_pages * os.sysconf("SC_PAGE_SIZE")
+    # Systems without that file count bytes here, and not the kilobytes of Linux.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available_bytes() -> int:

@@ -24,7 +24,7 @@ from attrs import define, field
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from bitpress.errors import VerificationError, first_line, printable_line
+from bitpress.errors import BitpressError, VerificationError, first_line, printable_line
 from bitpress.runtime.process_group import RESUME_HINT, SINGLE_PROCESS, ProcessGroup, RankError
 
 # Seconds between two heartbeats.
@@ -64,6 +64,11 @@ def join_process_group(device: str) -> Iterator[ProcessGroup]:
     if not dist.is_torchelastic_launched():
         yield SINGLE_PROCESS
         return
+
+    if not hasattr(signal, "sigtimedwait"):
+        raise BitpressError(
+            "several processes need Linux: start the command without torchrun, with --threads"
+        )
 
     # before there are threads, which inherit it: the watchdog's waits for this signal
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
