@@ -31,7 +31,12 @@ from bitpress.output.open_model import open_runnable_model, open_written
 from bitpress.output.report.page import DOCTYPE, render_page
 from bitpress.planning import arguments
 from bitpress.planning.calibration_config import CalibrationConfig
-from bitpress.planning.evaluation_config import MAX_TOKENS, SEQUENCE_LENGTH, EvaluationConfig
+from bitpress.planning.evaluation_config import (
+    CHECK_TEXT,
+    MAX_TOKENS,
+    SEQUENCE_LENGTH,
+    EvaluationConfig,
+)
 from bitpress.planning.plan import Plan
 from bitpress.planning.planner import make_plan
 from bitpress.planning.recipe_source import RecipeSource
@@ -141,7 +146,7 @@ def compress(  # noqa: PLR0913
     max_memory: int | str | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
-    check: str | Path | None = None,
+    check: str | Path | bool | None = None,
     max_kl: float | None = None,
     serve_on: Hardware | str | None = None,
     progress: Progress | bool | None = None,
@@ -164,7 +169,8 @@ def compress(  # noqa: PLR0913
         max_memory: bytes, or a text such as "4GB"; a run that would need more is refused, one that
             could use more for speed does not.
         trust_remote_code: whether code in the model's folder may run.
-        check: a text on which the result, run as it will be served, is compared with its source.
+        check: a text on which the result, run as it will be served, is compared with its source;
+            True: the one that ships with bitpress.
         max_kl: the most that their KL divergence may be there, in nats per token.
         serve_on: the device that will serve the result, or its name; None: the one present.
         progress: True shows bars, in a notebook too; or a function that is called with the name
@@ -188,7 +194,7 @@ def compress(  # noqa: PLR0913
     options = attrs.evolve(
         arguments.read_run_options(device, threads, max_memory, trust_remote_code),
         verify=arguments.read_flag("verify", verify),
-        check=None if check is None else str(arguments.read_path("check", check)),
+        check=arguments.read_check(check),
         max_kl=None if max_kl is None else arguments.read_number("max_kl", max_kl),
         serve_on=arguments.read_hardware("serve_on", serve_on),
     )
@@ -329,7 +335,7 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress | bool | N
 # One keyword for each option of the command line.
 def evaluate(  # noqa: PLR0913
     model: str | Path,
-    text: str | Path,
+    text: str | Path = CHECK_TEXT,
     against: str | Path | None = None,
     *,
     sequence_length: int = SEQUENCE_LENGTH,
@@ -346,7 +352,7 @@ def evaluate(  # noqa: PLR0913
     Args:
         model: a plain model, or one that bitpress wrote: it is run as it will be served,
             activations quantized.
-        text: a .jsonl, .txt or .parquet file.
+        text: a .jsonl, .txt or .parquet file; without one, a text that ships with bitpress.
         against: as `model`; usually its source.
 
     Raises:

@@ -26,7 +26,7 @@ from bitpress.cli.text import (
 )
 from bitpress.errors import VerificationError
 from bitpress.planning.calibration_config import CalibrationConfig
-from bitpress.planning.evaluation_config import EvaluationConfig
+from bitpress.planning.evaluation_config import CHECK_TEXT, EvaluationConfig
 from bitpress.planning.recipe_source import RecipeSource
 from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
@@ -253,7 +253,8 @@ def verify(out: Path, against: str | None, ask_engine: bool, num_threads: int | 
 @click.option(
     "--text",
     metavar="FILE",
-    required=True,
+    default=CHECK_TEXT,
+    show_default="a text that ships",
     shell_complete=complete_file,
     help="Text to predict: a .txt, .jsonl or .parquet file.",
 )

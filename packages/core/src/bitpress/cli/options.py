@@ -22,6 +22,7 @@ from bitpress.cli.completion import (
 )
 from bitpress.cli.text import store_is_quiet, store_wants_json, warn
 from bitpress.planning.arguments import read_size
+from bitpress.planning.evaluation_config import CHECK_TEXT
 from bitpress.schemes.hardware import Hardware, find_device
 
 # Where the value of an option's old name is kept in click's context.
@@ -281,9 +282,11 @@ machine = combine(
 proof = combine(
     click.option(
         "--check",
-        metavar="TEXT",
+        is_flag=False,
+        flag_value=CHECK_TEXT,
+        metavar="[TEXT]",
         shell_complete=complete_file,
-        help="A text on which to compare the result with its source.",
+        help="Compare the result's predictions with its source's, on a text that ships or on TEXT.",
     ),
     click.option(
         "--max-kl",

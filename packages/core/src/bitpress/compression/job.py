@@ -18,6 +18,7 @@ from bitpress.modeling.tokens import (
 )
 from bitpress.output import model_card
 from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.planning.evaluation_config import CHECK_TEXT
 from bitpress.planning.plan import Plan
 from bitpress.planning.planner import make_plan, with_calibration
 from bitpress.planning.recipe_source import RecipeSource
@@ -112,6 +113,13 @@ def display_name(model: str) -> str:
     return model if "/" in model and not Path(model).exists() else Path(model).resolve().name
 
 
+def _check_value(check: str | None) -> Path | bool:
+    """The value of `--check` on a command line; True for the option alone."""
+    if check is None or check == CHECK_TEXT:
+        return check is not None
+    return Path(check)
+
+
 def _command(
     model: str, recipe_source: RecipeSource, config: CalibrationConfig | None, options: RunOptions
 ) -> str:
@@ -119,6 +127,6 @@ def _command(
     command_options = {
         **recipe_source.command_options,
         **(config.command_options if config else {}),
-        "--check": None if options.check is None else Path(options.check),
+        "--check": _check_value(options.check),
     }
     return model_card.format_command(display_name(model), command_options)

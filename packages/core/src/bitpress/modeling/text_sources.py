@@ -31,9 +31,13 @@ from bitpress.modeling.row_files import (
     read_plain,
 )
 from bitpress.modeling.row_shapes import Chat, TokenIds
+from bitpress.planning.evaluation_config import CHECK_TEXT
 
 # What the source is called where the user names none.
 DEFAULT_SOURCE = "the text that ships with bitpress"
+
+# What the text for checks that ships with bitpress is called.
+CHECK_SOURCE = "the check text that ships with bitpress"
 
 # What the source is called where texts are given themselves.
 GIVEN_SOURCE = "a list of texts"
@@ -77,15 +81,16 @@ def read(
 
     Args:
         source: a file, a folder, or the name of a dataset, perhaps with a split in brackets; None:
-            the text that ships with bitpress. Or texts themselves, or rows as files hold them.
+            the text that ships with bitpress; CHECK_TEXT: that for checks. Or texts themselves, or rows as files hold them.
         max_characters: no more is read; None reads all.
 
     Raises:
         DataError: there is no such source, or its texts cannot be read.
     """
     if source is None:
-        packed = resources.files("bitpress.modeling").joinpath("default.txt.xz").read_bytes()
-        return Texts(lzma.decompress(packed).decode()[:max_characters], DEFAULT_SOURCE)
+        return Texts(_read_packed("default.txt.xz", max_characters), DEFAULT_SOURCE)
+    if source == CHECK_TEXT:
+        return Texts(_read_packed("check.txt.xz", max_characters), CHECK_SOURCE)
     if isinstance(source, tuple):
         texts = _join(GIVEN_SOURCE, _number_rows(source), max_characters, render)
         return _require_text(GIVEN_SOURCE, texts)
@@ -108,6 +113,11 @@ def read(
     # what a run warns of is recorded, and where files lie is nobody's business
     warnings = tuple(text.replace(str(file), file.resolve().name) for text in texts.warnings)
     return _require_text(source, evolve(texts, warnings=warnings))
+
+
+def _read_packed(name: str, max_characters: int | None) -> str:
+    packed = resources.files("bitpress.modeling").joinpath(name).read_bytes()
+    return lzma.decompress(packed).decode()[:max_characters]
 
 
 def _number_rows(rows: tuple[str | Mapping[str, Any], ...]) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bitpress.errors import BitpressError, DataError, RecipeError
 from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.planning.evaluation_config import CHECK_TEXT
 from bitpress.planning.recipe_source import RecipeSource
 from bitpress.planning.run_options import RunOptions
 from bitpress.schemes.hardware import Hardware, find_device
@@ -72,6 +73,13 @@ def read_path(name: str, value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise BitpressError(f"{name}: a path is expected, not {_describe(value)}")
     return Path(os.fspath(value))
+
+
+def read_check(value: Any) -> str | None:
+    """A text to check a result on, or whether to check it on the one that ships."""
+    if value is None or isinstance(value, bool):
+        return CHECK_TEXT if value else None
+    return str(read_path("check", value))
 
 
 def read_optional_path(name: str, value: Any) -> Path | None:

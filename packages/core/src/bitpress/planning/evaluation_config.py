@@ -9,16 +9,21 @@ SEQUENCE_LENGTH = 512
 MAX_TOKENS = 65536
 
 
+# Stands for the text that ships with bitpress to judge models on. It is another one than the text
+# that they are calibrated on where the user names none.
+CHECK_TEXT = "bitpress:check"
+
+
 @frozen
 class EvaluationConfig:
     """A text, and how much of it is taken.
 
     Attributes:
-        text: a .jsonl, .txt or .parquet file.
+        text: a .jsonl, .txt or .parquet file, or CHECK_TEXT.
         sequence_length: tokens of each sequence; sequences do not overlap.
         max_tokens: tokens taken of the text, from its start.
     """
 
-    text: str
+    text: str = CHECK_TEXT
     sequence_length: int = SEQUENCE_LENGTH
     max_tokens: int = MAX_TOKENS

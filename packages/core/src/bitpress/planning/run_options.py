@@ -18,8 +18,8 @@ class RunOptions:
             `max_memory` has no room for so many.
         max_memory: bytes of the process; a run that would need more is refused. None: no limit.
         verify: whether what was written is read back and compared with its source.
-        check: a text file on which the result's predictions are compared with its source's; None:
-            no check.
+        check: a text file, or CHECK_TEXT, on which the result's predictions are compared with its
+            source's; None: no check.
         max_kl: largest KL divergence of that check, in nats per token; None: no limit.
         trust_remote_code: whether code in the model's folder may run.
         serve_on: the device that will serve the result; None: this machine's.
