@@ -7,9 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from fixtures.learner_scheme import runnable_model
 
 from bitpress.conformance.commands import bitpress, command, refusal
-from bitpress.conformance.models import files_of, write_model
+from bitpress.conformance.models import files_of, llama_tensors, write_model
 
 LAYERS = [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("mlp.down_proj", "self_attn.o_proj")]
 STACKS = [
@@ -191,16 +192,49 @@ def test_a_plan_as_json_names_every_layer_and_every_byte(toy: Path, model: Path)
     ]
 
 
-def test_compress_says_how_much_smaller_how_near_and_how_to_serve(toy: Path, model: Path) -> None:
+def test_compress_says_how_much_smaller_how_near_and_what_is_next(toy: Path, model: Path) -> None:
     done = command("compress", model, model.parent / "out", "--scheme", "toy", path=toy)
     assert (done.returncode, done.stderr) == (0, "")
     assert "0.71 MB -> 0.39 MB (1.80x smaller), 8.22 bits per weight" in done.stdout
     assert "verified: 14 layers read back and compared with the source" in done.stdout
-    assert done.stdout.endswith(f"serve it: vllm serve {model.parent / 'out'}\n")
+    out = model.parent / "out"
+    assert done.stdout.endswith(f"measure the loss: bitpress eval {out} --against {model}\n")
+    # all layers are alike
+    assert "fits the format badly" not in done.stdout
+    assert "fit the format badly" not in done.stdout
     other = command(
         "compress", model, model.parent / "unproved", "--scheme", "toy", "--no-verify", path=toy
     )
     assert "not verified (--no-verify)" in other.stdout
+    unproved = model.parent / "unproved"
+    assert other.stdout.endswith(f"verify it: bitpress verify {unproved} --against {model}\n")
+
+
+def test_compress_names_layers_that_fit_the_format_badly(toy: Path, tmp_path: Path) -> None:
+    tensors = llama_tensors()
+    # one channel of inputs is so much larger that all others lose their last bits
+    tensors["model.layers.1.mlp.down_proj.weight"][:, 3] *= 50
+    model = write_model(tmp_path / "outlier", tensors)
+    done = command("compress", model, tmp_path / "out", "--scheme", "toy", path=toy)
+    assert "1 layer fits the format badly" in done.stdout
+    (row,) = (line for line in done.stdout.splitlines() if "down_proj" in line)
+    assert row.split()[0] == "model.layers.1.mlp.down_proj"
+
+
+def test_check_alone_takes_the_text_that_ships(toy: Path, tmp_path: Path) -> None:
+    model, out = runnable_model(tmp_path / "model"), tmp_path / "out"
+    done = command("compress", model, out, "--scheme", "toy", "--check", "--threads", 1, path=toy)
+    assert done.returncode == 0, done.stderr
+    assert "loss: KL divergence 0.0" in done.stdout
+    assert "tokens of the check text that ships with bitpress, run as it" in done.stdout
+    assert done.stdout.endswith(f"serve it: vllm serve {out}\n")
+    assert "OUT --scheme toy --check\n" in (out / "README.md").read_text()
+    # and so does eval
+    words = ["eval", out, "--against", model, "--threads", 1]
+    document = json.loads(command(*words, "--json", path=toy).stdout)
+    check = json.loads((out / "bitpress.json").read_text())["check"]
+    assert document["sha256"] == check["sha256"]
+    assert document["kl"] == pytest.approx(check["kl"], rel=1e-4)
 
 
 def test_inspect_shows_every_layer_with_bits_and_error(toy: Path, model: Path) -> None:

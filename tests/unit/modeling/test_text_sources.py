@@ -5,10 +5,12 @@ what.
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import random
 import sys
 from contextlib import nullcontext
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -184,3 +186,21 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(model: Path, content: st
 def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
     with pytest.raises(CheckpointError, match=r"token id \d+ .* vocab_size is 1000"):
         load_calibration_data(CalibrationConfig(), model, {**CONFIG, "vocab_size": 1000})
+
+
+def test_texts_that_ship_have_no_eight_words_in_common() -> None:
+    folder = resources.files("bitpress.modeling")
+    texts = {
+        file.name: lzma.decompress(file.read_bytes()).decode()
+        for file in folder.iterdir()
+        if file.name.endswith(".txt.xz")
+    }
+    assert len(texts["check.txt.xz"]) > 60_000
+    runs = {
+        name: {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
+        for name, words in ((name, text.lower().split()) for name, text in texts.items())
+    }
+    check = runs.pop("check.txt.xz")
+    assert runs
+    for name, others in runs.items():
+        assert not check & others, name

@@ -29,14 +29,9 @@ from bitpress.output.folder_proof import prove_folder
 from bitpress.output.manifest import Check, Manifest, read_manifest
 from bitpress.output.open_model import open_runnable_model, open_written
 from bitpress.output.report.page import DOCTYPE, render_page
-from bitpress.planning import arguments
+from bitpress.planning import arguments, evaluation_config
 from bitpress.planning.calibration_config import CalibrationConfig
-from bitpress.planning.evaluation_config import (
-    CHECK_TEXT,
-    MAX_TOKENS,
-    SEQUENCE_LENGTH,
-    EvaluationConfig,
-)
+from bitpress.planning.evaluation_config import EvaluationConfig
 from bitpress.planning.plan import Plan
 from bitpress.planning.planner import make_plan
 from bitpress.planning.recipe_source import RecipeSource
@@ -335,11 +330,11 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress | bool | N
 # One keyword for each option of the command line.
 def evaluate(  # noqa: PLR0913
     model: str | Path,
-    text: str | Path = CHECK_TEXT,
+    text: str | Path = evaluation_config.CHECK_TEXT,
     against: str | Path | None = None,
     *,
-    sequence_length: int = SEQUENCE_LENGTH,
-    max_tokens: int = MAX_TOKENS,
+    sequence_length: int = evaluation_config.SEQUENCE_LENGTH,
+    max_tokens: int = evaluation_config.MAX_TOKENS,
     device: str | torch.device = "cpu",
     threads: int | None = None,
     max_memory: int | str | None = None,
@@ -360,8 +355,8 @@ def evaluate(  # noqa: PLR0913
     """
     config = EvaluationConfig(
         arguments.read_model("text", text),
-        arguments.read_count("sequence_length", sequence_length, SEQUENCE_LENGTH),
-        arguments.read_count("max_tokens", max_tokens, MAX_TOKENS),
+        arguments.read_count("sequence_length", sequence_length, evaluation_config.SEQUENCE_LENGTH),
+        arguments.read_count("max_tokens", max_tokens, evaluation_config.MAX_TOKENS),
     )
     options = arguments.read_run_options(device, threads, max_memory, trust_remote_code)
     name = arguments.read_model("model", model)

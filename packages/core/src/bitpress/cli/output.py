@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from bitpress.output.manifest import Check, Manifest
     from bitpress.output.verify import VerificationReport
 
-# How many of the largest errors are shown.
+# How many outliers are shown.
 NUM_WORST = 5
 
 
@@ -44,7 +45,7 @@ class CompressSummary:
         }
 
     def print_text(self) -> None:
-        """How much smaller, how near to the source, and how to serve it."""
+        """The verdict: how much smaller, how near to the source, and what to do next."""
         manifest, plan = self.manifest, self.job.plan
         before, after = plan.source_bytes, plan.output_bytes
         say(
@@ -55,22 +56,47 @@ class CompressSummary:
         warn(text for text in manifest.warnings if text not in self.job.warnings)
         self._print_calibration()
         if self.is_verified:
-            say(
-                f"verified: {len(manifest.layers)} layers read back and compared with the source; "
-                "largest relative errors:"
-            )
-            worst = sorted(manifest.layers.items(), key=lambda item: -(item[1].error or 0))
-            rows = [(name, f"{layer.error:.5f}") for name, layer in worst[:NUM_WORST]]
-            print_table(("layer", "error"), rows)
+            say(f"verified: {len(manifest.layers)} layers read back and compared with the source")
+            self._print_outliers()
         else:
             say("not verified (--no-verify)")
         if manifest.check:
-            say("checked, run as it will be served: ", end="")
-            _print_check(manifest.check)
-        for text in self.job.plan.device_remarks:
+            _print_loss(manifest.check)
+        for text in plan.device_remarks:
             say(text)
-        say_what_is_left(self.job.plan.source.left_files)
-        say(f"serve it: vllm serve {self.out}")
+        say_what_is_left(plan.source.left_files)
+        self._print_next_step()
+
+    def _print_next_step(self) -> None:
+        """What is not known yet is to be found out first."""
+        out, model = shlex.quote(str(self.out)), shlex.quote(self.job.model)
+        if not self.is_verified:
+            say(f"verify it: bitpress verify {out} --against {model}")
+        elif self.manifest.check is None:
+            say(f"measure the loss: bitpress eval {out} --against {model}")
+        else:
+            say(f"serve it: vllm serve {out}")
+
+    def _print_outliers(self) -> None:
+        """Layers whose weights fit the format badly, if there are any."""
+        # it imports torch, which takes a second
+        from bitpress.output.outliers import OUTLIER_RATIO, find_outliers
+
+        outliers = find_outliers(self.manifest.layers)
+        if not outliers:
+            return
+        count = f"{len(outliers)} layer{'s fit' if len(outliers) > 1 else ' fits'}"
+        say(
+            f"{count} the format badly: rounding moves the weights over {OUTLIER_RATIO:g} times as "
+            "far as those of most layers"
+        )
+        rows = [
+            (outlier.module, f"{outlier.error:.5f}", f"{outlier.median:.5f}")
+            for outlier in outliers[:NUM_WORST]
+        ]
+        print_table(("layer", "error", "median of its format"), rows)
+        if len(outliers) > NUM_WORST:
+            say(f"and {len(outliers) - NUM_WORST} more: bitpress inspect {self.out} --all")
 
     def _print_calibration(self) -> None:
         data, layers = self.manifest.data, self.manifest.layers
@@ -86,18 +112,6 @@ class CompressSummary:
             say(
                 f"tokens sent to an expert: {num_tokens[0]:,} to {num_tokens[-1]:,}, to half of "
                 f"them at most {median:,}"
-            )
-
-        errors = {
-            name: layer.output_error
-            for name, layer in layers.items()
-            if layer.output_error is not None
-        }
-        if errors:
-            say("largest relative errors of a layer's output on calibration data:")
-            worst = sorted(errors.items(), key=lambda item: -item[1])[:NUM_WORST]
-            print_table(
-                ("layer", "output error"), [(name, f"{error:.5f}") for name, error in worst]
             )
 
 
@@ -210,6 +224,17 @@ class InspectSummary:
 def _format_largest(errors: Sequence[float | None]) -> str:
     measured = [error for error in errors if error is not None]
     return f"{max(measured):.5f}" if measured else "-"
+
+
+def _print_loss(check: Check) -> None:
+    """A check of a run in two lines."""
+    if check.kl is None or check.top1 is None or check.source_perplexity is None:
+        return
+    say(
+        f"loss: KL divergence {check.kl:.6f} nats per token, top-1 agreement {check.top1:.2%}, "
+        f"perplexity {check.perplexity:.2f} (the source's {check.source_perplexity:.2f})"
+    )
+    say(f"      on {check.tokens:,} tokens of {check.text}, run as it will be served")
 
 
 def _print_check(check: Check) -> None:

@@ -81,7 +81,8 @@ def read(
 
     Args:
         source: a file, a folder, or the name of a dataset, perhaps with a split in brackets; None:
-            the text that ships with bitpress; CHECK_TEXT: that for checks. Or texts themselves, or rows as files hold them.
+            the text that ships with bitpress; CHECK_TEXT: that for checks. Or texts themselves, or
+            rows as files hold them.
         max_characters: no more is read; None reads all.
 
     Raises:
