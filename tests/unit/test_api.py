@@ -168,7 +168,6 @@ def test_progress_true_shows_bars_and_a_function_gets_every_byte(
 
 
 def test_the_report_is_the_command_s(model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     bitpress.compress(model, tmp_path / "out", scheme="toy")
     page = bitpress.report(str(tmp_path / "out"))
     assert page == tmp_path / "out.html"

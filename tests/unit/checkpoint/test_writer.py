@@ -120,7 +120,6 @@ def test_an_output_folder_that_the_user_names_by_a_link_is_written_into(
 
 def test_no_page_is_written_through_a_link(tmp_path: Path, toy: Path) -> None:
     model, out, victim = write_model(tmp_path / "model"), tmp_path / "out", tmp_path / "victim"
-    pytest.importorskip("matplotlib")
     assert command("compress", model, out, "--scheme", "toy", path=toy).returncode == 0
     victim.write_text("mine")
     (tmp_path / "page.html.part").symlink_to(victim)

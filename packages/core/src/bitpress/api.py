@@ -287,8 +287,7 @@ def report(out: str | Path, file: str | Path | None = None) -> Path:
     own name with .html beside it.
 
     Raises:
-        BitpressError: the folder was not written by bitpress, matplotlib is not installed, or
-            `file` is there and no page.
+        BitpressError: the folder was not written by bitpress, or `file` is there and no page.
     """
     folder = arguments.read_path("out", out)
     name = folder.resolve().name

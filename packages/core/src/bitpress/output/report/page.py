@@ -5,14 +5,24 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 
 from bitpress.checkpoint import filenames
-from bitpress.checkpoint.layer_names import BLOCK, NUMBER
+from bitpress.checkpoint.layer_names import NUMBER
 from bitpress.errors import BitpressError
 from bitpress.output.manifest import FileRecord, LayerRecord, Manifest
-from bitpress.output.report import charts
+from bitpress.output.report import charts, heat_map
+from bitpress.output.report.layer_grid import arrange_layers
+from bitpress.output.report.markup import (
+    Row,
+    format_bytes,
+    format_error,
+    render_fold,
+    render_name,
+    render_section,
+    render_table,
+)
 from bitpress.planning.recipe import parse_rules
 from bitpress.schemes import hardware
 from bitpress.schemes.registry import Registry, discover
@@ -26,23 +36,18 @@ DOCTYPE = "<!doctype html>"
 # Layers in the table of the worst; all are in one that folds out.
 NUM_WORST = 12
 
-Row = Sequence[object]
-
 
 def render_page(manifest: Manifest, name: str) -> str:
-    """The HTML of an output of that name.
-
-    Raises:
-        BitpressError: matplotlib is not installed.
-    """
+    """The HTML of an output of that name."""
     sections = [
         render(manifest)
         for render in (
             _tiles,
-            _sizes,
+            _bits,
             _errors,
             _drift,
-            _worst_layers,
+            _measured_damage,
+            _sizes,
             _hardware,
             _settings,
             _provenance,
@@ -63,9 +68,17 @@ def render_page(manifest: Manifest, name: str) -> str:
 
 
 def _tiles(manifest: Manifest) -> str:
+    tiles, check = [], manifest.check
+    if check and check.kl is not None and check.top1 is not None:
+        tiles += [
+            (f"{check.kl:.4f}", f"KL divergence, nats per token of {check.tokens:,}"),
+            (f"{check.top1:.1%}", "top-1 agreement with the source"),
+            (f"{check.perplexity:.3f}", f"perplexity; the source's {check.source_perplexity:.3f}"),
+        ]
+
     before, after = _weight_bytes(manifest)
-    tiles = [
-        (f"{before / after:.2f}x", f"smaller: {_format_bytes(before)} to {_format_bytes(after)}"),
+    tiles += [
+        (f"{before / after:.2f}x", f"smaller: {format_bytes(before)} to {format_bytes(after)}"),
         (f"{manifest.bits:.2f}", f"bits per weight in {len(manifest.layers)} layers"),
     ]
     errors = [layer.error for layer in manifest.layers.values() if layer.error is not None]
@@ -73,94 +86,127 @@ def _tiles(manifest: Manifest) -> str:
         tiles.append((f"{max(errors):.2%}", "largest error of a weight, verified"))
     else:
         tiles.append(("not verified", "written with --no-verify"))
-
-    check = manifest.check
-    if check and check.kl is not None and check.top1 is not None:
-        tiles += [
-            (f"{check.kl:.4f}", f"KL divergence, nats per token of {check.tokens:,}"),
-            (f"{check.top1:.1%}", "top-1 agreement with the source"),
-            (f"{check.perplexity:.3f}", f"perplexity; the source's {check.source_perplexity:.3f}"),
-        ]
     cells = "".join(
         f'<div class="tile"><b>{html.escape(figure)}</b><span>{html.escape(text)}</span></div>'
         for figure, text in tiles
     )
-    return f'<div class="tiles">{cells}</div>'
+    content = f'<div class="tiles">{cells}</div>'
+    if check is None or check.kl is None:
+        content += (
+            "\n<p>What the model has lost was not measured: <code>bitpress eval OUT --against "
+            "MODEL</code> does, and so does <code>compress --check</code>.</p>"
+        )
+    return content
 
 
 def _sizes(manifest: Manifest) -> str:
     before, after = (num_bytes / 1e6 for num_bytes in _weight_bytes(manifest))
     chart = charts.draw_bars({"source": before, "result": after}, "MB")
-    return _section("Size", chart, "Weight files on disk.")
+    return render_section("Size", chart, "Weight files on disk.")
+
+
+def _bits(manifest: Manifest) -> str:
+    counts: dict[tuple[str, str], int] = {}
+    for layer in manifest.layers.values():
+        group = " + ".join(layer.steps), f"{layer.bits:.2f}"
+        counts[group] = counts.get(group, 0) + 1
+    rows = [(html.escape(steps), bits, f"{num:,}") for (steps, bits), num in counts.items()]
+    content = heat_map.draw_bits(manifest.layers)
+    if content and len(rows) > 1:
+        table = render_table(("steps", "#bits per weight", "#layers"), rows)
+        content += render_fold(f"The {len(rows)} formats as a table", table)
+    return render_section(
+        "Bits of each layer",
+        content,
+        "In the order of the model: as wide as a layer has weights, as high as bits per weight, "
+        "scales included. An area stands for bytes.",
+    )
 
 
 def _errors(manifest: Manifest) -> str:
-    weights = _error_chart(
+    weights = _heat_maps(
         manifest,
         "Error of each layer's weight",
-        "error",
-        "|restored − source| / |source|, measured on the written files.",
+        lambda layer: layer.error,
+        "|restored − source| / |source|, measured on the written files; of experts the largest.",
     )
-    outputs = _error_chart(
+    outputs = _heat_maps(
         manifest,
         "Error of each layer's output",
-        "output_error",
+        lambda layer: layer.output_error,
         "|W x − Q x| / |W x| on calibration inputs: what the error of the weight does to what the "
-        "layer gives.",
+        "layer gives; of experts the largest.",
     )
-    return "\n".join(filter(None, (weights, outputs)))
+    return "\n".join(filter(None, (outputs, weights)))
 
 
-def _error_chart(manifest: Manifest, title: str, field: str, text: str) -> str:
-    """A chart of one field of the layers' records, a series for each kind of layer; nothing where
-    no layer has it.
-    """
-    points: dict[str, list[tuple[int, float]]] = {}
-    for name, layer in manifest.layers.items():
-        match, error = BLOCK.fullmatch(f"{name}.weight"), getattr(layer, field)
-        if match and error is not None:
-            series = points.setdefault(name.rpartition(".")[2], [])
-            series.append((int(match["index"]), error))
-    return _section(title, charts.draw_by_block(points, "relative error"), text) if points else ""
+def _heat_maps(
+    manifest: Manifest, title: str, value_of: Callable[[LayerRecord], float | None], text: str
+) -> str:
+    """A heat map for each list of blocks; nothing where no layer has the value."""
+    maps = [heat_map.draw_heat_map(grid, value_of) for grid in arrange_layers(manifest.layers)]
+    return render_section(title, "\n".join(filter(None, maps)), text)
 
 
 def _drift(manifest: Manifest) -> str:
     points: dict[str, list[tuple[int, float]]] = {}
+    if manifest.check and manifest.check.drift:
+        points["the check's text"] = list(enumerate(manifest.check.drift))
     if manifest.blocks:
         matches = [(BLOCK_NUMBER.search(name), drift) for name, drift in manifest.blocks.items()]
         points["calibration data"] = [(int(match[1]), drift) for match, drift in matches if match]
-    if manifest.check and manifest.check.drift:
-        points["the check's text"] = list(enumerate(manifest.check.drift))
+    points = {name: series for name, series in points.items() if series}
     if not points:
         return ""
-    return _section(
+    name, series = next(iter(points.items()))
+    return render_section(
         "How far hidden states drift",
-        charts.draw_by_block(points, "relative distance"),
+        charts.draw_lines(points, "relative distance")
+        + render_fold(f"What each block adds, on {name}", _added_drift(series)),
         "|h − h′| / |h′| of the hidden states after each block, h′ being the source's: how errors "
         "add up on the way.",
     )
 
 
-def _worst_layers(manifest: Manifest) -> str:
+def _added_drift(series: Sequence[tuple[int, float]]) -> str:
+    """A table of the distance after each block, and of what the block adds to it."""
+    rows, before = [], 0.0
+    for block, drift in sorted(series):
+        rows.append((block, f"{drift:.3%}", f"{drift - before:+.3%}"))
+        before = drift
+    return render_table(("block", "#distance after it", "#added"), rows)
+
+
+def _measured_damage(manifest: Manifest) -> str:
+    has_output_errors = any(layer.output_error is not None for layer in manifest.layers.values())
+
     def error(layer: LayerRecord) -> float:
-        return layer.output_error if layer.output_error is not None else layer.error or 0.0
+        value = layer.output_error if has_output_errors else layer.error
+        return value or 0.0
 
     by_error = sorted(manifest.layers.items(), key=lambda item: -error(item[1]))
     rows = [
         (
-            f"<code>{html.escape(name)}</code>",
-            html.escape(" + ".join(layer.steps)),
+            render_name(name),
+            *([format_error(layer.output_error)] if has_output_errors else []),
+            format_error(layer.error),
             f"{layer.bits:.2f}",
-            _format_error(layer.error),
-            _format_error(layer.output_error),
+            html.escape(" + ".join(layer.steps)),
         )
         for name, layer in by_error
     ]
-    head = ("layer", "steps", "#bits per weight", "#error", "#output error")
-    content = _table(head, rows[:NUM_WORST])
+    head = ["layer", "#error", "#bits per weight", "steps"]
+    if has_output_errors:
+        head.insert(1, "#output error")
+    content = render_table(head, rows[:NUM_WORST])
     if len(rows) > NUM_WORST:
-        content += _fold(f"All {len(rows)} layers", _table(head, rows))
-    return _section("Worst layers", content, "A rule with other steps for these helps most.")
+        content += render_fold(f"All {len(rows)} layers", render_table(head, rows))
+    order = "error of its output on calibration inputs" if has_output_errors else "weight's error"
+    text = (
+        f"Measured layer by layer, by the {order}. What a layer costs the model's predictions is "
+    )
+    text += "another figure: bitpress search measures it, and chooses the steps by it."
+    return render_section("Layers with the largest errors", content, text)
 
 
 def _hardware(manifest: Manifest) -> str:
@@ -181,7 +227,7 @@ def _hardware(manifest: Manifest) -> str:
         for (scheme, finding), names in devices.items()
     ]
     head = ("scheme", "level", "devices", "what to expect")
-    return _section("Where it serves", _table(head, rows))
+    return render_section("Where it serves", render_table(head, rows))
 
 
 def _find_hardware(
@@ -205,8 +251,8 @@ def _settings(manifest: Manifest) -> str:
     warnings = "".join(f"<li>{html.escape(text)}</li>" for text in manifest.warnings)
     if warnings:
         title = f"{len(manifest.warnings)} warnings of the run"
-        content += _fold(title, f"<ul>{warnings}</ul>")
-    return _section("Settings", content, "The recipe, with every option spelled out.")
+        content += render_fold(title, f"<ul>{warnings}</ul>")
+    return render_section("Settings", content, "The recipe, with every option spelled out.")
 
 
 def _provenance(manifest: Manifest) -> str:
@@ -223,40 +269,14 @@ def _provenance(manifest: Manifest) -> str:
         *(_file_row(name, "source", file) for name, file in manifest.inputs.items()),
         *(_file_row(name, "result", file) for name, file in manifest.files.items()),
     ]
-    file_table = _table(("file", "of", "#bytes", "SHA-256"), files)
-    content = _table(("", ""), rows) + _fold(f"{len(files)} files", file_table)
-    return _section("Provenance", content)
+    file_table = render_table(("file", "of", "#bytes", "SHA-256"), files)
+    content = render_table(("", ""), rows) + render_fold(f"{len(files)} files", file_table)
+    return render_section("Provenance", content)
 
 
 def _file_row(name: str, side: str, file: FileRecord) -> Row:
     digest = f"<code>{file.sha256 or '-'}</code>"
     return f"<code>{html.escape(name)}</code>", side, f"{file.bytes:,}", digest
-
-
-def _section(title: str, content: str, text: str = "") -> str:
-    content = f"<figure>{content}</figure>" if content.startswith("<svg") else content
-    paragraph = f"<p>{html.escape(text)}</p>\n" if text else ""
-    return f"<h2>{html.escape(title)}</h2>\n{paragraph}{content}"
-
-
-def _fold(title: str, content: str) -> str:
-    """HTML that is shown once its title is clicked."""
-    return f"<details><summary>{title}</summary>{content}</details>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Row]) -> str:
-    """Columns whose heads begin with # hold numbers; cells are HTML."""
-    kinds = [' class="number"' if name.startswith("#") else "" for name in head]
-    titles = "".join(
-        f"<th{kind}>{html.escape(name.lstrip('#'))}</th>"
-        for name, kind in zip(head, kinds, strict=True)
-    )
-    title_row = f"<tr>{titles}</tr>" if any(head) else ""
-    body = ""
-    for row in rows:
-        cells = [f"<td{kind}>{cell}</td>" for cell, kind in zip(row, kinds, strict=True)]
-        body += f"<tr>{''.join(cells)}</tr>\n"
-    return f'<div class="wide"><table>{title_row}\n{body}</table></div>'
 
 
 def _weight_bytes(manifest: Manifest) -> tuple[int, int]:
@@ -266,11 +286,3 @@ def _weight_bytes(manifest: Manifest) -> tuple[int, int]:
         file.bytes for name, file in manifest.files.items() if name.endswith(".safetensors")
     )
     return before, after
-
-
-def _format_error(error: float | None) -> str:
-    return "-" if error is None else f"{error:.3%}"
-
-
-def _format_bytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
