@@ -118,7 +118,7 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer, model = AutoTokenizer.from_pretrained(HERE / "tiny-llama"), grown()
     text = lzma.decompress(
-        resources.files("bitpress.modeling").joinpath("default.txt.xz").read_bytes()
+        resources.files("bitpress.modeling").joinpath("prose.txt.xz").read_bytes()
     ).decode()
     train(model, torch.tensor(tokenizer(text, verbose=False)["input_ids"]), arguments.tokens)
     model.config.output_router_logits = False

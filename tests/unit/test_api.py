@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,3 +175,26 @@ def test_the_report_is_the_command_s(model: Path, tmp_path: Path) -> None:
     assert page.read_text().startswith("<!doctype html>")
     other = bitpress.report(tmp_path / "out", tmp_path / "other.html")
     assert other.read_bytes() == page.read_bytes()
+
+
+def test_a_revision_of_the_hub_is_fetched_and_recorded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--some--model/snapshots" / commit
+    shutil.copytree(model, snapshot)
+    requests: list[tuple[str, str | None]] = []
+
+    def snapshot_download(name: str, *, revision: str | None, **options: Any) -> str:
+        requests.append((name, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    manifest = bitpress.compress("some/model@v1.0", tmp_path / "out", scheme="toy")
+    assert requests == [("some/model", "v1.0")]
+    assert (manifest.source, manifest.revision) == ("some/model@v1.0", commit)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "base_model: some/model\n" in card
+    assert "bitpress compress some/model@v1.0 OUT" in card
+    assert bitpress.verify(tmp_path / "out", against="some/model@v1.0").faults == ()
+    assert bitpress.compress(model, tmp_path / "other", scheme="toy").revision is None

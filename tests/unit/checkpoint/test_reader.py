@@ -323,26 +323,29 @@ def test_an_index_maps_every_tensor_to_its_file_and_counts_bytes(tmp_path: Path)
 
 
 def test_a_name_of_the_hub_is_fetched_and_a_folder_is_not(tmp_path: Path) -> None:
-    requests: list[str] = []
+    requests: list[tuple[str, str | None]] = []
 
-    def fetch(name: str) -> str:
-        requests.append(name)
+    def fetch(name: str, revision: str | None) -> str:
+        requests.append((name, revision))
         return str(tmp_path)
 
     assert resolve("some/model", fetch) == tmp_path
+    assert resolve("some/model@refs/pr/1", fetch) == tmp_path
     assert resolve(tmp_path, fetch) == tmp_path
     assert resolve("./some/model", fetch) == Path("some/model")
-    assert requests == ["some/model"]
+    assert requests == [("some/model", None), ("some/model", "refs/pr/1")]
 
 
 def test_a_name_that_the_hub_does_not_give_is_told_in_one_line() -> None:
-    def fetch(name: str) -> str:
+    def fetch(name: str, revision: str | None) -> str:
         raise OSError("no route\nto the hub")
 
     with pytest.raises(
         CheckpointError, match=r"some/model is no folder, and the Hub did not give it: no route$"
     ):
         resolve("some/model", fetch)
+    with pytest.raises(CheckpointError, match="some/model@v9 is no folder"):
+        resolve("some/model@v9", fetch)
 
 
 @pytest.mark.parametrize(

@@ -120,9 +120,9 @@ def test_a_chat_that_is_left_out_is_a_warning_with_its_line(tmp_path: Path) -> N
     config = CalibrationConfig(str(file), samples=1000, sequence_length=32)
     data = load_calibration_data(config, tmp_path / "model", {})
     assert data.warnings[:4] == (
-        f"{file}, line 1: the chat is left out: it takes too much memory",
-        f"{file}, line 22: the chat is left out: it takes too much memory",
-        f"{file}, line 23: the chat is left out: it takes too much memory",
+        "a.jsonl, line 1: the chat is left out: it takes too much memory",
+        "a.jsonl, line 22: the chat is left out: it takes too much memory",
+        "a.jsonl, line 23: the chat is left out: it takes too much memory",
         "a.jsonl: 2 more chats are left out",
     )
     config = CalibrationConfig(str(plain), samples=1000, sequence_length=32)
@@ -195,9 +195,8 @@ def test_a_chat_that_the_template_refuses_is_left_out_with_a_warning(tmp_path: P
     rows = [{"messages": chat} for chat in [CHAT, EVIL, CHAT, *[EVIL] * 4]]
     data = calibrate(tmp_path, PICKY, rows)
     refusal = "the tokenizer's chat template does not take these messages (no evil)"
-    file = tmp_path / "a.jsonl"
     assert data.warnings[:4] == (
-        *(f"{file}, line {line}: the chat is left out: {refusal}" for line in (2, 4, 5)),
+        *(f"a.jsonl, line {line}: the chat is left out: {refusal}" for line in (2, 4, 5)),
         "a.jsonl: 2 more chats are left out",
     )
 

@@ -147,18 +147,20 @@ def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
         text_of(f"{file}[test]")
 
 
-def test_a_split_of_a_dataset_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_and_revision_of_a_dataset_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     requests: list[tuple[Any, ...]] = []
 
     def load_dataset(name: str, subset: str | None, **options: Any) -> list[dict[str, str]]:
-        requests.append((name, subset, options["split"]))
+        requests.append((name, subset, options["split"], options["revision"]))
         return ROWS
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    for source in ("a/chats[train_sft]", "a/chats:small[test]", "a/chats"):
+    for source in ("a/chats[train_sft]", "a/chats@v1.0:small[test]", "a/chats@0a1b"):
         text_of(source)
     assert requests == [
-        ("a/chats", None, "train_sft"),
-        ("a/chats", "small", "test"),
-        ("a/chats", None, "train"),
+        ("a/chats", None, "train_sft", None),
+        ("a/chats", "small", "test", "v1.0"),
+        ("a/chats", None, "train", "0a1b"),
     ]

@@ -262,16 +262,16 @@ def test_a_dataset_is_streamed_by_name_and_subset(
     requests: list[tuple[Any, ...]] = []
 
     def load_dataset(
-        name: str, subset: str | None, *, split: str, streaming: bool
+        name: str, subset: str | None, *, split: str, revision: str | None, streaming: bool
     ) -> list[dict[str, str]]:
-        requests.append((name, subset, split, streaming))
+        requests.append((name, subset, split, revision, streaming))
         if name == "gone":
             raise ConnectionError("Couldn't reach the Hub\nmore of it")
         return [{"text": text} for text in TEXTS]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     sequences = loaded(model, "someone/texts:small")
-    assert requests == [("someone/texts", "small", "train", True)]
+    assert requests == [("someone/texts", "small", "train", None, True)]
     assert sequences.source == "someone/texts:small"
     assert torch.equal(sequences.input_ids, loaded(model, plain(tmp_path / "a.txt")).input_ids)
     with pytest.raises(

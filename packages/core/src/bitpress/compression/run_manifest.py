@@ -8,6 +8,7 @@ import attrs
 
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.digests import hash_bytes
+from bitpress.checkpoint.hub import read_commit
 from bitpress.checkpoint.writer import OutputFolder, format_json
 from bitpress.compression.calibration.block_result import BlockResult
 from bitpress.compression.job import Job, display_name
@@ -50,6 +51,7 @@ def build_manifest(
             name: change for result in block_results for name, change in result.rescaled.items()
         },
         blocks={name: error for result in block_results for name, error in result.drift.items()},
+        revision=read_commit(plan.source.folder),
     )
 
 

@@ -5,6 +5,8 @@ process of its own, with a limit of time and one of memory.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import importlib
 import math
 import os
 import pickle
@@ -61,11 +63,18 @@ class ChatRenderer:
     """Renders chats as a tokenizer's `apply_chat_template` does; use it in `with`.
 
     Attributes:
-        writes_date: whether a chat was rendered by a template that asks for the day.
+        writes_date: whether a chat was rendered by a template that asks for the day, and was told
+            today's.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, day: datetime.date | None = None) -> None:
+        """Take a tokenizer.
+
+        Args:
+            day: what templates take for today; None: the day it is.
+        """
         self._tokenizer = tokenizer
+        self._day = day
         self.writes_date = False
         self._process: subprocess.Popen[bytes] | None = None
         self._num_endless = 0
@@ -111,7 +120,7 @@ class ChatRenderer:
                 return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
             template = tokenizer.get_chat_template(tools=tools)
             names = dict(_special_tokens(tokenizer))
-            self.writes_date |= DATE_FUNCTION in template
+            self.writes_date |= self._day is None and DATE_FUNCTION in template
         except Exception as e:
             raise _refusal(first_line(e)) from None
         if self._num_endless >= MAX_ENDLESS_CHATS:
@@ -119,7 +128,8 @@ class ChatRenderer:
                 f"the tokenizer's chat template did not end on {self._num_endless} chats; give "
                 "them as texts"
             )
-        kind, text = self._ask(pickle.dumps((template, names, messages, tools, MAX_SECONDS)))
+        request = (template, names, messages, tools, self._day, MAX_SECONDS)
+        kind, text = self._ask(pickle.dumps(request))
         if kind == REFUSED:
             raise _refusal(text)
         if kind == SKIPPED:
@@ -259,7 +269,9 @@ def serve() -> None:
     _answer(answers, READY)
     while head := requests.read(8):
         request = requests.read(int.from_bytes(head, "little"))
-        template, names, messages, tools, max_seconds = pickle.loads(request)
+        template, names, messages, tools, day, max_seconds = pickle.loads(request)
+        if day is not None:
+            _stop_clock(day)
         tokenizer = SimpleNamespace(
             get_chat_template=lambda *_, text=template: text, special_tokens_map=names
         )
@@ -278,6 +290,16 @@ def serve() -> None:
         except Exception as e:
             kind, text = REFUSED, first_line(e)[:MAX_LINE_LENGTH]
         _answer(answers, kind, text)
+
+
+def _stop_clock(day: datetime.date) -> None:
+    """Let templates be told that day as today's, in this process alone. They get their function
+    from a module of transformers, which takes no other in its place.
+    """
+    module = importlib.import_module("transformers.utils.chat_template_utils")
+    noon = datetime.datetime.combine(day, datetime.time(12))
+    if hasattr(module, "datetime"):
+        vars(module)["datetime"] = SimpleNamespace(now=lambda: noon)
 
 
 def _limit_resources(num_bytes: int, max_seconds: int) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import lzma
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from attrs import evolve, frozen
 
+from bitpress.checkpoint.hub import split_revision
 from bitpress.errors import DataError, did_you_mean, first_line
-from bitpress.modeling import row_shapes
+from bitpress.modeling import bundled_texts, row_shapes
 from bitpress.modeling.chat_templates import (
     NoChatTemplateError,
     RefusedChatError,
@@ -31,13 +30,6 @@ from bitpress.modeling.row_files import (
     read_plain,
 )
 from bitpress.modeling.row_shapes import Chat, TokenIds
-from bitpress.planning.evaluation_config import CHECK_TEXT
-
-# What the source is called where the user names none.
-DEFAULT_SOURCE = "the text that ships with bitpress"
-
-# What the text for checks that ships with bitpress is called.
-CHECK_SOURCE = "the check text that ships with bitpress"
 
 # What the source is called where texts are given themselves.
 GIVEN_SOURCE = "a list of texts"
@@ -80,18 +72,16 @@ def read(
     """The texts of a source.
 
     Args:
-        source: a file, a folder, or the name of a dataset, perhaps with a split in brackets; None:
-            the text that ships with bitpress; CHECK_TEXT: that for checks. Or texts themselves, or
-            rows as files hold them.
+        source: a file, a folder, the name of a dataset, perhaps with a split in brackets, or of a
+            text that ships with bitpress; None: prose. Or texts themselves, or rows as
+            files hold them.
         max_characters: no more is read; None reads all.
 
     Raises:
         DataError: there is no such source, or its texts cannot be read.
     """
-    if source is None:
-        return Texts(_read_packed("default.txt.xz", max_characters), DEFAULT_SOURCE)
-    if source == CHECK_TEXT:
-        return Texts(_read_packed("check.txt.xz", max_characters), CHECK_SOURCE)
+    if source is None or bundled_texts.is_bundled(source):
+        return _read_bundled(str(source or "prose"), max_characters, render)
     if isinstance(source, tuple):
         texts = _join(GIVEN_SOURCE, _number_rows(source), max_characters, render)
         return _require_text(GIVEN_SOURCE, texts)
@@ -116,9 +106,16 @@ def read(
     return _require_text(source, evolve(texts, warnings=warnings))
 
 
-def _read_packed(name: str, max_characters: int | None) -> str:
-    packed = resources.files("bitpress.modeling").joinpath(name).read_bytes()
-    return lzma.decompress(packed).decode()[:max_characters]
+def _read_bundled(name: str, max_characters: int | None, render: RenderChat) -> Texts:
+    def render_or_join(messages: list[Any]) -> str:
+        try:
+            return render(messages)
+        except (DataError, SkippedChatError):
+            # nobody chose these chats, and a run shall not fail at them
+            return bundled_texts.join_messages(messages)
+
+    rows = ((name, row) for row in bundled_texts.read_rows(name))
+    return _join(bundled_texts.DESCRIPTIONS[name], rows, max_characters, render_or_join)
 
 
 def _number_rows(rows: tuple[str | Mapping[str, Any], ...]) -> Iterator[Row]:
@@ -151,10 +148,15 @@ def _dataset_rows(source: str, split: str | None) -> Iterator[Row]:
             "'bitpress-core[datasets]' for those"
         ) from None
     name, _, subset = source.partition(":")
+    name, revision = split_revision(name)
     try:
         # streamed: of a large dataset only what is used is fetched
         rows = datasets.load_dataset(
-            name, subset or None, split=split or DEFAULT_SPLIT, streaming=True
+            name,
+            subset or None,
+            split=split or DEFAULT_SPLIT,
+            revision=revision,
+            streaming=True,
         )
         for number, row in enumerate(rows, 1):
             yield f"{source}, row {number}", row

@@ -17,7 +17,7 @@ from torch import Tensor
 from bitpress.checkpoint.digests import read_stamp
 from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.errors import CheckpointError, DataError, first_line
-from bitpress.modeling import metrics, sequences, text_sources
+from bitpress.modeling import bundled_texts, metrics, sequences, text_sources
 from bitpress.modeling.chat_templates import ChatRenderer
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import EvaluationConfig
@@ -170,8 +170,9 @@ def load_calibration_data(
     num_sequences = len(all_ids)
     input_ids = _draw(all_ids, config.seed)[: config.samples].clone()
 
-    # the default numbers are nobody's wish, and the text that ships is as long as it is
-    is_default = attrs.evolve(config, seed=0, all_experts=False) == CalibrationConfig()
+    # the default numbers are nobody's wish, and a text that ships is as long as it is
+    is_bundled = config.source is None or bundled_texts.is_bundled(config.source)
+    is_default = is_bundled and config.shape == CalibrationConfig().shape
     if (num_sequences < config.samples or cut_length < length) and not is_default:
         num_full, shorter = num_sequences, ""
         if cut_length < length:
@@ -264,9 +265,13 @@ def _tokenize(config: CalibrationConfig, num_tokens: int, tokenizer: Any) -> _To
     # a tokenizer hardly looks further than a word ahead, so that they are the same, and nobody
     # waits for gigabytes to be tokenized for them.
     max_characters = None if config.seed else CHARACTERS_PER_TOKEN * num_tokens
-    with ChatRenderer(tokenizer) as renderer:
+    source = config.source
+    if source is None:
+        source = bundled_texts.choose_default(bool(getattr(tokenizer, "chat_template", None)))
+    day = bundled_texts.DAY if bundled_texts.is_bundled(source) else None
+    with ChatRenderer(tokenizer, day) as renderer:
         while True:
-            texts = text_sources.read(config.source, max_characters, renderer.render)
+            texts = text_sources.read(source, max_characters, renderer.render)
             if texts.input_ids:
                 # as they are: whoever made them has begun them as the model needs it
                 tokens = torch.tensor(texts.input_ids, dtype=torch.int64)

@@ -145,6 +145,7 @@ class Manifest:
         blocks: by decoder block, ||h - h'|| / ||h'|| of the hidden states after it, h' the
             source's, on the calibration data that the source was run on too; none where it was not.
         check: how well it predicts a text; None where that was not asked for.
+        revision: the source's commit on the Hub; None where it was not downloaded from there.
     """
 
     bitpress: str
@@ -159,6 +160,7 @@ class Manifest:
     rescaled: Mapping[str, Rescaled] = field(factory=dict)
     blocks: Mapping[str, float] = field(factory=dict)
     check: Check | None = None
+    revision: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""

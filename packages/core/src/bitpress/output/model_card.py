@@ -16,6 +16,7 @@ from typing import Any
 from attrs import frozen
 
 from bitpress.checkpoint.filenames import MODEL_CARD
+from bitpress.checkpoint.hub import split_revision
 from bitpress.errors import printable
 from bitpress.output.manifest import Check, Manifest
 
@@ -87,8 +88,10 @@ def render_card(manifest: Manifest, details: RunDetails) -> str:
 def _metadata(manifest: Manifest, details: RunDetails) -> dict[str, Any]:
     """The front matter, in the order in which it is written."""
     metadata: dict[str, Any] = {}
-    if HUB_NAME.fullmatch(manifest.source):
-        metadata |= {"base_model": manifest.source, "base_model_relation": "quantized"}
+    # the Hub's own name: it knows no revision there
+    base_model, _ = split_revision(manifest.source)
+    if HUB_NAME.fullmatch(base_model):
+        metadata |= {"base_model": base_model, "base_model_relation": "quantized"}
     source_metadata = _read_metadata(details.source / MODEL_CARD)
     metadata |= {key: source_metadata[key] for key in CARRIED if key in source_metadata}
     return metadata | {

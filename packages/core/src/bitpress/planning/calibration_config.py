@@ -21,9 +21,10 @@ class CalibrationConfig:
 
     Attributes:
         source: a .jsonl, .json, .txt or .parquet file, a folder of such files, or a dataset of the
-            `datasets` library as NAME or NAME:SUBSET; after the last two perhaps a split in
-            brackets. Or texts themselves, or rows as such files hold them. None: the text that
-            ships with bitpress.
+            `datasets` library as NAME, NAME@REVISION or NAME:SUBSET; after the last two perhaps a
+            split in brackets. "mixed" and "prose" are texts that ship with bitpress. Or texts
+            themselves, or rows as such files hold them. None: "mixed" for a model with a chat
+            template, "prose" for others.
         samples: how many sequences.
         sequence_length: tokens in each.
         seed: 0 takes the sequences in the text's own order and reads no further than they need; any
