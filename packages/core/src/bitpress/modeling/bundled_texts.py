@@ -1,5 +1,5 @@
-"""The texts that ship with bitpress: prose, a mixture of prose, code, chats and languages, and one to
-judge models on. TEXTS.md beside them says where they are from.
+"""The texts that ship with bitpress: prose, a mixture of prose, code, chats and languages, and one
+to judge models on. TEXTS.md beside them says where they are from.
 """
 
 from __future__ import annotations
