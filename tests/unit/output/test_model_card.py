@@ -9,6 +9,7 @@ import shlex
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -17,8 +18,13 @@ from fixtures.learner_scheme import CONFIG, runnable_model
 from huggingface_hub import ModelCard
 
 import bitpress
-from bitpress.conformance.commands import command, refusal
-from bitpress.conformance.models import files_of, write_model
+from bitpress.checkpoint import hub
+from bitpress.compression.job import prepare_job
+from bitpress.conformance.commands import command, plugins, refusal
+from bitpress.conformance.models import LLAMA, files_of, llama_tensors, write_model
+from bitpress.output.model_card import find_task
+from bitpress.planning.recipe_source import RecipeSource
+from bitpress.planning.run_options import RunOptions
 
 OWN = (
     "---\nlicense: other\nlicense_name: my-license\nlicense_link: LICENSE\nlanguage: [en, de]"
@@ -40,9 +46,10 @@ def front(folder: Path) -> dict[str, Any]:
 
 
 def test_the_hub_finds_base_license_and_tags(with_toy: Path, model: Path, tmp_path: Path) -> None:
-    bitpress.compress(model, tmp_path / "out", scheme="toy")
+    bitpress.compress(model, tmp_path / "out", scheme="toy", base_model="org/model")
     data = ModelCard.load(tmp_path / "out/README.md", ignore_metadata_errors=False).data
-    assert data.base_model == "model"
+    assert data.base_model == "org/model"
+    assert data.pipeline_tag == "text-generation"
     assert data.base_model_relation == "quantized"
     assert (data.license, data.license_name, data.license_link, data.language) == (
         "other",
@@ -244,3 +251,89 @@ def test_a_name_that_would_be_markup_is_a_name(with_toy: Path, tmp_path: Path) -
     card = (tmp_path / "out/README.md").read_text()
     assert "# \\<b\\>\\[x\\](y)\\`\\|, toy" in card
     assert "base_model" not in front(tmp_path / "out")
+
+
+def test_a_folder_s_name_is_no_name_on_the_hub(toy: Path, model: Path, tmp_path: Path) -> None:
+    words = ["--scheme", "toy", "--no-verify"]
+    command("compress", model, tmp_path / "out", *words, path=toy)
+    assert not {"base_model", "base_model_relation"} & front(tmp_path / "out").keys()
+    named = [*words, "--base-model", "org/model"]
+    assert command("compress", model, tmp_path / "named", *named, path=toy).returncode == 0
+    assert front(tmp_path / "named")["base_model"] == "org/model"
+    assert "--base-model org/model\n" in (tmp_path / "named/README.md").read_text()
+    line = refusal("compress", model, tmp_path / "x", *words, "--base-model", "model", path=toy)
+    assert "--base-model 'model': a name on the Hub" in line
+
+
+def test_a_model_of_the_hub_is_its_own_base(with_toy: Path, model: Path) -> None:
+    with patch.object(hub, "_download", lambda name, revision: str(model)):
+        for name in ("org/model", "org/model@main"):
+            job = prepare_job(name, RecipeSource("toy"), options=RunOptions())
+            assert job.base_model == "org/model"
+
+
+def test_only_what_the_scheme_says_of_devices_is_claimed(
+    toy: Path, model: Path, tmp_path: Path
+) -> None:
+    with plugins(toy):
+        bitpress.compress(model, tmp_path / "out", scheme="toy")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Serve it with vLLM (on NVIDIA 6.0+, AMD, Intel, Google, CPU):" in card
+    assert "```\nvllm serve OUT\n```" in card
+
+    module = toy / "bitpress_scheme_toy.py"
+    module.write_text(module.read_text().replace('"supported", "runs', '"unsupported", "it runs'))
+    with plugins(toy):
+        bitpress.compress(model, tmp_path / "refused", scheme="toy")
+    card = (tmp_path / "refused/README.md").read_text()
+    assert "Not known to be served by vLLM: it runs anywhere." in card
+    assert "vllm serve" not in card
+
+
+def test_an_architecture_that_loaders_do_not_list_is_not_claimed(
+    with_toy: Path, tmp_path: Path
+) -> None:
+    config = LLAMA | {"architectures": ["MadeUpForCausalLM"], "model_type": "made_up"}
+    model = write_model(tmp_path / "model", llama_tensors(config=config), config)
+    bitpress.compress(model, tmp_path / "out", scheme="toy")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Not known to be served by vLLM: vLLM 0.33" in card
+    assert "Not known to load in transformers: transformers 5.24" in card
+
+
+def test_what_is_not_verified_is_not_said_to_be(
+    with_toy: Path, model: Path, tmp_path: Path
+) -> None:
+    bitpress.compress(model, tmp_path / "out", scheme="toy", verify=False)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "the error of every layer" not in card
+    assert "SHA-256 of the header of every file" in card
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "text-generation"),
+        (
+            {"architectures": ["Qwen3VLForConditionalGeneration"], "vision_config": {}},
+            "image-text-to-text",
+        ),
+        (
+            {"architectures": ["VoxtralForConditionalGeneration"], "audio_config": {}},
+            "audio-text-to-text",
+        ),
+        (
+            {
+                "architectures": ["Gemma3nForConditionalGeneration"],
+                "vision_config": {},
+                "audio_config": {},
+            },
+            "any-to-any",
+        ),
+        ({"architectures": ["BertForSequenceClassification"]}, "text-classification"),
+        ({"model_type": "odd"}, None),
+        ({}, None),
+    ],
+)
+def test_the_task_follows_from_the_architecture(config: dict[str, Any], task: str | None) -> None:
+    assert find_task(config) == task

@@ -116,9 +116,8 @@ def recommend(
         BitpressError: the model cannot be compressed, or no scheme is installed.
     """
     source = open_checkpoint(resolve(arguments.read_model("model", model)))
-    hardware = arguments.read_hardware("serve_on", serve_on)
-    num_bytes = arguments.read_size("memory", memory)
-    return make_recommendation(source, discover(), hardware, num_bytes)
+    device = arguments.read_hardware("serve_on", serve_on)
+    return make_recommendation(source, discover(), device, arguments.read_size("memory", memory))
 
 
 # One keyword for each option of the command line.
@@ -144,6 +143,7 @@ def compress(  # noqa: PLR0913
     check: str | Path | bool | None = None,
     max_kl: float | None = None,
     serve_on: Hardware | str | None = None,
+    base_model: str | None = None,
     progress: Progress | bool | None = None,
 ) -> Manifest:
     """Write a smaller model into the folder `out`, and prove it unless `verify` is off.
@@ -164,10 +164,10 @@ def compress(  # noqa: PLR0913
         max_memory: bytes, or a text such as "4GB"; a run that would need more is refused, one that
             could use more for speed does not.
         trust_remote_code: whether code in the model's folder may run.
-        check: a text on which the result, run as it will be served, is compared with its source;
-            True: the one that ships with bitpress.
+        check: a text on which the result is compared with its source; True: one that ships.
         max_kl: the most that their KL divergence may be there, in nats per token.
         serve_on: the device that will serve the result, or its name; None: the one present.
+        base_model: the Hub name of a model in a folder, for the model card.
         progress: True shows bars, in a notebook too; or a function that is called with the name
             and the bytes of each stage, and returns one that is called with the bytes done.
 
@@ -192,6 +192,7 @@ def compress(  # noqa: PLR0913
         check=arguments.read_check(check),
         max_kl=None if max_kl is None else arguments.read_number("max_kl", max_kl),
         serve_on=arguments.read_hardware("serve_on", serve_on),
+        base_model=base_model,
     )
     folder, progress = arguments.read_path("out", out), choose_progress(progress)
     job = prepare_job(arguments.read_model("model", model), recipe_source, config, options)

@@ -146,6 +146,7 @@ def recommend(model: str, serve_on: Hardware | None, memory: int | None) -> None
 @options.serve_on("Device that will serve the result (default: this machine's).")
 @options.machine
 @options.proof
+@options.base_model
 @options.quiet
 @options.as_json
 @options.collect(recipe=RecipeSource, calibration=CalibrationConfig, run_options=RunOptions)

@@ -304,6 +304,13 @@ proof = combine(
 )
 
 
+base_model = click.option(
+    "--base-model",
+    metavar="NAME",
+    help="Hub name of the model, for the model card of a local folder.",
+)
+
+
 @frozen
 class Deployment:
     """For what a plan is made.

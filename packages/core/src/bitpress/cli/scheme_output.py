@@ -11,7 +11,7 @@ from attrs import frozen
 
 from bitpress.cli.text import print_table, say
 from bitpress.errors import BitpressError, printable_line
-from bitpress.schemes.hardware import Hardware
+from bitpress.schemes.hardware import Hardware, describe_devices
 from bitpress.schemes.options import describe_type
 from bitpress.schemes.registry import Registry, Step
 from bitpress.schemes.values import USABLE, Finding
@@ -124,19 +124,7 @@ def serves(step: Step, devices: Sequence[Hardware]) -> str:
     if len(devices) == 1:
         return _findings(step, devices[0])[0].level
     usable = [device for device in devices if _findings(step, device)[0].level in USABLE]
-    words = []
-    for vendor in dict.fromkeys(device.vendor for device in devices):
-        usable_of_vendor = [device for device in usable if device.vendor == vendor]
-        if not usable_of_vendor:
-            continue
-        if vendor == "nvidia":
-            major, minor = min(device.capability or (0, 0) for device in usable_of_vendor)
-            words.append(f"NVIDIA {major}.{minor}+")
-        else:
-            name = vendor.upper() if vendor in ("amd", "cpu") else vendor.capitalize()
-            num_devices = sum(device.vendor == vendor for device in devices)
-            words.append(name if len(usable_of_vendor) == num_devices else f"some {name}")
-    return ", ".join(words) or "nothing known"
+    return describe_devices(usable, devices)
 
 
 def _findings(step: Step, device: Hardware) -> Sequence[Finding]:

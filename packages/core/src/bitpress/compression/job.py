@@ -7,7 +7,7 @@ from pathlib import Path
 from attrs import evolve, frozen
 
 from bitpress.checkpoint import layer_names
-from bitpress.checkpoint.hub import resolve
+from bitpress.checkpoint.hub import resolve, split_revision
 from bitpress.checkpoint.reader import open_checkpoint
 from bitpress.compression import accuracy_check
 from bitpress.errors import RecipeError
@@ -37,6 +37,7 @@ class Job:
         check_text: on which the result is compared with its source; None where it is not.
         command: a command line that asks for the same.
         remarks: on what was asked for and is not used.
+        base_model: the Hub name of the source; None where it has none that is known.
     """
 
     plan: Plan
@@ -45,6 +46,7 @@ class Job:
     check_text: EvaluationText | None = None
     command: str = ""
     remarks: tuple[str, ...] = ()
+    base_model: str | None = None
 
     @property
     def calibration_shape(self) -> tuple[int, int] | None:
@@ -92,11 +94,12 @@ def prepare_job(
         check_text = accuracy_check.load_check_text(plan, options.check, options.trust_remote_code)
     config = (calibration or CalibrationConfig()) if recipe.calibrated else None
     command = _command(str(model), recipe_source, config, options)
+    base_model = _find_base_model(str(model), options.base_model)
     if config is None:
         remarks: tuple[str, ...] = ()
         if calibration is not None and calibration.source is not None:
             remarks = ("no step of this recipe needs data: --calibration is not used",)
-        return Job(plan, None, str(model), check_text, command, remarks)
+        return Job(plan, None, str(model), check_text, command, remarks, base_model)
 
     sequences = load_calibration_data(
         config, source.folder, source.config, options.trust_remote_code
@@ -105,12 +108,22 @@ def prepare_job(
         layer_names.group_experts(stack.members) for stack in plan.stacks
     ):
         raise RecipeError("--all-experts: no experts of this model are compressed; leave it out")
-    return Job(plan, None, str(model), check_text, command).with_calibration(sequences)
+    job = Job(plan, None, str(model), check_text, command, base_model=base_model)
+    return job.with_calibration(sequences)
 
 
 def display_name(model: str) -> str:
     """The Hub name of a model, or its folder's own name."""
     return model if "/" in model and not Path(model).exists() else Path(model).resolve().name
+
+
+def _find_base_model(model: str, base_model: str | None) -> str | None:
+    """The Hub name of a model, where it has one: a folder's own name is none."""
+    if base_model is not None and not model_card.HUB_NAME.fullmatch(str(base_model)):
+        raise RecipeError(f"--base-model {base_model!r}: a name on the Hub, ORGANISATION/MODEL")
+    # the card's field knows no revision
+    name, _ = split_revision(base_model or display_name(model))
+    return name if model_card.HUB_NAME.fullmatch(name) else None
 
 
 def _check_value(check: str | None) -> Path | bool:
@@ -128,5 +141,6 @@ def _command(
         **recipe_source.command_options,
         **(config.command_options if config else {}),
         "--check": _check_value(options.check),
+        "--base-model": options.base_model,
     }
     return model_card.format_command(display_name(model), command_options)

@@ -15,6 +15,7 @@ from bitpress.compression.job import Job, display_name
 from bitpress.compression.resources import Resources
 from bitpress.output import manifest as manifests, model_card
 from bitpress.output.manifest import FileRecord, LayerRecord, Manifest
+from bitpress.planning import loaders
 from bitpress.runtime.version import __version__
 
 
@@ -62,7 +63,14 @@ def write_model_card(job: Job, manifest: Manifest, output: OutputFolder) -> Mani
         (name for name, source in plan.side_files.items() if source == filenames.MODEL_CARD), None
     )
     details = model_card.RunDetails(
-        job.command, plan.source_bytes, plan.output_bytes, plan.source.folder, source_card
+        job.command,
+        plan.source_bytes,
+        plan.output_bytes,
+        plan.source.folder,
+        source_card,
+        job.base_model,
+        plan.config,
+        loaders.describe_loaders(plan),
     )
     content = model_card.render_card(manifest, details)
     output.write_text(filenames.MODEL_CARD, content)

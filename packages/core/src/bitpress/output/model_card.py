@@ -15,10 +15,12 @@ from typing import Any
 
 from attrs import frozen
 
+from bitpress.checkpoint.engine_facts import architecture_of
 from bitpress.checkpoint.filenames import MODEL_CARD
-from bitpress.checkpoint.hub import split_revision
+from bitpress.checkpoint.model_config import KEY
 from bitpress.errors import printable
 from bitpress.output.manifest import Check, Manifest
+from bitpress.planning.loaders import Loaders
 
 # Bytes of a card whose front matter is read.
 MAX_CARD_BYTES = 1 << 20
@@ -34,7 +36,7 @@ MAX_VALUE = 200
 # a card that has none.
 FRONT_MATTER = re.compile(r"\ufeff?---\r?\n(.*?)\r?\n---", re.DOTALL)
 
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -49,6 +51,9 @@ class RunDetails:
         output_bytes: size of the output's weight files.
         source: the folder whose card is carried over.
         source_card: the name that the source's card has in the output; None where it has none.
+        base_model: the Hub name of the source; None where it is not known.
+        config: the content of the output's `config.json`.
+        loaders: what is known of how loaders take the output.
     """
 
     command: str
@@ -56,6 +61,9 @@ class RunDetails:
     output_bytes: int
     source: Path
     source_card: str | None
+    base_model: str | None
+    config: Mapping[str, Any]
+    loaders: Loaders
 
 
 def format_command(model: str, options: Mapping[str, object]) -> str:
@@ -88,16 +96,35 @@ def render_card(manifest: Manifest, details: RunDetails) -> str:
 def _metadata(manifest: Manifest, details: RunDetails) -> dict[str, Any]:
     """The front matter, in the order in which it is written."""
     metadata: dict[str, Any] = {}
-    # the Hub's own name: it knows no revision there
-    base_model, _ = split_revision(manifest.source)
-    if HUB_NAME.fullmatch(base_model):
-        metadata |= {"base_model": base_model, "base_model_relation": "quantized"}
+    if details.base_model is not None:
+        metadata |= {"base_model": details.base_model, "base_model_relation": "quantized"}
+    if (task := find_task(details.config)) is not None:
+        metadata["pipeline_tag"] = task
     source_metadata = _read_metadata(details.source / MODEL_CARD)
     metadata |= {key: source_metadata[key] for key in CARRIED if key in source_metadata}
+    formats = ["compressed-tensors"] if KEY in details.config else []
     return metadata | {
         "library_name": "transformers",
-        "tags": ["bitpress", "compressed-tensors", *manifest.schemes],
+        "tags": ["bitpress", *formats, *manifest.schemes],
     }
+
+
+def find_task(config: Mapping[str, Any]) -> str | None:
+    """The Hub's name of what a model does, by its architecture; None where that does not say."""
+    architecture = architecture_of(config)
+    has_images, has_sounds = (
+        any(isinstance(config.get(f"{part}_config"), dict) for part in parts)
+        for parts in (("vision",), ("audio", "thinker", "speech"))
+    )
+    if has_images and has_sounds:
+        return "any-to-any"
+    if has_images or has_sounds:
+        return f"{'image' if has_images else 'audio'}-text-to-text"
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "text-generation"
+    if architecture.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        return "text-classification" if "Sequence" in architecture else "token-classification"
+    return None
 
 
 def _read_metadata(file: Path) -> Mapping[str, Any]:
@@ -166,14 +193,43 @@ def _render_body(manifest: Manifest, details: RunDetails) -> Iterator[str]:
         )
     if manifest.check:
         yield from _render_check(manifest.check)
-    yield (
-        "\n`vllm serve` reads it as it is, and so does transformers with the `compressed-tensors` "
-        "library."
+    yield ""
+    yield from _render_loaders(details)
+    yield from _render_proof(manifest)
+
+
+def _render_loaders(details: RunDetails) -> Iterator[str]:
+    """How it is served and loaded, as far as that is known of this output."""
+    loaders, is_plain = details.loaders, KEY not in details.config
+    if loaders.vllm_reason is None:
+        yield f"Serve it with vLLM (on {_escaped(loaders.vllm_devices or '')}):\n"
+        yield "```\nvllm serve OUT\n```\n"
+    else:
+        yield f"Not known to be served by vLLM: {_escaped(loaders.vllm_reason)}.\n"
+    if loaders.transformers_reason is not None:
+        yield f"Not known to load in transformers: {_escaped(loaders.transformers_reason)}.\n"
+    elif loaders.needs_dequantizing:
+        yield (
+            "transformers loads it, with the `compressed-tensors` library, if it is given "
+            "`quantization_config=CompressedTensorsConfig(dequantize=True)`.\n"
+        )
+    elif is_plain:
+        yield "transformers loads it like the model that it was made of.\n"
+    else:
+        yield "transformers loads it with the `compressed-tensors` library.\n"
+
+
+def _render_proof(manifest: Manifest) -> Iterator[str]:
+    """What `bitpress.json` holds of this output."""
+    has_errors = all(layer.error is not None for layer in manifest.layers.values())
+    has_digests = all(file.sha256 is not None for file in manifest.files.values())
+    facts = ["the recipe with every option"]
+    if has_errors:
+        facts.append("the error of every layer")
+    facts.append(
+        "the SHA-256 of every file" if has_digests else "the SHA-256 of the header of every file"
     )
-    yield (
-        "`bitpress.json` holds the recipe with every option, the error of every layer, and the "
-        "SHA-256 of every file, by which"
-    )
+    yield f"`bitpress.json` holds {', '.join(facts[:-1])}, and {facts[-1]}, by which"
     yield "`bitpress verify` proves them."
 
 

@@ -23,6 +23,8 @@ class RunOptions:
         max_kl: largest KL divergence of that check, in nats per token; None: no limit.
         trust_remote_code: whether code in the model's folder may run.
         serve_on: the device that will serve the result; None: this machine's.
+        base_model: the Hub name of the model that the source is, for the model card; None: that by
+            which the source was fetched, if it was.
     """
 
     device: str = "cpu"
@@ -33,3 +35,4 @@ class RunOptions:
     max_kl: float | None = None
     trust_remote_code: bool = False
     serve_on: Hardware | None = None
+    base_model: str | None = None

@@ -145,6 +145,23 @@ def _split_words(name: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", name.lower())
 
 
+def describe_devices(usable: Sequence[Hardware], devices: Sequence[Hardware]) -> str:
+    """In a few words which of some devices are usable: `NVIDIA 8.9+, some AMD`."""
+    words = []
+    for vendor in dict.fromkeys(device.vendor for device in devices):
+        usable_of_vendor = [device for device in usable if device.vendor == vendor]
+        if not usable_of_vendor:
+            continue
+        if vendor == "nvidia":
+            major, minor = min(device.capability or (0, 0) for device in usable_of_vendor)
+            words.append(f"NVIDIA {major}.{minor}+")
+        else:
+            name = vendor.upper() if vendor in ("amd", "cpu") else vendor.capitalize()
+            num_devices = sum(device.vendor == vendor for device in devices)
+            words.append(name if len(usable_of_vendor) == num_devices else f"some {name}")
+    return ", ".join(words) or "nothing known"
+
+
 def detect_device() -> Hardware:
     """The first accelerator that torch sees, else the CPU."""
     # Commands that only name a device do without importing torch.
