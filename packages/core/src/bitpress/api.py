@@ -41,7 +41,7 @@ from bitpress.planning.search_goal import SearchGoal
 from bitpress.runtime.devices import count_cores, find_device, torch_threads
 from bitpress.runtime.logger import log_warnings, warn
 from bitpress.runtime.progress import Progress, choose_progress
-from bitpress.schemes.deprecation import warn_renamed
+from bitpress.schemes.deprecation import rename_keywords
 from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.registry import discover
 
@@ -55,6 +55,7 @@ Settings = Texts | Mapping[str, Any]
 Calibration = str | Path | Iterable[str | Mapping[str, Any]] | None
 
 
+@rename_keywords({"recipe_file": "recipe", "device": "serve_on"})
 # One keyword for each option of the command line.
 def plan(  # noqa: PLR0913
     model: str | Path,
@@ -65,7 +66,6 @@ def plan(  # noqa: PLR0913
     ignore: Texts = (),
     copy: Texts = (),
     serve_on: Hardware | str | None = None,
-    device: Hardware | str | None = None,
 ) -> Plan:
     """What `compress` would do, from headers alone.
 
@@ -77,14 +77,10 @@ def plan(  # noqa: PLR0913
         ignore: patterns of layers to leave alone.
         copy: patterns of files to copy, beside those that loaders read.
         serve_on: the device that will serve the result, or its name; None: the one present.
-        device: the old name of `serve_on`.
 
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
-    if device is not None:
-        warn_renamed("bitpress.plan(device=...)", "bitpress.plan(serve_on=...)")
-        serve_on = device
     recipe_source = arguments.read_recipe_source(scheme, recipe, settings, ignore, copy)
     hardware = arguments.read_hardware("serve_on", serve_on)
     plan = plan_from(arguments.read_model("model", model), recipe_source, hardware)
@@ -120,6 +116,7 @@ def recommend(
     return make_recommendation(source, discover(), device, arguments.read_size("memory", memory))
 
 
+@rename_keywords({"recipe_file": "recipe"})
 # One keyword for each option of the command line.
 def compress(  # noqa: PLR0913
     model: str | Path,
@@ -320,9 +317,11 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress | bool | N
     files = read_manifest(checkpoint.folder).files
     copied = [name for name in checkpoint.left_files if name in files]
     written = open_written(checkpoint.with_side_files(copied))
+    # in two bytes a weight, as most sources have them
+    num_bytes = sum(2 * record.shape[0] * record.shape[1] for record in written.layers.values())
     permissions = Permissions.of(written.checkpoint.folder, written.checkpoint.headers)
     with torch_threads(1), OutputFolder(target, permissions) as output:
-        write_dense(written, output, progress)
+        write_dense(written, output, progress("decompressing", num_bytes))
 
 
 # One keyword for each option of the command line.

@@ -170,10 +170,7 @@ def load_calibration_data(
     num_sequences = len(all_ids)
     input_ids = _draw(all_ids, config.seed)[: config.samples].clone()
 
-    # the default numbers are nobody's wish, and a text that ships is as long as it is
-    is_bundled = config.source is None or bundled_texts.is_bundled(config.source)
-    is_default = is_bundled and config.shape == CalibrationConfig().shape
-    if (num_sequences < config.samples or cut_length < length) and not is_default:
+    if (num_sequences < config.samples or cut_length < length) and not _is_default(config):
         num_full, shorter = num_sequences, ""
         if cut_length < length:
             num_full, shorter = 0, f", one of {cut_length} tokens"
@@ -192,6 +189,12 @@ def load_calibration_data(
         _read_text_stamp(config.source),
         "".join(tokenizer.convert_ids_to_tokens(text.prefix.tolist())),
     )
+
+
+def _is_default(config: CalibrationConfig) -> bool:
+    """Whether the numbers are nobody's wish, and the text that ships is as long as it is."""
+    is_bundled = config.source is None or bundled_texts.is_bundled(config.source)
+    return is_bundled and config.shape == CalibrationConfig().shape
 
 
 def _draw(sequences: Tensor, seed: int) -> Tensor:

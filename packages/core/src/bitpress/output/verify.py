@@ -23,7 +23,7 @@ from bitpress.output.written_model import WrittenModel
 from bitpress.planning import engine_rules
 from bitpress.planning.ignored_layers import ignored_layers
 from bitpress.planning.quantization_config import quantization_config
-from bitpress.runtime.logger import logger
+from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes.values import StoredLayer
 
 
@@ -78,8 +78,7 @@ def verify_tensors(
 
         def measure(module: str) -> LayerMeasurement:
             measurement = _measure_layer(written, module, source, reader)
-            logger.debug("%s: relative error %.5f", module, measurement.error)
-            workers.report_progress(stored_bytes(module), module)
+            workers.report_progress(stored_bytes(module))
             return measurement
 
         share = dict(zip(modules, pool.map(measure, modules), strict=True))
@@ -89,7 +88,7 @@ def verify_tensors(
         faults += layer_faults
         if source is not None:
             names = source.entries if measured is None else written.rescaled
-            faults += _verify_copies(written, source, reader, workers, names)
+            faults += _verify_copies(written, source, reader, process_group, names)
 
     gathered = process_group.all_gather_object((faults, errors))
     return VerificationReport(
@@ -223,14 +222,13 @@ def _verify_copies(
     written: WrittenModel,
     source: Checkpoint,
     reader: Reader,
-    workers: Workers,
+    process_group: ProcessGroup,
     names: Collection[str],
 ) -> Sequence[Fault]:
     """Tensors outside the compressed layers, of these names, that differ from the source's."""
     faults = []
     entries = [(name, entry) for name, entry in source.entries.items() if name in names]
-    share = workers.process_group.partition_by_size(entries, lambda item: item[1].nbytes)
-    for name, entry in share:
+    for name, entry in process_group.partition_by_size(entries, lambda item: item[1].nbytes):
         copy = written.checkpoint.entries.get(name)
         if copy is None or name.removesuffix(".weight") in written.layers:
             continue
@@ -240,7 +238,6 @@ def _verify_copies(
             is_same = torch.equal(rescaled.to(DTYPES[entry.dtype]), reader.whole(copy))
         elif is_same:
             is_same = all(map(torch.equal, reader.chunks(entry), reader.chunks(copy)))
-        workers.report_progress(entry.nbytes, name)
         if not is_same:
             faults.append(Fault(name, "the copied tensor differs from the source's"))
     return faults

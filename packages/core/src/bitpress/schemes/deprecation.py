@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import pluggy
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Hooks of release 0.1, and what they are called now.
 OLD_HOOKS: Mapping[str, str] = {
@@ -25,6 +27,23 @@ def warn_renamed(old: str, new: str) -> None:
         DeprecationWarning,
         stacklevel=3,
     )
+
+
+def rename_keywords(new_names: Mapping[str, str]) -> Callable[[Function], Function]:
+    """A decorator that lets a function take keywords under their old names too."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in [name for name in kwargs if name in new_names]:
+                name = f"bitpress.{function.__name__}"
+                warn_renamed(f"{name}({old}=...)", f"{name}({new_names[old]}=...)")
+                kwargs[new_names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate
 
 
 def accept_old_names(cls: Any, new_names: Mapping[str, str]) -> None:
