@@ -229,6 +229,8 @@ def test_check_alone_takes_the_text_that_ships(toy: Path, tmp_path: Path) -> Non
     assert "tokens of the check text that ships with bitpress, run as it" in done.stdout
     assert done.stdout.endswith(f"serve it: vllm serve {out}\n")
     assert "OUT --scheme toy --check\n" in (out / "README.md").read_text()
+    line = refusal("compress", model, "--check", tmp_path / "x", "--scheme", "toy", path=toy)
+    assert "'OUT'. --check takes the word after it: write it last, or before an option" in line
     # and so does eval
     words = ["eval", out, "--against", model, "--threads", 1]
     document = json.loads(command(*words, "--json", path=toy).stdout)

@@ -39,6 +39,15 @@ class Argument(click.Argument):
         super().__init__(names, **kwargs)
         self.help = help
 
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        try:
+            return super().process_value(ctx, value)
+        except click.MissingParameter:
+            if not ctx.params.get("check"):
+                raise
+            hint = "--check takes the word after it: write it last, or before an option"
+            raise click.MissingParameter(hint, ctx, self) from None
+
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
         return self.metavar or self.human_readable_name, self.help or ""
 
