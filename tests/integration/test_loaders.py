@@ -13,6 +13,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import disable_quantization
+from fixtures.processes import kit
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,11 +24,13 @@ from transformers import (
 
 from bitpress import compress, numerics
 from bitpress.checkpoint.reader import open_checkpoint
+from bitpress.conformance.commands import install
 from bitpress.conformance.models import LLAMA, tensors_of, write_model
 from bitpress.planning.planner import make_plan
 from bitpress.planning.recipe import Recipe, from_file, from_scheme
 from bitpress.schemes import pipeline
 from bitpress.schemes.registry import discover
+from bitpress.schemes.template import write_package
 
 TINY = Path(__file__).parents[2] / "examples/tiny-llama"
 TOKENS = torch.arange(48).reshape(2, 24) * 2 % 96
@@ -273,3 +276,46 @@ def test_the_example_s_perplexity_stays_within_one_percent(tmp_path: Path) -> No
     assert before < 5
     assert before != after
     assert abs(after - before) < math.log(1.01)
+
+
+# What an author may get wrong in the template, and what the kit says of it: scales of which the
+# config does not say how they are stored, and a group size that is not that of the scales.
+MISTAKES = {
+    "scales that only dequantize halves": (
+        [
+            (
+                '"weight_scale": layer.qparams["scale"]',
+                '"weight_scale": 2 * layer.qparams["scale"]',
+            ),
+            ('tensors["weight_scale"])', 'tensors["weight_scale"] / 2)'),
+        ],
+        "transformers computes with other weights: logits differ by",
+    ),
+    "another group size": (
+        [('"group_size": options.group_size', '"group_size": 2 * options.group_size')],
+        "transformers does not load what is stored",
+    ),
+    "a reason": (
+        [("    bits = 4\n", '    bits = 4\n    transformers_reason = "it is a secret"\n')],
+        "`Options.transformers_reason`: it is a secret",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", [None, *MISTAKES])
+def test_the_kit_proves_that_transformers_loads_what_a_scheme_stores(
+    tmp_path: Path, mistake: str | None
+) -> None:
+    package = write_package("my-own", tmp_path)
+    module = package / "bitpress_my_own.py"
+    text = module.read_text()
+    changes, words = MISTAKES[mistake] if mistake else ([], "1 passed")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    folder = install(
+        tmp_path / "site", "bitpress-my-own", text, "[bitpress.schemes]\nmy-own = bitpress_my_own\n"
+    )
+    done = kit(folder, "--scheme", "my-own", "-k", "transformers")
+    assert words in done.stdout
+    assert done.returncode == (0 if mistake in (None, "a reason") else 1)

@@ -40,6 +40,13 @@ class PruningOptions(bitpress.Options):
         """Magnitude is that of the weights alone."""
         return self.algorithm != "magnitude"
 
+    @property
+    def transformers_reason(self) -> str | None:
+        """Bitmasks are decoded by old releases alone."""
+        if self.layout == "bitmask":
+            return "compressed-tensors decodes bitmasks up to release 0.14 alone"
+        return None
+
     def group_size(self, width: int) -> int:
         """Columns of a group, in a layer of that width.
 

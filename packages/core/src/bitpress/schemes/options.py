@@ -51,6 +51,13 @@ class Options:
         """
         return 1
 
+    @property
+    def transformers_reason(self) -> str | None:
+        """Why transformers does not load what is written with these options; None where it does,
+        which the conformance kit proves.
+        """
+        return None
+
 
 def option(default: Any, help: str, **kwargs: Any) -> Any:
     """A field of an options class.
