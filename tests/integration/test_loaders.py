@@ -278,8 +278,7 @@ def test_the_example_s_perplexity_stays_within_one_percent(tmp_path: Path) -> No
     assert abs(after - before) < math.log(1.01)
 
 
-# What an author may get wrong in the template, and what the kit says of it: scales of which the
-# config does not say how they are stored, and a group size that is not that of the scales.
+# What an author may change in the template, and what the kit says of it.
 MISTAKES = {
     "scales that only dequantize halves": (
         [
@@ -290,10 +289,6 @@ MISTAKES = {
             ('tensors["weight_scale"])', 'tensors["weight_scale"] / 2)'),
         ],
         "transformers computes with other weights: logits differ by",
-    ),
-    "another group size": (
-        [('"group_size": options.group_size', '"group_size": 2 * options.group_size')],
-        "transformers does not load what is stored",
     ),
     "a reason": (
         [("    bits = 4\n", '    bits = 4\n    transformers_reason = "it is a secret"\n')],
