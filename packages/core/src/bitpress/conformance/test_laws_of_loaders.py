@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import bitpress
+from bitpress import api
 from bitpress.checkpoint.reader import open_checkpoint
 from bitpress.conformance import trial
 from bitpress.conformance.models import LLAMA, tensors_of, write_model
@@ -54,10 +54,10 @@ def test_transformers_loads_it_and_computes_with_the_dequantized_weights(
     model = write_model(tmp_path / "model", config=CONFIG)
     _write_tokenizer(model)
     try:
-        bitpress.plan(model, recipe=recipe)
+        api.plan(model, recipe=recipe)
     except BitpressError as e:
         pytest.skip(f"no plan with these options for a Llama of 128 columns ({e})")
-    bitpress.compress(model, out, recipe=recipe, threads=1, **data)
+    api.compress(model, out, recipe=recipe, threads=1, **data)
 
     written = open_written(open_checkpoint(out))
     config = written.checkpoint.config
