@@ -522,7 +522,7 @@ def test_calibration_texts_may_be_a_list(tmp_path: Path, learner: Path) -> None:
     ("wrong", "expected"),
     [
         ({"text": "w1"}, "a list of texts or rows is expected, not dict"),
-        (3, "a list of texts or rows is expected, not int"),
+        (3, "a list of texts or rows is expected, not 3"),
         ([3], "text 1 of the list: an object"),
         ([], "a list of texts: it holds no text"),
     ],
