@@ -78,7 +78,7 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (bitpress.compress, {"scheme": "toy", "verify": "no"}, "verify: True or False"),
     (bitpress.compress, {"scheme": "toy", "progress": "yes"}, "progress: True, False or a"),
     (bitpress.compress, {"scheme": "toy", "device": "gpu"}, "device gpu: it is auto, cpu"),
-    (bitpress.compress, {"scheme": "toy", "check": ["text"]}, "check: a path"),
+    (bitpress.compress, {"scheme": "toy", "check": {"text": ""}}, "check: a file, a dataset"),
     (bitpress.search, {"schemes": "toy", "budget": 8}, "name two or more to choose from"),
     (bitpress.search, {"schemes": ["toy", "none"], "budget": "low"}, "budget: a number"),
     (bitpress.verify, {"out": 1}, "out: a path is expected, not 1"),
@@ -86,7 +86,7 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (bitpress.inspect, {"out": None}, "out: a path is expected, not None"),
     (bitpress.report, {"out": RECIPE}, "out: a path is expected, not dict"),
     (bitpress.decompress, {"dense": 5}, "dense: a path is expected, not 5"),
-    (bitpress.eval, {"text": None}, "text: a"),
+    (bitpress.eval, {"text": 7}, "text: a file, a dataset"),
 ]
 
 
@@ -132,6 +132,22 @@ def test_warnings_are_returned_recorded_and_logged(
     messages = [record.getMessage() for record in caplog.records]
     assert set(manifest.warnings) <= set(messages)
     assert any(message.startswith("compressing: model.layers.1") for message in messages)
+
+
+def test_models_are_judged_on_texts_of_a_list_too(learned: Path, tmp_path: Path) -> None:
+    texts = (tmp_path / "text.txt").read_text().splitlines()
+    install_learner(tmp_path / "plugins")
+    with plugins(tmp_path / "plugins"):
+        manifest = bitpress.compress(
+            learned, tmp_path / "out", scheme="learner", calibration=texts, check=texts, samples=8
+        )
+        check = bitpress.eval(tmp_path / "out", texts, learned)
+        file = bitpress.eval(tmp_path / "out", tmp_path / "text.txt", learned)
+    assert manifest.check is not None
+    assert check.text == manifest.check.text == "a list of texts"
+    assert check.kl == manifest.check.kl == file.kl
+    assert "--calibration FILE" in (tmp_path / "out/README.md").read_text()
+    assert "--check FILE" in (tmp_path / "out/README.md").read_text()
 
 
 def test_data_that_no_step_needs_is_remarked_on(model: Path, tmp_path: Path) -> None:

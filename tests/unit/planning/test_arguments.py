@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,9 +42,9 @@ RULES = {"layers": [{"match": ("*",), "steps": [{"use": "toy", "levels": 7}]}]}
             RULES,
             {"layers": [{"match": ["*"], "steps": [{"use": "toy", "levels": 7}]}]},
         ),
-        (arguments.read_calibration_source, Path("texts.jsonl"), "texts.jsonl"),
-        (arguments.read_calibration_source, None, None),
-        (arguments.read_calibration_source, ["a", ROW], ("a", ROW)),
+        (partial(arguments.read_source, "calibration"), Path("texts.jsonl"), "texts.jsonl"),
+        (partial(arguments.read_source, "calibration"), None, None),
+        (partial(arguments.read_source, "calibration"), ["a", ROW], ("a", ROW)),
         (lambda v: arguments.read_count("samples", v, 256), "64", 64),
         (lambda v: arguments.read_count("samples", v, 256), 64.0, 64),
         (lambda v: arguments.read_count("samples", v, 256), torch.tensor(64), 64),
@@ -81,12 +82,20 @@ def test_what_is_meant(read: Callable[[Any], Any], value: Any, meant: Any) -> No
         (arguments.read_scheme, RULES, ["scheme: the name", "dict", "recipe="]),
         (arguments.read_recipe, ["toy"], ["recipe: a TOML file or a table", "list"]),
         (arguments.read_recipe, {"layers": {1}}, ["recipe: it is no table"]),
-        (arguments.read_calibration_source, ROW, ["calibration: ", "dict", "goes into a list"]),
-        (arguments.read_calibration_source, {"a", "b"}, ["calibration: ", "set has no order"]),
-        (arguments.read_calibration_source, b"text", ["calibration: ", "bytes"]),
-        (arguments.read_calibration_source, 64, ["calibration: ", "not 64"]),
         (
-            arguments.read_calibration_source,
+            partial(arguments.read_source, "calibration"),
+            ROW,
+            ["calibration: ", "dict", "goes into a list"],
+        ),
+        (
+            partial(arguments.read_source, "calibration"),
+            {"a", "b"},
+            ["calibration: ", "set has no order"],
+        ),
+        (partial(arguments.read_source, "calibration"), b"text", ["calibration: ", "bytes"]),
+        (partial(arguments.read_source, "calibration"), 64, ["calibration: ", "not 64"]),
+        (
+            partial(arguments.read_source, "calibration"),
             SimpleNamespace(to_dict=None, columns=None),
             ["calibration: ", 'to_dict("records")'],
         ),

@@ -137,7 +137,7 @@ def compress(  # noqa: PLR0913
     max_memory: int | str | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
-    check: str | Path | bool | None = None,
+    check: Calibration | bool = None,
     max_kl: float | None = None,
     serve_on: Hardware | str | None = None,
     base_model: str | None = None,
@@ -327,7 +327,7 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress | bool | N
 # One keyword for each option of the command line.
 def evaluate(  # noqa: PLR0913
     model: str | Path,
-    text: str | Path = evaluation_config.CHECK_TEXT,
+    text: Calibration = None,
     against: str | Path | None = None,
     *,
     sequence_length: int = evaluation_config.SEQUENCE_LENGTH,
@@ -344,14 +344,14 @@ def evaluate(  # noqa: PLR0913
     Args:
         model: a plain model, or one that bitpress wrote: it is run as it will be served,
             activations quantized.
-        text: a .jsonl, .txt or .parquet file; without one, a text that ships with bitpress.
+        text: as the calibration of `compress`; None: a text that ships with bitpress.
         against: as `model`; usually its source.
 
     Raises:
         BitpressError: the text, or a model, cannot be used.
     """
     config = EvaluationConfig(
-        arguments.read_model("text", text),
+        arguments.read_source("text", text) or evaluation_config.CHECK_TEXT,
         arguments.read_count("sequence_length", sequence_length, evaluation_config.SEQUENCE_LENGTH),
         arguments.read_count("max_tokens", max_tokens, evaluation_config.MAX_TOKENS),
     )

@@ -17,13 +17,14 @@ from bitpress.modeling.tokens import EvaluationText, load_evaluation_text
 from bitpress.output import compressed_model, evaluate
 from bitpress.output.manifest import Check
 from bitpress.output.written_model import WrittenModel
+from bitpress.planning.calibration_config import TextSource
 from bitpress.planning.evaluation_config import EvaluationConfig
 from bitpress.planning.plan import Plan
 from bitpress.runtime.progress import Progress
 from bitpress.schemes import activation_quantizer
 
 
-def load_check_text(plan: Plan, file: str, trust_remote_code: bool) -> EvaluationText:
+def load_check_text(plan: Plan, source: TextSource, trust_remote_code: bool) -> EvaluationText:
     """The tokens of a text on which the result is compared with its source.
 
     That transformers can run the source, and that schemes say how the result's activations are
@@ -40,7 +41,7 @@ def load_check_text(plan: Plan, file: str, trust_remote_code: bool) -> Evaluatio
         Decoder(plan.source, plan.container, reader, options).require_parameters()
 
     return load_evaluation_text(
-        EvaluationConfig(file), plan.source.folder, plan.source.config, trust_remote_code
+        EvaluationConfig(source), plan.source.folder, plan.source.config, trust_remote_code
     )
 
 

@@ -17,7 +17,7 @@ from bitpress.modeling.tokens import (
     load_calibration_data,
 )
 from bitpress.output import model_card
-from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.planning.calibration_config import CalibrationConfig, TextSource
 from bitpress.planning.evaluation_config import CHECK_TEXT
 from bitpress.planning.plan import Plan
 from bitpress.planning.planner import make_plan, with_calibration
@@ -126,11 +126,12 @@ def _find_base_model(model: str, base_model: str | None) -> str | None:
     return name if model_card.HUB_NAME.fullmatch(name) else None
 
 
-def _check_value(check: str | None) -> Path | bool:
+def _check_value(check: TextSource | None) -> Path | str | bool:
     """The value of `--check` on a command line; True for the option alone."""
     if check is None or check == CHECK_TEXT:
         return check is not None
-    return Path(check)
+    # whoever repeats the run writes the texts into one
+    return Path(check) if isinstance(check, str) else "FILE"
 
 
 def _command(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpress.errors import BitpressError, DataError, RecipeError
-from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.planning.calibration_config import CalibrationConfig, TextSource
 from bitpress.planning.evaluation_config import CHECK_TEXT
 from bitpress.planning.recipe_source import RecipeSource
 from bitpress.planning.run_options import RunOptions
@@ -48,7 +48,7 @@ def read_calibration_config(
     """
     samples, length, seed = size
     return CalibrationConfig(
-        read_calibration_source(source),
+        read_source("calibration", source),
         read_count("samples", samples, defaults.samples),
         read_count("sequence_length", length, defaults.sequence_length),
         read_count("seed", seed, defaults.seed),
@@ -75,11 +75,11 @@ def read_path(name: str, value: Any) -> Path:
     return Path(os.fspath(value))
 
 
-def read_check(value: Any) -> str | None:
+def read_check(value: Any) -> TextSource | None:
     """A text to check a result on, or whether to check it on the one that ships."""
     if value is None or isinstance(value, bool):
         return CHECK_TEXT if value else None
-    return str(read_path("check", value))
+    return read_source("check", value)
 
 
 def read_optional_path(name: str, value: Any) -> Path | None:
@@ -154,7 +154,7 @@ def read_recipe(value: Any) -> Path | dict[str, Any] | None:
     )
 
 
-def read_calibration_source(value: Any) -> str | tuple[Any, ...] | None:
+def read_source(name: str, value: Any) -> TextSource | None:
     """A file, a folder, a dataset's name, or texts or rows themselves."""
     if value is None or isinstance(value, (str, os.PathLike)):
         return None if value is None else str(os.fspath(value))
@@ -167,7 +167,7 @@ def read_calibration_source(value: Any) -> str | tuple[Any, ...] | None:
         hint = ": a set has no order"
     if hint or not isinstance(value, Iterable) or isinstance(value, bytes):
         raise DataError(
-            f"calibration: a file, a dataset's name, or a list of texts or rows is expected, not "
+            f"{name}: a file, a dataset's name, or a list of texts or rows is expected, not "
             f"{_describe(value)}{hint}"
         )
     return tuple(value)

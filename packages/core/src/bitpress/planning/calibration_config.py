@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from attrs import frozen
 
 from bitpress.errors import DataError
+
+# Where texts come from: a name, or texts and rows themselves.
+TextSource: TypeAlias = str | tuple[str | Mapping[str, Any], ...]
 
 # Tokens. An expert that is sent fewer is compressed as if there were no data: second moments of so
 # few tokens say little.
@@ -32,7 +35,7 @@ class CalibrationConfig:
         all_experts: whether every expert is given every token.
     """
 
-    source: str | tuple[str | Mapping[str, Any], ...] | None = None
+    source: TextSource | None = None
     samples: int = 256
     sequence_length: int = 512
     seed: int = 0

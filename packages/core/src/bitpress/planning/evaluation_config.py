@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from bitpress.planning.calibration_config import TextSource
+
 # Tokens of a sequence, and tokens of a text, unless the user asks for other numbers.
 SEQUENCE_LENGTH = 512
 MAX_TOKENS = 65536
@@ -19,11 +21,11 @@ class EvaluationConfig:
     """A text, and how much of it is taken.
 
     Attributes:
-        text: a .jsonl, .txt or .parquet file, or CHECK_TEXT.
+        text: a .jsonl, .txt or .parquet file, or CHECK_TEXT; or texts and rows themselves.
         sequence_length: tokens of each sequence; sequences do not overlap.
         max_tokens: tokens taken of the text, from its start.
     """
 
-    text: str = CHECK_TEXT
+    text: TextSource = CHECK_TEXT
     sequence_length: int = SEQUENCE_LENGTH
     max_tokens: int = MAX_TOKENS

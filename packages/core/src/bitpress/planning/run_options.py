@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from bitpress.planning.calibration_config import TextSource
 from bitpress.schemes.hardware import Hardware
 
 
@@ -18,8 +19,8 @@ class RunOptions:
             `max_memory` has no room for so many.
         max_memory: bytes of the process; a run that would need more is refused. None: no limit.
         verify: whether what was written is read back and compared with its source.
-        check: a text file, or CHECK_TEXT, on which the result's predictions are compared with its
-            source's; None: no check.
+        check: texts, as EvaluationConfig has them, on which the result's predictions are compared
+            with its source's; None: no check.
         max_kl: largest KL divergence of that check, in nats per token; None: no limit.
         trust_remote_code: whether code in the model's folder may run.
         serve_on: the device that will serve the result; None: this machine's.
@@ -31,7 +32,7 @@ class RunOptions:
     num_threads: int | None = None
     max_memory: int | None = None
     verify: bool = True
-    check: str | None = None
+    check: TextSource | None = None
     max_kl: float | None = None
     trust_remote_code: bool = False
     serve_on: Hardware | None = None
