@@ -74,6 +74,7 @@ def test_bad_usage_is_one_line_with_exit_code_2(words: list[str], message: str) 
         (["compres"], "(bitpress --help)"),
         (["compress"], "(bitpress compress --help)"),
         (["plan", "model", "--shceme", "x"], "(bitpress plan --help)"),
+        (["plan", "model", "--scheme"], "(bitpress plan --help)"),
         (["eval", "a", "--text", "t", "--threads", "0"], "(bitpress eval --help)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from fixtures.toy_scheme import install_toy
 
+from bitpress.cli.plan_output import format_duration
 from bitpress.conformance.commands import command
 from bitpress.conformance.models import LLAMA, write_model
 
@@ -149,3 +150,49 @@ def test_a_message_that_nobody_reads_ends_a_command_quietly(tmp_path: Path) -> N
     line += "2>&1 3>code | true"
     subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True)
     assert (tmp_path / "code").read_text() == "141\n"
+
+
+def test_facts_of_a_plan_break_between_words(toy: Path, model: Path) -> None:
+    words = ["plan", model, "--scheme", "toy", "--threads", "1"]
+    whole = command(*words, path=toy).stdout.splitlines()
+    (time,) = [line for line in whole if line.startswith("time")]
+    assert len(time) > 80
+    assert "with 1 thread, where" in time
+    lines = in_terminal(80, *words, path=toy).splitlines()
+    assert max(map(len, lines)) <= 80
+    start = next(i for i, line in enumerate(lines) if line.startswith("time"))
+    assert f"{lines[start]} {lines[start + 1].lstrip()}" == time
+
+
+def test_one_rule_for_all_layers_is_no_column(toy: Path, model: Path) -> None:
+    shown = command("plan", model, "--scheme", "toy", path=toy).stdout
+    assert "the rule for" not in shown
+    recipe = model.parent / "recipe.toml"
+    recipe.write_text(
+        '[[layers]]\nmatch = "*.mlp.*"\nsteps = ["toy"]\n[[layers]]\nmatch = "*"\nsteps = ["toy"]\n'
+    )
+    shown = command("plan", model, "--recipe", recipe, path=toy).stdout
+    assert "the rule for '*.mlp.*'" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.381, "0.38 s"), (112.0, "110 s"), (121.0, "2 min"), (7199.0, "120 min"), (9e6, "100 days")],
+)
+def test_a_duration_has_no_exponent(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_a_default_is_shown_as_it_is_typed(tmp_path: Path) -> None:
+    plugins = install_toy(tmp_path / "plugins")
+    module = plugins / "bitpress_scheme_toy.py"
+    text = module.read_text()
+    changed = text.replace("    levels: int", "    is_even: bool = True\n    levels: int", 1)
+    assert changed != text
+    module.write_text(changed)
+    (line,) = [
+        line
+        for line in command("schemes", "toy", path=plugins).stdout.splitlines()
+        if "is_even" in line
+    ]
+    assert line.split()[:5] == ["is_even", "true", "|", "false", "true"]

@@ -52,8 +52,21 @@ class Argument(click.Argument):
         return self.metavar or self.human_readable_name, self.help or ""
 
 
+class Command(click.Command):
+    """A command whose errors name its own help, also those of the parser."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as e:
+            e.ctx = e.ctx or ctx
+            raise
+
+
 class Commands(click.Group):
     """A group that lists its commands in the order in which they are written."""
+
+    command_class = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

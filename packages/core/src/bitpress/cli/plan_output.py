@@ -9,7 +9,7 @@ import attrs
 from attrs import frozen
 
 from bitpress.cli.scheme_output import serves
-from bitpress.cli.text import print_notes, print_table, say, say_what_is_left, warn
+from bitpress.cli.text import print_notes, print_table, say, say_fact, say_what_is_left, warn
 from bitpress.runtime.memory import format_bytes
 from bitpress.schemes.hardware import DEVICES
 from bitpress.schemes.registry import Step
@@ -132,7 +132,11 @@ def _print_layers(plan: Plan, lists_all: bool) -> None:
         [(name, *cells) for name, cells, *_ in (items if lists_all else collapse_numbered(items))]
         for items in (layers, copies)
     )
-    print_table(("layers", "steps", "bits per weight", "why"), rows)
+    columns = ["layers", "steps", "bits per weight", "why"]
+    if len({reason for *_, reason in rows}) <= 1:
+        # one rule for all explains nothing
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    print_table(columns, rows)
     print_table(("copied unchanged", "why"), copied_rows)
     if len(rows) + len(copied_rows) < len(layers) + len(copies):
         say("every layer by itself: --all")
@@ -142,10 +146,13 @@ def _print_sizes(plan: Plan) -> None:
     num_layers = sum(len(stack.members) for stack in plan.stacks)
     say(f"{num_layers} layers compressed, {len(plan.uncompressed)} tensors copied unchanged")
     before, after = plan.source_bytes, plan.output_bytes
-    say(f"size    {format_bytes(before)} -> {format_bytes(after)} ({before / after:.2f}x smaller)")
-    say(
-        f"output  {sum(plan.file_sizes.values()):,} bytes in {len(plan.file_sizes)} files; beside "
-        "them bitpress.json and README.md"
+    say_fact(
+        "size", f"{format_bytes(before)} -> {format_bytes(after)} ({before / after:.2f}x smaller)"
+    )
+    say_fact(
+        "output",
+        f"{sum(plan.file_sizes.values()):,} bytes in {len(plan.file_sizes)} files; beside "
+        "them bitpress.json and README.md",
     )
     say_what_is_left(plan.source.left_files)
 
@@ -160,7 +167,7 @@ def _print_requirements(requirements: Requirements) -> None:
     if requirements.scratch:
         size = format_bytes(requirements.scratch)
         spilled = f"; with no more than that, {size} of hidden states go to disk"
-    say(f"memory  about {format_bytes(requirements.memory)}{each}, torch included{spilled}")
+    say_fact("memory", f"about {format_bytes(requirements.memory)}{each}, torch included{spilled}")
 
     num_tokens = max(share.tokens for share in shares)
     reads, writes = (max(getattr(share, name) for share in shares) for name in ("reads", "writes"))
@@ -181,29 +188,36 @@ def _print_requirements(requirements: Requirements) -> None:
             f"fits {time_estimate.SOLVE_RATE / 1e9:g}",
         ]
     who = f"each of {len(shares)} processes at most: " if len(shares) > 1 else ""
-    say(f"work    {who}{format_bytes(reads)} read, {format_bytes(writes)} written{calibration}")
-    threads = f"{requirements.num_threads} thread{'s' * (requirements.num_threads > 1)} each"
-    say(
-        f"time    about {format_duration(requirements.seconds)} with {threads}, where in a second "
-        f"a core {', '.join(rates)}"
+    say_fact(
+        "work", f"{who}{format_bytes(reads)} read, {format_bytes(writes)} written{calibration}"
+    )
+    threads = f"{requirements.num_threads} thread{'s' * (requirements.num_threads > 1)}"
+    if len(shares) > 1:
+        threads += " each"
+    say_fact(
+        "time",
+        f"about {format_duration(requirements.seconds)} with {threads}, where in a second a core "
+        f"{', '.join(rates)}",
     )
 
 
 def _print_serving(plan: Plan) -> None:
     data = "needed: texts like those that it will serve (--calibration)"
-    say(f"data    {data if plan.recipe.calibrated else 'none needed'}")
+    say_fact("data", data if plan.recipe.calibrated else "none needed")
     for step in {step.scheme.name: step for step in plan.recipe.all_steps}.values():
-        say(f"serves  {step.scheme.name}: {serves(step, DEVICES)}")
+        say_fact("serves", f"{step.scheme.name}: {serves(step, DEVICES)}")
     for name, finding in plan.findings if plan.device in DEVICES else ():
-        say(f"device  {plan.device.name}: {name} is {finding.level}, {finding.text}")
+        say_fact("device", f"{plan.device.name}: {name} is {finding.level}, {finding.text}")
 
 
 def format_duration(seconds: float) -> str:
-    """`2.5 h`, in the largest unit of which there are two at least."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{seconds:.2g} s"
+    """`2.5 h`, in the largest unit of which there are two at least, to two digits."""
+    unit, size = "s", 1
+    for larger_unit, larger_size in (("min", 60), ("h", 3600), ("days", 86400)):
+        if seconds >= 2 * larger_size:
+            unit, size = larger_unit, larger_size
+    rounded = float(f"{seconds / size:.2g}")
+    return f"{rounded:g} {unit}"
 
 
 def _layers_json(plan: Plan) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ class SchemeSummary:
         value = self.as_json()
         say(f"{value['name']} ({value['package']} {value['version']}): {value['summary']}")
         rows = [
-            (name, option["values"], option["default"], option["help"])
+            (name, option["values"], _as_typed(option["default"]), option["help"])
             for name, option in value["options"].items()
         ]
         print_table(("option", "values", "default", "what it sets"), rows)
@@ -117,6 +117,11 @@ class SchemeSummary:
             ("level", "what to expect", "devices"),
             [(*finding, ", ".join(names)) for finding, names in devices.items()],
         )
+
+
+def _as_typed(default: object) -> object:
+    """A default as a user would type it."""
+    return str(default).lower() if isinstance(default, bool) else default
 
 
 def serves(step: Step, devices: Sequence[Hardware]) -> str:

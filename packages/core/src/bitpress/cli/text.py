@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import logging
+import shutil
 import sys
 import textwrap
 import warnings
@@ -30,6 +31,9 @@ MAX_NAMES = 10
 
 # Columns of the bar itself.
 BAR_WIDTH = 10
+
+# Columns of the name of a fact.
+FACT_INDENT = 8
 
 # Columns of a pipe, which has none.
 PIPE_WIDTH = 200
@@ -73,6 +77,20 @@ def show(summary: Summary) -> None:
 def say(text: str = "", end: str = "\n") -> None:
     """One line on standard output, whatever a stranger's names in it hold."""
     print(printable(text), end=end)
+
+
+def say_fact(name: str, text: str) -> None:
+    """A line that begins with what it is about; several, below each other, in a terminal that is
+    narrower.
+    """
+    lines = [printable(text)]
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - FACT_INDENT
+        lines = textwrap.wrap(
+            lines[0], max(width, FOLDED_WIDTH), break_long_words=False, break_on_hyphens=False
+        )
+    joined = f"\n{'':{FACT_INDENT}}".join(lines)
+    print(f"{name:{FACT_INDENT}}{joined}")
 
 
 class _PrintableRecord(logging.LogRecord):

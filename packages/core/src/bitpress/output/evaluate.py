@@ -85,6 +85,7 @@ def evaluate(
     batches = torch.split(text.input_ids, batch_size)
     targets = torch.split(text.target_ids, batch_size)
     with torch.no_grad():
+        report_progress(0, "building the model and running its embeddings")
         runners = [BlockRunner(model, batches, options, folder) for model in models]
         if len({len(runner) for runner in runners}) > 1:
             raise CheckpointError(

@@ -37,7 +37,10 @@ class RecipeSource:
     def require_one(self) -> None:
         """Raise RecipeError unless there is either a scheme or a recipe."""
         if [self.scheme, self.file, self.table].count(None) != 2:
-            raise RecipeError("give either a scheme or a recipe")
+            raise RecipeError(
+                "give either a scheme or a recipe (--scheme NAME, --recipe FILE); which scheme "
+                "suits says bitpress recommend MODEL"
+            )
 
     def resolve(self, registry: Registry) -> Recipe:
         """The recipe; raises RecipeError where there is none."""

@@ -103,6 +103,7 @@ def measure_divergences(
     fitted, judged = _split_batches(job)
     with Reader() as reader, torch.no_grad(), memory.retain_freed_memory():
         model = RunnableModel(plan.source, reader, plan.container)
+        report_progress(0, "building the model and running its embeddings")
         runner = BlockRunner(model, [*fitted, *judged], options, limits.folder)
         # numbers of the judged batches' hidden states: the source's, and those of each trial
         source_states = range(len(fitted), len(fitted) + len(judged))
