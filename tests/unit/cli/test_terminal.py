@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import shlex
 import struct
 import subprocess
@@ -14,11 +15,15 @@ import termios
 from pathlib import Path
 
 import pytest
+from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
 from fixtures.toy_scheme import install_toy
 
 from bitpress.cli.plan_output import format_duration
 from bitpress.conformance.commands import command
 from bitpress.conformance.models import LLAMA, write_model
+
+# Of a run that takes seconds.
+SLOW = ("--scheme", "learner", "--samples", "64", "--sequence-length", "100", "--threads", "1")
 
 LONG = "toy-of-a-name-that-fills-most-of-a-line-of-a-terminal"
 
@@ -196,3 +201,47 @@ def test_a_default_is_shown_as_it_is_typed(tmp_path: Path) -> None:
         if "is_even" in line
     ]
     assert line.split()[:5] == ["is_even", "true", "|", "false", "true"]
+
+
+def test_a_calibrated_run_says_where_it_is_and_how_long_it_takes(tmp_path: Path) -> None:
+    plugins = install_learner(tmp_path / "plugins")
+    model = runnable_model(tmp_path / "model", config={**CONFIG, "num_hidden_layers": 4})
+    words = ["compress", model, tmp_path / "out", *SLOW, "--calibration", tmp_path / "text.txt"]
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", in_terminal(80, *words, path=plugins))
+    lines = re.split(r"[\r\n]+", shown)
+    blocks = [line for line in lines if line.startswith("block ")]
+    pattern = r"block \d/4( · [\w.]+( \+\d)?)?( · [a-z ]+)? · \d:\d\d elapsed"
+    pattern += "( · (less than 1|about \\d+) min left)?"
+    assert blocks
+    assert [line for line in blocks if not re.fullmatch(pattern, line)] == []
+    # no block is finished yet, and then some are
+    assert not [line for line in blocks if line.startswith("block 1/4") and "left" in line]
+    assert [line for line in blocks if line.startswith("block 4/4") and "left" in line]
+    # embeddings and head, which are copied first, are no progress
+    first = lines.index(blocks[0])
+    assert {line.split()[2] for line in lines[:first] if line.startswith("compressing")} == {"0%"}
+    assert "…" not in shown
+
+
+def test_verbose_says_what_is_done_to_each_layer_and_quiet_nothing(tmp_path: Path) -> None:
+    plugins = install_learner(tmp_path / "plugins")
+    model = runnable_model(tmp_path / "model")
+    words = ["compress", model, *SLOW, "--calibration", tmp_path / "text.txt"]
+    words[2:2] = [tmp_path / "out"]
+    done = command(*words, "-v", path=plugins)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"{tmp_path / 'out'}: ")
+    layer = r"^\d\d:\d\d:\d\d model\.layers\.1\.mlp\.down_proj: output error 0\.\d{5}, \d+\.\d\d s$"
+    assert len(re.findall(layer, done.stderr, re.MULTILINE)) == 1
+    for fact in ("on cpu", "1 threads on ", "of memory available, no limit", "block 2/3: "):
+        assert fact in done.stderr
+    words[2] = tmp_path / "other"
+    assert command(*words, "-q", path=plugins).stderr == ""
+
+
+def test_verbose_shows_where_an_error_comes_from(toy: Path, tmp_path: Path) -> None:
+    words = ["verify", tmp_path / "nothing"]
+    (message,) = command(*words, path=toy).stderr.splitlines()
+    lines = command(*words, "-v", path=toy).stderr.splitlines()
+    assert lines[-1] == message
+    assert "Traceback (most recent call last):" in lines

@@ -317,11 +317,9 @@ def decompress(out: str | Path, dense: str | Path, progress: Progress | bool | N
     files = read_manifest(checkpoint.folder).files
     copied = [name for name in checkpoint.left_files if name in files]
     written = open_written(checkpoint.with_side_files(copied))
-    # in two bytes a weight, as most sources have them
-    num_bytes = sum(2 * record.shape[0] * record.shape[1] for record in written.layers.values())
     permissions = Permissions.of(written.checkpoint.folder, written.checkpoint.headers)
     with torch_threads(1), OutputFolder(target, permissions) as output:
-        write_dense(written, output, progress("decompressing", num_bytes))
+        write_dense(written, output, progress)
 
 
 # One keyword for each option of the command line.

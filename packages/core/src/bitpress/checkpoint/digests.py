@@ -16,6 +16,7 @@ from attrs import frozen
 from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import Header, read_header
 from bitpress.errors import CheckpointError
+from bitpress.runtime.progress import ReportProgress, ignore_bytes
 
 # Bytes that are read and hashed at a time.
 CHUNK_BYTES = 1 << 20
@@ -47,8 +48,11 @@ def hash_file(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def hash_shard(file: Path) -> ShardDigests:
+def hash_shard(file: Path, report_progress: ReportProgress = ignore_bytes) -> ShardDigests:
     """The digests of a weight file and of its tensors, in one pass.
+
+    Args:
+        report_progress: is given the bytes of the header and of every tensor.
 
     Raises:
         CheckpointError: the file cannot be read, or is no weight file.
@@ -56,11 +60,13 @@ def hash_shard(file: Path) -> ShardDigests:
     header = read_header(file)
     expected = header.digests or {}
     whole, changed = hashlib.sha256(header.raw), []
+    report_progress(len(header.raw), file.name)
     with Reader() as reader:
         for entry in header.entries:
             digest = hash_chunks(_tee(reader.chunks(entry, CHUNK_BYTES), whole))
             if digest != expected.get(entry.name, digest):
                 changed.append(entry.name)
+            report_progress(entry.nbytes, file.name)
     return ShardDigests(whole.hexdigest(), hash_bytes(header.raw), tuple(changed))
 
 

@@ -147,7 +147,7 @@ def recommend(model: str, serve_on: Hardware | None, memory: int | None) -> None
 @options.machine
 @options.proof
 @options.base_model
-@options.quiet
+@options.verbosity
 @options.as_json
 @options.collect(recipe=RecipeSource, calibration=CalibrationConfig, run_options=RunOptions)
 def compress(
@@ -199,7 +199,7 @@ def compress(
 @options.settings
 @options.calibration(64)
 @options.machine
-@options.quiet
+@options.verbosity
 @options.as_json
 @options.collect(goal=SearchGoal, calibration=CalibrationConfig, run_options=RunOptions)
 def search(
@@ -234,7 +234,7 @@ def search(
     "--engine", "ask_engine", is_flag=True, help="Let the installed vLLM place the tensors too."
 )
 @options.threads
-@options.quiet
+@options.verbosity
 @options.as_json
 def verify(out: Path, against: str | None, ask_engine: bool, num_threads: int | None) -> None:
     """Read an output back and check its files. If something is wrong, the exit code is 1."""
@@ -268,7 +268,7 @@ def verify(out: Path, against: str | None, ask_engine: bool, num_threads: int | 
 @options.sequence_length
 @options.number("--max-tokens", "Tokens to take from the start of the text.", 65536)
 @options.machine
-@options.quiet
+@options.verbosity
 @options.as_json
 @options.collect(config=EvaluationConfig, run_options=RunOptions)
 def evaluate(
@@ -317,7 +317,7 @@ def report(out: Path, file: Path | None) -> None:
 @app.command()
 @options.out
 @options.argument("dense", "DENSE", "The folder to write.", type=options.FILE)
-@options.quiet
+@options.verbosity
 def decompress(out: Path, dense: Path) -> None:
     """Write an output's dequantized weights as a plain checkpoint."""
     with garbage_collection_paused():

@@ -20,9 +20,11 @@ from bitpress.cli.completion import (
     complete_scheme,
     complete_setting,
 )
-from bitpress.cli.text import store_is_quiet, store_wants_json, warn
+from bitpress.cli.text import store_is_quiet, store_is_verbose, store_wants_json, warn
+from bitpress.errors import BitpressError
 from bitpress.planning.arguments import read_size
 from bitpress.planning.evaluation_config import CHECK_TEXT
+from bitpress.runtime.logger import logger
 from bitpress.schemes.hardware import Hardware, find_device
 
 # Where the value of an option's old name is kept in click's context.
@@ -70,6 +72,14 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; `--verbose` shows where its errors come from."""
+        try:
+            return super().invoke(ctx)
+        except BitpressError:
+            logger.debug("where the error comes from:", exc_info=True)
+            raise
 
     def answer_shell(self, name: str) -> None:
         """Where a shell asks for completions, or for the script that asks, answer and exit."""
@@ -211,13 +221,24 @@ lists_all = click.option(
     "--all", "lists_all", is_flag=True, help="List every layer, also those that are alike."
 )
 
-quiet = click.option(
-    "-q",
-    "--quiet",
-    is_flag=True,
-    expose_value=False,
-    callback=store_is_quiet,
-    help="Show no progress.",
+# How much is said of the work.
+verbosity = combine(
+    click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        callback=store_is_quiet,
+        help="Show no progress.",
+    ),
+    click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=store_is_verbose,
+        help="Print a line for each layer, and what computes; with an error, its traceback.",
+    ),
 )
 
 settings = combine(

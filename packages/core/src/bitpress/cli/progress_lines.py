@@ -2,81 +2,71 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 import time
 
-from bitpress.errors import printable_line
+from bitpress.cli.stage import Stage
 from bitpress.runtime.progress import ReportProgress
 
-# Seconds between two lines of one stage: at least, and at most if anything is reported.
-MIN_SECONDS, MAX_SECONDS = 10.0, 60.0
+# Seconds from the last line to that of a finished block; at least, so that small models say little.
+BLOCK_SECONDS = 2.0
 
-# What is reported in so many seconds from the start was finished earlier.
-RESUME_SECONDS = 1.0
-
-# The block that a layer lies in: `model.layers.3` of `model.layers.3.mlp.up_proj: error 0.0120`.
-BLOCK = re.compile(r"[\w.]*?\.\d+(?=\.|$|:)")
+# Seconds from the start of a stage to its first line, and from one line to the next, inside a block
+# and of work that knows no blocks.
+FIRST_SECONDS, MAX_SECONDS = 10.0, 60.0
 
 
 class ProgressLines:
     """Lines on standard error, none for what takes less than some seconds."""
 
+    def __init__(self) -> None:
+        self._stage: _StageLines | None = None
+
     def __call__(self, stage: str, num_bytes: int) -> ReportProgress:
-        """Begin a stage."""
-        return _Stage(stage, num_bytes)
+        """Begin a stage, which ends the one before."""
+        self.finish()
+        self._stage = _StageLines(Stage(stage, num_bytes))
+        return self._stage.report
+
+    def finish(self) -> None:
+        """Print the line of the last block."""
+        if self._stage is not None:
+            self._stage.finish()
+            self._stage = None
 
 
-class _Stage:
-    def __init__(self, name: str, total_bytes: int) -> None:
-        self._name = name
-        self._total_bytes = total_bytes
-        self._num_bytes = 0
-        # What an earlier run has finished, which tells nothing of the time left.
-        self._finished_bytes = 0
-        self._block = ""
-        self._start = self._last_line = time.monotonic()
+class _StageLines:
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._last_line = time.monotonic()
+        self._max_seconds = FIRST_SECONDS
         # Several threads report.
         self._lock = threading.Lock()
 
-    def __call__(self, num_bytes: int, text: str = "") -> None:
+    def report(self, num_bytes: int, text: str = "") -> None:
         with self._lock:
-            self._num_bytes += num_bytes
-            match = BLOCK.match(text)
-            block = match[0] if match else ""
-            now = time.monotonic()
-            if now - self._start < RESUME_SECONDS:
-                self._finished_bytes = self._num_bytes
-            is_next_block = block != self._block
-            if now - self._last_line >= (MIN_SECONDS if is_next_block else MAX_SECONDS):
-                self._print_line(block, now)
-                self._last_line = now
-                self._block = block
+            block = self._stage.block
+            self._stage.report(num_bytes, text)
+            if block and block != self._stage.block:
+                self._finish_block(block)
+            elif time.monotonic() - self._last_line >= self._max_seconds:
+                self._print_line(self._stage.describe())
 
-    def _print_line(self, block: str, now: float) -> None:
-        share = min(self._num_bytes / max(self._total_bytes, 1), 1)
-        elapsed = now - self._start
-        done = self._num_bytes - self._finished_bytes
-        left = max(self._total_bytes - self._num_bytes, 0)
-        words = [
-            f"{time.strftime('%H:%M:%S')} {self._name} {share:.0%}",
-            *filter(None, [block]),
-            f"{_format_seconds(elapsed)} elapsed",
-        ]
-        if done:
-            words.append(f"about {_format_seconds(elapsed * left / done)} left")
-        print(printable_line(", ".join(words)), file=sys.stderr, flush=True)
+    def finish(self) -> None:
+        with self._lock:
+            if self._stage.block:
+                self._finish_block(self._stage.block)
 
+    def _finish_block(self, block: str) -> None:
+        if time.monotonic() - self._last_line >= BLOCK_SECONDS:
+            self._print_line(self._stage.describe(f"{block} done"))
 
-def shorten_name(text: str) -> str:
-    """What is reported of a layer, without the list of blocks: `block 3, mlp.up_proj`."""
-    match = re.fullmatch(r"[\w.]*?\.(\d+)\.(.+)", text)
-    return f"block {match[1]}, {match[2].removesuffix('.weight')}" if match else text
-
-
-def _format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds: `4:10`, `1:04:10`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    def _print_line(self, text: str) -> None:
+        stage = self._stage
+        # rounded down: 100% is the end
+        percent = int(100 * stage.share)
+        line = f"{time.strftime('%H:%M:%S')} {stage.name} {percent}% · {text}"
+        print(line, file=sys.stderr, flush=True)
+        self._last_line = time.monotonic()
+        self._max_seconds = MAX_SECONDS

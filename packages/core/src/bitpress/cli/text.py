@@ -10,15 +10,17 @@ import logging
 import shutil
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import click
 
-from bitpress.cli.progress_lines import ProgressLines, shorten_name
+from bitpress.cli.progress_lines import ProgressLines
 from bitpress.errors import printable, printable_line
-from bitpress.runtime.progress import Progress, ReportProgress, ignore_progress
+from bitpress.runtime.logger import logger
+from bitpress.runtime.progress import Progress, ignore_progress
 
 # Where the wish for JSON is kept in click's context.
 WANTS_JSON = "bitpress.wants_json"
@@ -28,9 +30,6 @@ IS_QUIET = "bitpress.is_quiet"
 
 # Files that a line names.
 MAX_NAMES = 10
-
-# Columns of the bar itself.
-BAR_WIDTH = 10
 
 # Columns of the name of a fact.
 FACT_INDENT = 8
@@ -60,6 +59,31 @@ def store_wants_json(context: click.Context, parameter: click.Parameter, wants_j
 def store_is_quiet(context: click.Context, parameter: click.Parameter, is_quiet: bool) -> None:
     """Keep what `--quiet` says, for `progress_bars`."""
     context.meta[IS_QUIET] = is_quiet
+
+
+def store_is_verbose(context: click.Context, parameter: click.Parameter, is_verbose: bool) -> None:
+    """Where `--verbose` says so, print what is logged until the command has ended."""
+    if is_verbose:
+        handler = _StandardError()
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        # the outermost context is still there when an error of the command is logged
+        root = context.find_root()
+        root.call_on_close(lambda: logger.removeHandler(handler))
+        root.call_on_close(lambda: logger.setLevel(level))
+
+
+class _StandardError(logging.Handler):
+    """What prints log lines: on the standard error of the moment, which bars take over."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            # the command itself prints them
+            return
+        text = _printable_lines(self.format(record))
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        print(f"{clock} {text}", file=sys.stderr, flush=True)
 
 
 def _wants_json() -> bool:
@@ -245,43 +269,11 @@ def progress_bars(is_silent: bool = False) -> Iterator[Progress]:
         yield ignore_progress
         return
     if not sys.stderr.isatty():
-        yield ProgressLines()
+        lines = ProgressLines()
+        yield lines
+        lines.finish()
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress as Bars,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.table import Column
+    from bitpress.cli.progress_bars import open_bars
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(BAR_WIDTH),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        # the rest of a terminal of 80 columns, and a second line where that is too little
-        TextColumn(
-            "{task.fields[text]}", markup=False, table_column=Column(ratio=1, overflow="fold")
-        ),
-    )
-    with Bars(*columns, console=Console(stderr=True), expand=True) as bars:
-
-        def complete_stages() -> None:
-            # what is copied or was finished earlier may not have been counted
-            for task in bars.tasks:
-                bars.update(task.id, completed=task.total, text="")
-
-        def start_stage(stage: str, num_bytes: int) -> ReportProgress:
-            complete_stages()
-            task = bars.add_task(stage, total=num_bytes, text="")
-            return lambda num_bytes, text="": bars.update(
-                task, advance=num_bytes, text=printable_line(shorten_name(text))
-            )
-
-        yield start_stage
-        complete_stages()
+    with open_bars() as bars:
+        yield bars.start_stage

@@ -42,8 +42,14 @@ from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
 from bitpress.runtime.cpu_features import has_cpu_feature
+from bitpress.runtime.logger import logger
 from bitpress.runtime.process_group import ProcessGroup
-from bitpress.runtime.progress import ReportProgress
+from bitpress.runtime.progress import (
+    FINISHED_EARLIER,
+    ReportProgress,
+    copy_work,
+    in_block,
+)
 from bitpress.schemes.values import StoredLayer
 
 # Instruction sets that multiply bfloat16; without one, torch computes it slower than float32.
@@ -155,6 +161,7 @@ def write_shards(
     budget = _Budget.for_run(plan, own_batches, resources)
     with Reader() as reader, torch.no_grad(), memory.retain_freed_memory(budget.is_ample):
         run = _Run(plan, output, reader, resources, report_progress)
+        report_progress(0, "building the model")
         options = DecoderOptions(
             resources.device, run.dtype, resources.trust_remote_code, calibration.all_experts
         )
@@ -166,21 +173,31 @@ def write_shards(
         }
         _write_other_shards(run, [s for s in plan.shards if s not in block_shards.values()])
 
+        report_progress(0, "running the embeddings")
         inputs, streams = _capture_inputs(run, decoder, own_batches, budget)
         # embeddings take more than a block does
         memory.release_freed_memory(budget.max_working_bytes)
         for index in range(len(decoder)):
+            block_run = evolve(run, report_progress=in_block(report_progress, index, len(decoder)))
+            block_run.report_progress(0, "loading")
             # a block's calls are dropped with the block
             calls, inputs.calls[index] = inputs.calls[index], []
             source_block = decoder.load_block(index) if streams.reference is not None else None
             streams.enter_block(decoder.load_block(index), source_block, calls)
             if index in block_shards:
-                results.append(_compress_or_resume_block(run, block_shards[index], streams))
+                results.append(_compress_or_resume_block(block_run, block_shards[index], streams))
+            block_run.report_progress(0, "running")
             drift = streams.leave_block(is_last=index + 1 == len(decoder))
             if drift is not None and index in block_shards:
                 results[-1] = evolve(results[-1], drift={f"{plan.container}.{index}": drift})
             memory.release_freed_memory(streams.limits.max_working_bytes)
+            _log_block(index, len(decoder))
     return results
+
+
+def _log_block(index: int, num_blocks: int) -> None:
+    resident_bytes = memory.resident_bytes()
+    logger.debug("block %d/%d: %.2f GB in memory", index + 1, num_blocks, resident_bytes / 1e9)
 
 
 def _write_other_shards(run: _Run, shards: list[Shard]) -> None:
@@ -192,8 +209,13 @@ def _write_other_shards(run: _Run, shards: list[Shard]) -> None:
             run.output,
             run.reader,
             Resources((device,), is_proved=run.resources.is_proved),
-            run.report_progress,
+            # it takes next to no time beside the blocks, which the stage is counted in
+            run.report_progress if shard.block is not None else _report_text(run.report_progress),
         )
+
+
+def _report_text(report_progress: ReportProgress) -> ReportProgress:
+    return lambda num_bytes, text="": report_progress(0, text)
 
 
 def _capture_inputs(
@@ -233,7 +255,7 @@ def _compress_or_resume_block(run: _Run, shard: Shard, streams: ActivationStream
     )
     if process_group.broadcast_object(is_finished):
         _install_finished_block(run, shard, block_plan.prefix, streams.block)
-        run.report_progress(shard.source_bytes, f"{shard.name}: finished earlier")
+        run.report_progress(shard.work_bytes, FINISHED_EARLIER)
         return BlockResult.from_json(json.loads(result_file.read_text()))
 
     if not process_group.is_rank_zero:
@@ -252,7 +274,8 @@ def _compress_or_resume_block(run: _Run, shard: Shard, streams: ActivationStream
                 write_tensor(entry.name, parameter.to(DTYPES[entry.dtype]))
             else:
                 copy_entry(entry, entries[entry.name], run.reader, writer)
-            run.report_progress(entry.nbytes, entry.name)
+            name = entry.name.removeprefix(block_plan.prefix)
+            run.report_progress(copy_work(entry.nbytes), f"{name} · copying")
         # before the shard has its name: a finished shard has its result beside it
         output.write_text(result_file.name, sign_json(result.as_json()))
     return result

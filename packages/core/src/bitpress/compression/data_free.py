@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
@@ -22,8 +23,9 @@ from bitpress.output.layer_proof import LayerMeasurement, prove_stored
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
 from bitpress.runtime.devices import ThreadDevices
+from bitpress.runtime.logger import logger
 from bitpress.runtime.process_group import ProcessGroup
-from bitpress.runtime.progress import ReportProgress
+from bitpress.runtime.progress import FINISHED_EARLIER, ReportProgress, copy_work
 from bitpress.schemes import pipeline, stored_layout
 from bitpress.schemes.values import Layer, StoredLayer
 
@@ -54,7 +56,7 @@ def write_shards(
     returns what was measured of each layer that was written.
 
     Args:
-        report_progress: called with the bytes of the source that are done.
+        report_progress: called with the work that is done, that of a shard being its `work_bytes`.
     """
     measured: dict[str, LayerMeasurement] = {}
     pinned = any(device.type == "cuda" for device in resources.devices)
@@ -80,7 +82,7 @@ def write_shard(
     measured of the layers that were written.
     """
     if output.has_shard(shard.name, shard.header, resources.num_threads):
-        report_progress(shard.source_bytes)
+        report_progress(shard.work_bytes, f"{shard.name} · {FINISHED_EARLIER}")
         return {}
     with output.shard(shard.name, shard.header) as writer:
         return _fill_shard(shard, reader, writer, resources, report_progress)
@@ -207,17 +209,20 @@ def _fill_shard(
     thread_devices = ThreadDevices(resources.devices)
 
     def write_stack(stack: Stack) -> None:
+        start = time.monotonic()
         for module, stored, measurement in compress_stack(
             stack, reader, thread_devices.device, resources.is_proved
         ):
             for suffix, tensor in stored.tensors.items():
                 writer.write(entries[f"{module}.{suffix}"], tensor.cpu())
             measured[module] = measurement
-        report_progress(stack.source_bytes)
+            error, seconds = measurement.error, time.monotonic() - start
+            logger.debug("%s: relative error %.5f, %.2f s", module, error, seconds)
+        report_progress(stack.source_bytes, stack.short_name)
 
     def write_copy(entry: Entry) -> None:
         copy_entry(entry, entries[entry.name], reader, writer)
-        report_progress(entry.nbytes)
+        report_progress(copy_work(entry.nbytes), entry.name)
 
     pool = ThreadPoolExecutor(resources.num_threads, initializer=thread_devices.assign)
     try:

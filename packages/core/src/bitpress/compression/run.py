@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import attrs
+import torch
 from attrs import field, frozen
 
 from bitpress.checkpoint import filenames
@@ -34,6 +35,7 @@ from bitpress.runtime.devices import count_cores, find_all_devices, resolve_name
 from bitpress.runtime.logger import log_warnings, logger, warn
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from bitpress.runtime.progress import Progress, ignore_progress
+from bitpress.runtime.version import __version__
 
 
 def run(
@@ -55,6 +57,7 @@ def run(
     plan = job.plan
     resources = _choose_resources(job, options, process_group)
     _check_options(job, options, resources)
+    _log_resources(resources)
 
     if (finished := _read_finished(job, Path(out), options, resources)) is not None:
         return finished
@@ -76,12 +79,7 @@ def run(
 
             manifest = build_manifest(job, output, written.block_results, resources, options.verify)
             if options.verify:
-                # every file is read back, and then the layers that were not measured in memory
-                num_passes = 1 if written.measured else 2
-                num_bytes = num_passes * plan.output_bytes // process_group.world_size
-                workers = Workers(
-                    resources.num_threads, progress("verifying", num_bytes), process_group
-                )
+                workers = _start_verifying(manifest, plan, written, resources, progress)
                 manifest = _verify(manifest, plan, output, written.measured, workers)
             if check and process_group.is_rank_zero:
                 manifest = _check_accuracy(manifest, check, output, resources, progress)
@@ -124,6 +122,20 @@ def _choose_resources(job: Job, options: RunOptions, process_group: ProcessGroup
         options.trust_remote_code,
         process_group,
         options.verify,
+    )
+
+
+def _log_resources(resources: Resources) -> None:
+    """What computes, for whoever looks for a fault."""
+    devices = ", ".join(map(str, resources.devices))
+    available = memory.available_bytes() / 1e9
+    limit = resources.max_memory
+    logger.debug("bitpress %s, torch %s, on %s", __version__, torch.__version__, devices)
+    logger.debug("%d threads on %d cores", resources.num_threads, count_cores())
+    logger.debug(
+        "%.2f GB of memory available, %s",
+        available,
+        "no limit" if limit is None else f"limit {limit / 1e9:.2f} GB",
     )
 
 
@@ -214,7 +226,8 @@ def _write_shards(
 ) -> _WrittenShards:
     plan = job.plan
     if job.calibration:
-        report_progress = progress("compressing", plan.source_bytes)
+        blocks = [shard for shard in plan.shards if shard.block is not None]
+        report_progress = progress("compressing", sum(shard.work_bytes for shard in blocks))
         with torch_threads(resources.num_threads):
             results = calibrated.write_shards(
                 plan, output, job.calibration, resources, report_progress
@@ -222,7 +235,7 @@ def _write_shards(
         return _WrittenShards(block_results=results)
 
     shards = data_free.select_shards(plan, resources.process_group)
-    report_progress = progress("compressing", sum(shard.source_bytes for shard in shards))
+    report_progress = progress("compressing", sum(shard.work_bytes for shard in shards))
     # tasks run side by side, each on one core: torch's own threads would only wait for each other
     with torch_threads(1):
         measured = data_free.write_shards(plan, output, resources, report_progress)
@@ -237,6 +250,24 @@ def _copy_side_files(plan: Plan, output: OutputFolder, process_group: ProcessGro
         output.copy_file(name, plan.source.folder / source_name)
     if plan.index:
         output.write_text(INDEX, format_json(plan.index))
+
+
+def _start_verifying(
+    manifest: Manifest,
+    plan: Plan,
+    written: _WrittenShards,
+    resources: Resources,
+    progress: Progress,
+) -> Workers:
+    """Who reads every file back, and then the layers that were not measured in memory."""
+    num_bytes = plan.output_bytes + sum(
+        layer.stored_bytes
+        for module, layer in manifest.layers.items()
+        if module not in written.measured
+    )
+    process_group = resources.process_group
+    report_progress = progress("verifying", num_bytes // process_group.world_size)
+    return Workers(resources.num_threads, report_progress, process_group)
 
 
 def _verify(

@@ -14,17 +14,15 @@ from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.safetensors import Entry, Header, TensorSpec, lay_out, make_index
 from bitpress.checkpoint.writer import OutputFolder, ShardWriter, copy_entry, format_json
 from bitpress.output.written_model import WrittenModel
-from bitpress.runtime.progress import ReportProgress
+from bitpress.runtime.progress import Progress, copy_work
 from bitpress.schemes import pipeline
 
 
-def write_dense(
-    written: WrittenModel, output: OutputFolder, report_progress: ReportProgress
-) -> None:
+def write_dense(written: WrittenModel, output: OutputFolder, progress: Progress) -> None:
     """Write the dense model; shards keep their names and what was in them.
 
     Args:
-        report_progress: is given the bytes of each tensor written.
+        progress: of its one stage.
     """
     checkpoint = written.checkpoint
     side_files = _side_files(written)
@@ -43,12 +41,18 @@ def write_dense(
         sum(header.nbytes for header in headers.values()),
     )
 
+    def work(entry: Entry) -> int:
+        is_layer = entry.name.removesuffix(".weight") in written.layers
+        return entry.nbytes if is_layer else copy_work(entry.nbytes)
+
+    num_bytes = sum(work(entry) for header in headers.values() for entry in header.entries)
+    report_progress = progress("decompressing", num_bytes)
     with Reader() as reader:
         for name, header in headers.items():
             with output.shard(name, header) as writer:
                 for entry in header.entries:
                     _write_tensor(written, entry, reader, writer)
-                    report_progress(entry.nbytes)
+                    report_progress(work(entry), entry.name)
 
     for name, source_name in side_files.items():
         output.copy_file(name, checkpoint.folder / source_name)

@@ -30,7 +30,7 @@ from bitpress.modeling.tokens import EvaluationText
 from bitpress.output.manifest import Check
 from bitpress.planning import memory_estimate
 from bitpress.runtime import memory
-from bitpress.runtime.progress import ReportProgress
+from bitpress.runtime.progress import ReportProgress, in_block
 
 # Tensors of logits' size that each model holds while predictions are compared: logits, their
 # logarithms, and what is made of those on the way to a sum.
@@ -96,6 +96,8 @@ def evaluate(
         drift = []
         float16_watch = Float16Watch()
         for index in range(len(runners[0])):
+            report_block = in_block(report_progress, index, len(runners[0]))
+            report_block(0)
             for model, runner in zip(models, runners, strict=True):
                 name = f"{model.container}.{index}"
                 block = runner.load_block(index)
@@ -103,11 +105,12 @@ def evaluate(
                 if model is models[0]:
                     float16_watch.watch(block, name)
                 runner.run(block, runner.take_calls(index), range(len(batches)))
-                report_progress(_count_block_bytes(block), name)
+                report_block(_count_block_bytes(block))
                 del block
                 memory.release_freed_memory()
             if len(runners) > 1:
                 drift.append(_measure_drift(*runners))
+        report_progress(0, "comparing predictions")
         sums = _compare(models, runners, targets)
     _require_finite(models, sums)
     if warning := float16_watch.describe():

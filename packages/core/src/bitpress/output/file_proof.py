@@ -35,7 +35,7 @@ class Workers:
 
     Attributes:
         num_threads: of each rank.
-        report_progress: is given the bytes of each weight file and layer that was read.
+        report_progress: is given the bytes of each tensor and layer that was read.
         process_group: each rank reads its share; all return the same.
     """
 
@@ -57,17 +57,16 @@ def verify_files(
     faults = [Fault(name, "the file is missing") for name in records if name not in present]
 
     def verify_file(name: str) -> tuple[FileRecord, list[Fault]]:
-        result = _verify_file(name, folder / name, records[name])
-        if name.endswith(".safetensors"):
-            workers.report_progress(records[name].bytes)
-        return result
+        return _verify_file(folder / name, name, records[name], workers.report_progress)
 
     verified = map_files(verify_file, present, workers.num_threads, workers.process_group)
     faults += [fault for _, file_faults in verified.values() for fault in file_faults]
     return {name: record for name, (record, _) in verified.items()}, faults
 
 
-def _verify_file(name: str, file: Path, record: FileRecord) -> tuple[FileRecord, list[Fault]]:
+def _verify_file(
+    file: Path, name: str, record: FileRecord, report_progress: ReportProgress
+) -> tuple[FileRecord, list[Fault]]:
     """A file's record with its SHA-256, and what is wrong with it."""
     num_bytes = file.stat().st_size
     if num_bytes != record.bytes:
@@ -79,7 +78,7 @@ def _verify_file(name: str, file: Path, record: FileRecord) -> tuple[FileRecord,
         return evolve(record, sha256=sha256), [Fault(name, changed)] * is_changed
 
     try:
-        digests = hash_shard(file)
+        digests = hash_shard(file, report_progress)
     except CheckpointError:
         return record, [Fault(name, changed)]
     if digests.changed:

@@ -41,8 +41,10 @@ def prove_folder(
     if against is not None:
         resolved = resolve_source(open_checkpoint(resolve(against)))
         source = fuse_uncompressed_experts(resolved, manifest.layers)
-    # files are read, and then their layers
-    num_bytes = sum(2 * record.bytes for name, record in manifest.files.items() if record.header)
+    # files are read, and then their layers, or with a source all their tensors
+    file_bytes = sum(record.bytes for record in manifest.files.values() if record.header)
+    layer_bytes = sum(layer.stored_bytes for layer in manifest.layers.values())
+    num_bytes = file_bytes + (layer_bytes if source is None else file_bytes)
     workers = Workers(num_threads, progress("verifying", num_bytes))
     with torch_threads(1):
         _, faults = file_proof.verify_files(manifest.files, folder, workers)

@@ -74,6 +74,12 @@ class LayerRecord:
     output_error: float | None = None
     tokens: int | None = None
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all that is stored of it."""
+        num_rows, num_columns = self.shape
+        return round(self.bits * num_rows * num_columns / 8)
+
 
 @frozen
 class Check:

@@ -23,7 +23,7 @@ from bitpress.output.written_model import WrittenModel
 from bitpress.planning import engine_rules
 from bitpress.planning.ignored_layers import ignored_layers
 from bitpress.planning.quantization_config import quantization_config
-from bitpress.runtime.process_group import ProcessGroup
+from bitpress.runtime.logger import logger
 from bitpress.schemes.values import StoredLayer
 
 
@@ -78,7 +78,8 @@ def verify_tensors(
 
         def measure(module: str) -> LayerMeasurement:
             measurement = _measure_layer(written, module, source, reader)
-            workers.report_progress(stored_bytes(module))
+            logger.debug("%s: relative error %.5f", module, measurement.error)
+            workers.report_progress(stored_bytes(module), module)
             return measurement
 
         share = dict(zip(modules, pool.map(measure, modules), strict=True))
@@ -88,7 +89,7 @@ def verify_tensors(
         faults += layer_faults
         if source is not None:
             names = source.entries if measured is None else written.rescaled
-            faults += _verify_copies(written, source, reader, process_group, names)
+            faults += _verify_copies(written, source, reader, workers, names)
 
     gathered = process_group.all_gather_object((faults, errors))
     return VerificationReport(
@@ -222,13 +223,14 @@ def _verify_copies(
     written: WrittenModel,
     source: Checkpoint,
     reader: Reader,
-    process_group: ProcessGroup,
+    workers: Workers,
     names: Collection[str],
 ) -> Sequence[Fault]:
     """Tensors outside the compressed layers, of these names, that differ from the source's."""
     faults = []
     entries = [(name, entry) for name, entry in source.entries.items() if name in names]
-    for name, entry in process_group.partition_by_size(entries, lambda item: item[1].nbytes):
+    share = workers.process_group.partition_by_size(entries, lambda item: item[1].nbytes)
+    for name, entry in share:
         copy = written.checkpoint.entries.get(name)
         if copy is None or name.removesuffix(".weight") in written.layers:
             continue
@@ -238,6 +240,7 @@ def _verify_copies(
             is_same = torch.equal(rescaled.to(DTYPES[entry.dtype]), reader.whole(copy))
         elif is_same:
             is_same = all(map(torch.equal, reader.chunks(entry), reader.chunks(copy)))
+        workers.report_progress(entry.nbytes, name)
         if not is_same:
             faults.append(Fault(name, "the copied tensor differs from the source's"))
     return faults

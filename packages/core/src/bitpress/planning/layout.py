@@ -15,6 +15,7 @@ from bitpress.checkpoint.filenames import WEIGHTS
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint
 from bitpress.checkpoint.safetensors import Entry, Header, TensorSpec, lay_out
 from bitpress.errors import CheckpointError, SchemeError
+from bitpress.runtime.progress import copy_work
 from bitpress.schemes import stored_layout
 from bitpress.schemes.registry import Step
 from bitpress.schemes.values import StoredLayer
@@ -45,6 +46,12 @@ class Stack:
             return names[0]
         parent = names[0].rpartition(".")[0]
         return f"{parent}.[{', '.join(name.rpartition('.')[2] for name in names)}]"
+
+    @property
+    def short_name(self) -> str:
+        """The first member's name, and how many others there are: `q_proj +2`."""
+        first, *others = self.members
+        return f"{first} +{len(others)}" if others else first
 
     @property
     def source_bytes(self) -> int:
@@ -126,6 +133,13 @@ class Shard:
     def source_bytes(self) -> int:
         """Bytes of the source's tensors."""
         return sum(entry.nbytes for entry in self.entries)
+
+    @cached_property
+    def work_bytes(self) -> int:
+        """What writing it reports as progress."""
+        return sum(stack.source_bytes for stack in self.stacks) + sum(
+            copy_work(entry.nbytes) for entry in self.copies
+        )
 
     def with_digest(self, digest: str) -> Shard:
         """The same file, of a plan with this digest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from bitpress.compression.calibration.activation_streams import ActivationStreams
 from bitpress.compression.calibration.block_result import BlockResult
-from bitpress.compression.calibration.fold import fold_scales
+from bitpress.compression.calibration.fold import FoldResult, fold_scales
 from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup, order_layer_groups
 from bitpress.compression.calibration.resumable_forward import Breakpoints
 from bitpress.compression.calibration.solution import broadcast_stored, install, solve
 from bitpress.compression.calibration.statistics import collect_statistics, warn_of_few_tokens
 from bitpress.runtime import memory
+from bitpress.runtime.logger import logger
 from bitpress.runtime.progress import ReportProgress
 
 WriteTensor = Callable[[str, Tensor], None]
@@ -46,7 +48,9 @@ def compress_block(
         streams: that stand before the block.
         write_tensor: is given every stored tensor by name.
     """
+    report_progress(0, "tracing")
     groups = order_layer_groups(block_plan, streams)
+    report_progress(0, "choosing scales")
     fold_result = fold_scales(groups, block_plan, streams)
 
     first_layers = [group.first_layer for group in groups if group.first_layer is not None]
@@ -64,14 +68,22 @@ def compress_block(
 
     results = []
     for number, group in enumerate(groups):
-        result = _compress_group(group, number, streams, write_tensor)
+        name = group.stack.short_name.removeprefix(block_plan.prefix)
+        start = time.monotonic()
+        result = _compress_group(
+            group, number, streams, write_tensor, _reporting(report_progress, name)
+        )
         results.append(result)
-        error = max(result.output_errors.values(), default=0.0)
-        report_progress(group.stack.source_bytes, f"{group.stack.name}: error {error:.4f}")
+        report_progress(group.stack.source_bytes, f"{name} · done")
+        _log_errors(group, result, time.monotonic() - start)
         memory.release_freed_memory(streams.limits.max_working_bytes)
     for block_breakpoints in breakpoints:
         block_breakpoints.remove()
 
+    return _join_results(fold_result, results)
+
+
+def _join_results(fold_result: FoldResult, results: Sequence[_GroupResult]) -> BlockResult:
     num_tokens = {name: count for result in results for name, count in result.num_tokens.items()}
     return BlockResult(
         {name: error for result in results for name, error in result.output_errors.items()},
@@ -88,24 +100,43 @@ def compress_block(
     )
 
 
+def _reporting(report_progress: ReportProgress, layer: str) -> Callable[[str], None]:
+    """What says what is being done to a layer."""
+    return lambda activity: report_progress(0, f"{layer} · {activity}")
+
+
+def _log_errors(group: LayerGroup, result: _GroupResult, seconds: float) -> None:
+    for module in group.modules:
+        error = result.output_errors.get(module)
+        text = "no output error" if error is None else f"output error {error:.5f}"
+        logger.debug("%s: %s, %.2f s", module, text, seconds)
+
+
 def _compress_group(
-    group: LayerGroup, number: int, streams: ActivationStreams, write_tensor: WriteTensor
+    group: LayerGroup,
+    number: int,
+    streams: ActivationStreams,
+    write_tensor: WriteTensor,
+    say_activity: Callable[[str], None],
 ) -> _GroupResult:
     """Compress a layer group: one rank solves it, all install it.
 
     Args:
         number: of the group in forward order, and of its breakpoint.
+        say_activity: is told what is being done.
     """
     process_group = streams.process_group
     owner = number % process_group.world_size
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
+        say_activity("running")
         statistics = collect_statistics(group, number, streams, owner)
         # what collecting has freed: what is allocated now is larger, and would not fit into its
         # holes
         memory.release_freed_memory(streams.limits.max_working_bytes)
         solution = None
         if process_group.rank == owner:
+            say_activity("fitting")
             solution = solve(group, statistics, streams.limits.max_working_bytes)
     texts = [str(warning.message) for warning in caught if warning.category is UserWarning]
     by_rank = process_group.all_gather_object(texts)
@@ -118,6 +149,7 @@ def _compress_group(
     ]
     group_warnings += _warn_of_input_and_weights(group, statistics.num_tokens)
 
+    say_activity("writing")
     solved_here = None if solution is None else solution.stored_layers
     stored_layers = broadcast_stored(solved_here, group, process_group, owner)
     for module, stored in zip(group.modules, stored_layers, strict=True):

@@ -46,7 +46,7 @@ from bitpress.modeling.capture import open_head
 from bitpress.modeling.decoder import DecoderOptions
 from bitpress.planning import memory_estimate
 from bitpress.runtime import memory
-from bitpress.runtime.progress import ReportProgress
+from bitpress.runtime.progress import ReportProgress, in_block
 from bitpress.schemes.values import StoredLayer
 
 # Tokens on which candidates are judged.
@@ -114,6 +114,8 @@ def measure_divergences(
         for index in range(len(runner)):
             calls = runner.take_calls(index)
             fitting_calls, judging_calls = calls[: len(fitted)], calls[len(fitted) :]
+            report_block = in_block(report_progress, index, len(runner))
+            report_block(0, f"running {len(trials)} trials")
             block = runner.load_block(index)
             for trial_states in trials.values():
                 runner.run(block, judging_calls, trial_states)
@@ -121,18 +123,19 @@ def measure_divergences(
             units = [unit for unit in job.units if unit.block == index]
             for candidate in job.plans if units else ():
                 streams.enter_block(runner.load_block(index), None, fitting_calls)
-                for unit in _compress_in_turn(units, candidate, streams, job):
+                for unit in _compress_in_turn(units, candidate, streams, job, report_block):
                     trials[unit.name, candidate] = runner.fork(
                         streams.block, judging_calls, source_states
                     )
                     num_bytes = sum(stack.source_bytes for stack in unit.stacks[candidate])
-                    report_progress(num_bytes, f"{unit.name}: {candidate}")
+                    report_block(num_bytes, f"{candidate} · measured")
 
             if index + 1 < len(runner):
                 streams.enter_block(block, None, fitting_calls)
                 streams.leave_block()
             runner.run(block, judging_calls, source_states)
             memory.release_freed_memory()
+        report_progress(0, "comparing predictions")
         divergences = _compare_trials(runner, source_states, list(trials.values()))
     return _tabulate(job, dict(zip(trials, divergences, strict=True)))
 
@@ -150,13 +153,18 @@ def _split_batches(job: SearchJob) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
 
 
 def _compress_in_turn(
-    units: Sequence[SearchUnit], candidate: str, streams: ActivationStreams, job: SearchJob
+    units: Sequence[SearchUnit],
+    candidate: str,
+    streams: ActivationStreams,
+    job: SearchJob,
+    report_progress: ReportProgress,
 ) -> Iterator[SearchUnit]:
     """One unit after another, while the block computes with it compressed and with all else as the
     source has it.
 
     Args:
         units: of the block that the streams stand before.
+        report_progress: is told which layer is compressed.
     """
     unit_of = {stack.name: unit for unit in units for stack in unit.stacks[candidate]}
     block_plan = BlockPlan(
@@ -177,6 +185,8 @@ def _compress_in_turn(
     solved = {unit.name: [] for unit in units}
     for number, group in enumerate(groups):
         unit = unit_of[group.stack.name]
+        layer = group.stack.short_name.removeprefix(block_plan.prefix)
+        report_progress(0, f"{layer} · {candidate}")
         solved[unit.name].append((group, _solve(group, number, streams)))
         num_unsolved[unit.name] -= 1
         if num_unsolved[unit.name]:
