@@ -217,7 +217,6 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(
 ) -> None:
     text = model.parent / "text.txt"
     assert "no such file" in refusal("eval", model, "--text", tmp_path / "nothing.txt")
-    assert "Missing option '--text'" in refusal("eval", model)
     (tmp_path / "short.txt").write_text("w1 w2 w3")
     assert "it gives 3 tokens, too few" in refusal("eval", model, "--text", tmp_path / "short.txt")
     assert "both are at least 1" in refusal("eval", model, "--text", text, "--max-tokens", 0)
@@ -266,7 +265,7 @@ def test_a_run_is_checked_in_the_same_breath(model: Path, toy: Path, tmp_path: P
     check = json.loads((out / "bitpress.json").read_text())["check"]
     assert check["kl"] > 1e-4
     assert check == {name: document[name] for name in check}
-    assert f"KL divergence    {check['kl']:.6f} nats per token" in done.stdout
+    assert f"KL divergence {check['kl']:.6f} nats per token" in done.stdout
     assert command("verify", out, "--against", model, path=toy).returncode == 0
     assert json.loads(command("inspect", out, "--json").stdout)["check"] == check
 
