@@ -17,8 +17,9 @@ MAGNITUDE_BITS = 0x7FFFFFFF
 def absmax(x: Tensor, dim: int | None = None) -> Tensor:
     """The largest magnitude along an axis, or of the whole tensor.
 
-    >>> absmax(torch.tensor([[1.0, -3.0], [2.0, 0.0]]), dim=1)
-    tensor([[3.], [2.]])
+    Examples:
+        >>> absmax(torch.tensor([[1.0, -3.0], [2.0, 0.0]]), dim=1)
+        tensor([[3.], [2.]])
 
     Args:
         x: any shape, floating.

@@ -21,8 +21,9 @@ TIMES_LARGE = (22 << 23) + (1 << 22)
 def round_e2m1(x: Tensor) -> Tensor:
     """The E2M1 numbers nearest to float32 numbers.
 
-    >>> round_e2m1(torch.tensor([0.25, 0.75, 2.5, 5.0, -7.0]))
-    tensor([ 0.,  1.,  2.,  4., -6.])
+    Examples:
+        >>> round_e2m1(torch.tensor([0.25, 0.75, 2.5, 5.0, -7.0]))
+        tensor([ 0.,  1.,  2.,  4., -6.])
 
     Args:
         x: float32, any shape.

@@ -67,8 +67,9 @@ class IntegerGrid:
 def integer_range(bits: int) -> tuple[int, int]:
     """The least and the greatest code of so many bits, signed.
 
-    >>> integer_range(4)
-    (-8, 7)
+    Examples:
+        >>> integer_range(4)
+        (-8, 7)
     """
     return -(1 << bits - 1), (1 << bits - 1) - 1
 

@@ -17,8 +17,9 @@ CODES_PER_GROUP = 8
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Signed codes side by side in 32-bit words, row by row, as `pack-quantized` stores them.
 
-    >>> pack_words(torch.tensor([[-8, -7, -1, 0, 1, 2, 6, 7]], dtype=torch.int8), 4)
-    tensor([[-22444272]], dtype=torch.int32)
+    Examples:
+        >>> pack_words(torch.tensor([[-8, -7, -1, 0, 1, 2, 6, 7]], dtype=torch.int8), 4)
+        tensor([[-22444272]], dtype=torch.int32)
 
     Args:
         codes: (rows, n) int8, from -2^(bits-1) to 2^(bits-1) - 1.
@@ -52,8 +53,9 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 def pack_bytes(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes side by side in bytes, row by row.
 
-    >>> pack_bytes(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8), 4)
-    tensor([[33, 15]], dtype=torch.uint8)
+    Examples:
+        >>> pack_bytes(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8), 4)
+        tensor([[33, 15]], dtype=torch.uint8)
 
     Args:
         codes: (rows, n) uint8, from 0 to 2^bits - 1. n fills whole bytes; with 3, 5, 6 or 7 bits it

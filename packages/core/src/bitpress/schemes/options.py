@@ -21,9 +21,10 @@ class Options:
 
     Fields are what users set; the properties below tell the core what follows from them.
 
-    >>> @frozen
-    ... class MyOptions(Options):
-    ...     group_size: int = option(128, "columns that share a scale")
+    Examples:
+        >>> @frozen
+        ... class MyOptions(Options):
+        ...     group_size: int = option(128, "columns that share a scale")
     """
 
     @property
