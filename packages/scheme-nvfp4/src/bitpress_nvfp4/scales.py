@@ -64,10 +64,10 @@ class Grid:
         """The representable numbers nearest to targets (rows,) of one column."""
         return _round(target, self.scale[rows, column // GROUP_SIZE])
 
-    def rounded(self, weight: Tensor) -> Tensor:
-        """The representable numbers nearest to a whole weight (out, in)."""
-        groups = numerics.to_groups(weight, GROUP_SIZE)  # (out, groups, 16)
-        return _round(groups, self.scale.unsqueeze(2)).view_as(weight)
+    def rounded(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The representable numbers nearest to all columns of some rows (rows, in)."""
+        groups = numerics.to_groups(weight, GROUP_SIZE)  # (rows, groups, 16)
+        return _round(groups, self.scale[rows].unsqueeze(2)).view_as(weight)
 
     def codes(self, weight: Tensor) -> Tensor:
         """(out, in) uint8: the codes of representable numbers."""

@@ -108,10 +108,15 @@ def observe(
     inputs: Tensor | None,
     reference: Tensor | None,
     residual: Tensor | None,
+    output_gradient: Tensor | None,
     weight: Tensor,
     options: WeightOnlyOptions,
 ) -> Mapping[str, Statistic] | None:
-    """The Hessian of inputs for GPTQ and AWQ; for integer activations, the largest input."""
+    """The Hessian of inputs for GPTQ and AWQ, and of outputs for GPTQ; for integer activations, the
+    largest input.
+    """
+    if output_gradient is not None and options.algorithm == "gptq":
+        return numerics.output_statistics(output_gradient)
     if inputs is None:
         return None
     stats: dict[str, Statistic] = {}

@@ -29,7 +29,12 @@ from bitpress.compression.calibration.activation_streams import (
 )
 from bitpress.compression.calibration.block import compress_block
 from bitpress.compression.calibration.block_result import BlockResult
-from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup
+from bitpress.compression.calibration.layer_groups import BlockPlan, GradientsByStack, LayerGroup
+from bitpress.compression.calibration.output_gradients import (
+    GradientStatistics,
+    SampleBatches,
+    observe_gradients,
+)
 from bitpress.compression.calibration.solution import install
 from bitpress.compression.data_free import write_shard
 from bitpress.compression.resources import Resources
@@ -38,7 +43,7 @@ from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.tokens import CalibrationData
 from bitpress.planning import memory_estimate
-from bitpress.planning.layout import Shard
+from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
 from bitpress.runtime.cpu_features import has_cpu_feature
@@ -63,17 +68,19 @@ class _OwnBatches:
     Attributes:
         batches: token ids, (sequences, length) int64 each.
         numbers: of these among those of all ranks.
+        num_tokens: of all ranks.
     """
 
     batches: Sequence[Tensor]
     numbers: Sequence[int]
+    num_tokens: int
 
     @classmethod
     def of_rank(cls, input_ids: Tensor, process_group: ProcessGroup) -> _OwnBatches:
         """The part of `input_ids` (sequences, length) that falls to a rank."""
         batches = memory_estimate.split_batches(input_ids, process_group.world_size)
         numbers = process_group.partition_evenly(batches)
-        return cls([batches[i] for i in numbers], numbers)
+        return cls([batches[i] for i in numbers], numbers, input_ids.numel())
 
 
 @frozen
@@ -177,15 +184,17 @@ def write_shards(
         inputs, streams = _capture_inputs(run, decoder, own_batches, budget)
         # embeddings take more than a block does
         memory.release_freed_memory(budget.max_working_bytes)
+        gradients = _Gradients(run, decoder, own_batches, inputs, streams)
         for index in range(len(decoder)):
             block_run = evolve(run, report_progress=in_block(report_progress, index, len(decoder)))
             block_run.report_progress(0, "loading")
-            # a block's calls are dropped with the block
-            calls, inputs.calls[index] = inputs.calls[index], []
             source_block = decoder.load_block(index) if streams.reference is not None else None
-            streams.enter_block(decoder.load_block(index), source_block, calls)
+            streams.enter_block(decoder.load_block(index), source_block, inputs.calls[index])
             if index in block_shards:
-                results.append(_compress_or_resume_block(block_run, block_shards[index], streams))
+                shard = block_shards[index]
+                results.append(_compress_or_resume_block(block_run, shard, streams, gradients))
+            # a block's calls are dropped with the block
+            inputs.calls[index] = []
             block_run.report_progress(0, "running")
             drift = streams.leave_block(is_last=index + 1 == len(decoder))
             if drift is not None and index in block_shards:
@@ -224,10 +233,11 @@ def _capture_inputs(
     """What every block is called with, and the streams before the first block."""
     folder = run.output.folder if budget.is_spilled else None
     inputs = capture_inputs(decoder, own_batches.batches, folder)
+    interval = memory_estimate.reference_interval(run.plan, own_batches.num_tokens)
     reference_batches = [
         position
         for position, number in enumerate(own_batches.numbers)
-        if run.plan.recipe.needs_reference and number % memory_estimate.REFERENCE_INTERVAL == 0
+        if run.plan.recipe.needs_reference and number % interval == 0
     ]
     reference = None
     if reference_batches:
@@ -240,10 +250,58 @@ def _capture_inputs(
     return inputs, streams
 
 
-def _compress_or_resume_block(run: _Run, shard: Shard, streams: ActivationStreams) -> BlockResult:
+class _Gradients:
+    """What is observed of gradients: taken when the first block is compressed that no earlier run
+    has finished, of that block and all after it.
+    """
+
+    def __init__(
+        self,
+        run: _Run,
+        decoder: Decoder,
+        own_batches: _OwnBatches,
+        inputs: CapturedInputs,
+        streams: ActivationStreams,
+    ) -> None:
+        self._run, self._decoder, self._own_batches = run, decoder, own_batches
+        self._inputs, self._streams = inputs, streams
+        self._statistics: GradientStatistics | None = None
+
+    def of_block(self, index: int, stacks: Sequence[Stack]) -> GradientsByStack:
+        """By stack, the statistics of every step; empty where none takes any."""
+        if self._streams.reference is None or not self._run.plan.recipe.needs_gradients:
+            return {}
+        if self._statistics is None:
+            self._statistics = self._observe(index, self._streams.reference)
+        device = self._run.resources.device
+        return {stack.name: self._statistics.of_stack(stack.name, device) for stack in stacks}
+
+    def _observe(self, first_block: int, reference: ReferenceStates) -> GradientStatistics:
+        own = self._own_batches
+        interval = memory_estimate.reference_interval(self._run.plan, own.num_tokens)
+        num_batches = -(-memory_estimate.GRADIENT_TOKENS // own.batches[0].numel())
+        positions = [
+            i
+            for i, batch in enumerate(reference.batches)
+            if own.numbers[batch] < num_batches * interval
+        ]
+        batches = [reference.batches[i] for i in positions]
+        sample = SampleBatches(
+            HiddenStates((reference.states[i] for i in positions), reference.states.folder),
+            [[calls[batch] for batch in batches] if calls else [] for calls in self._inputs.calls],
+            [own.numbers[batch] for batch in batches],
+        )
+        plan = self._run.plan
+        stacks = {shard.block: shard.stacks for shard in plan.shards if shard.block is not None}
+        return observe_gradients(self._decoder, stacks, sample, first_block)
+
+
+def _compress_or_resume_block(
+    run: _Run, shard: Shard, streams: ActivationStreams, gradients: _Gradients
+) -> BlockResult:
     """Compress one block into its shard, or install what an earlier run has stored of it."""
     plan, output, process_group = run.plan, run.output, streams.process_group
-    block_plan = BlockPlan(f"{plan.container}.{shard.block}.", shard.stacks, plan.head_dim)
+    prefix = f"{plan.container}.{shard.block}."
     result_file = output.folder / f"{shard.name}{BLOCK_RESULT_SUFFIX}"
 
     # rank 0 looks, since another host may see a file later
@@ -254,10 +312,15 @@ def _compress_or_resume_block(run: _Run, shard: Shard, streams: ActivationStream
         and is_signed(result_file.read_bytes())
     )
     if process_group.broadcast_object(is_finished):
-        _install_finished_block(run, shard, block_plan.prefix, streams.block)
+        _install_finished_block(run, shard, prefix, streams.block)
         run.report_progress(shard.work_bytes, FINISHED_EARLIER)
         return BlockResult.from_json(json.loads(result_file.read_text()))
 
+    assert shard.block is not None
+    run.report_progress(0, "taking gradients")
+    block_plan = BlockPlan(
+        prefix, shard.stacks, plan.head_dim, gradients.of_block(shard.block, shard.stacks)
+    )
     if not process_group.is_rank_zero:
         return compress_block(block_plan, streams, lambda name, tensor: None, run.report_progress)
 
@@ -270,7 +333,7 @@ def _compress_or_resume_block(run: _Run, shard: Shard, streams: ActivationStream
         result = compress_block(block_plan, streams, write_tensor, run.report_progress)
         for entry in shard.copies:
             if entry.name in result.rescaled:
-                parameter = streams.block.get_parameter(entry.name.removeprefix(block_plan.prefix))
+                parameter = streams.block.get_parameter(entry.name.removeprefix(prefix))
                 write_tensor(entry.name, parameter.to(DTYPES[entry.dtype]))
             else:
                 copy_entry(entry, entries[entry.name], run.reader, writer)

@@ -21,6 +21,7 @@ class HiddenStates:
 
     def __init__(self, tensors: Iterable[Tensor] = (), folder: Path | None = None) -> None:
         # where they are in a file, tensors without numbers say their shapes and dtypes
+        self.folder = folder
         self._tensors: list[Tensor] = []
         self._offsets = [0]
         self._file = None

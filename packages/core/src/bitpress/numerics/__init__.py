@@ -37,6 +37,11 @@ if TYPE_CHECKING:
         integer_range,
     )
     from bitpress.numerics.least_squares import masked_least_squares
+    from bitpress.numerics.output_hessian import (
+        RowFactor,
+        factorize_output_hessian,
+        output_statistics,
+    )
     from bitpress.numerics.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
     from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
 
@@ -66,6 +71,7 @@ _MODULES: Mapping[str, Sequence[str]] = {
         "integer_range",
     ),
     "least_squares": ("masked_least_squares",),
+    "output_hessian": ("RowFactor", "factorize_output_hessian", "output_statistics"),
     "packing": ("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"),
     "scale_search": ("rounding_costs", "search_scales", "to_groups"),
 }
@@ -94,6 +100,7 @@ __all__ = [
     "Factor",
     "Grid",
     "IntegerGrid",
+    "RowFactor",
     "absmax",
     "block_absmax",
     "clip_by_error",
@@ -110,6 +117,7 @@ __all__ = [
     "encode_e4m3",
     "expand_blocks",
     "factorize_hessian",
+    "factorize_output_hessian",
     "fit_asymmetric",
     "fit_symmetric",
     "gptq_quantize",
@@ -122,6 +130,7 @@ __all__ = [
     "masked_least_squares",
     "median_magnitude",
     "observe_range",
+    "output_statistics",
     "pack_bytes",
     "pack_words",
     "round_e2m1",

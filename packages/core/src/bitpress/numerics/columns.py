@@ -10,6 +10,10 @@ makes up for the errors of the columns before it:
 With H = U D Uᵀ this is GPTQ (Frantar et al., arXiv 2210.17323) in the form of Chee et al. (QuIP,
 arXiv 2307.13304, theorem 6): no inverse is needed. Only blocks of `LEAF` columns are swept one by
 one; between blocks the feedback is a matrix product.
+
+Where it is known what an error in each output costs, rows make up for the errors of other rows too
+(Tseng et al., YAQA, arXiv 2505.22988): group after group of rows is swept towards targets that the
+errors of the groups before it have moved.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.hessian import Factor
+from bitpress.numerics.output_hessian import ROW_GROUPS, RowFactor, RowFeedback
 
 # Columns that are swept one by one; between leaves the feedback is a matrix product.
 LEAF = 16
@@ -28,42 +33,70 @@ LEAF = 16
 # Rows swept together: a leaf's columns of so many rows stay in a core's cache.
 ROW_TILE = 2048
 
+# Rows whose errors are held while they make up for each other's, a multiple of every block of them.
+ROWS_TOGETHER = 8192
+
 # (targets (rows,) of a column, the rows, the column) -> what the targets become (rows,)
 Project = Callable[[Tensor, slice, int], Tensor]
 
 # (best numbers (span, rows), the rows, positions of the span in the factor's order) -> nothing
 SpanCallback = Callable[[Tensor, slice, slice], None]
 
+# (targets (rows, in), the rows) -> what they become without feedback (rows, in)
+Nearest = Callable[[Tensor, slice], Tensor]
 
-def column_sweep(
+
+# Public: schemes of other packages call it with these arguments.
+def column_sweep(  # noqa: PLR0913
     weight: Tensor,
     factor: Factor,
     project: Project,
     ahead: SpanCallback | None = None,
     span: int = LEAF,
+    *,
+    nearest: Nearest | None = None,
+    row_factor: RowFactor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The projected weight, and what it costs each row.
 
     Args:
-        weight: (out, in) float32; its rows are independent.
+        weight: (out, in) float32.
         factor: of the Hessian of the layer's inputs.
         project: given the targets (rows,) of one column, which rows they are, and which column,
-            returns what they become.
+            returns what they become. The rows are a slice, with a step where there is a
+            `row_factor`.
         ahead: for choices between columns: before each `span` of them it is given what would be
             best for them (span, rows) if they and all that follow could be any number, which rows
             they are, and the columns' positions in the factor's order.
         span: a divisor or a multiple of `LEAF`.
+        nearest: given targets (rows, in) and which rows they are, returns what they become without
+            feedback: taken for rows on which that costs less than the sweep, which may blow up
+            where numbers are clipped. None takes the sweep for all.
+        row_factor: how rows make up for each other's errors; None: they do not.
 
     Returns:
-        (out, in) float32, and (out,) float32: (w - q) H (w - q)ᵀ of each row.
+        (out, in) float32, and (out,) float32: (t - q) H (t - q)ᵀ of each row, t being the row of
+        the weight, moved by the errors of the rows before it.
     """
-    sweep = _Sweep(factor, project, ahead, span)
-    projected, losses = torch.empty_like(weight), []
-    for first in range(0, len(weight), ROW_TILE):
-        rows = slice(first, min(first + ROW_TILE, len(weight)))
-        projected[rows], loss = sweep.project_rows(weight[rows], rows)
-        losses.append(loss)
-    return projected, torch.cat(losses)
+    sweep = _Sweep(factor, project, ahead, span, nearest)
+    projected, losses = torch.empty_like(weight), weight.new_empty(len(weight))
+    if row_factor is None:
+        for first in range(0, len(weight), ROW_TILE):
+            rows = slice(first, min(first + ROW_TILE, len(weight)))
+            projected[rows], losses[rows] = sweep.project_rows(weight[rows], rows)
+        return projected, losses
+
+    for first in range(0, len(weight), ROWS_TOGETHER):
+        last = min(first + ROWS_TOGETHER, len(weight))
+        blocks = slice(first // row_factor.block, -(-last // row_factor.block))
+        feedback = RowFeedback(row_factor, blocks, weight.shape[1])
+        for group in range(min(ROW_GROUPS, last - first)):
+            rows = slice(first + group, last, ROW_GROUPS)
+            target = weight[rows]
+            target = target - feedback.shift(group, len(target))
+            projected[rows], losses[rows] = sweep.project_rows(target, rows)
+            feedback.add(group, projected[rows] - weight[rows])
+    return projected, losses
 
 
 @frozen(eq=False)
@@ -74,9 +107,18 @@ class _Sweep:
     project: Project
     ahead: SpanCallback | None
     span: int
+    nearest: Nearest | None
 
     def project_rows(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Some rows' projected weight (rows, in), and what it costs each of them (rows,)."""
+        swept, cost = self._sweep_columns(weight, rows)
+        if self.nearest is None:
+            return swept, cost
+        nearest = self.nearest(weight, rows)
+        is_better = self.factor.covers(cost, weight - nearest)  # (rows,)
+        return torch.where(is_better.unsqueeze(1), swept, nearest), cost
+
+    def _sweep_columns(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         factor, span = self.factor, self.span
         columns = factor.order.tolist()
 

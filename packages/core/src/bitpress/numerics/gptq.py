@@ -18,6 +18,7 @@ from bitpress.numerics.columns import column_sweep
 from bitpress.numerics.gram import cross, gram
 from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
+from bitpress.numerics.output_hessian import factorize_output_hessian
 from bitpress.schemes.values import Layer, Statistic
 
 # The error of a layer's output is measured on every eighth token: enough to know its mean square,
@@ -41,8 +42,8 @@ class Grid(Protocol):
         """The representable numbers nearest to targets (rows,) of one column."""
         ...
 
-    def rounded(self, weight: Tensor) -> Tensor:
-        """The representable numbers nearest to a whole weight (out, in)."""
+    def rounded(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The representable numbers nearest to all columns of some rows (rows, in)."""
         ...
 
 
@@ -94,11 +95,12 @@ def gptq_quantize(
 
     Without statistics (the layer never saw a token, or the plan asks for shapes) every weight is
     rounded to nearest, as is every row on which the feedback does worse than that; where the
-    statistics cannot be used, with a warning. Zeros stay zero.
+    statistics cannot be used, with a warning. Zeros stay zero. With statistics of the gradients of
+    the outputs, rows make up for each other's errors too.
 
     Args:
         layer: its weight (out, in), and its mask if it has one.
-        stats: what `gptq_statistics` returned, merged over batches.
+        stats: what `gptq_statistics` returned, and `output_statistics`, merged over batches.
         fit: chooses the grid, given a weight (out, in) and what an error costs in each column
             (in,); None where that is not known.
 
@@ -124,18 +126,21 @@ def gptq_quantize(
     mask_of_column = None if mask is None else mask.T.contiguous()  # (in, out)
 
     def project(column_target: Tensor, rows: slice, column: int) -> Tensor:
-        nearest = grid.nearest(column_target, rows, column)
+        number = grid.nearest(column_target, rows, column)
         if mask_of_column is None:
-            return nearest
-        return torch.where(mask_of_column[column, rows], nearest, 0.0)
-
-    swept, cost = column_sweep(target, factor, project)  # (out, in), (out,)
+            return number
+        return torch.where(mask_of_column[column, rows], number, 0.0)
 
     # Clipping can make the feedback blow up, to NaN where numbers are huge: such rows are rounded
     # to nearest.
-    nearest = _apply_mask(grid.rounded(target), mask)
-    is_better = factor.covers(cost, target - nearest)  # (out,)
-    return torch.where(is_better.unsqueeze(1), swept, nearest), grid
+    def nearest(row_targets: Tensor, rows: slice) -> Tensor:
+        return _apply_mask(grid.rounded(row_targets, rows), None if mask is None else mask[rows])
+
+    row_factor = None
+    if "output_hessian" in stats:
+        row_factor = factorize_output_hessian(stats["output_hessian"].value)
+    rounded, _ = column_sweep(target, factor, project, nearest=nearest, row_factor=row_factor)
+    return rounded, grid
 
 
 def gptq_target(layer: Layer, stats: Mapping[str, Statistic], factor: Factor) -> Tensor:

@@ -49,11 +49,11 @@ class IntegerGrid:
         zero_point = None if self.zero is None else self.zero[index]
         return _round(target, self.scale[index], zero_point, bits=self.bits)
 
-    def rounded(self, weight: Tensor) -> Tensor:
-        """The representable numbers nearest to a whole weight (out, in)."""
-        groups = to_groups(weight, self.group)  # (out, groups, group)
-        zero_point = None if self.zero is None else self.zero.unsqueeze(2)
-        rounded = _round(groups, self.scale.unsqueeze(2), zero_point, bits=self.bits)
+    def rounded(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The representable numbers nearest to all columns of some rows (rows, in)."""
+        groups = to_groups(weight, self.group)  # (rows, groups, group)
+        zero_point = None if self.zero is None else self.zero[rows].unsqueeze(2)
+        rounded = _round(groups, self.scale[rows].unsqueeze(2), zero_point, bits=self.bits)
         return rounded.view_as(weight)
 
     def codes(self, weight: Tensor) -> Tensor:

@@ -41,8 +41,22 @@ WAITING_STATES = 3
 # Bytes that Python, torch and a tokenizer take, and those of a token while a text is tokenized.
 TOKENIZER_BYTES, TOKENIZING_BYTES = 350_000_000, 1200
 
-# Every so many batches are run through the source's weights too, to measure how far inputs drift.
+# At least every so many batches are run through the source's weights too, to measure how far inputs
+# drift; more of them where there are fewer tokens than so many for each input channel.
 REFERENCE_INTERVAL = 8
+REFERENCE_TOKENS_PER_CHANNEL = 16
+
+# Tokens of which gradients are taken, from the first batch on.
+GRADIENT_TOKENS = 16384
+
+# Numbers for each of a batch's tokens that are kept for gradients: for each channel of the widest
+# input, and for each of the hidden states.
+WIDE_GRADIENTS, HIDDEN_GRADIENTS = 6, 16
+
+# Numbers that are observed of the gradients of a row's outputs, and those of the logits of a few
+# tokens and what becomes of them.
+GRADIENT_ROW_NUMBERS = 512
+MAX_LOGIT_NUMBERS = 4 << 23
 
 # Bytes of a model card, front matter of the source's included, and of a manifest that describes
 # nothing.
@@ -102,6 +116,17 @@ def split_batches(ids: torch.Tensor, num_ranks: int) -> Sequence[torch.Tensor]:
     return torch.split(ids, max(min(BATCH_TOKENS // length, num_sequences // num_ranks), 1))
 
 
+def reference_interval(plan: Plan, num_tokens: int) -> int:
+    """Every how many batches the source is run too: 1 where tokens are few for the widest layer.
+
+    Args:
+        num_tokens: of all ranks.
+    """
+    width = max(stack.shape[1] for stack in plan.stacks)
+    interval = num_tokens // (REFERENCE_TOKENS_PER_CHANNEL * width)
+    return min(max(interval, 1), REFERENCE_INTERVAL)
+
+
 def estimate_calibration(plan: Plan, tokens: int, length: int = 1) -> CalibrationMemory:
     """What a run of the plan on so many tokens, in sequences of so many, holds.
 
@@ -130,12 +155,30 @@ def estimate_calibration(plan: Plan, tokens: int, length: int = 1) -> Calibratio
     forward = batch_tokens * (WIDE_ACTIVATIONS * width + HIDDEN_ACTIVATIONS * plan.hidden_size)
     observing = TEMPORARIES * max(STATISTICS_TOKENS, length) * width
     num_blocks = 2 if plan.recipe.needs_reference else 1
+    states = tokens * plan.hidden_size * (1 + 1 / reference_interval(plan, tokens))
+    backward = 0
+    if plan.recipe.needs_gradients:
+        kept = WIDE_GRADIENTS * width + HIDDEN_GRADIENTS * plan.hidden_size
+        backward = block + batch_tokens * kept + MAX_LOGIT_NUMBERS
+        states += _count_gradients(plan, min(tokens, GRADIENT_TOKENS))
     on_disk = NUMBER_BYTES * max(
-        embeddings + block + forward, num_blocks * block + max(solution + observing, forward)
+        embeddings + block + forward,
+        num_blocks * block + max(solution + observing, forward),
+        backward,
     )
-    states = NUMBER_BYTES * tokens * plan.hidden_size * (1 + 1 / REFERENCE_INTERVAL)
     per_waiting_token = NUMBER_BYTES * (WAITING_STATES * plan.hidden_size + width)
-    return CalibrationMemory(on_disk, int(on_disk + states), per_waiting_token)
+    return CalibrationMemory(on_disk, int(on_disk + NUMBER_BYTES * states), per_waiting_token)
+
+
+def _count_gradients(plan: Plan, tokens: int) -> int:
+    """Numbers of the hidden states before and after every block, and of what is observed of all
+    gradients.
+    """
+    num_blocks = sum(shard.block is not None for shard in plan.shards)
+    statistics = sum(
+        stack.shape[0] * GRADIENT_ROW_NUMBERS for stack in plan.stacks if stack.calibrated
+    )
+    return (num_blocks + 1) * tokens * plan.hidden_size + statistics
 
 
 def _count_solution(rows: int, width: int, steps: int) -> int:

@@ -79,11 +79,19 @@ class Recipe:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any step must see a layer's inputs in the source model too."""
-        return any(
+        """Whether any step must see a layer's inputs in the source model too, or its gradients."""
+        return self.needs_gradients or any(
             step.calibrated and step.scheme.takes_argument("observe", "reference")
             for step in self.all_steps
         )
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether any step takes statistics of the gradients of outputs."""
+        # torch is imported where steps are asked, and not to read a recipe
+        from bitpress.schemes import pipeline
+
+        return any(map(pipeline.takes_gradient, self.all_steps))
 
     def assign(
         self, modules: Sequence[str], others: Sequence[str] = ()

@@ -134,13 +134,12 @@ def _calibrated_work(
     block_bytes = _file_bytes_of(blocks)
 
     operations = _count_operations(plan, blocks, sum(batch_tokens), len(process_groups))
+    interval = memory_estimate.reference_interval(plan, sum(batch_tokens))
     for group in process_groups:
         batches = group.partition_evenly(batch_tokens)
         tokens = sum(batch_tokens[i] for i in batches)
         compared = sum(
-            batch_tokens[i]
-            for i in batches
-            if plan.recipe.needs_reference and i % memory_estimate.REFERENCE_INTERVAL == 0
+            batch_tokens[i] for i in batches if plan.recipe.needs_reference and i % interval == 0
         )
 
         # Where tokens are compared, a block's own weights are read again.

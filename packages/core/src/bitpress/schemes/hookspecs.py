@@ -35,16 +35,23 @@ hookspec = pluggy.HookspecMarker("bitpress")
 hookimpl = pluggy.HookimplMarker("bitpress")
 
 
+# Hooks get arguments by name: one that needs none but the first names no others.
 @hookspec(firstresult=True)
-def observe(
-    inputs: Tensor, reference: Tensor, residual: Tensor, weight: Tensor, options: Options
+def observe(  # noqa: PLR0913, PLR0917
+    inputs: Tensor,
+    reference: Tensor,
+    residual: Tensor,
+    output_gradient: Tensor,
+    weight: Tensor,
+    options: Options,
 ) -> Mapping[str, Statistic] | None:
     """Statistics that `rescale` and `quantize` will need, as raw sums or maxima.
 
     The core merges them over batches, row tiles and processes. A scheme whose `observe` names
     `inputs` is calibrated (unless `options.calibrated` says otherwise): it is called for every
-    batch, and then once without inputs, for statistics of the weight alone. One that names only
-    `weight` needs no data and is called once for each row tile.
+    batch, and then once without inputs, for statistics of the weight alone. One that names
+    `output_gradient` too is called with that, and without inputs, for some batches before all
+    others. One that names only `weight` needs no data and is called once for each row tile.
 
     Args:
         inputs: (tokens, in) floating, as the already compressed layers before this one make them;
@@ -54,6 +61,10 @@ def observe(
         residual: (tokens, out) floating, where `reference` is given and the layer's output is added
             to the residual stream: what that stream carries in the uncompressed model, less what
             it carries now, before the layer's output; otherwise None.
+        output_gradient: (tokens, out) floating, of the model's loss with respect to the layer's
+            output in the uncompressed model, where the tokens that follow are drawn from the
+            model's own predictions; None where `inputs` are given, and for weights alone. A run
+            makes gradients only for options with which the scheme takes statistics of them.
         weight: (out, in) float32, all rows of the layer or a tile of them.
         options: of the scheme.
 
@@ -83,7 +94,8 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
 
     Promises: zeros stay zero; where `layer.mask` is False the weight stays zero; the shape does not
     change; rows depend on nothing but themselves, the others of their `options.row_block` and
-    `stats`; an all-zero row has finite, non-zero scales.
+    `stats`, but for rows that statistics of `output_gradient` relate; an all-zero row has finite,
+    non-zero scales.
 
     `stats` holds what `observe` returned, and in a calibrated run what the steps before this one
     have observed.

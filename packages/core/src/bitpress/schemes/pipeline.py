@@ -18,6 +18,9 @@ from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
 Statistics = Mapping[str, Statistic]
 
+# Rows and columns of a weight of zeros, with which a scheme is asked what it observes.
+NUM_PROBE_ROWS = 128
+
 
 def observe_weights(
     tiles: Callable[[], Iterator[Layer]], steps: Sequence[Step]
@@ -51,9 +54,39 @@ def observe(
 ) -> Statistics | None:
     """A step's statistics of one batch, or without inputs of the weight alone."""
     result = step.call(
-        "observe", inputs=inputs, reference=reference, residual=residual, weight=weight
+        "observe",
+        inputs=inputs,
+        reference=reference,
+        residual=residual,
+        output_gradient=None,
+        weight=weight,
     )
     return hook_results.check_statistics(step, result, len(weight))
+
+
+def observe_gradient(
+    step: Step, weight: torch.Tensor, output_gradient: torch.Tensor
+) -> Statistics | None:
+    """A step's statistics of one batch's gradient of a layer's output (tokens, out)."""
+    result = step.call(
+        "observe",
+        inputs=None,
+        reference=None,
+        residual=None,
+        output_gradient=output_gradient,
+        weight=weight,
+    )
+    return hook_results.check_statistics(step, result, len(weight))
+
+
+def takes_gradient(step: Step) -> bool:
+    """Whether a step, with its options, takes statistics of the gradients of outputs: it is asked
+    with one token.
+    """
+    if not step.calibrated or not step.scheme.takes_argument("observe", "output_gradient"):
+        return False
+    weight, gradient = torch.zeros(NUM_PROBE_ROWS, NUM_PROBE_ROWS), torch.zeros(1, NUM_PROBE_ROWS)
+    return bool(observe_gradient(step, weight, gradient))
 
 
 def quantize(layer: Layer, steps: Sequence[Step], stats: Sequence[Statistics]) -> Layer:

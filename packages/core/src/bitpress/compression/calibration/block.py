@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from bitpress.compression.calibration.activation_streams import ActivationStreams
@@ -52,6 +52,14 @@ def compress_block(
     groups = order_layer_groups(block_plan, streams)
     report_progress(0, "choosing scales")
     fold_result = fold_scales(groups, block_plan, streams)
+    # gradients are those of outputs before scales were folded into the rows that make them
+    rescaled_rows = {name for name, axes in fold_result.rescaled.items() if "rows" in axes}
+    groups = [
+        evolve(group, gradient_statistics=())
+        if any(f"{name}.weight" in rescaled_rows for name in group.modules)
+        else group
+        for group in groups
+    ]
 
     first_layers = [group.first_layer for group in groups if group.first_layer is not None]
     residual_layers = [

@@ -12,7 +12,10 @@ from bitpress.compression.calibration.activation_streams import ActivationStream
 from bitpress.modeling.experts import is_routed
 from bitpress.planning.layout import Stack
 from bitpress.schemes.activation_quantizer import ActivationQuantizer, quantize_arguments
-from bitpress.schemes.values import Layer
+from bitpress.schemes.values import Layer, Statistic
+
+# By stack, what each of its steps has observed of the gradients of its output.
+GradientsByStack = Mapping[str, Sequence[Mapping[str, Statistic]]]
 
 
 @frozen(eq=False)
@@ -23,11 +26,14 @@ class BlockPlan:
         prefix: what the names of its tensors begin with.
         stacks: what is compressed of it.
         head_dim: channels of an attention head; None where the config does not say.
+        gradient_statistics: by stack, what each of its steps has observed of the gradients of its
+            output.
     """
 
     prefix: str
     stacks: Sequence[Stack]
     head_dim: int | None
+    gradient_statistics: GradientsByStack = field(factory=dict)
 
 
 @frozen(eq=False)
@@ -40,6 +46,8 @@ class LayerGroup:
             where it calls none.
         is_residual: whether the group's output is added to the residual stream.
         is_routed: whether it is given the tokens that a router sends to it, and no others.
+        gradient_statistics: what each step has observed of the gradients of the group's output;
+            empty where nothing was.
         input_quantizers: by layer, what is made of its inputs: filled when the group is installed.
     """
 
@@ -48,6 +56,7 @@ class LayerGroup:
     first_layer: str | None = None
     is_residual: bool = False
     is_routed: bool = False
+    gradient_statistics: Sequence[Mapping[str, Statistic]] = ()
     input_quantizers: dict[str, ActivationQuantizer] = field(factory=dict)
 
     @classmethod
@@ -110,7 +119,10 @@ def order_layer_groups(block_plan: BlockPlan, streams: ActivationStreams) -> lis
         first_layer = next((name for name in called_layers if prefix + name in modules), None)
         is_residual = first_layer in residual_layers and len(modules) == 1
         has_router = first_layer is not None and is_routed(block, first_layer)
-        groups.append(LayerGroup(stack, modules, first_layer, is_residual, has_router))
+        gradient_statistics = block_plan.gradient_statistics.get(stack.name, ())
+        groups.append(
+            LayerGroup(stack, modules, first_layer, is_residual, has_router, gradient_statistics)
+        )
 
     def position(group: LayerGroup) -> int:
         if group.first_layer is None:

@@ -70,6 +70,8 @@ def collect_statistics(
     if group.first_layer is not None:
         inputs = streams.group_inputs(breakpoint_number, group.is_residual)
     statistics = observe_inputs(group, inputs)
+    for merged, observed in zip(statistics.by_step, group.gradient_statistics, strict=False):
+        pipeline.merge(merged, observed)
 
     by_step = reduce_statistics(process_group, statistics.by_step, owner, streams.device)
     sample = process_group.broadcast_from_last(statistics.sample, streams.device)

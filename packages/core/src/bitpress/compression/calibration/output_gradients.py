@@ -1,0 +1,205 @@
+"""What schemes observe of the gradients of the loss with respect to their layers' outputs: one
+backward pass of the source model, block by block.
+
+The tokens that follow are drawn from the model's own predictions, so that the mean of g gᵀ is its
+Fisher information. On the way forward the hidden states before every block are kept; on the way
+back each block is run again from these, with gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bitpress.compression.calibration.layer_groups import LayerGroup
+from bitpress.compression.calibration.statistics import StepStatistics
+from bitpress.modeling.capture import BlockCall, open_head
+from bitpress.modeling.decoder import Decoder
+from bitpress.modeling.hidden_states import HiddenStates
+from bitpress.modeling.metrics import MAX_LOGITS, Head
+from bitpress.planning.layout import Stack
+from bitpress.schemes import pipeline
+from bitpress.schemes.values import Statistic
+
+
+@frozen(eq=False)
+class SampleBatches:
+    """The batches that gradients are taken of, as the source model makes them.
+
+    Attributes:
+        states: before the first block of the pass, one tensor for each batch.
+        calls: of every block, and in it of each of the batches.
+        numbers: of the batches among those of all ranks; what is drawn for one follows from it.
+    """
+
+    states: HiddenStates
+    calls: Sequence[Sequence[BlockCall]]
+    numbers: Sequence[int]
+
+
+class GradientStatistics:
+    """What the steps of every stack have observed of gradients, in memory or on disk.
+
+    Args:
+        folder: where they are kept; None keeps them in memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._values = HiddenStates(folder=folder)
+        # by stack and step, of each statistic: where its value is, and the rest of it
+        self._index: dict[str, list[dict[str, tuple[int, Statistic]]]] = {}
+
+    def add(self, stack: str, by_step: Sequence[StepStatistics]) -> None:
+        """Take those of one stack."""
+        self._index[stack] = []
+        for step_statistics in by_step:
+            places = {}
+            for name, statistic in step_statistics.items():
+                self._values.append(statistic.value)
+                meta = Statistic(statistic.value.to("meta"), statistic.merge, statistic.rows)
+                places[name] = (len(self._values) - 1, meta)
+            self._index[stack].append(places)
+
+    def of_stack(self, stack: str, device: torch.device) -> list[StepStatistics]:
+        """Those of each step; empty where none were taken."""
+        return [
+            {
+                name: Statistic(self._values[place].to(device), meta.merge, meta.rows)
+                for name, (place, meta) in places.items()
+            }
+            for places in self._index.get(stack, ())
+        ]
+
+
+def observe_gradients(
+    decoder: Decoder,
+    stacks: Mapping[int, Sequence[Stack]],
+    sample: SampleBatches,
+    first_block: int,
+) -> GradientStatistics:
+    """The statistics of all stacks of all blocks from one on; of none without batches.
+
+    They are kept where the sample's hidden states are.
+
+    Args:
+        stacks: by number of the block, what is compressed of it.
+        sample: its states stand before the first block.
+    """
+    folder = sample.states.folder
+    statistics = GradientStatistics(folder)
+    if not sample.numbers:
+        return statistics
+    states, extra_outputs = [sample.states], None
+    for index in range(first_block, len(decoder)):
+        block, outputs = decoder.load_block(index), HiddenStates(folder=folder)
+        for position, call in enumerate(sample.calls[index]):
+            hidden_states = states[-1][position].to(decoder.options.device)
+            output, extra_outputs = call.run(block, hidden_states)
+            outputs.append(output.cpu())
+        states.append(outputs)
+
+    gradients = states.pop()
+    with open_head(decoder, extra_outputs) as head:
+        for position, number in enumerate(sample.numbers):
+            hidden_states = gradients[position].to(decoder.options.device)
+            gradients[position] = _loss_gradient(head, hidden_states, seed=number)
+
+    for index in reversed(range(first_block, len(decoder))):
+        inputs, block = states.pop(), decoder.load_block(index)
+        groups = [
+            LayerGroup.in_block(stack, block, f"{decoder.container}.{index}.")
+            for stack in stacks.get(index, ())
+            if any(map(pipeline.takes_gradient, stack.steps))
+        ]
+        observer = _GroupObserver(groups)
+        for position, call in enumerate(sample.calls[index]):
+            hidden_states = inputs[position].to(decoder.options.device)
+            gradient = gradients[position].to(decoder.options.device)
+            gradients[position] = _backward(block, call, hidden_states, gradient, observer)
+        for group, by_step in zip(groups, observer.by_group, strict=True):
+            statistics.add(group.stack.name, by_step)
+    return statistics
+
+
+def _loss_gradient(head: Head, hidden_states: Tensor, seed: int) -> Tensor:
+    """The gradient of the cross entropy against drawn labels, (sequences, length, channels)."""
+    tokens = hidden_states.flatten(0, -2)  # (tokens, channels)
+    gradient = torch.empty_like(tokens)
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    # one token shows how large the vocabulary is
+    start, num_tokens = 0, 1
+    while start < len(tokens):
+        chunk = slice(start, start + num_tokens)
+        with torch.enable_grad():
+            leaf = tokens[chunk].detach().requires_grad_()
+            logits = head(leaf).float()  # (tokens, vocabulary)
+            labels = logits.detach().softmax(-1).multinomial(1, generator=generator).squeeze(1)
+            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            (gradient[chunk],) = torch.autograd.grad(loss, leaf)
+        start, num_tokens = chunk.stop, max(MAX_LOGITS // logits.shape[1], 1)
+    return gradient.view_as(hidden_states)
+
+
+class _GroupObserver:
+    """Adds up what the steps of a block's layer groups observe of gradients, batch by batch."""
+
+    def __init__(self, groups: Sequence[LayerGroup]) -> None:
+        self.modules = {name: module for group in groups for name, module in group.modules.items()}
+        self.by_group: list[list[StepStatistics]] = [[{} for _ in g.stack.steps] for g in groups]
+        self._groups = [(group, group.weight) for group in groups]
+
+    def observe(self, gradients: Mapping[str, Tensor]) -> None:
+        """Take one batch's gradients (tokens, out) by layer; those of other layers are missing."""
+        for (group, weight), by_step in zip(self._groups, self.by_group, strict=True):
+            own = [gradients[name] for name in group.modules if name in gradients]
+            # a router may have sent an expert nothing
+            if len(own) < len(group.modules) or not len(own[0]):
+                continue
+            gradient = torch.cat(own, dim=1)  # (tokens, out)
+            if not gradient.sum().isfinite():
+                continue
+            for step, merged in zip(group.stack.steps, by_step, strict=True):
+                if pipeline.takes_gradient(step):
+                    pipeline.merge(merged, pipeline.observe_gradient(step, weight, gradient))
+
+
+def _backward(
+    block: nn.Module,
+    call: BlockCall,
+    hidden_states: Tensor,
+    output_gradient: Tensor,
+    observer: _GroupObserver,
+) -> Tensor:
+    """The gradient with respect to a block's input, from that with respect to its output."""
+    outputs: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, arguments: object, output: Tensor) -> None:
+            outputs[name] = output
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(name)) for name, module in observer.modules.items()
+    ]
+    with torch.enable_grad():
+        leaf = hidden_states.detach().requires_grad_()
+        # blocks may change their input in place, which no leaf allows
+        output = call(block, leaf.clone())
+    for handle in handles:
+        handle.remove()
+    gradient, *layer_gradients = torch.autograd.grad(
+        output, [leaf, *outputs.values()], output_gradient, allow_unused=True
+    )
+    by_layer = {
+        name: layer_gradient.flatten(0, -2)
+        for name, layer_gradient in zip(outputs, layer_gradients, strict=True)
+        if layer_gradient is not None
+    }
+    observer.observe(by_layer)
+    return torch.zeros_like(leaf) if gradient is None else gradient

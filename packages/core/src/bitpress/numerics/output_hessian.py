@@ -1,0 +1,141 @@
+"""What an error in each of a layer's outputs costs the model, and how rows make up for each other's
+errors.
+
+GPTQ takes all outputs to be equally important and unrelated. Here the Hessian of the model's KL
+divergence is taken to be H_O ⊗ H_I: H_I = E[x xᵀ] of the layer's inputs, and H_O = E[g gᵀ] of the
+gradients of the loss with respect to its outputs, where labels are drawn from the model's own
+predictions, so that this is its Fisher information. Source: Tseng et al., "Model-Preserving
+Adaptive Rounding" (YAQA), arXiv 2505.22988.
+"""
+
+from __future__ import annotations
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from bitpress.numerics.gram import gram
+from bitpress.schemes.values import Statistic
+
+# Rows that make up for each other's errors: H_O is kept in blocks of so many rows, along its
+# diagonal.
+ROW_BLOCK = 512
+
+# Rows are decided in so many groups. Those of a group do not make up for each other, so that they
+# are swept side by side: of the pairs of rows one in eight is left out.
+ROW_GROUPS = 8
+
+# What is added to the diagonal of H_O, in units of its mean.
+DAMPING = 0.1
+
+
+def output_statistics(output_gradient: Tensor) -> dict[str, Statistic]:
+    """The sum over one batch from which rows make up for each other's errors; call it from
+    `observe`.
+
+    Args:
+        output_gradient: (tokens, out) floating, g.
+
+    Returns:
+        "output_hessian": (out, block) float32, of each row Σ g gᵀ with the rows of its block.
+    """
+    gradient = output_gradient.float()
+    num_rows = gradient.shape[1]
+    block = block_size(num_rows)
+    hessian = gradient.new_zeros(num_rows, block)
+    for first in range(0, num_rows, block):
+        rows = slice(first, min(first + block, num_rows))
+        hessian[rows, : rows.stop - first] = gram(gradient[:, rows].contiguous())
+    return {"output_hessian": Statistic(hessian, "sum", rows=True)}
+
+
+def block_size(num_rows: int) -> int:
+    """Rows of a block of H_O: a multiple of `ROW_GROUPS`."""
+    return min(ROW_BLOCK, -(-num_rows // ROW_GROUPS) * ROW_GROUPS)
+
+
+@frozen(eq=False)
+class RowFactor:
+    """How the errors of rows move the targets of rows that are decided after them.
+
+    Row i belongs to group i % `ROW_GROUPS`. With H_O = R Rᵀ, R upper triangular in the order of the
+    groups, the errors E₁ of earlier rows cost least once those of the next group are
+    -R₂₂⁻ᵀ R₁₂ᵀ E₁.
+
+    Attributes:
+        coupling: (blocks, block, block) float32, rows and columns in the order of the groups: what
+            each row's target loses for the errors of the rows before its group.
+    """
+
+    coupling: Tensor
+
+    @property
+    def block(self) -> int:
+        """Rows of a block."""
+        return self.coupling.shape[1]
+
+
+def factorize_output_hessian(hessian: Tensor) -> RowFactor | None:
+    """The factor of the damped H_O; None where it is not finite, or relates no rows.
+
+    Args:
+        hessian: (out, block) float32, as `output_statistics` sums it up; any multiple of it gives
+            the same.
+    """
+    num_rows, block = hessian.shape
+    if not hessian.sum().isfinite():
+        return None
+    num_blocks = -(-num_rows // block)
+    # rows of the last block that there are not are unrelated to all others
+    padded = hessian.new_zeros(num_blocks * block, block, dtype=torch.float64)
+    padded[:num_rows] = hessian
+    order = torch.arange(block, device=hessian.device).view(-1, ROW_GROUPS).T.reshape(-1)
+    blocks = padded.view(num_blocks, block, block)[:, order][:, :, order]
+
+    diagonal = blocks.diagonal(dim1=1, dim2=2)  # (blocks, block)
+    mean = diagonal.sum(1) / (diagonal > 0).sum(1).clamp_(min=1)
+    blocks = blocks / mean.masked_fill_(mean == 0, 1.0).view(-1, 1, 1)
+    blocks.diagonal(dim1=1, dim2=2).add_(DAMPING)
+    lower, info = torch.linalg.cholesky_ex(blocks.flip(1, 2))
+    if info.any():
+        return None
+
+    root = lower.flip(1, 2)  # upper triangular
+    coupling = torch.zeros_like(root)
+    step = block // ROW_GROUPS
+    for first in range(step, block, step):
+        rows = slice(first, first + step)
+        coupling[:, rows, :first] = torch.linalg.solve_triangular(
+            root[:, rows, rows].mT, root[:, :first, rows].mT, upper=False
+        )
+    coupling = coupling.float()
+    return RowFactor(coupling) if coupling.any() else None
+
+
+class RowFeedback:
+    """The errors of the rows of some blocks, while group after group of them is decided.
+
+    Args:
+        blocks: which blocks.
+        width: columns of the weight.
+    """
+
+    def __init__(self, factor: RowFactor, blocks: slice, width: int) -> None:
+        self._coupling = factor.coupling[blocks]
+        self._errors = self._coupling.new_zeros(*self._coupling.shape[:2], width)
+        self._step = factor.block // ROW_GROUPS
+
+    def shift(self, group: int, num_rows: int) -> Tensor:
+        """What the targets of a group lose for the errors so far: (rows, in)."""
+        first = group * self._step
+        rows = slice(first, first + self._step)
+        shift = self._coupling[:, rows, :first] @ self._errors[:, :first]  # (blocks, step, in)
+        return shift.flatten(0, 1)[:num_rows]
+
+    def add(self, group: int, error: Tensor) -> None:
+        """Take the errors (rows, in) of a group."""
+        blocks, _, width = self._errors.shape
+        padded = error.new_zeros(blocks * self._step, width)
+        padded[: len(error)] = error
+        rows = slice(group * self._step, (group + 1) * self._step)
+        self._errors[:, rows] = padded.view(blocks, self._step, width)
