@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import frozen
 
-import bitpress
 from bitpress import (
     Finding,
     Hardware,
     Layer,
     MeasuredLoss,
     ShapeError,
+    Statistic,
     StoredLayer,
     hookimpl,
     numerics,
@@ -30,6 +30,7 @@ __all__ = [
     "Options",
     "dequantize",
     "error_bound",
+    "observe",
     "quantize",
     "quantize_activations",
     "serialize",
@@ -39,7 +40,6 @@ __all__ = [
 
 # On 60,000 tokens of a held-out text, benchmarks/README.md.
 MEASURED_LOSSES: Sequence[MeasuredLoss] = (MeasuredLoss("tiny-llama (11M)", 0.00217),)
-
 
 # Rows and columns of a tile: the engines' kernels read no other.
 BLOCK = (128, 128)
@@ -56,7 +56,7 @@ def _check_block(
 
 
 @frozen
-class Options(bitpress.Options):
+class Options(e4m3.AlgorithmOptions):
     """Options of `fp8-block`."""
 
     block: tuple[int, int] = option(
@@ -64,19 +64,32 @@ class Options(bitpress.Options):
     )
 
     @property
-    def bits(self) -> float:
-        """Bits per code."""
-        return 8
-
-    @property
     def row_block(self) -> int:
         """A tile's rows share a scale."""
         return self.block[0]
 
 
+# As many arguments as the hook has.
 @hookimpl
-def quantize(layer: Layer, options: Options) -> Layer:
-    """Round to nearest with scale amax / 448 of each tile: (ceil(out / 128), in / 128)."""
+def observe(  # noqa: PLR0913, PLR0917
+    inputs: Tensor | None,
+    reference: Tensor | None,
+    residual: Tensor | None,
+    output_gradient: Tensor | None,
+    weight: Tensor,
+    options: Options,
+) -> Mapping[str, Statistic] | None:
+    """What GPTQ needs of inputs and of the gradients of outputs."""
+    if options.algorithm == "rtn":
+        return None
+    return e4m3.gptq_statistics(inputs, reference, residual, output_gradient, weight)
+
+
+@hookimpl
+def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Layer:
+    """Round with scale amax / 448 of each tile, (ceil(out / 128), in / 128): to nearest, or where a
+    step has observed inputs for it by GPTQ.
+    """
     out, width = layer.weight.shape
     # vLLM 0.32 pads a ragged last group of inputs; transformers 5.17 raises at the first forward.
     if width % options.block[1]:
@@ -84,8 +97,20 @@ def quantize(layer: Layer, options: Options) -> Layer:
             f"width {width} is not a multiple of {options.block[1]}, into which transformers cuts "
             "the activations; scheme fp8 takes any width"
         )
-    scale = numerics.e4m3_scale(numerics.block_absmax(layer.weight, options.block))
+    if "hessian" in stats:
+        weight, grid = numerics.gptq_quantize(layer, stats, lambda weight, _: _fit(weight, options))
+        layer = attrs.evolve(layer, weight=weight)
+    else:
+        grid = _fit(layer.weight, options)
+    scale = grid.scale[:: options.block[0]].contiguous()
     return e4m3.encode(layer, scale, numerics.expand_blocks(scale, options.block, (out, width)))
+
+
+def _fit(weight: Tensor, options: Options) -> e4m3.Grid:
+    """The grid of a weight (out, in) whose tiles have scales amax / 448."""
+    scale = numerics.e4m3_scale(numerics.block_absmax(weight, options.block))
+    by_row = scale.repeat_interleave(options.block[0], 0)[: len(weight)]  # (out, in / 128)
+    return e4m3.Grid(by_row, options.block[1])
 
 
 @hookimpl

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from attrs import frozen
 
-from bitpress import Layer, StoredLayer, hookimpl, numerics
+import bitpress
+from bitpress import Layer, Statistic, StoredLayer, hookimpl, numerics, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,24 +20,66 @@ if TYPE_CHECKING:
 FORMAT = "float-quantized"
 
 
+ALGORITHM = "plain rounding, or errors fed forward on calibration data"
+
+
+@frozen
+class AlgorithmOptions(bitpress.Options):
+    """Options of both schemes."""
+
+    algorithm: Literal["rtn", "gptq"] = option("rtn", ALGORITHM)
+
+    @property
+    def bits(self) -> float:
+        """Bits per code."""
+        return 8
+
+    @property
+    def calibrated(self) -> bool:
+        """Plain rounding needs no data."""
+        return self.algorithm == "gptq"
+
+
 @frozen(eq=False)
 class Grid:
     """The numbers that E4M3 codes stand for with these scales.
 
     Attributes:
-        scale: (out, 1) float32.
+        scale: (out, groups) float32.
+        group: columns that share a scale.
     """
 
     scale: Tensor
+    group: int
 
     def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
         """The representable numbers nearest to targets (rows,) of one column."""
-        return self.rounded(target.unsqueeze(1), rows).squeeze(1)
+        return _round(target, self.scale[rows, column // self.group])
 
     def rounded(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The representable numbers nearest to a weight (out, in), or to some rows of one."""
-        scale = self.scale[rows]
-        return numerics.decode_e4m3(numerics.encode_e4m3(weight, scale)) * scale
+        """The representable numbers nearest to all columns of some rows (rows, in)."""
+        groups = numerics.to_groups(weight, self.group)  # (rows, groups, group)
+        return _round(groups, self.scale[rows].unsqueeze(2)).view_as(weight)
+
+
+def _round(x: Tensor, scale: Tensor) -> Tensor:
+    return numerics.decode_e4m3(numerics.encode_e4m3(x, scale)) * scale
+
+
+# As many arguments as the hook has.
+def gptq_statistics(
+    inputs: Tensor | None,
+    reference: Tensor | None,
+    residual: Tensor | None,
+    output_gradient: Tensor | None,
+    weight: Tensor,
+) -> dict[str, Statistic]:
+    """What GPTQ needs of one batch: of inputs, or of the gradients of outputs."""
+    if output_gradient is not None:
+        return numerics.output_statistics(output_gradient)
+    if inputs is None:
+        return {}
+    return numerics.gptq_statistics(inputs, weight, reference, residual)
 
 
 def encode(
@@ -92,8 +135,14 @@ def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tens
 
 
 @hookimpl
-def error_bound(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    """Half a step of E4M3 around each code, times its scale: (out, in) float32."""
+def error_bound(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], options: AlgorithmOptions
+) -> Tensor | None:
+    """Half a step of E4M3 around each code, times its scale: (out, in) float32. GPTQ moves weights
+    on purpose.
+    """
+    if options.algorithm == "gptq":
+        return None
     # 2^-17 of it is for the float32 roundings of w / scale, code * scale and their difference, each
     # at most 2^-19 of it.
     scale = tensors["weight_scale"] * (1 + 2.0**-17)

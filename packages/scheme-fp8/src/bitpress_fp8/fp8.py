@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 import attrs
 from attrs import frozen
 
-import bitpress
 from bitpress import (
     Finding,
     Hardware,
@@ -55,7 +54,7 @@ MEASURED_LOSSES: Sequence[MeasuredLoss] = (
 
 
 @frozen
-class Options(bitpress.Options):
+class Options(e4m3.AlgorithmOptions):
     """Options of `fp8`."""
 
     weights: Literal["channel", "tensor"] = option(
@@ -69,27 +68,31 @@ class Options(bitpress.Options):
     )
 
     @property
-    def bits(self) -> float:
-        """Bits per code."""
-        return 8
-
-    @property
     def calibrated(self) -> bool:
-        """Static scales are found on data."""
-        return self.activations == "static"
+        """Static scales are found on data, and GPTQ needs it."""
+        return self.activations == "static" or self.algorithm == "gptq"
 
 
+# As many arguments as the hook has.
 @hookimpl
-def observe(
-    inputs: Tensor | None, weight: Tensor, options: Options
+def observe(  # noqa: PLR0913, PLR0917
+    inputs: Tensor | None,
+    reference: Tensor | None,
+    residual: Tensor | None,
+    output_gradient: Tensor | None,
+    weight: Tensor,
+    options: Options,
 ) -> Mapping[str, Statistic] | None:
-    """For a static scale, how large inputs are; for a scale per tensor, the largest magnitude of
-    the stack's weights.
+    """What GPTQ needs of inputs and of the gradients of outputs; for a static scale, how large
+    inputs are; for a scale per tensor, the largest magnitude of the stack's weights.
     """
-    if inputs is not None:
-        if options.activations == "dynamic":
-            return None
-        return numerics.observe_range(inputs, histogram=True)
+    stats: dict[str, Statistic] = {}
+    if options.algorithm == "gptq":
+        stats |= e4m3.gptq_statistics(inputs, reference, residual, output_gradient, weight)
+    if inputs is not None and options.activations == "static":
+        stats |= numerics.observe_range(inputs, histogram=True)
+    if inputs is not None or output_gradient is not None:
+        return stats
     if options.weights == "channel":
         return None
     # vLLM requantizes fused layers to the largest of their scales, with a loss where they differ:
@@ -99,9 +102,8 @@ def observe(
 
 @hookimpl
 def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Layer:
-    """Round to nearest with scale amax / 448: (out, 1) per channel, or one number.
-
-    After a step that has observed inputs, by GPTQ.
+    """Round with scale amax / 448: (out, 1) per channel, or one number; to nearest, or where a step
+    has observed inputs for it by GPTQ.
     """
 
     def fit(weight: Tensor, importance: Tensor | None = None) -> e4m3.Grid:
@@ -109,7 +111,7 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
             amax = stats["amax"].value
         else:
             amax = numerics.absmax(weight, dim=1)  # (out, 1)
-        return e4m3.Grid(numerics.e4m3_scale(amax).expand(len(weight), 1))
+        return e4m3.Grid(numerics.e4m3_scale(amax).expand(len(weight), 1), weight.shape[1])
 
     if "hessian" in stats:
         weight, grid = numerics.gptq_quantize(layer, stats, fit)

@@ -101,17 +101,21 @@ class Options(bitpress.Options):
         return self.smoothing != 0
 
 
+# As many arguments as the hook has.
 @hookimpl
-def observe(
+def observe(  # noqa: PLR0913, PLR0917
     inputs: Tensor | None,
     reference: Tensor | None,
     residual: Tensor | None,
+    output_gradient: Tensor | None,
     weight: Tensor,
     options: Options,
 ) -> Mapping[str, Statistic] | None:
-    """What GPTQ, SmoothQuant and static scales need of inputs; for a scale per tensor, the largest
-    magnitude of the stack's weights.
+    """What GPTQ, SmoothQuant and static scales need of inputs, and GPTQ of the gradients of
+    outputs; for a scale per tensor, the largest magnitude of the stack's weights.
     """
+    if output_gradient is not None:
+        return numerics.output_statistics(output_gradient) if options.algorithm == "gptq" else None
     if inputs is None:
         if options.weights == "channel":
             return None

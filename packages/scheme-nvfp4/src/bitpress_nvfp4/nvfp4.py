@@ -76,17 +76,21 @@ class Options(bitpress.Options):
         return self.activations == "quantized" or self.algorithm == "gptq"
 
 
+# As many arguments as the hook has.
 @hookimpl
-def observe(
+def observe(  # noqa: PLR0913, PLR0917
     inputs: Tensor | None,
     reference: Tensor | None,
     residual: Tensor | None,
+    output_gradient: Tensor | None,
     weight: Tensor,
     options: Options,
 ) -> Mapping[str, Statistic] | None:
-    """What GPTQ needs of inputs as they will be rounded, and the largest of them; the largest
-    magnitude of the stack's weights.
+    """What GPTQ needs of inputs as they will be rounded, and of the gradients of outputs; the
+    largest input; the largest magnitude of the stack's weights.
     """
+    if output_gradient is not None:
+        return numerics.output_statistics(output_gradient) if options.algorithm == "gptq" else None
     # vLLM takes the largest global scale of fused layers for all of them, which is wrong where they
     # differ: q, k and v, or gate and up, share one.
     if inputs is None:

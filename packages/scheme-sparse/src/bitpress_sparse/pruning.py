@@ -23,8 +23,6 @@ ALGORITHM = (
     "sparsegpt: dropped weights made up for one by one; wanda: after all are chosen; magnitude: no "
     "data"
 )
-# Rows pruned at a time: they bound the memory for intermediate results.
-ROW_TILE = 2048
 LAYOUT = "dense: zeros among the other weights; bitmask: for engines that still read it"
 
 
@@ -65,15 +63,19 @@ class PruningOptions(bitpress.Options):
         raise NotImplementedError
 
 
+# As many arguments as the hook has.
 @hookimpl
-def observe(
+def observe(  # noqa: PLR0913, PLR0917
     inputs: Tensor | None,
     reference: Tensor | None,
     residual: Tensor | None,
+    output_gradient: Tensor | None,
     weight: Tensor,
     options: PruningOptions,
 ) -> Mapping[str, Statistic] | None:
-    """The Hessian of inputs, and what makes up for their drift."""
+    """The Hessian of inputs, what makes up for their drift, and the Hessian of outputs."""
+    if output_gradient is not None:
+        return numerics.output_statistics(output_gradient) if options.calibrated else None
     if inputs is None or not options.calibrated:
         return None
     return numerics.gptq_statistics(inputs, weight, reference, residual)
@@ -96,14 +98,17 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: PruningOptio
     factor = _factorize(stats, options.group_size(width), options)
     target = layer.weight if factor is None else numerics.gptq_target(layer, stats, factor)
 
-    tiles = [
-        _prune(target_tile, candidates_tile, factor, layer.dtype, options)
-        for target_tile, candidates_tile in zip(
-            torch.split(target, ROW_TILE), torch.split(candidates, ROW_TILE), strict=True
+    row_factor, stored_mask = None, torch.empty_like(candidates)
+    if factor is not None and "output_hessian" in stats:
+        row_factor = numerics.factorize_output_hessian(stats["output_hessian"].value)
+
+    def prune(row_targets: Tensor, rows: slice) -> Tensor:
+        pruned, stored_mask[rows] = _prune(
+            row_targets, candidates[rows], factor, layer.dtype, options
         )
-    ]
-    weight = torch.cat([weight_tile for weight_tile, _ in tiles])
-    stored_mask = torch.cat([mask_tile for _, mask_tile in tiles])
+        return pruned
+
+    weight = numerics.decide_rows(target, row_factor, prune)
     layer = attrs.evolve(layer, weight=weight, mask=stored_mask & candidates)
     if options.layout == "dense":
         return layer

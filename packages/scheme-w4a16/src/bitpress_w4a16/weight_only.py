@@ -103,8 +103,9 @@ class WeightOnlyOptions(bitpress.Options):
         return self.group_size
 
 
+# As many arguments as the hook has.
 @hookimpl
-def observe(
+def observe(  # noqa: PLR0913, PLR0917
     inputs: Tensor | None,
     reference: Tensor | None,
     residual: Tensor | None,

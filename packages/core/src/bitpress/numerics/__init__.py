@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         output_statistics,
     )
     from bitpress.numerics.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
+    from bitpress.numerics.rows import decide_rows
     from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
 
 # The public names, by the module that defines them.
@@ -71,6 +72,7 @@ _MODULES: Mapping[str, Sequence[str]] = {
         "integer_range",
     ),
     "least_squares": ("masked_least_squares",),
+    "rows": ("decide_rows",),
     "output_hessian": ("RowFactor", "factorize_output_hessian", "output_statistics"),
     "packing": ("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"),
     "scale_search": ("rounding_costs", "search_scales", "to_groups"),
@@ -107,6 +109,7 @@ __all__ = [
     "clip_by_share",
     "clip_range",
     "column_sweep",
+    "decide_rows",
     "decode_e2m1",
     "decode_e4m3",
     "decode_integers",

@@ -25,25 +25,17 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.hessian import Factor
-from bitpress.numerics.output_hessian import ROW_GROUPS, RowFactor, RowFeedback
+from bitpress.numerics.output_hessian import RowFactor
+from bitpress.numerics.rows import Decide, decide_rows
 
 # Columns that are swept one by one; between leaves the feedback is a matrix product.
 LEAF = 16
-
-# Rows swept together: a leaf's columns of so many rows stay in a core's cache.
-ROW_TILE = 2048
-
-# Rows whose errors are held while they make up for each other's, a multiple of every block of them.
-ROWS_TOGETHER = 8192
 
 # (targets (rows,) of a column, the rows, the column) -> what the targets become (rows,)
 Project = Callable[[Tensor, slice, int], Tensor]
 
 # (best numbers (span, rows), the rows, positions of the span in the factor's order) -> nothing
 SpanCallback = Callable[[Tensor, slice, slice], None]
-
-# (targets (rows, in), the rows) -> what they become without feedback (rows, in)
-Nearest = Callable[[Tensor, slice], Tensor]
 
 
 # Public: schemes of other packages call it with these arguments.
@@ -54,7 +46,7 @@ def column_sweep(  # noqa: PLR0913
     ahead: SpanCallback | None = None,
     span: int = LEAF,
     *,
-    nearest: Nearest | None = None,
+    nearest: Decide | None = None,
     row_factor: RowFactor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The projected weight, and what it costs each row.
@@ -78,25 +70,13 @@ def column_sweep(  # noqa: PLR0913
         (out, in) float32, and (out,) float32: (t - q) H (t - q)ᵀ of each row, t being the row of
         the weight, moved by the errors of the rows before it.
     """
-    sweep = _Sweep(factor, project, ahead, span, nearest)
-    projected, losses = torch.empty_like(weight), weight.new_empty(len(weight))
-    if row_factor is None:
-        for first in range(0, len(weight), ROW_TILE):
-            rows = slice(first, min(first + ROW_TILE, len(weight)))
-            projected[rows], losses[rows] = sweep.project_rows(weight[rows], rows)
-        return projected, losses
+    sweep, losses = _Sweep(factor, project, ahead, span, nearest), weight.new_empty(len(weight))
 
-    for first in range(0, len(weight), ROWS_TOGETHER):
-        last = min(first + ROWS_TOGETHER, len(weight))
-        blocks = slice(first // row_factor.block, -(-last // row_factor.block))
-        feedback = RowFeedback(row_factor, blocks, weight.shape[1])
-        for group in range(min(ROW_GROUPS, last - first)):
-            rows = slice(first + group, last, ROW_GROUPS)
-            target = weight[rows]
-            target = target - feedback.shift(group, len(target))
-            projected[rows], losses[rows] = sweep.project_rows(target, rows)
-            feedback.add(group, projected[rows] - weight[rows])
-    return projected, losses
+    def decide(target: Tensor, rows: slice) -> Tensor:
+        projected, losses[rows] = sweep.project_rows(target, rows)
+        return projected
+
+    return decide_rows(weight, row_factor, decide), losses
 
 
 @frozen(eq=False)
@@ -107,7 +87,7 @@ class _Sweep:
     project: Project
     ahead: SpanCallback | None
     span: int
-    nearest: Nearest | None
+    nearest: Decide | None
 
     def project_rows(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Some rows' projected weight (rows, in), and what it costs each of them (rows,)."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitpress.numerics.columns import ROW_TILE
 from bitpress.numerics.hessian import Factor
+from bitpress.numerics.rows import ROW_TILE
 
 # Steps of conjugate gradients; more of them gain less than 1 %.
 NUM_STEPS = 10

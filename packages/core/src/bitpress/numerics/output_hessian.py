@@ -110,32 +110,3 @@ def factorize_output_hessian(hessian: Tensor) -> RowFactor | None:
         )
     coupling = coupling.float()
     return RowFactor(coupling) if coupling.any() else None
-
-
-class RowFeedback:
-    """The errors of the rows of some blocks, while group after group of them is decided.
-
-    Args:
-        blocks: which blocks.
-        width: columns of the weight.
-    """
-
-    def __init__(self, factor: RowFactor, blocks: slice, width: int) -> None:
-        self._coupling = factor.coupling[blocks]
-        self._errors = self._coupling.new_zeros(*self._coupling.shape[:2], width)
-        self._step = factor.block // ROW_GROUPS
-
-    def shift(self, group: int, num_rows: int) -> Tensor:
-        """What the targets of a group lose for the errors so far: (rows, in)."""
-        first = group * self._step
-        rows = slice(first, first + self._step)
-        shift = self._coupling[:, rows, :first] @ self._errors[:, :first]  # (blocks, step, in)
-        return shift.flatten(0, 1)[:num_rows]
-
-    def add(self, group: int, error: Tensor) -> None:
-        """Take the errors (rows, in) of a group."""
-        blocks, _, width = self._errors.shape
-        padded = error.new_zeros(blocks * self._step, width)
-        padded[: len(error)] = error
-        rows = slice(group * self._step, (group + 1) * self._step)
-        self._errors[:, rows] = padded.view(blocks, self._step, width)

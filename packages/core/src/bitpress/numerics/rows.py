@@ -1,0 +1,82 @@
+"""The order in which the rows of a weight are decided: all side by side, or in groups of which each
+makes up for the errors of those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitpress.numerics.output_hessian import ROW_GROUPS, RowFactor
+
+# Rows decided together: a few columns of so many rows stay in a core's cache.
+ROW_TILE = 2048
+
+# Rows whose errors are held while they make up for each other's, a multiple of every block of them.
+ROWS_TOGETHER = 8192
+
+# (targets (rows, in), the rows) -> what they become (rows, in)
+Decide = Callable[[Tensor, slice], Tensor]
+
+
+def decide_rows(target: Tensor, row_factor: RowFactor | None, decide: Decide) -> Tensor:
+    """What a weight becomes, whose rows are decided a few at a time.
+
+    Args:
+        target: (out, in) float32, what the weight should come near to.
+        row_factor: how rows make up for each other's errors; None: they do not.
+        decide: given the targets (rows, in) of some rows, moved by the errors of rows before them,
+            and which rows they are, returns what they become. The rows are a slice, with a step
+            where there is a `row_factor`.
+
+    Returns:
+        (out, in) float32.
+    """
+    decided = torch.empty_like(target)
+    if row_factor is None:
+        for first in range(0, len(target), ROW_TILE):
+            rows = slice(first, min(first + ROW_TILE, len(target)))
+            decided[rows] = decide(target[rows], rows)
+        return decided
+
+    for first in range(0, len(target), ROWS_TOGETHER):
+        last = min(first + ROWS_TOGETHER, len(target))
+        blocks = slice(first // row_factor.block, -(-last // row_factor.block))
+        feedback = _RowFeedback(row_factor, blocks, target.shape[1])
+        for group in range(min(ROW_GROUPS, last - first)):
+            rows = slice(first + group, last, ROW_GROUPS)
+            own_target = target[rows]
+            decided[rows] = decide(own_target - feedback.shift(group, len(own_target)), rows)
+            feedback.add(group, decided[rows] - own_target)
+    return decided
+
+
+class _RowFeedback:
+    """The errors of the rows of some blocks, while group after group of them is decided.
+
+    Args:
+        blocks: which blocks.
+        width: columns of the weight.
+    """
+
+    def __init__(self, factor: RowFactor, blocks: slice, width: int) -> None:
+        self._coupling = factor.coupling[blocks]
+        self._errors = self._coupling.new_zeros(*self._coupling.shape[:2], width)
+        self._step = factor.block // ROW_GROUPS
+
+    def shift(self, group: int, num_rows: int) -> Tensor:
+        """What the targets of a group lose for the errors so far: (rows, in)."""
+        first = group * self._step
+        rows = slice(first, first + self._step)
+        shift = self._coupling[:, rows, :first] @ self._errors[:, :first]  # (blocks, step, in)
+        return shift.flatten(0, 1)[:num_rows]
+
+    def add(self, group: int, error: Tensor) -> None:
+        """Take the errors (rows, in) of a group."""
+        blocks, _, width = self._errors.shape
+        padded = error.new_zeros(blocks * self._step, width)
+        padded[: len(error)] = error
+        rows = slice(group * self._step, (group + 1) * self._step)
+        self._errors[:, rows] = padded.view(blocks, self._step, width)

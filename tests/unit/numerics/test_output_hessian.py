@@ -1,0 +1,223 @@
+"""Rows that make up for each other's errors, held against a slow float64 reference that solves for
+all rows and columns that are still free.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from numpy.typing import NDArray
+
+from bitpress import numerics
+from bitpress.numerics import output_hessian
+from bitpress.numerics.output_hessian import ROW_BLOCK, ROW_GROUPS, block_size
+from bitpress.schemes.values import Layer, Statistic
+
+Array = NDArray[np.float64]
+
+
+def gradients(tokens: int, rows: int, seed: int) -> torch.Tensor:
+    """(tokens, out) float32 of outputs that are alike in parts and unlike in size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(rows, rows, generator=generator) / rows**0.5
+    size = torch.rand(rows, generator=generator) * 3 + 0.1
+    return torch.randn(tokens, rows, generator=generator) @ mixing * size
+
+
+def inputs(tokens: int, width: int, seed: int) -> torch.Tensor:
+    return gradients(tokens, width, seed + 500)
+
+
+def weights(rows: int, width: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def factorize(x: torch.Tensor) -> numerics.Factor:
+    factor = numerics.factorize_hessian(x.T @ x, len(x))
+    assert factor is not None
+    return factor
+
+
+def row_factor(gradient: torch.Tensor) -> numerics.RowFactor | None:
+    return numerics.factorize_output_hessian(
+        numerics.output_statistics(gradient)["output_hessian"].value
+    )
+
+
+def three_bits(weight: torch.Tensor) -> numerics.IntegerGrid:
+    return numerics.fit_symmetric(weight, None, 3, weight.shape[1], (0.9, 1.0))
+
+
+def damped_input_hessian(factor: numerics.Factor) -> Array:
+    unit, order = factor.unit.double().numpy(), factor.order.numpy()
+    hessian = np.empty_like(unit)
+    hessian[np.ix_(order, order)] = (unit * factor.variance.double().numpy()) @ unit.T
+    return hessian
+
+
+def damped_output_hessian(gradient: torch.Tensor) -> Array:
+    """Of rows that are all in one block."""
+    g = gradient.double().numpy()
+    hessian: Array = g.T @ g
+    mean = hessian.diagonal().mean()
+    return hessian / mean + output_hessian.DAMPING * np.eye(len(hessian))
+
+
+def best_free(hessian: Array, decided: list[int], error: Array, free: list[int]) -> Array:
+    """The errors of what is free that cost least beside those of what is decided: (free, ...)."""
+    among_free, coupling = hessian[np.ix_(free, free)], hessian[np.ix_(free, decided)]
+    solution: Array = -np.linalg.solve(among_free, coupling @ error)
+    return solution
+
+
+def slow_two_sided(
+    weight: torch.Tensor, h_in: Array, h_out: Array, order: list[int], grid: numerics.IntegerGrid
+) -> Array:
+    """Group after group of rows, and in each column after column: what is decided is made up for by
+    all that is free.
+    """
+    rows, width = weight.shape
+    w, error = weight.double().numpy(), np.zeros((rows, width))
+    scale = grid.scale.double().numpy()[:, 0]
+    for group in range(min(ROW_GROUPS, rows)):
+        own = list(range(group, rows, ROW_GROUPS))
+        decided = [i for g in range(group) for i in range(g, rows, ROW_GROUPS)]
+        free = [i for g in range(group, ROW_GROUPS) for i in range(g, rows, ROW_GROUPS)]
+        target = w[own].copy()
+        if decided:
+            target += best_free(h_out, decided, error[decided], free)[: len(own)]
+        for row, wanted in zip(own, target, strict=True):
+            decided_columns: list[int] = []
+            row_error = np.zeros(width)
+            for position, column in enumerate(order):
+                number = wanted[column]
+                if decided_columns:
+                    columns = order[position:]
+                    number += best_free(h_in, decided_columns, row_error[decided_columns], columns)[
+                        0
+                    ]
+                quantized = np.clip(np.round(number / scale[row]), -4, 3) * scale[row]
+                row_error[column] = quantized - wanted[column]
+                decided_columns.append(column)
+            error[row] = wanted + row_error - w[row]
+    return w + error
+
+
+@settings(derandomize=True, deadline=None, max_examples=10)
+@given(st.integers(1, 21), st.integers(2, 12), st.integers(0, 1000))
+def test_rows_and_columns_make_up_for_what_is_decided_as_the_slow_reference_does(
+    rows: int, width: int, seed: int
+) -> None:
+    weight, x, g = weights(rows, width, seed), inputs(60, width, seed), gradients(90, rows, seed)
+    factor, grid = factorize(x), three_bits(weight)
+    quantized, _ = numerics.column_sweep(weight, factor, grid.nearest, row_factor=row_factor(g))
+    expected = slow_two_sided(
+        weight,
+        damped_input_hessian(factor),
+        damped_output_hessian(g),
+        factor.order.tolist(),
+        grid,
+    )
+    np.testing.assert_allclose(quantized.numpy(), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 13, 512, 700, 1030])
+def test_the_statistic_is_the_blocks_of_the_gram_matrix_of_gradients(rows: int) -> None:
+    gradient = gradients(40, rows, 3)
+    parts = [numerics.output_statistics(part)["output_hessian"] for part in gradient.split(25)]
+    statistic = parts[0] | parts[1]
+    full = gradient.double().T @ gradient.double()
+    assert statistic.rows
+    assert statistic.value.shape == (rows, block_size(rows))
+    for row in range(0, rows, 7):
+        first = row // block_size(rows) * block_size(rows)
+        expected = torch.zeros(block_size(rows), dtype=torch.float64)
+        own = full[row, first : first + block_size(rows)]
+        expected[: len(own)] = own
+        torch.testing.assert_close(statistic.value[row].double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(16, 24), (100, 32), (1100, 16)])
+def test_outputs_that_are_unrelated_leave_the_sweep_as_it_is_to_the_bit(
+    rows: int, width: int
+) -> None:
+    weight, factor = weights(rows, width, 1), factorize(inputs(200, width, 1))
+    hessian = torch.zeros(rows, block_size(rows))
+    for row in range(rows):
+        hessian[row, row % block_size(rows)] = 1.0 + row % 5
+    assert numerics.factorize_output_hessian(hessian) is None
+
+    stats = numerics.gptq_statistics(inputs(200, width, 1), weight)
+    related = {**stats, "output_hessian": Statistic(hessian, "sum", rows=True)}
+    layer = Layer("layer", weight, torch.bfloat16)
+    one_sided, two_sided = (
+        numerics.gptq_quantize(layer, given_stats, lambda w, importance: three_bits(w))[0]
+        for given_stats in (stats, related)
+    )
+    assert torch.equal(one_sided, two_sided)
+    del factor
+
+
+@pytest.mark.parametrize(("rows", "width"), [(64, 48), (1030, 16), (9000, 8)])
+def test_the_model_loses_less_where_rows_make_up_for_each_other(rows: int, width: int) -> None:
+    weight, x = weights(rows, width, 2), inputs(400, width, 2)
+    # outputs alike in blocks: a few directions of each matter
+    generator = torch.Generator().manual_seed(2)
+    directions = torch.randn(4, rows, generator=generator)
+    g = torch.randn(300, 4, generator=generator) @ directions
+    g += 0.3 * torch.randn(300, rows, generator=generator)
+    factor, grid = factorize(x), three_bits(weight)
+    h_in = damped_input_hessian(factor)
+
+    losses = []
+    for rows_factor in (None, row_factor(g)):
+        quantized, _ = numerics.column_sweep(weight, factor, grid.nearest, row_factor=rows_factor)
+        error = (quantized - weight).double().numpy()
+        of_gradients = g.double().numpy() @ error  # (gradients, in)
+        losses.append(float(np.einsum("gi,ij,gj->", of_gradients, h_in, of_gradients)))
+    assert losses[1] < 0.75 * losses[0]
+
+
+def test_the_same_input_gives_the_same_bits() -> None:
+    weight, factor = weights(1100, 40, 4), factorize(inputs(200, 40, 4))
+    grid, rows = three_bits(weight), row_factor(gradients(300, 1100, 4))
+    first, second = (
+        numerics.column_sweep(weight, factor, grid.nearest, row_factor=rows)[0] for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_relate_nothing(bad: float) -> None:
+    hessian = numerics.output_statistics(gradients(30, 20, 5))["output_hessian"].value
+    hessian[3, 4] = bad
+    assert numerics.factorize_output_hessian(hessian) is None
+
+
+def test_zeros_stay_zero_and_rows_of_huge_numbers_leave_others_finite() -> None:
+    weight, x, g = weights(40, 32, 6), inputs(200, 32, 6), gradients(200, 40, 6)
+    mask = torch.rand(40, 32, generator=torch.Generator().manual_seed(6)) < 0.5
+    weight *= mask
+    weight[5] = torch.where(mask[5], 1e38, 0.0)
+    stats = numerics.gptq_statistics(x, weight) | numerics.output_statistics(g)
+    layer = Layer("layer", weight, torch.bfloat16)
+    quantized, _ = numerics.gptq_quantize(layer, stats, lambda w, importance: three_bits(w))
+    assert not quantized[~mask].any()
+    assert quantized.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [*range(1, 20), ROW_BLOCK - 1, ROW_BLOCK, ROW_BLOCK + 1])
+def test_every_row_is_decided_once(rows: int) -> None:
+    weight, factor = weights(rows, 4, 7), factorize(inputs(60, 4, 7))
+    decided: list[int] = []
+
+    def project(target: torch.Tensor, which: slice, column: int) -> torch.Tensor:
+        if column == factor.order[0]:
+            decided.extend(range(*which.indices(rows)))
+        return target
+
+    factor_of_rows = row_factor(gradients(50, rows, 7))
+    numerics.column_sweep(weight, factor, project, row_factor=factor_of_rows)
+    assert sorted(decided) == list(range(rows))
