@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 from attrs import frozen
@@ -24,6 +24,9 @@ from bitpress_fp8 import e4m3
 from bitpress_fp8.activations import quantize_activations
 from bitpress_fp8.e4m3 import dequantize, error_bound
 from bitpress_fp8.hardware import gpu_findings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "MEASURED_LOSSES",
