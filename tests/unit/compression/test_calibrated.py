@@ -25,6 +25,7 @@ from bitpress.compression.calibration import resumable_forward
 from bitpress.conformance.commands import command, plugins, refusal
 from bitpress.conformance.models import files_of, llama_tensors, tensors_of
 from bitpress.modeling.decoder import Decoder
+from bitpress.planning import memory_estimate
 from bitpress.planning.memory_estimate import estimate_memory
 
 # in three batches, and more than those of which statistics are taken together
@@ -96,16 +97,18 @@ def token_ids(source: Path) -> torch.Tensor:
     return torch.tensor([int(word[1:]) for word in words]).view(SAMPLES, LENGTH)
 
 
-def moved_before(source: Path, out: Path, layer: str, module: str) -> torch.Tensor:
+def moved_before(
+    source: Path, out: Path, layer: str, module: str, num_sequences: int = SAMPLES
+) -> torch.Tensor:
     """Σ x of a module's inputs in the source, less that with every layer compressed that comes
-    before a layer.
+    before a layer, over the first sequences.
     """
     parts = [f"self_attn.{x}_proj" for x in "qkvo"] + [
         f"mlp.{x}_proj" for x in ("gate", "up", "down")
     ]
     layers = [f"model.layers.{block}.{part}" for block in range(3) for part in parts]
-    # the first batch
-    shifted, ids = dense(source, out, set(layers[: layers.index(layer)])), token_ids(source)[:42]
+    shifted = dense(source, out, set(layers[: layers.index(layer)]))
+    ids = token_ids(source)[:num_sequences]
     return sums_of_inputs(dense(source, out, set()), module, ids) - sums_of_inputs(
         shifted, module, ids
     )
@@ -145,13 +148,24 @@ def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(
             replace_layers(model, tensors, compressed, coarse)
 
 
-def test_the_reference_is_what_the_source_makes_of_every_eighth_batch(
-    tmp_path: Path, learner: Path
+# batches are of 42 sequences
+@pytest.mark.parametrize(
+    ("tokens_per_channel", "num_sequences"),
+    [(16, SAMPLES), (1, 42)],
+    ids=["of all batches where tokens are few for the width", "of every eighth batch"],
+)
+def test_the_reference_is_what_the_source_makes(
+    tmp_path: Path,
+    learner: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens_per_channel: int,
+    num_sequences: int,
 ) -> None:
+    monkeypatch.setattr(memory_estimate, "REFERENCE_TOKENS_PER_CHANNEL", tokens_per_channel)
     source = runnable_model(tmp_path / "m")
     out = run(source, tmp_path / "o", "bits=2")
     layer = "model.layers.2.mlp.down_proj"
-    moved = moved_before(source, out, layer, layer)
+    moved = moved_before(source, out, layer, layer, num_sequences)
     torch.testing.assert_close(tensors_of(out)[f"{layer}.seen"][1], moved, rtol=1e-3, atol=1e-2)
     assert moved.norm() > 1
 
