@@ -33,7 +33,15 @@ def store(step: Step, batches: Sequence[torch.Tensor]) -> StoredLayer:
     weight, stats = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)), {}
     for batch in batches:
         pipeline.merge(
-            stats, step.call("observe", inputs=batch, reference=None, residual=None, weight=weight)
+            stats,
+            step.call(
+                "observe",
+                inputs=batch,
+                reference=None,
+                residual=None,
+                output_gradient=None,
+                weight=weight,
+            ),
         )
     layer = pipeline.quantize_whole(Layer("layer", weight, torch.bfloat16), [step], [stats])
     return pipeline.serialize(pipeline.pack(layer, [step]), [step])

@@ -26,7 +26,12 @@ def inputs(outlier: float = 1.0) -> torch.Tensor:
 
 def store(step: Step, x: torch.Tensor) -> tuple[Layer, StoredLayer]:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
-    stats = dict(step.call("observe", inputs=x, reference=x, residual=None, weight=weight) or {})
+    stats = dict(
+        step.call(
+            "observe", inputs=x, reference=x, residual=None, output_gradient=None, weight=weight
+        )
+        or {}
+    )
     layer = pipeline.quantize_whole(Layer("layer", weight, torch.bfloat16), [step], [stats])
     return layer, pipeline.serialize(pipeline.pack(layer, [step]), [step])
 

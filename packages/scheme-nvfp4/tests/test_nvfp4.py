@@ -217,7 +217,12 @@ def inputs(tokens: int = 2000, width: int = 256) -> torch.Tensor:
 
 
 def observe(step: Step, x: torch.Tensor, weight: torch.Tensor) -> dict[str, Statistic]:
-    return dict(step.call("observe", inputs=x, reference=x, residual=None, weight=weight) or {})
+    return dict(
+        step.call(
+            "observe", inputs=x, reference=x, residual=None, output_gradient=None, weight=weight
+        )
+        or {}
+    )
 
 
 @pytest.mark.parametrize("activations", ["quantized", "float"])
@@ -269,9 +274,9 @@ def test_statistics_are_taken_of_inputs_as_they_will_be_rounded() -> None:
     x = numbers(64, 32) * 7
     rounded = round_with_compressed_tensors(x, torch.ones(1))
     step = make_step()
-    hessian = step.call("observe", inputs=x, reference=None, residual=None, weight=None)[
-        "hessian"
-    ].value
+    hessian = step.call(
+        "observe", inputs=x, reference=None, residual=None, output_gradient=None, weight=None
+    )["hessian"].value
     torch.testing.assert_close(hessian, rounded.T @ rounded)
 
 

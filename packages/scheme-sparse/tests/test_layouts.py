@@ -304,6 +304,7 @@ def install_toy(folder: Path) -> Path:
         ),
         (["--scheme", "sparse", "--set", "sparsity=half"], "number"),
         (["--scheme", "sparse-2of4", "--set", "sparsity=0.6"], "no option 'sparsity'"),
+        (["--scheme", "6:8", "--set", "layout=bitmask"], "pattern 6:8 has no bitmask layout"),
         (
             ["--scheme", "sparse-2of4+toy", "--set", "layout=bitmask"],
             "toy cannot follow a step that stores codes",

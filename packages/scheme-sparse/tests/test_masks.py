@@ -45,7 +45,17 @@ def inputs(width: int, tokens: int = 800, seed: int = 1) -> torch.Tensor:
 def observe(
     step: Step, weight: torch.Tensor, x: torch.Tensor, reference: torch.Tensor | None = None
 ) -> Statistics:
-    return step.call("observe", inputs=x, reference=reference, residual=None, weight=weight) or {}
+    return (
+        step.call(
+            "observe",
+            inputs=x,
+            reference=reference,
+            residual=None,
+            output_gradient=None,
+            weight=weight,
+        )
+        or {}
+    )
 
 
 def prune(
@@ -108,6 +118,48 @@ def test_by_magnitude_the_largest_stay_as_they_are(name: str) -> None:
     least_kept = groups.masked_fill(~result.mask.view_as(groups), torch.inf).amin(1)
     assert (groups.masked_fill(result.mask.view_as(groups), 0).amax(1) <= least_kept).all()
     assert (result.mask.view_as(groups).sum(1) == num_kept).all()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_kept", "size"), [("2:4", 2, 4), ("4:8", 4, 8), ("6:8", 6, 8)]
+)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_pattern_says_how_many_of_how_many_neighbors_stay(
+    pattern: str, num_kept: int, size: int, algorithm: str
+) -> None:
+    weight, x = weights(12, 64), inputs(64)
+    step = make_step(pattern=pattern, algorithm=algorithm)
+    result = prune(step, weight, observe(step, weight, x))
+    assert result.mask is not None
+    assert (result.mask.view(-1, size).sum(1) == num_kept).all()
+    assert not result.weight[~result.mask].any()
+    assert step.call("validate_weight", weight=result.weight) is None
+    assert step.call("validate_weight", weight=weight) is not None
+
+
+def test_the_less_is_dropped_and_the_wider_the_choice_the_less_is_lost() -> None:
+    weight, x = weights(64, 128), inputs(128, 3000)
+    losses = []
+    for pattern in ("6:8", "4:8", "2:4"):
+        step = make_step(pattern=pattern)
+        losses.append(loss(weight, prune(step, weight, observe(step, weight, x)).weight, x))
+    assert losses[0] < 0.5 * losses[1]
+    assert losses[1] < 0.95 * losses[2]
+
+
+def test_outputs_that_matter_together_make_up_for_each_other_s_pruned_weights() -> None:
+    weight, x = weights(64, 96), inputs(96, 3000)
+    generator = torch.Generator().manual_seed(3)
+    directions = torch.randn(3, 64, generator=generator)
+    gradient = torch.randn(500, 3, generator=generator) @ directions
+    step = make_step()
+    stats = observe(step, weight, x)
+    related = {**stats, **(pipeline.observe_gradient(step, weight, gradient) or {})}
+
+    def seen_loss(result: Layer) -> float:
+        return float(((gradient @ (result.weight - weight)) @ x.T).square().mean())
+
+    assert seen_loss(prune(step, weight, related)) < 0.5 * seen_loss(prune(step, weight, stats))
 
 
 def published_sparsegpt(

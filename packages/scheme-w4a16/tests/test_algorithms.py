@@ -46,7 +46,15 @@ def error(
     """||x (W - Q)ᵀ|| / ||x Wᵀ||, inputs divided by the factors and columns multiplied."""
     s = torch.ones(WIDTH) if factors is None else factors
     stats = (
-        step.call("observe", inputs=x / s, reference=None, residual=None, weight=weight * s) or {}
+        step.call(
+            "observe",
+            inputs=x / s,
+            reference=None,
+            residual=None,
+            output_gradient=None,
+            weight=weight * s,
+        )
+        or {}
     )
     result = pipeline.quantize(Layer("layer", weight * s, torch.bfloat16), [step], [stats]).weight
     return float(((x / s) @ result.T - x @ weight.T).norm() / (x @ weight.T).norm())
@@ -80,7 +88,9 @@ def test_zero_points_and_smaller_groups_lose_less() -> None:
 def test_awq_s_factors_are_powers_of_two_that_make_salient_channels_finer() -> None:
     weight, x = weights(), inputs(salient=20)
     step = make_step(algorithm="awq")
-    stats = step.call("observe", inputs=x, reference=None, residual=None, weight=weight)
+    stats = step.call(
+        "observe", inputs=x, reference=None, residual=None, output_gradient=None, weight=weight
+    )
     factors = step.call("rescale", layer=Layer("layer", weight, torch.bfloat16), stats=stats)
     assert torch.equal(factors.log2(), factors.log2().round())
     assert factors[::16].min() > factors[1::16].max()
@@ -97,7 +107,9 @@ def test_awq_leaves_channels_alone_that_are_alike() -> None:
         make_step(algorithm="awq"),
         torch.randn(3000, WIDTH, generator=torch.Generator().manual_seed(2)),
     )
-    stats = step.call("observe", inputs=x, reference=None, residual=None, weight=weights())
+    stats = step.call(
+        "observe", inputs=x, reference=None, residual=None, output_gradient=None, weight=weights()
+    )
     assert (
         step.call("rescale", layer=Layer("layer", weights(), torch.bfloat16), stats=stats) is None
     )

@@ -209,7 +209,9 @@ def test_16_bit_activations_store_a_scale_from_the_largest_input() -> None:
     step = make_step("w8a16", activations="int16")
     assert step.calibrated
     x = torch.linspace(-3, 2, 256).view(2, 128)
-    stats = step.call("observe", inputs=x, reference=None, residual=None, weight=None)
+    stats = step.call(
+        "observe", inputs=x, reference=None, residual=None, output_gradient=None, weight=None
+    )
     stored = store(quantize(numbers(8, 128), step, stats), step)
     assert stored.tensors["input_scale"].tolist() == pytest.approx([3 / 32767.5])
     assert stored.config["input_activations"] == INT | {

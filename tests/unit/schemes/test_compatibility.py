@@ -34,7 +34,7 @@ SIGNATURES = {
         "bound": "tensors config",
     },
     "0.2": {
-        "observe": "inputs reference residual weight options",
+        "observe": "inputs reference residual output_gradient weight options",
         "rescale": "layer stats options",
         "quantize": "layer stats options",
         "pack": "layer options",

@@ -1,14 +1,16 @@
 """2:4 sparsity: two of every four weights along the input dimension are zero, alone or before a
-quantizing scheme.
+quantizing scheme; or 4:8 or 6:8, which keep four or six of every eight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+import attrs
 from attrs import frozen
 
-from bitpress import Finding, Hardware, MeasuredLoss, ShapeError, hookimpl
+from bitpress import Finding, Hardware, MeasuredLoss, ShapeError, hookimpl, option
 from bitpress_sparse.pruning import (
     PruningOptions,
     dequantize,
@@ -36,7 +38,12 @@ __all__ = [
 ]
 
 # As papers and engines call the pattern.
-ALIASES: Mapping[str, Mapping[str, str]] = {"2:4": {}, "2of4": {}}
+ALIASES: Mapping[str, Mapping[str, str]] = {
+    "2:4": {},
+    "2of4": {},
+    "4:8": {"pattern": "4:8"},
+    "6:8": {"pattern": "6:8"},
+}
 
 # On 60,000 tokens of a held-out text, benchmarks/README.md.
 MEASURED_LOSSES: Sequence[MeasuredLoss] = (
@@ -45,22 +52,35 @@ MEASURED_LOSSES: Sequence[MeasuredLoss] = (
 )
 
 
+def _check_pattern(instance: Options, attribute: attrs.Attribute[Any], value: str) -> None:
+    if value != "2:4" and instance.layout == "bitmask":
+        raise ValueError(
+            f"pattern {value} has no bitmask layout that a loader reads; layout=dense loads "
+            "everywhere"
+        )
+
+
 @frozen
 class Options(PruningOptions):
     """Options of `sparse-2of4`."""
 
+    pattern: Literal["2:4", "4:8", "6:8"] = option(
+        "2:4", "weights that are kept of how many neighbors", validator=_check_pattern
+    )
+
     def group_size(self, width: int) -> int:
-        """Four columns."""
-        if width % 4:
+        """Four columns, or eight."""
+        size = int(self.pattern.partition(":")[2])
+        if width % size:
             raise ShapeError(
-                f"width {width} is not a multiple of 4 (as {max(width // 4, 1) * 4} is); scheme "
-                "sparse takes any"
+                f"width {width} is not a multiple of {size} (as {max(width // size, 1) * size} "
+                "is); scheme sparse takes any"
             )
-        return 4
+        return size
 
     def num_kept(self, width: int) -> int:
-        """Two weights of every four."""
-        return 2
+        """Weights that are kept of so many columns."""
+        return int(self.pattern.partition(":")[0])
 
     @property
     def sparsity_config(self) -> Mapping[str, str]:
@@ -77,6 +97,8 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
         options,
         "vLLM reads this layout up to 0.18 (compressed-tensors up to 0.14), later ones refuse it",
     )
+    if options.pattern != "2:4":
+        return general
     if options.layout == "dense" and (hardware.capability or (0, 0)) >= (9, 0):
         text = (
             "sparse tensor cores take 2:4 weights, with 8 bits best, in engines that have kernels "

@@ -25,7 +25,7 @@ from bitpress.output.layer_proof import (
 from bitpress.schemes import pipeline, stored_layout
 from bitpress.schemes.hardware import DEVICES, Hardware
 from bitpress.schemes.registry import Step
-from bitpress.schemes.values import Finding, Layer
+from bitpress.schemes.values import Finding, Layer, Statistic
 
 LEVELS = get_args(get_type_hints(Finding)["level"])
 
@@ -165,6 +165,21 @@ def test_two_half_batches_observed_equal_the_whole(step: Step) -> None:
     for name, stat in whole.items():
         advice = f"the statistic {name!r} must be a raw sum or maximum over tokens, never a mean"
         torch.testing.assert_close(halves[name].value, stat.value, rtol=1e-5, atol=1e-6, msg=advice)
+        assert stat.value.dtype == torch.float32, f"the statistic {name!r} must be float32"
+
+
+def test_two_half_batches_of_gradients_observed_equal_the_whole(step: Step) -> None:
+    if not pipeline.takes_gradient(step):
+        pytest.skip("these options take no statistics of gradients")
+    weight = trial.weights(step)["normal"]
+    gradient = torch.randn(64, len(weight), generator=torch.Generator().manual_seed(0))
+    whole = pipeline.observe_gradient(step, weight, gradient) or {}
+    halves: dict[str, Statistic] = {}
+    for half in gradient.chunk(2):
+        pipeline.merge(halves, pipeline.observe_gradient(step, weight, half))
+    for name, stat in whole.items():
+        advice = f"the statistic {name!r} must be a raw sum or maximum over tokens, never a mean"
+        torch.testing.assert_close(halves[name].value, stat.value, rtol=1e-4, atol=1e-4, msg=advice)
         assert stat.value.dtype == torch.float32, f"the statistic {name!r} must be float32"
 
 
