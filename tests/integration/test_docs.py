@@ -207,7 +207,7 @@ def test_the_tracer_prints_each_hook_call_with_shapes_and_milliseconds(walk: Wal
         ),
         (
             "python.md",
-            ["a list of texts ()", "INFO:bitpress:evaluating: model.layers.5", "KL 0.00", "\n()\n"],
+            ["a list of texts ()", "INFO:bitpress:evaluating: block 6/6", "KL 0.00", "\n()\n"],
         ),
         ("recipes.md", ["36 layers compressed", "verified: 42 layers", "searched.toml: written"]),
     ],
