@@ -47,7 +47,7 @@ REFERENCE_INTERVAL = 8
 REFERENCE_TOKENS_PER_CHANNEL = 16
 
 # Tokens of which gradients are taken, from the first batch on.
-GRADIENT_TOKENS = 16384
+GRADIENT_TOKENS = 8192
 
 # Numbers for each of a batch's tokens that are kept for gradients: for each channel of the widest
 # input, and for each of the hidden states.
