@@ -408,7 +408,8 @@ def test_the_room_that_the_plan_needs_is_there_before_the_first_byte(
         shape = (16, 64) if spill else None
         short = memory_estimate.estimate_memory(plan, shape=shape) + 1000 if spill else None
         needed = memory_estimate.estimate_disk(plan, shape, short)
-    states = 1024 * 128 * 4 * 9 // 8 if spill else 0
+    # of the source too, since there are few tokens for the width
+    states = 1024 * 128 * 4 * 2 if spill else 0
     descriptions = memory_estimate.estimate_descriptions(plan)
     assert needed == sum(plan.file_sizes.values()) + descriptions + states
     assert plan.file_sizes["vocab.txt"] == 100_000

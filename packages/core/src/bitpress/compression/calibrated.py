@@ -279,11 +279,11 @@ class _Gradients:
     def _observe(self, first_block: int, reference: ReferenceStates) -> GradientStatistics:
         own = self._own_batches
         interval = memory_estimate.reference_interval(self._run.plan, own.num_tokens)
-        num_batches = -(-memory_estimate.GRADIENT_TOKENS // own.batches[0].numel())
+        batch_tokens = own.batches[0].numel()
         positions = [
             i
             for i, batch in enumerate(reference.batches)
-            if own.numbers[batch] < num_batches * interval
+            if memory_estimate.takes_gradients(own.numbers[batch], interval, batch_tokens)
         ]
         batches = [reference.batches[i] for i in positions]
         sample = SampleBatches(

@@ -127,6 +127,18 @@ def reference_interval(plan: Plan, num_tokens: int) -> int:
     return min(max(interval, 1), REFERENCE_INTERVAL)
 
 
+def takes_gradients(number: int, interval: int, batch_tokens: int) -> bool:
+    """Whether gradients are taken of a batch: of the first of those that the source is run on.
+
+    Args:
+        number: of the batch among those of all ranks.
+        interval: every how many batches the source is run too.
+        batch_tokens: of every batch.
+    """
+    num_batches = math.ceil(GRADIENT_TOKENS / batch_tokens)
+    return number % interval == 0 and number < num_batches * interval
+
+
 def estimate_calibration(plan: Plan, tokens: int, length: int = 1) -> CalibrationMemory:
     """What a run of the plan on so many tokens, in sequences of so many, holds.
 

@@ -66,11 +66,13 @@ class _Operations:
     Attributes:
         per_token: forwards and statistics.
         per_compared_token: of a token that is run through the source's weights too, beside those.
+        per_gradient_token: of a token that is run backward, beside those.
         solutions: what each rank solves.
     """
 
     per_token: float
     per_compared_token: float
+    per_gradient_token: float
     solutions: Sequence[float]
 
 
@@ -142,13 +144,23 @@ def _calibrated_work(
             batch_tokens[i] for i in batches if plan.recipe.needs_reference and i % interval == 0
         )
 
-        # Where tokens are compared, a block's own weights are read again.
+        backward = sum(
+            batch_tokens[i]
+            for i in batches
+            if plan.recipe.needs_gradients
+            and memory_estimate.takes_gradients(i, interval, batch_tokens[0])
+        )
+
+        # Where tokens are compared, a block's own weights are read again; on the way to gradients,
+        # twice.
         shards = group.partition_by_size(outside, lambda shard: shard.source_bytes)
-        reads = recording_bytes + block_bytes * (2 if compared else 1) + _file_bytes_of(shards)
+        num_reads = 1 + (compared > 0) + 2 * (backward > 0)
+        reads = recording_bytes + block_bytes * num_reads + _file_bytes_of(shards)
         if group.is_rank_zero:
             reads += sum(_file_bytes(entry) for shard in blocks for entry in shard.copies)
             shards = [*shards, *blocks]
         products = operations.per_token * tokens + operations.per_compared_token * compared
+        products += operations.per_gradient_token * backward
         yield RankWork(
             reads,
             sum(shard.header.nbytes for shard in shards),
@@ -162,13 +174,16 @@ def _calibrated_work(
 def _count_operations(
     plan: Plan, blocks: Sequence[Shard], tokens: int, num_ranks: int
 ) -> _Operations:
-    per_token, per_compared_token, solutions = 0.0, 0.0, [0.0] * num_ranks
+    per_token, per_compared_token, per_gradient_token = 0.0, 0.0, 0.0
+    solutions = [0.0] * num_ranks
     for shard in blocks:
         share_of = _token_shares(plan, shard)
         forward = sum(
             2 * entry.numel * share_of(entry) for entry in shard.entries if len(entry.shape) > 1
         )
         per_token, per_compared_token = per_token + forward, per_compared_token + forward
+        # Forward for the states before each block, forward again, and backward.
+        per_gradient_token += 3 * forward
 
         for number, stack in enumerate(stack for stack in shard.stacks if stack.calibrated):
             steps, (rows, width) = sum(step.calibrated for step in stack.steps), stack.shape
@@ -185,7 +200,7 @@ def _count_operations(
             if share * tokens >= MIN_EXPERT_TOKENS:
                 factor_and_sweep = width / 3 + (6 if has_drift else 2) * rows
                 solutions[number % num_ranks] += steps * width * width * factor_and_sweep
-    return _Operations(per_token, per_compared_token, solutions)
+    return _Operations(per_token, per_compared_token, per_gradient_token, solutions)
 
 
 def _file_bytes_of(shards: Sequence[Shard]) -> int:
