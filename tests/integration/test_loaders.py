@@ -49,7 +49,7 @@ CASES = {
     "8 bits": ("w8a16", []),
     "2:4": ("sparse-2of4", ["algorithm=magnitude"]),
     "half": ("sparse", []),
-    "2:4, then fp8": ("sparse-2of4+fp8", ["algorithm=magnitude"]),
+    "2:4, then fp8": ("sparse-2of4+fp8", ["sparse-2of4.algorithm=magnitude"]),
     "2:4, then int8": (
         "sparse-2of4+int8",
         ["sparse-2of4.algorithm=magnitude", "int8.algorithm=rtn"],

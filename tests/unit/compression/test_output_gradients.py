@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from fixtures.learner_scheme import install_learner, runnable_model
@@ -73,14 +75,13 @@ def squared_gradients(source: Path, num_batches: int) -> dict[str, torch.Tensor]
             )
     for number in range(num_batches):
         logits = model(input_ids=batches[number], use_cache=False).logits.flatten(0, 1)
-        generator = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            probabilities = logits.softmax(-1)
-            # as the run draws them: of one token, and then of all others
-            drawn = [
-                part.multinomial(1, generator=generator) for part in probabilities.split([1, 95])
-            ]
-        functional.cross_entropy(logits, torch.cat(drawn).squeeze(1), reduction="sum").backward()
+        uniform = torch.rand(BATCH_TOKENS, generator=torch.Generator().manual_seed(number))
+        cumulative = logits.detach().double().softmax(-1).cumsum(-1).numpy()
+        drawn = [
+            int(np.searchsorted(row, u))
+            for row, u in zip(cumulative, uniform.tolist(), strict=True)
+        ]
+        functional.cross_entropy(logits, torch.tensor(drawn), reduction="sum").backward()
     return sums
 
 
@@ -142,3 +143,18 @@ def test_a_resumed_run_takes_gradients_of_what_is_left_and_writes_the_same_bytes
         run(source, out, "slopes=true")
     assert backward.call_count == 2 * SAMPLES * LENGTH // BATCH_TOKENS
     assert files_of(out) == whole
+
+
+def test_a_model_that_cannot_be_run_backward_is_compressed_without_gradients(
+    tmp_path: Path,
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    broken = RuntimeError("element 0 of tensors does not require grad")
+    with patch.object(output_gradients, "_backward", side_effect=broken):
+        out = run(source, tmp_path / "o", "slopes=true")
+    assert not any(t.any() for name, t in tensors_of(out).items() if name.endswith("slopes"))
+    warnings = json.loads((out / "bitpress.json").read_text())["warnings"]
+    assert [w for w in warnings if "backward" in w] == [
+        "the model cannot be run backward (element 0 of tensors does not require grad): rows do "
+        "not make up for each other's errors"
+    ]

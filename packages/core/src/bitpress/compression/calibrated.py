@@ -38,6 +38,7 @@ from bitpress.compression.calibration.output_gradients import (
 from bitpress.compression.calibration.solution import install
 from bitpress.compression.data_free import write_shard
 from bitpress.compression.resources import Resources
+from bitpress.errors import first_line, is_out_of_memory
 from bitpress.modeling.capture import CapturedInputs, capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.hidden_states import HiddenStates
@@ -201,6 +202,8 @@ def write_shards(
                 results[-1] = evolve(results[-1], drift={f"{plan.container}.{index}": drift})
             memory.release_freed_memory(streams.limits.max_working_bytes)
             _log_block(index, len(decoder))
+    if results:
+        results[-1] = evolve(results[-1], warnings=[*results[-1].warnings, *gradients.warnings])
     return results
 
 
@@ -266,17 +269,28 @@ class _Gradients:
         self._run, self._decoder, self._own_batches = run, decoder, own_batches
         self._inputs, self._streams = inputs, streams
         self._statistics: GradientStatistics | None = None
+        self.warnings: list[str] = []
 
     def of_block(self, index: int, stacks: Sequence[Stack]) -> GradientsByStack:
         """By stack, the statistics of every step; empty where none takes any."""
         if self._streams.reference is None or not self._run.plan.recipe.needs_gradients:
             return {}
         if self._statistics is None:
-            self._statistics = self._observe(index, self._streams.reference)
+            try:
+                self._statistics = self._observe(index, self._streams.reference)
+            except (RuntimeError, NotImplementedError) as e:
+                if is_out_of_memory(e):
+                    raise
+                self._statistics = GradientStatistics()
+                self.warnings.append(
+                    f"the model cannot be run backward ({first_line(e)}): rows do not make up for "
+                    "each other's errors"
+                )
         device = self._run.resources.device
         return {stack.name: self._statistics.of_stack(stack.name, device) for stack in stacks}
 
     def _observe(self, first_block: int, reference: ReferenceStates) -> GradientStatistics:
+        self._run.report_progress(0, "running the source backward")
         own = self._own_batches
         interval = memory_estimate.reference_interval(self._run.plan, own.num_tokens)
         batch_tokens = own.batches[0].numel()
@@ -293,7 +307,7 @@ class _Gradients:
         )
         plan = self._run.plan
         stacks = {shard.block: shard.stacks for shard in plan.shards if shard.block is not None}
-        return observe_gradients(self._decoder, stacks, sample, first_block)
+        return observe_gradients(self._decoder, stacks, plan.container, sample, first_block)
 
 
 def _compress_or_resume_block(
@@ -317,7 +331,6 @@ def _compress_or_resume_block(
         return BlockResult.from_json(json.loads(result_file.read_text()))
 
     assert shard.block is not None
-    run.report_progress(0, "taking gradients")
     block_plan = BlockPlan(
         prefix, shard.stacks, plan.head_dim, gradients.of_block(shard.block, shard.stacks)
     )

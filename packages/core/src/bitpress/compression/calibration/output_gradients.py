@@ -79,6 +79,7 @@ class GradientStatistics:
 def observe_gradients(
     decoder: Decoder,
     stacks: Mapping[int, Sequence[Stack]],
+    container: str,
     sample: SampleBatches,
     first_block: int,
 ) -> GradientStatistics:
@@ -88,6 +89,7 @@ def observe_gradients(
 
     Args:
         stacks: by number of the block, what is compressed of it.
+        container: the name of the list of blocks, as the stacks' layers have it.
         sample: its states stand before the first block.
     """
     folder = sample.states.folder
@@ -112,7 +114,7 @@ def observe_gradients(
     for index in reversed(range(first_block, len(decoder))):
         inputs, block = states.pop(), decoder.load_block(index)
         groups = [
-            LayerGroup.in_block(stack, block, f"{decoder.container}.{index}.")
+            LayerGroup.in_block(stack, block, f"{container}.{index}.")
             for stack in stacks.get(index, ())
             if any(map(pipeline.takes_gradient, stack.steps))
         ]
@@ -130,7 +132,8 @@ def _loss_gradient(head: Head, hidden_states: Tensor, seed: int) -> Tensor:
     """The gradient of the cross entropy against drawn labels, (sequences, length, channels)."""
     tokens = hidden_states.flatten(0, -2)  # (tokens, channels)
     gradient = torch.empty_like(tokens)
-    generator = torch.Generator(tokens.device).manual_seed(seed)
+    # drawn on the CPU: on every device the same
+    uniform = torch.rand(len(tokens), generator=torch.Generator().manual_seed(seed))
     # one token shows how large the vocabulary is
     start, num_tokens = 0, 1
     while start < len(tokens):
@@ -138,11 +141,21 @@ def _loss_gradient(head: Head, hidden_states: Tensor, seed: int) -> Tensor:
         with torch.enable_grad():
             leaf = tokens[chunk].detach().requires_grad_()
             logits = head(leaf).float()  # (tokens, vocabulary)
-            labels = logits.detach().softmax(-1).multinomial(1, generator=generator).squeeze(1)
+            labels = _draw(logits.detach().softmax(-1), uniform[chunk].to(logits.device))
             loss = functional.cross_entropy(logits, labels, reduction="sum")
             (gradient[chunk],) = torch.autograd.grad(loss, leaf)
         start, num_tokens = chunk.stop, max(MAX_LOGITS // logits.shape[1], 1)
     return gradient.view_as(hidden_states)
+
+
+def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """A token for each row of probabilities (tokens, vocabulary), from numbers (tokens,) drawn from
+    0 to 1.
+    """
+    cumulative = probabilities.cumsum(1)
+    target = (uniform * cumulative[:, -1]).unsqueeze(1)
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return drawn.clamp_(max=probabilities.shape[1] - 1)
 
 
 class _GroupObserver:
