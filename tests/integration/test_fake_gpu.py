@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -122,7 +123,11 @@ def test_a_run_on_a_gpu_is_proved_and_as_good_as_on_the_cpu(
         "sequence_length": 32,
         "threads": 1,
     }
-    here = bitpress.compress(model, tmp_path / "cpu", scheme=scheme, settings=settings, **options)
+    # blocks run in bfloat16 there: what is drawn for gradients follows from the last digits
+    with patch("bitpress.compression.calibrated.has_cpu_feature", lambda *names: True):
+        here = bitpress.compress(
+            model, tmp_path / "cpu", scheme=scheme, settings=settings, **options
+        )
     with Pretended():
         on_gpu = bitpress.compress(
             model,
@@ -134,8 +139,8 @@ def test_a_run_on_a_gpu_is_proved_and_as_good_as_on_the_cpu(
             **options,
         )
     assert on_gpu.check is not None
+    assert not [warning for warning in on_gpu.warnings if "backward" in warning]
     for module, layer in here.layers.items():
-        # blocks run in bfloat16 there
         assert on_gpu.layers[module].error == pytest.approx(layer.error, rel=0.05), module
     assert on_gpu.check.kl == pytest.approx(
         bitpress.eval(tmp_path / "cpu", against=model, text=text).kl, rel=0.3

@@ -41,9 +41,7 @@ def factorize(x: torch.Tensor) -> numerics.Factor:
 
 
 def row_factor(gradient: torch.Tensor) -> numerics.RowFactor | None:
-    return numerics.factorize_output_hessian(
-        numerics.output_statistics(gradient)["output_hessian"].value
-    )
+    return numerics.factorize_output_hessian(numerics.output_statistics(gradient))
 
 
 def three_bits(weight: torch.Tensor) -> numerics.IntegerGrid:
@@ -62,7 +60,8 @@ def damped_output_hessian(gradient: torch.Tensor) -> Array:
     g = gradient.double().numpy()
     hessian: Array = g.T @ g
     mean = hessian.diagonal().mean()
-    return hessian / mean + output_hessian.DAMPING * np.eye(len(hessian))
+    damping = output_hessian.DAMPING + block_size(len(hessian)) / len(g)
+    return hessian / mean + damping * np.eye(len(hessian))
 
 
 def best_free(hessian: Array, decided: list[int], error: Array, free: list[int]) -> Array:
@@ -143,21 +142,24 @@ def test_the_statistic_is_the_blocks_of_the_gram_matrix_of_gradients(rows: int) 
 def test_outputs_that_are_unrelated_leave_the_sweep_as_it_is_to_the_bit(
     rows: int, width: int
 ) -> None:
-    weight, factor = weights(rows, width, 1), factorize(inputs(200, width, 1))
+    weight = weights(rows, width, 1)
     hessian = torch.zeros(rows, block_size(rows))
     for row in range(rows):
         hessian[row, row % block_size(rows)] = 1.0 + row % 5
-    assert numerics.factorize_output_hessian(hessian) is None
+    of_outputs = {
+        "output_hessian": Statistic(hessian, "sum", rows=True),
+        "gradient_tokens": Statistic(torch.tensor(100.0), "sum"),
+    }
+    assert numerics.factorize_output_hessian(of_outputs) is None
 
     stats = numerics.gptq_statistics(inputs(200, width, 1), weight)
-    related = {**stats, "output_hessian": Statistic(hessian, "sum", rows=True)}
+    related = {**stats, **of_outputs}
     layer = Layer("layer", weight, torch.bfloat16)
     one_sided, two_sided = (
         numerics.gptq_quantize(layer, given_stats, lambda w, importance: three_bits(w))[0]
         for given_stats in (stats, related)
     )
     assert torch.equal(one_sided, two_sided)
-    del factor
 
 
 @pytest.mark.parametrize(("rows", "width"), [(64, 48), (1030, 16), (9000, 8)])
@@ -191,9 +193,23 @@ def test_the_same_input_gives_the_same_bits() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite_relate_nothing(bad: float) -> None:
-    hessian = numerics.output_statistics(gradients(30, 20, 5))["output_hessian"].value
-    hessian[3, 4] = bad
-    assert numerics.factorize_output_hessian(hessian) is None
+    stats = numerics.output_statistics(gradients(30, 20, 5))
+    stats["output_hessian"].value[3, 4] = bad
+    assert numerics.factorize_output_hessian(stats) is None
+
+
+def test_the_fewer_tokens_there_are_the_less_rows_are_taken_to_be_related() -> None:
+    gradient = gradients(4000, 64, 8)
+    norms = []
+    for tokens in (4000, 100, 10):
+        factor = row_factor(gradient[:tokens])
+        assert factor is not None
+        norms.append(float(factor.coupling.norm()))
+    assert norms[0] > norms[1] > norms[2]
+
+
+def test_without_gradients_no_rows_are_related() -> None:
+    assert numerics.factorize_output_hessian({}) is None
 
 
 def test_zeros_stay_zero_and_rows_of_huge_numbers_leave_others_finite() -> None:

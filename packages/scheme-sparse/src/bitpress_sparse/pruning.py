@@ -98,9 +98,8 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: PruningOptio
     factor = _factorize(stats, options.group_size(width), options)
     target = layer.weight if factor is None else numerics.gptq_target(layer, stats, factor)
 
-    row_factor, stored_mask = None, torch.empty_like(candidates)
-    if factor is not None and "output_hessian" in stats:
-        row_factor = numerics.factorize_output_hessian(stats["output_hessian"].value)
+    row_factor = None if factor is None else numerics.factorize_output_hessian(stats)
+    stored_mask = torch.empty_like(candidates)
 
     def prune(row_targets: Tensor, rows: slice) -> Tensor:
         pruned, stored_mask[rows] = _prune(

@@ -136,9 +136,7 @@ def gptq_quantize(
     def nearest(row_targets: Tensor, rows: slice) -> Tensor:
         return _apply_mask(grid.rounded(row_targets, rows), None if mask is None else mask[rows])
 
-    row_factor = None
-    if "output_hessian" in stats:
-        row_factor = factorize_output_hessian(stats["output_hessian"].value)
+    row_factor = factorize_output_hessian(stats)
     rounded, _ = column_sweep(target, factor, project, nearest=nearest, row_factor=row_factor)
     return rounded, grid
 

@@ -10,6 +10,8 @@ Adaptive Rounding" (YAQA), arXiv 2505.22988.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from attrs import frozen
 from torch import Tensor
@@ -25,19 +27,21 @@ ROW_BLOCK = 512
 # are swept side by side: of the pairs of rows one in eight is left out.
 ROW_GROUPS = 8
 
-# What is added to the diagonal of H_O, in units of its mean.
+# What is added to the diagonal of H_O, in units of its mean, beside the share that rows of a block
+# have of the tokens: what so few tokens seem to say of so many rows is chance.
 DAMPING = 0.1
 
 
 def output_statistics(output_gradient: Tensor) -> dict[str, Statistic]:
-    """The sum over one batch from which rows make up for each other's errors; call it from
+    """The sums over one batch from which rows make up for each other's errors; call it from
     `observe`.
 
     Args:
         output_gradient: (tokens, out) floating, g.
 
     Returns:
-        "output_hessian": (out, block) float32, of each row Σ g gᵀ with the rows of its block.
+        "output_hessian": (out, block) float32, of each row Σ g gᵀ with the rows of its block; and
+        "gradient_tokens", the number of tokens.
     """
     gradient = output_gradient.float()
     num_rows = gradient.shape[1]
@@ -46,7 +50,10 @@ def output_statistics(output_gradient: Tensor) -> dict[str, Statistic]:
     for first in range(0, num_rows, block):
         rows = slice(first, min(first + block, num_rows))
         hessian[rows, : rows.stop - first] = gram(gradient[:, rows].contiguous())
-    return {"output_hessian": Statistic(hessian, "sum", rows=True)}
+    return {
+        "output_hessian": Statistic(hessian, "sum", rows=True),
+        "gradient_tokens": Statistic(torch.tensor(float(len(gradient))), "sum"),
+    }
 
 
 def block_size(num_rows: int) -> int:
@@ -75,13 +82,17 @@ class RowFactor:
         return self.coupling.shape[1]
 
 
-def factorize_output_hessian(hessian: Tensor) -> RowFactor | None:
-    """The factor of the damped H_O; None where it is not finite, or relates no rows.
+def factorize_output_hessian(stats: Mapping[str, Statistic]) -> RowFactor | None:
+    """The factor of the damped H_O; None where there are no statistics of gradients, or they are
+    not finite, or relate no rows.
 
     Args:
-        hessian: (out, block) float32, as `output_statistics` sums it up; any multiple of it gives
-            the same.
+        stats: what `output_statistics` returned, merged over batches.
     """
+    if "output_hessian" not in stats:
+        return None
+    hessian = stats["output_hessian"].value  # (out, block)
+    num_tokens = max(stats["gradient_tokens"].value.item(), 1.0)
     num_rows, block = hessian.shape
     if not hessian.sum().isfinite():
         return None
@@ -95,7 +106,7 @@ def factorize_output_hessian(hessian: Tensor) -> RowFactor | None:
     diagonal = blocks.diagonal(dim1=1, dim2=2)  # (blocks, block)
     mean = diagonal.sum(1) / (diagonal > 0).sum(1).clamp_(min=1)
     blocks = blocks / mean.masked_fill_(mean == 0, 1.0).view(-1, 1, 1)
-    blocks.diagonal(dim1=1, dim2=2).add_(DAMPING)
+    blocks.diagonal(dim1=1, dim2=2).add_(DAMPING + block / num_tokens)
     lower, info = torch.linalg.cholesky_ex(blocks.flip(1, 2))
     if info.any():
         return None
