@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.errors import CheckpointError
-
-# Logits that each model makes at a time. Those of a whole batch would take gigabytes: 2.1 GB for
-# 4096 tokens and a vocabulary of 128 Ki in float32.
-MAX_LOGITS = 1 << 23
+from bitpress.planning.memory_estimate import MAX_LOGITS
 
 # In place of the token that follows one, where that is none to be predicted.
 NO_TARGET = -100

@@ -147,7 +147,7 @@ def estimate_memory(
         memory_estimate.WIDE_ACTIVATIONS * width + memory_estimate.HIDDEN_ACTIVATIONS * hidden_size
     )
     running = max(block_weights.values(), default=0) + activations
-    comparing = outside_weights // 2 + LOGITS_TENSORS * len(models) * metrics.MAX_LOGITS
+    comparing = outside_weights // 2 + LOGITS_TENSORS * len(models) * memory_estimate.MAX_LOGITS
     on_disk = memory_estimate.NUMBER_BYTES * max(outside_weights, running, comparing)
     hidden_states = (
         memory_estimate.NUMBER_BYTES * len(models) * num_sequences * length * hidden_size

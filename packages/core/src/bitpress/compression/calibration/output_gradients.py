@@ -21,8 +21,9 @@ from bitpress.compression.calibration.statistics import StepStatistics
 from bitpress.modeling.capture import BlockCall, open_head
 from bitpress.modeling.decoder import Decoder
 from bitpress.modeling.hidden_states import HiddenStates
-from bitpress.modeling.metrics import MAX_LOGITS, Head
+from bitpress.modeling.metrics import Head
 from bitpress.planning.layout import Stack
+from bitpress.planning.memory_estimate import MAX_LOGITS
 from bitpress.schemes import pipeline
 from bitpress.schemes.values import Statistic
 
