@@ -181,3 +181,65 @@ def test_restored_weights_are_codes_times_scales_in_float32(tmp_path: Path) -> N
     )
     assert dense.keys() == llama_tensors().keys()
     assert LLAMA["hidden_size"] == scale.shape[0]
+
+
+WAYS: list[tuple[str, dict[str, Any]]] = [
+    ("fp8", {}),
+    ("fp8", {"weights": "tensor"}),
+    ("fp8-block", {}),
+]
+
+
+def quantize_with_data(
+    name: str, options: dict[str, Any], x: torch.Tensor, gradient: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (out, in), and what becomes of it after tokens (tokens, in) were observed."""
+    step, weight = make_step(name, **options), numbers(160, 256, 3) * 0.02
+    stats = dict(pipeline.observe(step, weight, x) or {})
+    if gradient is not None:
+        stats |= pipeline.observe_gradient(step, weight, gradient) or {}
+    layer = Layer("layer", weight, torch.bfloat16)
+    return weight, pipeline.quantize_whole(layer, [step], [stats]).weight
+
+
+def correlated(tokens: int, channels: int, directions: int, seed: int) -> torch.Tensor:
+    """(tokens, channels), most of it along a few directions."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(tokens, directions, generator=generator)
+    mixed = mixed @ torch.randn(directions, channels, generator=generator)
+    return mixed + 0.3 * torch.randn(tokens, channels, generator=generator)
+
+
+@pytest.mark.parametrize(("name", "options"), WAYS)
+def test_errors_fed_forward_cost_the_output_less_than_plain_rounding(
+    name: str, options: dict[str, Any]
+) -> None:
+    x = correlated(2000, 256, 40, 1)
+    losses = []
+    for algorithm in ("rtn", "gptq"):
+        weight, result = quantize_with_data(name, {**options, "algorithm": algorithm}, x)
+        losses.append(float((x @ (result - weight).T).square().mean()))
+    assert losses[1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(("name", "options"), WAYS)
+def test_outputs_that_matter_together_make_up_for_each_other_s_errors(
+    name: str, options: dict[str, Any]
+) -> None:
+    x, gradient = correlated(2000, 256, 40, 1), correlated(1000, 160, 4, 2)
+    losses = []
+    for known_gradient in (None, gradient):
+        weight, result = quantize_with_data(
+            name, {**options, "algorithm": "gptq"}, x, known_gradient
+        )
+        losses.append(float((gradient @ (result - weight) @ x.T).square().mean()))
+    assert losses[1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-block"])
+def test_plain_rounding_asks_for_no_data_and_takes_none(name: str) -> None:
+    rounded, fed_forward = make_step(name), make_step(name, algorithm="gptq")
+    assert (rounded.calibrated, fed_forward.calibrated) == (False, True)
+    assert not pipeline.takes_gradient(rounded)
+    assert pipeline.takes_gradient(fed_forward)
+    assert not pipeline.observe(rounded, torch.ones(128, 128), torch.ones(4, 128))

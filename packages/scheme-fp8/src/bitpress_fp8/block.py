@@ -83,9 +83,11 @@ def observe(  # noqa: PLR0913, PLR0917
     options: Options,
 ) -> Mapping[str, Statistic] | None:
     """What GPTQ needs of inputs and of the gradients of outputs."""
-    if options.algorithm == "rtn":
+    if output_gradient is not None:
+        return numerics.output_statistics(output_gradient) if options.algorithm == "gptq" else None
+    if inputs is None or options.algorithm == "rtn":
         return None
-    return e4m3.gptq_statistics(inputs, reference, residual, output_gradient, weight)
+    return numerics.gptq_statistics(inputs, weight, reference, residual)
 
 
 @hookimpl

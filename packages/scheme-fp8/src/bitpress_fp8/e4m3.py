@@ -11,14 +11,13 @@ import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Layer, Statistic, StoredLayer, hookimpl, numerics, option
+from bitpress import Layer, StoredLayer, hookimpl, numerics, option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # What compressed-tensors calls FP8 weights with activations.
 FORMAT = "float-quantized"
-
 
 ALGORITHM = "plain rounding, or errors fed forward on calibration data"
 
@@ -64,22 +63,6 @@ class Grid:
 
 def _round(x: Tensor, scale: Tensor) -> Tensor:
     return numerics.decode_e4m3(numerics.encode_e4m3(x, scale)) * scale
-
-
-# As many arguments as the hook has.
-def gptq_statistics(
-    inputs: Tensor | None,
-    reference: Tensor | None,
-    residual: Tensor | None,
-    output_gradient: Tensor | None,
-    weight: Tensor,
-) -> dict[str, Statistic]:
-    """What GPTQ needs of one batch: of inputs, or of the gradients of outputs."""
-    if output_gradient is not None:
-        return numerics.output_statistics(output_gradient)
-    if inputs is None:
-        return {}
-    return numerics.gptq_statistics(inputs, weight, reference, residual)
 
 
 def encode(

@@ -86,18 +86,20 @@ def observe(  # noqa: PLR0913, PLR0917
     """What GPTQ needs of inputs and of the gradients of outputs; for a static scale, how large
     inputs are; for a scale per tensor, the largest magnitude of the stack's weights.
     """
+    if output_gradient is not None:
+        return numerics.output_statistics(output_gradient) if options.algorithm == "gptq" else None
+    if inputs is None:
+        if options.weights == "channel":
+            return None
+        # vLLM requantizes fused layers to the largest of their scales, with a loss where they
+        # differ: q, k and v, or gate and up, share one.
+        return {"amax": Statistic(numerics.absmax(weight), "max")}
     stats: dict[str, Statistic] = {}
     if options.algorithm == "gptq":
-        stats |= e4m3.gptq_statistics(inputs, reference, residual, output_gradient, weight)
-    if inputs is not None and options.activations == "static":
+        stats |= numerics.gptq_statistics(inputs, weight, reference, residual)
+    if options.activations == "static":
         stats |= numerics.observe_range(inputs, histogram=True)
-    if inputs is not None or output_gradient is not None:
-        return stats
-    if options.weights == "channel":
-        return None
-    # vLLM requantizes fused layers to the largest of their scales, with a loss where they differ:
-    # q, k and v, or gate and up, share one.
-    return {"amax": Statistic(numerics.absmax(weight), "max")}
+    return stats
 
 
 @hookimpl

@@ -116,8 +116,8 @@ def observe(  # noqa: PLR0913, PLR0917
     """The Hessian of inputs for GPTQ and AWQ, and of outputs for GPTQ; for integer activations, the
     largest input.
     """
-    if output_gradient is not None and options.algorithm == "gptq":
-        return numerics.output_statistics(output_gradient)
+    if output_gradient is not None:
+        return numerics.output_statistics(output_gradient) if options.algorithm == "gptq" else None
     if inputs is None:
         return None
     stats: dict[str, Statistic] = {}

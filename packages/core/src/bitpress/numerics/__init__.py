@@ -72,9 +72,9 @@ _MODULES: Mapping[str, Sequence[str]] = {
         "integer_range",
     ),
     "least_squares": ("masked_least_squares",),
-    "rows": ("decide_rows",),
     "output_hessian": ("RowFactor", "factorize_output_hessian", "output_statistics"),
     "packing": ("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"),
+    "rows": ("decide_rows",),
     "scale_search": ("rounding_costs", "search_scales", "to_groups"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
