@@ -5,6 +5,7 @@ A composition of schemes is a fold over their steps: no class stands for any com
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -79,6 +80,8 @@ def observe_gradient(
     return hook_results.check_statistics(step, result, len(weight))
 
 
+# A run asks for every batch and every layer.
+@functools.lru_cache(maxsize=64)
 def takes_gradient(step: Step) -> bool:
     """Whether a step, with its options, takes statistics of the gradients of outputs: it is asked
     with one token.

@@ -165,11 +165,11 @@ class _GroupObserver:
     def __init__(self, groups: Sequence[LayerGroup]) -> None:
         self.modules = {name: module for group in groups for name, module in group.modules.items()}
         self.by_group: list[list[StepStatistics]] = [[{} for _ in g.stack.steps] for g in groups]
-        self._groups = [(group, group.weight) for group in groups]
+        self._groups = groups
 
     def observe(self, gradients: Mapping[str, Tensor]) -> None:
         """Take one batch's gradients (tokens, out) by layer; those of other layers are missing."""
-        for (group, weight), by_step in zip(self._groups, self.by_group, strict=True):
+        for group, by_step in zip(self._groups, self.by_group, strict=True):
             own = [gradients[name] for name in group.modules if name in gradients]
             # a router may have sent an expert nothing
             if len(own) < len(group.modules) or not len(own[0]):
@@ -177,6 +177,8 @@ class _GroupObserver:
             gradient = torch.cat(own, dim=1)  # (tokens, out)
             if not gradient.sum().isfinite():
                 continue
+            # made anew for each batch: those of all groups would be a second block
+            weight = group.weight  # (out, in)
             for step, merged in zip(group.stack.steps, by_step, strict=True):
                 if pipeline.takes_gradient(step):
                     pipeline.merge(merged, pipeline.observe_gradient(step, weight, gradient))
