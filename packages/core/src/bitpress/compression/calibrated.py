@@ -69,19 +69,20 @@ class _OwnBatches:
     Attributes:
         batches: token ids, (sequences, length) int64 each.
         numbers: of these among those of all ranks.
-        num_tokens: of all ranks.
+        reference_interval: every how many batches of all ranks the source is run too.
     """
 
     batches: Sequence[Tensor]
     numbers: Sequence[int]
-    num_tokens: int
+    reference_interval: int
 
     @classmethod
-    def of_rank(cls, input_ids: Tensor, process_group: ProcessGroup) -> _OwnBatches:
+    def of_rank(cls, plan: Plan, input_ids: Tensor, process_group: ProcessGroup) -> _OwnBatches:
         """The part of `input_ids` (sequences, length) that falls to a rank."""
         batches = memory_estimate.split_batches(input_ids, process_group.world_size)
         numbers = process_group.partition_evenly(batches)
-        return cls([batches[i] for i in numbers], numbers, input_ids.numel())
+        interval = memory_estimate.reference_interval(plan, input_ids.numel())
+        return cls([batches[i] for i in numbers], numbers, interval)
 
 
 @frozen
@@ -165,7 +166,7 @@ def write_shards(
             not finite.
     """
     results = []
-    own_batches = _OwnBatches.of_rank(calibration.input_ids, resources.process_group)
+    own_batches = _OwnBatches.of_rank(plan, calibration.input_ids, resources.process_group)
     budget = _Budget.for_run(plan, own_batches, resources)
     with Reader() as reader, torch.no_grad(), memory.retain_freed_memory(budget.is_ample):
         run = _Run(plan, output, reader, resources, report_progress)
@@ -236,11 +237,10 @@ def _capture_inputs(
     """What every block is called with, and the streams before the first block."""
     folder = run.output.folder if budget.is_spilled else None
     inputs = capture_inputs(decoder, own_batches.batches, folder)
-    interval = memory_estimate.reference_interval(run.plan, own_batches.num_tokens)
     reference_batches = [
         position
         for position, number in enumerate(own_batches.numbers)
-        if run.plan.recipe.needs_reference and number % interval == 0
+        if run.plan.recipe.needs_reference and number % own_batches.reference_interval == 0
     ]
     reference = None
     if reference_batches:
@@ -291,8 +291,7 @@ class _Gradients:
 
     def _observe(self, first_block: int, reference: ReferenceStates) -> GradientStatistics:
         self._run.report_progress(0, "running the source backward")
-        own = self._own_batches
-        interval = memory_estimate.reference_interval(self._run.plan, own.num_tokens)
+        own, interval = self._own_batches, self._own_batches.reference_interval
         batch_tokens = own.batches[0].numel()
         positions = [
             i
@@ -350,7 +349,7 @@ def _compress_or_resume_block(
                 write_tensor(entry.name, parameter.to(DTYPES[entry.dtype]))
             else:
                 copy_entry(entry, entries[entry.name], run.reader, writer)
-            name = entry.name.removeprefix(block_plan.prefix)
+            name = entry.name.removeprefix(prefix)
             run.report_progress(copy_work(entry.nbytes), f"{name} · copying")
         # before the shard has its name: a finished shard has its result beside it
         output.write_text(result_file.name, sign_json(result.as_json()))
