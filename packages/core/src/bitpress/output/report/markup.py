@@ -43,15 +43,10 @@ def render_table(head: Sequence[str], rows: Iterable[Row]) -> str:
 
 
 def render_name(name: str) -> str:
-    """The name of a layer, tensor or file."""
+    """The name of a layer, tensor or file, or a digest."""
     return f"<code>{html.escape(name)}</code>"
 
 
 def format_error(error: float | None) -> str:
     """A relative error as a percentage; a dash where there is none."""
     return "-" if error is None else f"{error:.3%}"
-
-
-def format_bytes(num_bytes: int) -> str:
-    """A size in GB or MB."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"

@@ -16,7 +16,6 @@ from bitpress.output.report import charts, heat_map
 from bitpress.output.report.layer_grid import arrange_layers
 from bitpress.output.report.markup import (
     Row,
-    format_bytes,
     format_error,
     render_fold,
     render_name,
@@ -24,6 +23,7 @@ from bitpress.output.report.markup import (
     render_table,
 )
 from bitpress.planning.recipe import parse_rules
+from bitpress.runtime.memory import format_bytes
 from bitpress.schemes import hardware
 from bitpress.schemes.registry import Registry, discover
 from bitpress.schemes.values import Finding
@@ -275,8 +275,7 @@ def _provenance(manifest: Manifest) -> str:
 
 
 def _file_row(name: str, side: str, file: FileRecord) -> Row:
-    digest = f"<code>{file.sha256 or '-'}</code>"
-    return f"<code>{html.escape(name)}</code>", side, f"{file.bytes:,}", digest
+    return render_name(name), side, f"{file.bytes:,}", render_name(file.sha256 or "-")
 
 
 def _weight_bytes(manifest: Manifest) -> tuple[int, int]:
