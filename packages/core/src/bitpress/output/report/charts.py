@@ -7,9 +7,6 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
-# Colors that the page has for series.
-NUM_COLORS = 8
-
 # Units of a drawing's height and width, which the page stretches to the size of its box.
 CHART_SIZE = 100
 
@@ -21,6 +18,7 @@ def draw_lines(points: Points, label: str) -> str:
     """A line over the number of the block for each series, from zero on.
 
     Args:
+        points: of at most two series, for which the page has colors.
         label: of the values, which are relative errors.
     """
     blocks = [block for series in points.values() for block, _ in series]
@@ -28,7 +26,7 @@ def draw_lines(points: Points, label: str) -> str:
     largest = max(value for series in points.values() for _, value in series) or 1.0
     lines, legend = "", ""
     for number, (name, series) in enumerate(points.items()):
-        color = f"var(--series-{number % NUM_COLORS})"
+        color = f"var(--series-{number})"
         coordinates = " ".join(
             f"{_scale(block - first, last - first):.2f},{CHART_SIZE - _scale(value, largest):.2f}"
             for block, value in sorted(series)
