@@ -20,12 +20,12 @@ class Float16Watch:
 
     Attributes:
         largest: the magnitude.
-        place: where it came up: "the output of model.layers.3.mlp.down_proj".
+        location: where it came up: "the output of model.layers.3.mlp.down_proj".
     """
 
     def __init__(self) -> None:
         self.largest = 0.0
-        self.place = ""
+        self.location = ""
 
     def watch(self, block: nn.Module, name: str) -> None:
         """Watch a block by this name from now on, and look at its weights."""
@@ -43,21 +43,21 @@ class Float16Watch:
         if self.largest <= FLOAT16_MAX:
             return None
         return (
-            f"float16 ends at {FLOAT16_MAX:,.0f}, and {self.place} reaches {self.largest:,.0f}: "
+            f"float16 ends at {FLOAT16_MAX:,.0f}, and {self.location} reaches {self.largest:,.0f}: "
             "serve the model in bfloat16 (vLLM: --dtype bfloat16)"
         )
 
-    def _hook(self, place: str, of_output: bool) -> Callable[[nn.Module, Any, Any], None]:
+    def _hook(self, location: str, of_output: bool) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             values = output if of_output else arguments
-            self._look_at(values[0] if isinstance(values, tuple) else values, place)
+            self._look_at(values[0] if isinstance(values, tuple) else values, location)
 
         return hook
 
-    def _look_at(self, tensor: Tensor, place: str) -> None:
+    def _look_at(self, tensor: Tensor, location: str) -> None:
         if not tensor.numel():
             return
         smallest, largest = tensor.aminmax()
         magnitude = max(-float(smallest), float(largest))
         if magnitude > self.largest:
-            self.largest, self.place = magnitude, place
+            self.largest, self.location = magnitude, location

@@ -32,10 +32,10 @@ class LayerGrid:
     ) -> dict[tuple[int, str], float]:
         """The largest value of each block and kind that has one."""
         summary = {}
-        for place, layers in self.layers.items():
+        for position, layers in self.layers.items():
             values = [value for layer in layers if (value := value_of(layer)) is not None]
             if values:
-                summary[place] = max(values)
+                summary[position] = max(values)
         return summary
 
 
