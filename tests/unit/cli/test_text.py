@@ -78,7 +78,6 @@ def test_a_bar_of_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch
     shown = terminal.getvalue()
     assert "block 3/8 · mlp.down_proj · fitting · 0:00 elapsed" in shown
     assert "…" not in shown
-    assert "…" not in shown
 
 
 def test_a_line_and_a_table_show_a_name_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
