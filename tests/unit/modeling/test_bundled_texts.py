@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fixtures.learner_scheme import TINY_CONFIG, tokenizer_folder
 
+from bitpress.errors import DataError
 from bitpress.modeling import bundled_texts
 from bitpress.modeling.tokens import CalibrationData, load_calibration_data
 from bitpress.planning.calibration_config import CalibrationConfig
@@ -103,3 +104,14 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed/a.txt").write_text("a text of my own " * 200)
     assert loaded(tokenizer_folder(tmp_path / "m"), None, "mixed").source == "mixed"
+
+
+@pytest.mark.parametrize("name", ["mixed", "prose"])
+def test_a_text_that_is_cut_short_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for file in FOLDER.glob("*.xz"):
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:1000])
+    monkeypatch.setattr(bundled_texts.resources, "files", lambda package: tmp_path)
+    with pytest.raises(DataError, match=rf"{name}\.\w+\.xz: .*; install bitpress-core again"):
+        list(bundled_texts.read_rows(name))

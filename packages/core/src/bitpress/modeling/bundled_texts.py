@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from bitpress.errors import DataError
 from bitpress.planning.evaluation_config import CHECK_TEXT
 
 # What they are called in the manifest, by the names under which `--calibration` takes them.
@@ -44,14 +45,27 @@ def is_bundled(source: object) -> bool:
 
 
 def read_rows(name: str) -> Iterator[Mapping[str, Any]]:
-    """Rows with a "text" or with "messages", as files hold them."""
-    folder = resources.files("bitpress.modeling")
+    """Rows with a "text" or with "messages", as files hold them.
+
+    Raises:
+        DataError: the file is not as it was installed.
+    """
     if name in PLAIN:
-        yield {"text": lzma.decompress(folder.joinpath(PLAIN[name]).read_bytes()).decode()}
+        yield {"text": _unpack(PLAIN[name])}
         return
-    packed = folder.joinpath("mixed.jsonl.xz").read_bytes()
-    for line in lzma.decompress(packed).decode().splitlines():
+    for line in _unpack("mixed.jsonl.xz").splitlines():
         yield json.loads(line)
+
+
+def _unpack(file_name: str) -> str:
+    packed = resources.files("bitpress.modeling").joinpath(file_name).read_bytes()
+    try:
+        return lzma.decompress(packed).decode()
+    except lzma.LZMAError as e:
+        raise DataError(
+            f"{file_name}: the text that ships with bitpress is damaged ({e}); install "
+            "bitpress-core again"
+        ) from None
 
 
 def join_messages(messages: list[Any]) -> str:
