@@ -154,6 +154,13 @@ def test_without_a_check_it_says_how_to_measure_the_loss(outputs: Path) -> None:
     assert "What the model has lost was not measured" in shown
 
 
+@pytest.mark.parametrize("missing", ["inputs", "files"])
+def test_a_manifest_without_weight_files_is_refused(outputs: Path, missing: str) -> None:
+    damaged = attrs.evolve(manifest.read_manifest(outputs / "out"), **{missing: {}})
+    with pytest.raises(bitpress.CheckpointError, match=r"out: its bitpress\.json names no weight"):
+        render_page(damaged, "out")
+
+
 def test_a_heat_map_has_its_figures_as_a_table(outputs: Path, page: str) -> None:
     layers = manifest.read_manifest(outputs / "out").layers
     table = next(table for table in read_outline(page).tables if table[0][0] == "block")

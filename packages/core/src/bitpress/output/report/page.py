@@ -10,7 +10,7 @@ from importlib import resources
 
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.layer_names import NUMBER
-from bitpress.errors import BitpressError
+from bitpress.errors import BitpressError, CheckpointError
 from bitpress.output.manifest import FileRecord, LayerRecord, Manifest
 from bitpress.output.report import charts, heat_map
 from bitpress.output.report.layer_grid import arrange_layers
@@ -38,7 +38,15 @@ NUM_WORST = 12
 
 
 def render_page(manifest: Manifest, name: str) -> str:
-    """The HTML of an output of that name."""
+    """The HTML of an output of that name.
+
+    Raises:
+        CheckpointError: the manifest is damaged, and names no weight files.
+    """
+    if not all(_weight_bytes(manifest)):
+        raise CheckpointError(
+            f"{name}: its {filenames.MANIFEST} names no weight files of the source or the result"
+        )
     sections = [
         render(manifest)
         for render in (
