@@ -11,16 +11,15 @@ its experts become unlike. On one core that takes some minutes.
 from __future__ import annotations
 
 import argparse
-import lzma
 import shutil
 import sys
-from importlib import resources
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import bitpress
+from bitpress.modeling import bundled_texts
 
 HERE = Path(__file__).parent
 EXPERTS, CHOSEN = 4, 2
@@ -117,10 +116,8 @@ def main() -> None:
     source = arguments.out / "tiny-mixtral"
     torch.manual_seed(0)
     tokenizer, model = AutoTokenizer.from_pretrained(HERE / "tiny-llama"), grown()
-    text = lzma.decompress(
-        resources.files("bitpress.modeling").joinpath("prose.txt.xz").read_bytes()
-    ).decode()
-    train(model, torch.tensor(tokenizer(text, verbose=False)["input_ids"]), arguments.tokens)
+    (row,) = bundled_texts.read_rows("prose")
+    train(model, torch.tensor(tokenizer(row["text"], verbose=False)["input_ids"]), arguments.tokens)
     model.config.output_router_logits = False
     model.bfloat16().save_pretrained(source)
     tokenizer.save_pretrained(source)
