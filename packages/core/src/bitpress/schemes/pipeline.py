@@ -19,6 +19,9 @@ from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
 Statistics = Mapping[str, Statistic]
 
+# What `observe` takes of a batch, where there is none.
+NO_BATCH = dict.fromkeys(("inputs", "reference", "residual", "output_gradient"))
+
 # Rows and columns of a weight of zeros, with which a scheme is asked what it observes.
 NUM_PROBE_ROWS = 128
 
@@ -54,29 +57,20 @@ def observe(
     residual: torch.Tensor | None = None,
 ) -> Statistics | None:
     """A step's statistics of one batch, or without inputs of the weight alone."""
-    result = step.call(
-        "observe",
-        inputs=inputs,
-        reference=reference,
-        residual=residual,
-        output_gradient=None,
-        weight=weight,
-    )
-    return hook_results.check_statistics(step, result, len(weight))
+    return _observe(step, weight, inputs=inputs, reference=reference, residual=residual)
 
 
 def observe_gradient(
     step: Step, weight: torch.Tensor, output_gradient: torch.Tensor
 ) -> Statistics | None:
     """A step's statistics of one batch's gradient of a layer's output (tokens, out)."""
-    result = step.call(
-        "observe",
-        inputs=None,
-        reference=None,
-        residual=None,
-        output_gradient=output_gradient,
-        weight=weight,
-    )
+    return _observe(step, weight, output_gradient=output_gradient)
+
+
+def _observe(step: Step, weight: torch.Tensor, **batch: torch.Tensor | None) -> Statistics | None:
+    """The hook, with None for what is not given of a batch."""
+    arguments = {**NO_BATCH, **batch}
+    result = step.call("observe", **arguments, weight=weight)
     return hook_results.check_statistics(step, result, len(weight))
 
 
