@@ -42,7 +42,7 @@ class PruningOptions(bitpress.Options):
     def transformers_reason(self) -> str | None:
         """Bitmasks are decoded by old releases alone."""
         if self.layout == "bitmask":
-            return "compressed-tensors decodes bitmasks up to release 0.14 alone"
+            return "only compressed-tensors up to 0.14 decodes its layout of zeros"
         return None
 
     def group_size(self, width: int) -> int:

@@ -79,17 +79,25 @@ def _explain_transformers(plan: Plan) -> Iterator[str]:
     for engine in engines_without(plan.source.config):
         if engine.startswith("transformers"):
             yield f"{engine} does not list this architecture"
-    for module, fragment in plan.fragments.items():
-        if fragment is None:
-            continue
-        if "sparsity_structure" in fragment:
-            yield "only compressed-tensors up to 0.14 decodes its layout of zeros"
-        weights = fragment.get("weights") or {}
-        is_small_float = weights.get("type") == "float" and int(weights.get("num_bits") or 8) < 8
-        if is_small_float and plan.dtype != torch.bfloat16:
-            yield "transformers decodes this format to bfloat16, and the model is in another dtype"
-        if layer_names.OF_EXPERT.fullmatch(module) and not _is_expert_format(weights):
-            yield "transformers does not convert experts in this format rightly"
+    for stack in plan.stacks:
+        for step in stack.steps:
+            if step.options.transformers_reason is not None:
+                yield step.options.transformers_reason
+        for module in stack.members:
+            yield from _explain_layer(plan, module)
+
+
+def _explain_layer(plan: Plan, module: str) -> Iterator[str]:
+    """Why a layer of this model may not load, where others in its format do."""
+    fragment = plan.fragments[module]
+    if fragment is None:
+        return
+    weights = fragment.get("weights") or {}
+    is_small_float = weights.get("type") == "float" and int(weights.get("num_bits") or 8) < 8
+    if is_small_float and plan.dtype != torch.bfloat16:
+        yield "transformers decodes this format to bfloat16, and the model is in another dtype"
+    if layer_names.OF_EXPERT.fullmatch(module) and not _is_expert_format(weights):
+        yield "transformers does not convert experts in this format rightly"
 
 
 def _is_expert_format(weights: Mapping[str, Any]) -> bool:

@@ -54,8 +54,8 @@ class Options:
 
     @property
     def transformers_reason(self) -> str | None:
-        """Why transformers does not load what is written with these options; None where it does,
-        which the conformance kit proves.
+        """Why transformers does not load what is written with these options, as the model card has
+        it; None where it does, which the conformance kit proves.
         """
         return None
 
