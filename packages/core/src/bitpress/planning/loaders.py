@@ -55,9 +55,8 @@ def _explain_vllm(plan: Plan) -> tuple[str | None, str | None]:
     for engine in engines_without(plan.source.config):
         if engine.startswith("vLLM"):
             return None, f"{engine} does not list this architecture"
-    for remark in tensor_parallel.remarks(plan):
-        if remark.finding.level == "unsupported":
-            return None, f"{remark.layers}: {remark.finding.text}"
+    if reason := tensor_parallel.explain_refusal(plan):
+        return None, reason
 
     usable, refusal = [], None
     steps = list(dict.fromkeys(plan.recipe.all_steps))

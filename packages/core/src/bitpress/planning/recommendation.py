@@ -249,9 +249,8 @@ def _why_out(scheme: str, plan: Plan, memory: int | None) -> Rejected | None:
     worst = _worst_finding(plan)
     if worst.level == "unsupported":
         return Rejected(scheme, "device", worst.text)
-    for remark in tensor_parallel.remarks(plan):
-        if remark.finding.level == "unsupported":
-            return Rejected(scheme, "engine", f"{remark.layers}: {remark.finding.text}")
+    if refusal := tensor_parallel.explain_refusal(plan):
+        return Rejected(scheme, "engine", refusal)
     size, source_size = format_bytes(plan.output_bytes), format_bytes(plan.source_bytes)
     if plan.output_bytes >= plan.source_bytes:
         return Rejected(scheme, "size", f"it makes nothing smaller ({size} of {source_size})")

@@ -66,6 +66,14 @@ def remarks(plan: Plan, num_ranks: int = 1) -> list[Remark]:
     return [Remark(name, count, finding) for name, finding, count in findings]
 
 
+def explain_refusal(plan: Plan) -> str | None:
+    """Why no engine takes a plan's result; None where nothing is known against it."""
+    for remark in remarks(plan):
+        if remark.finding.level == "unsupported":
+            return f"{remark.layers}: {remark.finding.text}"
+    return None
+
+
 def _find_all(plan: Plan, num_ranks: int) -> Iterator[tuple[str, Finding]]:
     """What engines make of the plan, by the name of a layer, tensor or file."""
     entries = {entry.name: entry for shard in plan.shards for entry in shard.header.entries}
