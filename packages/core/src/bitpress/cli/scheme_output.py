@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 import attrs
 from attrs import frozen
@@ -13,11 +13,8 @@ from bitpress.cli.text import print_table, say
 from bitpress.errors import BitpressError, printable_line
 from bitpress.schemes.hardware import Hardware, describe_devices
 from bitpress.schemes.options import describe_type
-from bitpress.schemes.registry import Registry, Step
-from bitpress.schemes.values import USABLE, Finding
-
-if TYPE_CHECKING:
-    pass
+from bitpress.schemes.registry import NO_SCHEMES, Registry, Step
+from bitpress.schemes.values import NOTHING_KNOWN, USABLE, Finding
 
 
 @frozen
@@ -53,10 +50,7 @@ class RegistrySummary:
             )
         print_table(("scheme", "package", "bits", "data", "serves on", "what it does"), rows)
         if not rows:
-            say(
-                "no schemes are installed; each is a package of its own: pip install "
-                "bitpress-scheme-NAME"
-            )
+            say(NO_SCHEMES)
         for problem in self.registry.problems:
             print(
                 printable_line(
@@ -138,4 +132,4 @@ def _findings(step: Step, device: Hardware) -> Sequence[Finding]:
     except BitpressError as e:
         # one scheme's fault must not hide the others
         return [Finding("unsupported", str(e))]
-    return findings or [Finding("unsupported", "the scheme says nothing about hardware")]
+    return findings or [NOTHING_KNOWN]

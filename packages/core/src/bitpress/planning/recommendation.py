@@ -27,8 +27,8 @@ from bitpress.planning.recipe import Recipe, Rule
 from bitpress.runtime.devices import count_cores
 from bitpress.runtime.memory import format_bytes
 from bitpress.schemes.hardware import Hardware, detect_device
-from bitpress.schemes.registry import Registry, Step
-from bitpress.schemes.values import Finding, MeasuredLoss
+from bitpress.schemes.registry import NO_SCHEMES, Registry, Step
+from bitpress.schemes.values import NOTHING_KNOWN, Finding, MeasuredLoss
 
 # The share of a device's memory that weights and cache may take. vLLM takes 0.92 by default
 # (--gpu-memory-utilization), for activations too.
@@ -157,10 +157,7 @@ def recommend(
     device = device or detect_device()
     variants = list(find_variants(registry))
     if not variants:
-        raise RecipeError(
-            "no schemes are installed; each is a package of its own: pip install "
-            "bitpress-scheme-NAME"
-        )
+        raise RecipeError(NO_SCHEMES)
     num_threads = count_cores()
     alternatives: list[Alternative] = []
     rejected: list[Rejected] = []
@@ -296,9 +293,8 @@ def _worst_finding(plan: Plan) -> Finding:
     best: dict[str, Finding] = {}
     for name, finding in plan.findings:
         best.setdefault(name, finding)
-    nothing_known = Finding("unsupported", "the scheme says nothing about hardware")
     return max(
-        best.values(), key=lambda finding: LEVELS.index(finding.level), default=nothing_known
+        best.values(), key=lambda finding: LEVELS.index(finding.level), default=NOTHING_KNOWN
     )
 
 

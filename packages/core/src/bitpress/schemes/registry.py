@@ -24,6 +24,11 @@ from bitpress.schemes.values import MeasuredLoss
 # Entry point groups.
 SCHEMES, EXTENSIONS = "bitpress.schemes", "bitpress.extensions"
 
+# What to tell a user of a registry without schemes.
+NO_SCHEMES = (
+    "no schemes are installed; each is a package of its own: pip install bitpress-scheme-NAME"
+)
+
 
 @frozen(eq=False)
 class Scheme:

@@ -116,6 +116,10 @@ class Finding:
     text: str
 
 
+# Where a scheme leaves a device out.
+NOTHING_KNOWN = Finding("unsupported", "the scheme says nothing about hardware")
+
+
 @frozen
 class MeasuredLoss:
     """What a scheme has lost on one model; a scheme's module lists some as `MEASURED_LOSSES`, in
