@@ -82,11 +82,6 @@ def read_check(value: Any) -> TextSource | None:
     return read_source("check", value)
 
 
-def read_optional_path(name: str, value: Any) -> Path | None:
-    """A file or a folder, or None."""
-    return None if value is None else read_path(name, value)
-
-
 def read_model(name: str, value: Any) -> str:
     """A model folder, or a name on the Hub."""
     if isinstance(value, (str, os.PathLike)) and os.fspath(value):
@@ -140,8 +135,10 @@ def read_scheme(value: Any) -> str | None:
 
 def read_recipe(value: Any) -> Path | dict[str, Any] | None:
     """A recipe's file, or what is in one as a table."""
-    if value is None or isinstance(value, (str, os.PathLike)):
-        return read_optional_path("recipe", value)
+    if value is None:
+        return None
+    if isinstance(value, (str, os.PathLike)):
+        return read_path("recipe", value)
     if isinstance(value, Mapping):
         try:
             # tuples become lists, as a file has them
@@ -156,8 +153,10 @@ def read_recipe(value: Any) -> Path | dict[str, Any] | None:
 
 def read_source(name: str, value: Any) -> TextSource | None:
     """A file, a folder, a dataset's name, or texts or rows themselves."""
-    if value is None or isinstance(value, (str, os.PathLike)):
-        return None if value is None else str(os.fspath(value))
+    if value is None:
+        return None
+    if isinstance(value, (str, os.PathLike)):
+        return str(os.fspath(value))
     hint = ""
     if isinstance(value, Mapping):
         hint = "; a lone row goes into a list, and of several splits choose one"
