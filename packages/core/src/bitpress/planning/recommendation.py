@@ -164,13 +164,13 @@ def recommend(
     for variant in variants:
         try:
             plan = make_plan(source, Recipe((Rule("*", variant.steps),)), device)
-            reason = _why_out(variant.scheme, plan, memory)
+            rejection = _find_rejection(variant.scheme, plan, memory)
         except BitpressError as e:
-            reason = Rejected(variant.scheme, "plan", str(e))
-        if reason is None:
+            rejection = Rejected(variant.scheme, "plan", str(e))
+        if rejection is None:
             alternatives.append(_describe(variant, plan, memory, num_threads))
         else:
-            rejected.append(reason)
+            rejected.append(rejection)
     _require_one_plan(rejected, len(variants))
 
     chosen = _choose_variants(alternatives)
@@ -227,21 +227,21 @@ def find_variants(registry: Registry) -> Iterator[Variant]:
     for scheme in registry.schemes.values():
         default = Variant((scheme.step(),), {scheme.name: {}}, scheme.losses_of({}))
         yield default
-        seen = [default.options]
+        all_options = [default.options]
         for loss in scheme.losses:
             names = [scheme.name, *([loss.then] if loss.then else [])]
             if any(name not in registry.schemes for name in names):
                 continue
             options: dict[str, Mapping[str, Any]] = {name: {} for name in names}
             options[scheme.name] = loss.options
-            if options in seen:
+            if options in all_options:
                 continue
-            seen.append(options)
+            all_options.append(options)
             steps = tuple(registry.schemes[name].step(options[name]) for name in names)
             yield Variant(steps, options, scheme.losses_of(loss.options, loss.then))
 
 
-def _why_out(scheme: str, plan: Plan, memory: int | None) -> Rejected | None:
+def _find_rejection(scheme: str, plan: Plan, memory: int | None) -> Rejected | None:
     """Why a plan is none to recommend; None where it is one."""
     worst = _worst_finding(plan)
     if worst.level == "unsupported":
