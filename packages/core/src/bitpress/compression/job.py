@@ -84,6 +84,7 @@ def prepare_job(
     recipe_source.require_one()
     # before a model is downloaded
     require_posix()
+    base_model = _find_base_model(str(model), options.base_model)
     source = open_checkpoint(resolve(model), copy=recipe_source.copy)
     recipe = recipe_source.resolve(discover())
 
@@ -94,12 +95,12 @@ def prepare_job(
         check_text = accuracy_check.load_check_text(plan, options.check, options.trust_remote_code)
     config = (calibration or CalibrationConfig()) if recipe.calibrated else None
     command = _command(str(model), recipe_source, config, options)
-    base_model = _find_base_model(str(model), options.base_model)
+    job = Job(plan, None, str(model), check_text, command, base_model=base_model)
     if config is None:
-        remarks: tuple[str, ...] = ()
         if calibration is not None and calibration.source is not None:
-            remarks = ("no step of this recipe needs data: --calibration is not used",)
-        return Job(plan, None, str(model), check_text, command, remarks, base_model)
+            remark = "no step of this recipe needs data: --calibration is not used"
+            return evolve(job, remarks=(remark,))
+        return job
 
     sequences = load_calibration_data(
         config, source.folder, source.config, options.trust_remote_code
@@ -108,7 +109,6 @@ def prepare_job(
         layer_names.group_experts(stack.members) for stack in plan.stacks
     ):
         raise RecipeError("--all-experts: no experts of this model are compressed; leave it out")
-    job = Job(plan, None, str(model), check_text, command, base_model=base_model)
     return job.with_calibration(sequences)
 
 
