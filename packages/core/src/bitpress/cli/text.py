@@ -107,14 +107,18 @@ def say_fact(name: str, text: str) -> None:
     """A line that begins with what it is about; several, below each other, in a terminal that is
     narrower.
     """
-    lines = [printable(text)]
+    text = printable(text)
     if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - FACT_INDENT
-        lines = textwrap.wrap(
-            lines[0], max(width, FOLDED_WIDTH), break_long_words=False, break_on_hyphens=False
-        )
-    joined = f"\n{'':{FACT_INDENT}}".join(lines)
-    print(f"{name:{FACT_INDENT}}{joined}")
+        text = _fold(text, FACT_INDENT, shutil.get_terminal_size().columns)
+    print(f"{name:{FACT_INDENT}}{text}")
+
+
+def _fold(text: str, indent: int, width: int) -> str:
+    """Lines of whole words; those after the first are indented, and all end before the width."""
+    lines = textwrap.wrap(
+        text, max(width - indent, FOLDED_WIDTH), break_long_words=False, break_on_hyphens=False
+    )
+    return f"\n{'':{indent}}".join(lines)
 
 
 class _PrintableRecord(logging.LogRecord):
@@ -218,14 +222,7 @@ def _print_records(head: Sequence[str], rows: Iterable[Sequence[str]], width: in
         print()
         print(f"{head[0]:{indent}}{row[0]}")
         for name, cell in zip(head[1:], row[1:], strict=True):
-            lines = textwrap.wrap(
-                cell,
-                max(width - indent, FOLDED_WIDTH),
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            text = f"\n{'':{indent}}".join(lines)
-            print(f"{name:{indent}}{text}")
+            print(f"{name:{indent}}{_fold(cell, indent, width)}")
     print()
 
 
