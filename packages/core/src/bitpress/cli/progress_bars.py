@@ -39,12 +39,12 @@ class ProgressBars(RichProgress):
     def start_stage(self, stage: str, num_bytes: int) -> ReportProgress:
         """Begin a stage, which ends the one before."""
         self.finish_stage()
-        started = self._stage = Stage(stage, num_bytes)
+        self._stage = current_stage = Stage(stage, num_bytes)
         task = self.add_task(stage, total=1.0, elapsed="")
 
         def report(num_bytes: int, text: str = "") -> None:
-            started.report(num_bytes, text)
-            self.update(task, completed=started.share)
+            current_stage.report(num_bytes, text)
+            self.update(task, completed=current_stage.share)
 
         return report
 
