@@ -8,7 +8,6 @@ that do the work (`compress`, `plan`, `recommend`, `verify`, `decompress`, `insp
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import TYPE_CHECKING, Any
 
 from bitpress.errors import (
@@ -68,9 +67,6 @@ __all__ = [
     "search",
     "verify",
 ]
-
-# A program that listens to it decides what is shown.
-logging.getLogger("bitpress").addHandler(logging.NullHandler())
 
 # functions of `api`, which imports torch: imported when they are first used
 _API = (

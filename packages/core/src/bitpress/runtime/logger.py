@@ -6,7 +6,9 @@ import logging
 import warnings
 from collections.abc import Iterable
 
+# A program that listens to it decides what is shown.
 logger = logging.getLogger("bitpress")
+logger.addHandler(logging.NullHandler())
 
 
 def log_warnings(texts: Iterable[str]) -> None:
