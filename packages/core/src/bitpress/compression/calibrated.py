@@ -296,7 +296,7 @@ class _Gradients:
         positions = [
             i
             for i, batch in enumerate(reference.batches)
-            if memory_estimate.takes_gradients(own.numbers[batch], interval, batch_tokens)
+            if memory_estimate.is_gradient_batch(own.numbers[batch], interval, batch_tokens)
         ]
         batches = [reference.batches[i] for i in positions]
         sample = SampleBatches(

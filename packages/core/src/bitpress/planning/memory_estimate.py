@@ -131,7 +131,7 @@ def reference_interval(plan: Plan, num_tokens: int) -> int:
     return min(max(interval, 1), REFERENCE_INTERVAL)
 
 
-def takes_gradients(number: int, interval: int, batch_tokens: int) -> bool:
+def is_gradient_batch(number: int, interval: int, batch_tokens: int) -> bool:
     """Whether gradients are taken of a batch: of the first of those that the source is run on.
 
     Args:

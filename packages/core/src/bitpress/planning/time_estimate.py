@@ -148,7 +148,7 @@ def _calibrated_work(
             batch_tokens[i]
             for i in batches
             if plan.recipe.needs_gradients
-            and memory_estimate.takes_gradients(i, interval, batch_tokens[0])
+            and memory_estimate.is_gradient_batch(i, interval, batch_tokens[0])
         )
 
         # Where tokens are compared, a block's own weights are read again; on the way to gradients,
