@@ -12,7 +12,7 @@ from attrs import frozen
 from bitpress.cli.text import print_table, say
 from bitpress.errors import BitpressError, printable_line
 from bitpress.schemes.hardware import Hardware, describe_devices
-from bitpress.schemes.options import describe_type
+from bitpress.schemes.options import describe_type, format_value
 from bitpress.schemes.registry import NO_SCHEMES, Registry, Step
 from bitpress.schemes.values import NOTHING_KNOWN, USABLE, Finding
 
@@ -100,7 +100,7 @@ class SchemeSummary:
         value = self.as_json()
         say(f"{value['name']} ({value['package']} {value['version']}): {value['summary']}")
         rows = [
-            (name, option["values"], _as_typed(option["default"]), option["help"])
+            (name, option["values"], format_value(option["default"]), option["help"])
             for name, option in value["options"].items()
         ]
         print_table(("option", "values", "default", "what it sets"), rows)
@@ -111,11 +111,6 @@ class SchemeSummary:
             ("level", "what to expect", "devices"),
             [(*finding, ", ".join(names)) for finding, names in devices.items()],
         )
-
-
-def _as_typed(default: object) -> object:
-    """A default as a user would type it."""
-    return str(default).lower() if isinstance(default, bool) else default
 
 
 def serves(step: Step, devices: Sequence[Hardware]) -> str:

@@ -27,6 +27,7 @@ from bitpress.planning.recipe import Recipe, Rule
 from bitpress.runtime.devices import count_cores
 from bitpress.runtime.memory import format_bytes
 from bitpress.schemes.hardware import Hardware, detect_device
+from bitpress.schemes.options import format_value
 from bitpress.schemes.registry import NO_SCHEMES, Registry, Step
 from bitpress.schemes.values import NOTHING_KNOWN, Finding, MeasuredLoss
 
@@ -65,7 +66,7 @@ class Variant:
         """As `--set` takes the options."""
         has_several = len(self.steps) > 1
         return tuple(
-            f"{f'{scheme}.' if has_several else ''}{name}={_format_value(value)}"
+            f"{f'{scheme}.' if has_several else ''}{name}={format_value(value)}"
             for scheme, options in self.options.items()
             for name, value in options.items()
         )
@@ -335,7 +336,3 @@ def _rank(alternatives: Sequence[Alternative]) -> list[Alternative]:
         )
 
     return sorted(alternatives, key=key)
-
-
-def _format_value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

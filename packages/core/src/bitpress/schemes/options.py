@@ -110,6 +110,11 @@ def describe_type(annotation: Any) -> str:
     return names.get(annotation, str(annotation))
 
 
+def format_value(value: object) -> str:
+    """An option's value as a user would type it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _convert(value: Any, annotation: Any) -> Any:
     """A TOML value or a command line's text as the annotated type; a ValueError says what would
     fit.
