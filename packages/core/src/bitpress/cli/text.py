@@ -1,4 +1,4 @@
-"""What lies between commands and the terminal: summaries, tables, warnings, progress, sizes."""
+"""What lies between commands and the terminal: summaries, tables, warnings, progress."""
 
 from __future__ import annotations
 
