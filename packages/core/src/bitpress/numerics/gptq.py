@@ -29,10 +29,14 @@ SAMPLE_STRIDE = 8
 # shrunk in proportion.
 TOKENS_PER_CHANNEL = 16
 
+# A correction nearly as large as the row that it corrects is not believed: in a model whose
+# outputs are hardly sensitive to a layer, it may be hundreds of times the weight.
+MAX_CORRECTION = 0.7
 
-# A correction larger than the row that it corrects is not believed: in a model whose outputs
-# are hardly sensitive to a layer, it may be hundreds of times the weight.
-MAX_CORRECTION = 1.0
+# Such a row is corrected on a Hessian damped further, by so many times the mean of its diagonal,
+# one after the other: most of the correction lies in directions that inputs hardly have, and makes
+# up for next to nothing.
+CORRECTION_DAMPINGS = (0.01, 0.1)
 
 
 class Grid(Protocol):
@@ -173,38 +177,61 @@ def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Fac
     explain more than E[e²], H is too small for them, and by Cauchy and Schwarz the best multiple of
     the row is at most E[e²] over what it seems to explain. A few tokens larger than all others can
     still mislead, and what is wrong in one layer is drift in the next: where tokens are few for the
-    width the whole is shrunk. A row that it would move by more than `MAX_CORRECTION` of its norm
-    gets none, with a warning.
+    width the whole is shrunk. A row that it would move by more than `MAX_CORRECTION` of its norm is
+    corrected on a Hessian with more damping; one that it would still move that far gets none, with
+    a warning.
     """
-    width = weight.shape[1]
     tokens = stats["drift_tokens"].value.item()
     cross_moment = weight @ stats["drift"].value.div(tokens)  # (out, in), C above
     if "residual" in stats:
         cross_moment += stats["residual"].value.div(tokens)
-    correction = factor.solve(cross_moment)
+    correction = _correct_rows(cross_moment, slice(None), stats, factor)
 
-    explained = (correction * cross_moment).sum(1)  # (out,)
-    squared_error = stats["missing"].value / stats["missing_tokens"].value  # (out,), E[e²]
+    largest = MAX_CORRECTION * weight.norm(dim=1)  # (out,)
+    hessian, hessian_tokens = stats["hessian"].value, stats["tokens"].value.item()
+    for damping in CORRECTION_DAMPINGS:
+        (rows,) = torch.where(correction.norm(dim=1) > largest)
+        if not len(rows):
+            break
+        damped_factor = factorize_hessian(hessian, hessian_tokens, damping=damping)
+        if damped_factor is not None:
+            correction[rows] = _correct_rows(cross_moment[rows], rows, stats, damped_factor)
+    is_large = correction.norm(dim=1) > largest  # (out,)
+    if is_large.any():
+        warnings.warn(
+            f"{int(is_large.sum())} of its {len(weight)} rows would move by more than "
+            f"{MAX_CORRECTION:.0%} of their norm to make up for errors before them: they are "
+            "fitted without that",
+            stacklevel=3,
+        )
+    return torch.where(is_large.unsqueeze(1), 0.0, correction)
+
+
+def _correct_rows(
+    cross_moment: Tensor, rows: Tensor | slice, stats: Mapping[str, Statistic], factor: Factor
+) -> Tensor:
+    """The correction of some rows, as far as it is believed: (rows, in).
+
+    Args:
+        cross_moment: (rows, in), C of `drift_correction`.
+        rows: which of the layer's.
+    """
+    width, tokens = cross_moment.shape[1], stats["drift_tokens"].value.item()
+    correction = factor.solve(cross_moment)
+    explained = (correction * cross_moment).sum(1)  # (rows,)
+    sample_tokens = stats["missing_tokens"].value
+    squared_error = stats["missing"].value[rows] / sample_tokens  # (rows,), E[e²]
     explained_by_chance = squared_error * (width / tokens)
 
     # E[e²] is known from a sample: of normal numbers its mean square lies within three standard
     # deviations of this bound.
-    error_bound = squared_error * (1 + 3 * (2 / stats["missing_tokens"].value).sqrt())
-    shrinkage = (1 - explained_by_chance / explained).clamp_(0, 1)  # (out,)
+    error_bound = squared_error * (1 + 3 * (2 / sample_tokens).sqrt())
+    shrinkage = (1 - explained_by_chance / explained).clamp_(0, 1)  # (rows,)
     shrinkage = shrinkage * (error_bound / explained).clamp_(max=1)
     shrinkage.mul_(min(tokens / (TOKENS_PER_CHANNEL * width), 1.0))
     correction *= shrinkage.unsqueeze(1)
-
     # Numbers too large for float32 give no correction, and where there is no drift it is 0 / 0.
-    correction = torch.where(correction.isfinite().all(1, keepdim=True), correction, 0.0)
-    is_large = correction.norm(dim=1) > MAX_CORRECTION * weight.norm(dim=1)  # (out,)
-    if is_large.any():
-        warnings.warn(
-            f"{int(is_large.sum())} of its {len(weight)} rows would move by more than their own "
-            "norm to make up for errors before them: they are fitted without that",
-            stacklevel=3,
-        )
-    return torch.where(is_large.unsqueeze(1), 0.0, correction)
+    return torch.where(correction.isfinite().all(1, keepdim=True), correction, 0.0)
 
 
 def _factorize(stats: Mapping[str, Statistic]) -> Factor | None:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from bitpress.numerics.gram import stripes
 
+# What is added to the diagonal of H, in units of its mean over active columns.
+MIN_DAMPING = 0.001
+
 
 @frozen(eq=False)
 class Factor:
@@ -93,11 +96,13 @@ class Factor:
         return transformed.square_() @ self.variance[columns]
 
 
-def factorize_hessian(hessian: Tensor, tokens: float, together: int = 1) -> Factor | None:
+def factorize_hessian(
+    hessian: Tensor, tokens: float, together: int = 1, *, damping: float = MIN_DAMPING
+) -> Factor | None:
     """The factor of the damped H.
 
-    The damping is 0.1 % of the mean over active columns, more where there are few tokens for the
-    width, and grows tenfold up to three times. A column that was never active is uncoupled by it
+    More is added to the diagonal than asked where there are few tokens for the width, and it grows
+    tenfold up to three times. A column that was never active is uncoupled by it
     and gets rounded to nearest: its weights stay, since a channel silent in calibration may speak
     in service.
 
@@ -106,6 +111,7 @@ def factorize_hessian(hessian: Tensor, tokens: float, together: int = 1) -> Fact
         tokens: how many they are.
         together: so many neighbors stay side by side, in the order of the most active of each; the
             width is a multiple of it.
+        damping: what is added to the diagonal, in units of its mean over active columns.
 
     Returns:
         The factor; None where H is not finite, or too near to singular for any damping tried.
@@ -124,8 +130,8 @@ def factorize_hessian(hessian: Tensor, tokens: float, together: int = 1) -> Fact
     order = (group_starts.unsqueeze(1) + neighbors).flatten()
 
     active = diagonal[diagonal > 0]
-    share = min(max(0.1 * len(diagonal) / num_tokens, 0.001), 1.0)
-    damping = share * active.mean().item() if len(active) else 1.0
+    share = min(max(0.1 * len(diagonal) / num_tokens, damping), 1.0)
+    added = share * active.mean().item() if len(active) else 1.0
 
     # From the last column backwards, so that a lower Cholesky factor read from the other end is
     # upper triangular: H = R Rᵀ, with R = U √D.
@@ -134,12 +140,12 @@ def factorize_hessian(hessian: Tensor, tokens: float, together: int = 1) -> Fact
         permuted = hessian.index_select(0, backwards).index_select(1, backwards).div_(num_tokens)
         # A Cholesky factor is as large as H: with contiguous columns it is computed in place.
         lower = permuted.mT
-        lower.diagonal().add_(damping)
+        lower.diagonal().add_(added)
         info = order.new_empty((), dtype=torch.int32)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if not info and math.isfinite(lower.sum()):
             upper = lower.flip(0, 1)
             root = upper.diagonal().clone()
-            return Factor(order, upper.div_(root), root.square(), diagonal + damping)
-        damping *= 10
+            return Factor(order, upper.div_(root), root.square(), diagonal + added)
+        added *= 10
     return None
