@@ -27,7 +27,7 @@ from bitpress.checkpoint.reader import open_checkpoint
 from bitpress.conformance.commands import install
 from bitpress.conformance.models import LLAMA, tensors_of, write_model
 from bitpress.planning.planner import make_plan
-from bitpress.planning.recipe import Recipe, from_file, from_scheme
+from bitpress.planning.recipe import Recipe, RecipeChanges, from_file, from_scheme
 from bitpress.schemes import pipeline
 from bitpress.schemes.registry import discover
 from bitpress.schemes.template import write_package
@@ -112,7 +112,9 @@ def test_transformers_computes_with_the_restored_weights(
     source, out = write_model(tmp_path / "m", config=config, shards=shards), tmp_path / "o"
     compress(source, out, scheme=scheme, settings=settings)
     ours, theirs = (
-        with_restored_weights(source, out, from_scheme(scheme, discover(), settings)),
+        with_restored_weights(
+            source, out, from_scheme(scheme, discover(), RecipeChanges(settings))
+        ),
         loaded(out),
     )
     with torch.inference_mode():
@@ -135,7 +137,7 @@ def test_transformers_reads_zero_points_when_it_decodes_while_loading(
     )
     compress(source, out, scheme=scheme, settings=settings)
     ours = with_restored_weights(
-        source, out, from_scheme(scheme, discover(), settings)
+        source, out, from_scheme(scheme, discover(), RecipeChanges(settings))
     ).state_dict()
     decode = CompressedTensorsConfig(dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -155,7 +157,7 @@ def test_transformers_runs_nvfp4_in_bfloat16_with_the_restored_weights(
     data = {"calibration": TINY.parent / "chapters.txt", "samples": 4, "sequence_length": 128}
     compress(TINY, tmp_path / "o", scheme="nvfp4", settings=settings, **data)
     expected = with_restored_weights(
-        TINY, tmp_path / "o", from_scheme("nvfp4", discover(), settings)
+        TINY, tmp_path / "o", from_scheme("nvfp4", discover(), RecipeChanges(settings))
     ).state_dict()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype=torch.bfloat16).eval()
     with torch.inference_mode():
@@ -234,7 +236,9 @@ def test_transformers_computes_with_the_scales_that_calibration_found(
         sequence_length=128,
     )
     ours, theirs = (
-        with_restored_weights(TINY, tmp_path / "o", from_scheme(scheme, discover(), settings)),
+        with_restored_weights(
+            TINY, tmp_path / "o", from_scheme(scheme, discover(), RecipeChanges(settings))
+        ),
         loaded(tmp_path / "o"),
     )
     stored = {

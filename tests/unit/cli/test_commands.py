@@ -148,6 +148,7 @@ def test_the_schemes_as_json(toy: Path) -> None:
                 "help": "what the width must be a multiple of",
             },
         },
+        "efforts": {},
         "hardware": [{"device": "NVIDIA A100", "level": "supported", "text": "runs anywhere"}],
     }
     assert document == {"schemes": [expected], "problems": []}

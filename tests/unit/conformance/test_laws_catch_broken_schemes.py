@@ -65,6 +65,28 @@ BROKEN = {
         "says_what_it_is",
         "`Options.bits` must say",
     ),
+    "writes another format with little effort": (
+        [
+            (SERIALIZE, 'EFFORTS = {"low": {"levels": 7}}\n\n' + SERIALIZE),
+            ('"num_bits": 8', '"num_bits": 8 if options.levels > 7 else 4'),
+        ],
+        "a_level_of_effort",
+        "EFFORTS['low'] changes what is stored",
+    ),
+    "has a level that an option does not go with": (
+        [
+            (SERIALIZE, 'EFFORTS = {"high": {"levels": 7}}\n\n' + SERIALIZE),
+            (
+                "    @property\n",
+                "    wide: bool = option(False, 'wide')\n"
+                "    def __attrs_post_init__(self):\n"
+                "        if self.wide and self.levels == 7: raise ValueError('7 is narrow')\n"
+                "    @property\n",
+            ),
+        ],
+        "a_level_of_effort",
+        "EFFORTS['high'] must go with every option that a user may set",
+    ),
     "restores something else": (
         [('["weight"].float()', '["weight"].float() * 1.001')],
         "stored_bytes_decode",

@@ -44,6 +44,7 @@ from bitpress.runtime.progress import Progress, choose_progress
 from bitpress.schemes.deprecation import rename_keywords
 from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.registry import discover
+from bitpress.schemes.values import NORMAL_EFFORT
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,7 @@ def plan(  # noqa: PLR0913
     scheme: str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     settings: Settings = (),
+    effort: str = NORMAL_EFFORT,
     ignore: Texts = (),
     copy: Texts = (),
     serve_on: Hardware | str | None = None,
@@ -74,6 +76,8 @@ def plan(  # noqa: PLR0913
         scheme: a scheme's name, or several joined by `+`; give this or `recipe`.
         recipe: a TOML file, or a table as it holds: `{"layers": [{"match", "steps"}]}`.
         settings: `[SCHEME.]OPTION=VALUE` texts, or a table such as `{"group_size": 64}`.
+        effort: "low" (as little data and time as a scheme can do with), "normal", or "high" (its
+            best rounding); recipe and settings win over it.
         ignore: patterns of layers to leave alone.
         copy: patterns of files to copy, beside those that loaders read.
         serve_on: the device that will serve the result, or its name; None: the one present.
@@ -81,7 +85,10 @@ def plan(  # noqa: PLR0913
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
-    recipe_source = arguments.read_recipe_source(scheme, recipe, settings, ignore, copy)
+    recipe_source = attrs.evolve(
+        arguments.read_recipe_source(scheme, recipe, settings, ignore, copy),
+        effort=arguments.read_effort(effort),
+    )
     hardware = arguments.read_hardware("serve_on", serve_on)
     plan = plan_from(arguments.read_model("model", model), recipe_source, hardware)
     log_warnings((*plan.warnings, *plan.device_remarks))
@@ -100,6 +107,7 @@ def recommend(
     *,
     serve_on: Hardware | str | None = None,
     memory: int | str | None = None,
+    effort: str = NORMAL_EFFORT,
 ) -> Recommendation:
     """Which scheme to take for a model on a device, and what is against the others.
 
@@ -107,13 +115,16 @@ def recommend(
         model: a folder, or a Hub name; only headers are read.
         serve_on: the device that will serve the result, or its name ("L4"); None: the one present.
         memory: bytes of that device, or a text such as "24GB"; None: everything is taken to fit.
+        effort: the level at which schemes are compared.
 
     Raises:
         BitpressError: the model cannot be compressed, or no scheme is installed.
     """
+    level = arguments.read_effort(effort)
     source = open_checkpoint(resolve(arguments.read_model("model", model)))
     device = arguments.read_hardware("serve_on", serve_on)
-    return make_recommendation(source, discover(), device, arguments.read_size("memory", memory))
+    num_bytes = arguments.read_size("memory", memory)
+    return make_recommendation(source, discover(), device, num_bytes, level)
 
 
 @rename_keywords({"recipe_file": "recipe"})
@@ -125,6 +136,7 @@ def compress(  # noqa: PLR0913
     scheme: str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     settings: Settings = (),
+    effort: str = NORMAL_EFFORT,
     ignore: Texts = (),
     copy: Texts = (),
     calibration: Calibration = None,
@@ -149,6 +161,8 @@ def compress(  # noqa: PLR0913
     written last: without it no loader takes the folder for a model.
 
     Args:
+        effort: "low" (as little data and time as a scheme can do with), "normal", or "high" (its
+            best rounding); recipe and settings win over it.
         copy: patterns of files to copy, beside those that loaders read.
         calibration: a .jsonl, .json, .txt or .parquet file, a folder of them, or a dataset's name;
             or a list of texts, or of rows as such files hold them. None takes the text that ships
@@ -178,7 +192,10 @@ def compress(  # noqa: PLR0913
             `config.json` was not written. After the second the shards stay, and the same call with
             another `max_kl` resumes from them.
     """
-    recipe_source = arguments.read_recipe_source(scheme, recipe, settings, ignore, copy)
+    recipe_source = attrs.evolve(
+        arguments.read_recipe_source(scheme, recipe, settings, ignore, copy),
+        effort=arguments.read_effort(effort),
+    )
     size = (samples, sequence_length, seed)
     config = arguments.read_calibration_config(
         calibration, size, CalibrationConfig(all_experts=all_experts)
@@ -206,6 +223,7 @@ def search(  # noqa: PLR0913
     schemes: Texts,
     budget: float,
     settings: Settings = (),
+    effort: str = NORMAL_EFFORT,
     ignore: Texts = (),
     calibration: Calibration = None,
     samples: int = searching.NUM_SEQUENCES,
@@ -236,6 +254,7 @@ def search(  # noqa: PLR0913
         arguments.read_number("budget", budget),
         arguments.read_settings(settings),
         arguments.read_texts("ignore", ignore),
+        arguments.read_effort(effort),
     )
     size = (samples, sequence_length, seed)
     defaults = CalibrationConfig(samples=searching.NUM_SEQUENCES, all_experts=all_experts)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALIASES",
+    "EFFORTS",
     "MEASURED_LOSSES",
     "Options",
     "dequantize",
@@ -44,6 +45,9 @@ __all__ = [
 
 # As llm-compressor and vLLM call the same format.
 ALIASES: Mapping[str, Mapping[str, str]] = {"W8A8": {}, "W8A8_INT8": {}}
+
+# Plain rounding needs no data where scales of activations are dynamic.
+EFFORTS: Mapping[str, Mapping[str, str]] = {"low": {"algorithm": "rtn"}}
 
 # tiny-llama: 60,000 tokens of a held-out text, benchmarks/README.md; SmolLM2: 16,384 of wikitext2.
 MEASURED_LOSSES: Sequence[MeasuredLoss] = (

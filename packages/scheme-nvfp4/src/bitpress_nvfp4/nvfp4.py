@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # As llm-compressor calls the format with weights only.
 ALIASES: Mapping[str, Mapping[str, str]] = {"NVFP4A16": {"activations": "float"}}
 
+# Plain rounding needs data for the scale of rounded activations alone.
+EFFORTS: Mapping[str, Mapping[str, str]] = {"low": {"algorithm": "rtn"}}
+
 # tiny-llama: 60,000 tokens of a held-out text, benchmarks/README.md; SmolLM2: 16,384 of wikitext2.
 MEASURED_LOSSES: Sequence[MeasuredLoss] = (
     MeasuredLoss("tiny-llama (11M)", 0.01705),

@@ -5,6 +5,7 @@ imported only where work is done.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 import click
@@ -32,6 +33,9 @@ from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
 from bitpress.schemes.hardware import DEVICES, Hardware
 from bitpress.schemes.registry import discover
+
+if TYPE_CHECKING:
+    from bitpress.planning.plan import Plan
 
 
 @click.group(
@@ -91,7 +95,7 @@ def plan(
     """Show what a run would do. It reads only the headers of the model's files."""
     with garbage_collection_paused():
         from bitpress import api
-        from bitpress.planning import memory_estimate, tensor_parallel, time_estimate
+        from bitpress.planning import effort, memory_estimate, tensor_parallel, time_estimate
         from bitpress.runtime.devices import count_cores
 
     plan = api.plan_from(model, recipe, deployment.serve_on)
@@ -99,12 +103,18 @@ def plan(
     calibration.require_valid()
     shares = time_estimate.estimate_ranks(plan, deployment.world_size, calibration)
     num_threads = deployment.num_threads or max(count_cores() // deployment.world_size, 1)
+
+    def estimate_seconds(plan: Plan) -> float:
+        ranks = time_estimate.estimate_ranks(plan, deployment.world_size, calibration)
+        return time_estimate.estimate_seconds(ranks, num_threads)
+
     requirements = Requirements(
         memory_estimate.estimate_memory(plan, num_threads, calibration.shape),
         memory_estimate.estimate_scratch(plan, max(share.tokens for share in shares)),
         tuple(shares),
         num_threads,
-        time_estimate.estimate_seconds(shares, num_threads),
+        estimate_seconds(plan),
+        effort.compare_efforts(plan, recipe, discover(), estimate_seconds),
     )
     remarks = tuple(tensor_parallel.remarks(plan, deployment.tensor_parallel))
     show(PlanSummary(plan, requirements, deployment.tensor_parallel, remarks, lists_all))
@@ -114,15 +124,16 @@ def plan(
 @options.model
 @options.serve_on("Device that will serve it, for example L4 (default: this machine's).")
 @options.device_memory
+@options.effort
 @options.as_json
-def recommend(model: str, serve_on: Hardware | None, memory: int | None) -> None:
+def recommend(model: str, serve_on: Hardware | None, memory: int | None, effort: str) -> None:
     """Say which scheme to take for a device, and why. It reads only the headers of the model's
     files. If nothing fits, the exit code is 1.
     """
     with garbage_collection_paused():
         from bitpress import api
 
-    recommendation = api.recommend(model, serve_on=serve_on, memory=memory)
+    recommendation = api.recommend(model, serve_on=serve_on, memory=memory, effort=effort)
     show(RecommendSummary(recommendation, model))
     if recommendation.best is None:
         hint = ""
@@ -215,7 +226,7 @@ def search(
 
     run_options, device_line = _resolve_device(run_options)
     job = prepare_search(model, out, goal, calibration, run_options)
-    print_notes(job.aliases + device_line)
+    print_notes(job.notes + device_line)
     warn(job.calibration.warnings)
     with progress_bars() as progress:
         result = run_search(job, out, run_options, progress)

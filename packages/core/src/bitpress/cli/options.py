@@ -26,6 +26,7 @@ from bitpress.planning.arguments import read_size
 from bitpress.planning.evaluation_config import CHECK_TEXT
 from bitpress.runtime.logger import logger
 from bitpress.schemes.hardware import Hardware, find_device
+from bitpress.schemes.values import EFFORT_LEVELS, NORMAL_EFFORT
 
 # Where the value of an option's old name is kept in click's context.
 OLD_NAME_VALUE = "bitpress.old_name_value"
@@ -241,7 +242,16 @@ verbosity = combine(
     ),
 )
 
+effort = click.option(
+    "--effort",
+    type=click.Choice(EFFORT_LEVELS),
+    metavar="|".join(EFFORT_LEVELS),
+    default=NORMAL_EFFORT,
+    help="low: as little data and time as a scheme can do with; high: its best rounding.",
+)
+
 settings = combine(
+    effort,
     click.option(
         "--set",
         "settings",

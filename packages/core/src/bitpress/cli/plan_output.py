@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -16,6 +16,7 @@ from bitpress.schemes.registry import Step
 from bitpress.schemes.values import USABLE
 
 if TYPE_CHECKING:
+    from bitpress.planning.effort import EffortCost
     from bitpress.planning.layout import Stack
     from bitpress.planning.plan import Plan
     from bitpress.planning.tensor_parallel import Remark
@@ -32,6 +33,7 @@ class Requirements:
         shares: what each process of the run does.
         num_threads: of each process.
         seconds: until the last of them is done, on CPUs like the one that rates were measured on.
+        efforts: what every level of effort would choose, and how long it would take.
     """
 
     memory: int
@@ -39,6 +41,7 @@ class Requirements:
     shares: tuple[RankWork, ...]
     num_threads: int
     seconds: float
+    efforts: tuple[EffortCost, ...]
 
 
 @frozen(eq=False)
@@ -85,6 +88,7 @@ class PlanSummary:
             "world_size": len(requirements.shares),
             "threads": requirements.num_threads,
             "seconds": requirements.seconds,
+            "efforts": [attrs.asdict(effort) for effort in requirements.efforts],
             "ranks": [attrs.asdict(share) for share in requirements.shares],
             "serving": [
                 {
@@ -102,6 +106,7 @@ class PlanSummary:
         """
         _print_sizes(self.plan)
         _print_requirements(self.requirements)
+        _print_efforts(self.requirements.efforts)
         _print_serving(self.plan)
         _print_layers(self.plan, self.lists_all)
         print_remarks(self.plan, self.plan.warnings, self.remarks)
@@ -109,7 +114,7 @@ class PlanSummary:
 
 def print_remarks(plan: Plan, warnings: Iterable[str], remarks: Iterable[Remark]) -> None:
     """What was taken for names of schemes, warnings and unfavorable findings, on standard error."""
-    print_notes(plan.recipe.aliases)
+    print_notes(plan.recipe.notes)
     warn(warnings)
     warn(plan.device_remarks)
     for remark in remarks:
@@ -199,6 +204,22 @@ def _print_requirements(requirements: Requirements) -> None:
         f"about {format_duration(requirements.seconds)} with {threads}, where in a second a core "
         f"{', '.join(rates)}",
     )
+
+
+def _print_efforts(efforts: Sequence[EffortCost]) -> None:
+    """A line for each level; one for all where they do the same."""
+    if not any(effort.settings or effort.refusal for effort in efforts):
+        say_fact("effort", f"{', '.join(effort.level for effort in efforts)} do the same here")
+        return
+    for previous, effort in zip((None, *efforts), efforts, strict=False):
+        if effort.refusal is not None:
+            text = f"cannot be planned: {effort.refusal}"
+        elif previous is not None and effort == attrs.evolve(previous, level=effort.level):
+            text = f"as {previous.level}"
+        else:
+            data = "" if effort.needs_data else "no data, "
+            text = f"{data}about {format_duration(effort.seconds)} ({' '.join(effort.settings)})"
+        say_fact("effort", f"{effort.level}: {text}")
 
 
 def _print_serving(plan: Plan) -> None:

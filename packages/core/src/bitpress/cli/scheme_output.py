@@ -92,6 +92,7 @@ class SchemeSummary:
             "bits": self.step.options.bits,
             "data": scheme.calibrated(self.step.options),
             "options": options,
+            "efforts": {level: dict(values) for level, values in scheme.efforts.items()},
             "hardware": findings,
         }
 
@@ -104,6 +105,9 @@ class SchemeSummary:
             for name, option in value["options"].items()
         ]
         print_table(("option", "values", "default", "what it sets"), rows)
+        for level, values in value["efforts"].items():
+            settings = " ".join(f"{name}={format_value(v)}" for name, v in values.items())
+            say(f"--effort {level}: {settings}")
         devices: dict[tuple[str, str], list[str]] = {}
         for finding in value["hardware"]:
             devices.setdefault((finding["level"], finding["text"]), []).append(finding["device"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bitpress.conformance import trial
-from bitpress.errors import SchemeError
-from bitpress.schemes import pipeline
+from bitpress.errors import RecipeError, SchemeError
+from bitpress.schemes import pipeline, stored_layout
 from bitpress.schemes.registry import Step
 from bitpress.schemes.values import Layer
 
@@ -29,6 +29,39 @@ def test_a_scheme_says_what_it_is_and_what_may_be_set(step: Step) -> None:
         assert step.options.bits, (
             "`Options.bits` must say how many bits a code takes, since codes are stored"
         )
+
+
+def test_a_level_of_effort_changes_how_weights_are_found_and_not_how_they_are_stored(
+    step: Step,
+) -> None:
+    defaults = step.scheme.step().options
+    explicit = {
+        name: value
+        for name, value in attrs.asdict(step.options).items()
+        if value != getattr(defaults, name)
+    }
+    expected = _describe_stored(step, step)
+    for level, options in step.scheme.efforts.items():
+        try:
+            level_step = step.scheme.step({**options, **explicit})
+        except RecipeError as e:
+            pytest.fail(f"EFFORTS[{level!r}] must go with every option that a user may set ({e})")
+        assert _describe_stored(level_step, step) == expected, (
+            f"EFFORTS[{level!r}] changes what is stored: tensors, shapes and config must be those "
+            "of the default options"
+        )
+        if level == "low" and level_step.calibrated:
+            assert step.calibrated, "EFFORTS['low'] must not need data where the defaults need none"
+
+
+def _describe_stored(step: Step, default_step: Step) -> tuple[object, object]:
+    """Dtypes and shapes of what a step stores, and its config, of a layer that the default one
+    takes.
+    """
+    rows, width = trial.height(default_step), trial.width(default_step)
+    stored = stored_layout.describe(rows, width, torch.bfloat16, (step,))
+    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.tensors.items()}
+    return specs, stored.config
 
 
 def test_members_of_a_stack_are_stored_as_their_rows_of_it(step: Step) -> None:

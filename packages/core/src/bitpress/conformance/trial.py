@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from bitpress.errors import RecipeError, ShapeError
-from bitpress.planning.recipe import from_scheme
+from bitpress.planning.recipe import RecipeChanges, from_scheme
 from bitpress.schemes import pipeline, stored_layout
 from bitpress.schemes.activation_quantizer import find_activation_quantizer
 from bitpress.schemes.registry import Registry, Scheme, Step
@@ -41,7 +41,9 @@ def variants(name: str, settings: Sequence[str], registry: Registry) -> dict[str
         Steps, by "defaults" or by the option that was set ("algorithm=rtn").
     """
     scheme = registry.get(name)
-    defaults = attrs.asdict(from_scheme(name, registry, settings).all_steps[0].options)
+    defaults = attrs.asdict(
+        from_scheme(name, registry, RecipeChanges(settings)).all_steps[0].options
+    )
     steps = {"defaults": scheme.step(defaults)}
     types_by_name = get_type_hints(scheme.options_type)
     # "fp8.weights=tensor", or "weights=tensor"

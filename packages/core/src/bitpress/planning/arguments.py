@@ -17,6 +17,7 @@ from bitpress.planning.evaluation_config import CHECK_TEXT
 from bitpress.planning.recipe_source import RecipeSource
 from bitpress.planning.run_options import RunOptions
 from bitpress.schemes.hardware import Hardware, find_device
+from bitpress.schemes.values import EFFORT_LEVELS, NORMAL_EFFORT
 
 # A size for people: `4GB`, `500 MB`, `1.5g`, `4GiB`, which is taken for 4GB.
 SIZE = re.compile(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*")
@@ -25,7 +26,7 @@ SIZE = re.compile(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*")
 def read_recipe_source(
     scheme: object, recipe: object, settings: object, ignore: object, copy: object
 ) -> RecipeSource:
-    """A scheme or a recipe, and what is changed in it."""
+    """A scheme or a recipe, and what is changed in it but for the level of effort."""
     recipe = read_recipe(recipe)
     return RecipeSource(
         read_scheme(scheme),
@@ -225,6 +226,16 @@ def _parse_size(text: str) -> int | None:
         return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " ")) if match else None
     except ValueError:
         return None
+
+
+def read_effort(value: Any) -> str:
+    """A level of effort; None for the normal one."""
+    if value is None:
+        return NORMAL_EFFORT
+    if value not in EFFORT_LEVELS:
+        levels = ", ".join(EFFORT_LEVELS)
+        raise RecipeError(f"effort: one of {levels} is expected, not {_describe(value)}")
+    return str(value)
 
 
 def read_flag(name: str, value: Any) -> bool:

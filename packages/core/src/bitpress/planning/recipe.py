@@ -13,7 +13,9 @@ from attrs import field, frozen
 from bitpress.checkpoint.layer_names import INDEX_PART
 from bitpress.errors import RecipeError, did_you_mean
 from bitpress.planning.layer_pattern import REGEX, matches, require_valid
+from bitpress.schemes.options import format_value
 from bitpress.schemes.registry import Registry, SchemeMatch, Step
+from bitpress.schemes.values import NORMAL_EFFORT
 
 # A recipe file has at most so many bytes ...
 MAX_FILE_BYTES = 100_000
@@ -46,18 +48,35 @@ class RuleTable:
 
 
 @frozen
+class RecipeChanges:
+    """What a user changes in a recipe, or in what its schemes do by themselves.
+
+    Attributes:
+        settings: `[SCHEME.]OPTION=VALUE` texts, which override all other options.
+        ignore: patterns of layers to copy unchanged.
+        effort: the level whose options schemes get where neither the recipe nor `settings` say
+            anything else.
+    """
+
+    settings: Iterable[str] = ()
+    ignore: Iterable[str] = ()
+    effort: str = NORMAL_EFFORT
+
+
+@frozen
 class Recipe:
     """Which layers get which steps.
 
     Attributes:
         rules: the first that matches a layer counts.
         ignore: patterns of layers that are copied unchanged, whatever the rules say.
-        aliases: a line for each name of a scheme that was taken for another.
+        notes: a line for each name of a scheme that was taken for another, and for each scheme
+            that was asked for at another level of effort than the normal one.
     """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = field(default=(), eq=False)
+    notes: tuple[str, ...] = field(default=(), eq=False)
 
     @property
     def all_steps(self) -> tuple[Step, ...]:
@@ -80,10 +99,10 @@ class Recipe:
     @property
     def needs_reference(self) -> bool:
         """Whether any step must see a layer's inputs in the source model too, or its gradients."""
-        return self.needs_gradients or any(
-            step.calibrated and step.scheme.takes_argument("observe", "reference")
-            for step in self.all_steps
-        )
+        # torch is imported where steps are asked, and not to read a recipe
+        from bitpress.schemes import pipeline
+
+        return self.needs_gradients or any(map(pipeline.takes_reference, self.all_steps))
 
     @property
     def needs_gradients(self) -> bool:
@@ -176,30 +195,26 @@ def _suggest(pattern: str, modules: Sequence[str]) -> str:
     return did_you_mean(pattern, patterns) or example
 
 
-def from_scheme(
-    name: str, registry: Registry, settings: Iterable[str] = (), ignore: Iterable[str] = ()
-) -> Recipe:
+def from_scheme(name: str, registry: Registry, changes: RecipeChanges = RecipeChanges()) -> Recipe:
     """The recipe of `--scheme NAME` for every linear layer of the decoder blocks.
 
     Args:
         name: of a scheme, or several joined by `+`, which become steps from left to right.
-        settings: `[SCHEME.]OPTION=VALUE` texts.
-        ignore: patterns of layers to copy unchanged.
+        changes: of the schemes' options, and layers to copy unchanged.
     """
     matches_by_name = {n: registry.find(n) for n in name.split("+")}
     schemes = [match.scheme.name for match in matches_by_name.values()]
-    overrides = _parse_settings(settings, schemes, registry)
+    overrides = _parse_settings(changes.settings, schemes, registry)
     steps = tuple(
-        match.step(overrides[match.scheme.name])
+        match.step(overrides[match.scheme.name], changes.effort)
         for match in map(matches_by_name.__getitem__, name.split("+"))
     )
-    return Recipe((Rule("*", steps),), tuple(ignore), _describe_aliases(matches_by_name))
+    notes = _describe_aliases(matches_by_name) + _describe_effort(steps, changes.effort)
+    return Recipe((Rule("*", steps),), tuple(changes.ignore), notes)
 
 
-def from_file(
-    file: Path, registry: Registry, settings: Iterable[str] = (), ignore: Iterable[str] = ()
-) -> Recipe:
-    """The recipe of a TOML file; `settings` override its options, `ignore` adds to it.
+def from_file(file: Path, registry: Registry, changes: RecipeChanges = RecipeChanges()) -> Recipe:
+    """The recipe of a TOML file, with changes.
 
     Raises:
         RecipeError: the file cannot be read, or is not a recipe; the message names the table.
@@ -219,38 +234,37 @@ def from_file(
         raise RecipeError(f"{file}: {e.strerror or e}") from None
     except (ValueError, RecursionError) as e:
         raise RecipeError(f"{file}: not valid TOML ({e})") from None
-    return from_json(table, registry, str(file), settings, ignore)
+    return from_json(table, registry, str(file), changes)
 
 
 def from_json(
     table: Mapping[str, Any],
     registry: Registry,
     origin: str,
-    settings: Iterable[str] = (),
-    ignore: Iterable[str] = (),
+    changes: RecipeChanges = RecipeChanges(),
 ) -> Recipe:
     """The recipe of a table `{"layers": [{"match", "steps"}], "ignore": [...]}`.
 
     Args:
         origin: what errors call the table.
-        settings: `[SCHEME.]OPTION=VALUE` texts, which override its options.
-        ignore: patterns added to its own.
+        changes: of its options, and patterns added to those that it ignores.
     """
     tables = parse_rules(table, origin)
     matches_by_name = {name: registry.find(name) for rule in tables for name, _ in rule.steps}
     schemes = dict.fromkeys(match.scheme.name for match in matches_by_name.values())
-    overrides = _parse_settings(settings, list(schemes), registry)
+    overrides = _parse_settings(changes.settings, list(schemes), registry)
 
-    rules = []
+    rules: list[Rule] = []
     for rule in tables:
         steps = []
         for name, options in rule.steps:
             match = matches_by_name[name]
-            steps.append(match.step({**options, **overrides[match.scheme.name]}))
+            values = {**options, **overrides[match.scheme.name]}
+            steps.append(match.step(values, changes.effort))
         rules += [Rule(pattern, tuple(steps)) for pattern in rule.patterns]
-    return Recipe(
-        tuple(rules), (*table.get("ignore", []), *ignore), _describe_aliases(matches_by_name)
-    )
+    all_steps = [step for rule in rules for step in rule.steps]
+    notes = _describe_aliases(matches_by_name) + _describe_effort(all_steps, changes.effort)
+    return Recipe(tuple(rules), (*table.get("ignore", []), *changes.ignore), notes)
 
 
 def _describe_aliases(matches_by_name: Mapping[str, SchemeMatch]) -> tuple[str, ...]:
@@ -259,6 +273,25 @@ def _describe_aliases(matches_by_name: Mapping[str, SchemeMatch]) -> tuple[str, 
         for name, match in matches_by_name.items()
         if name != match.scheme.name
     )
+
+
+def _describe_effort(steps: Sequence[Step], effort: str) -> tuple[str, ...]:
+    """For each scheme a line that says which options of a level it got; none at the normal one."""
+    if effort == NORMAL_EFFORT:
+        return ()
+    lines = []
+    for step in steps:
+        options = step.scheme.efforts.get(effort, {})
+        level_options = step.scheme.step(options).options
+        # those that the user has set otherwise win over the level
+        settings = [
+            f"{name}={format_value(getattr(step.options, name))}"
+            for name in options
+            if getattr(step.options, name) == getattr(level_options, name)
+        ]
+        choice = f"with {', '.join(settings)}" if settings else "as at normal effort"
+        lines.append(f"effort {effort}: {step.scheme.name} {choice}")
+    return tuple(dict.fromkeys(lines))
 
 
 def parse_rules(table: Mapping[str, Any], origin: str) -> list[RuleTable]:

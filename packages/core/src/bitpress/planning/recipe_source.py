@@ -10,8 +10,9 @@ from attrs import frozen
 
 from bitpress.errors import RecipeError
 from bitpress.planning import recipe
-from bitpress.planning.recipe import Recipe
+from bitpress.planning.recipe import Recipe, RecipeChanges
 from bitpress.schemes.registry import Registry
+from bitpress.schemes.values import NORMAL_EFFORT
 
 
 @frozen
@@ -25,6 +26,7 @@ class RecipeSource:
         ignore: patterns of layers to leave alone.
         copy: patterns of files of the model's folder to copy, beside those that loaders read.
         table: what a file would hold.
+        effort: the level of what is neither set nor in the recipe.
     """
 
     scheme: str | None = None
@@ -33,6 +35,7 @@ class RecipeSource:
     ignore: tuple[str, ...] = ()
     copy: tuple[str, ...] = ()
     table: Mapping[str, Any] | None = None
+    effort: str = NORMAL_EFFORT
 
     def require_one(self) -> None:
         """Raise RecipeError unless there is either a scheme or a recipe."""
@@ -45,12 +48,13 @@ class RecipeSource:
     def resolve(self, registry: Registry) -> Recipe:
         """The recipe; raises RecipeError where there is none."""
         self.require_one()
+        changes = RecipeChanges(self.settings, self.ignore, self.effort)
         if self.scheme is not None:
-            return recipe.from_scheme(self.scheme, registry, self.settings, self.ignore)
+            return recipe.from_scheme(self.scheme, registry, changes)
         if self.table is not None:
-            return recipe.from_json(self.table, registry, "recipe", self.settings, self.ignore)
+            return recipe.from_json(self.table, registry, "recipe", changes)
         assert self.file is not None
-        return recipe.from_file(self.file, registry, self.settings, self.ignore)
+        return recipe.from_file(self.file, registry, changes)
 
     @property
     def command_options(self) -> dict[str, object]:
@@ -60,6 +64,7 @@ class RecipeSource:
             # whoever repeats the run writes the table into one
             "--recipe": self.file if self.table is None else "FILE",
             "--set": self.settings,
+            "--effort": None if self.effort == NORMAL_EFFORT else self.effort,
             "--ignore": self.ignore,
             "--copy": self.copy,
         }

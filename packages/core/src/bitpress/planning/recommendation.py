@@ -2,11 +2,12 @@
 and from losses that were measured.
 
 Every scheme is planned with its defaults, and with the options of which it declares a measured
-loss. What cannot be planned, what the device does not run, what is too large for its memory and
-what makes nothing smaller is out. The others are ranked: first what is no fallback on the device;
-then what computes in the format, and not in 16 bits; then by the level that the scheme gives the
-device; then what needs no calibration data; then by the measured loss, in which less than a factor
-of two counts as nothing; then by whole bits per weight; then by name.
+loss; at another level of effort than the normal one with the options of that level, and with those
+of the losses that go with them. What cannot be planned, what the device does not run, what is too
+large for its memory and what makes nothing smaller is out. The others are ranked: first what is no
+fallback on the device; then what computes in the format, and not in 16 bits; then by the level that
+the scheme gives the device; then what needs no calibration data; then by the measured loss, in
+which less than a factor of two counts as nothing; then by whole bits per weight; then by name.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from bitpress.runtime.devices import count_cores
 from bitpress.runtime.memory import format_bytes
 from bitpress.schemes.hardware import Hardware, detect_device
 from bitpress.schemes.options import format_value
-from bitpress.schemes.registry import NO_SCHEMES, Registry, Step
-from bitpress.schemes.values import NOTHING_KNOWN, Finding, MeasuredLoss
+from bitpress.schemes.registry import NO_SCHEMES, Registry, Scheme, Step
+from bitpress.schemes.values import NORMAL_EFFORT, NOTHING_KNOWN, Finding, MeasuredLoss
 
 # The share of a device's memory that weights and cache may take. vLLM takes 0.92 by default
 # (--gpu-memory-utilization), for activations too.
@@ -144,19 +145,24 @@ class Recommendation:
 
 
 def recommend(
-    source: Checkpoint, registry: Registry, device: Hardware | None, memory: int | None
+    source: Checkpoint,
+    registry: Registry,
+    device: Hardware | None,
+    memory: int | None,
+    effort: str = NORMAL_EFFORT,
 ) -> Recommendation:
     """What to take for a checkpoint.
 
     Args:
         device: that will serve it; None: that of this machine.
         memory: bytes of that device.
+        effort: the level at which schemes are planned.
 
     Raises:
         BitpressError: the model cannot be compressed by any scheme, or none is installed.
     """
     device = device or detect_device()
-    variants = list(find_variants(registry))
+    variants = list(find_variants(registry, effort))
     if not variants:
         raise RecipeError(NO_SCHEMES)
     num_threads = count_cores()
@@ -223,23 +229,36 @@ def _find_needless_steps(chosen: Mapping[str, Alternative]) -> Iterator[Rejected
                 yield Rejected(scheme, "size", f"it is no smaller than {step.scheme.name} alone")
 
 
-def find_variants(registry: Registry) -> Iterator[Variant]:
-    """Every scheme with its defaults, and what its losses were measured of."""
+def find_variants(registry: Registry, effort: str = NORMAL_EFFORT) -> Iterator[Variant]:
+    """Every scheme with the options of a level of effort, and what its losses were measured of."""
     for scheme in registry.schemes.values():
-        default = Variant((scheme.step(),), {scheme.name: {}}, scheme.losses_of({}))
+        level = scheme.efforts.get(effort, {})
+        default = Variant((scheme.step(level),), {scheme.name: level}, scheme.losses_of(level))
         yield default
         all_options = [default.options]
         for loss in scheme.losses:
             names = [scheme.name, *([loss.then] if loss.then else [])]
             if any(name not in registry.schemes for name in names):
                 continue
-            options: dict[str, Mapping[str, Any]] = {name: {} for name in names}
-            options[scheme.name] = loss.options
+            if any(loss.options.get(name, value) != value for name, value in level.items()):
+                # measured at another level
+                continue
+            options = {name: registry.schemes[name].efforts.get(effort, {}) for name in names}
+            options[scheme.name] = {**level, **loss.options}
             if options in all_options:
                 continue
             all_options.append(options)
             steps = tuple(registry.schemes[name].step(options[name]) for name in names)
-            yield Variant(steps, options, scheme.losses_of(loss.options, loss.then))
+            yield Variant(steps, options, _find_losses(scheme, options, loss.then))
+
+
+def _find_losses(
+    scheme: Scheme, options: Mapping[str, Mapping[str, Any]], then: str | None
+) -> tuple[MeasuredLoss, ...]:
+    """Those that were measured with these options, the scheme that follows with its defaults."""
+    if then is not None and options[then]:
+        return ()
+    return scheme.losses_of(options[scheme.name], then)
 
 
 def _find_rejection(scheme: str, plan: Plan, memory: int | None) -> Rejected | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from bitpress.schemes.values import NORMAL_EFFORT
+
 
 @frozen
 class SearchGoal:
@@ -15,9 +17,11 @@ class SearchGoal:
         budget: stored bits per weight of the layers, scales included, to two decimals.
         settings: `[SCHEME.]OPTION=VALUE` texts, which override the options of schemes.
         ignore: patterns of layers to leave alone.
+        effort: the level of options that are not set.
     """
 
     schemes: tuple[str, ...]
     budget: float
     settings: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    effort: str = NORMAL_EFFORT

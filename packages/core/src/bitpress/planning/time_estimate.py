@@ -21,6 +21,7 @@ from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS, CalibrationC
 from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
 from bitpress.runtime.process_group import ProcessGroup
+from bitpress.schemes import pipeline
 
 # What one core does in a second.
 # Bytes of the source that are read and converted.
@@ -186,20 +187,22 @@ def _count_operations(
         per_gradient_token += 3 * forward
 
         for number, stack in enumerate(stack for stack in shard.stacks if stack.calibrated):
-            steps, (rows, width) = sum(step.calibrated for step in stack.steps), stack.shape
+            rows, width = stack.shape
             share = share_of(next(iter(stack.members.values())))
+            # Largest inputs, and other numbers for each channel, take next to no time.
+            steps = [step for step in stack.steps if pipeline.takes_second_moments(step)]
             # Drift is not measured where a router sends tokens: the source sends others.
-            has_drift = plan.recipe.needs_reference and share == 1
+            num_drifts = sum(map(pipeline.takes_reference, steps)) if share == 1 else 0
             # x xᵀ, the columns of each stripe from its first one on.
             gram = sum((c.stop - c.start) * (width - c.start) for c in stripes(width))
-            per_token += share * steps * 2 * gram
+            per_token += share * len(steps) * 2 * gram
             # The product of x with how far it has moved.
-            per_compared_token += has_drift * steps * 2 * width * width
+            per_compared_token += num_drifts * 2 * width * width
             # A factor of the Hessian; the sweep over columns and its loss; with drift, what makes
             # up for it.
             if share * tokens >= MIN_EXPERT_TOKENS:
-                factor_and_sweep = width / 3 + (6 if has_drift else 2) * rows
-                solutions[number % num_ranks] += steps * width * width * factor_and_sweep
+                factor_and_sweep = len(steps) * (width / 3 + 2 * rows) + num_drifts * 4 * rows
+                solutions[number % num_ranks] += width * width * factor_and_sweep
     return _Operations(per_token, per_compared_token, per_gradient_token, solutions)
 
 

@@ -22,8 +22,8 @@ Statistics = Mapping[str, Statistic]
 # What `observe` takes of a batch, where there is none.
 NO_BATCH = dict.fromkeys(("inputs", "reference", "residual", "output_gradient"))
 
-# Rows and columns of a weight of zeros, with which a scheme is asked what it observes.
-NUM_PROBE_ROWS = 128
+# Rows and columns of a weight of ones, with which a scheme is asked what it observes.
+NUM_PROBE_ROWS, NUM_PROBE_COLUMNS = 128, 256
 
 
 def observe_weights(
@@ -76,13 +76,45 @@ def _observe(step: Step, weight: torch.Tensor, **batch: torch.Tensor | None) -> 
 
 # A run asks for every batch and every layer.
 @functools.lru_cache(maxsize=64)
+def takes_reference(step: Step) -> bool:
+    """Whether a step, with its options, takes other statistics where it is given a layer's inputs
+    in the source model too: it is asked with one token, which that model has other inputs for.
+    """
+    if not step.calibrated or not step.scheme.takes_argument("observe", "reference"):
+        return False
+    weight, inputs = _make_probe()
+    alone = observe(step, weight, inputs) or {}
+    compared = observe(step, weight, inputs, reference=2 * inputs) or {}
+    return alone.keys() != compared.keys() or not all(
+        torch.equal(stat.value, compared[name].value) for name, stat in alone.items()
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def takes_second_moments(step: Step) -> bool:
+    """Whether a step, with its options, takes a statistic (in, in) of a layer's inputs: it is asked
+    with one token.
+    """
+    if not step.calibrated or not step.scheme.takes_argument("observe", "inputs"):
+        return False
+    shapes = {stat.value.shape for stat in (observe(step, *_make_probe()) or {}).values()}
+    return (NUM_PROBE_COLUMNS, NUM_PROBE_COLUMNS) in shapes
+
+
+def _make_probe() -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (out, in), and an input (1, in)."""
+    return torch.ones(NUM_PROBE_ROWS, NUM_PROBE_COLUMNS), torch.ones(1, NUM_PROBE_COLUMNS)
+
+
+@functools.lru_cache(maxsize=64)
 def takes_gradient(step: Step) -> bool:
     """Whether a step, with its options, takes statistics of the gradients of outputs: it is asked
     with one token.
     """
     if not step.calibrated or not step.scheme.takes_argument("observe", "output_gradient"):
         return False
-    weight, gradient = torch.zeros(NUM_PROBE_ROWS, NUM_PROBE_ROWS), torch.zeros(1, NUM_PROBE_ROWS)
+    weight, _ = _make_probe()
+    gradient = torch.zeros(1, NUM_PROBE_ROWS)
     return bool(observe_gradient(step, weight, gradient))
 
 

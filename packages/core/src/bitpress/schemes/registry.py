@@ -19,7 +19,7 @@ from bitpress.schemes import hookspecs
 from bitpress.schemes.compatibility import hook_fault, hook_names, version_fault
 from bitpress.schemes.deprecation import PluginManager
 from bitpress.schemes.options import Options, build_options
-from bitpress.schemes.values import MeasuredLoss
+from bitpress.schemes.values import EFFORT_LEVELS, NORMAL_EFFORT, MeasuredLoss
 
 # Entry point groups.
 SCHEMES, EXTENSIONS = "bitpress.schemes", "bitpress.extensions"
@@ -42,6 +42,7 @@ class Scheme:
         options_type: what users may set, a subclass of `bitpress.Options`.
         aliases: other names that users know, each with the options that it stands for.
         losses: that were measured on some models.
+        efforts: by level, the options that differ there from the default ones.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Scheme:
     options_type: type[Options]
     aliases: Mapping[str, Mapping[str, Any]]
     losses: tuple[MeasuredLoss, ...]
+    efforts: Mapping[str, Mapping[str, Any]]
     _hooks: Mapping[str, pluggy.HookCaller] = field(repr=False)
     _arguments: Mapping[str, tuple[str, ...]] = field(repr=False)
 
@@ -138,9 +140,11 @@ class SchemeMatch:
     scheme: Scheme
     options: Mapping[str, Any] = field(factory=dict)
 
-    def step(self, values: Mapping[str, Any]) -> Step:
-        """The scheme with the options that the name implies, which `values` override."""
-        return self.scheme.step({**self.options, **values})
+    def step(self, values: Mapping[str, Any], effort: str = NORMAL_EFFORT) -> Step:
+        """The scheme with the options of a level of effort, which those that the name implies
+        override, and these `values`.
+        """
+        return self.scheme.step({**self.scheme.efforts.get(effort, {}), **self.options, **values})
 
     def describe_alias(self, name: str) -> str:
         """One line that says what was taken for a name."""
@@ -296,7 +300,8 @@ def _check_plugin(manager: pluggy.PluginManager, plugin: Any, entry: metadata.En
         raise TypeError("Options is not a subclass of bitpress.Options")
     # The defaults must pass the scheme's own validators, and what other names imply too.
     build_options(options_type, {}, entry.name)
-    implied = [*_aliases(plugin).values(), *(loss.options for loss in _losses(plugin))]
+    implied = [*_aliases(plugin).values(), *_efforts(plugin).values()]
+    implied += [loss.options for loss in _losses(plugin)]
     for options in implied:
         build_options(options_type, options, entry.name)
 
@@ -310,6 +315,17 @@ def _aliases(plugin: Any) -> Mapping[str, Mapping[str, Any]]:
     ):
         raise TypeError("ALIASES is not a dict of names, each with a dict of options")
     return aliases
+
+
+def _efforts(plugin: Any) -> Mapping[str, Mapping[str, Any]]:
+    """A plugin's `EFFORTS`: the options of levels of effort."""
+    efforts = getattr(plugin, "EFFORTS", {})
+    levels = [level for level in EFFORT_LEVELS if level != NORMAL_EFFORT]
+    if not isinstance(efforts, Mapping) or not all(
+        level in levels and isinstance(options, Mapping) for level, options in efforts.items()
+    ):
+        raise TypeError(f"EFFORTS is not a dict of {' and '.join(levels)}, each a dict of options")
+    return efforts
 
 
 def _losses(plugin: Any) -> tuple[MeasuredLoss, ...]:
@@ -335,6 +351,7 @@ def _make_scheme(
         options_type=getattr(plugin, "Options", Options),
         aliases=_aliases(plugin),
         losses=_losses(plugin),
+        efforts=_efforts(plugin),
         hooks={hook: manager.subset_hook_caller(hook, others) for hook in hook_names(manager)},
         arguments={hook: hookimpl.argnames for hook, hookimpl in implementations.items()},
     )

@@ -26,7 +26,7 @@ from bitpress.output import evaluate
 from bitpress.planning import memory_estimate, recipe
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.planner import make_plan
-from bitpress.planning.recipe import Recipe, Rule
+from bitpress.planning.recipe import Recipe, RecipeChanges, Rule
 from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
 from bitpress.runtime import memory
@@ -69,7 +69,7 @@ def prepare_search(
         raise OutputError(f"{out}: there is no such folder to write it into")
 
     source = open_checkpoint(resolve(model))
-    candidate_recipe = _read_candidates(names, goal.settings)
+    candidate_recipe = _read_candidates(names, goal)
     candidates = {
         name: rule.steps for name, rule in zip(names, candidate_recipe.rules, strict=True)
     }
@@ -98,7 +98,7 @@ def prepare_search(
         goal.budget,
         max_bytes,
         data,
-        candidate_recipe.aliases,
+        candidate_recipe.notes,
     )
 
 
@@ -133,10 +133,11 @@ def run_search(
     return result
 
 
-def _read_candidates(names: Sequence[str], settings: Sequence[str]) -> Recipe:
+def _read_candidates(names: Sequence[str], goal: SearchGoal) -> Recipe:
     """A recipe with a rule for each candidate."""
     table = {"layers": [{"match": "*", "steps": _parse_steps(name)} for name in names]}
-    return recipe.from_json(table, discover(), "--schemes", settings)
+    changes = RecipeChanges(goal.settings, effort=goal.effort)
+    return recipe.from_json(table, discover(), "--schemes", changes)
 
 
 def _parse_steps(candidate: str) -> list[dict[str, str]]:

@@ -27,7 +27,7 @@ class SearchJob:
         budget: stored bits per weight, to two decimals.
         max_bytes: the same as bytes of all units.
         calibration: the sequences that candidates are fitted to and judged on.
-        aliases: a line for each name of a scheme that was taken for another.
+        notes: of the recipe of all candidates.
     """
 
     model: str
@@ -37,7 +37,7 @@ class SearchJob:
     budget: float
     max_bytes: int
     calibration: CalibrationData
-    aliases: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def plan(self) -> Plan:
