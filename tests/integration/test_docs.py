@@ -144,7 +144,7 @@ def walk(environment: dict[str, str], tmp_path: Path) -> Walk:
 
 # What the README shows of commands, but for lines of time and memory, which depend on the machine,
 # and for the figures of `eval`, which depend on the CPU.
-MACHINE_LINES = ("time ", "memory ")
+MACHINE_LINES = ("time ", "memory ", "effort ")
 
 
 def test_the_readme_shows_what_commands_print(environment: dict[str, str], tmp_path: Path) -> None:

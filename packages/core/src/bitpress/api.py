@@ -76,8 +76,7 @@ def plan(  # noqa: PLR0913
         scheme: a scheme's name, or several joined by `+`; give this or `recipe`.
         recipe: a TOML file, or a table as it holds: `{"layers": [{"match", "steps"}]}`.
         settings: `[SCHEME.]OPTION=VALUE` texts, or a table such as `{"group_size": 64}`.
-        effort: "low" (as little data and time as a scheme can do with), "normal", or "high" (its
-            best rounding); recipe and settings win over it.
+        effort: "low" (least data and time), "normal" or "high" (best rounding) in what is not set.
         ignore: patterns of layers to leave alone.
         copy: patterns of files to copy, beside those that loaders read.
         serve_on: the device that will serve the result, or its name; None: the one present.
@@ -85,10 +84,7 @@ def plan(  # noqa: PLR0913
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
-    recipe_source = attrs.evolve(
-        arguments.read_recipe_source(scheme, recipe, settings, ignore, copy),
-        effort=arguments.read_effort(effort),
-    )
+    recipe_source = arguments.read_recipe_source(scheme, recipe, (settings, ignore, effort), copy)
     hardware = arguments.read_hardware("serve_on", serve_on)
     plan = plan_from(arguments.read_model("model", model), recipe_source, hardware)
     log_warnings((*plan.warnings, *plan.device_remarks))
@@ -121,9 +117,9 @@ def recommend(
         BitpressError: the model cannot be compressed, or no scheme is installed.
     """
     level = arguments.read_effort(effort)
-    source = open_checkpoint(resolve(arguments.read_model("model", model)))
     device = arguments.read_hardware("serve_on", serve_on)
     num_bytes = arguments.read_size("memory", memory)
+    source = open_checkpoint(resolve(arguments.read_model("model", model)))
     return make_recommendation(source, discover(), device, num_bytes, level)
 
 
@@ -161,8 +157,6 @@ def compress(  # noqa: PLR0913
     written last: without it no loader takes the folder for a model.
 
     Args:
-        effort: "low" (as little data and time as a scheme can do with), "normal", or "high" (its
-            best rounding); recipe and settings win over it.
         copy: patterns of files to copy, beside those that loaders read.
         calibration: a .jsonl, .json, .txt or .parquet file, a folder of them, or a dataset's name;
             or a list of texts, or of rows as such files hold them. None takes the text that ships
@@ -192,10 +186,7 @@ def compress(  # noqa: PLR0913
             `config.json` was not written. After the second the shards stay, and the same call with
             another `max_kl` resumes from them.
     """
-    recipe_source = attrs.evolve(
-        arguments.read_recipe_source(scheme, recipe, settings, ignore, copy),
-        effort=arguments.read_effort(effort),
-    )
+    recipe_source = arguments.read_recipe_source(scheme, recipe, (settings, ignore, effort), copy)
     size = (samples, sequence_length, seed)
     config = arguments.read_calibration_config(
         calibration, size, CalibrationConfig(all_experts=all_experts)
@@ -308,11 +299,9 @@ def report(out: str | Path, file: str | Path | None = None) -> Path:
     """
     folder = arguments.read_path("out", out)
     name = folder.resolve().name
-    target = (
-        folder.resolve().with_name(f"{name}.html")
-        if file is None
-        else arguments.read_path("file", file)
-    )
+    target = folder.resolve().with_name(f"{name}.html")
+    if file is not None:
+        target = arguments.read_path("file", file)
     if target.exists() and not _is_page(target):
         raise OutputError(f"{target} is there and no page: name another file (--html)")
     content = render_page(read_manifest(folder), name)
@@ -393,10 +382,7 @@ def evaluate_model(
         # texts are tokenized as the reference tokenizes them, where there is one
         tokenizer_source = models[-1].checkpoint
         tokens = load_evaluation_text(
-            config,
-            tokenizer_source.folder,
-            tokenizer_source.config,
-            options.trust_remote_code,
+            config, tokenizer_source.folder, tokenizer_source.config, options.trust_remote_code
         )
         for text in tokens.warnings:
             warn(text, stacklevel=2)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "EFFORTS",
     "MEASURED_LOSSES",
     "Options",
     "dequantize",
@@ -40,6 +41,9 @@ __all__ = [
     "validate_hardware",
     "validate_shape",
 ]
+
+# As for `fp8`.
+EFFORTS: Mapping[str, Mapping[str, str]] = {"high": {"algorithm": "gptq"}}
 
 # On 60,000 tokens of a held-out text, benchmarks/README.md.
 MEASURED_LOSSES: Sequence[MeasuredLoss] = (MeasuredLoss("tiny-llama (11M)", 0.00217),)

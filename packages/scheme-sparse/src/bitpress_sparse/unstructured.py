@@ -26,6 +26,7 @@ from bitpress_sparse.pruning import (
 
 __all__ = [
     "ALIASES",
+    "EFFORTS",
     "MEASURED_LOSSES",
     "Options",
     "dequantize",
@@ -43,6 +44,9 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "wanda": {"algorithm": "wanda"},
     "sparsegpt": {"algorithm": "sparsegpt"},
 }
+
+# Magnitude is the default, and needs no data.
+EFFORTS: Mapping[str, Mapping[str, str]] = {"high": {"algorithm": "sparsegpt"}}
 
 # On 60,000 tokens of a held-out text, benchmarks/README.md.
 MEASURED_LOSSES: Sequence[MeasuredLoss] = (

@@ -11,6 +11,7 @@ import attrs
 import click
 
 from bitpress.cli import options
+from bitpress.cli.click_classes import Commands
 from bitpress.cli.completion import complete_candidate, complete_file, complete_scheme
 from bitpress.cli.output import CompressSummary, EvalSummary, InspectSummary, VerifySummary
 from bitpress.cli.plan_output import PlanSummary, Requirements, print_remarks
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @click.group(
-    cls=options.Commands,
+    cls=Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )

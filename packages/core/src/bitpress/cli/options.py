@@ -13,6 +13,7 @@ import attrs
 import click
 from attrs import frozen
 
+from bitpress.cli.click_classes import Argument
 from bitpress.cli.completion import (
     complete_computing_device,
     complete_device,
@@ -21,10 +22,8 @@ from bitpress.cli.completion import (
     complete_setting,
 )
 from bitpress.cli.text import store_is_quiet, store_is_verbose, store_wants_json, warn
-from bitpress.errors import BitpressError
 from bitpress.planning.arguments import read_size
 from bitpress.planning.evaluation_config import CHECK_TEXT
-from bitpress.runtime.logger import logger
 from bitpress.schemes.hardware import Hardware, find_device
 from bitpress.schemes.values import EFFORT_LEVELS, NORMAL_EFFORT
 
@@ -33,58 +32,6 @@ OLD_NAME_VALUE = "bitpress.old_name_value"
 
 # Gives a command an argument, or several.
 Decorator = Callable[[Any], Any]
-
-
-class Argument(click.Argument):
-    """An argument with a line of help, which click itself knows only lately."""
-
-    def __init__(self, names: Any, help: str, **kwargs: Any) -> None:
-        super().__init__(names, **kwargs)
-        self.help = help
-
-    def process_value(self, ctx: click.Context, value: Any) -> Any:
-        try:
-            return super().process_value(ctx, value)
-        except click.MissingParameter:
-            if not ctx.params.get("check"):
-                raise
-            hint = "--check takes the word after it: write it last, or before an option"
-            raise click.MissingParameter(hint, ctx, self) from None
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
-        return self.metavar or self.human_readable_name, self.help or ""
-
-
-class Command(click.Command):
-    """A command whose errors name its own help, also those of the parser."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except click.UsageError as e:
-            e.ctx = e.ctx or ctx
-            raise
-
-
-class Commands(click.Group):
-    """A group that lists its commands in the order in which they are written."""
-
-    command_class = Command
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; `--verbose` shows where its errors come from."""
-        try:
-            return super().invoke(ctx)
-        except BitpressError:
-            logger.debug("where the error comes from:", exc_info=True)
-            raise
-
-    def answer_shell(self, name: str) -> None:
-        """Where a shell asks for completions, or for the script that asks, answer and exit."""
-        self._main_shell_completion({}, name)
 
 
 def argument(name: str, metavar: str, help: str, **kwargs: Any) -> Decorator:

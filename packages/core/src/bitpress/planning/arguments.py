@@ -24,9 +24,14 @@ SIZE = re.compile(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*")
 
 
 def read_recipe_source(
-    scheme: object, recipe: object, settings: object, ignore: object, copy: object
+    scheme: object, recipe: object, changes: tuple[object, object, object], copy: object
 ) -> RecipeSource:
-    """A scheme or a recipe, and what is changed in it but for the level of effort."""
+    """A scheme or a recipe, and what is changed in it.
+
+    Args:
+        changes: settings, patterns of layers to ignore, and the level of effort.
+    """
+    settings, ignore, effort = changes
     recipe = read_recipe(recipe)
     return RecipeSource(
         read_scheme(scheme),
@@ -35,6 +40,7 @@ def read_recipe_source(
         read_texts("ignore", ignore),
         read_texts("copy", copy),
         recipe if isinstance(recipe, dict) else None,
+        read_effort(effort),
     )
 
 
