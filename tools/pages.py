@@ -95,6 +95,9 @@ def schemes() -> str:
             f"## {scheme['name']}\n\n{scheme['summary']}\n\nPackage: `{scheme['package']}`. "
             f"{bits}Calibration: {data}.\n"
         )
+        for level, options in scheme["efforts"].items():
+            settings = " ".join(f"`{name}={value}`" for name, value in options.items())
+            text.append(f"`--effort {level}`: {settings}\n")
         rows = [
             (f"`{n}`", o["values"], f"`{json.dumps(o['default'])}`", o["help"])
             for n, o in scheme["options"].items()
