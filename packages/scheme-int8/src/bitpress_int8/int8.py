@@ -86,6 +86,9 @@ class Options(bitpress.Options):
     smoothing: Literal["auto"] | float = option(
         "auto", "SmoothQuant: strength searched, given, or 0 for none", validator=_check_strength
     )
+    rotate: Literal["none", "hadamard"] = option(
+        "none", "hadamard: hidden states and heads are rotated (R1, R2), within the weights"
+    )
 
     @property
     def bits(self) -> float:
@@ -103,6 +106,11 @@ class Options(bitpress.Options):
         if self.smoothing == "auto":
             return self.algorithm == "gptq" or self.activations == "static"
         return self.smoothing != 0
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the model is rotated."""
+        return self.rotate != "none"
 
 
 # As many arguments as the hook has.

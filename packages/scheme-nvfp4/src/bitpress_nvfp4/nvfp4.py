@@ -67,6 +67,9 @@ class Options(bitpress.Options):
         "numbers that share a scale: fixed by the format",
         validator=_check_group_size,
     )
+    rotate: Literal["none", "hadamard"] = option(
+        "none", "hadamard: hidden states and heads are rotated (R1, R2), within the weights"
+    )
 
     @property
     def bits(self) -> float:
@@ -77,6 +80,11 @@ class Options(bitpress.Options):
     def calibrated(self) -> bool:
         """The scale of activations and error feedback come from data."""
         return self.activations == "quantized" or self.algorithm == "gptq"
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the model is rotated."""
+        return self.rotate != "none"
 
 
 # As many arguments as the hook has.

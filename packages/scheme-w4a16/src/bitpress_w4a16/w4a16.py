@@ -5,10 +5,11 @@ latency at low load.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from attrs import frozen
 
-from bitpress import Finding, Hardware, MeasuredLoss, hookimpl
+from bitpress import Finding, Hardware, MeasuredLoss, hookimpl, option
 from bitpress_w4a16.hardware import gpu_findings
 from bitpress_w4a16.weight_only import (
     WeightOnlyOptions,
@@ -63,10 +64,19 @@ MEASURED_LOSSES: Sequence[MeasuredLoss] = (
 class Options(WeightOnlyOptions):
     """Options of `w4a16`."""
 
+    rotate: Literal["none", "hadamard"] = option(
+        "none", "hadamard: hidden states and heads are rotated (R1, R2), within the weights"
+    )
+
     @property
     def bits(self) -> int:
         """Bits per code."""
         return 4
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the model is rotated."""
+        return self.rotate != "none"
 
 
 @hookimpl

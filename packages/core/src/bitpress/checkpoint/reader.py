@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -230,7 +230,7 @@ class Reader:
         self._pinned = pinned
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
-        self._transposed = threading.local()
+        self._computed = threading.local()
 
     def __enter__(self) -> Reader:
         return self
@@ -270,12 +270,16 @@ class Reader:
         return self.rows(entry, 0, entry.shape[0] if entry.shape else 1)
 
     def transposed(self, entry: Entry) -> torch.Tensor:
-        """All of a matrix, transposed. Each thread caches its last, which is read tile by tile."""
-        cache = self._transposed
+        """All of a matrix, transposed."""
+        return self.computed(entry, lambda: self.whole(entry).T)
+
+    def computed(self, entry: Entry, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What is computed of a tensor. Each thread caches its last, which is read tile by tile."""
+        cache = self._computed
         if getattr(cache, "entry", None) != entry:
             # The old matrix is released first, so that a thread never holds two.
-            cache.matrix = None
-            cache.entry, cache.matrix = entry, self.whole(entry).T
+            cache.entry = cache.matrix = None
+            cache.entry, cache.matrix = entry, compute()
         return cache.matrix  # type: ignore[no-any-return]
 
     def chunks(self, entry: Entry, size: int = 1 << 22) -> Iterator[torch.Tensor]:
@@ -284,13 +288,29 @@ class Reader:
         Each tensor overwrites the one before.
         """
         if isinstance(entry, View):
-            yield from torch.split(self.whole(entry).reshape(-1).view(torch.uint8), size)
+            yield from self._view_chunks(entry, size)
             return
         buffer = torch.empty(min(size, entry.nbytes), dtype=torch.uint8)
         for offset in range(0, entry.nbytes, size):
             chunk = buffer[: min(size, entry.nbytes - offset)]
             self._fill(entry, offset, chunk)
             yield chunk
+
+    def _view_chunks(self, view: View, size: int) -> Iterator[torch.Tensor]:
+        """The same of what is computed: rows by rows, so that a vocabulary's embeddings are never
+        in memory as a whole.
+        """
+        num_rows = view.shape[0]
+        step = max(size * num_rows // max(view.nbytes, 1), 1)
+        pending = torch.empty(0, dtype=torch.uint8)
+        for first in range(0, num_rows, step):
+            rows = self.rows(view, first, min(first + step, num_rows)).to(DTYPES[view.dtype])
+            pending = torch.cat([pending, rows.reshape(-1).view(torch.uint8)])
+            while len(pending) >= size:
+                yield pending[:size]
+                pending = pending[size:]
+        if len(pending):
+            yield pending
 
     def _fill(self, entry: Entry, offset: int, target: torch.Tensor) -> None:
         """Read the tensor's bytes from `offset` on into all of `target` (uint8)."""

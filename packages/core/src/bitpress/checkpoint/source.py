@@ -22,9 +22,11 @@ class Source(Checkpoint):
 
     Attributes:
         unsplit: experts that stay in one tensor, and why.
+        original: the model before its hidden states were rotated; None where they were not.
     """
 
     unsplit: tuple[fused_experts.UnsplitExperts, ...] = ()
+    original: Source | None = None
 
 
 def resolve_source(checkpoint: Checkpoint) -> Source:

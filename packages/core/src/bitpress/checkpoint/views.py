@@ -4,6 +4,7 @@ with scales. They are computed while they are read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -23,6 +24,9 @@ class MatrixReader(Protocol):
 
     def transposed(self, entry: Entry) -> torch.Tensor:
         """All of a matrix, transposed."""
+
+    def computed(self, entry: Entry, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What is computed of a whole tensor, and read by rows."""
 
 
 @frozen

@@ -9,6 +9,7 @@ from pathlib import Path
 from attrs import frozen
 
 from bitpress.checkpoint.reader import Reader
+from bitpress.checkpoint.rotated_source import unrotate
 from bitpress.compression.resources import Resources
 from bitpress.errors import VerificationError
 from bitpress.modeling.block_runner import RunnableModel
@@ -61,7 +62,7 @@ class AccuracyCheck:
     def measure(self, written: WrittenModel, resources: Resources, progress: Progress) -> Check:
         """Compare what was written with its source."""
         with Reader() as reader:
-            source = RunnableModel(self.plan.source, reader, self.plan.container)
+            source = _open_source(self.plan, reader)
             result = compressed_model.open_compressed(
                 written, reader, self.plan.container, self.plan.source.folder
             )
@@ -88,11 +89,16 @@ def prepare_check(
         RecipeError: the limit is too low even with hidden states on disk.
     """
     with Reader() as reader:
-        source = RunnableModel(plan.source, reader, plan.container)
+        source = _open_source(plan, reader)
         hidden_states_folder = evaluate.choose_folder(
             [source, source], text.input_ids, max_memory, folder
         )
     return AccuracyCheck(plan, text, hidden_states_folder)
+
+
+def _open_source(plan: Plan, reader: Reader) -> RunnableModel:
+    """The source as its files hold it: what a rotation loses counts as well."""
+    return RunnableModel(unrotate(plan.source), reader, plan.container)
 
 
 def require_accuracy(check: Check, max_kl: float | None, folder: Path) -> None:

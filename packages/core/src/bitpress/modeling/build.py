@@ -39,6 +39,9 @@ def build_model(
             config = transformers.AutoConfig.from_pretrained(
                 checkpoint.folder, trust_remote_code=trust_remote_code
             )
+            # a rotated model has a head of its own, whatever the folder's file says
+            if checkpoint.config.get("tie_word_embeddings") is False:
+                config.tie_word_embeddings = False
             for part in (config, config.get_text_config()):
                 # weights are given as they are computed with
                 part.__dict__.pop(KEY, None)

@@ -8,17 +8,27 @@ import attrs
 
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.hub import resolve
-from bitpress.checkpoint.reader import open_checkpoint
+from bitpress.checkpoint.reader import Checkpoint, open_checkpoint
+from bitpress.checkpoint.rotated_source import round_copies
 from bitpress.checkpoint.source import fuse_uncompressed_experts, resolve_source
 from bitpress.errors import CheckpointError, Fault
 from bitpress.output import file_proof
 from bitpress.output.engine_check import find_engine_faults
 from bitpress.output.file_proof import Workers
-from bitpress.output.manifest import is_intact, read_manifest
-from bitpress.output.open_model import read_written
+from bitpress.output.manifest import Manifest, is_intact, read_manifest
+from bitpress.output.open_model import read_recipe, read_written
 from bitpress.output.verify import VerificationReport, verify_tensors
+from bitpress.planning.rotation import rotate_source
 from bitpress.runtime.devices import torch_threads
 from bitpress.runtime.progress import Progress
+
+
+def _read_source(manifest: Manifest, folder: Path, against: str) -> Checkpoint:
+    """The source as the run has read it."""
+    source = resolve_source(open_checkpoint(resolve(against)))
+    if read_recipe(manifest, folder).rotates:
+        source = rotate_source(source)
+    return round_copies(fuse_uncompressed_experts(source, manifest.layers), manifest.layers)
 
 
 def prove_folder(
@@ -39,8 +49,7 @@ def prove_folder(
     manifest = read_manifest(folder)
     source = None
     if against is not None:
-        resolved = resolve_source(open_checkpoint(resolve(against)))
-        source = fuse_uncompressed_experts(resolved, manifest.layers)
+        source = _read_source(manifest, folder, against)
     # files are read, and then their layers, or with a source all their tensors
     file_bytes = sum(record.bytes for record in manifest.files.values() if record.header)
     layer_bytes = sum(layer.stored_bytes for layer in manifest.layers.values())

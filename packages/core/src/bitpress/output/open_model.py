@@ -13,6 +13,7 @@ from bitpress.output import compressed_model, verify as verification
 from bitpress.output.manifest import Manifest, read_manifest
 from bitpress.output.written_model import WrittenModel
 from bitpress.planning import linear_layers, recipe
+from bitpress.planning.recipe import Recipe
 from bitpress.schemes.registry import discover
 
 
@@ -35,10 +36,14 @@ def open_runnable_model(folder: Path, reader: Reader) -> RunnableModel:
 
 def read_written(manifest: Manifest, checkpoint: Checkpoint) -> WrittenModel:
     """An output as its manifest describes it."""
-    file = checkpoint.folder / filenames.MANIFEST
     return WrittenModel.from_manifest(
-        manifest, checkpoint, recipe.from_json(manifest.recipe, discover(), str(file))
+        manifest, checkpoint, read_recipe(manifest, checkpoint.folder)
     )
+
+
+def read_recipe(manifest: Manifest, folder: Path) -> Recipe:
+    """The recipe of an output's manifest."""
+    return recipe.from_json(manifest.recipe, discover(), str(folder / filenames.MANIFEST))
 
 
 def open_written(checkpoint: Checkpoint) -> WrittenModel:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from attrs import frozen
 
+from bitpress.checkpoint.rotated_source import estimate_reading
 from bitpress.checkpoint.views import View
 from bitpress.checkpoint.writer import format_json
 from bitpress.errors import DataError
@@ -180,6 +181,7 @@ def estimate_calibration(plan: Plan, tokens: int, length: int = 1) -> Calibratio
         embeddings + block + forward,
         num_blocks * block + max(solution + observing, forward, backward),
     )
+    on_disk += estimate_reading(plan.source)
     per_waiting_token = NUMBER_BYTES * (WAITING_STATES * plan.hidden_size + width)
     return CalibrationMemory(on_disk, int(on_disk + NUMBER_BYTES * states), per_waiting_token)
 
@@ -297,7 +299,7 @@ def _thread_bytes(plan: Plan) -> int:
 
     A layer as it is stored, whole and in the row tiles that were proved, what is made of a row tile
     on the way (16 float32 tensors of its size), and a matrix that is turned while it is read,
-    twice.
+    twice, or rotated.
     """
     stored = (stack.stored_bytes(module) for stack in plan.stacks for module in stack.members)
     transposed = (
@@ -306,4 +308,5 @@ def _thread_bytes(plan: Plan) -> int:
         if isinstance(entry, View) and entry.transposed
     )
     tile_bytes = NUMBER_BYTES * stored_layout.WEIGHTS_PER_TILE
-    return 2 * max(stored, default=0) + 16 * tile_bytes + 2 * max(transposed, default=0)
+    reading_bytes = 2 * max(transposed, default=0) + estimate_reading(plan.source)
+    return 2 * max(stored, default=0) + 16 * tile_bytes + reading_bytes

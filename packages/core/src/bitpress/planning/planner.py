@@ -18,6 +18,7 @@ from bitpress.checkpoint.engine_facts import (
     facts_of,
 )
 from bitpress.checkpoint.reader import Checkpoint
+from bitpress.checkpoint.rotated_source import round_copies, unrotate
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import Source, fuse_uncompressed_experts, resolve_source
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
@@ -27,6 +28,7 @@ from bitpress.planning.layout import Stack, cut_shards
 from bitpress.planning.plan import Plan
 from bitpress.planning.quantization_config import quantization_config
 from bitpress.planning.recipe import Recipe
+from bitpress.planning.rotation import rotate_source
 from bitpress.runtime.version import __version__
 from bitpress.schemes import stored_layout
 from bitpress.schemes.hardware import Hardware, detect_device
@@ -49,11 +51,13 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     """
     source = resolve_source(source)
     _require_unquantized(source)
+    engines = facts_of(source.config)
+    _require_head(source, engines)
+    if recipe.rotates:
+        source = rotate_source(source)
     layers = linear_layers.linear_layers(source)
     steps_of = _assign_steps(source, recipe, layers)
 
-    engines = facts_of(source.config)
-    _require_head(source, engines)
     stacks = _group_stacks(layers, steps_of, engines)
     for stack in stacks.values():
         _check_shapes(stack, engines)
@@ -68,7 +72,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     _require_no_other_tensors(source, fragments)
 
     # Experts of which none is compressed are copied as they lie in the files.
-    source = fuse_uncompressed_experts(source, fragments)
+    source = round_copies(fuse_uncompressed_experts(source, fragments), fragments)
     ignored = tuple(ignored_layers(source, fragments))
     # Raises where one config cannot describe all of the layers.
     quantization_config(fragments, ignored, engines)
@@ -278,6 +282,13 @@ def _warnings(
             "matches"
         )
     yield from _unchecked(source, compressed)
+    stored = unrotate(source).entries
+    if added := [entry for name, entry in source.entries.items() if name not in stored]:
+        size = sum(entry.nbytes for entry in added) / 1e9
+        yield (
+            f"{added[0].name} is stored beside the embeddings, to which it was tied ({size:.2f} GB "
+            "more): rotated, they differ"
+        )
     experts = [
         entry
         for entry in source.entries.values()

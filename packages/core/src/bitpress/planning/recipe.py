@@ -97,6 +97,11 @@ class Recipe:
         return any(step.calibrated for step in self.all_steps)
 
     @property
+    def rotates(self) -> bool:
+        """Whether any step asks for a rotated model: then all layers are rotated."""
+        return any(step.options.rotates for step in self.all_steps)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any step must see a layer's inputs in the source model too, or its gradients."""
         # torch is imported where steps are asked, and not to read a recipe

@@ -45,6 +45,15 @@ class Options:
         return None
 
     @property
+    def rotates(self) -> bool:
+        """Whether the hidden states of the whole model, and its heads' values, are to be rotated:
+        R1 and R2 of SpinQuant, folded into the weights before anything else is done.
+
+        Schemes call the option `rotate`: that is what the core's messages call it.
+        """
+        return False
+
+    @property
     def row_block(self) -> int:
         """How many consecutive rows share numbers (a block scale, a packed word).
 

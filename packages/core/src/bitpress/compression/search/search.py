@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bitpress.checkpoint.hub import resolve
-from bitpress.checkpoint.reader import Reader, open_checkpoint
+from bitpress.checkpoint.reader import Checkpoint, Reader, open_checkpoint
+from bitpress.checkpoint.source import resolve_source
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compression.search.allocation import Option, choose_options
 from bitpress.compression.search.candidates import SearchUnit, find_units
@@ -27,6 +28,7 @@ from bitpress.planning import memory_estimate, recipe
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.planner import make_plan
 from bitpress.planning.recipe import Recipe, RecipeChanges, Rule
+from bitpress.planning.rotation import rotate_source
 from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
 from bitpress.runtime import memory
@@ -68,8 +70,8 @@ def prepare_search(
     if not Path(out).absolute().parent.is_dir():
         raise OutputError(f"{out}: there is no such folder to write it into")
 
-    source = open_checkpoint(resolve(model))
     candidate_recipe = _read_candidates(names, goal)
+    source = _open_source(model, candidate_recipe)
     candidates = {
         name: rule.steps for name, rule in zip(names, candidate_recipe.rules, strict=True)
     }
@@ -131,6 +133,14 @@ def run_search(
     result = SearchResult(job, choice, divergences, judged.numel())
     OutputFolder(folder).write_text(Path(out).name, render_recipe(result))
     return result
+
+
+def _open_source(model: str | Path, candidate_recipe: Recipe) -> Checkpoint:
+    """The model in which candidates are compared and mixed: rotated, where one of them asks for
+    that.
+    """
+    source = open_checkpoint(resolve(model))
+    return rotate_source(resolve_source(source)) if candidate_recipe.rotates else source
 
 
 def _read_candidates(names: Sequence[str], goal: SearchGoal) -> Recipe:
