@@ -12,6 +12,8 @@ from fixtures.learner_scheme import CONFIG, runnable_model
 from transformers import AutoModelForCausalLM
 
 import bitpress
+from bitpress.api import evaluate
+from bitpress.conformance.models import llama_tensors
 
 LENGTH, TOKENS = 64, 64 * 16
 CASES = {
@@ -20,6 +22,7 @@ CASES = {
     "fp8, static": ("fp8", ["activations=static"]),
     "fp8 in blocks": ("fp8-block", []),
     "int8": ("int8", ["algorithm=rtn"]),
+    "int8, rotated": ("int8", ["algorithm=rtn", "rotate=hadamard"]),
     "int8, asymmetric": ("int8", ["algorithm=rtn", "symmetric_activations=false"]),
     "int8, static": ("int8", ["algorithm=rtn", "smoothing=0", "activations=static"]),
     "int8, static and asymmetric": (
@@ -75,3 +78,19 @@ def test_kl_divergence_agrees_with_transformers_within_one_percent(
     assert result.rise == pytest.approx(
         (p - q).gather(1, ids[1:, None]).mean().item(), rel=0.02, abs=1e-6
     )
+
+
+def test_int8_loses_less_of_a_rotated_model_with_outlier_channels(tmp_path: Path) -> None:
+    tensors = llama_tensors(config=CONFIG)
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensor[[5, 77]] *= 40
+    model, losses = runnable_model(tmp_path / "model", tensors), {}
+    for rotate in ("none", "hadamard"):
+        settings = ["algorithm=rtn", "smoothing=0", f"rotate={rotate}"]
+        out = tmp_path / rotate
+        bitpress.compress(model, out, scheme="int8", settings=settings)
+        text = tmp_path / "text.txt"
+        check = evaluate(out, text, model, sequence_length=LENGTH, max_tokens=TOKENS)
+        losses[rotate] = check.kl
+    assert losses["hadamard"] < losses["none"] / 2
