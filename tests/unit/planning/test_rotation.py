@@ -272,6 +272,32 @@ def test_a_search_compares_candidates_in_the_rotated_model(tmp_path: Path, toy: 
     assert not bitpress.verify(tmp_path / "out", model).faults
 
 
+def test_a_plan_says_that_the_other_tensors_are_rotated(tmp_path: Path, toy: Path) -> None:
+    model = write_model(tmp_path / "model")
+    words = ["plan", model, "--scheme", "toy", "--set"]
+    assert "tensors rotated alone" in command(*words, "rotate=true", path=toy).stdout
+    assert "tensors copied unchanged" in command(*words, "rotate=false", path=toy).stdout
+
+
+def test_a_model_in_fp8_is_rotated_as_what_it_stands_for(tmp_path: Path, toy: Path) -> None:
+    tensors = varied(llama_tensors())
+    name = "model.layers.0.self_attn.o_proj"
+    codes = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+    scale = torch.tensor([0.5])
+    weight = (codes.float() * scale).bfloat16()
+    plain = write_model(tmp_path / "plain", tensors | {f"{name}.weight": weight})
+    quantized = {f"{name}.weight": codes, f"{name}.weight_scale_inv": scale}
+    table = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    config = {**LLAMA, "quantization_config": table}
+    fp8 = write_model(tmp_path / "fp8", tensors | quantized, config)
+    for model in (plain, fp8):
+        out = tmp_path / f"{model.name}-out"
+        bitpress.compress(model, out, scheme="toy", settings=["rotate=true"])
+    first, second = tensors_of(tmp_path / "plain-out"), tensors_of(tmp_path / "fp8-out")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_a_head_that_is_missing_is_not_taken_for_a_tied_one(tmp_path: Path, toy: Path) -> None:
     tensors = llama_tensors()
     del tensors["lm_head.weight"]

@@ -142,14 +142,20 @@ def _print_layers(plan: Plan, lists_all: bool) -> None:
         # one rule for all explains nothing
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     print_table(columns, rows)
-    print_table(("copied unchanged", "why"), copied_rows)
+    print_table((_describe_copies(plan), "why"), copied_rows)
     if len(rows) + len(copied_rows) < len(layers) + len(copies):
         say("every layer by itself: --all")
 
 
+def _describe_copies(plan: Plan) -> str:
+    return "rotated alone" if plan.recipe.rotates else "copied unchanged"
+
+
 def _print_sizes(plan: Plan) -> None:
     num_layers = sum(len(stack.members) for stack in plan.stacks)
-    say(f"{num_layers} layers compressed, {len(plan.uncompressed)} tensors copied unchanged")
+    say(
+        f"{num_layers} layers compressed, {len(plan.uncompressed)} tensors {_describe_copies(plan)}"
+    )
     before, after = plan.source_bytes, plan.output_bytes
     say_fact(
         "size", f"{format_bytes(before)} -> {format_bytes(after)} ({before / after:.2f}x smaller)"
