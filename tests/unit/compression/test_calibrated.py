@@ -150,20 +150,20 @@ def test_every_layer_sees_the_inputs_that_the_compressed_layers_before_it_make(
 
 # batches are of 42 sequences
 @pytest.mark.parametrize(
-    ("tokens_per_channel", "num_sequences"),
-    [(16, SAMPLES), (1, 42)],
-    ids=["of all batches where tokens are few for the width", "of every eighth batch"],
+    ("tokens_per_channel", "reference", "num_sequences"),
+    [(16, "auto", SAMPLES), (1, "auto", 42), (1, "all", SAMPLES)],
+    ids=[
+        "of all batches where tokens are few for the width",
+        "of every eighth batch",
+        "of all batches where the user says so",
+    ],
 )
 def test_the_reference_is_what_the_source_makes(
-    tmp_path: Path,
-    learner: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tokens_per_channel: int,
-    num_sequences: int,
+    tmp_path: Path, learner: Path, tokens_per_channel: int, reference: str, num_sequences: int
 ) -> None:
-    monkeypatch.setattr(memory_estimate, "REFERENCE_TOKENS_PER_CHANNEL", tokens_per_channel)
     source = runnable_model(tmp_path / "m")
-    out = run(source, tmp_path / "o", "bits=2")
+    with patch.object(memory_estimate, "REFERENCE_TOKENS_PER_CHANNEL", tokens_per_channel):
+        out = run(source, tmp_path / "o", "bits=2", f"reference={reference}")
     layer = "model.layers.2.mlp.down_proj"
     moved = moved_before(source, out, layer, layer, num_sequences)
     torch.testing.assert_close(tensors_of(out)[f"{layer}.seen"][1], moved, rtol=1e-3, atol=1e-2)

@@ -23,7 +23,7 @@ from bitpress.errors import (
 from bitpress.schemes.deprecation import warn_renamed
 from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.hookspecs import hookimpl
-from bitpress.schemes.options import Options, option
+from bitpress.schemes.options import Options, ReferenceOptions, option
 from bitpress.schemes.values import Finding, Layer, MeasuredLoss, Statistic, StoredLayer
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ __all__ = [
     "Options",
     "OutputError",
     "RecipeError",
+    "ReferenceOptions",
     "SchemeError",
     "ShapeError",
     "Statistic",

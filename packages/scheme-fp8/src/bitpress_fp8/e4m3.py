@@ -23,7 +23,7 @@ ALGORITHM = "plain rounding, or errors fed forward on calibration data"
 
 
 @frozen
-class AlgorithmOptions(bitpress.Options):
+class AlgorithmOptions(bitpress.ReferenceOptions):
     """Options of both schemes."""
 
     algorithm: Literal["rtn", "gptq"] = option("rtn", ALGORITHM)

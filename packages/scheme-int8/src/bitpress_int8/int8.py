@@ -47,7 +47,10 @@ __all__ = [
 ALIASES: Mapping[str, Mapping[str, str]] = {"W8A8": {}, "W8A8_INT8": {}}
 
 # Plain rounding needs no data where scales of activations are dynamic.
-EFFORTS: Mapping[str, Mapping[str, str]] = {"low": {"algorithm": "rtn"}}
+EFFORTS: Mapping[str, Mapping[str, str]] = {
+    "low": {"algorithm": "rtn"},
+    "high": {"reference": "all"},
+}
 
 # tiny-llama: 60,000 tokens of a held-out text, benchmarks/README.md; SmolLM2: 16,384 of wikitext2.
 MEASURED_LOSSES: Sequence[MeasuredLoss] = (
@@ -67,7 +70,7 @@ def _check_strength(instance: Options, attribute: attrs.Attribute[Any], value: s
 
 
 @frozen
-class Options(bitpress.Options):
+class Options(bitpress.ReferenceOptions):
     """Options of `int8`."""
 
     algorithm: Literal["gptq", "rtn"] = option(

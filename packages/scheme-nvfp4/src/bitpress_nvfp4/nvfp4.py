@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 ALIASES: Mapping[str, Mapping[str, str]] = {"NVFP4A16": {"activations": "float"}}
 
 # Plain rounding needs data for the scale of rounded activations alone.
-EFFORTS: Mapping[str, Mapping[str, str]] = {"low": {"algorithm": "rtn"}}
+EFFORTS: Mapping[str, Mapping[str, str]] = {
+    "low": {"algorithm": "rtn"},
+    "high": {"reference": "all"},
+}
 
 # tiny-llama: 60,000 tokens of a held-out text, benchmarks/README.md; SmolLM2: 16,384 of wikitext2.
 MEASURED_LOSSES: Sequence[MeasuredLoss] = (
@@ -53,7 +56,7 @@ def _check_group_size(instance: Options, attribute: attrs.Attribute[Any], value:
 
 
 @frozen
-class Options(bitpress.Options):
+class Options(bitpress.ReferenceOptions):
     """Options of `nvfp4`."""
 
     activations: Literal["quantized", "float"] = option(

@@ -27,7 +27,7 @@ LAYOUT = "dense: zeros among the other weights; bitmask: for engines that still 
 
 
 @frozen
-class PruningOptions(bitpress.Options):
+class PruningOptions(bitpress.ReferenceOptions):
     """Options of both schemes."""
 
     algorithm: Literal["sparsegpt", "wanda", "magnitude"] = option("sparsegpt", ALGORITHM)

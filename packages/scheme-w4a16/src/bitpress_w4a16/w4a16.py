@@ -49,7 +49,10 @@ ALIASES: Mapping[str, Mapping[str, str | bool]] = {
 }
 
 # Plain rounding searches its scales too, and loses 4.5 times as much on tiny-llama.
-EFFORTS: Mapping[str, Mapping[str, str]] = {"low": {"algorithm": "rtn"}}
+EFFORTS: Mapping[str, Mapping[str, str]] = {
+    "low": {"algorithm": "rtn"},
+    "high": {"reference": "all"},
+}
 
 # tiny-llama: 60,000 tokens of a held-out text, benchmarks/README.md; SmolLM2: 16,384 of wikitext2.
 MEASURED_LOSSES: Sequence[MeasuredLoss] = (

@@ -49,7 +49,7 @@ ASYMMETRIC_RATIOS = {4: tuple(1.05 - 0.025 * i for i in range(21)), 8: (1.0,)}
 
 
 @frozen
-class WeightOnlyOptions(bitpress.Options):
+class WeightOnlyOptions(bitpress.ReferenceOptions):
     """Options of both schemes."""
 
     algorithm: Literal["gptq", "awq", "rtn"] = option("gptq", ALGORITHM)

@@ -102,6 +102,11 @@ class Recipe:
         return any(step.options.rotates for step in self.all_steps)
 
     @property
+    def full_reference(self) -> bool:
+        """Whether any step asks for all texts to be run through the source too."""
+        return any(step.options.full_reference for step in self.all_steps)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any step must see a layer's inputs in the source model too, or its gradients."""
         # torch is imported where steps are asked, and not to read a recipe

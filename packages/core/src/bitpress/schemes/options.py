@@ -38,6 +38,13 @@ class Options:
         return None
 
     @property
+    def full_reference(self) -> bool:
+        """Whether all texts are run through the source model too, where a step takes a `reference`
+        or gradients; otherwise as many are as the widest layer needs.
+        """
+        return False
+
+    @property
     def rescales(self) -> bool | None:
         """Whether factors for columns are to be chosen; None: exactly when there is a `rescale`
         hook.
@@ -78,6 +85,20 @@ def option(default: Any, help: str, **kwargs: Any) -> Any:
         kwargs: what else `attrs.field` takes: `validator`, ...
     """
     return attrs.field(default=default, metadata={"help": help}, **kwargs)
+
+
+@frozen
+class ReferenceOptions(Options):
+    """Base of the options of a scheme that takes a `reference`, or gradients."""
+
+    reference: Literal["auto", "all"] = option(
+        "auto", "texts that run through the source model too: as many as widths need, or all"
+    )
+
+    @property
+    def full_reference(self) -> bool:
+        """What the user says."""
+        return self.reference == "all"
 
 
 def build_options(cls: type[Options], values: Mapping[str, Any], scheme: str) -> Options:
