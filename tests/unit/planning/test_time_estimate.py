@@ -168,8 +168,12 @@ def test_more_ranks_take_less_time_but_for_fits_which_all_wait_for(tmp_path: Pat
     fits = [sum(share.solutions for share in shares) for shares in result]
     assert times == sorted(times, reverse=True)
     assert fits == pytest.approx([fits[0]] * 4)
-    assert times[-1] > fits[0] / time_estimate.SOLVE_RATE > 0
-    assert time_estimate.estimate_seconds(result[0], 4) == pytest.approx(times[0] / 4)
+    columns = [sum(share.columns for share in shares) for shares in result]
+    assert columns == [columns[0]] * 4
+    one_by_one = columns[0] * time_estimate.COLUMN_SECONDS
+    assert times[-1] > fits[0] / time_estimate.SOLVE_RATE + one_by_one
+    with_threads = time_estimate.estimate_seconds(result[0], 4)
+    assert with_threads - one_by_one == pytest.approx((times[0] - one_by_one) / 4)
 
 
 def test_experts_that_few_tokens_reach_are_not_fitted(tmp_path: Path) -> None:

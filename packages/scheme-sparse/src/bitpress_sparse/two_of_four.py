@@ -25,6 +25,7 @@ from bitpress_sparse.pruning import (
 
 __all__ = [
     "ALIASES",
+    "EFFORTS",
     "MEASURED_LOSSES",
     "Options",
     "dequantize",
@@ -44,6 +45,9 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "4:8": {"pattern": "4:8"},
     "6:8": {"pattern": "6:8"},
 }
+
+# No level needs no data: magnitude loses nine times as much.
+EFFORTS: Mapping[str, Mapping[str, str]] = {"high": {"reference": "all"}}
 
 # On 60,000 tokens of a held-out text, benchmarks/README.md.
 MEASURED_LOSSES: Sequence[MeasuredLoss] = (

@@ -7,6 +7,7 @@ made of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,12 +17,15 @@ from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.safetensors import BITS, Entry
 from bitpress.checkpoint.views import View
 from bitpress.numerics.gram import stripes
+from bitpress.numerics.output_hessian import ROW_GROUPS
+from bitpress.numerics.rows import ROW_TILE, ROWS_TOGETHER
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS, CalibrationConfig
 from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
+from bitpress.schemes.registry import Step
 
 # What one core does in a second.
 # Bytes of the source that are read and converted.
@@ -35,6 +39,10 @@ PRODUCT_RATE = 45e9
 
 # Floating-point operations in factors and error feedback.
 SOLVE_RATE = 25e9
+
+# Seconds that a column takes which is decided after others, whatever its rows and its threads: a
+# dozen calls of torch.
+COLUMN_SECONDS = 6e-5
 
 
 @frozen
@@ -50,6 +58,7 @@ class RankWork:
             sums over layers' inputs.
         solutions: floating-point operations on those sums, counted as if every calibrated step fed
             errors forward.
+        columns: that are decided one after the other.
     """
 
     reads: int
@@ -58,6 +67,7 @@ class RankWork:
     tokens: int = 0
     products: int = 0
     solutions: int = 0
+    columns: int = 0
 
 
 @frozen
@@ -69,12 +79,14 @@ class _Operations:
         per_compared_token: of a token that is run through the source's weights too, beside those.
         per_gradient_token: of a token that is run backward, beside those.
         solutions: what each rank solves.
+        columns: of these, decided one after the other.
     """
 
     per_token: float
     per_compared_token: float
     per_gradient_token: float
     solutions: Sequence[float]
+    columns: Sequence[int]
 
 
 def estimate_seconds(ranks: Sequence[RankWork], threads: int) -> float:
@@ -85,7 +97,8 @@ def estimate_seconds(ranks: Sequence[RankWork], threads: int) -> float:
         rank.reads / READ_RATE + rank.proves / VERIFY_RATE + rank.products / PRODUCT_RATE
         for rank in ranks
     )
-    return (longest + sum(rank.solutions for rank in ranks) / SOLVE_RATE) / threads
+    solving = sum(rank.solutions for rank in ranks) / SOLVE_RATE
+    return (longest + solving) / threads + sum(rank.columns for rank in ranks) * COLUMN_SECONDS
 
 
 def estimate_ranks(
@@ -169,6 +182,7 @@ def _calibrated_work(
             tokens,
             int(products),
             int(operations.solutions[group.rank]),
+            operations.columns[group.rank],
         )
 
 
@@ -176,7 +190,7 @@ def _count_operations(
     plan: Plan, blocks: Sequence[Shard], tokens: int, num_ranks: int
 ) -> _Operations:
     per_token, per_compared_token, per_gradient_token = 0.0, 0.0, 0.0
-    solutions = [0.0] * num_ranks
+    solutions, columns = [0.0] * num_ranks, [0] * num_ranks
     for shard in blocks:
         share_of = _token_shares(plan, shard)
         forward = sum(
@@ -203,7 +217,15 @@ def _count_operations(
             if share * tokens >= MIN_EXPERT_TOKENS:
                 factor_and_sweep = len(steps) * (width / 3 + 2 * rows) + num_drifts * 4 * rows
                 solutions[number % num_ranks] += width * width * factor_and_sweep
-    return _Operations(per_token, per_compared_token, per_gradient_token, solutions)
+                columns[number % num_ranks] += width * sum(_num_sweeps(s, rows) for s in steps)
+    return _Operations(per_token, per_compared_token, per_gradient_token, solutions, columns)
+
+
+def _num_sweeps(step: Step, rows: int) -> int:
+    """How many parts of the rows are swept one after the other."""
+    if pipeline.takes_gradient(step):
+        return min(ROW_GROUPS, rows) * math.ceil(rows / ROWS_TOGETHER)
+    return math.ceil(rows / ROW_TILE)
 
 
 def _file_bytes_of(shards: Sequence[Shard]) -> int:
