@@ -54,6 +54,11 @@ MEASURED_LOSSES: Sequence[MeasuredLoss] = (
     MeasuredLoss("tiny-llama (11M)", 0.0024),
     MeasuredLoss("SmolLM2-135M-Instruct", 0.0262),
     MeasuredLoss("tiny-llama (11M)", 0.00251, {"weights": "tensor", "activations": "static"}),
+    MeasuredLoss(
+        "tiny-llama (11M)",
+        0.00158,
+        {"weights": "tensor", "activations": "static", "algorithm": "gptq"},
+    ),
 )
 
 
