@@ -24,6 +24,7 @@ from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.metrics import Head
 from bitpress.planning.layout import Stack
 from bitpress.planning.memory_estimate import MAX_LOGITS
+from bitpress.runtime import memory
 from bitpress.schemes import pipeline
 from bitpress.schemes.values import Statistic
 
@@ -105,6 +106,9 @@ def observe_gradients(
             output, extra_outputs = call.run(block, hidden_states)
             outputs.append(output.cpu())
         states.append(outputs)
+        # the next block does not fit into the holes that this one leaves
+        del block
+        memory.release_freed_memory()
 
     gradients = states.pop()
     with open_head(decoder, extra_outputs) as head:
@@ -126,6 +130,8 @@ def observe_gradients(
             gradients[position] = _backward(block, call, hidden_states, gradient, observer)
         for group, by_step in zip(groups, observer.by_group, strict=True):
             statistics.add(group.stack.name, by_step)
+        del block, groups, observer
+        memory.release_freed_memory()
     return statistics
 
 
