@@ -349,8 +349,7 @@ def _compress_or_resume_block(
                 write_tensor(entry.name, parameter.to(DTYPES[entry.dtype]))
             else:
                 copy_entry(entry, entries[entry.name], run.reader, writer)
-            name = entry.name.removeprefix(prefix)
-            run.report_progress(copy_work(entry.nbytes), f"{name} · copying")
+            run.report_progress(copy_work(entry.nbytes), "copying")
         # before the shard has its name: a finished shard has its result beside it
         output.write_text(result_file.name, sign_json(result.as_json()))
     return result

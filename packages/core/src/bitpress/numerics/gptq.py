@@ -190,7 +190,7 @@ def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Fac
     largest = MAX_CORRECTION * weight.norm(dim=1)  # (out,)
     hessian, hessian_tokens = stats["hessian"].value, stats["tokens"].value.item()
     for damping in CORRECTION_DAMPINGS:
-        (rows,) = torch.where(correction.norm(dim=1) > largest)
+        rows = (correction.norm(dim=1) > largest).nonzero().squeeze(1)
         if not len(rows):
             break
         damped_factor = factorize_hessian(hessian, hessian_tokens, damping=damping)
