@@ -114,7 +114,7 @@ def plan(
         memory_estimate.estimate_scratch(plan, max(share.tokens for share in shares)),
         tuple(shares),
         num_threads,
-        estimate_seconds(plan),
+        time_estimate.estimate_seconds(shares, num_threads),
         effort.compare_efforts(plan, recipe, discover(), estimate_seconds),
     )
     remarks = tuple(tensor_parallel.remarks(plan, deployment.tensor_parallel))

@@ -4,6 +4,7 @@ makes up for the errors of those before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -51,6 +52,17 @@ def decide_rows(target: Tensor, row_factor: RowFactor | None, decide: Decide) ->
             decided[rows] = decide(own_target - feedback.shift(group, len(own_target)), rows)
             feedback.add(group, decided[rows] - own_target)
     return decided
+
+
+def count_sweeps(num_rows: int, is_two_sided: bool) -> int:
+    """How many parts of so many rows `decide_rows` decides one after the other.
+
+    Args:
+        is_two_sided: whether there is a `row_factor`.
+    """
+    if is_two_sided:
+        return min(ROW_GROUPS, num_rows) * math.ceil(num_rows / ROWS_TOGETHER)
+    return math.ceil(num_rows / ROW_TILE)
 
 
 class _RowFeedback:

@@ -7,7 +7,6 @@ made of it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,15 +16,13 @@ from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.safetensors import BITS, Entry
 from bitpress.checkpoint.views import View
 from bitpress.numerics.gram import stripes
-from bitpress.numerics.output_hessian import ROW_GROUPS
-from bitpress.numerics.rows import ROW_TILE, ROWS_TOGETHER
+from bitpress.numerics.rows import count_sweeps
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS, CalibrationConfig
 from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
-from bitpress.schemes.registry import Step
 
 # What one core does in a second.
 # Bytes of the source that are read and converted.
@@ -56,8 +53,8 @@ class RankWork:
         tokens: of calibration.
         products: floating-point operations on tokens (a product and a sum are two): forwards, and
             sums over layers' inputs.
-        solutions: floating-point operations on those sums, counted as if every calibrated step fed
-            errors forward.
+        solutions: floating-point operations on those sums, counted as if every step that takes
+            second moments fed errors forward.
         columns: that are decided one after the other.
     """
 
@@ -217,15 +214,9 @@ def _count_operations(
             if share * tokens >= MIN_EXPERT_TOKENS:
                 factor_and_sweep = len(steps) * (width / 3 + 2 * rows) + num_drifts * 4 * rows
                 solutions[number % num_ranks] += width * width * factor_and_sweep
-                columns[number % num_ranks] += width * sum(_num_sweeps(s, rows) for s in steps)
+                num_sweeps = sum(count_sweeps(rows, pipeline.takes_gradient(s)) for s in steps)
+                columns[number % num_ranks] += width * num_sweeps
     return _Operations(per_token, per_compared_token, per_gradient_token, solutions, columns)
-
-
-def _num_sweeps(step: Step, rows: int) -> int:
-    """How many parts of the rows are swept one after the other."""
-    if pipeline.takes_gradient(step):
-        return min(ROW_GROUPS, rows) * math.ceil(rows / ROWS_TOGETHER)
-    return math.ceil(rows / ROW_TILE)
 
 
 def _file_bytes_of(shards: Sequence[Shard]) -> int:
