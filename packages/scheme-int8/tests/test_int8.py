@@ -103,15 +103,71 @@ def test_hardware_is_judged_by_what_its_engine_runs(device: str, level: str) -> 
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_an_outlier_channel_is_smoothed_and_an_even_input_is_left_alone(static: bool) -> None:
+def test_an_outlier_channel_is_smoothed_most(static: bool) -> None:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
-    assert smoothing.factors(weight, smoothing.observe_channels(inputs()), None, static) is None
-    factors = smoothing.factors(
-        weight, smoothing.observe_channels(inputs(outlier=60)), None, static
-    )
+    stats = smoothing.observe_channels(inputs(outlier=60))
+    factors = smoothing.factors(weight, stats, None, static)
     assert factors is not None
     assert factors.argmax() == 5
-    assert torch.equal(factors, factors.log2().round().exp2())
+    assert factors[5] > 2 * factors[6:].max()
+
+
+def test_an_even_input_is_left_alone_where_tokens_have_scales_of_their_own() -> None:
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
+    assert smoothing.factors(weight, smoothing.observe_channels(inputs()), None, False) is None
+
+
+def test_one_scale_for_all_tokens_smooths_an_even_input_only_as_far_as_its_largest_differ() -> None:
+    weight, x = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)), inputs()
+    factors = smoothing.factors(weight, smoothing.observe_channels(x), None, static=True)
+    assert factors is not None
+    largest = x.abs().amax(0)
+    assert (x / factors).abs().amax() < 0.9 * largest.max()
+    assert factors.max() / factors.min() < largest.max() / largest.min()
+
+
+def test_two_thirds_is_the_strength_at_which_the_bound_of_the_inputs_error_is_least() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(48, 64, generator=generator) * torch.rand(64, generator=generator).exp()
+    x = inputs() * torch.randn(64, generator=generator).exp()
+    stats = smoothing.observe_channels(x)
+    powers, norms = x.double().pow(4).mean(0), weight.double().norm(dim=0)
+    s = smoothing.factors(weight, stats, 2 / 3, static=False)
+    assert s is not None
+    assert s.min() > smoothing.MIN_FACTOR
+
+    def bound(factors: torch.Tensor) -> float:
+        return float((powers / factors**4).sum().sqrt() * (factors * norms).square().sum())
+
+    least = bound(s.double())
+    for _ in range(20):
+        other = s.double() * (0.05 * torch.randn(64, generator=generator)).exp()
+        assert bound(other) > least
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.9])
+def test_a_strength_that_is_given_balances_inputs_against_columns(
+    strength: float, static: bool
+) -> None:
+    weight, x = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)), inputs(outlier=60)
+    x[:, 7] = 0
+    s = smoothing.factors(weight, smoothing.observe_channels(x), strength, static)
+    assert s is not None
+    sizes = x.abs().amax(0) if static else x.double().pow(4).mean(0).pow(0.25).float()
+    expected = sizes**strength / weight.norm(dim=0) ** (1 - strength)
+    used = torch.arange(64) != 7
+    ratios = s[used] / expected[used]
+    assert torch.allclose(ratios, ratios[:1].expand_as(ratios), rtol=1e-4)
+    assert s[7] == 1
+
+
+def test_a_channel_that_was_hardly_used_is_not_made_large() -> None:
+    weight, x = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)), inputs()
+    x[:, 7] *= 1e-9
+    s = smoothing.factors(weight, smoothing.observe_channels(x), 0.9, static=False)
+    assert s is not None
+    assert s[7] == s.min() == smoothing.MIN_FACTOR
 
 
 def test_smoothing_lowers_the_true_error_of_integer_arithmetic() -> None:

@@ -85,14 +85,13 @@ def test_zero_points_and_smaller_groups_lose_less() -> None:
     assert error(make_step(group_size="channel"), weight, x) > plain
 
 
-def test_awq_s_factors_are_powers_of_two_that_make_salient_channels_finer() -> None:
+def test_awq_s_factors_make_salient_channels_finer() -> None:
     weight, x = weights(), inputs(salient=20)
     step = make_step(algorithm="awq")
     stats = step.call(
         "observe", inputs=x, reference=None, residual=None, output_gradient=None, weight=weight
     )
     factors = step.call("rescale", layer=Layer("layer", weight, torch.bfloat16), stats=stats)
-    assert torch.equal(factors.log2(), factors.log2().round())
     assert factors[::16].min() > factors[1::16].max()
     scaled, unscaled, plain = (
         error(step, weight, x, factors),
@@ -110,9 +109,9 @@ def test_awq_leaves_channels_alone_that_are_alike() -> None:
     stats = step.call(
         "observe", inputs=x, reference=None, residual=None, output_gradient=None, weight=weights()
     )
-    assert (
-        step.call("rescale", layer=Layer("layer", weights(), torch.bfloat16), stats=stats) is None
-    )
+    factors = step.call("rescale", layer=Layer("layer", weights(), torch.bfloat16), stats=stats)
+    # the core rounds factors to eighths of octaves
+    assert factors is None or float(factors.log2().abs().max()) < 1 / 16
 
 
 @pytest.mark.parametrize("bad", [torch.nan, 0.0])

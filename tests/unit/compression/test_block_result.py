@@ -8,7 +8,7 @@ from bitpress.compression.calibration.block_result import BlockResult
 
 RESULT = BlockResult(
     {"model.layers.0.mlp.up_proj": 0.25},
-    {"model.layers.0.input_layernorm.weight": {"rows": [1, -2]}},
+    {"model.layers.0.input_layernorm.weight": {"rows": [1, -2.125]}},
     ["model.layers.0.mlp.up_proj: all its weights are zero"],
     {"model.layers.0.mlp.experts.0.up_proj": 3},
     {"model.layers.0.mlp.up_proj": 0.2},

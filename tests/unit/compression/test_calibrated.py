@@ -293,7 +293,7 @@ def test_a_block_s_weights_are_freed_as_soon_as_it_is_left(
 
 
 @pytest.mark.parametrize(
-    "factors", ["4 0.25 1 2 8", "0.3 5"], ids=["powers of two", "others, which are rounded to them"]
+    "factors", ["4 0.25 1 2 8", "0.3 5"], ids=["powers of two", "others, which are rounded"]
 )
 def test_factors_folded_into_what_makes_the_inputs_leave_the_function_as_it_was(
     tmp_path: Path, learner: Path, factors: str
@@ -372,7 +372,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_other_ones(
 
 @pytest.mark.parametrize(
     ("end", "setting"),
-    [("kill", "factors=2 1"), ("interrupt", "factors=2 1"), ("kill", "coarse=0.5")],
+    [("kill", "factors=1.3 0.7"), ("interrupt", "factors=2 1"), ("kill", "coarse=0.5")],
     ids=["killed", "interrupted", "killed, where inputs are rounded while serving"],
 )
 def test_a_run_that_ends_half_way_goes_on_and_writes_the_same_bytes(

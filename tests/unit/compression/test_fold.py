@@ -9,8 +9,10 @@ from torch import nn
 from bitpress.compression.calibration.fold import (
     Producer,
     find_producer,
-    fold_factors,
-    round_to_powers_of_two,
+    fold_into,
+    plan_fold,
+    read_rescalings,
+    round_to_exponents,
 )
 
 # Of a block with four query heads of two channels, and two heads of keys and values.
@@ -63,36 +65,61 @@ def test_where_it_is_not_known_what_makes_the_input_there_is_no_producer(
     assert find_producer([member], shapes, head_dim) is None
 
 
-def test_factors_become_the_nearest_powers_of_two() -> None:
-    factors = torch.tensor([1.0, 1.4, 1.5, 0.3, 1e9, 1e-9])
-    expected = torch.tensor([1.0, 1.0, 2.0, 0.25, 2.0**14, 2.0**-14])
-    assert torch.equal(round_to_powers_of_two(factors, None), expected)
+def test_exponents_are_the_nearest_eighths_within_what_float16_holds() -> None:
+    factors = torch.tensor([1.0, 1.04, 1.05, 2**0.5, 0.3, 1e9, 1e-9])
+    assert round_to_exponents(factors, None) == [0, 0, 0.125, 0.5, -1.75, 14, -14]
 
 
-def test_query_heads_that_share_a_head_of_values_get_one_factor() -> None:
+def test_query_heads_that_share_a_head_of_values_get_one_exponent() -> None:
     # two query heads of two channels share each of two heads of values
-    factors = torch.tensor([1.0, 4.0, 4.0, 16.0, 1.0, 1.0, 1.0, 4.0])
-    expected = torch.tensor([2.0, 8.0, 2.0, 8.0, 1.0, 2.0, 1.0, 2.0])
-    assert torch.equal(round_to_powers_of_two(factors, (2, 2)), expected)
+    factors = torch.tensor([1.0, 4.0, 4.0, 16.0, 1.0, 1.0, 2**0.5, 4.0])
+    assert round_to_exponents(factors, (2, 2)) == [1, 3, 1, 3, 0.25, 1, 0.25, 1]
 
 
-def test_a_fold_leaves_the_function_as_it_is_to_the_bit_and_its_inverse_undoes_it() -> None:
-    generator = torch.Generator().manual_seed(0)
-    block = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).requires_grad_(False)
-    for parameter in block.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    before = {name: parameter.clone() for name, parameter in block.named_parameters()}
-    inputs = torch.randn(5, 3, generator=generator)
-    expected, factors = block(inputs), torch.tensor([2.0, 0.5, 1.0, 8.0])
+def make_block() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).requires_grad_(False)
 
-    rescalings = fold_factors(block, ["1"], Producer("0"), factors)
-    assert torch.equal(block(inputs), expected)
-    assert torch.equal(block[1].weight, before["1.weight"] * factors)
+
+def test_columns_are_multiplied_by_the_exponents_and_rows_by_their_negatives() -> None:
+    rescalings = plan_fold(make_block(), ["1"], Producer("0"), [1, -0.125, 0, 3])
     assert {(r.tensor, r.axis): r.exponents for r in rescalings} == {
-        ("1.weight", "columns"): [1, -1, 0, 3],
-        ("0.weight", "rows"): [-1, 1, 0, -3],
-        ("0.bias", "rows"): [-1, 1, 0, -3],
+        ("1.weight", "columns"): [1, -0.125, 0, 3],
+        ("0.weight", "rows"): [-1, 0.125, 0, -3],
+        ("0.bias", "rows"): [-1, 0.125, 0, -3],
     }
+    # JSON has a -0.0
+    assert "-0.0" not in str([r.exponents for r in rescalings])
 
-    fold_factors(block, ["1"], Producer("0"), 1 / factors)
-    assert all(torch.equal(p, before[name]) for name, p in block.named_parameters())
+
+def test_rows_that_query_heads_share_are_multiplied_once() -> None:
+    block = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(8, 2))
+    exponents = [1, 3, 1, 3, 0.25, 1, 0.25, 1]
+    rescalings = plan_fold(block, ["1"], Producer("0", (2, 2)), exponents)
+    assert rescalings[-1].exponents == [-1, -3, -0.25, -1]
+
+
+def test_a_fold_changes_what_the_block_computes_by_roundings_alone() -> None:
+    block, inputs = make_block(), torch.randn(5, 3)
+    expected = block.double()(inputs.double())
+    rescalings = plan_fold(block, ["1"], Producer("0"), [1, -0.125, 2.375, 3])
+    fold_into(block.float(), rescalings)
+    assert torch.allclose(block(inputs).double(), expected, rtol=0, atol=1e-6)
+
+
+def test_folded_tensors_are_numbers_of_the_source_s_dtype() -> None:
+    block = make_block().bfloat16().float()
+    rescalings = plan_fold(block, ["1"], Producer("0"), [1, -0.125, 2.375, 3])
+    fold_into(block, rescalings, lambda name: torch.bfloat16)
+    for parameter in block.parameters():
+        assert torch.equal(parameter, parameter.bfloat16().float())
+
+
+def test_a_fold_that_is_read_again_gives_the_same_bits() -> None:
+    first, again = make_block(), make_block()
+    rescalings = plan_fold(first, ["1"], Producer("0"), [1, -0.125, 2.375, 3])
+    fold_into(first, rescalings)
+    rescaled = {f"layers.7.{r.tensor}": {r.axis: r.exponents} for r in rescalings}
+    fold_into(again, read_rescalings(rescaled, "layers.7."))
+    for parameter, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(parameter, other)

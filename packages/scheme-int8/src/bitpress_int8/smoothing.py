@@ -1,9 +1,15 @@
 """SmoothQuant's factors, their strength searched on statistics (Xiao et al., "SmoothQuant", arXiv
 2211.10438, equation 4).
 
-Large input channels are divided by s_j = a_jᵅ / w_j¹⁻ᵅ, and the weight's columns multiplied by it:
-a_j and w_j are the largest magnitudes of channel j among inputs and weights. α is the one with the
-least expected error of the layer's output, if that is well below the error without smoothing.
+Input channels are divided by s_j = a_jᵅ / w_j¹⁻ᵅ, and the weight's columns multiplied by it. In the
+paper a_j and w_j are largest magnitudes. Here w_j is the norm of column j. Where each token has its
+own scale, a_j is E[x_j⁴]^(1/4): the error of rounding inputs is then at most
+
+    (Σ_j a_j⁴ / s_j⁴)^(1/2) Σ_j s_j² w_j²
+
+Its derivatives vanish where a_j⁴ / s_j⁴ is proportional to s_j² w_j², and so s_j to (a_j⁴ /
+w_j²)^(1/6): that is α = 2/3. The error of rounding the weight asks for less. α is the one with the
+least expected error of both.
 """
 
 from __future__ import annotations
@@ -20,26 +26,23 @@ if TYPE_CHECKING:
 # Exponents α that are tried.
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
-# A token's largest input is bounded by the eighth root of the sum of its eighth powers.
-POWER = 8
+# Smoothing must leave at most this part of the expected error: a smaller gain may be none.
+MAX_ERROR_LEFT = 0.9
 
-# Inputs are divided by it first, so that their eighth powers stay within float32.
-UNIT = 256.0
-
-# With a scale per token, smoothing must leave at most this part of the expected error: that is a
-# bound, and a small gain in it may be none.
-MAX_ERROR_LEFT = 0.25
+# A channel that calibration hardly used does not become the largest where it is used.
+MIN_FACTOR = 1 / 64
 
 
 def observe_channels(inputs: Tensor) -> dict[str, Statistic]:
     """What `factors` needs of inputs (tokens, in): per channel the largest magnitude, the sum of
-    squares and that of eighth powers, (in,) each; and the number of tokens.
+    squares and that of fourth powers, (in,) each; and the number of tokens.
     """
     x = inputs.float()
+    squares = x.square()
     return {
         "channel_amax": Statistic(x.abs().amax(0), "max"),
-        "channel_squares": Statistic(x.square().sum(0), "sum"),
-        "channel_powers": Statistic((x / UNIT).square().square().square().sum(0), "sum"),
+        "channel_squares": Statistic(squares.sum(0), "sum"),
+        "channel_powers": Statistic(squares.square_().sum(0), "sum"),
         "channel_tokens": Statistic(x.new_tensor(float(len(x))), "sum"),
     }
 
@@ -56,23 +59,25 @@ def factors(
         static: whether activations have one scale for all tokens.
 
     Returns:
-        (in,) powers of two, by which columns are multiplied; None where the error is well enough
-        without them.
+        (in,) by which columns are multiplied; None where the error is hardly less with them.
     """
     if "channel_amax" not in stats:
         return None
-    input_amax = stats["channel_amax"].value  # (in,), a_j
-    weight_amax = numerics.absmax(weight, dim=0).squeeze(0)  # (in,), w_j
-    is_used = (input_amax > 0) & (weight_amax > 0)
+    size = stats["channel_amax"].value
+    if not static:
+        tokens = stats["channel_tokens"].value.clamp(min=1)
+        size = (stats["channel_powers"].value / tokens).pow(0.25)
+    norm = weight.norm(dim=0)
+    is_used = (size > 0) & (norm > 0)  # (in,)
 
     best = None
-    least_error = expected_error(weight, stats, None, static) * (1 if static else MAX_ERROR_LEFT)
+    least_error = expected_error(weight, stats, None, static) * MAX_ERROR_LEFT
     for alpha in STRENGTHS if strength is None else (strength,):
-        s = (input_amax**alpha / weight_amax ** (1 - alpha)).masked_fill(~is_used, 1.0)
+        s = (size**alpha / norm ** (1 - alpha)).masked_fill(~is_used, 1.0)
         # Around a geometric mean of 1, so that unused channels stand in the middle.
         if is_used.any():
             s = (s / s[is_used].log().mean().exp()).masked_fill(~is_used, 1.0)
-        s = s.clamp(1e-4, 1e4).log2().round().exp2()
+        s = s.clamp(min=MIN_FACTOR)
         error = expected_error(weight, stats, s, static)
         if strength is not None or error < least_error:
             best, least_error = s, error
@@ -86,7 +91,7 @@ def expected_error(
     / s to INT8.
 
     A step of a row is its largest magnitude / 127.5; that of a token its largest input / 127.5,
-    whose square's mean is at most (Σ_j E[(x_j / s_j)⁸])^(1/4).
+    whose square's mean is at most (Σ_j E[(x_j / s_j)⁴])^(1/2).
     """
     tokens = stats["channel_tokens"].value.clamp(min=1)
     squares = stats["channel_squares"].value / tokens
@@ -94,13 +99,10 @@ def expected_error(
     input_amax = stats["channel_amax"].value
     if s is not None:
         weight = weight * s
-        squares, powers = squares / s**2, powers / s**POWER
+        squares, powers = squares / s**2, powers / s**4
         input_amax = input_amax / s
 
-    if static:
-        token_amax_squared = input_amax.amax().square()
-    else:
-        token_amax_squared = powers.sum() ** (2 / POWER) * UNIT**2
+    token_amax_squared = input_amax.amax().square() if static else powers.sum().sqrt()
     row_amax_squared = numerics.absmax(weight, dim=1).square().sum()
     weight_error = row_amax_squared * squares.sum()
     input_error = token_amax_squared * weight.square().sum()

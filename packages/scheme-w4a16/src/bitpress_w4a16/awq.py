@@ -42,7 +42,7 @@ def factors(
         symmetric: whether there are no zero points.
 
     Returns:
-        (in,) powers of two, by which columns are multiplied; None where none are better than 1.
+        (in,) by which columns are multiplied; None where none are better than 1.
     """
     import torch
 
@@ -55,16 +55,11 @@ def factors(
     sample = weight[rows]
     fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
 
-    tried: set[tuple[float, ...]] = set()
     best, least_loss = None, torch.inf
     for alpha in EXPONENTS:
-        # Powers of two, as the core folds them; neighboring exponents may give the same.
-        s = input_power.log2().mul(alpha / 2)
-        s = (s - s.mean()).round().exp2()
-        if tuple(s.tolist()) in tried:
-            continue
-        tried.add(tuple(s.tolist()))
-
+        # around a geometric mean of 1
+        s = input_power.log().mul(alpha / 2)
+        s = (s - s.mean()).exp()
         scaled = sample * s
         grid = fit(scaled, input_power / s.square(), bits, group_size, RATIOS)
         error = grid.rounded(scaled) / s - sample

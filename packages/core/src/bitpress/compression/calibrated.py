@@ -18,10 +18,11 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from bitpress.checkpoint.filenames import BLOCK_RESULT_SUFFIX
-from bitpress.checkpoint.reader import DTYPES, Reader
+from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import read_header
 from bitpress.checkpoint.signed_json import is_signed, sign_json
 from bitpress.checkpoint.writer import OutputFolder, copy_entry
+from bitpress.compression.calibration import fold
 from bitpress.compression.calibration.activation_streams import (
     ActivationStreams,
     ReferenceStates,
@@ -43,6 +44,7 @@ from bitpress.modeling.capture import CapturedInputs, capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.tokens import CalibrationData
+from bitpress.output.rescaling import rescale
 from bitpress.planning import memory_estimate
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
@@ -325,13 +327,18 @@ def _compress_or_resume_block(
         and is_signed(result_file.read_bytes())
     )
     if process_group.broadcast_object(is_finished):
+        result = BlockResult.from_json(json.loads(result_file.read_text()))
         _install_finished_block(run, shard, prefix, streams.block)
+        if streams.source_block is not None:
+            # as the earlier run did: later blocks are given the same numbers
+            fold.fold_into(streams.source_block, fold.read_rescalings(result.rescaled, prefix))
         run.report_progress(shard.work_bytes, FINISHED_EARLIER)
-        return BlockResult.from_json(json.loads(result_file.read_text()))
+        return result
 
     assert shard.block is not None
+    gradients_by_stack = gradients.of_block(shard.block, shard.stacks)
     block_plan = BlockPlan(
-        prefix, shard.stacks, plan.head_dim, gradients.of_block(shard.block, shard.stacks)
+        prefix, shard.stacks, plan.head_dim, plan.source.entries, gradients_by_stack
     )
     if not process_group.is_rank_zero:
         return compress_block(block_plan, streams, lambda name, tensor: None, run.report_progress)
@@ -345,8 +352,8 @@ def _compress_or_resume_block(
         result = compress_block(block_plan, streams, write_tensor, run.report_progress)
         for entry in shard.copies:
             if entry.name in result.rescaled:
-                parameter = streams.block.get_parameter(entry.name.removeprefix(prefix))
-                write_tensor(entry.name, parameter.to(DTYPES[entry.dtype]))
+                source = run.reader.whole(entry)
+                write_tensor(entry.name, rescale(source, result.rescaled[entry.name]))
             else:
                 copy_entry(entry, entries[entry.name], run.reader, writer)
             run.report_progress(copy_work(entry.nbytes), "copying")

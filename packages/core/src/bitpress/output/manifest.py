@@ -5,7 +5,7 @@ the error of every layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -19,13 +19,11 @@ from bitpress.checkpoint.reader import read_json
 from bitpress.checkpoint.safetensors import is_name
 from bitpress.checkpoint.signed_json import OWN_DIGEST, is_signed, sign_json
 from bitpress.errors import CheckpointError
+from bitpress.output.rescaling import Rescaled
 from bitpress.output.typed_json import parse_typed
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 
 Described = TypeVar("Described")
-
-# Exponents of two, by the axis ("columns", "rows") that they multiply.
-Rescaled = Mapping[str, Sequence[int]]
 
 
 _is_digest = validators.optional(validators.matches_re("[0-9a-f]{64}"))

@@ -14,7 +14,7 @@ from attrs import frozen
 from bitpress.checkpoint.engine_facts import facts_of
 from bitpress.checkpoint.filenames import CONFIG
 from bitpress.checkpoint.model_config import KEY
-from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint, Reader
+from bitpress.checkpoint.reader import NAMES, Checkpoint, Reader
 from bitpress.checkpoint.safetensors import TensorSpec
 from bitpress.errors import BitpressError, Fault
 from bitpress.output.file_proof import Workers
@@ -211,7 +211,7 @@ def _measure_layer(
             reference = None
             if source_entry is not None:
                 rows = reader.rows(source_entry, first, last)
-                reference = written.rescale_source(rows, source_entry.name, first)
+                reference = written.rescale_source(rows, source_entry.name, first).float()
             stored, shape = StoredLayer(tensors, config), (last - first, num_columns)
             measured |= measure_stored(stored, steps, shape, reference)
     except BitpressError as e:
@@ -237,7 +237,7 @@ def _verify_copies(
         is_same = copy.spec == entry.spec
         if is_same and name in written.rescaled:
             rescaled = written.rescale_source(reader.whole(entry), name)
-            is_same = torch.equal(rescaled.to(DTYPES[entry.dtype]), reader.whole(copy))
+            is_same = torch.equal(rescaled, reader.whole(copy))
         elif is_same:
             is_same = all(map(torch.equal, reader.chunks(entry), reader.chunks(copy)))
         workers.report_progress(entry.nbytes, name)

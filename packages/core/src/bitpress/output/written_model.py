@@ -10,7 +10,8 @@ from attrs import field, frozen
 from bitpress.checkpoint.reader import DTYPES, Checkpoint, Reader
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import CheckpointError
-from bitpress.output.manifest import LayerRecord, Manifest, Rescaled
+from bitpress.output.manifest import LayerRecord, Manifest
+from bitpress.output.rescaling import Rescaled, rescale
 from bitpress.planning.recipe import Recipe
 from bitpress.schemes import stored_layout
 from bitpress.schemes.registry import Step
@@ -102,14 +103,6 @@ class WrittenModel:
             first_row: where these rows begin in it.
 
         Returns:
-            float32 of the same shape.
+            Of the same shape and dtype.
         """
-        exponents = self.rescaled.get(name, {})
-        rescaled = tensor.float()
-        if "columns" in exponents:
-            rescaled = rescaled * torch.tensor(exponents["columns"]).exp2()
-        if "rows" in exponents:
-            last_row = first_row + len(rescaled)
-            factors = torch.tensor(exponents["rows"][first_row:last_row]).exp2()
-            rescaled = rescaled * factors.reshape(-1, *[1] * (rescaled.ndim - 1))
-        return rescaled
+        return rescale(tensor, self.rescaled.get(name, {}), first_row)

@@ -79,9 +79,9 @@ def observe(  # noqa: PLR0913, PLR0917
 def rescale(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Tensor | None:
     """Positive factors (in,) for the columns of the weight, as SmoothQuant and AWQ choose them.
 
-    The core rounds the factors to powers of two, so that the fold is exact in every float format,
-    multiplies the columns, and folds the inverse into whatever produces the input: the function is
-    unchanged. Where nothing could take the inverse it is not called.
+    The core rounds the factors to 2^(k/8) with whole k, multiplies the columns, and folds the
+    inverse into whatever produces the input: the function is unchanged but for the rounding of
+    these tensors to their dtype. Where nothing could take the inverse it is not called.
 
     Returns:
         (in,) float32; None to leave the columns alone.

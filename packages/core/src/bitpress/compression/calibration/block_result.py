@@ -7,6 +7,8 @@ from typing import Any
 
 from attrs import field, frozen
 
+from bitpress.output.rescaling import Rescaled
+
 
 @frozen
 class BlockResult:
@@ -23,7 +25,7 @@ class BlockResult:
     """
 
     output_errors: Mapping[str, float]
-    rescaled: Mapping[str, Mapping[str, Sequence[int]]]
+    rescaled: Mapping[str, Rescaled]
     warnings: Sequence[str]
     num_tokens: Mapping[str, int]
     rounding_errors: Mapping[str, float] = field(factory=dict)

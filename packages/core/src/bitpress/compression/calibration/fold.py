@@ -1,15 +1,16 @@
 """Factors for the columns of a layer group, their inverse folded into what produces its input.
 
 This is SmoothQuant's and AWQ's per-channel scaling: diag(s) W and x diag(1/s). Factors are rounded
-to powers of two, so that no multiplication rounds: the block computes the same function to the bit
-wherever multiplication commutes.
+to eighths of octaves, for which the manifest has short exact numbers, and products to the dtype of
+the source, in which norms are stored: the block computes the same function but for these roundings.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from attrs import frozen
 from torch import Tensor, nn
 
@@ -22,13 +23,18 @@ from bitpress.compression.calibration.statistics import (
     observe_inputs,
     reduce_statistics,
 )
+from bitpress.output.rescaling import Rescaled, rescale
 from bitpress.schemes import pipeline
 
 # Factors are kept between its inverse and it: 2**-14 is the smallest normal number of float16.
 MAX_FACTOR = 2.0**14
 
-# Part of a block's output by which a fold may move it, through roundings alone: one that moves it
-# further has changed the function, and is undone.
+# Factors from a number to its double. With 8 bits for weights and inputs, a model of 11 million
+# weights lost 2 % more with 4 of them, and no less with 16.
+STEPS_PER_OCTAVE = 8
+
+# Part of a block's output by which a fold of powers of two may move it, through roundings alone:
+# one that moves it further has changed the function.
 MAX_OUTPUT_CHANGE = 1e-2
 
 
@@ -46,18 +52,19 @@ class Producer:
     shared_heads: tuple[int, int] | None = None
 
 
-@frozen(eq=False)
+@frozen
 class Rescaling:
-    """A tensor of the block whose columns or rows were multiplied by powers of two.
+    """What a fold does to a tensor of the block.
 
     Attributes:
-        axis: "columns" or "rows".
+        tensor: its name within the block.
+        axis: "columns" or "rows", which are multiplied.
         exponents: of two, one for each.
     """
 
     tensor: str
     axis: str
-    exponents: list[int]
+    exponents: Sequence[float]
 
 
 @frozen
@@ -69,7 +76,7 @@ class FoldResult:
         warnings: of groups whose factors could not be folded, one line each.
     """
 
-    rescaled: Mapping[str, Mapping[str, Sequence[int]]]
+    rescaled: Mapping[str, Rescaled]
     warnings: Sequence[str]
 
 
@@ -110,9 +117,9 @@ def find_producer(
     return Producer(name) if shapes.get(f"{name}.weight", (0,))[0] == width else None
 
 
-def round_to_powers_of_two(factors: Tensor, shared_heads: tuple[int, int] | None) -> Tensor:
-    """The nearest powers of two (in,), one for all channels that come from the same row of the
-    producer.
+def round_to_exponents(factors: Tensor, shared_heads: tuple[int, int] | None) -> list[float]:
+    """The exponents of two (in,) of the factors that are folded: eighths, the same for all channels
+    that come from the same row of the producer.
 
     Args:
         factors: (in,).
@@ -123,32 +130,56 @@ def round_to_powers_of_two(factors: Tensor, shared_heads: tuple[int, int] | None
         size, sharing = shared_heads
         exponents = exponents.view(-1, sharing, size)  # (heads of v_proj, query heads, head_dim)
         exponents = exponents.mean(1, keepdim=True).expand_as(exponents).reshape(-1)
-    return exponents.round().exp2()
+    steps = exponents.mul(STEPS_PER_OCTAVE).round().int()
+    return [step / STEPS_PER_OCTAVE for step in steps.tolist()]
 
 
-def fold_factors(
-    block: nn.Module, members: Sequence[str], producer: Producer, factors: Tensor
+def plan_fold(
+    block: nn.Module, members: Sequence[str], producer: Producer, exponents: Sequence[float]
 ) -> list[Rescaling]:
-    """Multiply the columns of a group's layers and divide what the producer makes, in place.
+    """What is to be done to the columns of a group's layers and to what the producer makes.
 
     Args:
         members: names of the group's layers within the block.
-        factors: (in,) powers of two.
+        exponents: (in,) of two, as `round_to_exponents` gives them.
     """
-    exponents = [int(exponent) for exponent in factors.log2().tolist()]
-    for name in members:
-        block.get_parameter(f"{name}.weight").mul_(factors)
     rescalings = [Rescaling(f"{name}.weight", "columns", exponents) for name in members]
+    size, sharing = producer.shared_heads or (1, 1)
+    # not -0.0, which JSON would keep
+    row_exponents = [0 - e for i, e in enumerate(exponents) if i // size % sharing == 0]
+    parameters = block.get_submodule(producer.module).named_parameters(recurse=False)
+    return rescalings + [
+        Rescaling(f"{producer.module}.{leaf}", "rows", row_exponents) for leaf, _ in parameters
+    ]
 
-    row_factors = factors
-    if producer.shared_heads is not None:
-        size, sharing = producer.shared_heads
-        row_factors = factors.view(-1, sharing, size)[:, 0].reshape(-1)
-    row_exponents = [-int(exponent) for exponent in row_factors.log2().tolist()]
-    for leaf, parameter in block.get_submodule(producer.module).named_parameters(recurse=False):
-        parameter.div_(row_factors if parameter.ndim == 1 else row_factors.unsqueeze(1))
-        rescalings.append(Rescaling(f"{producer.module}.{leaf}", "rows", row_exponents))
-    return rescalings
+
+def read_rescalings(rescaled: Mapping[str, Rescaled], prefix: str) -> list[Rescaling]:
+    """What was done to a block's tensors, as a `FoldResult` keeps it.
+
+    Args:
+        prefix: what the names of the block's tensors begin with.
+    """
+    return [
+        Rescaling(name.removeprefix(prefix), axis, exponents)
+        for name, axes in rescaled.items()
+        for axis, exponents in axes.items()
+    ]
+
+
+def fold_into(
+    block: nn.Module,
+    rescalings: Sequence[Rescaling],
+    dtype_of: Callable[[str], torch.dtype] | None = None,
+) -> None:
+    """Rescale tensors of a block in place.
+
+    Args:
+        dtype_of: gives the dtype to whose numbers those of a tensor are rounded; None: its own.
+    """
+    for rescaling in rescalings:
+        parameter = block.get_parameter(rescaling.tensor)
+        dtype = parameter.dtype if dtype_of is None else dtype_of(rescaling.tensor)
+        parameter.copy_(rescale(parameter.to(dtype), {rescaling.axis: rescaling.exponents}))
 
 
 def fold_scales(
@@ -170,7 +201,7 @@ def fold_scales(
         name: tuple(parameter.shape)
         for name, parameter in streams.block.named_parameters(remove_duplicate=False)
     }
-    rescaled: dict[str, dict[str, list[int]]] = {}
+    rescaled: dict[str, dict[str, Sequence[float]]] = {}
     warnings, without_producer = [], []
     for group, group_statistics in zip(rescaled_groups, statistics, strict=True):
         members = [name.removeprefix(block_plan.prefix) for name in group.modules]
@@ -178,17 +209,24 @@ def fold_scales(
         factors = _choose_factors(group, group_statistics, producer, streams)
         if producer is None:
             without_producer.append(group.stack.name)
-        elif factors is not None:
-            factors = round_to_powers_of_two(factors, producer.shared_heads)
-            rescalings = _try_fold(members, producer, factors, streams)
-            if rescalings is None:
-                warnings.append(
-                    f"{group.stack.name}: {producer.module} feeds more than this; its inputs are "
-                    "not rescaled"
-                )
-            for rescaling in rescalings or ():
-                axes = rescaled.setdefault(block_plan.prefix + rescaling.tensor, {})
-                axes[rescaling.axis] = rescaling.exponents
+            continue
+        exponents = [] if factors is None else round_to_exponents(factors, producer.shared_heads)
+        if not any(exponents):
+            continue
+        if not _is_sole_consumer(members, producer, streams):
+            warnings.append(
+                f"{group.stack.name}: {producer.module} feeds more than this; its inputs are not "
+                "rescaled"
+            )
+            continue
+
+        rescalings = plan_fold(streams.block, members, producer, exponents)
+        fold_into(streams.block, rescalings, block_plan.source_dtype)
+        if streams.source_block is not None:
+            fold_into(streams.source_block, rescalings)
+        for rescaling in rescalings:
+            axes = rescaled.setdefault(block_plan.prefix + rescaling.tensor, {})
+            axes[rescaling.axis] = rescaling.exponents
     return FoldResult(rescaled, [*warnings, *_warn_of_missing_producers(without_producer)])
 
 
@@ -229,23 +267,30 @@ def _choose_factors(
     return process_group.broadcast_object(factors)
 
 
-def _try_fold(
-    members: Sequence[str], producer: Producer, factors: Tensor, streams: ActivationStreams
-) -> list[Rescaling] | None:
-    """Fold into the block and its source alike; None, and undone to the bit, where the block's
-    output moves: then the producer feeds other layers too.
+def _is_sole_consumer(
+    members: Sequence[str], producer: Producer, streams: ActivationStreams
+) -> bool:
+    """Whether the block computes the same once powers of two are folded, which no multiplication
+    rounds; the block is left as it was. It does not where the producer feeds other layers too.
     """
+    block = streams.block
+    width = block.get_parameter(f"{members[0]}.weight").shape[1]
+    # all but a few channels differ from those that could be taken for them
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-1, 2, (width,), generator=generator).float().exp2()
+    exponents = round_to_exponents(factors, producer.shared_heads)
+    rescalings = plan_fold(block, members, producer, exponents)
+
     call, hidden_states = streams.first_batch()
-    before = call(streams.block, hidden_states)
-    rescalings = fold_factors(streams.block, members, producer, factors)
-    change = (call(streams.block, hidden_states) - before).norm()
+    before = call(block, hidden_states)
+    # multiplying back would not restore the smallest numbers of float16
+    kept = {r.tensor: block.get_parameter(r.tensor).clone() for r in rescalings}
+    fold_into(block, rescalings)
+    change = (call(block, hidden_states) - before).norm()
     is_unchanged = bool(change <= MAX_OUTPUT_CHANGE * before.norm())
-    if not streams.process_group.broadcast_object(is_unchanged):
-        fold_factors(streams.block, members, producer, 1 / factors)
-        return None
-    if streams.source_block is not None:
-        fold_factors(streams.source_block, members, producer, factors)
-    return rescalings
+    for name, tensor in kept.items():
+        block.get_parameter(name).copy_(tensor)
+    return streams.process_group.broadcast_object(is_unchanged)
 
 
 def _warn_of_missing_producers(names: Sequence[str]) -> Iterator[str]:

@@ -8,6 +8,8 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
+from bitpress.checkpoint.reader import DTYPES
+from bitpress.checkpoint.safetensors import Entry
 from bitpress.compression.calibration.activation_streams import ActivationStreams
 from bitpress.modeling.experts import is_routed
 from bitpress.planning.layout import Stack
@@ -26,6 +28,7 @@ class BlockPlan:
         prefix: what the names of its tensors begin with.
         stacks: what is compressed of it.
         head_dim: channels of an attention head; None where the config does not say.
+        entries: the source's tensors, by name.
         gradient_statistics: by stack, what each of its steps has observed of the gradients of its
             output.
     """
@@ -33,7 +36,12 @@ class BlockPlan:
     prefix: str
     stacks: Sequence[Stack]
     head_dim: int | None
+    entries: Mapping[str, Entry]
     gradient_statistics: GradientsByStack = field(factory=dict)
+
+    def source_dtype(self, tensor: str) -> torch.dtype:
+        """The dtype that a tensor of the block, by its name there, has in the source."""
+        return DTYPES[self.entries[self.prefix + tensor].dtype]
 
 
 @frozen(eq=False)

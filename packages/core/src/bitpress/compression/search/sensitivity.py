@@ -171,6 +171,7 @@ def _compress_in_turn(
         f"{job.plan.container}.{units[0].block}.",
         [stack for unit in units for stack in unit.stacks[candidate]],
         job.plan.head_dim,
+        job.plan.source.entries,
     )
     groups = order_layer_groups(block_plan, streams)
     fold_scales(groups, block_plan, streams)
