@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import json
 import signal
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitpress import DataError
 from bitpress.api import compress, plan
 from bitpress.compression.calibration import resumable_forward
+from bitpress.compression.calibration.activation_streams import ActivationStreams
 from bitpress.conformance.commands import command, plugins, refusal
 from bitpress.conformance.models import files_of, llama_tensors, tensors_of
 from bitpress.modeling.decoder import Decoder
 from bitpress.planning import memory_estimate
-from bitpress.planning.memory_estimate import estimate_memory
+from bitpress.planning.memory_estimate import CalibrationMemory, estimate_memory
 
 # in three batches, and more than those of which statistics are taken together
 SAMPLES, LENGTH = 96, 48
@@ -368,6 +370,58 @@ def test_the_same_seed_gives_the_same_bytes_and_another_other_ones(
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     }
+
+
+@pytest.mark.parametrize("setting", ["bits=4", "factors=2 1", "slopes=true"])
+@pytest.mark.parametrize("is_spilled", [False, True], ids=["in memory", "on disk"])
+def test_any_number_of_threads_gives_the_same_bytes(
+    tmp_path: Path, learner: Path, setting: str, is_spilled: bool
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    states_bytes = 1 if is_spilled else 0
+    with (
+        patch.object(memory_estimate, "BATCH_TOKENS", 4 * LENGTH),
+        patch.object(memory_estimate, "STATISTICS_TOKENS", 8 * LENGTH),
+        patch.object(CalibrationMemory, "spilled_bytes", return_value=states_bytes),
+    ):
+        files = {
+            threads: files_of(run(source, tmp_path / str(threads), setting, threads=threads))
+            for threads in (1, 2, 3, 16)
+        }
+    assert all(written == files[1] for written in files.values())
+
+
+def test_as_many_batches_run_side_by_side_as_there_are_threads(
+    tmp_path: Path, learner: Path
+) -> None:
+    # it breaks unless all of them come to it, twice in each block
+    meeting, finish = threading.Barrier(16, timeout=60), ActivationStreams._finish
+
+    def meet(self: ActivationStreams, batch: int, is_needed: bool) -> tuple[float, float]:
+        meeting.wait()
+        return finish(self, batch, is_needed)
+
+    with (
+        patch.object(memory_estimate, "BATCH_TOKENS", 3 * LENGTH),
+        patch.object(ActivationStreams, "_finish", meet),
+    ):
+        run(runnable_model(tmp_path / "m"), tmp_path / "o", "bits=4", threads=16)
+
+
+def test_every_batch_that_runs_beside_others_is_counted_in_the_memory(
+    tmp_path: Path, learner: Path
+) -> None:
+    planned = plan(runnable_model(tmp_path / "m"), scheme="learner")
+    estimate = memory_estimate.estimate_calibration(planned, SAMPLES * LENGTH, LENGTH)
+    for least in (estimate.in_memory, estimate.on_disk):
+        with patch.object(
+            CalibrationMemory, "spilled_bytes", return_value=estimate.in_memory - least
+        ):
+            for count in (1, 2, 16):
+                needed = least + (count - 1) * estimate.per_lane
+                assert estimate.num_lanes(needed, 64) == count
+                assert estimate.num_lanes(needed - 1, 64) == max(count - 1, 1)
+                assert estimate.num_lanes(needed, 2) == min(count, 2)
 
 
 @pytest.mark.parametrize(

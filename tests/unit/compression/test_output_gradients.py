@@ -21,6 +21,7 @@ from bitpress.compression.calibration import output_gradients
 from bitpress.compression.calibration.block import compress_block
 from bitpress.compression.calibration.block_result import BlockResult
 from bitpress.compression.calibration.layer_groups import BlockPlan
+from bitpress.compression.calibration.output_gradients import StatisticsByGroup
 from bitpress.conformance.commands import plugins
 from bitpress.conformance.models import files_of, tensors_of
 from bitpress.planning import memory_estimate
@@ -98,7 +99,7 @@ def test_a_scheme_that_names_it_is_given_the_gradient_of_every_output(
 
 def test_no_gradient_is_taken_where_the_options_make_no_use_of_it(tmp_path: Path) -> None:
     source = runnable_model(tmp_path / "m")
-    with patch.object(output_gradients, "_backward", side_effect=AssertionError):
+    with patch.object(output_gradients._Backward, "run", side_effect=AssertionError):
         tensors = tensors_of(run(source, tmp_path / "o"))
     assert not any(tensor.any() for name, tensor in tensors.items() if name.endswith("slopes"))
 
@@ -139,9 +140,15 @@ def test_a_resumed_run_takes_gradients_of_what_is_left_and_writes_the_same_bytes
         pytest.raises(KeyboardInterrupt),
     ):
         run(source, out, "slopes=true")
-    with patch.object(output_gradients, "_backward", wraps=output_gradients._backward) as backward:
+    backward, positions = output_gradients._Backward.run, []
+
+    def counted(self: output_gradients._Backward, position: int) -> StatisticsByGroup:
+        positions.append(position)
+        return backward(self, position)
+
+    with patch.object(output_gradients._Backward, "run", counted):
         run(source, out, "slopes=true")
-    assert backward.call_count == 2 * SAMPLES * LENGTH // BATCH_TOKENS
+    assert len(positions) == 2 * SAMPLES * LENGTH // BATCH_TOKENS
     assert files_of(out) == whole
 
 
@@ -150,7 +157,7 @@ def test_a_model_that_cannot_be_run_backward_is_compressed_without_gradients(
 ) -> None:
     source = runnable_model(tmp_path / "m")
     broken = RuntimeError("element 0 of tensors does not require grad")
-    with patch.object(output_gradients, "_backward", side_effect=broken):
+    with patch.object(output_gradients._Backward, "run", side_effect=broken):
         out = run(source, tmp_path / "o", "slopes=true")
     assert not any(t.any() for name, t in tensors_of(out).items() if name.endswith("slopes"))
     warnings = json.loads((out / "bitpress.json").read_text())["warnings"]

@@ -32,10 +32,12 @@ from bitpress.compression.calibration.block import compress_block
 from bitpress.compression.calibration.block_result import BlockResult
 from bitpress.compression.calibration.layer_groups import BlockPlan, GradientsByStack, LayerGroup
 from bitpress.compression.calibration.output_gradients import (
+    GradientSource,
     GradientStatistics,
     SampleBatches,
     observe_gradients,
 )
+from bitpress.compression.calibration.rank_share import Budget, OwnBatches
 from bitpress.compression.calibration.solution import install
 from bitpress.compression.data_free import write_shard
 from bitpress.compression.resources import Resources
@@ -50,8 +52,8 @@ from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
 from bitpress.runtime.cpu_features import has_cpu_feature
+from bitpress.runtime.lanes import Lanes
 from bitpress.runtime.logger import logger
-from bitpress.runtime.process_group import ProcessGroup
 from bitpress.runtime.progress import (
     FINISHED_EARLIER,
     ReportProgress,
@@ -62,69 +64,6 @@ from bitpress.schemes.values import StoredLayer
 
 # Instruction sets that multiply bfloat16; without one, torch computes it slower than float32.
 BFLOAT16_FEATURES = ("avx512_bf16", "amx_bf16")
-
-
-@frozen(eq=False)
-class _OwnBatches:
-    """The part of the calibration batches that is this rank's.
-
-    Attributes:
-        batches: token ids, (sequences, length) int64 each.
-        numbers: of these among those of all ranks.
-        reference_interval: every how many batches of all ranks the source is run too.
-    """
-
-    batches: Sequence[Tensor]
-    numbers: Sequence[int]
-    reference_interval: int
-
-    @classmethod
-    def of_rank(cls, plan: Plan, input_ids: Tensor, process_group: ProcessGroup) -> _OwnBatches:
-        """The part of `input_ids` (sequences, length) that falls to a rank."""
-        batches = memory_estimate.split_batches(input_ids, process_group.world_size)
-        numbers = process_group.partition_evenly(batches)
-        interval = memory_estimate.reference_interval(plan, input_ids.numel())
-        return cls([batches[i] for i in numbers], numbers, interval)
-
-
-@frozen
-class _Budget:
-    """How a run keeps to the memory that it may take.
-
-    Attributes:
-        max_working_bytes: that it plans to hold beyond the interpreter and its libraries.
-        is_ample: whether what is freed may stay in the heap, which is faster.
-        is_spilled: whether hidden states are kept on disk.
-        max_resumable: forward passes that may wait inside a block.
-    """
-
-    max_working_bytes: int
-    is_ample: bool
-    is_spilled: bool
-    max_resumable: int
-
-    @classmethod
-    def for_run(cls, plan: Plan, own_batches: _OwnBatches, resources: Resources) -> _Budget:
-        """The budget of this rank."""
-        num_sequences, length = own_batches.batches[0].shape
-        num_tokens = sum(batch.numel() for batch in own_batches.batches)
-        estimate = memory_estimate.estimate_calibration(plan, num_tokens, length)
-        if resources.max_memory is None:
-            available_bytes = memory.available_bytes() // resources.process_group.local_world_size
-        else:
-            available_bytes = resources.max_memory - memory.TRANSFORMERS_BYTES
-
-        # Holes in a heap that keeps what is freed take as much again as a run holds. Without a
-        # limit, half is left to others in any case.
-        is_ample = available_bytes >= 2 * estimate.in_memory
-        uses_half = is_ample or resources.max_memory is None
-        max_working_bytes = available_bytes // 2 if uses_half else available_bytes
-        return cls(
-            max_working_bytes,
-            is_ample,
-            bool(estimate.spilled_bytes(max_working_bytes)),
-            estimate.num_waiting(max_working_bytes, num_sequences * length),
-        )
 
 
 @frozen(eq=False)
@@ -168,24 +107,26 @@ def write_shards(
             not finite.
     """
     results = []
-    own_batches = _OwnBatches.of_rank(plan, calibration.input_ids, resources.process_group)
-    budget = _Budget.for_run(plan, own_batches, resources)
-    with Reader() as reader, torch.no_grad(), memory.retain_freed_memory(budget.is_ample):
+    own_batches = OwnBatches.of_rank(plan, calibration.input_ids, resources.process_group)
+    budget = Budget.for_run(plan, own_batches, resources)
+    with (
+        Reader() as reader,
+        torch.no_grad(),
+        memory.retain_freed_memory(budget.is_ample),
+        Lanes(budget.num_lanes) as lanes,
+    ):
+        logger.debug("%d forward passes run side by side", budget.num_lanes)
         run = _Run(plan, output, reader, resources, report_progress)
         report_progress(0, "building the model")
         options = DecoderOptions(
             resources.device, run.dtype, resources.trust_remote_code, calibration.all_experts
         )
         decoder = Decoder(plan.source, plan.container, reader, options)
-        block_shards = {
-            shard.block: shard
-            for shard in plan.shards
-            if shard.block is not None and shard.block < len(decoder)
-        }
+        block_shards = _select_block_shards(plan, decoder)
         _write_other_shards(run, [s for s in plan.shards if s not in block_shards.values()])
 
         report_progress(0, "running the embeddings")
-        inputs, streams = _capture_inputs(run, decoder, own_batches, budget)
+        inputs, streams = _capture_inputs(run, decoder, own_batches, budget, lanes)
         # embeddings take more than a block does
         memory.release_freed_memory(budget.max_working_bytes)
         gradients = _Gradients(run, decoder, own_batches, inputs, streams)
@@ -208,6 +149,15 @@ def write_shards(
     if results:
         results[-1] = evolve(results[-1], warnings=[*results[-1].warnings, *gradients.warnings])
     return results
+
+
+def _select_block_shards(plan: Plan, decoder: Decoder) -> dict[int, Shard]:
+    """By number of the block, the shards that are compressed as a decoder block."""
+    return {
+        shard.block: shard
+        for shard in plan.shards
+        if shard.block is not None and shard.block < len(decoder)
+    }
 
 
 def _log_block(index: int, num_blocks: int) -> None:
@@ -234,7 +184,11 @@ def _report_text(report_progress: ReportProgress) -> ReportProgress:
 
 
 def _capture_inputs(
-    run: _Run, decoder: Decoder, own_batches: _OwnBatches, budget: _Budget
+    run: _Run,
+    decoder: Decoder,
+    own_batches: OwnBatches,
+    budget: Budget,
+    lanes: Lanes,
 ) -> tuple[CapturedInputs, ActivationStreams]:
     """What every block is called with, and the streams before the first block."""
     folder = run.output.folder if budget.is_spilled else None
@@ -248,7 +202,7 @@ def _capture_inputs(
     if reference_batches:
         states = HiddenStates((inputs.hidden_states[i].clone() for i in reference_batches), folder)
         reference = ReferenceStates(states, reference_batches)
-    limits = StreamLimits(budget.max_resumable, budget.max_working_bytes)
+    limits = StreamLimits(budget.max_resumable, budget.max_working_bytes, lanes)
     streams = ActivationStreams(
         inputs.hidden_states, run.resources.device, limits, reference, run.resources.process_group
     )
@@ -264,7 +218,7 @@ class _Gradients:
         self,
         run: _Run,
         decoder: Decoder,
-        own_batches: _OwnBatches,
+        own_batches: OwnBatches,
         inputs: CapturedInputs,
         streams: ActivationStreams,
     ) -> None:
@@ -308,7 +262,8 @@ class _Gradients:
         )
         plan = self._run.plan
         stacks = {shard.block: shard.stacks for shard in plan.shards if shard.block is not None}
-        return observe_gradients(self._decoder, stacks, plan.container, sample, first_block)
+        source = GradientSource(self._decoder, stacks, plan.container, self._streams.limits.lanes)
+        return observe_gradients(source, sample, first_block)
 
 
 def _compress_or_resume_block(

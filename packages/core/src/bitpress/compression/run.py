@@ -228,7 +228,10 @@ def _write_shards(
     if job.calibration:
         blocks = [shard for shard in plan.shards if shard.block is not None]
         report_progress = progress("compressing", sum(shard.work_bytes for shard in blocks))
-        with torch_threads(resources.num_threads):
+        # on a CPU batches run side by side, each on one core; what torch computes with several
+        # threads would depend on how many there are
+        is_cpu = resources.device.type == "cpu"
+        with torch_threads(1 if is_cpu else resources.num_threads):
             results = calibrated.write_shards(
                 plan, output, job.calibration, resources, report_progress
             )

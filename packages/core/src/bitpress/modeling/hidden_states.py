@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 
 class HiddenStates:
-    """The hidden states of batches; each can be read, and replaced by one of the same shape.
+    """The hidden states of batches; each can be read, and replaced by one of the same shape, by any
+    thread.
 
     Args:
         tensors: one for each batch, (sequences, length, channels).
@@ -25,6 +27,8 @@ class HiddenStates:
         self._tensors: list[Tensor] = []
         self._offsets = [0]
         self._file = None
+        # a file has one position for all threads
+        self._lock = threading.Lock()
         if folder is not None:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
         for tensor in tensors:
@@ -44,8 +48,10 @@ class HiddenStates:
         if self._file is None:
             return tensor
         loaded = torch.empty(tensor.shape, dtype=tensor.dtype)
-        self._file.seek(self._offsets[index])
-        self._file.readinto(memoryview(loaded.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        content = memoryview(loaded.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        with self._lock:
+            self._file.seek(self._offsets[index])
+            self._file.readinto(content)
         return loaded
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
@@ -53,5 +59,6 @@ class HiddenStates:
             self._tensors[index] = tensor.cpu()
             return
         content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._file.seek(self._offsets[index])
-        self._file.write(memoryview(content.numpy()))  # type: ignore[arg-type]
+        with self._lock:
+            self._file.seek(self._offsets[index])
+            self._file.write(memoryview(content.numpy()))  # type: ignore[arg-type]

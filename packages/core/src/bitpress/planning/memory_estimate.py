@@ -35,6 +35,10 @@ TEMPORARIES = 4
 # each of the hidden states.
 WIDE_ACTIVATIONS, HIDDEN_ACTIVATIONS = 3, 8
 
+# Numbers for each of those tokens and each channel that wait to be looked at: inputs, those of the
+# source, and a residual.
+WAITING_INPUTS = 3
+
 # Hidden states that a forward waiting inside a block holds for each token, beside the input that it
 # waits with.
 WAITING_STATES = 3
@@ -85,17 +89,24 @@ class CalibrationMemory:
     Attributes:
         on_disk: with all hidden states on disk.
         in_memory: with all hidden states in memory.
+        per_lane: for each further batch that is run at the same time.
         per_waiting_token: for each token whose forward waits inside a block.
     """
 
     on_disk: int
     in_memory: int
+    per_lane: int
     per_waiting_token: int
 
     def spilled_bytes(self, max_bytes: int | None) -> int:
         """Bytes of hidden states that go to disk; None allows half of what is free."""
         limit = available_bytes() // 2 if max_bytes is None else max_bytes
         return self.in_memory - self.on_disk if self.in_memory > limit else 0
+
+    def num_lanes(self, max_bytes: int, num_threads: int) -> int:
+        """How many of so many threads may each run a batch at the same time, at least one."""
+        held_bytes = self.on_disk if self.spilled_bytes(max_bytes) else self.in_memory
+        return min(1 + max(max_bytes - held_bytes, 0) // self.per_lane, num_threads)
 
     def num_waiting(self, max_bytes: int, tokens: int) -> int:
         """How many forwards of so many tokens may wait inside a block."""
@@ -176,32 +187,58 @@ def estimate_calibration(plan: Plan, tokens: int, length: int = 1) -> Calibratio
     observing = TEMPORARIES * max(STATISTICS_TOKENS, length) * width
     num_blocks = 2 if plan.recipe.needs_reference else 1
     states = tokens * plan.hidden_size * (1 + 1 / reference_interval(plan, tokens))
-    backward = 0
+    backward = kept = 0
     if plan.recipe.needs_gradients:
-        backward = _count_backward(plan, block, batch_tokens)
+        kept = _count_kept(plan, batch_tokens)
+        backward = max(_count_head(plan, batch_tokens), block + kept)
         states += _count_gradients(plan, min(tokens, GRADIENT_TOKENS))
     on_disk = NUMBER_BYTES * max(
         embeddings + block + forward,
         num_blocks * block + max(solution + observing, forward, backward),
     )
     on_disk += estimate_reading(plan.source)
-    per_waiting_token = NUMBER_BYTES * (WAITING_STATES * plan.hidden_size + width)
-    return CalibrationMemory(on_disk, int(on_disk + NUMBER_BYTES * states), per_waiting_token)
+    return CalibrationMemory(
+        on_disk,
+        int(on_disk + NUMBER_BYTES * states),
+        per_lane=NUMBER_BYTES * max(forward + observing + _count_in_flight(plan, length), kept),
+        per_waiting_token=NUMBER_BYTES * (WAITING_STATES * plan.hidden_size + width),
+    )
 
 
-def _count_backward(plan: Plan, block: int, batch_tokens: int) -> int:
-    """Numbers that a backward pass holds beside the block that is next: the head and some logits,
-    or a block of its own and what a batch leaves in it.
+def _count_in_flight(plan: Plan, length: int) -> int:
+    """Numbers that wait for a lane, or for what a lane has made to be added up: a group's inputs,
+    and the statistics of others.
     """
+    inputs, statistics = 0, 0
+    for stack in plan.stacks:
+        rows, width = stack.shape
+        num_steps = sum(step.calibrated for step in stack.steps)
+        inputs = max(inputs, WAITING_INPUTS * max(STATISTICS_TOKENS, length) * width)
+        statistics = max(statistics, num_steps * (2 * width * width + rows * width))
+    return inputs + statistics
+
+
+def _count_kept(plan: Plan, batch_tokens: int) -> int:
+    """Numbers that a batch leaves in a block on the way to gradients, and that are observed of
+    these.
+    """
+    width = max(stack.shape[1] for stack in plan.stacks)
+    num_rows = max(
+        sum(stack.shape[0] for stack in shard.stacks if stack.calibrated) for shard in plan.shards
+    )
+    kept = batch_tokens * (WIDE_GRADIENTS * width + HIDDEN_GRADIENTS * plan.hidden_size)
+    return kept + num_rows * GRADIENT_ROW_NUMBERS
+
+
+def _count_head(plan: Plan, batch_tokens: int) -> int:
+    """Numbers of a model's head, and of the logits that it makes at a time."""
     outside = [entry for shard in plan.shards if shard.block is None for entry in shard.copies]
     matrices = [entry for entry in outside if len(entry.shape) == 2]
     # Without a head of its own, a model has that of its embeddings.
     heads = [entry.numel for entry in matrices if "lm_head" in entry.name]
     head = max(heads or [entry.numel for entry in matrices], default=0)
     logits = min(MAX_LOGITS, batch_tokens * head // plan.hidden_size)
-    width = max(stack.shape[1] for stack in plan.stacks)
-    kept = WIDE_GRADIENTS * width + HIDDEN_GRADIENTS * plan.hidden_size
-    return max(head + LOGITS_COPIES * logits, block + batch_tokens * kept)
+    return head + LOGITS_COPIES * logits
 
 
 def _count_gradients(plan: Plan, tokens: int) -> int:

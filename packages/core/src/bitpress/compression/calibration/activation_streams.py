@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor, nn
 
 from bitpress.compression.calibration.resumable_forward import (
@@ -18,6 +18,7 @@ from bitpress.compression.calibration.resumable_forward import (
 from bitpress.modeling import metrics
 from bitpress.modeling.capture import BlockCall
 from bitpress.modeling.hidden_states import HiddenStates
+from bitpress.runtime.lanes import Lanes
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 
 
@@ -76,6 +77,7 @@ class StreamLimits:
     """How much memory the forward passes of a block may take for speed.
 
     Attributes:
+        lanes: forward passes run side by side in these.
         max_resumable: forward passes that may stop inside a block; others start anew for every
             layer group.
         max_working_bytes: memory that may be held beyond what the interpreter and its libraries
@@ -84,6 +86,7 @@ class StreamLimits:
 
     max_resumable: int
     max_working_bytes: int = 0
+    lanes: Lanes = field(factory=Lanes)
 
 
 class ActivationStreams:
@@ -107,6 +110,8 @@ class ActivationStreams:
         self.states, self.reference = states, reference
         self.device, self.limits, self.process_group = device, limits, process_group
         self._forwards: list[ResumableForward] = []
+        # batches in the order in which they are run, which is that of the lanes too
+        self._order: list[int] = []
         # by the number of the batch
         self._source_forwards: dict[int, ResumableForward] = {}
         self._traces: dict[tuple[object, ...], ForwardTrace] = {}
@@ -126,6 +131,8 @@ class ActivationStreams:
         self._forwards = [
             self.start_forward(i, tracks_residual=i in reference_batches) for i in range(len(calls))
         ]
+        batches = range(len(calls))
+        self._order = sorted(batches, key=lambda batch: batch not in reference_batches)
         self._source_forwards = {}
         if source_block is not None and reference is not None:
             for position, i in enumerate(reference.batches):
@@ -167,20 +174,29 @@ class ActivationStreams:
             breakpoint_number: at which forward passes come to the group.
             needs_residual: whether the group's output is added to the residual stream.
         """
-        num_left = self.limits.max_resumable
-        batches = range(len(self._forwards))
-        for i in sorted(batches, key=lambda i: i not in self._source_forwards):
-            num_left -= 2 if i in self._source_forwards else 1
-            group_inputs = self._advance(i, breakpoint_number, needs_residual, num_left >= 0)
+
+        def advance(batch: int) -> GroupInputs | None:
+            return self._advance(batch, breakpoint_number, needs_residual)
+
+        for group_inputs in self.limits.lanes.map(advance, self._order):
             if group_inputs is not None:
                 yield group_inputs
             # nothing here holds it while the next one is made
             del group_inputs
 
+    def _is_resumed(self, batch: int) -> bool:
+        """Whether a batch's forward passes may wait inside the block: those of the first
+        batches.
+        """
+        position = self._order.index(batch)
+        num_before = position + 1 + min(position + 1, len(self._source_forwards))
+        return num_before <= self.limits.max_resumable
+
     def _advance(
-        self, batch: int, breakpoint_number: int, needs_residual: bool, is_resumed: bool
+        self, batch: int, breakpoint_number: int, needs_residual: bool
     ) -> GroupInputs | None:
         """A layer group's inputs of one batch; None where its forward pass does not come to it."""
+        is_resumed = self._is_resumed(batch)
         source_forward = self._source_forwards.get(batch)
         inputs, residual_stream = self._forwards[batch].advance(breakpoint_number, is_resumed)
         reference, source_stream = None, None
@@ -207,24 +223,36 @@ class ActivationStreams:
             The drift of these, of all ranks: ||h - h'|| / ||h'||, h' being the source's; None where
             the source is not run.
         """
-        for i in self._source_forwards if is_last else range(len(self._forwards)):
-            self.states[i] = self._forwards[i].finish()
 
-        squared_error = squared_norm = 0.0
-        for position, (i, source_forward) in enumerate(self._source_forwards.items()):
-            assert self.reference is not None
-            source_states = self.reference.states[position] = source_forward.finish()
-            states = self.states[i].to(source_states.device)
-            error, norm = metrics.squared_distance(states, source_states)
-            squared_error += error
-            squared_norm += norm
-        by_rank = self.process_group.all_gather_object((squared_error, squared_norm))
+        def finish(batch: int) -> tuple[float, float]:
+            return self._finish(batch, is_needed=not is_last or batch in self._source_forwards)
+
+        distances = list(self.limits.lanes.map(finish, self._order))
+        own_sums = tuple(sum(numbers) for numbers in zip(*distances, strict=True))
+        by_rank = self.process_group.all_gather_object(own_sums)
         squared_error, squared_norm = (sum(sums) for sums in zip(*by_rank, strict=True))
 
         # a block may take gigabytes: nothing here holds it any longer
         self._forwards, self._source_forwards = [], {}
         del self.block, self.source_block, self.calls
         return metrics.relative_error(squared_error, squared_norm) if squared_norm else None
+
+    def _finish(self, batch: int, is_needed: bool) -> tuple[float, float]:
+        """Put a batch's outputs into the place of its inputs, unless they are not needed; returns
+        ||h - h'||² and ||h'||², zeros where the source is not run.
+        """
+        if not is_needed:
+            self._forwards[batch].abandon()
+            return 0.0, 0.0
+        states = self._forwards[batch].finish()
+        self.states[batch] = states
+        source_forward = self._source_forwards.get(batch)
+        if source_forward is None or self.reference is None:
+            return 0.0, 0.0
+        source_states = source_forward.finish()
+        position = self.reference.batches.index(batch)
+        self.reference.states[position] = source_states
+        return metrics.squared_distance(states, source_states)
 
     def _state_reader(self, states: HiddenStates, position: int) -> Callable[[], Tensor]:
         return lambda: states[position].to(self.device)

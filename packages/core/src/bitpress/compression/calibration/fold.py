@@ -24,6 +24,7 @@ from bitpress.compression.calibration.statistics import (
     reduce_statistics,
 )
 from bitpress.output.rescaling import Rescaled, rescale
+from bitpress.runtime.lanes import Lanes
 from bitpress.schemes import pipeline
 
 # Factors are kept between its inverse and it: 2**-14 is the smallest normal number of float16.
@@ -236,13 +237,19 @@ def _observe_groups(
     """The statistics of several groups over this rank's batches, in one forward pass of each."""
     breakpoints = Breakpoints(streams.block, [str(group.first_layer) for group in groups])
     merged = [GroupStatistics.of_no_token(group) for group in groups]
-    for batch in range(len(streams.calls)):
-        forward = streams.start_forward(batch)
+
+    def observe(batch: int) -> list[GroupStatistics]:
+        forward, observed = streams.start_forward(batch), []
         for number, group in enumerate(groups):
             # after the last group it is abandoned
             inputs, _ = forward.advance(number, is_resumed=number + 1 < len(groups))
-            observed = observe_inputs(group, [] if inputs is None else [GroupInputs(inputs)])
-            steps = zip(merged[number].by_step, observed.by_step, strict=True)
+            batches = [] if inputs is None else [GroupInputs(inputs)]
+            observed.append(observe_inputs(group, batches, Lanes()))
+        return observed
+
+    for observed in streams.limits.lanes.map(observe, range(len(streams.calls))):
+        for of_group, of_batch in zip(merged, observed, strict=True):
+            steps = zip(of_group.by_step, of_batch.by_step, strict=True)
             for step_statistics, batch_statistics in steps:
                 pipeline.merge(step_statistics, batch_statistics)
     breakpoints.remove()

@@ -8,8 +8,11 @@ back each block is run again from these, with gradients.
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from attrs import frozen
@@ -18,13 +21,14 @@ from torch.nn import functional
 
 from bitpress.compression.calibration.layer_groups import LayerGroup
 from bitpress.compression.calibration.statistics import StepStatistics
-from bitpress.modeling.capture import BlockCall, open_head
+from bitpress.modeling.capture import BlockCall, ExtraOutputs, open_head
 from bitpress.modeling.decoder import Decoder
 from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.metrics import Head
 from bitpress.planning.layout import Stack
 from bitpress.planning.memory_estimate import MAX_LOGITS
 from bitpress.runtime import memory
+from bitpress.runtime.lanes import Lanes
 from bitpress.schemes import pipeline
 from bitpress.schemes.values import Statistic
 
@@ -78,59 +82,79 @@ class GradientStatistics:
         ]
 
 
+@frozen(eq=False)
+class GradientSource:
+    """The model that is run backward.
+
+    Attributes:
+        decoder: loads its blocks.
+        stacks: by number of the block, what is compressed of it.
+        container: the name of the list of blocks, as the stacks' layers have it.
+        lanes: batches run side by side in these.
+    """
+
+    decoder: Decoder
+    stacks: Mapping[int, Sequence[Stack]]
+    container: str
+    lanes: Lanes
+
+    @property
+    def device(self) -> torch.device:
+        """The one that computes."""
+        return self.decoder.options.device
+
+    def gradient_groups(self, index: int, block: nn.Module) -> list[LayerGroup]:
+        """The layer groups of a block of whose outputs' gradients a step takes statistics."""
+        return [
+            LayerGroup.in_block(stack, block, f"{self.container}.{index}.")
+            for stack in self.stacks.get(index, ())
+            if any(map(pipeline.takes_gradient, stack.steps))
+        ]
+
+
 def observe_gradients(
-    decoder: Decoder,
-    stacks: Mapping[int, Sequence[Stack]],
-    container: str,
-    sample: SampleBatches,
-    first_block: int,
+    source: GradientSource, sample: SampleBatches, first_block: int
 ) -> GradientStatistics:
     """The statistics of all stacks of all blocks from one on; of none without batches.
 
     They are kept where the sample's hidden states are.
 
     Args:
-        stacks: by number of the block, what is compressed of it.
-        container: the name of the list of blocks, as the stacks' layers have it.
         sample: its states stand before the first block.
     """
-    folder = sample.states.folder
+    folder, decoder, device = sample.states.folder, source.decoder, source.device
+    positions = range(len(sample.numbers))
     statistics = GradientStatistics(folder)
     if not sample.numbers:
         return statistics
     states, extra_outputs = [sample.states], None
     for index in range(first_block, len(decoder)):
-        block, outputs = decoder.load_block(index), HiddenStates(folder=folder)
-        for position, call in enumerate(sample.calls[index]):
-            hidden_states = states[-1][position].to(decoder.options.device)
-            output, extra_outputs = call.run(block, hidden_states)
-            outputs.append(output.cpu())
+        outputs = HiddenStates(folder=folder)
+        run = functools.partial(
+            _run_forward, decoder.load_block(index), sample.calls[index], states[-1], device
+        )
+        for result in source.lanes.map(run, positions):
+            output, extra_outputs = result
+            outputs.append(output)
         states.append(outputs)
         # the next block does not fit into the holes that this one leaves
-        del block
+        del run
         memory.release_freed_memory()
 
     gradients = states.pop()
     with open_head(decoder, extra_outputs) as head:
         for position, number in enumerate(sample.numbers):
-            hidden_states = gradients[position].to(decoder.options.device)
+            hidden_states = gradients[position].to(device)
             gradients[position] = _loss_gradient(head, hidden_states, seed=number)
 
     for index in reversed(range(first_block, len(decoder))):
         inputs, block = states.pop(), decoder.load_block(index)
-        groups = [
-            LayerGroup.in_block(stack, block, f"{container}.{index}.")
-            for stack in stacks.get(index, ())
-            if any(map(pipeline.takes_gradient, stack.steps))
-        ]
-        observer = _GroupObserver(groups)
-        for position, call in enumerate(sample.calls[index]):
-            hidden_states = inputs[position].to(decoder.options.device)
-            gradient = gradients[position].to(decoder.options.device)
-            gradients[position] = _backward(block, call, hidden_states, gradient, observer)
-        for group, by_step in zip(groups, observer.by_group, strict=True):
-            statistics.add(group.stack.name, by_step)
-        del block, groups, observer
+        observer = _GroupObserver(source.gradient_groups(index, block))
+        backward = _Backward(block, sample.calls[index], inputs, gradients, observer)
+        for by_group in source.lanes.map(backward.run, positions):
+            observer.merge(by_group)
+        observer.hand_over(statistics)
+        del block, observer, backward, by_group
         memory.release_freed_memory()
     return statistics
 
@@ -165,17 +189,29 @@ def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return drawn.clamp_(max=probabilities.shape[1] - 1)
 
 
+# Of each of a block's layer groups, the statistics of every step.
+StatisticsByGroup: TypeAlias = list[list[StepStatistics]]
+
+
 class _GroupObserver:
     """Adds up what the steps of a block's layer groups observe of gradients, batch by batch."""
 
     def __init__(self, groups: Sequence[LayerGroup]) -> None:
         self.modules = {name: module for group in groups for name, module in group.modules.items()}
-        self.by_group: list[list[StepStatistics]] = [[{} for _ in g.stack.steps] for g in groups]
         self._groups = groups
+        self._merged = self._empty()
 
-    def observe(self, gradients: Mapping[str, Tensor]) -> None:
-        """Take one batch's gradients (tokens, out) by layer; those of other layers are missing."""
-        for group, by_step in zip(self._groups, self.by_group, strict=True):
+    def _empty(self) -> StatisticsByGroup:
+        return [[{} for _ in group.stack.steps] for group in self._groups]
+
+    def observe(self, gradients: Mapping[str, Tensor]) -> StatisticsByGroup:
+        """Those of one batch.
+
+        Args:
+            gradients: (tokens, out) by layer; those of other layers are missing.
+        """
+        observed = self._empty()
+        for group, by_step in zip(self._groups, observed, strict=True):
             own = [gradients[name] for name in group.modules if name in gradients]
             # a router may have sent an expert nothing
             if len(own) < len(group.modules) or not len(own[0]):
@@ -185,43 +221,88 @@ class _GroupObserver:
                 continue
             # made anew for each batch: those of all groups would be a second block
             weight = group.weight  # (out, in)
-            for step, merged in zip(group.stack.steps, by_step, strict=True):
+            for step, step_statistics in zip(group.stack.steps, by_step, strict=True):
                 if pipeline.takes_gradient(step):
-                    pipeline.merge(merged, pipeline.observe_gradient(step, weight, gradient))
+                    step_statistics.update(pipeline.observe_gradient(step, weight, gradient) or {})
+        return observed
+
+    def merge(self, by_group: StatisticsByGroup) -> None:
+        """Add those of one batch to those before."""
+        for merged_steps, steps in zip(self._merged, by_group, strict=True):
+            for merged, step_statistics in zip(merged_steps, steps, strict=True):
+                pipeline.merge(merged, step_statistics)
+
+    def hand_over(self, statistics: GradientStatistics) -> None:
+        """Put the sums of all batches where those of all blocks are kept."""
+        for group, by_step in zip(self._groups, self._merged, strict=True):
+            statistics.add(group.stack.name, by_step)
 
 
-def _backward(
-    block: nn.Module,
-    call: BlockCall,
-    hidden_states: Tensor,
-    output_gradient: Tensor,
-    observer: _GroupObserver,
-) -> Tensor:
-    """The gradient with respect to a block's input, from that with respect to its output."""
-    outputs: dict[str, Tensor] = {}
+class _Backward:
+    """Runs batches backward through a block, each in whichever thread asks for it.
 
-    def record(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+    Args:
+        calls: of the block, one for each batch.
+        inputs: of the block.
+        gradients: with respect to the block's outputs; those with respect to its inputs take their
+            places.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        calls: Sequence[BlockCall],
+        inputs: HiddenStates,
+        gradients: HiddenStates,
+        observer: _GroupObserver,
+    ) -> None:
+        self._block, self._calls, self._inputs = block, calls, inputs
+        self._gradients, self._observer = gradients, observer
+        # the outputs of the batch that a thread is at, by layer
+        self._own = threading.local()
+        for name, module in observer.modules.items():
+            module.register_forward_hook(self._record(name))
+
+    def run(self, position: int) -> StatisticsByGroup:
+        """What is observed of one batch."""
+        outputs: dict[str, Tensor] = {}
+        self._own.outputs = outputs
+        device = next(self._block.parameters()).device
+        leaf = self._inputs[position].to(device).detach().requires_grad_()
+        with torch.enable_grad():
+            # blocks may change their input in place, which no leaf allows
+            output = self._calls[position](self._block, leaf.clone())
+        del self._own.outputs
+        gradient, *layer_gradients = torch.autograd.grad(
+            output,
+            [leaf, *outputs.values()],
+            self._gradients[position].to(device),
+            allow_unused=True,
+        )
+        by_layer = {
+            name: layer_gradient.flatten(0, -2)
+            for name, layer_gradient in zip(outputs, layer_gradients, strict=True)
+            if layer_gradient is not None
+        }
+        self._gradients[position] = torch.zeros_like(leaf) if gradient is None else gradient
+        return self._observer.observe(by_layer)
+
+    def _record(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        own = self._own
+
         def hook(module: nn.Module, arguments: object, output: Tensor) -> None:
-            outputs[name] = output
+            own.outputs[name] = output
 
         return hook
 
-    handles = [
-        module.register_forward_hook(record(name)) for name, module in observer.modules.items()
-    ]
-    with torch.enable_grad():
-        leaf = hidden_states.detach().requires_grad_()
-        # blocks may change their input in place, which no leaf allows
-        output = call(block, leaf.clone())
-    for handle in handles:
-        handle.remove()
-    gradient, *layer_gradients = torch.autograd.grad(
-        output, [leaf, *outputs.values()], output_gradient, allow_unused=True
-    )
-    by_layer = {
-        name: layer_gradient.flatten(0, -2)
-        for name, layer_gradient in zip(outputs, layer_gradients, strict=True)
-        if layer_gradient is not None
-    }
-    observer.observe(by_layer)
-    return torch.zeros_like(leaf) if gradient is None else gradient
+
+def _run_forward(
+    block: nn.Module,
+    calls: Sequence[BlockCall],
+    states: HiddenStates,
+    device: torch.device,
+    position: int,
+) -> tuple[Tensor, ExtraOutputs]:
+    """What a block makes of one batch, on the CPU, and what else it returns."""
+    output, extra_outputs = calls[position].run(block, states[position].to(device))
+    return output.cpu(), extra_outputs

@@ -71,6 +71,8 @@ def _run_block(
 class ResumableForward:
     """One batch's forward pass through a block, which stops at the block's breakpoints.
 
+    It belongs to the thread that starts it: no other can go on with it.
+
     Args:
         read_hidden_states: reads the batch's input of the block, at every start.
         tracks_residual: whether what layers add to the block's input is added up on the way.
@@ -118,6 +120,14 @@ class ResumableForward:
             forward.throw()
         return (inputs, residual_stream) if number == breakpoint_number else (None, None)
 
+    def abandon(self) -> None:
+        """Let go of what a stopped forward pass holds; a thread has to end those that it has
+        begun.
+        """
+        if self._greenlet is not None:
+            self._greenlet.throw()
+        self._greenlet, self._stopped_at = None, (-1, None)
+
     def finish(self) -> Tensor:
         """Go on to the block's output."""
         forward = self._greenlet or self._start()  # type: ignore[no-untyped-call]
@@ -140,15 +150,15 @@ class Breakpoints:
         self, block: nn.Module, layers: Sequence[str], residual_layers: Sequence[str] = ()
     ) -> None:
         self._handles: list[RemovableHandle] = []
-        main_greenlet = greenlet.getcurrent()
         for number, name in enumerate(layers):
 
             def stop(
                 module: nn.Module, arguments: tuple[Tensor, ...], number: int = number
             ) -> None:
                 # other forward passes go through: those that trace a block or check a fold
-                if greenlet.getcurrent() is not main_greenlet:
-                    main_greenlet.switch((number, arguments[0].flatten(0, -2)))
+                asker = _find_asker()
+                if asker is not None:
+                    asker.switch((number, arguments[0].flatten(0, -2)))
 
             self._handles.append(block.get_submodule(name).register_forward_pre_hook(stop))
         for name in residual_layers:
@@ -159,6 +169,12 @@ class Breakpoints:
         """Let forward passes run through again."""
         for handle in self._handles:
             handle.remove()
+
+
+def _find_asker() -> greenlet.greenlet | None:
+    """Who waits for what the current forward pass hands out; None in one that runs through."""
+    forward = greenlet.getcurrent()
+    return forward.parent if isinstance(forward, _ForwardGreenlet) else None
 
 
 def _add_to_residual_stream(

@@ -17,6 +17,7 @@ from bitpress.compression.calibration.layer_groups import LayerGroup
 from bitpress.errors import CheckpointError, SchemeError
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS
+from bitpress.runtime.lanes import Lanes
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
 from bitpress.schemes.values import Statistic
@@ -69,7 +70,7 @@ def collect_statistics(
     inputs: Iterable[GroupInputs] = ()
     if group.first_layer is not None:
         inputs = streams.group_inputs(breakpoint_number, group.is_residual)
-    statistics = observe_inputs(group, inputs)
+    statistics = observe_inputs(group, inputs, streams.limits.lanes)
     for merged, observed in zip(statistics.by_step, group.gradient_statistics, strict=False):
         pipeline.merge(merged, observed)
 
@@ -81,29 +82,43 @@ def collect_statistics(
     return GroupStatistics(by_step, sample, num_tokens)
 
 
-def observe_inputs(group: LayerGroup, batches: Iterable[GroupInputs]) -> GroupStatistics:
-    """The statistics of a layer group over the batches of one rank."""
+def observe_inputs(
+    group: LayerGroup, batches: Iterable[GroupInputs], lanes: Lanes
+) -> GroupStatistics:
+    """The statistics of a layer group over the batches of one rank, which are observed side by side
+    and added up in their order.
+    """
     statistics = GroupStatistics.of_no_token(group)
     if not group.stack.calibrated:
         return statistics
-    weight = group.weight  # (out, in)
     # the router of the source's block may send an expert other tokens: they cannot be compared
     if group.is_routed:
         batches = (GroupInputs(batch.inputs) for batch in batches if len(batch.inputs))
-    drop_non_finite = functools.partial(_drop_non_finite, group.stack.name)
-    for batch in map(drop_non_finite, _join_batches(batches)):
-        for step, merged in zip(group.stack.steps, statistics.by_step, strict=True):
-            observed = pipeline.observe(step, weight, batch.inputs, batch.reference, batch.residual)
-            pipeline.merge(merged, observed)
-        statistics = evolve(
-            statistics,
-            # a copy: a view would hold all of the batch
-            sample=batch.inputs[:SAMPLE_TOKENS].clone(),
-            num_tokens=statistics.num_tokens + len(batch.inputs),
-        )
+    observe = functools.partial(_observe_batch, group, group.weight)
+    for observed in lanes.map(observe, _join_batches(batches)):
+        steps = zip(statistics.by_step, observed.by_step, strict=True)
+        for merged, batch_statistics in steps:
+            pipeline.merge(merged, batch_statistics)
+        num_tokens = statistics.num_tokens + observed.num_tokens
+        statistics = evolve(statistics, sample=observed.sample, num_tokens=num_tokens)
         # the next one is made without this one in memory
-        del batch
+        del observed, steps, batch_statistics
     return statistics
+
+
+def _observe_batch(group: LayerGroup, weight: Tensor, batch: GroupInputs) -> GroupStatistics:
+    """The statistics of one batch.
+
+    Args:
+        weight: (out, in) the group's.
+    """
+    batch = _drop_non_finite(group.stack.name, batch)
+    by_step = [
+        dict(pipeline.observe(step, weight, batch.inputs, batch.reference, batch.residual) or {})
+        for step in group.stack.steps
+    ]
+    # a copy: a view would hold all of the batch
+    return GroupStatistics(by_step, batch.inputs[:SAMPLE_TOKENS].clone(), len(batch.inputs))
 
 
 def _join_batches(batches: Iterable[GroupInputs]) -> Iterator[GroupInputs]:
