@@ -39,9 +39,10 @@ def weights(rows: int, width: int, seed: int) -> torch.Tensor:
 
 
 def four_bits(weight: torch.Tensor, importance: torch.Tensor | None) -> numerics.IntegerGrid:
-    """Groups of 16 columns, or the whole width."""
+    """Groups of 16 columns, or the whole width; scales as models store them."""
     width = weight.shape[1]
-    return numerics.fit_symmetric(weight, importance, 4, width if width % 16 else 16, RATIOS)
+    group = width if width % 16 else 16
+    return numerics.fit_symmetric(weight, importance, 4, group, RATIOS, dtype=torch.bfloat16)
 
 
 def gptq_quantize(
@@ -195,8 +196,8 @@ def test_inputs_without_correlation_give_rounding_to_nearest(width: int) -> None
         "hessian": Statistic(100 * torch.eye(width), "sum"),
         "tokens": Statistic(torch.tensor(100.0), "sum"),
     }
-    quantized, _ = gptq_quantize(weight, stats, four_bits)
-    assert torch.equal(quantized, round_to_nearest(weight))
+    quantized, grid = gptq_quantize(weight, stats, four_bits)
+    assert torch.equal(quantized, grid.rounded(weight))
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)

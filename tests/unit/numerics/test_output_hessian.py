@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bitpress import numerics
 from bitpress.numerics import output_hessian
-from bitpress.numerics.output_hessian import ROW_BLOCK, ROW_GROUPS, block_size
+from bitpress.numerics.output_hessian import FEW_ROW_GROUPS, ROW_BLOCK, block_size
 from bitpress.schemes.values import Layer, Statistic
 
 Array = NDArray[np.float64]
@@ -80,10 +80,10 @@ def slow_two_sided(
     rows, width = weight.shape
     w, error = weight.double().numpy(), np.zeros((rows, width))
     scale = grid.scale.double().numpy()[:, 0]
-    for group in range(min(ROW_GROUPS, rows)):
-        own = list(range(group, rows, ROW_GROUPS))
-        decided = [i for g in range(group) for i in range(g, rows, ROW_GROUPS)]
-        free = [i for g in range(group, ROW_GROUPS) for i in range(g, rows, ROW_GROUPS)]
+    for group in range(min(FEW_ROW_GROUPS, rows)):
+        own = list(range(group, rows, FEW_ROW_GROUPS))
+        decided = [i for g in range(group) for i in range(g, rows, FEW_ROW_GROUPS)]
+        free = [i for g in range(group, FEW_ROW_GROUPS) for i in range(g, rows, FEW_ROW_GROUPS)]
         target = w[own].copy()
         if decided:
             target += best_free(h_out, decided, error[decided], free)[: len(own)]

@@ -53,12 +53,26 @@ class Grid:
     """E2M1 numbers times scales.
 
     Attributes:
-        local: (out, groups) E4M3.
         scale: (out, groups) float32: local / global, what a loader multiplies with.
+        global_scale: without axes.
     """
 
-    local: Tensor
     scale: Tensor
+    global_scale: Tensor
+
+    @property
+    def local(self) -> Tensor:
+        """(out, groups) E4M3."""
+        import torch
+
+        return (self.scale * self.global_scale).to(torch.float8_e4m3fn)
+
+    def nearest_scale(self, scale: Tensor) -> Tensor:
+        """The nearest scales that can be stored."""
+        import torch
+
+        local = (scale * self.global_scale).clamp_(SMALLEST_LOCAL_SCALE, numerics.E4M3_MAX)
+        return numerics.decode_e4m3(local.to(torch.float8_e4m3fn)) / self.global_scale
 
     def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
         """The representable numbers nearest to targets (rows,) of one column."""
@@ -119,7 +133,7 @@ def fit(weight: Tensor, importance: Tensor | None, global_scale: Tensor) -> Grid
     # E4M3's smallest numbers lie further apart than eight to the octave: there the nearest is
     # taken. A sweep reads scales column by column.
     local = local.to(torch.float8_e4m3fn).T.contiguous().T
-    return Grid(local, numerics.decode_e4m3(local) / global_scale)
+    return Grid(numerics.decode_e4m3(local) / global_scale, global_scale)
 
 
 def _candidates() -> Tensor:

@@ -247,12 +247,13 @@ class _Gradients:
 
     def _observe(self, first_block: int, reference: ReferenceStates) -> GradientStatistics:
         self._run.report_progress(0, "running the source backward")
-        own, interval = self._own_batches, self._own_batches.reference_interval
+        plan, own = self._run.plan, self._own_batches
+        interval = own.reference_interval
         batch_tokens = own.batches[0].numel()
         positions = [
             i
             for i, batch in enumerate(reference.batches)
-            if memory_estimate.is_gradient_batch(own.numbers[batch], interval, batch_tokens)
+            if memory_estimate.is_gradient_batch(plan, own.numbers[batch], interval, batch_tokens)
         ]
         batches = [reference.batches[i] for i in positions]
         sample = SampleBatches(
@@ -260,7 +261,6 @@ class _Gradients:
             [[calls[batch] for batch in batches] if calls else [] for calls in self._inputs.calls],
             [own.numbers[batch] for batch in batches],
         )
-        plan = self._run.plan
         stacks = {shard.block: shard.stacks for shard in plan.shards if shard.block is not None}
         source = GradientSource(self._decoder, stacks, plan.container, self._streams.limits.lanes)
         return observe_gradients(source, sample, first_block)

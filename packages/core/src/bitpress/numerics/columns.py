@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bitpress.numerics.hessian import Factor
 from bitpress.numerics.output_hessian import RowFactor
-from bitpress.numerics.rows import Decide, decide_rows
+from bitpress.numerics.rows import decide_rows
 
 # Columns that are swept one by one; between leaves the feedback is a matrix product.
 LEAF = 16
@@ -46,7 +46,6 @@ def column_sweep(  # noqa: PLR0913
     ahead: SpanCallback | None = None,
     span: int = LEAF,
     *,
-    nearest: Decide | None = None,
     row_factor: RowFactor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The projected weight, and what it costs each row.
@@ -61,16 +60,13 @@ def column_sweep(  # noqa: PLR0913
             best for them (span, rows) if they and all that follow could be any number, which rows
             they are, and the columns' positions in the factor's order.
         span: a divisor or a multiple of `LEAF`.
-        nearest: given targets (rows, in) and which rows they are, returns what they become without
-            feedback: taken for rows on which that costs less than the sweep, which may blow up
-            where numbers are clipped. None takes the sweep for all.
         row_factor: how rows make up for each other's errors; None: they do not.
 
     Returns:
         (out, in) float32, and (out,) float32: (t - q) H (t - q)ᵀ of each row, t being the row of
         the weight, moved by the errors of the rows before it.
     """
-    sweep, losses = _Sweep(factor, project, ahead, span, nearest), weight.new_empty(len(weight))
+    sweep, losses = _Sweep(factor, project, ahead, span), weight.new_empty(len(weight))
 
     def decide(target: Tensor, rows: slice) -> Tensor:
         projected, losses[rows] = sweep.project_rows(target, rows)
@@ -87,18 +83,9 @@ class _Sweep:
     project: Project
     ahead: SpanCallback | None
     span: int
-    nearest: Decide | None
 
     def project_rows(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Some rows' projected weight (rows, in), and what it costs each of them (rows,)."""
-        swept, cost = self._sweep_columns(weight, rows)
-        if self.nearest is None:
-            return swept, cost
-        nearest = self.nearest(weight, rows)
-        is_better = self.factor.covers(cost, weight - nearest)  # (rows,)
-        return torch.where(is_better.unsqueeze(1), swept, nearest), cost
-
-    def _sweep_columns(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         factor, span = self.factor, self.span
         columns = factor.order.tolist()
 

@@ -7,6 +7,7 @@ in the float model.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
@@ -19,11 +20,16 @@ from bitpress.numerics.gram import cross, gram
 from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
 from bitpress.numerics.output_hessian import factorize_output_hessian
+from bitpress.numerics.rows import decide_rows
+from bitpress.numerics.scale_refit import DampedHessian, ScaledGrid, refit_scales
 from bitpress.schemes.values import Layer, Statistic
 
 # The error of a layer's output is measured on every eighth token: enough to know its mean square,
 # at an eighth of the products.
 SAMPLE_STRIDE = 8
+
+# How often scales are fitted anew to the codes of a row, and the row swept again.
+NUM_REFITS = 2
 
 # With this many tokens for each input channel a correction is believed in full; with fewer it is
 # shrunk in proportion.
@@ -127,22 +133,60 @@ def gptq_quantize(
     else:
         target = masked_least_squares(weight, target, factor, mask)
     grid = fit(target, factor.diagonal)
-    mask_of_column = None if mask is None else mask.T.contiguous()  # (in, out)
+    moment, tokens = stats["hessian"].value, max(stats["tokens"].value.item(), 1.0)
+    hessian = DampedHessian(moment, factor.diagonal * tokens - moment.diagonal())
+    rounding = _RowRounding(factor, hessian, grid, mask)
+    return decide_rows(target, factorize_output_hessian(stats), rounding.round_rows), grid
 
-    def project(column_target: Tensor, rows: slice, column: int) -> Tensor:
-        number = grid.nearest(column_target, rows, column)
-        if mask_of_column is None:
+
+class _RowRounding:
+    """Rounds rows with error feedback, and fits their scales to that."""
+
+    def __init__(
+        self, factor: Factor, hessian: DampedHessian, grid: Grid, mask: Tensor | None
+    ) -> None:
+        self._factor, self._hessian, self._grid, self._mask = factor, hessian, grid, mask
+        self._mask_of_column = None if mask is None else mask.T.contiguous()  # (in, out)
+
+    def round_rows(self, target: Tensor, rows: slice) -> Tensor:
+        """What targets (rows, in) become: representable numbers."""
+        rounded, cost = self._sweep(target, rows)
+        if isinstance(self._grid, ScaledGrid):
+            for _ in range(NUM_REFITS):
+                rounded, cost = self._refit(self._grid, target, rounded, cost, rows)
+
+        # Clipping can make the feedback blow up, to NaN where numbers are huge: such rows are
+        # rounded to nearest.
+        mask = None if self._mask is None else self._mask[rows]
+        nearest = _apply_mask(self._grid.rounded(target, rows), mask)
+        is_swept = self._factor.covers(cost, target - nearest)  # (rows,)
+        return torch.where(is_swept.unsqueeze(1), rounded, nearest)
+
+    def _sweep(self, target: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return column_sweep(target, self._factor, functools.partial(self._project, rows))
+
+    def _project(self, rows: slice, column_target: Tensor, own: slice, column: int) -> Tensor:
+        number = self._grid.nearest(column_target, rows, column)
+        if self._mask_of_column is None:
             return number
-        return torch.where(mask_of_column[column, rows], number, 0.0)
+        return torch.where(self._mask_of_column[column, rows], number, 0.0)
 
-    # Clipping can make the feedback blow up, to NaN where numbers are huge: such rows are rounded
-    # to nearest.
-    def nearest(row_targets: Tensor, rows: slice) -> Tensor:
-        return _apply_mask(grid.rounded(row_targets, rows), None if mask is None else mask[rows])
-
-    row_factor = factorize_output_hessian(stats)
-    rounded, _ = column_sweep(target, factor, project, nearest=nearest, row_factor=row_factor)
-    return rounded, grid
+    def _refit(
+        self, grid: ScaledGrid, target: Tensor, rounded: Tensor, cost: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor]:
+        """The rows swept again with scales fitted to what they have become, where they cost less
+        that way.
+        """
+        scale = grid.scale[rows].clone()
+        refitted = refit_scales(target, rounded, self._hessian, grid, rows)
+        if torch.equal(refitted, scale):
+            return rounded, cost
+        grid.scale[rows] = refitted
+        swept_again, new_cost = self._sweep(target, rows)
+        is_better = new_cost < cost  # (rows,)
+        grid.scale[rows] = torch.where(is_better.unsqueeze(1), refitted, scale)
+        rounded = torch.where(is_better.unsqueeze(1), swept_again, rounded)
+        return rounded, torch.where(is_better, new_cost, cost)
 
 
 def gptq_target(layer: Layer, stats: Mapping[str, Statistic], factor: Factor) -> Tensor:

@@ -36,12 +36,14 @@ class IntegerGrid:
         zero: (out, groups) float32 zero points, whole numbers; None where codes are symmetric.
         bits: bits per code.
         group: columns that share a scale and a zero point.
+        dtype: that scales are stored in.
     """
 
     scale: Tensor
     zero: Tensor | None
     bits: int
     group: int
+    dtype: torch.dtype = torch.float32
 
     def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
         """The representable numbers nearest to targets (rows,) of one column."""
@@ -55,6 +57,10 @@ class IntegerGrid:
         zero_point = None if self.zero is None else self.zero[rows].unsqueeze(2)
         rounded = _round(groups, self.scale[rows].unsqueeze(2), zero_point, bits=self.bits)
         return rounded.view_as(weight)
+
+    def nearest_scale(self, scale: Tensor) -> Tensor:
+        """The nearest scales that can be stored."""
+        return _to_stored(scale, self.bits, self.dtype)
 
     def codes(self, weight: Tensor) -> Tensor:
         """The codes nearest to a weight: (out, in) -> (out, in) int8."""
@@ -158,7 +164,7 @@ def fit_symmetric(  # noqa: PLR0913
     table = _symmetric_costs(bits, tuple(ratios), weight.device)
     best = search_scales(weight, importance, group, table, amax)
     scale = amax / ((2**bits - 1) / 2) * amax.new_tensor(ratios)[best]
-    return IntegerGrid(_by_column(_to_stored(scale, bits, dtype)), None, bits, group)
+    return IntegerGrid(_by_column(_to_stored(scale, bits, dtype)), None, bits, group, dtype)
 
 
 # Public: schemes of other packages call it with these arguments.
@@ -207,7 +213,7 @@ def fit_asymmetric(  # noqa: PLR0913
         zero_point = zero_point + best % num_shifts + ZERO_POINT_SHIFTS[0]
         zero_point = zero_point.clamp_(min_code, max_code)
     scale = _by_column(_to_stored(scale, bits, dtype))
-    return IntegerGrid(scale, _by_column(zero_point), bits, group)
+    return IntegerGrid(scale, _by_column(zero_point), bits, group, dtype)
 
 
 @functools.lru_cache(maxsize=8)

@@ -23,9 +23,11 @@ from bitpress.schemes.values import Statistic
 # diagonal.
 ROW_BLOCK = 512
 
-# Rows are decided in so many groups. Those of a group do not make up for each other, so that they
-# are swept side by side: of the pairs of rows one in eight is left out.
-ROW_GROUPS = 8
+# Rows are decided in so many groups, the more of them the more tokens H_O is known from. Those of a
+# group do not make up for each other, so that they are swept side by side: of the pairs of rows one
+# in 16 is left out, or one in 32.
+FEW_ROW_GROUPS, MANY_ROW_GROUPS = 16, 32
+MANY_TOKENS = 32768
 
 # What is added to the diagonal of H_O, in units of its mean, beside the share that rows of a block
 # have of the tokens: what so few tokens seem to say of so many rows is chance.
@@ -57,24 +59,31 @@ def output_statistics(output_gradient: Tensor) -> dict[str, Statistic]:
 
 
 def block_size(num_rows: int) -> int:
-    """Rows of a block of H_O: a multiple of `ROW_GROUPS`."""
-    return min(ROW_BLOCK, -(-num_rows // ROW_GROUPS) * ROW_GROUPS)
+    """Rows of a block of H_O: a multiple of any number of groups."""
+    return min(ROW_BLOCK, -(-num_rows // MANY_ROW_GROUPS) * MANY_ROW_GROUPS)
+
+
+def count_row_groups(num_tokens: float) -> int:
+    """In how many groups rows are decided, whose gradients are known from so many tokens."""
+    return MANY_ROW_GROUPS if num_tokens >= MANY_TOKENS else FEW_ROW_GROUPS
 
 
 @frozen(eq=False)
 class RowFactor:
     """How the errors of rows move the targets of rows that are decided after them.
 
-    Row i belongs to group i % `ROW_GROUPS`. With H_O = R Rᵀ, R upper triangular in the order of the
+    Row i belongs to group i % `num_groups`. With H_O = R Rᵀ, R upper triangular in the order of the
     groups, the errors E₁ of earlier rows cost least once those of the next group are
     -R₂₂⁻ᵀ R₁₂ᵀ E₁.
 
     Attributes:
         coupling: (blocks, block, block) float32, rows and columns in the order of the groups: what
             each row's target loses for the errors of the rows before its group.
+        num_groups: of the rows of a block.
     """
 
     coupling: Tensor
+    num_groups: int
 
     @property
     def block(self) -> int:
@@ -100,7 +109,8 @@ def factorize_output_hessian(stats: Mapping[str, Statistic]) -> RowFactor | None
     # rows of the last block that there are not are unrelated to all others
     padded = hessian.new_zeros(num_blocks * block, block, dtype=torch.float64)
     padded[:num_rows] = hessian
-    order = torch.arange(block, device=hessian.device).view(-1, ROW_GROUPS).T.reshape(-1)
+    num_groups = count_row_groups(num_tokens)
+    order = torch.arange(block, device=hessian.device).view(-1, num_groups).T.reshape(-1)
     blocks = padded.view(num_blocks, block, block)[:, order][:, :, order]
 
     diagonal = blocks.diagonal(dim1=1, dim2=2)  # (blocks, block)
@@ -113,11 +123,11 @@ def factorize_output_hessian(stats: Mapping[str, Statistic]) -> RowFactor | None
 
     root = lower.flip(1, 2)  # upper triangular
     coupling = torch.zeros_like(root)
-    step = block // ROW_GROUPS
+    step = block // num_groups
     for first in range(step, block, step):
         rows = slice(first, first + step)
         coupling[:, rows, :first] = torch.linalg.solve_triangular(
             root[:, rows, rows].mT, root[:, :first, rows].mT, upper=False
         )
     coupling = coupling.float()
-    return RowFactor(coupling) if coupling.any() else None
+    return RowFactor(coupling, num_groups) if coupling.any() else None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitpress.numerics.output_hessian import ROW_GROUPS, RowFactor
+from bitpress.numerics.output_hessian import RowFactor, count_row_groups
 
 # Rows decided together: a few columns of so many rows stay in a core's cache.
 ROW_TILE = 2048
@@ -46,22 +46,23 @@ def decide_rows(target: Tensor, row_factor: RowFactor | None, decide: Decide) ->
         last = min(first + ROWS_TOGETHER, len(target))
         blocks = slice(first // row_factor.block, -(-last // row_factor.block))
         feedback = _RowFeedback(row_factor, blocks, target.shape[1])
-        for group in range(min(ROW_GROUPS, last - first)):
-            rows = slice(first + group, last, ROW_GROUPS)
+        for group in range(min(row_factor.num_groups, last - first)):
+            rows = slice(first + group, last, row_factor.num_groups)
             own_target = target[rows]
             decided[rows] = decide(own_target - feedback.shift(group, len(own_target)), rows)
             feedback.add(group, decided[rows] - own_target)
     return decided
 
 
-def count_sweeps(num_rows: int, is_two_sided: bool) -> int:
+def count_sweeps(num_rows: int, gradient_tokens: int) -> int:
     """How many parts of so many rows `decide_rows` decides one after the other.
 
     Args:
-        is_two_sided: whether there is a `row_factor`.
+        gradient_tokens: that a `row_factor` is known from; 0 where there is none.
     """
-    if is_two_sided:
-        return min(ROW_GROUPS, num_rows) * math.ceil(num_rows / ROWS_TOGETHER)
+    if gradient_tokens:
+        num_groups = min(count_row_groups(gradient_tokens), num_rows)
+        return num_groups * math.ceil(num_rows / ROWS_TOGETHER)
     return math.ceil(num_rows / ROW_TILE)
 
 
@@ -76,7 +77,7 @@ class _RowFeedback:
     def __init__(self, factor: RowFactor, blocks: slice, width: int) -> None:
         self._coupling = factor.coupling[blocks]
         self._errors = self._coupling.new_zeros(*self._coupling.shape[:2], width)
-        self._step = factor.block // ROW_GROUPS
+        self._step = factor.block // factor.num_groups
 
     def shift(self, group: int, num_rows: int) -> Tensor:
         """What the targets of a group lose for the errors so far: (rows, in)."""

@@ -51,8 +51,9 @@ TOKENIZER_BYTES, TOKENIZING_BYTES = 350_000_000, 1200
 REFERENCE_INTERVAL = 8
 REFERENCE_TOKENS_PER_CHANNEL = 32
 
-# Tokens of which gradients are taken, from the first batch on.
-GRADIENT_TOKENS = 8192
+# Tokens of which gradients are taken, from the first batch on; and where a step asks for all texts
+# to be run through the source.
+GRADIENT_TOKENS, FULL_GRADIENT_TOKENS = 8192, 65536
 
 # Numbers for each of a batch's tokens that are kept for gradients: for each channel of the widest
 # input, and for each of the hidden states.
@@ -146,7 +147,14 @@ def reference_interval(plan: Plan, num_tokens: int) -> int:
     return min(max(interval, 1), REFERENCE_INTERVAL)
 
 
-def is_gradient_batch(number: int, interval: int, batch_tokens: int) -> bool:
+def gradient_tokens(plan: Plan) -> int:
+    """Of how many tokens a run takes gradients at most; 0 where no step takes any."""
+    if not plan.recipe.needs_gradients:
+        return 0
+    return FULL_GRADIENT_TOKENS if plan.recipe.full_reference else GRADIENT_TOKENS
+
+
+def is_gradient_batch(plan: Plan, number: int, interval: int, batch_tokens: int) -> bool:
     """Whether gradients are taken of a batch: of the first of those that the source is run on.
 
     Args:
@@ -154,7 +162,7 @@ def is_gradient_batch(number: int, interval: int, batch_tokens: int) -> bool:
         interval: every how many batches the source is run too.
         batch_tokens: of every batch.
     """
-    num_batches = math.ceil(GRADIENT_TOKENS / batch_tokens)
+    num_batches = math.ceil(gradient_tokens(plan) / batch_tokens)
     return number % interval == 0 and number < num_batches * interval
 
 
@@ -191,7 +199,7 @@ def estimate_calibration(plan: Plan, tokens: int, length: int = 1) -> Calibratio
     if plan.recipe.needs_gradients:
         kept = _count_kept(plan, batch_tokens)
         backward = max(_count_head(plan, batch_tokens), block + kept)
-        states += _count_gradients(plan, min(tokens, GRADIENT_TOKENS))
+        states += _count_gradients(plan, min(tokens, gradient_tokens(plan)))
     on_disk = NUMBER_BYTES * max(
         embeddings + block + forward,
         num_blocks * block + max(solution + observing, forward, backward),

@@ -158,8 +158,7 @@ def _calibrated_work(
         backward = sum(
             batch_tokens[i]
             for i in batches
-            if plan.recipe.needs_gradients
-            and memory_estimate.is_gradient_batch(i, interval, batch_tokens[0])
+            if memory_estimate.is_gradient_batch(plan, i, interval, batch_tokens[0])
         )
 
         # Where tokens are compared, a block's own weights are read again; on the way to gradients,
@@ -188,6 +187,7 @@ def _count_operations(
 ) -> _Operations:
     per_token, per_compared_token, per_gradient_token = 0.0, 0.0, 0.0
     solutions, columns = [0.0] * num_ranks, [0] * num_ranks
+    gradient_tokens = min(memory_estimate.gradient_tokens(plan), tokens)
     for shard in blocks:
         share_of = _token_shares(plan, shard)
         forward = sum(
@@ -214,7 +214,10 @@ def _count_operations(
             if share * tokens >= MIN_EXPERT_TOKENS:
                 factor_and_sweep = len(steps) * (width / 3 + 2 * rows) + num_drifts * 4 * rows
                 solutions[number % num_ranks] += width * width * factor_and_sweep
-                num_sweeps = sum(count_sweeps(rows, pipeline.takes_gradient(s)) for s in steps)
+                num_sweeps = sum(
+                    count_sweeps(rows, gradient_tokens if pipeline.takes_gradient(step) else 0)
+                    for step in steps
+                )
                 columns[number % num_ranks] += width * num_sweeps
     return _Operations(per_token, per_compared_token, per_gradient_token, solutions, columns)
 

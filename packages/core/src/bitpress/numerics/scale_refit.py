@@ -1,0 +1,89 @@
+"""Scales fitted anew to the codes that error feedback has chosen.
+
+A grid's scales are chosen before its codes, for weights that are rounded to nearest. Once codes are
+there, what is best for them is a problem of least squares, one number for each group.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from bitpress.numerics.scale_search import to_groups
+
+
+@runtime_checkable
+class ScaledGrid(Protocol):
+    """A grid whose numbers are units times a scale, one for each group of columns of a row.
+
+    Attributes:
+        scale: (out, groups) float32, as it will be stored; fitting writes into it.
+    """
+
+    scale: Tensor
+
+    def nearest_scale(self, scale: Tensor) -> Tensor:
+        """The nearest scales that can be stored: (rows,) float32 -> (rows,) float32."""
+        ...
+
+
+@frozen(eq=False)
+class DampedHessian:
+    """H as what an error costs.
+
+    Attributes:
+        moment: (in, in) float32, the sum of x xᵀ over tokens.
+        damping: (in,) float32, what is added to its diagonal.
+    """
+
+    moment: Tensor
+    damping: Tensor
+
+    def multiply(self, left: Tensor, columns: slice = slice(None)) -> Tensor:
+        """The product with some rows of H: (rows, columns) -> (rows, in)."""
+        product = left @ self.moment[columns]
+        product[:, columns].addcmul_(left, self.damping[columns])
+        return product
+
+
+def refit_scales(
+    target: Tensor, rounded: Tensor, hessian: DampedHessian, grid: ScaledGrid, rows: slice
+) -> Tensor:
+    """Scales with which the codes of some rows cost less, (target - q) H (target - q)ᵀ.
+
+    Group after group takes the scale that is best beside those of all others, or keeps its own
+    where no other that can be stored is better: no row gets worse.
+
+    Args:
+        target: (rows, in) float32.
+        rounded: (rows, in) float32, representable numbers.
+        hessian: H.
+        grid: on which they are representable.
+        rows: which rows of the grid they are.
+
+    Returns:
+        (rows, groups) float32.
+    """
+    scale = grid.scale[rows].clone()  # (rows, groups)
+    size = target.shape[1] // scale.shape[1]
+    units = to_groups(rounded, size) / scale.unsqueeze(2)  # (rows, groups, group)
+    # Half the negative gradient of the cost.
+    residual = hessian.multiply(target - rounded)  # (rows, in)
+    for group in range(scale.shape[1]):
+        columns, group_units = slice(group * size, (group + 1) * size), units[:, group]
+        product = hessian.multiply(group_units, columns)
+        slope = (residual[:, columns] * group_units).sum(1)  # (rows,)
+        curvature = (product[:, columns] * group_units).sum(1)
+
+        own = scale[:, group]
+        best = grid.nearest_scale(own + torch.where(curvature > 0, slope / curvature, 0.0))
+        change = best - own
+        is_better = change * (2 * slope - change * curvature) > 0
+        change = torch.where(is_better, change, 0.0)
+        residual.addcmul_(change.unsqueeze(1), product, value=-1)
+        # not by adding the change, which rounds
+        scale[:, group] = torch.where(is_better, best, own)
+    return scale
