@@ -61,6 +61,11 @@ class Grid:
     global_scale: Tensor
 
     @property
+    def refits(self) -> bool:
+        """Whether scales gain by being fitted to codes."""
+        return True
+
+    @property
     def local(self) -> Tensor:
         """(out, groups) E4M3."""
         import torch

@@ -28,9 +28,6 @@ from bitpress.schemes.values import Layer, Statistic
 # at an eighth of the products.
 SAMPLE_STRIDE = 8
 
-# How often scales are fitted anew to the codes of a row, and the row swept again.
-NUM_REFITS = 2
-
 # With this many tokens for each input channel a correction is believed in full; with fewer it is
 # shrunk in proportion.
 TOKENS_PER_CHANNEL = 16
@@ -151,9 +148,8 @@ class _RowRounding:
     def round_rows(self, target: Tensor, rows: slice) -> Tensor:
         """What targets (rows, in) become: representable numbers."""
         rounded, cost = self._sweep(target, rows)
-        if isinstance(self._grid, ScaledGrid):
-            for _ in range(NUM_REFITS):
-                rounded, cost = self._refit(self._grid, target, rounded, cost, rows)
+        if isinstance(self._grid, ScaledGrid) and self._grid.refits:
+            rounded, cost = self._refit(self._grid, target, rounded, cost, rows)
 
         # Clipping can make the feedback blow up, to NaN where numbers are huge: such rows are
         # rounded to nearest.

@@ -36,14 +36,14 @@ class IntegerGrid:
         zero: (out, groups) float32 zero points, whole numbers; None where codes are symmetric.
         bits: bits per code.
         group: columns that share a scale and a zero point.
-        dtype: that scales are stored in.
+        scale_dtype: that scales are stored in; None where rows share theirs.
     """
 
     scale: Tensor
     zero: Tensor | None
     bits: int
     group: int
-    dtype: torch.dtype = torch.float32
+    scale_dtype: torch.dtype | None = None
 
     def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
         """The representable numbers nearest to targets (rows,) of one column."""
@@ -58,9 +58,14 @@ class IntegerGrid:
         rounded = _round(groups, self.scale[rows].unsqueeze(2), zero_point, bits=self.bits)
         return rounded.view_as(weight)
 
+    @property
+    def refits(self) -> bool:
+        """Whether scales gain by being fitted to codes: those of eight bits do not."""
+        return self.scale_dtype is not None and self.bits < 8
+
     def nearest_scale(self, scale: Tensor) -> Tensor:
         """The nearest scales that can be stored."""
-        return _to_stored(scale, self.bits, self.dtype)
+        return _to_stored(scale, self.bits, self.scale_dtype or torch.float32)
 
     def codes(self, weight: Tensor) -> Tensor:
         """The codes nearest to a weight: (out, in) -> (out, in) int8."""

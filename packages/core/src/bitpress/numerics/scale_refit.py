@@ -21,9 +21,13 @@ class ScaledGrid(Protocol):
 
     Attributes:
         scale: (out, groups) float32, as it will be stored; fitting writes into it.
+        refits: whether scales are to be fitted.
     """
 
     scale: Tensor
+
+    @property
+    def refits(self) -> bool: ...
 
     def nearest_scale(self, scale: Tensor) -> Tensor:
         """The nearest scales that can be stored: (rows,) float32 -> (rows,) float32."""
