@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.blocks import absmax
+from bitpress.numerics.scale_refit import FINE_BITS
 from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
 
 # Zero points tried: the one nearest to the end of the range, and its neighbors.
@@ -60,8 +61,8 @@ class IntegerGrid:
 
     @property
     def refits(self) -> bool:
-        """Whether scales gain by being fitted to codes: those of eight bits do not."""
-        return self.scale_dtype is not None and self.bits < 8
+        """Whether scales gain by being fitted to codes."""
+        return self.scale_dtype is not None and self.bits < FINE_BITS
 
     def nearest_scale(self, scale: Tensor) -> Tensor:
         """The nearest scales that can be stored."""

@@ -14,6 +14,16 @@ from torch import Tensor
 
 from bitpress.numerics.scale_search import to_groups
 
+# Codes of so many bits and more are not fitted: their steps are so small that it gains nothing.
+FINE_BITS = 8
+
+
+def count_passes(bits: float | None) -> int:
+    """How often rows are rounded to codes of so many bits: again where scales are fitted to the
+    first ones; None: there are no codes.
+    """
+    return 2 if bits is not None and bits < FINE_BITS else 1
+
 
 @runtime_checkable
 class ScaledGrid(Protocol):

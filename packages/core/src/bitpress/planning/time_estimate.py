@@ -17,6 +17,7 @@ from bitpress.checkpoint.safetensors import BITS, Entry
 from bitpress.checkpoint.views import View
 from bitpress.numerics.gram import stripes
 from bitpress.numerics.rows import count_sweeps
+from bitpress.numerics.scale_refit import count_passes
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS, CalibrationConfig
 from bitpress.planning.layout import Shard
@@ -215,7 +216,8 @@ def _count_operations(
                 factor_and_sweep = len(steps) * (width / 3 + 2 * rows) + num_drifts * 4 * rows
                 solutions[number % num_ranks] += width * width * factor_and_sweep
                 num_sweeps = sum(
-                    count_sweeps(rows, gradient_tokens if pipeline.takes_gradient(step) else 0)
+                    count_passes(step.options.bits)
+                    * count_sweeps(rows, gradient_tokens if pipeline.takes_gradient(step) else 0)
                     for step in steps
                 )
                 columns[number % num_ranks] += width * num_sweeps
