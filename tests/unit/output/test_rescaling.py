@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from bitpress.errors import CheckpointError
 from bitpress.output.rescaling import rescale
 
 
@@ -65,3 +66,12 @@ def test_each_axis_rounds_in_the_order_in_which_it_was_multiplied() -> None:
     expected = rescale(rescale(tensor, columns), rows)
     assert torch.equal(rescale(tensor, columns | rows), expected)
     assert not torch.equal(rescale(tensor, rows | columns), expected)
+
+
+@pytest.mark.parametrize(
+    "rescaled",
+    [{"columns": [0.5]}, {"columns": [0.5] * 5}, {"rows": [0.5] * 6}, {"rows": []}, {"heads": [0]}],
+)
+def test_factors_that_do_not_fit_a_tensor_are_refused(rescaled: dict[str, list[float]]) -> None:
+    with pytest.raises(CheckpointError, match=r"rescales its \w+ by \d exponents"):
+        rescale(torch.ones(7, 3), rescaled)

@@ -521,3 +521,16 @@ def test_what_cannot_be_proved_at_all_is_bad_input(outputs: Path, tmp_path: Path
         "verify", outputs / "model", path=outputs / "plugins"
     )
     assert "is not a folder" in refusal("verify", tmp_path / "nowhere", path=outputs / "plugins")
+
+
+@pytest.mark.usefixtures("with_plugins")
+@pytest.mark.parametrize("axis", ["columns", "rows"])
+@pytest.mark.parametrize(("name", "subject"), [(NORM, NORM), (f"{LAYER}.weight", LAYER)])
+def test_factors_that_do_not_fit_a_tensor_are_told_as_its_fault(
+    outputs: Path, tmp_path: Path, axis: str, name: str, subject: str
+) -> None:
+    out = copy(outputs, "out", tmp_path / "out")
+    forge(out, lambda manifest: manifest.update(rescaled={name: {axis: [0.5, 0.5]}}))
+    (fault,) = bitpress.verify(out, outputs / "model", threads=1).faults
+    assert fault.subject == subject
+    assert f"bitpress.json rescales its {axis} by 2 exponents" in fault.text

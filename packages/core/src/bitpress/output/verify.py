@@ -15,8 +15,8 @@ from bitpress.checkpoint.engine_facts import facts_of
 from bitpress.checkpoint.filenames import CONFIG
 from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import NAMES, Checkpoint, Reader
-from bitpress.checkpoint.safetensors import TensorSpec
-from bitpress.errors import BitpressError, Fault
+from bitpress.checkpoint.safetensors import Entry, TensorSpec
+from bitpress.errors import BitpressError, CheckpointError, Fault
 from bitpress.output.file_proof import Workers
 from bitpress.output.layer_proof import LayerMeasurement, find_error_faults, measure_stored
 from bitpress.output.written_model import WrittenModel
@@ -234,13 +234,22 @@ def _verify_copies(
         copy = written.checkpoint.entries.get(name)
         if copy is None or name.removesuffix(".weight") in written.layers:
             continue
-        is_same = copy.spec == entry.spec
-        if is_same and name in written.rescaled:
-            rescaled = written.rescale_source(reader.whole(entry), name)
-            is_same = torch.equal(rescaled, reader.whole(copy))
-        elif is_same:
-            is_same = all(map(torch.equal, reader.chunks(entry), reader.chunks(copy)))
+        try:
+            is_same = _is_copy(written, entry, copy, reader)
+            text = "the copied tensor differs from the source's"
+        except CheckpointError as e:
+            is_same, text = False, str(e)
         workers.report_progress(entry.nbytes, name)
         if not is_same:
-            faults.append(Fault(name, "the copied tensor differs from the source's"))
+            faults.append(Fault(name, text))
     return faults
+
+
+def _is_copy(written: WrittenModel, entry: Entry, copy: Entry, reader: Reader) -> bool:
+    """Whether a written tensor is the source's, after the factors that the run folded into it."""
+    if copy.spec != entry.spec:
+        return False
+    if entry.name in written.rescaled:
+        rescaled = written.rescale_source(reader.whole(entry), entry.name)
+        return torch.equal(rescaled, reader.whole(copy))
+    return all(map(torch.equal, reader.chunks(entry), reader.chunks(copy)))
