@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     )
     from bitpress.numerics.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
     from bitpress.numerics.rows import decide_rows
+    from bitpress.numerics.scale_refit import ScaledGrid
     from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
 
 # The public names, by the module that defines them.
@@ -75,6 +76,7 @@ _MODULES: Mapping[str, Sequence[str]] = {
     "output_hessian": ("RowFactor", "factorize_output_hessian", "output_statistics"),
     "packing": ("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"),
     "rows": ("decide_rows",),
+    "scale_refit": ("ScaledGrid",),
     "scale_search": ("rounding_costs", "search_scales", "to_groups"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -103,6 +105,7 @@ __all__ = [
     "Grid",
     "IntegerGrid",
     "RowFactor",
+    "ScaledGrid",
     "absmax",
     "block_absmax",
     "clip_by_error",
