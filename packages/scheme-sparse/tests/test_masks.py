@@ -162,6 +162,31 @@ def test_outputs_that_matter_together_make_up_for_each_other_s_pruned_weights() 
     assert seen_loss(prune(step, weight, related)) < 0.5 * seen_loss(prune(step, weight, stats))
 
 
+@pytest.mark.parametrize("algorithm", ["sparsegpt", "wanda"])
+def test_kept_weights_are_the_best_for_the_masks_of_all_rows(algorithm: str) -> None:
+    weight, x = weights(16, 24), inputs(24, 3000)
+    gradient = torch.randn(900, 16, generator=torch.Generator().manual_seed(4))
+    gradient = gradient @ (torch.eye(16) + weights(16, 16, seed=5) * 20)
+    step = make_step(algorithm=algorithm)
+    stats = observe(step, weight, x) | dict(pipeline.observe_gradient(step, weight, gradient) or {})
+    result = prune(step, weight, stats, torch.float32)
+
+    factor = numerics.factorize_hessian(stats["hessian"].value, len(x))
+    of_outputs = numerics.damped_output_hessian(stats)
+    assert factor is not None
+    assert of_outputs is not None
+    of_inputs = factor.multiply(torch.eye(24)).double().numpy()
+    hessian = np.kron(of_outputs[0, :16, :16].numpy(), of_inputs)
+    target, support = weight.double().flatten().numpy(), result.weight.flatten().numpy() != 0
+    best = np.zeros_like(target)
+    best[support] = np.linalg.solve(hessian[np.ix_(support, support)], hessian[support] @ target)
+    least, found = (
+        (target - numbers) @ hessian @ (target - numbers)
+        for numbers in (best, result.weight.double().flatten().numpy())
+    )
+    assert found < 1.001 * least
+
+
 def published_sparsegpt(
     weight: torch.Tensor, hessian: NDArray[np.float64], order: NDArray[np.int64]
 ) -> tuple[Any, Any]:

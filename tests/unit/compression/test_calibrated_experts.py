@@ -107,13 +107,19 @@ def learner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # what comes before them stays as it was
 ONLY = '[[layers]]\nmatch = "*.layers.1.mlp.experts.*"\nsteps = ["learner"]\n'
 EXPERTS = "model.layers.1.mlp.experts"
+# so coarse that routers after it send tokens elsewhere
+ATTENTION = """
+[[layers]]
+match = "*.layers.0.self_attn.*"
+steps = [{ use = "learner", bits = 2 }]
+"""
 
 
 def compress(
-    source: Path, out: Path, learner: Path, samples: int = 8, **options: bool
+    source: Path, out: Path, learner: Path, samples: int = 8, rules: str = ONLY, **options: bool
 ) -> bitpress.Manifest:
     recipe = out.parent / "rules.toml"
-    recipe.write_text(ONLY)
+    recipe.write_text(rules)
     with plugins(learner):
         return bitpress.compress(
             source,
@@ -173,6 +179,54 @@ def test_every_expert_may_see_all_tokens(tmp_path: Path, learner: Path) -> None:
     assert manifest.data is not None
     assert manifest.data["experts"] == "every token"
     assert not manifest.warnings
+
+
+def inputs_of_experts(model: torch.nn.Module, ids: Tensor) -> list[dict[int, Tensor]]:
+    """By expert of the last block and number of the token, what comes to it."""
+    calls: list[tuple[Tensor, ...]] = []
+    handle = model.get_submodule(EXPERTS).register_forward_pre_hook(
+        lambda module, arguments: calls.append(arguments)
+    )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    hidden, index, _ = calls[0]
+    return [
+        {token: hidden[token] for token in (index == e).any(1).nonzero().flatten().tolist()}
+        for e in range(4)
+    ]
+
+
+def test_an_expert_is_compared_with_the_source_on_the_tokens_that_both_routers_send_it(
+    tmp_path: Path, learner: Path
+) -> None:
+    source, out = build("qwen3_moe", tmp_path / "m"), tmp_path / "o"
+    compress(source, out, learner, rules=ATTENTION + ONLY)
+    ids = load_calibration_data(
+        CalibrationConfig(str(tmp_path / "text.txt"), 8, 32), source, {}
+    ).input_ids
+    model = whole(source)
+    expected = inputs_of_experts(model, ids)
+    tensors = tensors_of(out)
+    for projection in "qkvo":
+        layer = f"model.layers.0.self_attn.{projection}_proj"
+        codes, scale = tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale"]
+        model.get_submodule(layer).get_parameter("weight").data = codes.float() * scale
+    now = inputs_of_experts(model, ids)
+
+    num_compared = 0
+    for e in range(4):
+        shared = now[e].keys() & expected[e].keys()
+        if len(now[e]) < 64:
+            continue
+        num_compared += 1
+        assert len(shared) < len(now[e])
+        moved = sum(expected[e][token] - now[e][token] for token in shared)
+        torch.testing.assert_close(
+            tensors[f"{EXPERTS}.{e}.up_proj.seen"][1], moved, rtol=1e-3, atol=1e-2
+        )
+        assert torch.as_tensor(moved).norm() > 1
+    assert num_compared
 
 
 def never_sent(source: Path, expert: int) -> None:

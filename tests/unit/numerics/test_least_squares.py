@@ -93,11 +93,69 @@ def test_no_row_gets_worse_and_most_of_what_can_be_gained_is_gained_at_once() ->
     assert not solution[~mask].any()
 
 
+def output_hessian(rows: int, seed: int = 11) -> torch.Tensor:
+    """(blocks, block, block): what errors of a layer's outputs cost."""
+    gradient = draw(3000, rows, seed=seed) @ (torch.eye(rows) + draw(rows, rows, seed=seed + 1) / 9)
+    hessian = numerics.damped_output_hessian(numerics.output_statistics(gradient))
+    assert hessian is not None
+    return hessian
+
+
+def coupled_loss(
+    error: NDArray[np.float64], hessian: NDArray[np.float64], of_outputs: torch.Tensor
+) -> NDArray[np.float64]:
+    """tr(H_O E H Eᵀ) of each block of rows."""
+    block = of_outputs.shape[1]
+    losses = []
+    for number, of_block in enumerate(of_outputs.double().numpy()):
+        own = error[number * block : (number + 1) * block]
+        losses.append(((of_block[: len(own), : len(own)] @ own @ hessian) * own).sum())
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("rows", [24, 40], ids=["a block of rows", "one that is not full"])
+def test_rows_that_make_up_for_each_other_come_to_the_solution_of_them_all(rows: int) -> None:
+    x, target = inputs(16), draw(rows, 16, seed=5)
+    factor, mask, of_outputs = factorize(x), draw(rows, 16, seed=6) > 0, output_hessian(rows)
+    solution = target
+    for _ in range(8):
+        solution = numerics.masked_least_squares(solution, target, factor, mask, of_outputs)
+    # all weights of all rows in one system of equations
+    of_rows = of_outputs[0, :rows, :rows].numpy()
+    together = np.kron(of_rows, damped_hessian(factor, 16))
+    support, wanted = mask.flatten().numpy(), target.double().flatten().numpy()
+    expected = np.zeros(rows * 16)
+    expected[support] = np.linalg.solve(
+        together[np.ix_(support, support)], together[support] @ wanted
+    )
+    np.testing.assert_allclose(
+        solution.flatten().numpy(), expected, atol=1e-4 * np.abs(expected).max()
+    )
+
+
+def test_no_block_of_rows_gets_worse_where_rows_make_up_for_each_other() -> None:
+    # two blocks, the second not full
+    x, target = inputs(48), draw(700, 48, seed=5)
+    factor, mask, of_outputs = factorize(x), draw(700, 48, seed=6) > 0, output_hessian(700)
+    assert len(of_outputs) == 2
+    start = numerics.masked_least_squares(target, target, factor, mask)
+    solution = numerics.masked_least_squares(start, target, factor, mask, of_outputs)
+    hessian = damped_hessian(factor, 48)
+    start_loss, loss = (
+        coupled_loss((target - weight).double().numpy(), hessian, of_outputs)
+        for weight in (start, solution)
+    )
+    assert (loss < 0.9 * start_loss).all()
+    assert not solution[~mask].any()
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
 def test_rows_of_any_size_stay_finite_and_a_finished_one_stays(size: float) -> None:
     x, target = inputs(32), draw(6, 32, seed=5) * size
     factor, mask = factorize(x), draw(6, 32, seed=6) > 0
-    assert numerics.masked_least_squares(target, target, factor, mask).isfinite().all()
+    for of_outputs in (None, output_hessian(6)):
+        solved = numerics.masked_least_squares(target, target, factor, mask, of_outputs)
+        assert solved.isfinite().all()
     solution = draw(6, 32, seed=7) * mask
     again = numerics.masked_least_squares(solution, solution, factor, mask)
     assert torch.equal(again, solution)

@@ -187,3 +187,16 @@ def test_experts_that_few_tokens_reach_are_not_fitted(tmp_path: Path) -> None:
         )
     # of 96 tokens 48 come to each of four experts, and 64 are wanted
     assert few.solutions < many.solutions
+
+
+@pytest.mark.parametrize(("family", "share"), [("qwen3", 1.0), ("mixtral", 0.5)])
+def test_the_layer_that_gets_the_fewest_tokens_says_how_many_go_through_the_source_too(
+    tmp_path: Path, family: str, share: float
+) -> None:
+    with plugins(install_learner(tmp_path / "plugins")):
+        plan = bitpress.plan(build(family, tmp_path / "model"), scheme="learner")
+    # the second layers of MLPs and of experts are the widest
+    widest = max(plan.stacks, key=lambda stack: stack.shape[1])
+    assert widest.name.endswith(("down_proj", ".w2"))
+    num_tokens = memory_estimate.REFERENCE_TOKENS_PER_CHANNEL * widest.shape[1] * 8
+    assert memory_estimate.reference_interval(plan, num_tokens) == 8 * share

@@ -108,7 +108,13 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: PruningOptio
         return pruned
 
     weight = numerics.decide_rows(target, row_factor, prune)
-    layer = attrs.evolve(layer, weight=weight, mask=stored_mask & candidates)
+    mask = stored_mask & candidates
+    output_hessian = numerics.damped_output_hessian(stats)
+    if factor is not None and output_hessian is not None:
+        # rows decided early have not made up for the errors of those after them
+        weight = numerics.masked_least_squares(weight, target, factor, mask, output_hessian)
+        weight = _round_to(layer.dtype, weight)
+    layer = attrs.evolve(layer, weight=weight, mask=mask)
     if options.layout == "dense":
         return layer
     codes = bitmask.compress(weight.to(layer.dtype), stored_mask)
@@ -214,12 +220,19 @@ def _prune(
     if factor is not None:
         weight = numerics.masked_least_squares(weight, target, factor, mask & candidates)
 
+    weight = torch.where(mask & candidates, weight.ldexp(-power), 0.0)
+    return _round_to(dtype, weight), mask
+
+
+def _round_to(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """The nearest finite numbers of the model's dtype, in float32."""
+    import torch
+
     # weights come in float32, whatever the model stores them in
     largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-    weight = torch.where(mask & candidates, weight.ldexp(-power), 0.0)
-    weight = weight.clamp_(-largest, largest).to(dtype).float()
+    weight = weight.clamp(-largest, largest).to(dtype).float()
     # Old kernels for 2:4 weights broke on -0.0.
-    return torch.where(weight == 0, 0.0, weight), mask
+    return torch.where(weight == 0, 0.0, weight)
 
 
 def _factorize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from bitpress.errors import CheckpointError
 
 # By expert and name of its layer, the weight's (out, in).
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+
+# The numbers, ascending, of the tokens that the layers which the current forward pass is at are
+# given of its batch; None: they are given all.
+ROUTED_TOKENS: ContextVar[Tensor | None] = ContextVar("ROUTED_TOKENS", default=None)
 
 
 class Experts(nn.Module):
@@ -83,7 +88,7 @@ class Experts(nn.Module):
             if self.all_experts:
                 output = self._compute(expert, hidden_states)[token]
             else:
-                output = self._compute(expert, hidden_states[token])
+                output = self._compute_routed(expert, hidden_states, token)
             weighted = output * top_k_weights[token, rank, None]
             summed.index_add_(0, token, weighted.to(summed.dtype))
         return summed
@@ -92,9 +97,16 @@ class Experts(nn.Module):
         parts = hidden_states.view(len(self._modules), -1, hidden_states.shape[-1])
         outputs = torch.zeros_like(parts)
         for output, part, (_, expert) in zip(outputs, parts, self.named_children(), strict=True):
-            is_routed_here = part.any(1)
-            output[is_routed_here] = self._compute(expert, part[is_routed_here])
+            token = part.any(1).nonzero().squeeze(1)
+            output[token] = self._compute_routed(expert, part, token)
         return outputs.view_as(hidden_states)
+
+    def _compute_routed(self, expert: Any, hidden_states: Tensor, token: Tensor) -> Tensor:
+        outside = ROUTED_TOKENS.set(token)
+        try:
+            return self._compute(expert, hidden_states[token])
+        finally:
+            ROUTED_TOKENS.reset(outside)
 
     def _compute(self, expert: Any, tokens: Tensor) -> Tensor:
         *ups, down = self._layers

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from bitpress.numerics.least_squares import masked_least_squares
     from bitpress.numerics.output_hessian import (
         RowFactor,
+        damped_output_hessian,
         factorize_output_hessian,
         output_statistics,
     )
@@ -73,7 +74,12 @@ _MODULES: Mapping[str, Sequence[str]] = {
         "integer_range",
     ),
     "least_squares": ("masked_least_squares",),
-    "output_hessian": ("RowFactor", "factorize_output_hessian", "output_statistics"),
+    "output_hessian": (
+        "RowFactor",
+        "damped_output_hessian",
+        "factorize_output_hessian",
+        "output_statistics",
+    ),
     "packing": ("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"),
     "rows": ("decide_rows",),
     "scale_refit": ("ScaledGrid",),
@@ -112,6 +118,7 @@ __all__ = [
     "clip_by_share",
     "clip_range",
     "column_sweep",
+    "damped_output_hessian",
     "decide_rows",
     "decode_e2m1",
     "decode_e4m3",

@@ -19,7 +19,7 @@ from bitpress.numerics.columns import column_sweep
 from bitpress.numerics.gram import cross, gram
 from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
-from bitpress.numerics.output_hessian import factorize_output_hessian
+from bitpress.numerics.output_hessian import damped_output_hessian, factorize_output_hessian
 from bitpress.numerics.rows import decide_rows
 from bitpress.numerics.scale_refit import DampedHessian, ScaledGrid, refit_scales
 from bitpress.schemes.values import Layer, Statistic
@@ -128,7 +128,8 @@ def gptq_quantize(
     if layer.mask is None or mask is None:
         target = _apply_mask(target, mask)
     else:
-        target = masked_least_squares(weight, target, factor, mask)
+        output_hessian = damped_output_hessian(stats)
+        target = masked_least_squares(weight, target, factor, mask, output_hessian)
     grid = fit(target, factor.diagonal)
     moment, tokens = stats["hessian"].value, max(stats["tokens"].value.item(), 1.0)
     hessian = DampedHessian(moment, factor.diagonal * tokens - moment.diagonal())

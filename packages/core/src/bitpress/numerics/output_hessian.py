@@ -91,9 +91,9 @@ class RowFactor:
         return self.coupling.shape[1]
 
 
-def factorize_output_hessian(stats: Mapping[str, Statistic]) -> RowFactor | None:
-    """The factor of the damped H_O; None where there are no statistics of gradients, or they are
-    not finite, or relate no rows.
+def damped_output_hessian(stats: Mapping[str, Statistic]) -> Tensor | None:
+    """The damped H_O, in blocks whose mean diagonal is near 1: (blocks, block, block) float64; None
+    where there are no statistics of gradients, or they are not finite.
 
     Args:
         stats: what `output_statistics` returned, merged over batches.
@@ -109,15 +109,29 @@ def factorize_output_hessian(stats: Mapping[str, Statistic]) -> RowFactor | None
     # rows of the last block that there are not are unrelated to all others
     padded = hessian.new_zeros(num_blocks * block, block, dtype=torch.float64)
     padded[:num_rows] = hessian
-    num_groups = count_row_groups(num_tokens)
-    order = torch.arange(block, device=hessian.device).view(-1, num_groups).T.reshape(-1)
-    blocks = padded.view(num_blocks, block, block)[:, order][:, :, order]
+    blocks = padded.view(num_blocks, block, block)
 
     diagonal = blocks.diagonal(dim1=1, dim2=2)  # (blocks, block)
     mean = diagonal.sum(1) / (diagonal > 0).sum(1).clamp_(min=1)
     blocks = blocks / mean.masked_fill_(mean == 0, 1.0).view(-1, 1, 1)
     blocks.diagonal(dim1=1, dim2=2).add_(DAMPING + block / num_tokens)
-    lower, info = torch.linalg.cholesky_ex(blocks.flip(1, 2))
+    return blocks
+
+
+def factorize_output_hessian(stats: Mapping[str, Statistic]) -> RowFactor | None:
+    """The factor of the damped H_O; None where there are no statistics of gradients, or they are
+    not finite, or relate no rows.
+
+    Args:
+        stats: what `output_statistics` returned, merged over batches.
+    """
+    blocks = damped_output_hessian(stats)
+    if blocks is None:
+        return None
+    block = blocks.shape[1]
+    num_groups = count_row_groups(stats["gradient_tokens"].value.item())
+    order = torch.arange(block, device=blocks.device).view(-1, num_groups).T.reshape(-1)
+    lower, info = torch.linalg.cholesky_ex(blocks[:, order][:, :, order].flip(1, 2))
     if info.any():
         return None
 

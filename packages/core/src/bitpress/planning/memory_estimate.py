@@ -134,16 +134,15 @@ def split_batches(ids: torch.Tensor, num_ranks: int) -> Sequence[torch.Tensor]:
 
 
 def reference_interval(plan: Plan, num_tokens: int) -> int:
-    """Every how many batches the source is run too: 1 where tokens are few for the widest layer,
-    or a step asks for all.
+    """Every how many batches the source is run too: 1 where tokens are few for the widest layer or
+    for an expert, or a step asks for all.
 
     Args:
         num_tokens: of all ranks.
     """
     if plan.recipe.full_reference:
         return 1
-    width = max(stack.shape[1] for stack in plan.stacks)
-    interval = num_tokens // (REFERENCE_TOKENS_PER_CHANNEL * width)
+    interval = int(num_tokens * plan.tokens_per_channel / REFERENCE_TOKENS_PER_CHANNEL)
     return min(max(interval, 1), REFERENCE_INTERVAL)
 
 

@@ -20,6 +20,7 @@ from bitpress.planning import linear_layers
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.quantization_config import quantization_config
 from bitpress.planning.recipe import Recipe
+from bitpress.planning.routing import token_shares
 from bitpress.schemes.hardware import DEVICES, Hardware
 from bitpress.schemes.values import USABLE, Finding
 
@@ -63,6 +64,20 @@ class Plan:
     def stacks(self) -> tuple[Stack, ...]:
         """All stacks, in the order of their shards."""
         return tuple(stack for shard in self.shards for stack in shard.stacks)
+
+    @cached_property
+    def tokens_per_channel(self) -> float:
+        """The part of a token that each input channel of a layer gets, in the layer that gets the
+        fewest: the widest one, or an expert.
+        """
+        experts_per_token = self.source.model_config.experts_per_token
+        parts = []
+        for shard in self.shards:
+            share_of = token_shares(shard.entries, experts_per_token)
+            for stack in shard.stacks:
+                entry = next(iter(stack.members.values()))
+                parts.append(share_of(entry) / stack.shape[1])
+        return min(parts)
 
     @cached_property
     def fragments(self) -> dict[str, Mapping[str, Any] | None]:

@@ -7,12 +7,11 @@ made of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from attrs import frozen
 
-from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.safetensors import BITS, Entry
 from bitpress.checkpoint.views import View
 from bitpress.numerics.gram import stripes
@@ -22,6 +21,7 @@ from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS, CalibrationConfig
 from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
+from bitpress.planning.routing import token_shares
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
 
@@ -189,8 +189,9 @@ def _count_operations(
     per_token, per_compared_token, per_gradient_token = 0.0, 0.0, 0.0
     solutions, columns = [0.0] * num_ranks, [0] * num_ranks
     gradient_tokens = min(memory_estimate.gradient_tokens(plan), tokens)
+    experts_per_token = plan.source.model_config.experts_per_token
     for shard in blocks:
-        share_of = _token_shares(plan, shard)
+        share_of = token_shares(shard.entries, experts_per_token)
         forward = sum(
             2 * entry.numel * share_of(entry) for entry in shard.entries if len(entry.shape) > 1
         )
@@ -203,13 +204,12 @@ def _count_operations(
             share = share_of(next(iter(stack.members.values())))
             # Largest inputs, and other numbers for each channel, take next to no time.
             steps = [step for step in stack.steps if pipeline.takes_second_moments(step)]
-            # Drift is not measured where a router sends tokens: the source sends others.
-            num_drifts = sum(map(pipeline.takes_reference, steps)) if share == 1 else 0
+            num_drifts = sum(map(pipeline.takes_reference, steps))
             # x xᵀ, the columns of each stripe from its first one on.
             gram = sum((c.stop - c.start) * (width - c.start) for c in stripes(width))
             per_token += share * len(steps) * 2 * gram
             # The product of x with how far it has moved.
-            per_compared_token += num_drifts * 2 * width * width
+            per_compared_token += share * num_drifts * 2 * width * width
             # A factor of the Hessian; the sweep over columns and its loss; with drift, what makes
             # up for it.
             if share * tokens >= MIN_EXPERT_TOKENS:
@@ -232,25 +232,3 @@ def _file_bytes(entry: Entry) -> int:
     """Bytes of a tensor as it lies in its file; scales of a source in FP8 are not counted."""
     stored = entry.stored if isinstance(entry, View) else entry
     return entry.numel * BITS[stored.dtype] // 8
-
-
-def _token_shares(plan: Plan, shard: Shard) -> Callable[[Entry], float]:
-    """What part of the tokens comes to a matrix of a block: an expert is sent those that a router
-    chooses it for.
-    """
-    matches = {
-        entry.name: layer_names.OF_EXPERT.fullmatch(entry.name.removesuffix(".weight"))
-        for entry in shard.entries
-    }
-    num_experts = len({match["number"] for match in matches.values() if match})
-    experts_per_token = plan.source.model_config.experts_per_token
-
-    def share_of(entry: Entry) -> float:
-        experts = 0
-        if matches[entry.name]:
-            experts = num_experts
-        elif ".experts." in entry.name and len(entry.shape) == 3:
-            experts = entry.shape[0]
-        return min((experts_per_token or experts) / experts, 1.0) if experts else 1.0
-
-    return share_of

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bitpress.compression.calibration.resumable_forward import (
     ForwardTrace,
     ResumableForward,
+    Stop,
     trace_forward,
 )
 from bitpress.modeling import metrics
@@ -175,14 +176,14 @@ class ActivationStreams:
             needs_residual: whether the group's output is added to the residual stream.
         """
 
-        def advance(batch: int) -> GroupInputs | None:
+        def advance(batch: int) -> list[GroupInputs]:
             return self._advance(batch, breakpoint_number, needs_residual)
 
-        for group_inputs in self.limits.lanes.map(advance, self._order):
-            if group_inputs is not None:
-                yield group_inputs
-            # nothing here holds it while the next one is made
-            del group_inputs
+        for parts in self.limits.lanes.map(advance, self._order):
+            # nothing here holds a part while the next one is made
+            while parts:
+                yield parts.pop(0)
+            del parts
 
     def _is_resumed(self, batch: int) -> bool:
         """Whether a batch's forward passes may wait inside the block: those of the first
@@ -194,24 +195,31 @@ class ActivationStreams:
 
     def _advance(
         self, batch: int, breakpoint_number: int, needs_residual: bool
-    ) -> GroupInputs | None:
-        """A layer group's inputs of one batch; None where its forward pass does not come to it."""
+    ) -> list[GroupInputs]:
+        """A layer group's inputs of one batch, apart of tokens that are compared with the source's
+        and of others; none where its forward pass does not come to it.
+        """
         is_resumed = self._is_resumed(batch)
         source_forward = self._source_forwards.get(batch)
-        inputs, residual_stream = self._forwards[batch].advance(breakpoint_number, is_resumed)
-        reference, source_stream = None, None
+        stop = self._forwards[batch].advance(breakpoint_number, is_resumed)
+        source_stop = None
         if source_forward is not None:
-            reference, source_stream = source_forward.advance(breakpoint_number, is_resumed)
-        if inputs is None:
-            return None
+            source_stop = source_forward.advance(breakpoint_number, is_resumed)
+        if stop is None:
+            return []
+        if source_stop is None:
+            return [GroupInputs(stop.inputs)]
+        if stop.routed_tokens is not None and source_stop.routed_tokens is not None:
+            return _compare_routed(stop, source_stop)
 
         # where a router stands before the group, the source's sends it other tokens
-        if reference is None or reference.shape != inputs.shape:
-            return GroupInputs(inputs)
+        if source_stop.inputs.shape != stop.inputs.shape:
+            return [GroupInputs(stop.inputs)]
         residual = None
-        if needs_residual and source_stream is not None and residual_stream is not None:
-            residual = source_stream - residual_stream
-        return GroupInputs(inputs, reference, residual)
+        own_stream, source_stream = stop.residual_stream, source_stop.residual_stream
+        if needs_residual and source_stream is not None and own_stream is not None:
+            residual = source_stream - own_stream
+        return [GroupInputs(stop.inputs, source_stop.inputs, residual)]
 
     def leave_block(self, is_last: bool = False) -> float | None:
         """Go on to the block's outputs.
@@ -256,3 +264,15 @@ class ActivationStreams:
 
     def _state_reader(self, states: HiddenStates, position: int) -> Callable[[], Tensor]:
         return lambda: states[position].to(self.device)
+
+
+def _compare_routed(stop: Stop, source_stop: Stop) -> list[GroupInputs]:
+    """An expert's inputs: of the tokens that the source's router sends to it too, and of others."""
+    own, source = stop.routed_tokens, source_stop.routed_tokens
+    assert own is not None
+    assert source is not None
+    is_shared = torch.isin(own, source)  # (tokens,)
+    # both ascend: shared tokens are in one order
+    shared = GroupInputs(stop.inputs[is_shared], source_stop.inputs[torch.isin(source, own)])
+    others = GroupInputs(stop.inputs[~is_shared])
+    return [part for part in (shared, others) if len(part.inputs)]

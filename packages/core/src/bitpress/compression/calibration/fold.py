@@ -242,8 +242,8 @@ def _observe_groups(
         forward, observed = streams.start_forward(batch), []
         for number, group in enumerate(groups):
             # after the last group it is abandoned
-            inputs, _ = forward.advance(number, is_resumed=number + 1 < len(groups))
-            batches = [] if inputs is None else [GroupInputs(inputs)]
+            stop = forward.advance(number, is_resumed=number + 1 < len(groups))
+            batches = [] if stop is None else [GroupInputs(stop.inputs)]
             observed.append(observe_inputs(group, batches, Lanes()))
         return observed
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bitpress.modeling.capture import BlockCall
+from bitpress.modeling.experts import ROUTED_TOKENS
 
 # Part of a block's output by which a sum of its layers' outputs may differ from it: additions in
 # another order round otherwise.
@@ -29,6 +30,24 @@ SUM_TOLERANCE = 1e-5
 # The last layers of a block that are tried as those whose outputs it adds to its input: every
 # subset of them is.
 MAX_RESIDUAL_CANDIDATES = 6
+
+
+@frozen(eq=False)
+class Stop:
+    """What a forward pass hands out where it stops.
+
+    Attributes:
+        number: of the breakpoint.
+        inputs: (tokens, in) what is given to the layer there.
+        routed_tokens: (tokens,) the numbers, ascending, of these tokens in the batch, where a
+            router has chosen them; None where they are all.
+        residual_stream: (tokens, channels) by then, of all tokens; None where it is not tracked.
+    """
+
+    number: int
+    inputs: Tensor
+    routed_tokens: Tensor | None = None
+    residual_stream: Tensor | None = None
 
 
 class _ForwardGreenlet(greenlet.greenlet):
@@ -87,38 +106,29 @@ class ResumableForward:
     ) -> None:
         self._start = lambda: _ForwardGreenlet(block, call, read_hidden_states, tracks_residual)
         self._greenlet: _ForwardGreenlet | None = None
-        # number of the breakpoint at which it has stopped, and the input there
-        self._stopped_at: tuple[int, Tensor | None] = (-1, None)
+        self._stop: Stop | None = None
 
-    def advance(
-        self, breakpoint_number: int, is_resumed: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The input (tokens, in) at a breakpoint; breakpoints are asked for in their order.
+    def advance(self, breakpoint_number: int, is_resumed: bool) -> Stop | None:
+        """Where it stops at a breakpoint, None where it does not come to it; breakpoints are asked
+        for in their order.
 
         Args:
             is_resumed: stop there, and go on from there the next time; otherwise the forward pass
                 is abandoned, and starts anew the next time.
-
-        Returns:
-            The input, None where the forward pass does not come to the breakpoint; and the residual
-            stream (tokens, channels) by then, None where it is not tracked.
         """
         forward = self._greenlet or self._start()  # type: ignore[no-untyped-call]
-        while self._stopped_at[0] < breakpoint_number and not forward.dead:
+        stop = self._stop
+        while (stop is None or stop.number < breakpoint_number) and not forward.dead:
             result = forward.switch()
             if not forward.dead:
-                self._stopped_at = result
+                stop = result
 
-        number, inputs = self._stopped_at
-        residual_stream = forward.residual_stream
-        if residual_stream is not None:
-            residual_stream = residual_stream.flatten(0, -2)
         if is_resumed:
-            self._greenlet = forward
+            self._greenlet, self._stop = forward, stop
         else:
-            self._stopped_at = (-1, None)
+            self._stop = None
             forward.throw()
-        return (inputs, residual_stream) if number == breakpoint_number else (None, None)
+        return stop if stop is not None and stop.number == breakpoint_number else None
 
     def abandon(self) -> None:
         """Let go of what a stopped forward pass holds; a thread has to end those that it has
@@ -126,12 +136,12 @@ class ResumableForward:
         """
         if self._greenlet is not None:
             self._greenlet.throw()
-        self._greenlet, self._stopped_at = None, (-1, None)
+        self._greenlet, self._stop = None, None
 
     def finish(self) -> Tensor:
         """Go on to the block's output."""
         forward = self._greenlet or self._start()  # type: ignore[no-untyped-call]
-        self._greenlet, self._stopped_at = None, (-1, None)
+        self._greenlet, self._stop = None, None
         while True:
             result = forward.switch()
             if forward.dead:
@@ -156,9 +166,12 @@ class Breakpoints:
                 module: nn.Module, arguments: tuple[Tensor, ...], number: int = number
             ) -> None:
                 # other forward passes go through: those that trace a block or check a fold
-                asker = _find_asker()
-                if asker is not None:
-                    asker.switch((number, arguments[0].flatten(0, -2)))
+                forward = greenlet.getcurrent()
+                if isinstance(forward, _ForwardGreenlet) and forward.parent is not None:
+                    inputs = arguments[0].flatten(0, -2)
+                    stream = forward.residual_stream
+                    stream = None if stream is None else stream.flatten(0, -2)
+                    forward.parent.switch(Stop(number, inputs, ROUTED_TOKENS.get(), stream))
 
             self._handles.append(block.get_submodule(name).register_forward_pre_hook(stop))
         for name in residual_layers:
@@ -169,12 +182,6 @@ class Breakpoints:
         """Let forward passes run through again."""
         for handle in self._handles:
             handle.remove()
-
-
-def _find_asker() -> greenlet.greenlet | None:
-    """Who waits for what the current forward pass hands out; None in one that runs through."""
-    forward = greenlet.getcurrent()
-    return forward.parent if isinstance(forward, _ForwardGreenlet) else None
 
 
 def _add_to_residual_stream(

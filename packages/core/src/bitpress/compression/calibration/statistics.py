@@ -91,9 +91,8 @@ def observe_inputs(
     statistics = GroupStatistics.of_no_token(group)
     if not group.stack.calibrated:
         return statistics
-    # the router of the source's block may send an expert other tokens: they cannot be compared
-    if group.is_routed:
-        batches = (GroupInputs(batch.inputs) for batch in batches if len(batch.inputs))
+    # a router may send an expert nothing
+    batches = (batch for batch in batches if len(batch.inputs))
     observe = functools.partial(_observe_batch, group, group.weight)
     for observed in lanes.map(observe, _join_batches(batches)):
         steps = zip(statistics.by_step, observed.by_step, strict=True)
@@ -122,19 +121,25 @@ def _observe_batch(group: LayerGroup, weight: Tensor, batch: GroupInputs) -> Gro
 
 
 def _join_batches(batches: Iterable[GroupInputs]) -> Iterator[GroupInputs]:
-    """Batches of `STATISTICS_TOKENS` and more: statistics are large, and adding them up costs."""
-    parts: list[GroupInputs] = []
+    """Those that are alike joined until there are `STATISTICS_TOKENS`: statistics are large, and
+    adding them up costs.
+    """
+    # of tokens that are compared with the source's, and of others
+    compared: list[GroupInputs] = []
+    others: list[GroupInputs] = []
     for batch in batches:
-        is_alike = not parts or (batch.reference is None) == (parts[0].reference is None)
-        if not is_alike:
-            yield _take_joined(parts)
-        parts.append(batch)
-        # neither here nor in `parts` while the next one is made
+        (others if batch.reference is None else compared).append(batch)
+        # neither here nor in a list while the next one is made
         del batch
-        if sum(len(part.inputs) for part in parts) >= memory_estimate.STATISTICS_TOKENS:
+        if _count_tokens(compared) + _count_tokens(others) >= memory_estimate.STATISTICS_TOKENS:
+            yield _take_joined(max(compared, others, key=_count_tokens))
+    for parts in (compared, others):
+        if parts:
             yield _take_joined(parts)
-    if parts:
-        yield _take_joined(parts)
+
+
+def _count_tokens(parts: Sequence[GroupInputs]) -> int:
+    return sum(len(part.inputs) for part in parts)
 
 
 def _take_joined(parts: list[GroupInputs]) -> GroupInputs:
