@@ -15,6 +15,7 @@ from torch import Tensor
 import bitpress
 from bitpress import Layer
 from bitpress.conformance import trial
+from bitpress.numerics import columns
 from bitpress.runtime import devices
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import find_activation_quantizer
@@ -26,6 +27,12 @@ STEPS = {
     for label, step in trial.variants(name, (), discover()).items()
 }
 TOKENS = 160
+
+
+@pytest.fixture(autouse=True)
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels do not find the numbers of a GPU that is not there."""
+    monkeypatch.setattr(columns, "can_fuse", lambda device: False)
 
 
 def everything(step: Step, weight: Tensor, move: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -66,6 +73,22 @@ def test_hooks_give_on_a_gpu_what_they_give_on_the_cpu(name: str) -> None:
     assert result.keys() == expected.keys()
     for key in ("restored", *({"inputs", "factors"} & result.keys())):
         assert result[key].device == GPU, key
+    for key, tensor in expected.items():
+        assert trial.are_equal(bare(result[key]), tensor), key
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if STEPS[name].calibrated])
+def test_a_gpu_with_triton_gives_what_the_cpu_gives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fixtures.interpreted_triton import interpret_on_fake_gpu
+
+    interpret_on_fake_gpu(monkeypatch, block=64)
+    step = STEPS[name]
+    weight = trial.weights(step)["normal"][:16]
+    expected = everything(step, weight, torch.clone)
+    with Pretended():
+        result = everything(step, weight, lambda tensor: tensor.to(GPU))
     for key, tensor in expected.items():
         assert trial.are_equal(bare(result[key]), tensor), key
 

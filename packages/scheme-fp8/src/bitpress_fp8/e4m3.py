@@ -51,6 +51,11 @@ class Grid:
     scale: Tensor
     group: int
 
+    @property
+    def rounding_rule(self) -> numerics.RoundingRule:
+        """What `nearest` gives, as a rule."""
+        return numerics.RoundingRule(numerics.E4M3, self.scale, self.group)
+
     def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
         """The representable numbers nearest to targets (rows,) of one column."""
         return _round(target, self.scale[rows, column // self.group])

@@ -61,6 +61,11 @@ class Grid:
     global_scale: Tensor
 
     @property
+    def rounding_rule(self) -> numerics.RoundingRule:
+        """What `nearest` gives, as a rule."""
+        return numerics.RoundingRule(numerics.E2M1, self.scale, GROUP_SIZE)
+
+    @property
     def refits(self) -> bool:
         """Whether scales gain by being fitted to codes."""
         return True

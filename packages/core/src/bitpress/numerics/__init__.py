@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         output_statistics,
     )
     from bitpress.numerics.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
+    from bitpress.numerics.rounding_rule import E2M1, E4M3, NumberFormat, RoundingRule, RuledGrid
     from bitpress.numerics.rows import decide_rows
     from bitpress.numerics.scale_refit import ScaledGrid
     from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
@@ -81,6 +82,7 @@ _MODULES: Mapping[str, Sequence[str]] = {
         "output_statistics",
     ),
     "packing": ("pack_bytes", "pack_words", "unpack_bytes", "unpack_words"),
+    "rounding_rule": ("E2M1", "E4M3", "NumberFormat", "RoundingRule", "RuledGrid"),
     "rows": ("decide_rows",),
     "scale_refit": ("ScaledGrid",),
     "scale_search": ("rounding_costs", "search_scales", "to_groups"),
@@ -105,12 +107,17 @@ _OLD_NAMES = {
 }
 
 __all__ = [
+    "E2M1",
     "E2M1_MAX",
+    "E4M3",
     "E4M3_MAX",
     "Factor",
     "Grid",
     "IntegerGrid",
+    "NumberFormat",
+    "RoundingRule",
     "RowFactor",
+    "RuledGrid",
     "ScaledGrid",
     "absmax",
     "block_absmax",

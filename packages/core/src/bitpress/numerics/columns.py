@@ -18,15 +18,21 @@ errors of the groups before it have moved.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
+from bitpress.errors import first_line
 from bitpress.numerics.hessian import Factor
 from bitpress.numerics.output_hessian import RowFactor
+from bitpress.numerics.rounding_rule import RoundingRule
 from bitpress.numerics.rows import decide_rows
+from bitpress.numerics.swept_columns import SweptColumns
 
 # Columns that are swept one by one; between leaves the feedback is a matrix product.
 LEAF = 16
@@ -47,6 +53,7 @@ def column_sweep(  # noqa: PLR0913
     span: int = LEAF,
     *,
     row_factor: RowFactor | None = None,
+    rule: RoundingRule | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The projected weight, and what it costs each row.
 
@@ -61,18 +68,44 @@ def column_sweep(  # noqa: PLR0913
             they are, and the columns' positions in the factor's order.
         span: a divisor or a multiple of `LEAF`.
         row_factor: how rows make up for each other's errors; None: they do not.
+        rule: what `project` does, as data, so that a GPU with Triton decides many columns at once;
+            None: it cannot be said so.
 
     Returns:
         (out, in) float32, and (out,) float32: (t - q) H (t - q)ᵀ of each row, t being the row of
         the weight, moved by the errors of the rows before it.
     """
     sweep, losses = _Sweep(factor, project, ahead, span), weight.new_empty(len(weight))
+    is_fused = rule is not None and ahead is None and can_fuse(weight.device)
 
     def decide(target: Tensor, rows: slice) -> Tensor:
-        projected, losses[rows] = sweep.project_rows(target, rows)
+        own_rule = rule.of_rows(rows) if is_fused and rule is not None else None
+        projected, losses[rows] = sweep.project_rows(target, rows, own_rule)
         return projected
 
     return decide_rows(weight, row_factor, decide), losses
+
+
+@functools.cache
+def can_fuse(device: torch.device) -> bool:
+    """Whether rules are followed in a fused kernel: on a GPU where Triton is installed and a trial
+    gives what the loop gives.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from bitpress.numerics import fused_sweep
+
+        problem = None if fused_sweep.is_exact_on(device) else "it gives other numbers than a CPU"
+    # whatever stops Triton, from a missing compiler to an old driver, the loop does without it
+    except Exception as e:
+        problem = first_line(e)
+    if problem is not None:
+        warnings.warn(
+            f"columns are decided one by one, which takes longer: Triton on {device}: {problem}",
+            stacklevel=2,
+        )
+    return problem is None
 
 
 @frozen(eq=False)
@@ -84,47 +117,75 @@ class _Sweep:
     ahead: SpanCallback | None
     span: int
 
-    def project_rows(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Some rows' projected weight (rows, in), and what it costs each of them (rows,)."""
-        factor, span = self.factor, self.span
-        columns = factor.order.tolist()
+    def project_rows(
+        self, weight: Tensor, rows: slice, rule: RoundingRule | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Some rows' projected weight (rows, in), and what it costs each of them (rows,).
 
-        # Transposed, a column is contiguous.
-        original = weight.T.contiguous().index_select(0, factor.order)  # (in, rows)
-        target = original.clone()
-        error, projected = torch.empty_like(original), torch.empty_like(original)
-        loss = weight.new_zeros(len(weight))
+        Args:
+            weight: (rows, in) float32.
+            rows: which they are.
+            rule: of these rows, to be followed in a fused kernel; None: the loop.
+        """
+        columns = SweptColumns.undecided(weight, self.factor.order)
+        if rule is None:
+            self._loop(columns, rows)
+        else:
+            self._follow(columns, rule)
+
+        projected = columns.projected
+        residual = columns.target.sub_(projected)
+        loss = self.factor.variance @ residual.square_()
+        return torch.empty_like(projected).index_copy_(0, self.factor.order, projected).T, loss
+
+    def _follow(self, columns: SweptColumns, rule: RoundingRule) -> None:
+        """Decide all columns, by a kernel for each block of them."""
+        from bitpress.numerics import fused_sweep
+
+        unit, block = self.factor.unit, fused_sweep.BLOCK
+        for start, middle, stop in _schedule(0, len(unit), block, block):
+            if middle < stop:
+                self._feed(columns, start, middle, stop)
+            else:
+                fused_sweep.decide_block(columns, unit, rule, slice(start, stop))
+
+    def _loop(self, columns: SweptColumns, rows: slice) -> None:
+        """Decide all columns one by one."""
+        names, span, width = self.factor.columns, self.span, len(columns.target)
 
         # One view of each column, made once and not in the loop.
-        original_columns, target_columns = original.unbind(), target.unbind()
-        error_columns, projected_columns = error.unbind(), projected.unbind()
+        original_columns, target_columns = columns.original.unbind(), columns.target.unbind()
+        error_columns, projected_columns = columns.error.unbind(), columns.projected.unbind()
+        target, transposed = columns.target, self.factor.unit.T
 
         # A span is chosen as a whole: no product between leaves ends inside one.
         unit = max(span, LEAF) if self.ahead else LEAF
-        for start, middle, stop in _schedule(0, len(columns), unit):
+        for start, middle, stop in _schedule(0, width, unit, LEAF):
             if middle < stop:
-                feedback = factor.unit[start:middle, middle:stop].T
-                target[middle:stop].addmm_(feedback, error[start:middle])
+                self._feed(columns, start, middle, stop)
                 continue
 
             for k in range(start, stop):
                 if self.ahead and k % span == 0:
-                    positions = slice(k, min(k + span, len(columns)))
-                    best = self._unconstrained(original[positions], target[positions], positions)
+                    positions = slice(k, min(k + span, width))
+                    best = self._unconstrained(columns, positions)
                     self.ahead(best, rows, positions)
-                projected_columns[k].copy_(self.project(target_columns[k], rows, columns[k]))
+                projected_columns[k].copy_(self.project(target_columns[k], rows, names[k]))
                 torch.sub(original_columns[k], projected_columns[k], out=error_columns[k])
-                target[k + 1 : stop].addr_(factor.unit[k, k + 1 : stop], error_columns[k])
-            residual = target[start:stop] - projected[start:stop]
-            loss += factor.variance[start:stop] @ residual.square_()
+                # as a product of columns: `addr_` fuses it with the sum at some widths only
+                target[k + 1 : stop].addcmul_(transposed[k + 1 : stop, k : k + 1], error_columns[k])
 
-        return torch.empty_like(projected).index_copy_(0, factor.order, projected).T, loss
+    def _feed(self, columns: SweptColumns, start: int, middle: int, stop: int) -> None:
+        """Move the targets from `middle` on by the errors from `start` on."""
+        feedback = self.factor.unit[start:middle, middle:stop].T
+        columns.target[middle:stop].addmm_(feedback, columns.error[start:middle])
 
-    def _unconstrained(self, original: Tensor, target: Tensor, positions: slice) -> Tensor:
+    def _unconstrained(self, columns: SweptColumns, positions: slice) -> Tensor:
         """What would be best for a span if it and all that follow could be any number.
 
         Then every later target is met exactly: (w - q) U = w - target on the span.
         """
+        original, target = columns.original[positions], columns.target[positions]
         unit = self.factor.unit[positions, positions].T
         error: Tensor = torch.linalg.solve_triangular(
             unit, original - target, upper=False, unitriangular=True
@@ -132,17 +193,17 @@ class _Sweep:
         return original - error
 
 
-def _schedule(start: int, stop: int, unit: int) -> Iterator[tuple[int, int, int]]:
+def _schedule(start: int, stop: int, unit: int, leaf: int) -> Iterator[tuple[int, int, int]]:
     """The steps of a sweep over columns start to stop, halved again and again.
 
-    (start, stop, stop) decides these columns one by one; (start, middle, stop) feeds the errors of
-    the first ones to those from middle on.
+    (start, stop, stop) decides these columns, at most `leaf`; (start, middle, stop) feeds the
+    errors of the first ones to those from middle on.
     """
-    if stop - start <= LEAF:
+    if stop - start <= leaf:
         yield start, stop, stop
         return
-    multiple = unit if stop - start > unit else LEAF
+    multiple = unit if stop - start > unit else leaf
     middle = start + multiple * ((stop - start + multiple) // (2 * multiple))
-    yield from _schedule(start, middle, unit)
+    yield from _schedule(start, middle, unit, leaf)
     yield start, middle, stop
-    yield from _schedule(middle, stop, unit)
+    yield from _schedule(middle, stop, unit, leaf)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from bitpress.numerics.gram import cross, gram
 from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
 from bitpress.numerics.output_hessian import damped_output_hessian, factorize_output_hessian
+from bitpress.numerics.rounding_rule import RuledGrid
 from bitpress.numerics.rows import decide_rows
 from bitpress.numerics.scale_refit import DampedHessian, ScaledGrid, refit_scales
 from bitpress.schemes.values import Layer, Statistic
@@ -160,7 +162,12 @@ class _RowRounding:
         return torch.where(is_swept.unsqueeze(1), rounded, nearest)
 
     def _sweep(self, target: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        return column_sweep(target, self._factor, functools.partial(self._project, rows))
+        project = functools.partial(self._project, rows)
+        rule = None
+        if isinstance(self._grid, RuledGrid):
+            mask = None if self._mask_of_column is None else self._mask_of_column.T
+            rule = attrs.evolve(self._grid.rounding_rule, mask=mask).of_rows(rows)
+        return column_sweep(target, self._factor, project, rule=rule)
 
     def _project(self, rows: slice, column_target: Tensor, own: slice, column: int) -> Tensor:
         number = self._grid.nearest(column_target, rows, column)

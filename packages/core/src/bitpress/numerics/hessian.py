@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
-from attrs import frozen
+from attrs import Factory, field, frozen
 from torch import Tensor
 
 from bitpress.numerics.gram import stripes
@@ -31,12 +32,16 @@ class Factor:
             for it as well as they can.
         diagonal: (in,) float32 of the damped H, in the columns' own order: what an error costs when
             nothing makes up for it.
+        columns: the numbers of `order`, as Python has them.
     """
 
     order: Tensor
     unit: Tensor
     variance: Tensor
     diagonal: Tensor
+    columns: Sequence[int] = field(
+        init=False, default=Factory(lambda self: self.order.tolist(), takes_self=True)
+    )
 
     def solve(self, right: Tensor) -> Tensor:
         """X with X H = right: (rows, in) -> (rows, in)."""

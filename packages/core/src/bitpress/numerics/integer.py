@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.blocks import absmax
+from bitpress.numerics.rounding_rule import NumberFormat, RoundingRule
 from bitpress.numerics.scale_refit import FINE_BITS
 from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
 
@@ -58,6 +59,12 @@ class IntegerGrid:
         zero_point = None if self.zero is None else self.zero[rows].unsqueeze(2)
         rounded = _round(groups, self.scale[rows].unsqueeze(2), zero_point, bits=self.bits)
         return rounded.view_as(weight)
+
+    @property
+    def rounding_rule(self) -> RoundingRule:
+        """What `nearest` gives, as a rule."""
+        numbers = NumberFormat(*integer_range(self.bits))
+        return RoundingRule(numbers, self.scale, self.group, self.zero)
 
     @property
     def refits(self) -> bool:

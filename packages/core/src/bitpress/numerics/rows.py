@@ -18,6 +18,10 @@ ROW_TILE = 2048
 # Rows whose errors are held while they make up for each other's, a multiple of every block of them.
 ROWS_TOGETHER = 8192
 
+# On a GPU more are decided together, as each launch costs the same for any number of them: so many
+# weights. A sweep holds four numbers for each, 2 GiB in all.
+WEIGHTS_TOGETHER_ON_GPU = 1 << 27
+
 # (targets (rows, in), the rows) -> what they become (rows, in)
 Decide = Callable[[Tensor, slice], Tensor]
 
@@ -37,13 +41,15 @@ def decide_rows(target: Tensor, row_factor: RowFactor | None, decide: Decide) ->
     """
     decided = torch.empty_like(target)
     if row_factor is None:
-        for first in range(0, len(target), ROW_TILE):
-            rows = slice(first, min(first + ROW_TILE, len(target)))
+        tile = _rows_together(target, ROW_TILE)
+        for first in range(0, len(target), tile):
+            rows = slice(first, min(first + tile, len(target)))
             decided[rows] = decide(target[rows], rows)
         return decided
 
-    for first in range(0, len(target), ROWS_TOGETHER):
-        last = min(first + ROWS_TOGETHER, len(target))
+    tile = _rows_together(target, ROWS_TOGETHER)
+    for first in range(0, len(target), tile):
+        last = min(first + tile, len(target))
         blocks = slice(first // row_factor.block, -(-last // row_factor.block))
         feedback = _RowFeedback(row_factor, blocks, target.shape[1])
         for group in range(min(row_factor.num_groups, last - first)):
@@ -54,8 +60,15 @@ def decide_rows(target: Tensor, row_factor: RowFactor | None, decide: Decide) ->
     return decided
 
 
+def _rows_together(target: Tensor, on_cpu: int) -> int:
+    """How many rows of a weight (out, in) are decided together, at least as many as on a CPU."""
+    if target.device.type == "cpu":
+        return on_cpu
+    return on_cpu * max(WEIGHTS_TOGETHER_ON_GPU // target.shape[1] // on_cpu, 1)
+
+
 def count_sweeps(num_rows: int, gradient_tokens: int) -> int:
-    """How many parts of so many rows `decide_rows` decides one after the other.
+    """How many parts of so many rows `decide_rows` decides one after the other on a CPU.
 
     Args:
         gradient_tokens: that a `row_factor` is known from; 0 where there is none.

@@ -1,0 +1,283 @@
+"""The fused sweep, in Triton's interpreter, is the loop over columns to the bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from attrs import frozen
+from fixtures.interpreted_triton import interpret
+from torch import Tensor
+
+from bitpress import numerics
+from bitpress.numerics import columns, fused_sweep
+from bitpress.schemes.values import Layer, Statistic
+
+# A narrow block, so that few columns make several.
+BLOCK = 16
+SIZES = [(5, 7), (21, 40)]
+
+
+@frozen(eq=False)
+class FloatGrid:
+    """Floats of a few bits times scales."""
+
+    scale: Tensor
+    group: int
+    numbers: numerics.NumberFormat
+
+    @property
+    def rounding_rule(self) -> numerics.RoundingRule:
+        return numerics.RoundingRule(self.numbers, self.scale, self.group)
+
+    def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
+        return self._round(target, self.scale[rows, column // self.group])
+
+    def rounded(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        groups = numerics.to_groups(weight, self.group)
+        return self._round(groups, self.scale[rows].unsqueeze(2)).view_as(weight)
+
+    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
+        if self.numbers == numerics.E2M1:
+            return numerics.round_e2m1(x / scale) * scale
+        return numerics.decode_e4m3(numerics.encode_e4m3(x, scale)) * scale
+
+
+def float_grid(numbers: numerics.NumberFormat) -> Callable[[Tensor, int], FloatGrid]:
+    def fit(weight: Tensor, group: int) -> FloatGrid:
+        amax = numerics.absmax(numerics.to_groups(weight, group), dim=2).squeeze(2)
+        scale = (amax / numbers.highest * 0.8).clamp(min=torch.finfo(torch.float32).tiny)
+        return FloatGrid(scale.masked_fill(amax == 0, 1.0), group, numbers)
+
+    return fit
+
+
+GRIDS = {
+    "4 bits": lambda w, group: numerics.fit_symmetric(w, None, 4, group, (0.8, 1.0)),
+    "4 bits, zero points": lambda w, group: numerics.fit_asymmetric(w, None, 4, group, (0.8, 1.0)),
+    "2 bits, zero points": lambda w, group: numerics.fit_asymmetric(w, None, 2, group, (0.8, 1.0)),
+    "8 bits": lambda w, group: numerics.fit_symmetric(w, None, 8, group, (1.0,)),
+    "E2M1": float_grid(numerics.E2M1),
+    "E4M3": float_grid(numerics.E4M3),
+}
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda w: w,
+    "heavy tails": lambda w: w**5,
+    "rows of zeros": lambda w: w * (torch.arange(len(w)) % 3 > 0).unsqueeze(1),
+    "ties": lambda w: (w * 100).round() / 2,
+    "subnormal": lambda w: w * 1e-37,
+    "huge": lambda w: w.sign() * 1e37,
+    "one sign": torch.abs,
+}
+
+
+# what numpy says of infinities and NaN, which GPUs say nothing of
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def narrow_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret(monkeypatch, BLOCK)
+
+
+@pytest.fixture
+def with_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it makes sweeps follow rules in the kernel."""
+    return lambda: monkeypatch.setattr(columns, "can_fuse", lambda device: True)
+
+
+def draw(rows: int, width: int, seed: int) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def factorize(width: int) -> numerics.Factor:
+    x = draw(4 * width, width, 1) @ draw(width, width, 2) + draw(4 * width, width, 3)
+    factor = numerics.factorize_hessian(x.T @ x, len(x))
+    assert factor is not None
+    return factor
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_kernel_gives_what_the_loop_gives(
+    name: str, kind: str, with_kernel: Callable[[], None]
+) -> None:
+    for rows, width in SIZES:
+        weight = WEIGHTS[kind](draw(rows, width, rows) * 0.02)
+        grid, factor = GRIDS[name](weight, width if width % 8 else 8), factorize(width)
+        expected = numerics.column_sweep(weight, factor, grid.nearest)
+        with patch.object(columns, "can_fuse", lambda device: True):
+            result = numerics.column_sweep(weight, factor, grid.nearest, rule=grid.rounding_rule)
+        assert_same(result, expected)
+
+
+def assert_same(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, b in zip(result, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# every kind of float32 number, and what lies beside and between the numbers of the formats
+def hard_targets() -> Tensor:
+    bits = torch.randint(-(2**31), 2**31, (2000,), generator=torch.Generator().manual_seed(0))
+    steps = torch.arange(-40, 41) / 4
+    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3e38, 447.99])
+    near = torch.cat([steps, steps * (1 + 2.0**-23), steps * (1 - 2.0**-23), steps * 2.0**-8])
+    return torch.cat([bits.to(torch.int32).view(torch.float32), near, near * 46, odd, 400 + steps])
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_any_target_becomes_what_the_grid_makes_of_it(
+    name: str, with_kernel: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_sweep, "ROWS", 4096)
+    targets = hard_targets().unsqueeze(1)
+    grid = GRIDS[name](draw(len(targets), 1, 4), 1)
+    factor = numerics.factorize_hessian(torch.eye(1), 1.0)
+    assert factor is not None
+    with_kernel()
+    result, _ = numerics.column_sweep(targets, factor, grid.nearest, rule=grid.rounding_rule)
+    expected = grid.rounded(targets)
+    assert_same((result,), (expected,))
+    # of all formats, E4M3 alone has a code for -0.0
+    if name == "E4M3":
+        signs, expected_signs = (x.nan_to_num().signbit() for x in (result, expected))
+        assert torch.equal(signs, expected_signs)
+
+
+def statistics(rows: int, width: int, two_sided: bool) -> dict[str, Statistic]:
+    x = draw(6 * width, width, 5) @ draw(width, width, 6)
+    stats = numerics.gptq_statistics(x, torch.empty(0))
+    if two_sided:
+        gradient = draw(300, rows, 7) @ draw(rows, rows, 8)
+        stats |= numerics.output_statistics(gradient)
+    return stats
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("name", ["4 bits, zero points", "E2M1"])
+def test_layers_become_the_same_with_masks_refitted_scales_and_rows_that_make_up_for_each_other(
+    name: str, two_sided: bool, masked: bool, with_kernel: Callable[[], None]
+) -> None:
+    rows, width = 24, 24
+    weight, stats = draw(rows, width, 9), statistics(rows, width, two_sided)
+    mask = draw(rows, width, 10) > 0 if masked else None
+
+    def quantize() -> tuple[Tensor, Tensor]:
+        layer = Layer("layer", weight.clone(), torch.bfloat16, mask)
+        rounded, grid = numerics.gptq_quantize(layer, stats, lambda w, _: fit_stored(name, w))
+        return rounded, grid.scale
+
+    expected = quantize()
+    with_kernel()
+    with patch.object(fused_sweep, "decide_block", wraps=fused_sweep.decide_block) as kernel:
+        assert_same(quantize(), expected)
+    assert kernel.called
+
+
+def fit_stored(name: str, weight: Tensor) -> numerics.Grid:
+    """A grid whose integers have scales that are fitted again."""
+    if name == "E2M1":
+        return GRIDS[name](weight, 8)
+    return numerics.fit_asymmetric(weight, None, 4, 8, (0.8, 1.0), dtype=torch.bfloat16)
+
+
+def test_wide_blocks_cost_as_much_as_narrow_ones(with_kernel: Callable[[], None]) -> None:
+    weight, factor = draw(48, 192, 11), factorize(192)
+    grid = GRIDS["4 bits"](weight, 16)
+    with patch.object(columns, "LEAF", 16):
+        narrow, cost = numerics.column_sweep(weight, factor, grid.nearest)
+    with patch.object(columns, "LEAF", 128):
+        wide, wide_cost = numerics.column_sweep(weight, factor, grid.nearest)
+    assert (narrow != wide).float().mean() < 1e-3
+    torch.testing.assert_close(wide_cost.sum(), cost.sum(), rtol=1e-4, atol=0)
+
+
+def test_a_grid_without_a_rule_is_swept_in_the_loop(with_kernel: Callable[[], None]) -> None:
+    class OwnGrid:
+        def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
+            return target.round()
+
+        def rounded(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+            return weight.round()
+
+    with_kernel()
+    layer, stats = Layer("layer", draw(20, 24, 12), torch.bfloat16), statistics(20, 24, False)
+    with patch.object(fused_sweep, "decide_block") as kernel:
+        rounded, _ = numerics.gptq_quantize(layer, stats, lambda w, _: OwnGrid())
+    assert not kernel.called
+    assert torch.equal(rounded, rounded.round())
+
+
+def test_the_trial_passes_here_and_fails_where_a_number_differs() -> None:
+    assert fused_sweep.is_exact_on(torch.device("cpu"))
+    with patch.object(fused_sweep, "decide_block", lambda columns, *_: columns.projected.zero_()):
+        assert not fused_sweep.is_exact_on(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("problem", ["Failed to find C compiler", None])
+def test_where_triton_fails_the_loop_goes_on_with_one_warning(problem: str | None) -> None:
+    def trial(device: torch.device) -> bool:
+        if problem is not None:
+            raise RuntimeError(f"{problem}\nmore")
+        return False
+
+    columns.can_fuse.cache_clear()
+    with (
+        patch.object(fused_sweep, "is_exact_on", trial),
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        answers = [columns.can_fuse(torch.device("cuda", 0)) for _ in range(2)]
+    columns.can_fuse.cache_clear()
+    assert answers == [False, False]
+    assert len(warned) == 1
+    assert (problem or "other numbers than a CPU") in str(warned[0].message)
+    assert not columns.can_fuse(torch.device("cpu"))
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from bitpress.numerics import fused_sweep as fused
+
+names = fused._decide.arg_names
+for has_more in (False, True):
+    kinds = dict.fromkeys(names, "i32") | {"lowest": "fp32", "highest": "fp32", "order": "*i64"}
+    kinds |= dict.fromkeys(("original", "target", "projected", "error", "unit", "scale"), "*fp32")
+    kinds |= {"zero": "*fp32", "mask": "*i1"} if has_more else {}
+    constants = {"ROWS": fused.ROWS, "BLOCK": fused.BLOCK}
+    constants |= {} if has_more else {"zero": None, "mask": None}
+    kinds |= dict.fromkeys(constants, "constexpr")
+    places = {(names.index(name),): value for name, value in constants.items()}
+    kernel = compile(
+        ASTSource(fused._decide, kinds, places), GPUTarget("cuda", int(sys.argv[1]), 32),
+        {"enable_fp_fusion": False},
+    )
+    print(kernel.asm["ptx"])
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles_for_gpus_with_exact_divisions(capability: int, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = tmp_path / "compile_kernel.py"
+    script.write_text(COMPILE)
+    ran = subprocess.run(
+        [sys.executable, script, str(capability)],
+        capture_output=True,
+        text=True,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "div.rn.f32" in ran.stdout
+    for inexact in ("div.full", "div.approx", "rcp.", "ftz", "mul.f32", "add.f32"):
+        assert inexact not in ran.stdout
