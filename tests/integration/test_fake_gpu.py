@@ -15,7 +15,7 @@ from torch import Tensor
 import bitpress
 from bitpress import Layer
 from bitpress.conformance import trial
-from bitpress.numerics import columns
+from bitpress.numerics import kernel_trial
 from bitpress.runtime import devices
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import find_activation_quantizer
@@ -32,7 +32,7 @@ TOKENS = 160
 @pytest.fixture(autouse=True)
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels do not find the numbers of a GPU that is not there."""
-    monkeypatch.setattr(columns, "can_fuse", lambda device: False)
+    monkeypatch.setattr(kernel_trial, "can_fuse", lambda device: False)
 
 
 def everything(step: Step, weight: Tensor, move: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -77,6 +77,8 @@ def test_hooks_give_on_a_gpu_what_they_give_on_the_cpu(name: str) -> None:
         assert trial.are_equal(bare(result[key]), tensor), key
 
 
+# of rows that a program has and the weight has not
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", [name for name in STEPS if STEPS[name].calibrated])
 def test_a_gpu_with_triton_gives_what_the_cpu_gives(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -8,8 +8,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import attrs
 import pytest
 import torch
 from attrs import frozen
@@ -17,7 +19,8 @@ from fixtures.interpreted_triton import interpret
 from torch import Tensor
 
 from bitpress import numerics
-from bitpress.numerics import columns, fused_sweep
+from bitpress.numerics import columns, fused_sweep, kernel_trial
+from bitpress.numerics.scale_refit import DampedHessian, refit_scales
 from bitpress.schemes.values import Layer, Statistic
 
 # A narrow block, so that few columns make several.
@@ -90,7 +93,7 @@ def narrow_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def with_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Called, it makes sweeps follow rules in the kernel."""
-    return lambda: monkeypatch.setattr(columns, "can_fuse", lambda device: True)
+    return lambda: monkeypatch.setattr(kernel_trial, "can_fuse", lambda device: True)
 
 
 def draw(rows: int, width: int, seed: int) -> Tensor:
@@ -113,7 +116,7 @@ def test_the_kernel_gives_what_the_loop_gives(
         weight = WEIGHTS[kind](draw(rows, width, rows) * 0.02)
         grid, factor = GRIDS[name](weight, width if width % 8 else 8), factorize(width)
         expected = numerics.column_sweep(weight, factor, grid.nearest)
-        with patch.object(columns, "can_fuse", lambda device: True):
+        with patch.object(kernel_trial, "can_fuse", lambda device: True):
             result = numerics.column_sweep(weight, factor, grid.nearest, rule=grid.rounding_rule)
         assert_same(result, expected)
 
@@ -189,6 +192,70 @@ def fit_stored(name: str, weight: Tensor) -> numerics.Grid:
     return numerics.fit_asymmetric(weight, None, 4, 8, (0.8, 1.0), dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("group", [4, 8, 24])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_scales_are_fitted_in_the_kernel_as_torch_fits_them(
+    dtype: torch.dtype, group: int, with_kernel: Callable[[], None]
+) -> None:
+    weight, x = draw(40, 48, 13), draw(200, 48, 14) @ draw(48, 48, 15)
+    hessian = DampedHessian(x.T @ x, torch.rand(48) * 48)
+    grid = stored_grid(weight, group, dtype)
+    target, rows = weight + 0.1 * draw(40, 48, 16), slice(1, 40, 3)
+    rounded = grid.rounded(weight)
+    expected = refit_scales(target[rows], rounded[rows], hessian, grid, rows)
+    with_kernel()
+    result = refit_scales(target[rows], rounded[rows], hessian, grid, rows)
+    assert torch.equal(result, expected)
+    assert not torch.equal(result, grid.scale[rows])
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_fitted_scales_can_be_stored_whatever_the_weight(
+    dtype: torch.dtype, kind: str, with_kernel: Callable[[], None]
+) -> None:
+    weight, x = WEIGHTS[kind](draw(20, 32, 17)), draw(100, 32, 18)
+    hessian = DampedHessian(x.T @ x, torch.ones(32))
+    grid = stored_grid(weight, 8, dtype)
+    with_kernel()
+    scale = refit_scales(weight, grid.rounded(weight), hessian, grid, slice(None))
+    assert torch.equal(grid.nearest_scale(scale.clone()), scale)
+
+
+def stored_grid(weight: Tensor, group: int, dtype: torch.dtype) -> Any:
+    """A grid whose scales are stored in that dtype."""
+    if dtype is torch.float8_e4m3fn:
+        return StoredFloatGrid(weight, group)
+    return numerics.fit_symmetric(weight, None, 4, group, (0.8, 1.0), dtype=dtype)
+
+
+class StoredFloatGrid:
+    """E2M1 numbers times scales that are E4M3 numbers, divided by one for all."""
+
+    refits = True
+
+    def __init__(self, weight: Tensor, group: int) -> None:
+        amax = numerics.absmax(weight)
+        self._divisor = (256 * 6 / amax).clamp(2.0**-100, 2.0**100).masked_fill(amax == 0, 1.0)
+        grid = float_grid(numerics.E2M1)(weight, group)
+        self._grid = FloatGrid(self.nearest_scale(grid.scale), group, numerics.E2M1)
+        self.scale, self.rounded, self.nearest = (
+            self._grid.scale, self._grid.rounded, self._grid.nearest,
+        )  # fmt: skip
+
+    @property
+    def rounding_rule(self) -> numerics.RoundingRule:
+        return attrs.evolve(
+            self._grid.rounding_rule,
+            stored_scales=attrs.evolve(numerics.E4M3, lowest=2.0**-9),
+            divisor=self._divisor,
+        )
+
+    def nearest_scale(self, scale: Tensor) -> Tensor:
+        local = (scale * self._divisor).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
+        return numerics.decode_e4m3(local) / self._divisor
+
+
 def test_wide_blocks_cost_as_much_as_narrow_ones(with_kernel: Callable[[], None]) -> None:
     weight, factor = draw(48, 192, 11), factorize(192)
     grid = GRIDS["4 bits"](weight, 16)
@@ -229,44 +296,47 @@ def test_where_triton_fails_the_loop_goes_on_with_one_warning(problem: str | Non
             raise RuntimeError(f"{problem}\nmore")
         return False
 
-    columns.can_fuse.cache_clear()
+    kernel_trial.can_fuse.cache_clear()
     with (
         patch.object(fused_sweep, "is_exact_on", trial),
         warnings.catch_warnings(record=True) as warned,
     ):
-        answers = [columns.can_fuse(torch.device("cuda", 0)) for _ in range(2)]
-    columns.can_fuse.cache_clear()
+        answers = [kernel_trial.can_fuse(torch.device("cuda", 0)) for _ in range(2)]
+    kernel_trial.can_fuse.cache_clear()
     assert answers == [False, False]
     assert len(warned) == 1
     assert (problem or "other numbers than a CPU") in str(warned[0].message)
-    assert not columns.can_fuse(torch.device("cpu"))
+    assert not kernel_trial.can_fuse(torch.device("cpu"))
 
 
 COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from bitpress.numerics import fused_sweep as fused
+from bitpress.numerics import fused_refit, fused_sweep
 
-names = fused._decide.arg_names
-for has_more in (False, True):
-    kinds = dict.fromkeys(names, "i32") | {"lowest": "fp32", "highest": "fp32", "order": "*i64"}
-    kinds |= dict.fromkeys(("original", "target", "projected", "error", "unit", "scale"), "*fp32")
-    kinds |= {"zero": "*fp32", "mask": "*i1"} if has_more else {}
-    constants = {"ROWS": fused.ROWS, "BLOCK": fused.BLOCK}
-    constants |= {} if has_more else {"zero": None, "mask": None}
-    kinds |= dict.fromkeys(constants, "constexpr")
+TENSORS = "original target projected error unit scale zero"
+TENSORS += " units residual product damping divisor fitted"
+KINDS = dict.fromkeys(TENSORS.split(), "*fp32")
+KINDS |= {"lowest": "fp32", "highest": "fp32", "order": "*i64", "mask": "*i1"}
+SWEEP, REFIT = {"ROWS": 16, "BLOCK": 128}, {"ROWS": 16, "BLOCK": 128}
+for kernel, constants in (
+    (fused_sweep._decide, SWEEP),
+    (fused_sweep._decide, {**SWEEP, "zero": None, "mask": None}),
+    (fused_refit._refit, {**REFIT, "GROUP": 16}),
+    (fused_refit._refit, {**REFIT, "GROUP": 256, "divisor": None}),
+):
+    names = kernel.arg_names
+    kinds = {name: KINDS.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
     places = {(names.index(name),): value for name, value in constants.items()}
-    kernel = compile(
-        ASTSource(fused._decide, kinds, places), GPUTarget("cuda", int(sys.argv[1]), 32),
-        {"enable_fp_fusion": False},
-    )
-    print(kernel.asm["ptx"])
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    made = compile(ASTSource(kernel, kinds, places), target, {"enable_fp_fusion": False})
+    print(made.asm["ptx"])
 """
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernel_compiles_for_gpus_with_exact_divisions(capability: int, tmp_path: Path) -> None:
+def test_the_kernels_compile_for_gpus_with_exact_divisions(capability: int, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = tmp_path / "compile_kernel.py"
     script.write_text(COMPILE)
@@ -278,6 +348,7 @@ def test_the_kernel_compiles_for_gpus_with_exact_divisions(capability: int, tmp_
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count(".visible .entry") == 4
     assert "div.rn.f32" in ran.stdout
     for inexact in ("div.full", "div.approx", "rcp.", "ftz", "mul.f32", "add.f32"):
         assert inexact not in ran.stdout

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+import attrs
 from attrs import frozen
 
 from bitpress import numerics
@@ -63,7 +64,13 @@ class Grid:
     @property
     def rounding_rule(self) -> numerics.RoundingRule:
         """What `nearest` gives, as a rule."""
-        return numerics.RoundingRule(numerics.E2M1, self.scale, GROUP_SIZE)
+        return numerics.RoundingRule(
+            numerics.E2M1,
+            self.scale,
+            GROUP_SIZE,
+            stored_scales=attrs.evolve(numerics.E4M3, lowest=SMALLEST_LOCAL_SCALE),
+            divisor=self.global_scale,
+        )
 
     @property
     def refits(self) -> bool:

@@ -18,16 +18,13 @@ errors of the groups before it have moved.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from bitpress.errors import first_line
+from bitpress.numerics import kernel_trial
 from bitpress.numerics.hessian import Factor
 from bitpress.numerics.output_hessian import RowFactor
 from bitpress.numerics.rounding_rule import RoundingRule
@@ -76,7 +73,7 @@ def column_sweep(  # noqa: PLR0913
         the weight, moved by the errors of the rows before it.
     """
     sweep, losses = _Sweep(factor, project, ahead, span), weight.new_empty(len(weight))
-    is_fused = rule is not None and ahead is None and can_fuse(weight.device)
+    is_fused = rule is not None and ahead is None and kernel_trial.can_fuse(weight.device)
 
     def decide(target: Tensor, rows: slice) -> Tensor:
         own_rule = rule.of_rows(rows) if is_fused and rule is not None else None
@@ -84,28 +81,6 @@ def column_sweep(  # noqa: PLR0913
         return projected
 
     return decide_rows(weight, row_factor, decide), losses
-
-
-@functools.cache
-def can_fuse(device: torch.device) -> bool:
-    """Whether rules are followed in a fused kernel: on a GPU where Triton is installed and a trial
-    gives what the loop gives.
-    """
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    try:
-        from bitpress.numerics import fused_sweep
-
-        problem = None if fused_sweep.is_exact_on(device) else "it gives other numbers than a CPU"
-    # whatever stops Triton, from a missing compiler to an old driver, the loop does without it
-    except Exception as e:
-        problem = first_line(e)
-    if problem is not None:
-        warnings.warn(
-            f"columns are decided one by one, which takes longer: Triton on {device}: {problem}",
-            stacklevel=2,
-        )
-    return problem is None
 
 
 @frozen(eq=False)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitpress.numerics.fused_rounding import format_arguments, round_to_format
 from bitpress.numerics.rounding_rule import NumberFormat, RoundingRule
 from bitpress.numerics.swept_columns import SweptColumns
 
@@ -21,9 +22,6 @@ BLOCK = 128
 
 # Rows of one program. Its targets, (BLOCK, ROWS) numbers, are held in registers.
 ROWS = 16
-
-# Bits of float32 below its exponent field.
-MANTISSA_BITS = 23
 
 
 def decide_block(columns: SweptColumns, unit: Tensor, rule: RoundingRule, positions: slice) -> None:
@@ -35,14 +33,8 @@ def decide_block(columns: SweptColumns, unit: Tensor, rule: RoundingRule, positi
         rule: of the same rows.
         positions: at most `BLOCK` of the factor's order.
     """
-    numbers, num_rows = rule.numbers, columns.target.shape[1]
+    num_rows = columns.target.shape[1]
     num_programs = triton.cdiv(num_rows, ROWS)
-    # As the bits of float32 numbers: powers of two, and what makes of 2^e the number 1.5 · 2^(e +
-    # 23 - mantissa_bits), around which numbers lie as far apart as those of the format at 2^e.
-    bias = 127
-    min_power = (numbers.min_exponent + bias) << MANTISSA_BITS
-    max_power = (numbers.max_exponent + bias) << MANTISSA_BITS
-    to_large = ((MANTISSA_BITS - numbers.mantissa_bits) << MANTISSA_BITS) + (1 << 22)
     with torch.cuda.device_of(columns.target):  # type: ignore[no-untyped-call]
         _decide[(num_programs,)](
             columns.original,
@@ -63,11 +55,7 @@ def decide_block(columns: SweptColumns, unit: Tensor, rule: RoundingRule, positi
             *rule.scale.stride(),
             *((0, 0) if rule.zero is None else rule.zero.stride()),
             *((0, 0) if rule.mask is None else rule.mask.stride()),
-            float(numbers.lowest),
-            float(numbers.highest),
-            min_power,
-            max_power,
-            to_large,
+            *format_arguments(rule.numbers),
             ROWS=ROWS,
             BLOCK=BLOCK,
             # products and sums round each by itself, but for the one that is fused in torch too
@@ -143,7 +131,7 @@ def _decide(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
         if zero is not None:
             own_zero = tl.load(zero + rows * zero_row + own_group * zero_group, is_here, other=0.0)
             low, high = lowest - own_zero, highest - own_zero
-        number = _round(steps, low, high, min_power, max_power, to_large) * own_scale
+        number = round_to_format(steps, low, high, min_power, max_power, to_large) * own_scale
         if mask is not None:
             is_kept = tl.load(mask + rows * mask_row + column * mask_column, is_here, other=0)
             number = tl.where(is_kept != 0, number, 0.0)
@@ -155,17 +143,3 @@ def _decide(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
 
     tl.store(target + places, targets, mask=is_inside)
 # fmt: on
-
-
-# As many arguments as a format has numbers.
-@triton.jit
-def _round(x, lowest, highest, min_power, max_power, to_large):  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
-    """The numbers nearest to x, ties to even; NaN stays NaN, and a negative zero negative."""
-    # comparisons, as NaN is neither below nor above
-    clipped = tl.where(x < lowest, lowest, tl.where(x > highest, highest, x))
-    bits = clipped.to(tl.int32, bitcast=True)
-    power = tl.minimum(tl.maximum(bits & 0x7F800000, min_power), max_power)
-    large = (power + to_large).to(tl.float32, bitcast=True)
-    rounded = (clipped + large) - large
-    sign = bits & -0x80000000
-    return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import attrs
 import torch
 from attrs import frozen
 from torch import Tensor
@@ -27,6 +28,14 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # Places whose rounding costs are tabulated for each zero point: half as many as for symmetric
 # grids, as there are 2^bits such tables.
 PLACES_PER_ZERO_POINT = 1 << 11
+
+
+# Scales of two bytes, as kernels round them. Above 2^110, where bfloat16 goes on, the numbers that
+# they round by would overflow.
+SCALE_FORMATS = {
+    torch.float16: NumberFormat(0.0, 65504.0, 10, -14, 15),
+    torch.bfloat16: NumberFormat(0.0, 2.0**110, 7, -126, 110),
+}
 
 
 @frozen(eq=False)
@@ -63,8 +72,13 @@ class IntegerGrid:
     @property
     def rounding_rule(self) -> RoundingRule:
         """What `nearest` gives, as a rule."""
-        numbers = NumberFormat(*integer_range(self.bits))
-        return RoundingRule(numbers, self.scale, self.group, self.zero)
+        numbers, scales = NumberFormat(*integer_range(self.bits)), None
+        if self.scale_dtype in SCALE_FORMATS:
+            least, greatest = _stored_range(self.bits, self.scale_dtype)
+            scales = SCALE_FORMATS[self.scale_dtype]
+            greatest = min(greatest, scales.highest)
+            scales = attrs.evolve(scales, lowest=least, highest=greatest)
+        return RoundingRule(numbers, self.scale, self.group, self.zero, stored_scales=scales)
 
     @property
     def refits(self) -> bool:
@@ -271,7 +285,11 @@ def _to_stored(scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The nearest scale that can be stored and divided by: positive, finite, and so is what codes
     make of it.
     """
+    return scale.clamp_(*_stored_range(bits, dtype)).to(dtype).float()
+
+
+def _stored_range(bits: int, dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the greatest scale that can be stored."""
     info = torch.finfo(dtype)
     smallest = max(info.smallest_normal * info.eps, SMALLEST_SCALE)
-    largest = min(info.max, torch.finfo(torch.float32).max / 2**bits)
-    return scale.clamp_(smallest, largest).to(dtype).float()
+    return smallest, min(info.max, torch.finfo(torch.float32).max / 2**bits)

@@ -45,6 +45,9 @@ class RoundingRule:
         group: columns that share a scale and a zero point.
         zero: (out, groups) float32 whole numbers; None where they are 0.
         mask: (out, in) bool, False where weights become 0; None where none does.
+        stored_scales: scales are numbers of this format, divided by `divisor`; None where there is
+            no format for them.
+        divisor: float32 without axes; None where it is 1.
     """
 
     numbers: NumberFormat
@@ -52,6 +55,8 @@ class RoundingRule:
     group: int
     zero: Tensor | None = None
     mask: Tensor | None = None
+    stored_scales: NumberFormat | None = None
+    divisor: Tensor | None = None
 
     def of_rows(self, rows: slice) -> RoundingRule:
         """The rule for some of the rows."""

@@ -12,10 +12,15 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from bitpress.numerics import kernel_trial
+from bitpress.numerics.rounding_rule import RoundingRule, RuledGrid
 from bitpress.numerics.scale_search import to_groups
 
 # Codes of so many bits and more are not fitted: their steps are so small that it gains nothing.
 FINE_BITS = 8
+
+# Columns of a group that a kernel fits a scale to; wider groups are few.
+WIDEST_FUSED_GROUP = 256
 
 
 def count_passes(bits: float | None) -> int:
@@ -86,6 +91,12 @@ def refit_scales(
     units = to_groups(rounded, size) / scale.unsqueeze(2)  # (rows, groups, group)
     # Half the negative gradient of the cost.
     residual = hessian.multiply(target - rounded)  # (rows, in)
+
+    if isinstance(grid, RuledGrid) and _can_fuse(grid.rounding_rule, target.device):
+        from bitpress.numerics import fused_refit
+
+        return fused_refit.refit_groups(units, residual, hessian, grid.rounding_rule.of_rows(rows))
+
     for group in range(scale.shape[1]):
         columns, group_units = slice(group * size, (group + 1) * size), units[:, group]
         product = hessian.multiply(group_units, columns)
@@ -101,3 +112,8 @@ def refit_scales(
         # not by adding the change, which rounds
         scale[:, group] = torch.where(is_better, best, own)
     return scale
+
+
+def _can_fuse(rule: RoundingRule, device: torch.device) -> bool:
+    is_possible = rule.stored_scales is not None and rule.group <= WIDEST_FUSED_GROUP
+    return is_possible and kernel_trial.can_fuse(device)
