@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -21,10 +23,13 @@ from fixtures.toy_scheme import TOY, install_toy
 
 import bitpress
 from bitpress.api import search
+from bitpress.compression.search import sensitivity
 from bitpress.compression.search.sensitivity import split_sequences
 from bitpress.conformance.commands import command, install, plugins, refusal
 from bitpress.conformance.models import write_model
 from bitpress.errors import RecipeError
+from bitpress.modeling.block_runner import BlockRunner
+from bitpress.planning import memory_estimate
 
 # 4-bit codes, two in a byte: half as large as those of `toy`
 SHORT = (
@@ -352,3 +357,45 @@ def test_memory_that_is_short_changes_nothing(installed: Path, model: Path, tmp_
         spilled = search(model, tmp_path / "spilled.toml", max_memory=least, **options)
         assert files.called
     assert held.divergences == spilled.divergences
+
+
+def test_any_number_of_threads_finds_the_same(
+    installed: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_estimate, "BATCH_TOKENS", 96)
+    options = {
+        "schemes": ["learner", "toy"],
+        "budget": 99,
+        "calibration": model.parent / "text.txt",
+        **CHEAP,
+    }
+    del options["threads"]
+    results = [
+        search(model, tmp_path / f"{threads}.toml", threads=threads, **options)
+        for threads in (1, 2, 16)
+    ]
+    assert all(result.divergences == results[0].divergences for result in results)
+
+
+def test_as_many_batches_run_side_by_side_as_there_are_threads(
+    installed: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # one sequence in each batch: four are judged
+    monkeypatch.setattr(memory_estimate, "BATCH_TOKENS", 48)
+    # it breaks unless both threads come to it
+    meeting, run_block = threading.Barrier(2, timeout=60), BlockRunner._run_batch
+    sum_divergences = sensitivity._sum_divergences
+
+    def meet_running(*arguments: Any) -> Any:
+        meeting.wait()
+        return run_block(*arguments)
+
+    def meet_comparing(*arguments: Any) -> Any:
+        meeting.wait()
+        return sum_divergences(*arguments)
+
+    monkeypatch.setattr(BlockRunner, "_run_batch", meet_running)
+    monkeypatch.setattr(sensitivity, "_sum_divergences", meet_comparing)
+    options = {"calibration": model.parent / "text.txt", "samples": 8, "sequence_length": 48}
+    schemes = ["toy", "none"]
+    search(model, tmp_path / "r.toml", schemes=schemes, budget=99, threads=2, **options)

@@ -172,8 +172,22 @@ def test_more_ranks_take_less_time_but_for_fits_which_all_wait_for(tmp_path: Pat
     assert columns == [columns[0]] * 4
     one_by_one = columns[0] * time_estimate.COLUMN_SECONDS
     assert times[-1] > fits[0] / time_estimate.SOLVE_RATE + one_by_one
-    with_threads = time_estimate.estimate_seconds(result[0], 4)
-    assert with_threads - one_by_one == pytest.approx((times[0] - one_by_one) / 4)
+
+
+def test_threads_share_what_is_done_on_tokens_and_the_tiles_of_rows_of_fits() -> None:
+    tokens_alone = time_estimate.RankWork(0, 0, 0, products=10**13)
+    fits_alone = time_estimate.RankWork(0, 0, 0, solutions_by_tiles={1: 10**12, 3: 6 * 10**12})
+    columns_alone = time_estimate.RankWork(0, 0, 0, columns=10**6)
+    for threads in (1, 2, 3, 16):
+        assert time_estimate.estimate_seconds([tokens_alone], threads) == pytest.approx(
+            10**13 / time_estimate.PRODUCT_RATE / threads
+        )
+        assert time_estimate.estimate_seconds([fits_alone], threads) == pytest.approx(
+            (1 + 6 / min(threads, 3)) * 10**12 / time_estimate.SOLVE_RATE
+        )
+        assert time_estimate.estimate_seconds([columns_alone], threads) == pytest.approx(
+            10**6 * time_estimate.COLUMN_SECONDS
+        )
 
 
 def test_experts_that_few_tokens_reach_are_not_fitted(tmp_path: Path) -> None:

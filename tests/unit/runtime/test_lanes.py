@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bitpress.runtime.lanes import Lanes
+from bitpress.runtime.lanes import Lanes, offered_lanes
 
 COUNTS = [1, 2, 3, 16]
 
@@ -68,3 +68,12 @@ def test_lanes_make_no_gradients_where_the_thread_that_asks_makes_none(num_lanes
     with torch.no_grad(), Lanes(num_lanes) as lanes:
         results = list(lanes.map(lambda item: item * weight, range(4)))
     assert not any(result.requires_grad for result in results)
+
+
+def test_lanes_are_offered_to_what_a_thread_calls_and_to_no_lane() -> None:
+    with Lanes(2) as lanes:
+        with lanes.offer():
+            assert offered_lanes() is lanes
+            counts = list(lanes.map(lambda item: offered_lanes().num_lanes, range(3)))
+        assert counts == [1, 1, 1]
+        assert offered_lanes().num_lanes == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from bitpress.checkpoint.reader import Checkpoint, Reader
 from bitpress.modeling.capture import BlockCall, ExtraOutputs, capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
+from bitpress.runtime.lanes import Lanes
 from bitpress.schemes.activation_quantizer import ActivationQuantizer, quantize_arguments
 
 
@@ -40,6 +42,7 @@ class BlockRunner:
     Args:
         batches: token ids, (sequences, length) int64.
         folder: where hidden states are kept; None keeps them in memory.
+        lanes: batches are run side by side in these; None: one after the other.
 
     Attributes:
         hidden_states: of the batches, and of what was forked from them.
@@ -55,10 +58,12 @@ class BlockRunner:
         batches: Iterable[Tensor],
         options: DecoderOptions,
         folder: Path | None = None,
+        *,
+        lanes: Lanes | None = None,
     ) -> None:
         self.decoder = Decoder(model.checkpoint, model.container, model.reader, options)
         self.extra_outputs: ExtraOutputs = None
-        self._model = model
+        self._model, self._lanes = model, lanes or Lanes()
         inputs = capture_inputs(self.decoder, batches, folder)
         self.hidden_states, self._calls = inputs.hidden_states, inputs.calls
 
@@ -105,10 +110,17 @@ class BlockRunner:
     def _outputs(
         self, block: nn.Module, calls: Sequence[BlockCall], numbers: Sequence[int]
     ) -> Iterator[Tensor]:
-        device = self.decoder.options.device
-        for number, call in zip(numbers, calls, strict=True):
-            output, self.extra_outputs = call.run(block, self.hidden_states[number].to(device))
+        pairs = zip(numbers, calls, strict=True)
+        run = functools.partial(self._run_batch, block)
+        for output, extra_outputs in self._lanes.map(run, pairs):
+            self.extra_outputs = extra_outputs
             yield output
+
+    def _run_batch(
+        self, block: nn.Module, batch: tuple[int, BlockCall]
+    ) -> tuple[Tensor, ExtraOutputs]:
+        number, call = batch
+        return call.run(block, self.hidden_states[number].to(self.decoder.options.device))
 
 
 def _quantize_input(

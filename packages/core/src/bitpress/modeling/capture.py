@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -110,7 +111,7 @@ def _check_order(order: Sequence[int], decoder: Decoder) -> None:
 @contextlib.contextmanager
 def open_head(decoder: Decoder, extra_outputs: ExtraOutputs) -> Iterator[Head]:
     """What the model makes of its last block's outputs: (tokens, channels) -> logits (tokens,
-    vocabulary).
+    vocabulary); any thread may call it.
 
     All of the model that follows its blocks is run, whatever it is; tokens must not know each other
     there.
@@ -118,13 +119,13 @@ def open_head(decoder: Decoder, extra_outputs: ExtraOutputs) -> Iterator[Head]:
     Args:
         extra_outputs: what its blocks return with their output.
     """
-    replayers = [_Replayer(block) for block in decoder.blocks]
+    replayed = threading.local()
+    replayers = [_Replayer(block, replayed) for block in decoder.blocks]
     with decoder.replace_blocks(replayers) as model:
 
         def head(hidden_states: Tensor) -> Tensor:
             batch = hidden_states.to(decoder.options.device).unsqueeze(0)  # (1, tokens, channels)
-            for replayer in replayers:
-                replayer.output = _as_returned(batch, extra_outputs)
+            replayed.output = _as_returned(batch, extra_outputs)
             with _explain_failures(model):
                 return model(inputs_embeds=batch, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
@@ -192,12 +193,18 @@ class _Recorder(_StandIn):
 
 
 class _Replayer(_StandIn):
-    """Returns the output that it was given, whatever it is called with."""
+    """Returns what the calling thread is to be given, whatever it is called with.
 
-    output: Any = None
+    Args:
+        replayed: has it as `output`.
+    """
+
+    def __init__(self, block: nn.Module, replayed: threading.local) -> None:
+        super().__init__(block)
+        self._replayed = replayed
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        return self.output
+        return self._replayed.output
 
 
 @contextlib.contextmanager

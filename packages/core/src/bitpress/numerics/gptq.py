@@ -22,7 +22,7 @@ from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
 from bitpress.numerics.output_hessian import damped_output_hessian, factorize_output_hessian
 from bitpress.numerics.rounding_rule import RuledGrid
-from bitpress.numerics.rows import decide_rows
+from bitpress.numerics.rows import compute_rows, decide_rows
 from bitpress.numerics.scale_refit import DampedHessian, ScaledGrid, refit_scales
 from bitpress.schemes.values import Layer, Statistic
 
@@ -229,11 +229,13 @@ def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Fac
     corrected on a Hessian with more damping; one that it would still move that far gets none, with
     a warning.
     """
-    tokens = stats["drift_tokens"].value.item()
-    cross_moment = weight @ stats["drift"].value.div(tokens)  # (out, in), C above
+    drift = stats["drift"].value.div(stats["drift_tokens"].value.item())
+    cross_moment = compute_rows(weight, lambda rows: weight[rows] @ drift)  # (out, in), C above
     if "residual" in stats:
-        cross_moment += stats["residual"].value.div(tokens)
-    correction = _correct_rows(cross_moment, slice(None), stats, factor)
+        cross_moment += stats["residual"].value.div(stats["drift_tokens"].value.item())
+    correction = compute_rows(
+        weight, lambda rows: _correct_rows(cross_moment[rows], rows, stats, factor)
+    )
 
     largest = MAX_CORRECTION * weight.norm(dim=1)  # (out,)
     hessian, hessian_tokens = stats["hessian"].value, stats["tokens"].value.item()

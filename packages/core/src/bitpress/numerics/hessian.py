@@ -14,6 +14,7 @@ import torch
 from attrs import Factory, field, frozen
 from torch import Tensor
 
+from bitpress.numerics.cholesky import cholesky_
 from bitpress.numerics.gram import stripes
 
 # What is added to the diagonal of H, in units of its mean over active columns.
@@ -146,12 +147,10 @@ def factorize_hessian(
     backwards = order.flip(0)
     for _ in range(4):
         permuted = hessian.index_select(0, backwards).index_select(1, backwards).div_(num_tokens)
-        # A Cholesky factor is as large as H: with contiguous columns it is computed in place.
-        lower = permuted.mT
-        lower.diagonal().add_(added)
-        info = order.new_empty((), dtype=torch.int32)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        if not info and math.isfinite(lower.sum()):
+        permuted.diagonal().add_(added)
+        # A Cholesky factor is as large as H: it is computed in place.
+        lower = cholesky_(permuted)
+        if lower is not None and math.isfinite(lower.sum()):
             upper = lower.flip(0, 1)
             root = upper.diagonal().clone()
             return Factor(order, upper.div_(root), root.square(), diagonal + added)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitpress.numerics.hessian import Factor
-from bitpress.numerics.rows import ROW_TILE
+from bitpress.numerics.rows import ROW_TILE, compute_rows
 
 # Steps of conjugate gradients for rows that are alone; more of them gain less than 1 %.
 NUM_STEPS = 10
@@ -43,25 +43,25 @@ def masked_least_squares(
         (out, in) float32.
     """
     block = 1 if output_hessian is None else output_hessian.shape[1]
-    num_rows, width = weight.shape
-    solved = torch.empty_like(weight)
-    tile_rows = max(ROW_TILE // block, 1) * block
-    for first in range(0, num_rows, tile_rows):
-        rows = slice(first, min(first + tile_rows, num_rows))
+    width = weight.shape[1]
+
+    def solve(rows: slice) -> Tensor:
         # rows of the last block that there are not are masked
-        missing = -(rows.stop - first) % block
+        missing = -(rows.stop - rows.start) % block
         start, own_target, own_mask = (
             functional.pad(tensor[rows], (0, 0, 0, missing)).view(-1, block, width)
             for tensor in (weight, target, mask)
         )
         own_hessian = None
         if output_hessian is not None:
-            blocks = slice(first // block, first // block + len(start))
+            first_block = rows.start // block
+            blocks = slice(first_block, first_block + len(start))
             own_hessian = output_hessian[blocks].to(weight.dtype)
         system = _System(factor, own_mask, own_hessian)
         solution = system.descend(torch.where(own_mask, start, 0.0), own_target)
-        solved[rows] = solution.view(-1, width)[: rows.stop - first]
-    return solved
+        return solution.view(-1, width)[: rows.stop - rows.start]
+
+    return compute_rows(weight, solve, max(ROW_TILE // block, 1) * block)
 
 
 class _System:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitpress.numerics.output_hessian import RowFactor, count_row_groups
+from bitpress.runtime.lanes import offered_lanes
 
 # Rows decided together: a few columns of so many rows stay in a core's cache.
 ROW_TILE = 2048
@@ -39,25 +40,33 @@ def decide_rows(target: Tensor, row_factor: RowFactor | None, decide: Decide) ->
     Returns:
         (out, in) float32.
     """
-    decided = torch.empty_like(target)
     if row_factor is None:
-        tile = _rows_together(target, ROW_TILE)
-        for first in range(0, len(target), tile):
-            rows = slice(first, min(first + tile, len(target)))
-            decided[rows] = decide(target[rows], rows)
-        return decided
+        return compute_rows(target, lambda rows: decide(target[rows], rows))
 
-    tile = _rows_together(target, ROWS_TOGETHER)
-    for first in range(0, len(target), tile):
-        last = min(first + tile, len(target))
-        blocks = slice(first // row_factor.block, -(-last // row_factor.block))
-        feedback = _RowFeedback(row_factor, blocks, target.shape[1])
-        for group in range(min(row_factor.num_groups, last - first)):
-            rows = slice(first + group, last, row_factor.num_groups)
-            own_target = target[rows]
-            decided[rows] = decide(own_target - feedback.shift(group, len(own_target)), rows)
-            feedback.add(group, decided[rows] - own_target)
-    return decided
+    def decide_coupled(rows: slice) -> Tensor:
+        return _decide_coupled(target, row_factor, decide, rows)
+
+    return compute_rows(target, decide_coupled, _rows_together(target, ROWS_TOGETHER))
+
+
+def compute_rows(
+    like: Tensor, compute: Callable[[slice], Tensor], num_rows: int | None = None
+) -> Tensor:
+    """A matrix whose rows are computed a few at a time: side by side where lanes are offered, and
+    the same for any number of these.
+
+    Args:
+        like: (out, in), of the same shape, dtype and device.
+        compute: gives some of its rows (rows, in).
+        num_rows: that are computed together; None: `ROW_TILE`, more on a GPU.
+    """
+    step = num_rows or _rows_together(like, ROW_TILE)
+    whole = torch.empty_like(like)
+    tiles = [slice(i, min(i + step, len(like))) for i in range(0, len(like), step)]
+    computed = offered_lanes().map(compute, tiles)
+    for rows in tiles:
+        whole[rows] = next(computed)
+    return whole
 
 
 def _rows_together(target: Tensor, on_cpu: int) -> int:
@@ -77,6 +86,25 @@ def count_sweeps(num_rows: int, gradient_tokens: int) -> int:
         num_groups = min(count_row_groups(gradient_tokens), num_rows)
         return num_groups * math.ceil(num_rows / ROWS_TOGETHER)
     return math.ceil(num_rows / ROW_TILE)
+
+
+def _decide_coupled(target: Tensor, row_factor: RowFactor, decide: Decide, tile: slice) -> Tensor:
+    """What some rows of a weight become, group after group: (rows, in).
+
+    Args:
+        target: (out, in), of all rows.
+        tile: which rows, from the first of a block on.
+    """
+    decided = torch.empty_like(target[tile])
+    blocks = slice(tile.start // row_factor.block, -(-tile.stop // row_factor.block))
+    feedback = _RowFeedback(row_factor, blocks, target.shape[1])
+    for group in range(min(row_factor.num_groups, len(decided))):
+        rows = slice(tile.start + group, tile.stop, row_factor.num_groups)
+        own_target = target[rows]
+        own = decide(own_target - feedback.shift(group, len(own_target)), rows)
+        decided[group :: row_factor.num_groups] = own
+        feedback.add(group, own - own_target)
+    return decided
 
 
 class _RowFeedback:

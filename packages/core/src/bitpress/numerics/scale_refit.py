@@ -61,10 +61,20 @@ class DampedHessian:
     moment: Tensor
     damping: Tensor
 
-    def multiply(self, left: Tensor, columns: slice = slice(None)) -> Tensor:
-        """The product with some rows of H: (rows, columns) -> (rows, in)."""
-        product = left @ self.moment[columns]
-        product[:, columns].addcmul_(left, self.damping[columns])
+    def multiply(self, left: Tensor, first: int = 0) -> Tensor:
+        """The product with as many rows of H as `left` has columns, in the columns from theirs on.
+
+        Args:
+            left: (rows, columns) float32.
+            first: row of H.
+
+        Returns:
+            (rows, in - first) float32.
+        """
+        num_columns = left.shape[1]
+        columns = slice(first, first + num_columns)
+        product = left @ self.moment[columns, first:]
+        product[:, :num_columns].addcmul_(left, self.damping[columns])
         return product
 
 
@@ -98,17 +108,19 @@ def refit_scales(
         return fused_refit.refit_groups(units, residual, hessian, grid.rounding_rule.of_rows(rows))
 
     for group in range(scale.shape[1]):
-        columns, group_units = slice(group * size, (group + 1) * size), units[:, group]
-        product = hessian.multiply(group_units, columns)
-        slope = (residual[:, columns] * group_units).sum(1)  # (rows,)
-        curvature = (product[:, columns] * group_units).sum(1)
+        first, group_units = group * size, units[:, group]
+        # no scale before this group's is asked for again
+        later_residual = residual[:, first:]
+        product = hessian.multiply(group_units, first)
+        slope = (later_residual[:, :size] * group_units).sum(1)  # (rows,)
+        curvature = (product[:, :size] * group_units).sum(1)
 
         own = scale[:, group]
         best = grid.nearest_scale(own + torch.where(curvature > 0, slope / curvature, 0.0))
         change = best - own
         is_better = change * (2 * slope - change * curvature) > 0
         change = torch.where(is_better, change, 0.0)
-        residual.addcmul_(change.unsqueeze(1), product, value=-1)
+        later_residual.addcmul_(change.unsqueeze(1), product, value=-1)
         # not by adding the change, which rounds
         scale[:, group] = torch.where(is_better, best, own)
     return scale

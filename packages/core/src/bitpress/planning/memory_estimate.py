@@ -194,10 +194,12 @@ def estimate_calibration(plan: Plan, tokens: int, length: int = 1) -> Calibratio
     observing = TEMPORARIES * max(STATISTICS_TOKENS, length) * width
     num_blocks = 2 if plan.recipe.needs_reference else 1
     states = tokens * plan.hidden_size * (1 + 1 / reference_interval(plan, tokens))
-    backward = kept = 0
+    backward = kept = logits = 0
     if plan.recipe.needs_gradients:
         kept = _count_kept(plan, batch_tokens)
-        backward = max(_count_head(plan, batch_tokens), block + kept)
+        head = _count_head(plan)
+        logits = LOGITS_COPIES * min(MAX_LOGITS, batch_tokens * head // plan.hidden_size)
+        backward = max(head + logits, block + kept)
         states += _count_gradients(plan, min(tokens, gradient_tokens(plan)))
     on_disk = NUMBER_BYTES * max(
         embeddings + block + forward,
@@ -207,7 +209,9 @@ def estimate_calibration(plan: Plan, tokens: int, length: int = 1) -> Calibratio
     return CalibrationMemory(
         on_disk,
         int(on_disk + NUMBER_BYTES * states),
-        per_lane=NUMBER_BYTES * max(forward + observing + _count_in_flight(plan, length), kept),
+        # a tile of rows that is solved takes less
+        per_lane=NUMBER_BYTES
+        * max(forward + observing + _count_in_flight(plan, length), kept, logits),
         per_waiting_token=NUMBER_BYTES * (WAITING_STATES * plan.hidden_size + width),
     )
 
@@ -237,15 +241,13 @@ def _count_kept(plan: Plan, batch_tokens: int) -> int:
     return kept + num_rows * GRADIENT_ROW_NUMBERS
 
 
-def _count_head(plan: Plan, batch_tokens: int) -> int:
-    """Numbers of a model's head, and of the logits that it makes at a time."""
+def _count_head(plan: Plan) -> int:
+    """Numbers of a model's head."""
     outside = [entry for shard in plan.shards if shard.block is None for entry in shard.copies]
     matrices = [entry for entry in outside if len(entry.shape) == 2]
     # Without a head of its own, a model has that of its embeddings.
     heads = [entry.numel for entry in matrices if "lm_head" in entry.name]
-    head = max(heads or [entry.numel for entry in matrices], default=0)
-    logits = min(MAX_LOGITS, batch_tokens * head // plan.hidden_size)
-    return head + LOGITS_COPIES * logits
+    return max(heads or [entry.numel for entry in matrices], default=0)
 
 
 def _count_gradients(plan: Plan, tokens: int) -> int:

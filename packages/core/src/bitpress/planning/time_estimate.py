@@ -7,15 +7,17 @@ made of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from bitpress.checkpoint.safetensors import BITS, Entry
 from bitpress.checkpoint.views import View
 from bitpress.numerics.gram import stripes
-from bitpress.numerics.rows import count_sweeps
+from bitpress.numerics.rows import ROW_TILE, count_sweeps
 from bitpress.numerics.scale_refit import count_passes
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS, CalibrationConfig
@@ -57,6 +59,7 @@ class RankWork:
         solutions: floating-point operations on those sums, counted as if every step that takes
             second moments fed errors forward.
         columns: that are decided one after the other.
+        solutions_by_tiles: the solutions, by how many tiles of rows may be solved side by side.
     """
 
     reads: int
@@ -66,6 +69,7 @@ class RankWork:
     products: int = 0
     solutions: int = 0
     columns: int = 0
+    solutions_by_tiles: Mapping[int, int] = field(factory=dict)
 
 
 @frozen
@@ -76,27 +80,32 @@ class _Operations:
         per_token: forwards and statistics.
         per_compared_token: of a token that is run through the source's weights too, beside those.
         per_gradient_token: of a token that is run backward, beside those.
-        solutions: what each rank solves.
+        solutions: what each rank solves, by how many tiles of rows may be solved side by side.
         columns: of these, decided one after the other.
     """
 
     per_token: float
     per_compared_token: float
     per_gradient_token: float
-    solutions: Sequence[float]
+    solutions: Sequence[Mapping[int, int]]
     columns: Sequence[int]
 
 
 def estimate_seconds(ranks: Sequence[RankWork], threads: int) -> float:
     """Until the last rank is done, at best; all of them wait for every solution, which the next
-    layers' inputs depend on.
+    layers' inputs depend on. Threads that share a solution take turns at its columns.
     """
     longest = max(
         rank.reads / READ_RATE + rank.proves / VERIFY_RATE + rank.products / PRODUCT_RATE
         for rank in ranks
     )
-    solving = sum(rank.solutions for rank in ranks) / SOLVE_RATE
-    return (longest + solving) / threads + sum(rank.columns for rank in ranks) * COLUMN_SECONDS
+    solving = sum(
+        operations / min(threads, num_tiles) / SOLVE_RATE
+        for rank in ranks
+        for num_tiles, operations in rank.solutions_by_tiles.items()
+    )
+    columns = sum(rank.columns for rank in ranks) * COLUMN_SECONDS
+    return longest / threads + solving + columns
 
 
 def estimate_ranks(
@@ -178,8 +187,9 @@ def _calibrated_work(
             proved_bytes,
             tokens,
             int(products),
-            int(operations.solutions[group.rank]),
+            sum(operations.solutions[group.rank].values()),
             operations.columns[group.rank],
+            operations.solutions[group.rank],
         )
 
 
@@ -187,7 +197,8 @@ def _count_operations(
     plan: Plan, blocks: Sequence[Shard], tokens: int, num_ranks: int
 ) -> _Operations:
     per_token, per_compared_token, per_gradient_token = 0.0, 0.0, 0.0
-    solutions, columns = [0.0] * num_ranks, [0] * num_ranks
+    solutions: list[Counter[int]] = [Counter() for _ in range(num_ranks)]
+    columns = [0] * num_ranks
     gradient_tokens = min(memory_estimate.gradient_tokens(plan), tokens)
     experts_per_token = plan.source.model_config.experts_per_token
     for shard in blocks:
@@ -214,7 +225,8 @@ def _count_operations(
             # up for it.
             if share * tokens >= MIN_EXPERT_TOKENS:
                 factor_and_sweep = len(steps) * (width / 3 + 2 * rows) + num_drifts * 4 * rows
-                solutions[number % num_ranks] += width * width * factor_and_sweep
+                num_tiles = math.ceil(rows / ROW_TILE)
+                solutions[number % num_ranks][num_tiles] += int(width * width * factor_and_sweep)
                 num_sweeps = sum(
                     count_passes(step.options.bits)
                     * count_sweeps(rows, gradient_tokens if pipeline.takes_gradient(step) else 0)

@@ -8,7 +8,8 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import TypeVar
 
@@ -45,6 +46,15 @@ class Lanes(AbstractContextManager["Lanes"]):
         for thread in self._threads:
             thread.shutdown(cancel_futures=True)
 
+    @contextmanager
+    def offer(self) -> Iterator[None]:
+        """Let what this thread calls, however deep, ask for these lanes, until the block ends."""
+        token = _OFFERED.set(self)
+        try:
+            yield
+        finally:
+            _OFFERED.reset(token)
+
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """What the work makes of each item, in their order.
 
@@ -69,3 +79,12 @@ class Lanes(AbstractContextManager["Lanes"]):
             for future in pending:
                 future.cancel()
             wait(pending)
+
+
+# A thread's own: a lane, which may not wait for others, is offered none.
+_OFFERED: ContextVar[Lanes | None] = ContextVar("offered_lanes", default=None)
+
+
+def offered_lanes() -> Lanes:
+    """The lanes that a caller of this thread offers; one where nobody does."""
+    return _OFFERED.get() or Lanes()

@@ -145,7 +145,7 @@ def _compress_group(
         solution = None
         if process_group.rank == owner:
             say_activity("fitting")
-            solution = solve(group, statistics, streams.limits.max_working_bytes)
+            solution = solve(group, statistics, streams.limits)
     texts = [str(warning.message) for warning in caught if warning.category is UserWarning]
     by_rank = process_group.all_gather_object(texts)
     own_errors = {} if solution is None else solution.rounding_errors

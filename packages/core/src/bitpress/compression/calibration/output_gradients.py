@@ -143,9 +143,13 @@ def observe_gradients(
 
     gradients = states.pop()
     with open_head(decoder, extra_outputs) as head:
-        for position, number in enumerate(sample.numbers):
-            hidden_states = gradients[position].to(device)
+
+        def start_backward(position: int) -> None:
+            hidden_states, number = gradients[position].to(device), sample.numbers[position]
             gradients[position] = _loss_gradient(head, hidden_states, seed=number)
+
+        for _ in source.lanes.map(start_backward, positions):
+            pass
 
     for index in reversed(range(first_block, len(decoder))):
         inputs, block = states.pop(), decoder.load_block(index)

@@ -4,6 +4,7 @@ are solved, and what is stored of them is installed in the block.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,13 @@ from attrs import field, frozen
 from torch import Tensor
 
 from bitpress.checkpoint.reader import DTYPES
+from bitpress.compression.calibration.activation_streams import StreamLimits
 from bitpress.compression.calibration.layer_groups import LayerGroup
 from bitpress.compression.calibration.statistics import GroupStatistics
 from bitpress.output.layer_proof import LayerMeasurement, max_error, prove_stored
+from bitpress.planning.layout import Stack
 from bitpress.runtime import memory
+from bitpress.runtime.lanes import Lanes
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import find_activation_quantizer
@@ -37,7 +41,7 @@ class Solution:
     rounding_errors: Mapping[str, float] = field(factory=dict)
 
 
-def solve(group: LayerGroup, statistics: GroupStatistics, max_working_bytes: int = 0) -> Solution:
+def solve(group: LayerGroup, statistics: GroupStatistics, limits: StreamLimits) -> Solution:
     """What is stored of a group after every step: proved to decode to the weights that `quantize`
     returned, and to be near to those before.
 
@@ -45,23 +49,25 @@ def solve(group: LayerGroup, statistics: GroupStatistics, max_working_bytes: int
     warning.
 
     Args:
-        max_working_bytes: that the process may hold beyond Python and its libraries.
+        limits: rows, and layers, are computed side by side in its lanes.
 
     Raises:
         SchemeError: a scheme returned other tensors than it planned, or such as decode to other
             weights.
     """
     steps = group.stack.steps
-    layer = pipeline.quantize_whole(group.layer, steps, statistics.by_step)
-    stored_layers, measured = _store(layer, group)
-    if all(measurement.is_bounded for measurement in measured.values()):
-        return Solution(stored_layers)
+    with limits.lanes.offer():
+        layer = pipeline.quantize_whole(group.layer, steps, statistics.by_step)
+        stored_layers, measured = _store(layer, group, limits.lanes)
+        if all(measurement.is_bounded for measurement in measured.values()):
+            return Solution(stored_layers)
 
-    # beside what is stored, the solution would be several copies of the weights
-    del layer
-    memory.release_freed_memory(max_working_bytes)
-    plain = pipeline.quantize_whole(group.layer, steps, GroupStatistics.of_no_token(group).by_step)
-    plain_layers, plain_measured = _store(plain, group)
+        # beside what is stored, the solution would be several copies of the weights
+        del layer
+        memory.release_freed_memory(limits.max_working_bytes)
+        no_statistics = GroupStatistics.of_no_token(group).by_step
+        plain = pipeline.quantize_whole(group.layer, steps, no_statistics)
+        plain_layers, plain_measured = _store(plain, group, limits.lanes)
     rounding_errors = {name: plain_measured[name].error for name in group.modules}
     for name, measurement in measured.items():
         limit = max_error(rounding_errors[name])
@@ -76,23 +82,36 @@ def solve(group: LayerGroup, statistics: GroupStatistics, max_working_bytes: int
 
 
 def _store(
-    layer: Layer, group: LayerGroup
+    layer: Layer, group: LayerGroup, lanes: Lanes
 ) -> tuple[list[StoredLayer], dict[str, LayerMeasurement]]:
     """What is stored of each of the group's layers, and how far it is from its weight."""
-    stack = group.stack
-    heights = [entry.shape[0] for entry in stack.members.values()]
+    heights = [entry.shape[0] for entry in group.stack.members.values()]
+    members = zip(group.weights.items(), pipeline.split(layer, heights), strict=True)
     stored_layers, measured = [], {}
-    members = pipeline.split(layer, heights)
-    for (name, weight), member in zip(group.weights.items(), members, strict=True):
-        packed = pipeline.pack(member, stack.steps)
-        stored = pipeline.serialize(packed, stack.steps)
-        stack.check_stored(name, stored)
-        measured[name] = prove_stored(stored, stack.steps, member.weight, weight.float())
-        # in the planned order and with the planned config: what a resumed run finds in the files
-        planned, config = stack.describe_stored(name)
-        tensors = {suffix: stored.tensors[suffix].to(weight.device) for suffix in planned}
-        stored_layers.append(StoredLayer(tensors, config))
+    results = lanes.map(functools.partial(_store_member, group.stack), members)
+    for name, (stored, measurement) in zip(group.weights, results, strict=True):
+        stored_layers.append(stored)
+        measured[name] = measurement
     return stored_layers, measured
+
+
+def _store_member(
+    stack: Stack, member: tuple[tuple[str, Tensor], Layer]
+) -> tuple[StoredLayer, LayerMeasurement]:
+    """What is stored of one layer, and how far it is from its weight.
+
+    Args:
+        member: its name and weight, and what has become of it.
+    """
+    (name, weight), layer = member
+    packed = pipeline.pack(layer, stack.steps)
+    stored = pipeline.serialize(packed, stack.steps)
+    stack.check_stored(name, stored)
+    measurement = prove_stored(stored, stack.steps, layer.weight, weight.float())
+    # in the planned order and with the planned config: what a resumed run finds in the files
+    planned, config = stack.describe_stored(name)
+    tensors = {suffix: stored.tensors[suffix].to(weight.device) for suffix in planned}
+    return StoredLayer(tensors, config), measurement
 
 
 def broadcast_stored(

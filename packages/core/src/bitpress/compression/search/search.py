@@ -114,10 +114,14 @@ def run_search(
         trust_remote_code=options.trust_remote_code,
         all_experts=job.calibration.all_experts,
     )
-    measurement_memory = _plan_memory(job, folder, options.max_memory)
+    is_cpu = decoder_options.device.type == "cpu"
+    num_threads = options.num_threads or count_cores()
+    max_lanes = num_threads if is_cpu else 1
+    measurement_memory = _plan_memory(job, folder, options.max_memory, max_lanes)
 
     num_bytes = len(job.plans) * sum(stack.source_bytes for stack in job.plan.stacks)
-    with torch_threads(options.num_threads or count_cores()):
+    # on a CPU batches run side by side, each on one core
+    with torch_threads(1 if is_cpu else num_threads):
         divergences = measure_divergences(
             job, decoder_options, measurement_memory, progress("measuring", num_bytes)
         )
@@ -193,11 +197,15 @@ def _mix_candidates(
     return Recipe(tuple(rules))
 
 
-def _plan_memory(job: SearchJob, folder: Path, max_memory: int | None) -> MeasurementMemory:
-    """Whether hidden states are kept in memory or in that folder, and how many forwards wait.
+def _plan_memory(
+    job: SearchJob, folder: Path, max_memory: int | None, max_lanes: int
+) -> MeasurementMemory:
+    """Whether hidden states are kept in memory or in that folder, how many batches run side by
+    side, and how many forwards wait.
 
     Args:
         max_memory: bytes of the process; None: half of what is free.
+        max_lanes: batches that may run side by side.
 
     Raises:
         BitpressError: there is no room for hidden states, or `max_memory` is too low in any case.
@@ -225,23 +233,34 @@ def _plan_memory(job: SearchJob, folder: Path, max_memory: int | None) -> Measur
     else:
         max_bytes = max_memory
 
-    # judged tokens have the source's hidden states, and those of every trial
-    fitted, judged = (ids.numel() for ids in split_sequences(job.calibration.input_ids))
-    num_trials = len(job.plans) * len(job.units)
-    num_tokens = fitted + judged * (1 + num_trials)
-    states_bytes = memory_estimate.NUMBER_BYTES * job.plan.hidden_size * num_tokens
+    states_bytes = _count_states_bytes(job)
+    is_spilled = min_bytes + states_bytes > max_bytes
+    free_bytes = max_bytes - min_bytes - (0 if is_spilled else states_bytes)
+    # a further batch in a block, or while predictions are compared
+    logits = evaluate.LOGITS_TENSORS * memory_estimate.MAX_LOGITS
+    in_block = max([estimate.per_lane for estimate in estimates], default=running_bytes)
+    lane_bytes = max(in_block, memory_estimate.NUMBER_BYTES * logits)
+    num_lanes = min(1 + max(free_bytes, 0) // lane_bytes, max_lanes)
+    free_bytes -= (num_lanes - 1) * lane_bytes
     # `num_waiting` takes off what a run holds in memory, which `min_bytes` counts already
-    free_bytes = max_bytes - min_bytes - states_bytes
     waiting = [
         estimate.num_waiting(free_bytes + estimate.in_memory, memory_estimate.BATCH_TOKENS)
         for estimate in estimates
     ]
     num_waiting = max(waiting, default=0)
-    if min_bytes + states_bytes <= max_bytes:
-        return MeasurementMemory(None, num_waiting)
+    if not is_spilled:
+        return MeasurementMemory(None, num_waiting, num_lanes)
     if (free := shutil.disk_usage(folder).free) < states_bytes:
         raise OutputError(
             f"{folder}: {states_bytes / 1e9:.2f} GB of hidden states go there, and "
             f"{free / 1e9:.2f} GB are free"
         )
-    return MeasurementMemory(folder, num_waiting)
+    return MeasurementMemory(folder, num_waiting, num_lanes)
+
+
+def _count_states_bytes(job: SearchJob) -> int:
+    """Bytes of all hidden states: judged tokens have the source's, and those of every trial."""
+    fitted, judged = (ids.numel() for ids in split_sequences(job.calibration.input_ids))
+    num_trials = len(job.plans) * len(job.units)
+    num_tokens = fitted + judged * (1 + num_trials)
+    return memory_estimate.NUMBER_BYTES * job.plan.hidden_size * num_tokens

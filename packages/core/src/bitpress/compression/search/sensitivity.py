@@ -21,6 +21,7 @@ there are units, candidates and blocks after them, for the judged tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -44,8 +45,10 @@ from bitpress.modeling import metrics
 from bitpress.modeling.block_runner import BlockRunner, RunnableModel
 from bitpress.modeling.capture import open_head
 from bitpress.modeling.decoder import DecoderOptions
+from bitpress.modeling.metrics import Head
 from bitpress.planning import memory_estimate
 from bitpress.runtime import memory
+from bitpress.runtime.lanes import Lanes
 from bitpress.runtime.progress import ReportProgress, in_block
 from bitpress.schemes.values import StoredLayer
 
@@ -63,10 +66,12 @@ class MeasurementMemory:
     Attributes:
         folder: where hidden states are kept; None keeps them in memory.
         num_waiting: how many forwards may wait inside a block.
+        num_lanes: batches that are run side by side.
     """
 
     folder: Path | None
     num_waiting: int
+    num_lanes: int
 
 
 def split_sequences(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,14 +106,19 @@ def measure_divergences(
     """
     plan = job.plan
     fitted, judged = _split_batches(job)
-    with Reader() as reader, torch.no_grad(), memory.retain_freed_memory():
+    with (
+        Reader() as reader,
+        torch.no_grad(),
+        memory.retain_freed_memory(),
+        Lanes(limits.num_lanes) as lanes,
+    ):
         model = RunnableModel(plan.source, reader, plan.container)
         report_progress(0, "building the model and running its embeddings")
-        runner = BlockRunner(model, [*fitted, *judged], options, limits.folder)
+        runner = BlockRunner(model, [*fitted, *judged], options, limits.folder, lanes=lanes)
         # numbers of the judged batches' hidden states: the source's, and those of each trial
         source_states = range(len(fitted), len(fitted) + len(judged))
         trials: dict[tuple[str, str], range] = {}
-        stream_limits = StreamLimits(limits.num_waiting)
+        stream_limits = StreamLimits(limits.num_waiting, lanes=lanes)
         streams = ActivationStreams(runner.hidden_states, options.device, stream_limits)
 
         for index in range(len(runner)):
@@ -136,7 +146,7 @@ def measure_divergences(
             runner.run(block, judging_calls, source_states)
             memory.release_freed_memory()
         report_progress(0, "comparing predictions")
-        divergences = _compare_trials(runner, source_states, list(trials.values()))
+        divergences = _compare_trials(runner, source_states, list(trials.values()), lanes)
     return _tabulate(job, dict(zip(trials, divergences, strict=True)))
 
 
@@ -214,7 +224,7 @@ def _solve(group: LayerGroup, number: int, streams: ActivationStreams) -> Sequen
         # `compress` warns of the same
         warnings.simplefilter("ignore", UserWarning)
         statistics = collect_statistics(group, number, streams)
-        solution = solve(group, statistics, streams.limits.max_working_bytes)
+        solution = solve(group, statistics, streams.limits)
     return solution.stored_layers
 
 
@@ -234,25 +244,47 @@ def _tabulate(job: SearchJob, measured: Divergences) -> Divergences:
 
 
 def _compare_trials(
-    runner: BlockRunner, source_states: Sequence[int], trials: Sequence[Sequence[int]]
+    runner: BlockRunner,
+    source_states: Sequence[int],
+    trials: Sequence[Sequence[int]],
+    lanes: Lanes,
 ) -> list[float]:
     """KL divergence of each trial from the source, in nats per token.
 
     Args:
         source_states: by judged batch the number of the source's last hidden states.
         trials: the same of each trial.
+        lanes: trials are compared side by side in these.
     """
-    sums, num_tokens = [0.0] * len(trials), 0
+    sums = [0.0] * len(trials)
+    firsts = range(0, len(trials), TRIALS_TOGETHER)
     with open_head(runner.decoder, runner.extra_outputs) as head:
-        for batch, source_number in enumerate(source_states):
-            source = runner.tokens(source_number)
-            num_tokens += len(source)
-            for first in range(0, len(trials), TRIALS_TOGETHER):
-                together = trials[first : first + TRIALS_TOGETHER]
-                hidden_states = [source, *(runner.tokens(trial[batch]) for trial in together)]
-                heads = [head] * len(hidden_states)
-                for _, _, models in metrics.compare_logits([hidden_states], heads):
-                    log_p = next(models)
-                    for i, log_q in enumerate(models, first):
-                        sums[i] += metrics.kl_divergence(log_p, log_q)
+
+        def compare(batch: int, first: int) -> list[float]:
+            together = trials[first : first + TRIALS_TOGETHER]
+            numbers = [source_states[batch], *(trial[batch] for trial in together)]
+            hidden_states = [runner.tokens(number) for number in numbers]
+            return _sum_divergences(head, hidden_states)
+
+        pairs = list(itertools.product(range(len(source_states)), firsts))
+        results = lanes.map(lambda pair: compare(*pair), pairs)
+        for (_, first), divergences in zip(pairs, results, strict=True):
+            for trial, divergence in enumerate(divergences, first):
+                sums[trial] += divergence
+    num_tokens = sum(len(runner.tokens(number)) for number in source_states)
     return [total / num_tokens for total in sums]
+
+
+def _sum_divergences(head: Head, hidden_states: Sequence[Tensor]) -> list[float]:
+    """Σ KL divergence over tokens of every model from the first, in nats.
+
+    Args:
+        hidden_states: of each model the last ones, (tokens, channels).
+    """
+    sums = [0.0] * (len(hidden_states) - 1)
+    heads = [head] * len(hidden_states)
+    for _, _, models in metrics.compare_logits([hidden_states], heads):
+        log_p = next(models)
+        for i, log_q in enumerate(models):
+            sums[i] += metrics.kl_divergence(log_p, log_q)
+    return sums
