@@ -7,6 +7,7 @@ No GPU is needed, and none was ever seen: devices are the CPU under several numb
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -20,9 +21,10 @@ import bitpress
 from bitpress.checkpoint.reader import Reader
 from bitpress.compression import data_free, run
 from bitpress.conformance.models import files_of, write_model
+from bitpress.errors import BitpressError
 from bitpress.planning.layout import Stack
 from bitpress.runtime import devices
-from bitpress.runtime.devices import ThreadDevices, find_all_devices, find_device
+from bitpress.runtime.devices import ThreadDevices, find_all_devices, find_device, read_names
 
 CPUS = tuple(torch.device("cpu", number) for number in range(3))
 
@@ -116,3 +118,35 @@ def test_tiles_of_any_size_give_the_same_bytes(
         bitpress.compress(model, tmp_path / str(size), scheme="toy", threads=1, verify=False)
         result.append(files_of(tmp_path / str(size)))
     assert all(files == result[0] for files in result)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("auto", ("cuda:0", "cuda:1", "cuda:2")),
+        ("2, 0", ("cuda:2", "cuda:0")),
+        ("1", ("cuda:1",)),
+        ("cpu,cpu", ("cpu", "cpu")),
+    ],
+)
+def test_ranks_share_the_devices_that_are_named(
+    text: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert read_names(text) == names
+
+
+@pytest.mark.parametrize("text", ["3", "0,3", "0,0", "cuda", "cpu,0", "0,", "", "-1"])
+def test_devices_that_ranks_cannot_share_are_refused(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(BitpressError, match=f"--devices {re.escape(text)}: "):
+        read_names(text)
+
+
+def test_without_a_gpu_all_devices_are_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert read_names("auto") == ("cpu",)

@@ -180,7 +180,7 @@ DEATHS = {
     "stopped": ("kill -STOP $PPID", {"one": "rank 1 (process", "two": None}),
     "unplugged": (
         "ip link set $(hostname) down",
-        {"one": "rank 1 (process", "two": "torchrun on the first machine"},
+        {"one": "rank 1 (process", "two": "does not answer any more on the first machine"},
     ),
 }
 

@@ -4,11 +4,13 @@ imported only where work is done.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
 import click
+from click.core import ParameterSource
 
 from bitpress.cli import options
 from bitpress.cli.click_classes import Commands
@@ -157,15 +159,18 @@ def recommend(model: str, serve_on: Hardware | None, memory: int | None, effort:
 @options.calibration(256)
 @options.serve_on("Device that will serve the result (default: this machine's).")
 @options.machine
+@options.devices
 @options.proof
 @options.base_model
 @options.verbosity
 @options.as_json
 @options.collect(recipe=RecipeSource, calibration=CalibrationConfig, run_options=RunOptions)
-def compress(
+# As many arguments as the command has values.
+def compress(  # noqa: PLR0913, PLR0917
     model: str,
     out: Path,
     recipe: RecipeSource,
+    devices: str | None,
     calibration: CalibrationConfig,
     run_options: RunOptions,
 ) -> None:
@@ -177,7 +182,10 @@ def compress(
         from bitpress.runtime import watchdog
 
     run_options, device_line = _resolve_device(run_options)
-    with watchdog.join_process_group(run_options.device) as process_group:
+    if devices is not None:
+        run_options = attrs.evolve(run_options, device=_choose_rank_device(devices))
+    has_reporter = devices is not None
+    with watchdog.join_process_group(run_options.device, has_reporter) as process_group:
         job = prepare_job(model, recipe, calibration, run_options)
         if process_group.is_rank_zero:
             print_notes(device_line)
@@ -361,3 +369,19 @@ def _resolve_device(run_options: RunOptions) -> tuple[RunOptions, tuple[str, ...
         return run_options, ()
     device = devices.resolve_name(run_options.device)
     return attrs.evolve(run_options, device=device), (devices.describe_choice(device),)
+
+
+def _choose_rank_device(names: str) -> str:
+    """The device that this process takes of those that `--devices` names; the process that a user
+    has started ends with the ranks that it starts.
+    """
+    from bitpress.runtime import devices, launcher
+
+    context = click.get_current_context()
+    if context.get_parameter_source("device") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--device and --devices cannot be combined", context)
+    all_devices = devices.read_names(names)
+    device = launcher.choose_rank_device(all_devices)
+    if device is None:
+        context.exit(launcher.launch_ranks(len(all_devices), sys.argv[1:]))
+    return device

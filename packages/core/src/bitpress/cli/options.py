@@ -278,6 +278,13 @@ machine = combine(
     threads,
 )
 
+devices = click.option(
+    "--devices",
+    metavar="auto|N,N",
+    help="GPUs of this machine that share the run, in a process each: their numbers, or auto for "
+    "all.",
+)
+
 # Those of RunOptions that say what the result must pass.
 proof = combine(
     click.option(

@@ -71,6 +71,34 @@ def find_all_devices(name: str) -> tuple[torch.device, ...]:
     return tuple(find_device(f"cuda:{i}") for i in range(torch.cuda.device_count()))
 
 
+def read_names(text: str) -> tuple[str, ...]:
+    """The devices of this machine that ranks share, one each, as `--devices` names them: GPUs by
+    their numbers, "auto" for all of them, or the CPU where there is none.
+
+    Nothing is allocated on them: only the ranks do.
+
+    Raises:
+        BitpressError: a name is none, or torch finds no such GPU.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == AUTO:
+        return tuple(f"cuda:{i}" for i in range(num_gpus)) or ("cpu",)
+    names = [name.strip() for name in text.split(",")]
+    if set(names) == {"cpu"}:
+        return tuple(names)
+    if not all(re.fullmatch(r"\d{1,4}", name) for name in names):
+        raise BitpressError(
+            f"--devices {text}: it is auto, or numbers of GPUs such as 0,1 (or cpu,cpu)"
+        )
+    numbers = [int(name) for name in names]
+    for number in numbers:
+        if number >= num_gpus:
+            raise BitpressError(f"--devices {text}: torch finds no GPU {number}, but {num_gpus}")
+        if numbers.count(number) > 1:
+            raise BitpressError(f"--devices {text}: GPU {number} is named twice")
+    return tuple(f"cuda:{number}" for number in numbers)
+
+
 class ThreadDevices:
     """Devices in turn for the threads of a pool: each thread keeps one, and on a GPU a stream of
     its own.

@@ -48,11 +48,14 @@ HEARTBEAT_KEY = "heartbeat"
 NUM_FAULTS_KEY = "num_faults"
 FAULT_KEY = "fault"
 
-STORE_LOST = "torchrun on the first machine, which all ranks meet through, does not answer any more"
+STORE_LOST = (
+    "what has started the ranks (torchrun, or bitpress --devices) does not answer any more on the "
+    "first machine"
+)
 
 
 @contextlib.contextmanager
-def join_process_group(device: str) -> Iterator[ProcessGroup]:
+def join_process_group(device: str, has_reporter: bool = False) -> Iterator[ProcessGroup]:
     """The processes of the run, if torchrun has started this one, and until the block ends;
     otherwise a group of one.
 
@@ -60,6 +63,7 @@ def join_process_group(device: str) -> Iterator[ProcessGroup]:
 
     Args:
         device: what computes: cpu, cuda or cuda:N.
+        has_reporter: whether who has started the ranks says which of them has ended.
     """
     if not dist.is_torchelastic_launched():
         yield SINGLE_PROCESS
@@ -88,7 +92,9 @@ def join_process_group(device: str) -> Iterator[ProcessGroup]:
 
     # a connection that only the watchdog uses: it must not wait behind a collective's
     watchdog_store, _, _ = next(rendezvous("env://"))
-    watchdog = _Watchdog(PrefixStore("watch", watchdog_store), process_group, processes)
+    watchdog = _Watchdog(
+        PrefixStore("watch", watchdog_store), process_group, processes, has_reporter
+    )
     watchdog.start()
     try:
         yield process_group
@@ -110,11 +116,13 @@ class _Watchdog:
 
     Attributes:
         processes: host name and process number of every rank.
+        has_reporter: whether who has started the ranks says which of them has ended.
     """
 
     store: Store
     process_group: ProcessGroup
     processes: list[tuple[str, int]]
+    has_reporter: bool
     _stopping: threading.Event = field(factory=threading.Event)
     _num_rounds: int = 0
     _threads: list[threading.Thread] = field(factory=list)
@@ -182,6 +190,8 @@ class _Watchdog:
             signaled = signal.sigtimedwait([signal.SIGTERM], HEARTBEAT_SECONDS)
             if self._stopping.is_set():
                 return
+            if signaled and self.has_reporter:
+                _exit()
             if signaled:
                 self._fail("stopped by torchrun, which says which rank has ended and why")
 
