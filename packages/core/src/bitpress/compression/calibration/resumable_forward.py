@@ -166,12 +166,12 @@ class Breakpoints:
                 module: nn.Module, arguments: tuple[Tensor, ...], number: int = number
             ) -> None:
                 # other forward passes go through: those that trace a block or check a fold
-                forward = greenlet.getcurrent()
-                if isinstance(forward, _ForwardGreenlet) and forward.parent is not None:
-                    inputs = arguments[0].flatten(0, -2)
-                    stream = forward.residual_stream
-                    stream = None if stream is None else stream.flatten(0, -2)
-                    forward.parent.switch(Stop(number, inputs, ROUTED_TOKENS.get(), stream))
+                asker, residual_stream = _find_asker()
+                if asker is None:
+                    return
+                # this frame must not hold the forward pass that it belongs to
+                inputs = arguments[0].flatten(0, -2)
+                asker.switch(Stop(number, inputs, ROUTED_TOKENS.get(), residual_stream))
 
             self._handles.append(block.get_submodule(name).register_forward_pre_hook(stop))
         for name in residual_layers:
@@ -182,6 +182,17 @@ class Breakpoints:
         """Let forward passes run through again."""
         for handle in self._handles:
             handle.remove()
+
+
+def _find_asker() -> tuple[greenlet.greenlet | None, Tensor | None]:
+    """Who waits for what the current forward pass hands out, None in one that runs through; and
+    its residual stream, (tokens, channels).
+    """
+    forward = greenlet.getcurrent()
+    if not isinstance(forward, _ForwardGreenlet):
+        return None, None
+    stream = forward.residual_stream
+    return forward.parent, None if stream is None else stream.flatten(0, -2)
 
 
 def _add_to_residual_stream(
