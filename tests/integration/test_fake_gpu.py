@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -14,8 +15,13 @@ from torch import Tensor
 
 import bitpress
 from bitpress import Layer
+from bitpress.checkpoint.filenames import BLOCK_RESULT_SUFFIX
 from bitpress.conformance import trial
+from bitpress.conformance.models import files_of
+from bitpress.modeling.capture import BlockCall
+from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.numerics import kernel_trial
+from bitpress.planning import memory_estimate
 from bitpress.runtime import devices
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import find_activation_quantizer
@@ -113,6 +119,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU has 16 GiB, all of them free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 34))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
 class NoStream:
     """In place of one: the CPU does one thing after the other."""
 
@@ -170,6 +183,77 @@ def test_a_run_on_a_gpu_is_proved_and_as_good_as_on_the_cpu(
     assert on_gpu.check.kl == pytest.approx(
         bitpress.eval(tmp_path / "cpu", against=model, text=text).kl, rel=0.3
     )
+
+
+def compress_on_gpu(model: Path, out: Path, **options: Any) -> bitpress.Manifest:
+    with Pretended():
+        return bitpress.compress(
+            model,
+            out,
+            scheme="w4a16",
+            settings=["group_size=32"],
+            calibration=model.parent / "text.txt",
+            samples=12,
+            sequence_length=32,
+            device="cuda:0",
+            **options,
+        )
+
+
+@pytest.mark.usefixtures("threads_too")
+def test_where_hidden_states_are_kept_changes_no_byte(model: Path, tmp_path: Path) -> None:
+    plan = bitpress.plan(model, scheme="w4a16", settings=["group_size=32"])
+    estimate = memory_estimate.estimate_device(plan, 12 * 32, 32)
+    kept: dict[str, list[torch.device]] = {"all": [], "least": []}
+    append = HiddenStates.append
+    for name, limit in (("all", 2 * estimate.in_memory), ("least", estimate.on_disk)):
+
+        def noted(states: HiddenStates, tensor: Tensor, name: str = name) -> None:
+            append(states, tensor)
+            kept[name].append(states[len(states) - 1].device)
+
+        with patch.object(HiddenStates, "append", noted):
+            compress_on_gpu(model, tmp_path / name, max_device_memory=limit)
+    assert set(kept["all"]) == {GPU}
+    assert set(kept["least"]) == {torch.device("cpu")}
+    assert files_of(tmp_path / "all") == files_of(tmp_path / "least")
+
+
+@pytest.mark.usefixtures("threads_too")
+def test_a_gpu_that_runs_out_of_memory_is_given_less_at_a_time(model: Path, tmp_path: Path) -> None:
+    finished: dict[Path, int] = {}
+    call_block = BlockCall.__call__
+
+    def short_of_memory(call: BlockCall, block: torch.nn.Module, states: Tensor) -> Any:
+        # the second block has room for four sequences
+        for note in (tmp_path / "short").glob(f"*{BLOCK_RESULT_SUFFIX}"):
+            shard = note.with_name(note.name.removesuffix(BLOCK_RESULT_SUFFIX))
+            finished.setdefault(shard, shard.stat().st_mtime_ns)
+        if finished and len(states) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call_block(call, block, states)
+
+    with (
+        patch.object(BlockCall, "__call__", short_of_memory),
+        pytest.warns(UserWarning, match="cuda:0 has run out of memory.*96 tokens at a time"),
+    ):
+        manifest = compress_on_gpu(model, tmp_path / "short")
+    first = min(finished, key=lambda shard: finished[shard])
+    assert first.stat().st_mtime_ns == finished[first]
+    whole = compress_on_gpu(model, tmp_path / "whole")
+    for module, layer in whole.layers.items():
+        assert manifest.layers[module].error == pytest.approx(layer.error, rel=0.05), module
+
+
+def test_a_gpu_that_may_not_give_enough_is_refused_before_work_starts(
+    model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(bitpress.BitpressError) as error:
+        compress_on_gpu(model, tmp_path / "o", max_device_memory="1MB")
+    assert "MB of cuda:0's memory, more than the 1 MB that --max-device-memory allows" in str(
+        error.value
+    )
+    assert not (tmp_path / "o").exists()
 
 
 def test_tensors_on_two_devices_do_not_meet() -> None:

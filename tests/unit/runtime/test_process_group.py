@@ -22,7 +22,7 @@ import bitpress
 from bitpress import DataError
 from bitpress.conformance.commands import command, plugins
 from bitpress.conformance.models import files_of, llama_tensors, tensors_of, write_model
-from bitpress.planning.memory_estimate import split_batches
+from bitpress.planning.memory_estimate import BATCH_TOKENS, split_batches
 from bitpress.runtime.process_group import ProcessGroup
 
 SHARDS = 5
@@ -316,9 +316,9 @@ def test_a_calibrated_run_goes_on_from_the_last_finished_block_with_any_number_o
 
 def test_every_rank_has_a_batch_and_more_ranks_than_sequences_are_refused() -> None:
     ids = torch.arange(7 * 1000).view(7, 1000)
-    assert [len(batch) for batch in split_batches(ids, 1)] == [2, 2, 2, 1]
+    assert [len(batch) for batch in split_batches(ids, 1, BATCH_TOKENS)] == [2, 2, 2, 1]
     for count in range(1, 8):
-        assert torch.equal(torch.cat(list(result := split_batches(ids, count))), ids)
+        assert torch.equal(torch.cat(list(result := split_batches(ids, count, BATCH_TOKENS))), ids)
         assert all(len(ProcessGroup(rank, count).partition_evenly(result)) for rank in range(count))
     with pytest.raises(DataError, match="7 calibration sequences for 8 ranks"):
-        split_batches(ids, 8)
+        split_batches(ids, 8, BATCH_TOKENS)

@@ -28,7 +28,7 @@ from bitpress.output.decompress import write_dense
 from bitpress.output.folder_proof import prove_folder
 from bitpress.output.manifest import Check, Manifest, read_manifest
 from bitpress.output.open_model import open_runnable_model, open_written
-from bitpress.output.report.page import DOCTYPE, render_page
+from bitpress.output.report.page import is_page, render_page
 from bitpress.planning import arguments, evaluation_config
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import EvaluationConfig
@@ -143,6 +143,7 @@ def compress(  # noqa: PLR0913
     device: str | torch.device = "cpu",
     threads: int | None = None,
     max_memory: int | str | None = None,
+    max_device_memory: int | str | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
     check: Calibration | bool = None,
@@ -168,6 +169,7 @@ def compress(  # noqa: PLR0913
             bytes written by schemes that need no data do not depend on `threads`.
         max_memory: bytes, or a text such as "4GB"; a run that would need more is refused, one that
             could use more for speed does not.
+        max_device_memory: the same of a GPU, in a calibrated run; None: what is free there.
         trust_remote_code: whether code in the model's folder may run.
         check: a text on which the result is compared with its source; True: one that ships.
         max_kl: the most that their KL divergence may be there, in nats per token.
@@ -193,6 +195,7 @@ def compress(  # noqa: PLR0913
     )
     options = attrs.evolve(
         arguments.read_run_options(device, threads, max_memory, trust_remote_code),
+        max_device_memory=arguments.read_size("max_device_memory", max_device_memory),
         verify=arguments.read_flag("verify", verify),
         check=arguments.read_check(check),
         max_kl=None if max_kl is None else arguments.read_number("max_kl", max_kl),
@@ -302,19 +305,12 @@ def report(out: str | Path, file: str | Path | None = None) -> Path:
     target = folder.resolve().with_name(f"{name}.html")
     if file is not None:
         target = arguments.read_path("file", file)
-    if target.exists() and not _is_page(target):
+    if target.exists() and not is_page(target):
         raise OutputError(f"{target} is there and no page: name another file (--html)")
     content = render_page(read_manifest(folder), name)
     permissions = Permissions.of(folder, [filenames.MANIFEST])
     OutputFolder(target.absolute().parent, permissions).write_text(target.name, content)
     return target
-
-
-def _is_page(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    with file.open("rb") as f:
-        return f.read(len(DOCTYPE)) == DOCTYPE.encode()
 
 
 def decompress(out: str | Path, dense: str | Path, progress: Progress | bool | None = None) -> None:

@@ -111,9 +111,13 @@ def plan(
         ranks = time_estimate.estimate_ranks(plan, deployment.world_size, calibration)
         return time_estimate.estimate_seconds(ranks, num_threads)
 
+    num_tokens, device_memory = max(share.tokens for share in shares), None
+    if plan.recipe.calibrated:
+        device_memory = memory_estimate.estimate_device(plan, num_tokens, calibration.shape[1])
     requirements = Requirements(
         memory_estimate.estimate_memory(plan, num_threads, calibration.shape),
-        memory_estimate.estimate_scratch(plan, max(share.tokens for share in shares)),
+        memory_estimate.estimate_scratch(plan, num_tokens),
+        device_memory,
         tuple(shares),
         num_threads,
         time_estimate.estimate_seconds(shares, num_threads),
@@ -160,6 +164,7 @@ def recommend(model: str, serve_on: Hardware | None, memory: int | None, effort:
 @options.serve_on("Device that will serve the result (default: this machine's).")
 @options.machine
 @options.devices
+@options.max_device_memory
 @options.proof
 @options.base_model
 @options.verbosity

@@ -75,10 +75,8 @@ def collect(**values: type) -> Decorator:
     return decorate
 
 
-def _parse_max_memory(
-    context: click.Context, parameter: click.Parameter, text: str | None
-) -> int | None:
-    return read_size("--max-memory", text)
+def _parse_size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    return read_size(parameter.opts[0], text)
 
 
 def _negate(context: click.Context, parameter: click.Parameter, is_set: bool) -> bool:
@@ -242,7 +240,7 @@ recipe = combine(
 device_memory = click.option(
     "--memory",
     metavar="SIZE",
-    callback=lambda context, parameter, text: read_size("--memory", text),
+    callback=_parse_size,
     help="Memory of that device, for example 24GB; without it everything is taken to fit.",
 )
 
@@ -272,7 +270,7 @@ machine = combine(
     click.option(
         "--max-memory",
         metavar="SIZE",
-        callback=_parse_max_memory,
+        callback=_parse_size,
         help="Memory limit, for example 4GB; a run that needs more is refused.",
     ),
     threads,
@@ -283,6 +281,13 @@ devices = click.option(
     metavar="auto|N,N",
     help="GPUs of this machine that share the run, in a process each: their numbers, or auto for "
     "all.",
+)
+
+max_device_memory = click.option(
+    "--max-device-memory",
+    metavar="SIZE",
+    callback=_parse_size,
+    help="Limit of the GPU's memory in a calibrated run, for example 20GB (default: what is free).",
 )
 
 # Those of RunOptions that say what the result must pass.

@@ -18,6 +18,7 @@ from bitpress.schemes.values import USABLE
 if TYPE_CHECKING:
     from bitpress.planning.effort import EffortCost
     from bitpress.planning.layout import Stack
+    from bitpress.planning.memory_estimate import CalibrationMemory
     from bitpress.planning.plan import Plan
     from bitpress.planning.tensor_parallel import Remark
     from bitpress.planning.time_estimate import RankWork
@@ -30,6 +31,7 @@ class Requirements:
     Attributes:
         memory: bytes of a process at least, Python and its libraries included.
         scratch: bytes on disk beside the output, where a process has no more memory than that.
+        device_memory: of a GPU that computes; None where none is planned for.
         shares: what each process of the run does.
         num_threads: of each process.
         seconds: until the last of them is done, on CPUs like the one that rates were measured on.
@@ -38,6 +40,7 @@ class Requirements:
 
     memory: int
     scratch: int
+    device_memory: CalibrationMemory | None
     shares: tuple[RankWork, ...]
     num_threads: int
     seconds: float
@@ -77,6 +80,12 @@ class PlanSummary:
             "after": plan.output_bytes,
             "memory": requirements.memory,
             "scratch": requirements.scratch,
+            "device_memory": None
+            if requirements.device_memory is None
+            else {
+                "least": requirements.device_memory.on_disk,
+                "with_hidden_states": requirements.device_memory.in_memory,
+            },
             "data": plan.recipe.calibrated,
             "digest": plan.digest,
             "warnings": list(plan.warnings),
@@ -179,6 +188,15 @@ def _print_requirements(requirements: Requirements) -> None:
         size = format_bytes(requirements.scratch)
         spilled = f"; with no more than that, {size} of hidden states go to disk"
     say_fact("memory", f"about {format_bytes(requirements.memory)}{each}, torch included{spilled}")
+
+    if (device_memory := requirements.device_memory) is not None:
+        least = format_bytes(device_memory.on_disk)
+        states = format_bytes(device_memory.in_memory - device_memory.on_disk)
+        say_fact(
+            "gpu",
+            f"about {least} of its memory with --device cuda; hidden states take {states} more "
+            "where there is room for them",
+        )
 
     num_tokens = max(share.tokens for share in shares)
     reads, writes = (max(getattr(share, name) for share in shares) for name in ("reads", "writes"))

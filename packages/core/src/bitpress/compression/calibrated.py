@@ -37,25 +37,25 @@ from bitpress.compression.calibration.output_gradients import (
     SampleBatches,
     observe_gradients,
 )
-from bitpress.compression.calibration.rank_share import Budget, OwnBatches
+from bitpress.compression.calibration.rank_share import Budget, OwnBatches, Thrift
 from bitpress.compression.calibration.solution import install
 from bitpress.compression.data_free import write_shard
 from bitpress.compression.resources import Resources
 from bitpress.errors import first_line, is_out_of_memory
 from bitpress.modeling.capture import CapturedInputs, capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
-from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.tokens import CalibrationData
 from bitpress.output.rescaling import rescale
 from bitpress.planning import memory_estimate
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
-from bitpress.runtime import memory
+from bitpress.runtime import devices, memory
 from bitpress.runtime.cpu_features import has_cpu_feature
 from bitpress.runtime.lanes import Lanes
-from bitpress.runtime.logger import logger
+from bitpress.runtime.logger import logger, warn
 from bitpress.runtime.progress import (
     FINISHED_EARLIER,
+    RepeatableWork,
     ReportProgress,
     copy_work,
     in_block,
@@ -97,7 +97,8 @@ def write_shards(
     measured of each block.
 
     Each rank runs its part of the batches; all of them compress a block together, and rank 0 writes
-    it.
+    it. A single process that runs out of a GPU's memory goes on from its last finished block, with
+    less kept there, then with smaller batches.
 
     Args:
         resources: without a limit of memory, half of what is available is used.
@@ -106,9 +107,44 @@ def write_shards(
         CheckpointError: transformers cannot build the model, or the model makes numbers that are
             not finite.
     """
+    thrift, work = Thrift(memory_estimate.BATCH_TOKENS), RepeatableWork(report_progress)
+    while True:
+        try:
+            return _write_blocks(plan, output, calibration, resources, _Attempt(thrift, work))
+        except RuntimeError as e:
+            is_least = thrift.is_least(calibration.input_ids.shape[1])
+            if not is_out_of_memory(e) or is_least or resources.process_group.world_size > 1:
+                raise
+        # outside the handler: the error holds what the block has held
+        thrift = thrift.more(calibration.input_ids.numel())
+        warn(
+            f"{resources.device} has run out of memory: the block is begun again, with "
+            f"{thrift.batch_tokens:,} tokens at a time",
+            stacklevel=2,
+        )
+        work.begin_again()
+        devices.release_memory(resources.device)
+
+
+@frozen(eq=False)
+class _Attempt:
+    """How sparing a run is by now, and what it reports to."""
+
+    thrift: Thrift
+    report_progress: ReportProgress
+
+
+def _write_blocks(
+    plan: Plan,
+    output: OutputFolder,
+    calibration: CalibrationData,
+    resources: Resources,
+    attempt: _Attempt,
+) -> list[BlockResult]:
+    """Write every shard that is not there, in as much memory as an attempt may take."""
     results = []
-    own_batches = OwnBatches.of_rank(plan, calibration.input_ids, resources.process_group)
-    budget = Budget.for_run(plan, own_batches, resources)
+    report_progress = attempt.report_progress
+    own_batches, budget = _plan_batches(plan, calibration, resources, attempt.thrift)
     with (
         Reader() as reader,
         torch.no_grad(),
@@ -146,9 +182,25 @@ def write_shards(
                 results[-1] = evolve(results[-1], drift={f"{plan.container}.{index}": drift})
             memory.release_freed_memory(streams.limits.max_working_bytes)
             _log_block(index, len(decoder))
-    if results:
-        results[-1] = evolve(results[-1], warnings=[*results[-1].warnings, *gradients.warnings])
-    return results
+    return _with_warnings(results, gradients.warnings)
+
+
+def _plan_batches(
+    plan: Plan, calibration: CalibrationData, resources: Resources, thrift: Thrift
+) -> tuple[OwnBatches, Budget]:
+    """The batches of this rank, and the memory that it may take for them."""
+    own_batches = OwnBatches.of_rank(
+        plan, calibration.input_ids, resources.process_group, thrift.batch_tokens
+    )
+    return own_batches, Budget.for_run(plan, own_batches, resources, thrift.is_minimal)
+
+
+def _with_warnings(results: list[BlockResult], warnings: Sequence[str]) -> list[BlockResult]:
+    """The last block's result with warnings that are of all blocks."""
+    if not results:
+        return results
+    *others, last = results
+    return [*others, evolve(last, warnings=[*last.warnings, *warnings])]
 
 
 def _select_block_shards(plan: Plan, decoder: Decoder) -> dict[int, Shard]:
@@ -192,7 +244,7 @@ def _capture_inputs(
 ) -> tuple[CapturedInputs, ActivationStreams]:
     """What every block is called with, and the streams before the first block."""
     folder = run.output.folder if budget.is_spilled else None
-    inputs = capture_inputs(decoder, own_batches.batches, folder)
+    inputs = capture_inputs(decoder, own_batches.batches, folder, budget.states_device)
     reference_batches = [
         position
         for position, number in enumerate(own_batches.numbers)
@@ -200,7 +252,9 @@ def _capture_inputs(
     ]
     reference = None
     if reference_batches:
-        states = HiddenStates((inputs.hidden_states[i].clone() for i in reference_batches), folder)
+        states = inputs.hidden_states.kept_alike(
+            inputs.hidden_states[i].clone() for i in reference_batches
+        )
         reference = ReferenceStates(states, reference_batches)
     limits = StreamLimits(budget.max_resumable, budget.max_working_bytes, lanes)
     streams = ActivationStreams(
@@ -257,7 +311,7 @@ class _Gradients:
         ]
         batches = [reference.batches[i] for i in positions]
         sample = SampleBatches(
-            HiddenStates((reference.states[i] for i in positions), reference.states.folder),
+            reference.states.kept_alike(reference.states[i] for i in positions),
             [[calls[batch] for batch in batches] if calls else [] for calls in self._inputs.calls],
             [own.numbers[batch] for batch in batches],
         )

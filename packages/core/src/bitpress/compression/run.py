@@ -17,6 +17,7 @@ from bitpress.checkpoint.writer import OutputFolder, Permissions, format_json
 from bitpress.compression import accuracy_check, calibrated, data_free, resume
 from bitpress.compression.accuracy_check import AccuracyCheck
 from bitpress.compression.calibration.block_result import BlockResult
+from bitpress.compression.calibration.rank_share import device_memory
 from bitpress.compression.finished_run import read_finished
 from bitpress.compression.job import Job
 from bitpress.compression.resources import Resources
@@ -27,7 +28,7 @@ from bitpress.output.file_proof import Workers, verify_files
 from bitpress.output.layer_proof import LayerMeasurement
 from bitpress.output.manifest import Manifest
 from bitpress.output.written_model import WrittenModel
-from bitpress.planning.memory_estimate import estimate_disk, estimate_memory
+from bitpress.planning.memory_estimate import estimate_device, estimate_disk, estimate_memory
 from bitpress.planning.plan import Plan
 from bitpress.planning.run_options import RunOptions
 from bitpress.runtime import memory
@@ -119,6 +120,7 @@ def _choose_resources(job: Job, options: RunOptions, process_group: ProcessGroup
         devices,
         num_threads,
         options.max_memory,
+        options.max_device_memory,
         options.trust_remote_code,
         process_group,
         options.verify,
@@ -173,12 +175,41 @@ def _check_options(job: Job, options: RunOptions, resources: Resources) -> None:
             f"container gives it {attainable_bytes / 1e6:,.0f} MB: the system may end it",
             stacklevel=3,
         )
+    _check_device_memory(job, options, resources)
     # `not >=` and not `<`: NaN is no limit
     if max_kl is not None and (job.check_text is None or not max_kl >= 0):
         raise RecipeError(
             f"--max-kl {max_kl}: it is a number from 0 on, and needs a text to measure it on: "
             "--check FILE"
         )
+
+
+def _check_device_memory(job: Job, options: RunOptions, resources: Resources) -> None:
+    """Raise RecipeError where a GPU may not give what a calibrated run needs at least; warn where
+    it has not as much.
+    """
+    limit = options.max_device_memory
+    if resources.device.type == "cpu":
+        if limit is not None:
+            raise RecipeError(
+                "--max-device-memory: --device cpu has no memory of its own; give --device cuda, "
+                "or --max-memory"
+            )
+        return
+    if job.calibration_shape is None:
+        return
+    _, length = job.calibration_shape
+    num_bytes = estimate_device(job.plan, length, length).on_disk
+    device_bytes = device_memory(resources)
+    if num_bytes <= device_bytes:
+        return
+    text = (
+        f"the run needs about {num_bytes / 1e6:,.0f} MB of {resources.device}'s memory, more than "
+        f"the {device_bytes / 1e6:,.0f} MB"
+    )
+    if limit is not None:
+        raise RecipeError(f"{text} that --max-device-memory allows")
+    warn(f"{text} that are free there: it may run out of memory", stacklevel=3)
 
 
 def _prepare_output(job: Job, output: OutputFolder, resources: Resources) -> AccuracyCheck | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bitpress.errors import BitpressError, CheckpointError, first_line
 from bitpress.modeling.decoder import Decoder
-from bitpress.modeling.hidden_states import HiddenStates
+from bitpress.modeling.hidden_states import CPU, HiddenStates
 from bitpress.modeling.metrics import Head
 
 # What a block returns in a tuple with its output; None where the output is all it returns.
@@ -59,13 +59,17 @@ class CapturedInputs:
 
 
 def capture_inputs(
-    decoder: Decoder, batches: Iterable[Tensor], folder: Path | None = None
+    decoder: Decoder,
+    batches: Iterable[Tensor],
+    folder: Path | None = None,
+    states_device: torch.device = CPU,
 ) -> CapturedInputs:
     """Run a model up to its blocks, and note what they would be called with.
 
     Args:
         batches: token ids, (sequences, length) int64.
         folder: where hidden states are kept; None keeps them in memory.
+        states_device: in whose memory.
     """
     device, dtype = decoder.options.device, decoder.options.dtype
     # once the first block has been run
@@ -83,7 +87,7 @@ def capture_inputs(
         _Recorder(block, i == last, wrap_output, functools.partial(order.append, i))
         for i, block in enumerate(decoder.blocks)
     ]
-    hidden_states = HiddenStates(folder=folder)
+    hidden_states = HiddenStates(folder=folder, device=states_device)
     with decoder.replace_blocks(recorders) as model:
         decoder.load_embeddings()
         for batch in batches:
@@ -93,7 +97,7 @@ def capture_inputs(
             order.clear()
             first_input = recorders[0].hidden_states
             assert first_input is not None
-            hidden_states.append(first_input.to(dtype).cpu())
+            hidden_states.append(first_input.to(dtype))
     return CapturedInputs(hidden_states, [recorder.calls for recorder in recorders])
 
 

@@ -1,4 +1,6 @@
-"""The hidden states between two blocks, one tensor for each batch, in memory or on disk."""
+"""The hidden states between two blocks, one tensor for each batch: on the device that computes, in
+the host's memory or on disk.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 class HiddenStates:
     """The hidden states of batches; each can be read, and replaced by one of the same shape, by any
@@ -19,11 +23,17 @@ class HiddenStates:
         tensors: one for each batch, (sequences, length, channels).
         folder: where they are kept in a file without a name, which vanishes with the process; None
             keeps them in memory.
+        device: in whose memory, where there is no folder.
     """
 
-    def __init__(self, tensors: Iterable[Tensor] = (), folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Iterable[Tensor] = (),
+        folder: Path | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         # where they are in a file, tensors without numbers say their shapes and dtypes
-        self.folder = folder
+        self._folder, self._device = folder, device
         self._tensors: list[Tensor] = []
         self._offsets = [0]
         self._file = None
@@ -33,6 +43,10 @@ class HiddenStates:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
         for tensor in tensors:
             self.append(tensor)
+
+    def kept_alike(self, tensors: Iterable[Tensor] = ()) -> HiddenStates:
+        """Others, kept where these are."""
+        return HiddenStates(tensors, self._folder, self._device)
 
     def append(self, tensor: Tensor) -> None:
         """Take one more batch's."""
@@ -56,9 +70,16 @@ class HiddenStates:
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         if self._file is None:
-            self._tensors[index] = tensor.cpu()
+            self._tensors[index] = self._keep(tensor)
             return
         content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
         with self._lock:
             self._file.seek(self._offsets[index])
             self._file.write(memoryview(content.numpy()))  # type: ignore[arg-type]
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        if self._device.type != "cpu" or tensor.device.type == "cpu":
+            return tensor.to(self._device)
+        # a GPU copies to and from pinned memory without a detour
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return pinned.copy_(tensor)

@@ -79,7 +79,8 @@ DESCRIPTION_BYTES = 1000
 # Bytes that the exponent of a channel's factor takes in the manifest, and in a block's notes.
 CHANNEL_BYTES = 20
 
-# Bytes of a number: blocks are computed in float32, or in half of it.
+# Bytes of a number: statistics are in float32, and on a CPU blocks are computed in that, or in half
+# of it.
 NUMBER_BYTES = 4
 
 
@@ -114,12 +115,13 @@ class CalibrationMemory:
         return max(max_bytes - self.in_memory, 0) // (self.per_waiting_token * tokens)
 
 
-def split_batches(ids: torch.Tensor, num_ranks: int) -> Sequence[torch.Tensor]:
+def split_batches(ids: torch.Tensor, num_ranks: int, batch_tokens: int) -> Sequence[torch.Tensor]:
     """Calibration sequences in batches: of as many tokens as are run together, or of fewer where
     there would be none for some rank.
 
     Args:
         ids: token ids (sequences, length).
+        batch_tokens: that are run together.
 
     Raises:
         DataError: there are fewer sequences than ranks.
@@ -130,7 +132,7 @@ def split_batches(ids: torch.Tensor, num_ranks: int) -> Sequence[torch.Tensor]:
             f"{num_sequences} calibration sequences for {num_ranks} ranks: each needs one; give "
             "more, or start fewer"
         )
-    return torch.split(ids, max(min(BATCH_TOKENS // length, num_sequences // num_ranks), 1))
+    return torch.split(ids, max(min(batch_tokens // length, num_sequences // num_ranks), 1))
 
 
 def reference_interval(plan: Plan, num_tokens: int) -> int:
@@ -165,12 +167,25 @@ def is_gradient_batch(plan: Plan, number: int, interval: int, batch_tokens: int)
     return number % interval == 0 and number < num_batches * interval
 
 
-def estimate_calibration(plan: Plan, tokens: int, length: int = 1) -> CalibrationMemory:
+def estimate_device(plan: Plan, tokens: int, length: int = 1) -> CalibrationMemory:
+    """What a run of the plan on so many tokens, in sequences of so many, holds on a GPU, where
+    blocks are computed in the model's dtype: with hidden states elsewhere (`on_disk`), and with all
+    of them there (`in_memory`).
+    """
+    return estimate_calibration(plan, tokens, length, plan.dtype.itemsize)
+
+
+def estimate_calibration(
+    plan: Plan, tokens: int, length: int = 1, number_bytes: int = NUMBER_BYTES
+) -> CalibrationMemory:
     """What a run of the plan on so many tokens, in sequences of so many, holds.
 
     What comes before the blocks, and a block, once; later the widest block as it was and as it
     becomes, the statistics and the solution of its largest stack, what is made of a batch, and the
     hidden states of all tokens, a share of them twice.
+
+    Args:
+        number_bytes: of a number that a block is computed in.
     """
     embeddings = sum(
         entry.numel
@@ -194,25 +209,29 @@ def estimate_calibration(plan: Plan, tokens: int, length: int = 1) -> Calibratio
     observing = TEMPORARIES * max(STATISTICS_TOKENS, length) * width
     num_blocks = 2 if plan.recipe.needs_reference else 1
     states = tokens * plan.hidden_size * (1 + 1 / reference_interval(plan, tokens))
-    backward = kept = logits = 0
+    backward_bytes = kept = logits = 0
     if plan.recipe.needs_gradients:
         kept = _count_kept(plan, batch_tokens)
         head = _count_head(plan)
         logits = LOGITS_COPIES * min(MAX_LOGITS, batch_tokens * head // plan.hidden_size)
-        backward = max(head + logits, block + kept)
+        backward_bytes = max(
+            NUMBER_BYTES * (head + logits), number_bytes * block + NUMBER_BYTES * kept
+        )
         states += _count_gradients(plan, min(tokens, gradient_tokens(plan)))
-    on_disk = NUMBER_BYTES * max(
-        embeddings + block + forward,
-        num_blocks * block + max(solution + observing, forward, backward),
+    solving_bytes = NUMBER_BYTES * (solution + observing)
+    on_disk = max(
+        number_bytes * (embeddings + block + forward),
+        number_bytes * num_blocks * block
+        + max(solving_bytes, number_bytes * forward, backward_bytes),
     )
     on_disk += estimate_reading(plan.source)
     return CalibrationMemory(
         on_disk,
-        int(on_disk + NUMBER_BYTES * states),
+        int(on_disk + number_bytes * states),
         # a tile of rows that is solved takes less
         per_lane=NUMBER_BYTES
         * max(forward + observing + _count_in_flight(plan, length), kept, logits),
-        per_waiting_token=NUMBER_BYTES * (WAITING_STATES * plan.hidden_size + width),
+        per_waiting_token=number_bytes * (WAITING_STATES * plan.hidden_size + width),
     )
 
 

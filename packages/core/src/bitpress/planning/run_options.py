@@ -18,6 +18,7 @@ class RunOptions:
         num_threads: layers worked on side by side; None: one per core, or fewer where
             `max_memory` has no room for so many.
         max_memory: bytes of the process; a run that would need more is refused. None: no limit.
+        max_device_memory: bytes of a GPU that a calibrated run may take; None: what is free there.
         verify: whether what was written is read back and compared with its source.
         check: texts, as EvaluationConfig has them, on which the result's predictions are compared
             with its source's; None: no check.
@@ -31,6 +32,7 @@ class RunOptions:
     device: str = "cpu"
     num_threads: int | None = None
     max_memory: int | None = None
+    max_device_memory: int | None = None
     verify: bool = True
     check: TextSource | None = None
     max_kl: float | None = None

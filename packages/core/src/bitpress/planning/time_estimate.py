@@ -126,7 +126,7 @@ def estimate_ranks(
     calibration = calibration or CalibrationConfig()
     # One number that looks like (samples, length) takes no memory.
     ids = torch.zeros(1).expand(calibration.samples, calibration.sequence_length)
-    batches = memory_estimate.split_batches(ids, num_ranks)
+    batches = memory_estimate.split_batches(ids, num_ranks, memory_estimate.BATCH_TOKENS)
     batch_tokens = [len(batch) * calibration.sequence_length for batch in batches]
     return list(_calibrated_work(plan, process_groups, batch_tokens, proved_bytes))
 

@@ -99,6 +99,21 @@ def read_names(text: str) -> tuple[str, ...]:
     return tuple(f"cuda:{number}" for number in numbers)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that can be allocated: those that nobody has, and those that torch has and
+    does not use.
+    """
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    unused_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_bytes + unused_bytes
+
+
+def release_memory(device: torch.device) -> None:
+    """Give what torch holds of a GPU's memory, and does not use, back to it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 class ThreadDevices:
     """Devices in turn for the threads of a pool: each thread keeps one, and on a GPU a stream of
     its own.

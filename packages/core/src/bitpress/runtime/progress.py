@@ -57,6 +57,29 @@ def in_block(report_progress: ReportProgress, index: int, num_blocks: int) -> Re
     return report
 
 
+class RepeatableWork:
+    """Work that may be begun again, whose first part then is not reported twice.
+
+    Args:
+        report_progress: what it reports to.
+    """
+
+    def __init__(self, report_progress: ReportProgress) -> None:
+        self._report_progress = report_progress
+        self._done = self._reported = 0
+
+    def __call__(self, num_bytes: int, text: str = "") -> None:
+        """Report work, of which bytes count that are beyond those of earlier times."""
+        self._done += num_bytes
+        new_bytes = max(self._done - self._reported, 0)
+        self._reported += new_bytes
+        self._report_progress(new_bytes, text)
+
+    def begin_again(self) -> None:
+        """What is reported from now on, is the work from its beginning."""
+        self._done = 0
+
+
 def copy_work(num_bytes: int) -> int:
     """The work of copying so many bytes, in bytes to compress."""
     return num_bytes // COPY_DISCOUNT

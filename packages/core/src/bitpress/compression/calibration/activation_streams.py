@@ -263,7 +263,8 @@ class ActivationStreams:
         return metrics.squared_distance(states, source_states)
 
     def _state_reader(self, states: HiddenStates, position: int) -> Callable[[], Tensor]:
-        return lambda: states[position].to(self.device)
+        # from pinned memory a GPU copies while it computes
+        return lambda: states[position].to(self.device, non_blocking=True)
 
 
 def _compare_routed(stop: Stop, source_stop: Stop) -> list[GroupInputs]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -49,14 +48,14 @@ class SampleBatches:
 
 
 class GradientStatistics:
-    """What the steps of every stack have observed of gradients, in memory or on disk.
+    """What the steps of every stack have observed of gradients.
 
     Args:
-        folder: where they are kept; None keeps them in memory.
+        values: where they are kept, empty.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._values = HiddenStates(folder=folder)
+    def __init__(self, values: HiddenStates | None = None) -> None:
+        self._values = HiddenStates() if values is None else values
         # by stack and step, of each statistic: where its value is, and the rest of it
         self._index: dict[str, list[dict[str, tuple[int, Statistic]]]] = {}
 
@@ -122,14 +121,14 @@ def observe_gradients(
     Args:
         sample: its states stand before the first block.
     """
-    folder, decoder, device = sample.states.folder, source.decoder, source.device
+    decoder, device = source.decoder, source.device
     positions = range(len(sample.numbers))
-    statistics = GradientStatistics(folder)
+    statistics = GradientStatistics(sample.states.kept_alike())
     if not sample.numbers:
         return statistics
     states, extra_outputs = [sample.states], None
     for index in range(first_block, len(decoder)):
-        outputs = HiddenStates(folder=folder)
+        outputs = sample.states.kept_alike()
         run = functools.partial(
             _run_forward, decoder.load_block(index), sample.calls[index], states[-1], device
         )
@@ -307,6 +306,5 @@ def _run_forward(
     device: torch.device,
     position: int,
 ) -> tuple[Tensor, ExtraOutputs]:
-    """What a block makes of one batch, on the CPU, and what else it returns."""
-    output, extra_outputs = calls[position].run(block, states[position].to(device))
-    return output.cpu(), extra_outputs
+    """What a block makes of one batch, and what else it returns."""
+    return calls[position].run(block, states[position].to(device))

@@ -4,14 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from attrs import frozen
 from torch import Tensor
 
 from bitpress.compression.resources import Resources
 from bitpress.planning import memory_estimate
 from bitpress.planning.plan import Plan
-from bitpress.runtime import memory
+from bitpress.runtime import devices, memory
 from bitpress.runtime.process_group import ProcessGroup
+
+# Part of a GPU's memory that a run takes by itself: torch's allocator leaves holes in it, and its
+# libraries need some.
+DEVICE_SHARE = 0.85
+
+
+@frozen
+class Thrift:
+    """How sparing a run is with a GPU's memory, which it has run out of before.
+
+    Attributes:
+        batch_tokens: that are run through a block together.
+        is_minimal: whether only what is needed at least is kept there.
+    """
+
+    batch_tokens: int
+    is_minimal: bool = False
+
+    def is_least(self, length: int) -> bool:
+        """Whether sequences of so many tokens are run one by one already, and nothing kept."""
+        return self.is_minimal and self.batch_tokens <= length
+
+    def more(self, num_tokens: int) -> Thrift:
+        """The next step: nothing kept that need not be, then ever smaller batches.
+
+        Args:
+            num_tokens: of all batches.
+        """
+        batch_tokens = min(self.batch_tokens, num_tokens)
+        return Thrift(batch_tokens // 2 if self.is_minimal else batch_tokens, is_minimal=True)
 
 
 @frozen(eq=False)
@@ -29,9 +60,13 @@ class OwnBatches:
     reference_interval: int
 
     @classmethod
-    def of_rank(cls, plan: Plan, input_ids: Tensor, process_group: ProcessGroup) -> OwnBatches:
-        """The part of `input_ids` (sequences, length) that falls to a rank."""
-        batches = memory_estimate.split_batches(input_ids, process_group.world_size)
+    def of_rank(
+        cls, plan: Plan, input_ids: Tensor, process_group: ProcessGroup, batch_tokens: int
+    ) -> OwnBatches:
+        """The part of `input_ids` (sequences, length) that falls to a rank, in batches of so many
+        tokens.
+        """
+        batches = memory_estimate.split_batches(input_ids, process_group.world_size, batch_tokens)
         numbers = process_group.partition_evenly(batches)
         interval = memory_estimate.reference_interval(plan, input_ids.numel())
         return cls([batches[i] for i in numbers], numbers, interval)
@@ -47,6 +82,7 @@ class Budget:
         is_spilled: whether hidden states are kept on disk.
         num_lanes: forward passes that run side by side.
         max_resumable: forward passes that may wait inside a block.
+        states_device: in whose memory hidden states are kept that are not on disk.
     """
 
     max_working_bytes: int
@@ -54,26 +90,37 @@ class Budget:
     is_spilled: bool
     num_lanes: int
     max_resumable: int
+    states_device: torch.device = torch.device("cpu")  # noqa: RUF009 (it cannot change)
 
     @classmethod
-    def for_run(cls, plan: Plan, own_batches: OwnBatches, resources: Resources) -> Budget:
-        """The budget of this rank."""
+    def for_run(
+        cls, plan: Plan, own_batches: OwnBatches, resources: Resources, is_minimal: bool = False
+    ) -> Budget:
+        """The budget of this rank.
+
+        Args:
+            is_minimal: whether a GPU keeps what it needs at least.
+        """
         num_sequences, length = own_batches.batches[0].shape
         num_tokens = sum(batch.numel() for batch in own_batches.batches)
-        estimate = memory_estimate.estimate_calibration(plan, num_tokens, length)
         if resources.max_memory is None:
             available_bytes = memory.available_bytes() // resources.process_group.local_world_size
         else:
             available_bytes = resources.max_memory - memory.TRANSFORMERS_BYTES
+        if resources.device.type != "cpu":
+            estimate = memory_estimate.estimate_device(plan, num_tokens, length)
+            device_bytes = 0 if is_minimal else device_memory(resources)
+            return cls._on_gpu(
+                estimate, num_sequences * length, device_bytes, available_bytes // 2, resources
+            )
+        estimate = memory_estimate.estimate_calibration(plan, num_tokens, length)
 
         # Holes in a heap that keeps what is freed take as much again as a run holds. Without a
         # limit, half is left to others in any case.
         is_ample = available_bytes >= 2 * estimate.in_memory
         uses_half = is_ample or resources.max_memory is None
         max_working_bytes = available_bytes // 2 if uses_half else available_bytes
-        num_lanes = 1
-        if resources.device.type == "cpu":
-            num_lanes = estimate.num_lanes(max_working_bytes, resources.num_threads)
+        num_lanes = estimate.num_lanes(max_working_bytes, resources.num_threads)
         waiting_bytes = max_working_bytes - (num_lanes - 1) * estimate.per_lane
         return cls(
             max_working_bytes,
@@ -82,3 +129,35 @@ class Budget:
             num_lanes,
             estimate.num_waiting(waiting_bytes, num_sequences * length),
         )
+
+    @classmethod
+    def _on_gpu(
+        cls,
+        estimate: memory_estimate.CalibrationMemory,
+        batch_tokens: int,
+        device_bytes: int,
+        host_bytes: int,
+        resources: Resources,
+    ) -> Budget:
+        """Hidden states stay on the GPU while there is room for all of them, then in the host's
+        memory, then on disk; what is left of the GPU's memory is for forward passes that wait.
+        """
+        states_bytes = estimate.in_memory - estimate.on_disk
+        is_on_device = estimate.in_memory <= device_bytes
+        held_bytes = estimate.in_memory if is_on_device else estimate.on_disk
+        per_forward = estimate.per_waiting_token * batch_tokens
+        return cls(
+            host_bytes,
+            is_ample=True,
+            is_spilled=not is_on_device and states_bytes > host_bytes,
+            num_lanes=1,
+            max_resumable=max(device_bytes - held_bytes, 0) // per_forward,
+            states_device=resources.device if is_on_device else torch.device("cpu"),
+        )
+
+
+def device_memory(resources: Resources) -> int:
+    """Bytes of its GPU that a run may take."""
+    if resources.max_device_memory is not None:
+        return resources.max_device_memory
+    return int(devices.free_memory(resources.device) * DEVICE_SHARE)

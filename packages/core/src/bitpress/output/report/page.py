@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.layer_names import NUMBER
@@ -32,6 +33,15 @@ from bitpress.schemes.values import Finding
 BLOCK_NUMBER = re.compile(rf"\.({NUMBER.pattern})$")
 
 DOCTYPE = "<!doctype html>"
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is there and holds a page."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as f:
+        return f.read(len(DOCTYPE)) == DOCTYPE.encode()
+
 
 # Layers in the table of the worst; all are in one that folds out.
 NUM_WORST = 12

@@ -1,0 +1,77 @@
+"""What a rank keeps where, with how much memory."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from fixtures.learner_scheme import install_learner, runnable_model
+
+import bitpress
+from bitpress.compression.calibration.rank_share import Budget, OwnBatches, Thrift
+from bitpress.compression.resources import Resources
+from bitpress.conformance.commands import plugins
+from bitpress.planning import memory_estimate
+from bitpress.planning.plan import Plan
+from bitpress.runtime import memory
+from bitpress.runtime.process_group import SINGLE_PROCESS
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+SAMPLES, LENGTH = 512, 32
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp("plan")
+    with plugins(install_learner(folder / "plugins")):
+        return bitpress.plan(runnable_model(folder / "model"), scheme="learner")
+
+
+def split(plan: Plan, batch_tokens: int = memory_estimate.BATCH_TOKENS) -> OwnBatches:
+    ids = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
+    return OwnBatches.of_rank(plan, ids, SINGLE_PROCESS, batch_tokens)
+
+
+def test_a_gpu_keeps_hidden_states_then_forward_passes_as_far_as_there_is_room(
+    plan: Plan,
+) -> None:
+    estimate = memory_estimate.estimate_device(plan, SAMPLES * LENGTH, LENGTH)
+    forward = estimate.per_waiting_token * memory_estimate.BATCH_TOKENS
+    host = memory.TRANSFORMERS_BYTES + 2 * (estimate.in_memory - estimate.on_disk)
+    places = []
+    for device_bytes, host_bytes in (
+        (estimate.in_memory + 3 * forward, host),
+        (estimate.in_memory, host),
+        (estimate.in_memory - 1, host),
+        (estimate.on_disk, host - 2),
+    ):
+        limits = Resources((GPU,), 1, host_bytes, device_bytes)
+        budget = Budget.for_run(plan, split(plan), limits)
+        places.append((budget.states_device, budget.is_spilled, budget.max_resumable))
+    waiting = (estimate.in_memory - 1 - estimate.on_disk) // forward
+    assert places == [(GPU, False, 3), (GPU, False, 0), (CPU, False, waiting), (CPU, True, 0)]
+
+
+def test_blocks_of_half_the_bytes_take_half_the_memory_of_a_gpu(plan: Plan) -> None:
+    by_dtype = []
+    for dtype in (torch.bfloat16, torch.float32):
+        with patch.object(Plan, "dtype", dtype):
+            by_dtype.append(memory_estimate.estimate_device(plan, 4096, LENGTH))
+    states = [estimate.in_memory - estimate.on_disk for estimate in by_dtype]
+    assert states[1] == pytest.approx(2 * states[0], rel=1e-6)
+    assert by_dtype[0].on_disk < by_dtype[1].on_disk
+    assert by_dtype[1] == memory_estimate.estimate_calibration(plan, 4096, LENGTH)
+
+
+def test_a_gpu_that_has_run_out_of_memory_keeps_nothing_then_runs_ever_smaller_batches(
+    plan: Plan,
+) -> None:
+    thrift, steps = Thrift(memory_estimate.BATCH_TOKENS), []
+    while not thrift.is_least(LENGTH):
+        thrift = thrift.more(SAMPLES * LENGTH)
+        batches = split(plan, thrift.batch_tokens)
+        budget = Budget.for_run(plan, batches, Resources((GPU,), 1, None, 1 << 40), True)
+        steps.append((batches.batches[0].numel(), budget.states_device, budget.max_resumable))
+    assert steps == [(tokens, CPU, 0) for tokens in (2048, 1024, 512, 256, 128, 64, 32)]
+    assert Thrift(memory_estimate.BATCH_TOKENS).more(LENGTH).is_least(LENGTH)
