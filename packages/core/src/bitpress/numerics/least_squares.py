@@ -9,6 +9,9 @@ from torch.nn import functional
 from bitpress.numerics.hessian import Factor
 from bitpress.numerics.rows import ROW_TILE, compute_rows
 
+# Rows that are multiplied at least, zeros among them: a product of fewer may round otherwise.
+FEWEST_ROWS = 16
+
 # Steps of conjugate gradients for rows that are alone; more of them gain less than 1 %.
 NUM_STEPS = 10
 
@@ -47,7 +50,7 @@ def masked_least_squares(
 
     def solve(rows: slice) -> Tensor:
         # rows of the last block that there are not are masked
-        missing = -(rows.stop - rows.start) % block
+        missing = -(rows.stop - rows.start) % max(block, FEWEST_ROWS)
         start, own_target, own_mask = (
             functional.pad(tensor[rows], (0, 0, 0, missing)).view(-1, block, width)
             for tensor in (weight, target, mask)
@@ -117,4 +120,5 @@ class _System:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """The inner products of blocks: (blocks, 1, 1)."""
-    return (a * b).sum((1, 2), keepdim=True)
+    # first along rows: what a row alone gives does not depend on how many there are
+    return (a * b).sum(2, keepdim=True).sum(1, keepdim=True)
