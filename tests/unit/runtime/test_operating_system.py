@@ -56,8 +56,10 @@ hide(select, "poll", "epoll")
 RUN = """
 import contextlib, importlib, io, json, pkgutil
 import bitpress
+# Kernels for GPUs need Triton, which is for Linux.
+ELSEWHERE = (".conformance", ".__main__", ".fused_")
 for module in pkgutil.walk_packages(bitpress.__path__, "bitpress."):
-    if ".conformance" not in module.name and module.name != "bitpress.__main__":
+    if not any(name in module.name for name in ELSEWHERE):
         importlib.import_module(module.name)
 
 from bitpress.cli import main
@@ -82,7 +84,10 @@ def run(hidden: str, toy: Path, *commands: Sequence[object]) -> list[tuple[int, 
 
     Libraries are imported before, since theirs for those systems are other files.
     """
-    preamble = "import torch, torch.distributed, transformers, filelock, huggingface_hub, rich\n"
+    preamble = (
+        "import torch, torch.distributed.launcher.api, transformers, filelock, huggingface_hub\n"
+        "import rich\n"
+    )
     arguments = [json.dumps(list(map(str, command))) for command in commands]
     done = subprocess.run(
         [sys.executable, "-c", preamble + hidden + RUN, str(toy), *arguments],

@@ -381,7 +381,9 @@ def _choose_rank_device(names: str) -> str:
     has started ends with the ranks that it starts.
     """
     from bitpress.runtime import devices, launcher
+    from bitpress.runtime.operating_system import require_posix
 
+    require_posix()
     context = click.get_current_context()
     if context.get_parameter_source("device") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--device and --devices cannot be combined", context)
