@@ -104,7 +104,6 @@ def measure_divergences(
         CheckpointError: transformers cannot build the model, or it makes numbers that are not
             finite.
     """
-    plan = job.plan
     fitted, judged = _split_batches(job)
     with (
         Reader() as reader,
@@ -112,7 +111,7 @@ def measure_divergences(
         memory.retain_freed_memory(),
         Lanes(limits.num_lanes) as lanes,
     ):
-        model = RunnableModel(plan.source, reader, plan.container)
+        model = RunnableModel(job.plan.source, reader, job.plan.container)
         report_progress(0, "building the model and running its embeddings")
         runner = BlockRunner(model, [*fitted, *judged], options, limits.folder, lanes=lanes)
         # numbers of the judged batches' hidden states: the source's, and those of each trial
@@ -146,8 +145,9 @@ def measure_divergences(
             runner.run(block, judging_calls, source_states)
             memory.release_freed_memory()
         report_progress(0, "comparing predictions")
-        divergences = _compare_trials(runner, source_states, list(trials.values()), lanes)
-    return _tabulate(job, dict(zip(trials, divergences, strict=True)))
+        sums = _compare_trials(runner, source_states, list(trials.values()), lanes)
+    num_tokens = sum(batch.numel() for batch in judged)
+    return _tabulate(job, {trial: x / num_tokens for trial, x in zip(trials, sums, strict=True)})
 
 
 def _split_batches(job: SearchJob) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -249,7 +249,7 @@ def _compare_trials(
     trials: Sequence[Sequence[int]],
     lanes: Lanes,
 ) -> list[float]:
-    """KL divergence of each trial from the source, in nats per token.
+    """Σ KL divergence over tokens of each trial from the source, in nats.
 
     Args:
         source_states: by judged batch the number of the source's last hidden states.
@@ -271,8 +271,7 @@ def _compare_trials(
         for (_, first), divergences in zip(pairs, results, strict=True):
             for trial, divergence in enumerate(divergences, first):
                 sums[trial] += divergence
-    num_tokens = sum(len(runner.tokens(number)) for number in source_states)
-    return [total / num_tokens for total in sums]
+    return sums
 
 
 def _sum_divergences(head: Head, hidden_states: Sequence[Tensor]) -> list[float]:
