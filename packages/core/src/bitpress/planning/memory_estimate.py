@@ -110,9 +110,11 @@ class CalibrationMemory:
         held_bytes = self.on_disk if self.spilled_bytes(max_bytes) else self.in_memory
         return min(1 + max(max_bytes - held_bytes, 0) // self.per_lane, num_threads)
 
-    def num_waiting(self, max_bytes: int, tokens: int) -> int:
-        """How many forwards of so many tokens may wait inside a block."""
-        return max(max_bytes - self.in_memory, 0) // (self.per_waiting_token * tokens)
+    def num_waiting(self, free_bytes: int, tokens: int) -> int:
+        """How many forwards of so many tokens may wait inside a block, in what nothing else
+        holds.
+        """
+        return max(free_bytes, 0) // (self.per_waiting_token * tokens)
 
 
 def split_batches(ids: torch.Tensor, num_ranks: int, batch_tokens: int) -> Sequence[torch.Tensor]:

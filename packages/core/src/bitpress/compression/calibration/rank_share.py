@@ -9,6 +9,7 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.compression.resources import Resources
+from bitpress.modeling.hidden_states import CPU
 from bitpress.planning import memory_estimate
 from bitpress.planning.plan import Plan
 from bitpress.runtime import devices, memory
@@ -90,7 +91,7 @@ class Budget:
     is_spilled: bool
     num_lanes: int
     max_resumable: int
-    states_device: torch.device = torch.device("cpu")  # noqa: RUF009 (it cannot change)
+    states_device: torch.device
 
     @classmethod
     def for_run(
@@ -127,7 +128,8 @@ class Budget:
             is_ample,
             bool(estimate.spilled_bytes(max_working_bytes)),
             num_lanes,
-            estimate.num_waiting(waiting_bytes, num_sequences * length),
+            estimate.num_waiting(waiting_bytes - estimate.in_memory, num_sequences * length),
+            CPU,
         )
 
     @classmethod
@@ -142,17 +144,15 @@ class Budget:
         """Hidden states stay on the GPU while there is room for all of them, then in the host's
         memory, then on disk; what is left of the GPU's memory is for forward passes that wait.
         """
-        states_bytes = estimate.in_memory - estimate.on_disk
-        is_on_device = estimate.in_memory <= device_bytes
-        held_bytes = estimate.in_memory if is_on_device else estimate.on_disk
-        per_forward = estimate.per_waiting_token * batch_tokens
+        moved_bytes = estimate.spilled_bytes(device_bytes)
+        held_bytes = estimate.in_memory - moved_bytes
         return cls(
             host_bytes,
             is_ample=True,
-            is_spilled=not is_on_device and states_bytes > host_bytes,
+            is_spilled=moved_bytes > max(host_bytes, 0),
             num_lanes=1,
-            max_resumable=max(device_bytes - held_bytes, 0) // per_forward,
-            states_device=resources.device if is_on_device else torch.device("cpu"),
+            max_resumable=estimate.num_waiting(device_bytes - held_bytes, batch_tokens),
+            states_device=CPU if moved_bytes else resources.device,
         )
 
 

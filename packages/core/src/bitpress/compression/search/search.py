@@ -242,10 +242,8 @@ def _plan_memory(
     lane_bytes = max(in_block, memory_estimate.NUMBER_BYTES * logits)
     num_lanes = min(1 + max(free_bytes, 0) // lane_bytes, max_lanes)
     free_bytes -= (num_lanes - 1) * lane_bytes
-    # `num_waiting` takes off what a run holds in memory, which `min_bytes` counts already
     waiting = [
-        estimate.num_waiting(free_bytes + estimate.in_memory, memory_estimate.BATCH_TOKENS)
-        for estimate in estimates
+        estimate.num_waiting(free_bytes, memory_estimate.BATCH_TOKENS) for estimate in estimates
     ]
     num_waiting = max(waiting, default=0)
     if not is_spilled:
