@@ -380,10 +380,12 @@ def _choose_rank_device(names: str) -> str:
     """The device that this process takes of those that `--devices` names; the process that a user
     has started ends with the ranks that it starts.
     """
-    from bitpress.runtime import devices, launcher
     from bitpress.runtime.operating_system import require_posix
 
+    # before torch's launcher is imported, which needs more than Windows has
     require_posix()
+    from bitpress.runtime import devices, launcher
+
     context = click.get_current_context()
     if context.get_parameter_source("device") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--device and --devices cannot be combined", context)

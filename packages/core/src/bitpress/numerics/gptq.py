@@ -229,10 +229,11 @@ def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Fac
     corrected on a Hessian with more damping; one that it would still move that far gets none, with
     a warning.
     """
-    drift = stats["drift"].value.div(stats["drift_tokens"].value.item())
+    tokens = stats["drift_tokens"].value.item()
+    drift = stats["drift"].value.div(tokens)
     cross_moment = compute_rows(weight, lambda rows: weight[rows] @ drift)  # (out, in), C above
     if "residual" in stats:
-        cross_moment += stats["residual"].value.div(stats["drift_tokens"].value.item())
+        cross_moment += stats["residual"].value.div(tokens)
     correction = compute_rows(
         weight, lambda rows: _correct_rows(cross_moment[rows], rows, stats, factor)
     )

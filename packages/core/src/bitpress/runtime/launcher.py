@@ -33,10 +33,8 @@ def choose_rank_device(names: Sequence[str]) -> str | None:
     Raises:
         BitpressError: torchrun has started more ranks on this machine than there are devices.
     """
-    if len(names) == 1 and not dist.is_torchelastic_launched():
-        return names[0]
     if not dist.is_torchelastic_launched():
-        return None
+        return names[0] if len(names) == 1 else None
     local_rank = dist.get_node_local_rank()
     if local_rank >= len(names):
         raise BitpressError(
