@@ -257,9 +257,17 @@ def pieces(kit: Kit) -> Found:
     """Milliseconds of the largest pieces of a solve, and with one constant or switch changed."""
     weight, x, factor = problem(kit)
     found: Found = {}
-    for name, is_allowed in (("float32", False), ("TF32", True)):
+    half = x.bfloat16()
+    # on a CPU they are float32
+    half = half.to(gram.product_dtype(half))
+    for name, inputs, is_allowed in (
+        ("float32", x, False),
+        ("TF32", x, True),
+        ("bfloat16", half, False),
+    ):
         torch.backends.cuda.matmul.allow_tf32 = is_allowed
-        found[f"sums over {len(x)} tokens, {name}"] = kit.milliseconds(lambda: gram.gram(x))
+        run = functools.partial(gram.gram, inputs)
+        found[f"sums over {len(x)} tokens, {name}"] = kit.milliseconds(run)
     torch.backends.cuda.matmul.allow_tf32 = False
     hessian = gram.gram(x) + torch.eye(x.shape[1], device=kit.device)
     found["factor"] = kit.milliseconds(lambda: numerics.factorize_hessian(hessian, float(len(x))))

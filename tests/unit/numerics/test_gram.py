@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fixtures.fake_gpu import GPU, Pretended, bare
 
-from bitpress.numerics.gram import TOKENS_PER_SCALE, cross, gram, stripes
+from bitpress.numerics.gptq import gptq_statistics
+from bitpress.numerics.gram import TOKENS_PER_SCALE, cross, gram, product_dtype, stripes
+from bitpress.numerics.output_hessian import output_statistics
 
 
 def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -87,3 +90,37 @@ def test_silent_channels_and_tiny_numbers_give_finite_sums(uses_int8: bool) -> N
 @pytest.mark.parametrize("width", [1, 255, 256, 1000, 4096])
 def test_stripes_cover_all_columns_once(width: int) -> None:
     assert [c for stripe in stripes(width) for c in range(width)[stripe]] == list(range(width))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_multiplies_16_bits_as_they_are_and_adds_up_in_float32(dtype: torch.dtype) -> None:
+    # so small that float16 has them
+    x, y = (inputs(300, 700) / 256).to(dtype), inputs(300, 40, 1).to(dtype)
+    with Pretended():
+        on_gpu = x.to(GPU)
+        assert product_dtype(on_gpu) == dtype
+        square, product = gram(on_gpu), cross(on_gpu, y.to(GPU))
+    assert product_dtype(x) == torch.float32
+    assert square.device == product.device == GPU
+    assert torch.equal(bare(square), bare(square).T)
+    assert relative_error(bare(square), x, x).max() < 1e-5
+    assert relative_error(bare(product), x, y).max() < 1e-5
+
+
+def test_what_a_gpu_observes_of_bfloat16_is_what_float64_would() -> None:
+    x = inputs(300, 40).bfloat16()
+    source = (x + 0.05 * inputs(300, 1, 1).tanh() * x).bfloat16()
+    residual, gradient = inputs(300, 24, 2).bfloat16(), inputs(300, 24, 3).bfloat16()
+    weight = inputs(24, 40, 4)
+    with Pretended():
+        batch = (tensor.to(GPU) for tensor in (x, weight, source, residual))
+        stats = gptq_statistics(*batch) | output_statistics(gradient.to(GPU))
+    value = {name: bare(stat.value) for name, stat in stats.items()}
+    drift = source.double() - x.double()
+    assert relative_error(value["hessian"], x, x).max() < 1e-5
+    assert relative_error(value["residual"], residual, x).max() < 1e-5
+    assert relative_error(value["output_hessian"][:, :24], gradient, gradient).max() < 1e-5
+    # where numbers are far apart, their difference is rounded to bfloat16
+    assert relative_error(value["drift"], drift, x).max() < 2**-9
+    missing = (drift[::8] @ weight.double().T + residual[::8].double()).square().sum(0)
+    assert value["missing"].double() == pytest.approx(missing, rel=2**-8)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitpress.numerics.columns import column_sweep
-from bitpress.numerics.gram import cross, gram
+from bitpress.numerics.gram import cross, gram, product_dtype
 from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
 from bitpress.numerics.output_hessian import damped_output_hessian, factorize_output_hessian
@@ -80,13 +80,16 @@ def gptq_statistics(
         (in, in), Σ (x - x̃) x̃ᵀ; "residual" (out, in), Σ r x̃ᵀ; "drift_tokens"; and of a sample of
         the tokens "missing" (out,), Σ e², and "missing_tokens".
     """
-    x = inputs.float()  # (tokens, in)
+    dtype = product_dtype(inputs)
+    x = inputs.to(dtype)  # (tokens, in)
     sums = {"hessian": gram(x), "tokens": torch.tensor(float(len(x)))}
     if reference is not None:
-        drift = reference.float() - x  # (tokens, in)
-        output_error = drift[::SAMPLE_STRIDE] @ weight.T  # (sampled tokens, out)
+        # In 16 bits the difference of two numbers is exact while one is at most twice the other,
+        # and rounded to 2**-9 of itself otherwise, in bfloat16: less than 8-bit codes lose.
+        drift = reference.to(dtype) - x  # (tokens, in)
+        output_error = drift[::SAMPLE_STRIDE].float() @ weight.T  # (sampled tokens, out)
         if residual is not None:
-            sums["residual"] = cross(residual.float(), x)
+            sums["residual"] = cross(residual.to(dtype), x)
             output_error += residual[::SAMPLE_STRIDE]
         sums["drift"] = cross(drift, x)
         sums["drift_tokens"] = sums["tokens"]

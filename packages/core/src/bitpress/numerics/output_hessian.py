@@ -16,7 +16,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from bitpress.numerics.gram import gram
+from bitpress.numerics.gram import gram, product_dtype
 from bitpress.schemes.values import Statistic
 
 # Rows that make up for each other's errors: H_O is kept in blocks of so many rows, along its
@@ -45,10 +45,10 @@ def output_statistics(output_gradient: Tensor) -> dict[str, Statistic]:
         "output_hessian": (out, block) float32, of each row Σ g gᵀ with the rows of its block; and
         "gradient_tokens", the number of tokens.
     """
-    gradient = output_gradient.float()
+    gradient = output_gradient.to(product_dtype(output_gradient))
     num_rows = gradient.shape[1]
     block = block_size(num_rows)
-    hessian = gradient.new_zeros(num_rows, block)
+    hessian = gradient.new_zeros(num_rows, block, dtype=torch.float32)
     for first in range(0, num_rows, block):
         rows = slice(first, min(first + block, num_rows))
         hessian[rows, : rows.stop - first] = gram(gradient[:, rows].contiguous())
