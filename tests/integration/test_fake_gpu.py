@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.numerics import kernel_trial
 from bitpress.planning import memory_estimate
 from bitpress.runtime import devices
+from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import find_activation_quantizer
 from bitpress.schemes.registry import Step, discover
@@ -49,7 +52,8 @@ def everything(step: Step, weight: Tensor, move: Callable[[Tensor], Tensor]) -> 
     out, width = weight.shape
     layer, stats = Layer("layer", move(weight), torch.bfloat16), {}
     for _ in range(2 if step.calibrated else 0):
-        inputs = torch.randn(TOKENS, width, generator=draw)
+        # as a model in bfloat16 makes them, with many powers of two among them
+        inputs = torch.randn(TOKENS, width, generator=draw).bfloat16().float()
         reference = inputs + 0.01 * torch.randn(TOKENS, width, generator=draw)
         residual = torch.randn(TOKENS, out, generator=draw)
         pipeline.merge(
@@ -185,18 +189,46 @@ def test_a_run_on_a_gpu_is_proved_and_as_good_as_on_the_cpu(
     )
 
 
+class WithoutTensors(pickle.Pickler):
+    """Refuses to pickle a tensor."""
+
+    def reducer_override(self, value: Any) -> Any:
+        assert not isinstance(value, Tensor)
+        return NotImplemented
+
+
+@pytest.mark.usefixtures("threads_too")
+def test_no_tensor_goes_to_other_ranks_as_an_object(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # unpickled there, it would lie on the GPU of the rank that sent it
+    sent = 0
+
+    def send(self: ProcessGroup, value: Any, source: int = 0) -> Any:
+        nonlocal sent
+        WithoutTensors(io.BytesIO()).dump(value)
+        sent += 1
+        return value
+
+    monkeypatch.setattr(ProcessGroup, "broadcast_object", send)
+    monkeypatch.setattr(ProcessGroup, "all_gather_object", lambda *given: [send(*given)])
+    # factors are chosen on one rank, and folded on all
+    scheme, settings = RUNS["int8"]
+    manifest = compress_on_gpu(model, tmp_path / "o", scheme=scheme, settings=settings)
+    assert manifest.rescaled
+    assert sent
+
+
 def compress_on_gpu(model: Path, out: Path, **options: Any) -> bitpress.Manifest:
     with Pretended():
         return bitpress.compress(
             model,
             out,
-            scheme="w4a16",
-            settings=["group_size=32"],
             calibration=model.parent / "text.txt",
             samples=12,
             sequence_length=32,
             device="cuda:0",
-            **options,
+            **{"scheme": "w4a16", "settings": ["group_size=32"], **options},
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures.fake_gpu import GPU, Pretended
 from fixtures.forked import ForkedCommand
 from fixtures.small_models import build_small_model
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from bitpress.compression.calibration.activation_streams import (
 )
 from bitpress.compression.calibration.resumable_forward import Breakpoints, trace_forward
 from bitpress.modeling.capture import capture_inputs, open_head
-from bitpress.modeling.decoder import Decoder
+from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.hidden_states import HiddenStates
 
 COMMON = {
@@ -195,6 +196,16 @@ def test_no_weight_is_in_memory_before_it_is_needed(family: tuple[Path, str]) ->
         assert all(parameter.is_meta for parameter in decoder.model.parameters())
         capture_inputs(decoder, BATCHES)
         assert all(parameter.is_meta for parameter in decoder.model.parameters())
+
+
+def test_buffers_of_modules_without_weights_are_on_the_device(family: tuple[Path, str]) -> None:
+    folder, container = family
+    with Reader() as reader, torch.no_grad(), Pretended():
+        decoder = Decoder(open_checkpoint(folder), container, reader, DecoderOptions(GPU))
+        buffers = {name for name, _ in decoder.model.named_buffers() if container not in name}
+        capture_inputs(decoder, BATCHES)
+        devices = {decoder.model.get_buffer(name).device for name in buffers}
+    assert devices <= {GPU}
 
 
 def test_hidden_states_that_go_to_disk_are_not_held_while_others_are_recorded(

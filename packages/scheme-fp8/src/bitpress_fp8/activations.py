@@ -37,9 +37,10 @@ def _step_size(magnitude: Tensor, clip: Tensor) -> Tensor:
     That is 2^-3 of the power of two below a number, and 2^-9 among subnormals, in units of the
     scale.
     """
-    scale = clip / numerics.E4M3_MAX
-    exponent = (magnitude / scale).log2().floor().clamp(min=-6)
-    return (exponent - 3).exp2() * scale
+    scale = clip / numerics.scalar_like(clip, numerics.E4M3_MAX)
+    # of the number between 1/2 and 1 that is left, whose logarithm is at least -1
+    exponent = (magnitude / scale).frexp().exponent.sub_(1).clamp_(min=-6)
+    return numerics.power_of_two(exponent - 3) * scale
 
 
 @hookimpl

@@ -36,12 +36,12 @@ def static_qparams(
         low, high = -stats["input_min"].value, stats["input_max"].value
         amax = low.abs().maximum(high.abs())
         clip = numerics.clip_range(
-            stats["input_counts"].value, amax, outliers, lambda magnitude, clip: clip / HALF_RANGE
+            stats["input_counts"].value, amax, outliers, lambda magnitude, clip: _in_steps(clip)
         )
         low, high = low.maximum(-clip).clamp(max=0), high.minimum(clip).clamp(min=0)
 
     if symmetric:
-        return {"input_scale": _nonzero(low.abs().maximum(high) / HALF_RANGE)}
+        return {"input_scale": _nonzero(_in_steps(low.abs().maximum(high)))}
     scale, zero_point = _fit_asymmetric(low, high)
     return {"input_scale": scale, "input_zero_point": zero_point.to(torch.int8)}
 
@@ -61,7 +61,7 @@ def quantize_activations(
         if "input_zero_point" in tensors:
             zero_point = tensors["input_zero_point"].to(inputs.device).float()
     elif config["input_activations"]["symmetric"]:
-        scale = _nonzero(numerics.absmax(inputs, dim=1) / HALF_RANGE)  # (tokens, 1)
+        scale = _nonzero(_in_steps(numerics.absmax(inputs, dim=1)))  # (tokens, 1)
     else:
         low = inputs.amin(1, keepdim=True).clamp(max=0)
         high = inputs.amax(1, keepdim=True).clamp(min=0)
@@ -75,8 +75,13 @@ def quantize_activations(
 
 def _fit_asymmetric(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """The scale and the zero point, float32, of the range from low to high, which holds 0."""
-    scale = _nonzero((high - low) / (2 * HALF_RANGE))
+    scale = _nonzero(_in_steps((high - low) / 2))
     return scale, (-128 - low / scale).round().clamp(-128, 127)
+
+
+def _in_steps(magnitude: Tensor) -> Tensor:
+    """The step of codes that reach a magnitude."""
+    return magnitude / numerics.scalar_like(magnitude, HALF_RANGE)
 
 
 def _nonzero(scale: Tensor) -> Tensor:

@@ -30,8 +30,9 @@ def round_without_global_scale(inputs: Tensor) -> Tensor:
     groups = numerics.to_groups(inputs.float(), scales.GROUP_SIZE)
     amax = groups.abs().amax(2, keepdim=True)
     # A local scale amax / 6 with the four significant bits of E4M3, and any exponent.
-    mantissa, exponent = (amax / numerics.E2M1_MAX).frexp()
-    local = (mantissa * 16).round_().div_(16).ldexp(exponent).masked_fill_(amax == 0, 1.0)
+    mantissa, exponent = (amax / numerics.scalar_like(amax, numerics.E2M1_MAX)).frexp()
+    power = numerics.power_of_two(exponent.clamp_(-126, 127))
+    local = (mantissa * 16).round_().div_(16).mul_(power).masked_fill_(amax == 0, 1.0)
     return numerics.round_e2m1(groups / local).mul_(local).view_as(inputs)
 
 
@@ -39,7 +40,7 @@ def round_inputs(inputs: Tensor, global_scale: Tensor) -> Tensor:
     """Inputs (tokens, in) as loaders round them: a local scale of every 16, amax · global / 6."""
     groups = numerics.to_groups(inputs, scales.GROUP_SIZE)
     amax = groups.abs().amax(2, keepdim=True)
-    six = amax.new_tensor(numerics.E2M1_MAX)
+    six = numerics.scalar_like(amax, numerics.E2M1_MAX)
     local = numerics.decode_e4m3(numerics.encode_e4m3(amax * global_scale, six))
     # As compressed-tensors replaces a local scale of 0.
     local.masked_fill_(local == 0, 0.125)

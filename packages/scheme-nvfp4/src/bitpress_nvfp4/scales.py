@@ -9,7 +9,6 @@ Six", arXiv 2512.02010.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import attrs
@@ -18,7 +17,6 @@ from attrs import frozen
 from bitpress import numerics
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # Weights that share a local scale: fixed by the format.
@@ -138,14 +136,16 @@ def fit(weight: Tensor, importance: Tensor | None, global_scale: Tensor) -> Grid
     groups = numerics.to_groups(weight, GROUP_SIZE)  # (out, groups, 16)
     amax = numerics.absmax(groups, dim=2).squeeze(2)  # (out, groups)
     # The power of two at or below the local scale amax · global / 6.
-    exponent = (amax * global_scale / numerics.E2M1_MAX).frexp().exponent.sub_(1)
+    largest = numerics.scalar_like(amax, numerics.E2M1_MAX)
+    exponent = (amax * global_scale / largest).frexp().exponent.sub_(1)
     exponent.clamp_(-MAX_EXPONENT, MAX_EXPONENT)
+    power = numerics.power_of_two(exponent)
     is_top = exponent == MAX_EXPONENT
 
-    span = torch.where(is_top, TOP_SPAN, SPAN).ldexp(exponent) / global_scale
-    table = _rounding_costs(weight.device)
+    span = torch.where(is_top, TOP_SPAN, SPAN).mul_(power) / global_scale
+    table = numerics.table_for_device(weight.device, _rounding_costs)
     best = numerics.search_scales(weight, importance, GROUP_SIZE, table, span, kind=is_top)
-    local = _candidates().to(weight.device)[best].ldexp(exponent).clamp_(min=SMALLEST_LOCAL_SCALE)
+    local = _candidates().to(weight.device)[best].mul_(power).clamp_(min=SMALLEST_LOCAL_SCALE)
 
     # E4M3's smallest numbers lie further apart than eight to the octave: there the nearest is
     # taken. A sweep reads scales column by column.
@@ -160,8 +160,7 @@ def _candidates() -> Tensor:
     return torch.tensor([(1 + k % 8 / 8) * 2.0 ** (k // 8) for k in CANDIDATES])
 
 
-@functools.lru_cache
-def _rounding_costs(device: torch.device) -> Tensor:
+def _rounding_costs() -> Tensor:
     """Rounding costs of weights in units of the span, below the greatest power of two and at it:
     (2, places, candidates).
     """
@@ -171,7 +170,7 @@ def _rounding_costs(device: torch.device) -> Tensor:
     below = numerics.rounding_costs(lambda x: _round(x, local / SPAN))
     top = numerics.rounding_costs(lambda x: _round(x, local / TOP_SPAN))
     # Beyond 448 there is no scale: such candidates cost more than any error within the span.
-    return torch.stack([below, top.where(local < 2, 2.0)]).to(device)
+    return torch.stack([below, top.where(local < 2, 2.0)])
 
 
 def _round(x: Tensor, scale: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def _prune(
     group_size, num_kept = options.group_size(width), options.num_kept(width)
     # By a power of two rows are brought near 1, where no square over- or underflows float32.
     power = -target.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)  # (rows, 1)
-    target = target.ldexp(power)
+    target = target * numerics.power_of_two(power)
 
     weight = target
     if factor is None:
@@ -220,7 +220,7 @@ def _prune(
     if factor is not None:
         weight = numerics.masked_least_squares(weight, target, factor, mask & candidates)
 
-    weight = torch.where(mask & candidates, weight.ldexp(-power), 0.0)
+    weight = torch.where(mask & candidates, weight * numerics.power_of_two(-power), 0.0)
     return _round_to(dtype, weight), mask
 
 

@@ -49,10 +49,11 @@ def factors(
     input_power = importance(stats)  # (in,), E[x²]
     if input_power is None:
         return None
-    hessian = stats["hessian"].value / stats["tokens"].value.clamp(min=1)
+    hessian = _mean(stats["hessian"].value, stats)
     num_rows = min(len(weight), NUM_SAMPLED_ROWS)
-    rows = torch.linspace(0, len(weight) - 1, num_rows, device=weight.device).long()
-    sample = weight[rows]
+    # on the CPU: what is nearly a whole number, a GPU may round to the next row
+    rows = torch.linspace(0, len(weight) - 1, num_rows).long()
+    sample = weight[rows.to(weight.device)]
     fit = numerics.fit_symmetric if symmetric else numerics.fit_asymmetric
 
     best, least_loss = None, torch.inf
@@ -75,7 +76,7 @@ def importance(stats: Mapping[str, Statistic]) -> Tensor | None:
     """
     if "hessian" not in stats:
         return None
-    diagonal = stats["hessian"].value.diagonal() / stats["tokens"].value.clamp(min=1)
+    diagonal = _mean(stats["hessian"].value.diagonal(), stats)
     if not diagonal.isfinite().all() or not diagonal.any():
         warnings.warn(
             "its calibration statistics are not finite, or all zero: rounded without them",
@@ -83,3 +84,8 @@ def importance(stats: Mapping[str, Statistic]) -> Tensor | None:
         )
         return None
     return diagonal + DAMPING * diagonal.mean()
+
+
+def _mean(total: Tensor, stats: Mapping[str, Statistic]) -> Tensor:
+    """What a sum over tokens is for each of them."""
+    return total / stats["tokens"].value.clamp(min=1).to(total.device)

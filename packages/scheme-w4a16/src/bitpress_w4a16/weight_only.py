@@ -171,7 +171,8 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: WeightOnlyOp
         amax = numerics.input_absmax(stats)
         if amax is None:
             amax = torch.tensor(INT16_HALF_RANGE)
-        qparams["input_scale"] = (amax / INT16_HALF_RANGE).masked_fill(amax == 0, 1.0)
+        scale = amax / numerics.scalar_like(amax, INT16_HALF_RANGE)
+        qparams["input_scale"] = scale.masked_fill(amax == 0, 1.0)
     return attrs.evolve(
         layer,
         weight=lambda: numerics.decode_integers(codes, grid.scale, grid.zero),

@@ -79,8 +79,9 @@ class Decoder:
         self._merged = parameters.merged
 
         for name, module in self.model.named_modules():
-            has_parameters = next(module.parameters(recurse=False), None) is not None
-            if has_parameters and not name.startswith(f"{self.container}."):
+            # of one that has buffers alone, these are moved to the device
+            is_filled = any(True for _ in (*module.parameters(False), *module.buffers(False)))
+            if is_filled and not name.startswith(f"{self.container}."):
                 module.register_forward_pre_hook(self._fill_before_forward(name))
 
     def __len__(self) -> int:

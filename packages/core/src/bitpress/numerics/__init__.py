@@ -15,6 +15,7 @@ from bitpress.schemes.deprecation import warn_renamed
 if TYPE_CHECKING:
     from bitpress.numerics.blocks import absmax, block_absmax, expand_blocks
     from bitpress.numerics.columns import column_sweep
+    from bitpress.numerics.exact import power_of_two, scalar_like
     from bitpress.numerics.fp4 import E2M1_MAX, decode_e2m1, e2m1_bound, encode_e2m1, round_e2m1
     from bitpress.numerics.fp8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
     from bitpress.numerics.gptq import Grid, gptq_quantize, gptq_statistics, gptq_target
@@ -47,12 +48,18 @@ if TYPE_CHECKING:
     from bitpress.numerics.rounding_rule import E2M1, E4M3, NumberFormat, RoundingRule, RuledGrid
     from bitpress.numerics.rows import decide_rows
     from bitpress.numerics.scale_refit import ScaledGrid
-    from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
+    from bitpress.numerics.scale_search import (
+        rounding_costs,
+        search_scales,
+        table_for_device,
+        to_groups,
+    )
 
 # The public names, by the module that defines them.
 _MODULES: Mapping[str, Sequence[str]] = {
     "blocks": ("absmax", "block_absmax", "expand_blocks"),
     "columns": ("column_sweep",),
+    "exact": ("power_of_two", "scalar_like"),
     "fp4": ("E2M1_MAX", "decode_e2m1", "e2m1_bound", "encode_e2m1", "round_e2m1"),
     "fp8": ("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"),
     "gptq": ("Grid", "gptq_quantize", "gptq_statistics", "gptq_target"),
@@ -85,7 +92,7 @@ _MODULES: Mapping[str, Sequence[str]] = {
     "rounding_rule": ("E2M1", "E4M3", "NumberFormat", "RoundingRule", "RuledGrid"),
     "rows": ("decide_rows",),
     "scale_refit": ("ScaledGrid",),
-    "scale_search": ("rounding_costs", "search_scales", "to_groups"),
+    "scale_search": ("rounding_costs", "search_scales", "table_for_device", "to_groups"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -153,9 +160,12 @@ __all__ = [
     "output_statistics",
     "pack_bytes",
     "pack_words",
+    "power_of_two",
     "round_e2m1",
     "rounding_costs",
+    "scalar_like",
     "search_scales",
+    "table_for_device",
     "to_groups",
     "unpack_bytes",
     "unpack_words",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitpress.numerics.exact import scalar_like
+
 E4M3_MAX = 448.0
 
 # The least normal float32 number: below it a scale loses bits, and w / scale could leave the range.
@@ -27,7 +29,8 @@ def e4m3_scale(amax: Tensor) -> Tensor:
     Returns:
         float32 of the same shape: amax / 448, and 1 where amax is 0, so that no scale is 0.
     """
-    scale = (amax.float() / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    numerator = amax.float()
+    scale = (numerator / scalar_like(numerator, E4M3_MAX)).clamp_(min=SMALLEST_SCALE)
     return scale.masked_fill(amax == 0, 1.0)
 
 

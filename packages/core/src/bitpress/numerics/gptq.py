@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitpress.numerics.columns import column_sweep
+from bitpress.numerics.exact import scalar_like
 from bitpress.numerics.gram import cross, gram, product_dtype
 from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
@@ -233,10 +234,11 @@ def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Fac
     a warning.
     """
     tokens = stats["drift_tokens"].value.item()
-    drift = stats["drift"].value.div(tokens)
+    divisor = scalar_like(weight, tokens)
+    drift = stats["drift"].value / divisor
     cross_moment = compute_rows(weight, lambda rows: weight[rows] @ drift)  # (out, in), C above
     if "residual" in stats:
-        cross_moment += stats["residual"].value.div(tokens)
+        cross_moment += stats["residual"].value / divisor
     correction = compute_rows(
         weight, lambda rows: _correct_rows(cross_moment[rows], rows, stats, factor)
     )
@@ -274,7 +276,8 @@ def _correct_rows(
     correction = factor.solve(cross_moment)
     explained = (correction * cross_moment).sum(1)  # (rows,)
     sample_tokens = stats["missing_tokens"].value
-    squared_error = stats["missing"].value[rows] / sample_tokens  # (rows,), E[e²]
+    missing = stats["missing"].value[rows]
+    squared_error = missing / scalar_like(missing, sample_tokens.item())  # (rows,), E[e²]
     explained_by_chance = squared_error * (width / tokens)
 
     # E[e²] is known from a sample: of normal numbers its mean square lies within three standard

@@ -15,6 +15,7 @@ from attrs import Factory, field, frozen
 from torch import Tensor
 
 from bitpress.numerics.cholesky import cholesky_
+from bitpress.numerics.exact import scalar_like
 from bitpress.numerics.gram import stripes
 
 # What is added to the diagonal of H, in units of its mean over active columns.
@@ -126,7 +127,7 @@ def factorize_hessian(
         The factor; None where H is not finite, or too near to singular for any damping tried.
     """
     num_tokens = max(tokens, 1.0)
-    diagonal = hessian.diagonal() / num_tokens
+    diagonal = hessian.diagonal() / scalar_like(hessian, num_tokens)
     # One sum over all entries is NaN or infinite where any of them is.
     if not math.isfinite(hessian.sum()):
         return None
@@ -146,8 +147,8 @@ def factorize_hessian(
     # upper triangular: H = R Rᵀ, with R = U √D.
     backwards = order.flip(0)
     for _ in range(4):
-        permuted = hessian.index_select(0, backwards).index_select(1, backwards).div_(num_tokens)
-        permuted.diagonal().add_(added)
+        permuted = hessian.index_select(0, backwards).index_select(1, backwards)
+        permuted.div_(scalar_like(hessian, num_tokens)).diagonal().add_(added)
         # A Cholesky factor is as large as H: it is computed in place.
         lower = cholesky_(permuted)
         if lower is not None and math.isfinite(lower.sum()):

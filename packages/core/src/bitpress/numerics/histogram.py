@@ -14,6 +14,10 @@ from bitpress.schemes.values import Statistic
 BINS_PER_OCTAVE, MIN_EXPONENT, MAX_EXPONENT = 8, -24, 24
 NUM_BINS = BINS_PER_OCTAVE * (MAX_EXPONENT - MIN_EXPONENT)
 
+# Bins begin so much of one lower: a power of two belongs to the bin that begins with it, on devices
+# whose logarithm of it is less in the last bit too.
+EDGE = 2.0**-12
+
 # The share of all magnitudes that "percentile" leaves unclipped.
 PERCENTILE = 0.9999
 
@@ -61,7 +65,8 @@ def magnitude_histogram(x: Tensor) -> Tensor:
     """
     magnitudes = x.abs().float().flatten()
     magnitudes = magnitudes[magnitudes > 0]
-    bins = ((magnitudes.log2() - MIN_EXPONENT) * BINS_PER_OCTAVE).floor_().clamp_(0, NUM_BINS - 1)
+    bins = ((magnitudes.log2() - MIN_EXPONENT) * BINS_PER_OCTAVE + EDGE).floor_()
+    bins.clamp_(0, NUM_BINS - 1)
     return torch.bincount(bins.long(), minlength=NUM_BINS).float()
 
 
@@ -137,5 +142,6 @@ def median_magnitude(counts: Tensor) -> Tensor:
 
 
 def _upper_edges(counts: Tensor) -> Tensor:
-    ends = torch.arange(NUM_BINS, device=counts.device) + 1
-    return (ends / BINS_PER_OCTAVE + MIN_EXPONENT).exp2()
+    # on the CPU, as every device has them
+    ends = torch.arange(NUM_BINS) + 1
+    return (ends / BINS_PER_OCTAVE + MIN_EXPONENT).exp2().to(counts.device)

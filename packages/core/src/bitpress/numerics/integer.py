@@ -6,7 +6,6 @@ A weight is stored as a code in -2^(b-1) ... 2^(b-1) - 1 and means (code - zero)
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import attrs
@@ -15,9 +14,15 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.blocks import absmax
+from bitpress.numerics.exact import scalar_like
 from bitpress.numerics.rounding_rule import NumberFormat, RoundingRule
 from bitpress.numerics.scale_refit import FINE_BITS
-from bitpress.numerics.scale_search import rounding_costs, search_scales, to_groups
+from bitpress.numerics.scale_search import (
+    rounding_costs,
+    search_scales,
+    table_for_device,
+    to_groups,
+)
 
 # Zero points tried: the one nearest to the end of the range, and its neighbors.
 ZERO_POINT_SHIFTS = (-1, 0, 1)
@@ -188,9 +193,9 @@ def fit_symmetric(  # noqa: PLR0913
     """
     amax = absmax(to_groups(weight, group), dim=2).squeeze(2)  # (out, groups)
     amax = amax.masked_fill_(amax == 0, 1.0)
-    table = _symmetric_costs(bits, tuple(ratios), weight.device)
+    table = table_for_device(weight.device, _symmetric_costs, bits, tuple(ratios))
     best = search_scales(weight, importance, group, table, amax)
-    scale = amax / ((2**bits - 1) / 2) * amax.new_tensor(ratios)[best]
+    scale = amax / scalar_like(amax, (2**bits - 1) / 2) * amax.new_tensor(ratios)[best]
     return IntegerGrid(_by_column(_to_stored(scale, bits, dtype)), None, bits, group, dtype)
 
 
@@ -225,13 +230,14 @@ def fit_asymmetric(  # noqa: PLR0913
     # The range is widened to hold 0, so that zeros stay zero.
     low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)  # (out, groups)
     # Divided before they are subtracted: the difference of two huge numbers would overflow.
-    scale = (high / num_steps - low / num_steps).masked_fill_(high == low, 1.0)
+    steps = scalar_like(high, num_steps)
+    scale = (high / steps - low / steps).masked_fill_(high == low, 1.0)
     zero_point = (min_code - low / scale).round_().clamp_(min_code, max_code)
 
     if len(ratios) == 1:
         scale *= ratios[0]
     else:
-        table = _asymmetric_costs(bits, tuple(ratios), weight.device)
+        table = table_for_device(weight.device, _asymmetric_costs, bits, tuple(ratios))
         span, kind = scale * num_steps, zero_point - min_code
         best = search_scales(weight, importance, group, table, span, kind=kind)
         # A candidate is a ratio and a shift of the zero point.
@@ -243,15 +249,13 @@ def fit_asymmetric(  # noqa: PLR0913
     return IntegerGrid(scale, _by_column(zero_point), bits, group, dtype)
 
 
-@functools.lru_cache(maxsize=8)
-def _symmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device) -> Tensor:
+def _symmetric_costs(bits: int, ratios: tuple[float, ...]) -> Tensor:
     """Rounding costs of weights in units of amax: (1, places, ratios)."""
     scale = torch.tensor(ratios, dtype=torch.float32) / ((2**bits - 1) / 2)
-    return rounding_costs(lambda x: _round(x, scale, bits=bits)).unsqueeze(0).to(device)
+    return rounding_costs(lambda x: _round(x, scale, bits=bits)).unsqueeze(0)
 
 
-@functools.lru_cache(maxsize=8)
-def _asymmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device) -> Tensor:
+def _asymmetric_costs(bits: int, ratios: tuple[float, ...]) -> Tensor:
     """Rounding costs of weights in units of max - min, for each zero point that the range may
     have: (2^bits, places, ratios · shifts).
     """
@@ -266,7 +270,7 @@ def _asymmetric_costs(bits: int, ratios: tuple[float, ...], device: torch.device
             lambda x: _round(x, scale, zero_point, bits=bits), places=PLACES_PER_ZERO_POINT
         )
 
-    return torch.stack([costs(zero) for zero in range(min_code, max_code + 1)]).to(device)
+    return torch.stack([costs(zero) for zero in range(min_code, max_code + 1)])
 
 
 def _by_column(x: Tensor) -> Tensor:

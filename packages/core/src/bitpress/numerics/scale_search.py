@@ -7,7 +7,9 @@ costs a group is a sum of such rows, and one pass over the weights gives the cos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import threading
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ WEIGHTS_PER_CHUNK = 1 << 18
 
 # Numbers in each place whose costs are averaged.
 SAMPLES = 4
+
+# Tables of rounding costs that are kept.
+MAX_TABLES = 16
 
 # Positions are shrunk by so much that the end of the span still belongs to its last place.
 SHRINK = 1 - 2.0**-16
@@ -36,6 +41,37 @@ def rounding_costs(nearest: Callable[[Tensor], Tensor], places: int = 1 << 12) -
     count = places * SAMPLES
     x = (torch.arange(1 - count, count, 2) / count).unsqueeze(1)
     return (nearest(x) - x).square_().view(places, SAMPLES, -1).mean(1)
+
+
+def table_for_device(
+    device: torch.device, make: Callable[..., Tensor], *arguments: Hashable
+) -> Tensor:
+    """A table that a function makes on the CPU, on a device; the last few are kept.
+
+    Of a GPU each thread has tables of its own: another thread's stream would not wait until one is
+    there, and would not be waited for before one is dropped.
+
+    Args:
+        make: makes it of the arguments.
+    """
+    if device.type == "cpu":
+        return _keep_table(make, *arguments)
+    if not hasattr(_OWN, "copy_table"):
+        _OWN.copy_table = functools.lru_cache(MAX_TABLES)(_copy_table)
+    return _OWN.copy_table(device, make, *arguments)  # type: ignore[no-any-return]
+
+
+# What a thread keeps.
+_OWN = threading.local()
+
+
+@functools.lru_cache(MAX_TABLES)
+def _keep_table(make: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
+    return make(*arguments)
+
+
+def _copy_table(device: torch.device, make: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
+    return _keep_table(make, *arguments).to(device)
 
 
 # Public: schemes of other packages call it with these arguments.

@@ -86,7 +86,7 @@ class ProcessGroup:
         self.all_gather_object(None)
 
     def all_gather_object(self, value: Item) -> list[Item]:
-        """Every rank's value, in the order of ranks."""
+        """Every rank's value, no tensor, in the order of ranks."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -95,7 +95,7 @@ class ProcessGroup:
         return values
 
     def broadcast_object(self, value: Item, source: int = 0) -> Item:
-        """The value that the rank `source` has."""
+        """The value that the rank `source` has; no tensor, which would come on that rank's GPU."""
         if self.world_size == 1:
             return value
         values = [value]

@@ -207,11 +207,10 @@ def fold_scales(
     for group, group_statistics in zip(rescaled_groups, statistics, strict=True):
         members = [name.removeprefix(block_plan.prefix) for name in group.modules]
         producer = find_producer(members, shapes, block_plan.head_dim)
-        factors = _choose_factors(group, group_statistics, producer, streams)
+        exponents = _choose_exponents(group, group_statistics, producer, streams)
         if producer is None:
             without_producer.append(group.stack.name)
             continue
-        exponents = [] if factors is None else round_to_exponents(factors, producer.shared_heads)
         if not any(exponents):
             continue
         if not _is_sole_consumer(members, producer, streams):
@@ -256,22 +255,26 @@ def _observe_groups(
     return merged
 
 
-def _choose_factors(
+def _choose_exponents(
     group: LayerGroup,
     statistics: GroupStatistics,
     producer: Producer | None,
     streams: ActivationStreams,
-) -> Tensor | None:
-    """The factors (in,) that the group's schemes choose on rank 0, for all ranks; None for none.
+) -> list[float]:
+    """The exponents (in,) of the factors that the group's schemes choose on rank 0, for all ranks;
+    none where they choose none.
 
     Every rank takes part in the collectives for every group, whether it has a producer or not.
     """
     process_group = streams.process_group
     by_step = reduce_statistics(process_group, statistics.by_step, 0, streams.device)
-    factors = None
+    exponents: list[float] = []
     if producer is not None and process_group.is_rank_zero:
         factors = pipeline.rescale(group.layer, group.stack.steps, by_step)
-    return process_group.broadcast_object(factors)
+        if factors is not None:
+            exponents = round_to_exponents(factors, producer.shared_heads)
+    # not the factors: a tensor would come to every rank on this one's GPU
+    return process_group.broadcast_object(exponents)
 
 
 def _is_sole_consumer(
