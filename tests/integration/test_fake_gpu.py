@@ -23,12 +23,15 @@ from bitpress.conformance.models import files_of
 from bitpress.modeling.capture import BlockCall
 from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.numerics import kernel_trial
+from bitpress.output import verify
+from bitpress.output.compressed_model import DequantizingReader
 from bitpress.planning import memory_estimate
 from bitpress.runtime import devices
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import find_activation_quantizer
 from bitpress.schemes.registry import Step, discover
+from bitpress.schemes.values import StoredLayer
 
 STEPS = {
     f"{name}, {label}": step
@@ -230,6 +233,29 @@ def compress_on_gpu(model: Path, out: Path, **options: Any) -> bitpress.Manifest
             device="cuda:0",
             **{"scheme": "w4a16", "settings": ["group_size=32"], **options},
         )
+
+
+@pytest.mark.usefixtures("threads_too")
+def test_what_is_read_back_is_decoded_and_compared_on_the_gpu(model: Path, tmp_path: Path) -> None:
+    places: dict[str, list[torch.device]] = {"proof": [], "check": []}
+    measure, read = verify.measure_stored, DequantizingReader.rows
+
+    def noted_measure(stored: StoredLayer, steps: Any, shape: Any, source: Any) -> Any:
+        tensors = [*stored.tensors.values(), source]
+        places["proof"] += [tensor.device for tensor in tensors if tensor.ndim]
+        return measure(stored, steps, shape, source)
+
+    def noted_read(*arguments: Any) -> Tensor:
+        rows = read(*arguments)
+        places["check"].append(rows.device)
+        return rows
+
+    with (
+        patch.object(verify, "measure_stored", noted_measure),
+        patch.object(DequantizingReader, "rows", noted_read),
+    ):
+        compress_on_gpu(model, tmp_path / "o", check=model.parent / "check.txt")
+    assert set(places["proof"]) == set(places["check"]) == {GPU}
 
 
 @pytest.mark.usefixtures("threads_too")

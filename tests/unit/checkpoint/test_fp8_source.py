@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures.fake_gpu import GPU, Pretended, bare
 from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
 from fixtures.toy_scheme import install_toy
 from torch import Tensor
 
 import bitpress
 from bitpress.api import evaluate
+from bitpress.checkpoint.reader import Reader, open_checkpoint
+from bitpress.checkpoint.source import resolve_source
+from bitpress.checkpoint.views import View
 from bitpress.conformance.commands import command, plugins, refusal
 from bitpress.conformance.models import LLAMA, llama_tensors, tensors_of, write_model
 
@@ -127,6 +131,20 @@ def same(first: Path, second: Path) -> None:
     for name, tensor in expected.items():
         assert torch.equal(tensors[name], tensor), name
     assert (first / "config.json").read_text() == (second / "config.json").read_text()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gpu_multiplies_codes_with_scales_itself(tmp_path: Path, layout: str) -> None:
+    coded, _ = both(tmp_path, layout, llama_tensors())
+    checkpoint = resolve_source(open_checkpoint(coded))
+    views = [entry for entry in checkpoint.entries.values() if isinstance(entry, View)]
+    with Reader() as reader, Pretended():
+        for view in views:
+            first, last = view.shape[0] // 3, view.shape[0] - 1
+            rows = view.rows(reader, first, last, torch.bfloat16, device=GPU)
+            assert rows.device == GPU
+            assert torch.equal(bare(rows), reader.rows(view, first, last))
+    assert views
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

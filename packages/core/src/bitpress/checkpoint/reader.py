@@ -24,6 +24,7 @@ from bitpress.checkpoint.side_files import check_side_file, choose_side_files, i
 from bitpress.checkpoint.views import View
 from bitpress.errors import CheckpointError
 from bitpress.runtime import operating_system
+from bitpress.runtime.devices import CPU
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -245,8 +246,11 @@ class Reader:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def rows(self, entry: Entry, first: int, last: int) -> torch.Tensor:
+    def rows(self, entry: Entry, first: int, last: int, device: torch.device = CPU) -> torch.Tensor:
         """Rows `first` to `last` (exclusive), in the tensor's dtype; all of one without axes.
+
+        Args:
+            device: on which they are; numbers with scales are multiplied there.
 
         Raises:
             CheckpointError: torch has no such dtype, or the file cannot be read or ends too early.
@@ -257,13 +261,15 @@ class Reader:
                 "cannot hold"
             )
         if isinstance(entry, View):
-            return entry.rows(self, first, last, DTYPES[entry.dtype])
+            view = entry.rows(self, first, last, DTYPES[entry.dtype], device=device)
+            return view.to(device)
         shape = (last - first, *entry.shape[1:]) if entry.shape else ()
         tensor = torch.empty(shape, dtype=DTYPES[entry.dtype], pin_memory=self._pinned)
         num_rows = entry.shape[0] if entry.shape else 1
         row_bytes = entry.nbytes // max(num_rows, 1)
         self._fill(entry, first * row_bytes, tensor.reshape(-1).view(torch.uint8))
-        return tensor
+        # torch does not reuse pinned memory before a copy out of it has ended
+        return tensor.to(device, non_blocking=True)
 
     def whole(self, entry: Entry) -> torch.Tensor:
         """All of a tensor, in its dtype."""

@@ -16,6 +16,7 @@ from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import Source
 from bitpress.checkpoint.views import MatrixReader, View
 from bitpress.numerics.hadamard import Rotation, rotate_columns, rotate_rows
+from bitpress.runtime.devices import CPU
 
 # Numbers that are rotated together, in float64: 2 MB of them stay in a core's cache.
 NUMBERS_PER_PASS = 1 << 18
@@ -48,8 +49,16 @@ class RotatedView(View):
         """Whether each of its rows is made of all rows of what is stored."""
         return self.outputs is not None and self.outputs.period == self.shape[0]
 
-    def rows(self, reader: MatrixReader, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows `first` to `last` (exclusive)."""
+    def rows(
+        self,
+        reader: MatrixReader,
+        first: int,
+        last: int,
+        dtype: torch.dtype,
+        *,
+        device: torch.device = CPU,
+    ) -> Tensor:
+        """Rows `first` to `last` (exclusive), on the CPU."""
         dtype = dtype if self.is_copied else torch.float32
         if self.is_whole:
             return reader.computed(self, lambda: self._rotate_whole(reader, dtype))[first:last]
@@ -96,8 +105,16 @@ class RotatedView(View):
 class FoldedNorm(View):
     """The weight of a norm that the layers after it have taken over."""
 
-    def rows(self, reader: MatrixReader, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Ones."""
+    def rows(
+        self,
+        reader: MatrixReader,
+        first: int,
+        last: int,
+        dtype: torch.dtype,
+        *,
+        device: torch.device = CPU,
+    ) -> Tensor:
+        """Ones, on the CPU."""
         return torch.ones(last - first, dtype=dtype)
 
 

@@ -11,13 +11,14 @@ import torch
 from attrs import frozen
 
 from bitpress.checkpoint.safetensors import Entry
+from bitpress.runtime.devices import CPU
 
 
 class MatrixReader(Protocol):
     """The methods of a reader that a view calls."""
 
-    def rows(self, entry: Entry, first: int, last: int) -> torch.Tensor:
-        """Rows `first` to `last` (exclusive) of a tensor."""
+    def rows(self, entry: Entry, first: int, last: int, device: torch.device = CPU) -> torch.Tensor:
+        """Rows `first` to `last` (exclusive) of a tensor, on a device."""
 
     def whole(self, entry: Entry) -> torch.Tensor:
         """All of a tensor."""
@@ -49,21 +50,35 @@ class View(Entry):
     scale: Entry | None = None
     tile: tuple[int, int] = (1, 1)
 
-    def rows(self, reader: MatrixReader, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows `first` to `last` (exclusive), those with a scale in this dtype."""
+    def rows(
+        self,
+        reader: MatrixReader,
+        first: int,
+        last: int,
+        dtype: torch.dtype,
+        *,
+        device: torch.device = CPU,
+    ) -> torch.Tensor:
+        """Rows `first` to `last` (exclusive), those with a scale in this dtype.
+
+        Args:
+            device: that multiplies numbers with their scales; other rows are on the CPU.
+        """
         first, last = self.first + first, self.first + last
         if self.transposed:
             return reader.transposed(self.stored)[first:last].contiguous()
-        numbers = reader.rows(self.stored, first, last)
         if self.scale is None:
-            return numbers
+            return reader.rows(self.stored, first, last)
+        numbers = reader.rows(self.stored, first, last, device)
 
         # Scales grow to (rows, in), or stay at 1 on an axis along which all numbers share one.
         tile_height, tile_width = self.tile
         num_columns = self.scale.shape[-1] if len(self.scale.shape) > 1 else 1
-        scale = reader.whole(self.scale).float().reshape(-1, num_columns)  # (tiles, tiles)
+        scale = reader.whole(self.scale).to(device).float()
+        scale = scale.reshape(-1, num_columns)  # (tiles, tiles)
         if len(scale) > 1:
-            scale = scale.index_select(0, torch.arange(first, last) // tile_height)
+            numbers_of_tiles = torch.arange(first, last).div_(tile_height, rounding_mode="floor")
+            scale = scale.index_select(0, numbers_of_tiles.to(device))
         if scale.shape[1] > 1:
             scale = scale.repeat_interleave(tile_width, 1)[:, : self.shape[1]]
         return (numbers.float() * scale).to(dtype)

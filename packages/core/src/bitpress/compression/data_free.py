@@ -174,8 +174,7 @@ def _read_tiles(stack: Stack, reader: Reader, device: torch.device, module: str)
     entry = stack.members[module]
     num_weights = stored_layout.WEIGHTS_PER_TILE if device.type == "cpu" else GPU_TILE_WEIGHTS
     for first, last in stored_layout.row_tiles(entry.shape, stack.steps, num_weights):
-        # torch does not reuse pinned memory before a copy out of it has ended
-        weight = reader.rows(entry, first, last).to(device, non_blocking=True).float()
+        weight = reader.rows(entry, first, last, device).float()
         # one cheap pass: a NaN or Inf anywhere makes the sum so
         if not math.isfinite(weight.sum()):
             _refuse_non_finite(entry, first, weight)

@@ -87,8 +87,8 @@ class BlockRunner:
         return calls
 
     def tokens(self, number: int) -> Tensor:
-        """Hidden states by their number, (tokens, channels)."""
-        return self.hidden_states[number].flatten(0, -2)
+        """Hidden states by their number, (tokens, channels), on the device that computes."""
+        return self.hidden_states[number].to(self.decoder.options.device).flatten(0, -2)
 
     def run(self, block: nn.Module, calls: Sequence[BlockCall], numbers: Sequence[int]) -> None:
         """Replace hidden states by what a block makes of them.

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from bitpress.errors import BitpressError, CheckpointError, first_line
 from bitpress.modeling.decoder import Decoder
-from bitpress.modeling.hidden_states import CPU, HiddenStates
+from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.metrics import Head
+from bitpress.runtime.devices import CPU
 
 # What a block returns in a tuple with its output; None where the output is all it returns.
 ExtraOutputs: TypeAlias = tuple[Any, ...] | None

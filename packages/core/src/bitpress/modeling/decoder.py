@@ -23,8 +23,7 @@ from bitpress.checkpoint.source import split_experts
 from bitpress.errors import CheckpointError
 from bitpress.modeling.build import build_model
 from bitpress.modeling.parameter_names import map_parameters
-
-CPU = torch.device("cpu")
+from bitpress.runtime.devices import CPU
 
 # Numbers of a tensor that are read together.
 NUMBERS_PER_READ = 1 << 20
@@ -190,7 +189,7 @@ class Decoder:
         num_rows = max(NUMBERS_PER_READ // max(math.prod(shape[1:]), 1), 1)
         for first in range(0, len(rows), num_rows):
             part = rows[first : first + num_rows]
-            part.copy_(self._reader.rows(entry, first, first + len(part)))
+            part.copy_(self._reader.rows(entry, first, first + len(part), part.device))
             # A finite sum has finite terms. It is not taken in float64: torch would copy the part,
             # and a heap in which weights lie between such copies is twice as large.
             if not math.isfinite(part.sum()) and not part.isfinite().all():

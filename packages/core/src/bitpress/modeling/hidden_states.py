@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")
+from bitpress.runtime.devices import CPU
 
 
 class HiddenStates:

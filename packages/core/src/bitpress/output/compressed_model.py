@@ -14,6 +14,7 @@ from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.modeling.block_runner import RunnableModel
 from bitpress.output.written_model import WrittenModel
+from bitpress.runtime.devices import CPU
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import (
     INPUT_PREFIX,
@@ -33,15 +34,16 @@ class DequantizingReader(Reader):
         super().__init__()
         self._written, self._stored = written, stored
 
-    def rows(self, entry: Entry, first: int, last: int) -> Tensor:
+    def rows(self, entry: Entry, first: int, last: int, device: torch.device = CPU) -> Tensor:
         """As for any checkpoint; the weights of compressed layers are float32."""
         module = entry.name.removesuffix(".weight")
         if module == entry.name or module not in self._written.layers:
-            return self._stored.rows(entry, first, last)
+            return self._stored.rows(entry, first, last, device)
         steps = self._written.steps(module)
         config = self._written.expected_layer(module, entry.shape[0]).config
-        weight = torch.empty((last - first, *entry.shape[1:]))
-        for start, _, tensors in self._written.read_tiles(module, self._stored, first, last):
+        weight = torch.empty((last - first, *entry.shape[1:]), device=device)
+        tiles = self._written.read_tiles(module, self._stored, first, last, device)
+        for start, _, tensors in tiles:
             tile = pipeline.dequantize(tensors, config, steps)
             tile_rows = tile[max(first - start, 0) : last - start]
             position = max(start - first, 0)

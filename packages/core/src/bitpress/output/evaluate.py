@@ -202,8 +202,7 @@ def _measure_drift(runner: BlockRunner, reference: BlockRunner) -> float:
     """||h - h'|| / ||h'|| of the hidden states h of a model, and h' of its reference."""
     squared_error = squared_norm = 0.0
     for number in range(len(runner.hidden_states)):
-        hidden = runner.hidden_states[number]
-        error, norm = metrics.squared_distance(hidden, reference.hidden_states[number])
+        error, norm = metrics.squared_distance(runner.tokens(number), reference.tokens(number))
         squared_error += error
         squared_norm += norm
     return metrics.relative_error(squared_error, squared_norm)

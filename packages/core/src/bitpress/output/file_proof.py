@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from attrs import evolve, frozen
 
 from bitpress.checkpoint import filenames
@@ -16,6 +17,7 @@ from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.errors import CheckpointError, Fault
 from bitpress.output.manifest import FileRecord, map_files
+from bitpress.runtime.devices import CPU
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from bitpress.runtime.progress import ReportProgress, ignore_bytes
 
@@ -37,11 +39,13 @@ class Workers:
         num_threads: of each rank.
         report_progress: is given the bytes of each tensor and layer that was read.
         process_group: each rank reads its share; all return the same.
+        device: on which what is stored is decoded and compared.
     """
 
     num_threads: int
     report_progress: ReportProgress = ignore_bytes
     process_group: ProcessGroup = SINGLE_PROCESS
+    device: torch.device = CPU
 
 
 def verify_files(

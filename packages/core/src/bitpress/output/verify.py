@@ -23,6 +23,7 @@ from bitpress.output.written_model import WrittenModel
 from bitpress.planning import engine_rules
 from bitpress.planning.ignored_layers import ignored_layers
 from bitpress.planning.quantization_config import quantization_config
+from bitpress.runtime.devices import ThreadDevices
 from bitpress.runtime.logger import logger
 from bitpress.schemes.values import StoredLayer
 
@@ -67,7 +68,11 @@ def verify_tensors(
     modules = process_group.partition_by_size(
         [name for name in written.layers if name not in broken and name not in known], stored_bytes
     )
-    with Reader() as reader, ThreadPoolExecutor(workers.num_threads) as pool:
+    threads = ThreadDevices([workers.device])
+    with (
+        Reader(pinned=workers.device.type != "cpu") as reader,
+        ThreadPoolExecutor(workers.num_threads, initializer=threads.assign) as pool,
+    ):
         if not process_group.is_rank_zero:
             # Every rank sees the same headers; the first reports them.
             faults = []
@@ -77,7 +82,7 @@ def verify_tensors(
             faults += engine_rules.find_faults(checkpoint.config, checkpoint.entries, reader.whole)
 
         def measure(module: str) -> LayerMeasurement:
-            measurement = _measure_layer(written, module, source, reader)
+            measurement = _measure_layer(written, module, source, reader, threads.device)
             logger.debug("%s: relative error %.5f", module, measurement.error)
             workers.report_progress(stored_bytes(module), module)
             return measurement
@@ -199,7 +204,11 @@ def _without_names(table: Any) -> Any:
 
 
 def _measure_layer(
-    written: WrittenModel, module: str, source: Checkpoint | None, reader: Reader
+    written: WrittenModel,
+    module: str,
+    source: Checkpoint | None,
+    reader: Reader,
+    device: torch.device,
 ) -> LayerMeasurement:
     """Measure one layer on its file, against the source where there is one."""
     steps, (num_rows, num_columns) = written.steps(module), written.layers[module].shape
@@ -207,10 +216,10 @@ def _measure_layer(
     source_entry = source.entries.get(f"{module}.weight") if source else None
     measured = LayerMeasurement()
     try:
-        for first, last, tensors in written.read_tiles(module, reader):
+        for first, last, tensors in written.read_tiles(module, reader, device=device):
             reference = None
             if source_entry is not None:
-                rows = reader.rows(source_entry, first, last)
+                rows = reader.rows(source_entry, first, last, device)
                 reference = written.rescale_source(rows, source_entry.name, first).float()
             stored, shape = StoredLayer(tensors, config), (last - first, num_columns)
             measured |= measure_stored(stored, steps, shape, reference)

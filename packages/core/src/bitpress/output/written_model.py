@@ -13,6 +13,7 @@ from bitpress.errors import CheckpointError
 from bitpress.output.manifest import LayerRecord, Manifest
 from bitpress.output.rescaling import Rescaled, rescale
 from bitpress.planning.recipe import Recipe
+from bitpress.runtime.devices import CPU
 from bitpress.schemes import stored_layout
 from bitpress.schemes.registry import Step
 from bitpress.schemes.values import StoredLayer
@@ -70,7 +71,12 @@ class WrittenModel:
         return {suffix: self.checkpoint.entries.get(f"{module}.{suffix}") for suffix in expected}
 
     def read_tiles(
-        self, module: str, reader: Reader, first_row: int = 0, last_row: int | None = None
+        self,
+        module: str,
+        reader: Reader,
+        first_row: int = 0,
+        last_row: int | None = None,
+        device: torch.device = CPU,
     ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
         """Read a layer in row tiles: first and last (exclusive) row of each, and the stored tensors
         cut to these rows, on which `dequantize` works.
@@ -78,6 +84,7 @@ class WrittenModel:
         Args:
             first_row: tiles that end before it are left out.
             last_row: tiles that begin at it or after it are left out; None leaves out none.
+            device: on which the tensors are.
         """
         record, steps = self.layers[module], self.steps(module)
         entries = {
@@ -91,7 +98,8 @@ class WrittenModel:
             ranges = stored_layout.row_ranges(record.shape, DTYPES[record.dtype], steps, tile)
             for suffix, rows in ranges.items():
                 entry = entries[suffix]
-                tensors[suffix] = reader.whole(entry) if rows is None else reader.rows(entry, *rows)
+                first, last = rows or (0, entry.shape[0] if entry.shape else 1)
+                tensors[suffix] = reader.rows(entry, first, last, device)
             yield *tile, tensors
 
     def rescale_source(self, tensor: torch.Tensor, name: str, first_row: int = 0) -> torch.Tensor:

@@ -14,6 +14,8 @@ import torch
 from bitpress.errors import BitpressError, first_line
 from bitpress.runtime import cgroup
 
+CPU = torch.device("cpu")
+
 # The name that takes a GPU where there is one.
 AUTO = "auto"
 

@@ -9,10 +9,10 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.compression.resources import Resources
-from bitpress.modeling.hidden_states import CPU
 from bitpress.planning import memory_estimate
 from bitpress.planning.plan import Plan
 from bitpress.runtime import devices, memory
+from bitpress.runtime.devices import CPU
 from bitpress.runtime.process_group import ProcessGroup
 
 # Part of a GPU's memory that a run takes by itself: torch's allocator leaves holes in it, and its
