@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from fixtures.architectures import build
 from fixtures.fake_gpu import GPU, Elsewhere, Pretended, bare
 from fixtures.learner_scheme import CONFIG, runnable_model
 from torch import Tensor
@@ -22,6 +24,7 @@ from bitpress.conformance import trial
 from bitpress.conformance.models import files_of
 from bitpress.modeling.capture import BlockCall
 from bitpress.modeling.hidden_states import HiddenStates
+from bitpress.modeling.host_weights import BroughtWeights
 from bitpress.numerics import kernel_trial
 from bitpress.output import verify
 from bitpress.output.compressed_model import DequantizingReader
@@ -275,6 +278,54 @@ def test_where_hidden_states_are_kept_changes_no_byte(model: Path, tmp_path: Pat
     assert set(kept["all"]) == {GPU}
     assert set(kept["least"]) == {torch.device("cpu")}
     assert files_of(tmp_path / "all") == files_of(tmp_path / "least")
+
+
+@pytest.mark.usefixtures("threads_too")
+def test_blocks_that_do_not_fit_are_brought_expert_by_expert_to_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    model = build("qwen3_moe", tmp_path / "model")
+    # scales are folded, and gradients taken: all that is done with a block's weights
+    recipe = {"scheme": "int8", "settings": ["smoothing=0.5"]}
+    data = {"calibration": tmp_path / "text.txt", "samples": 6, "sequence_length": 32}
+    plan = bitpress.plan(model, **recipe)
+    whole = memory_estimate.estimate_device(plan, 6 * 32, 32)
+    by_layer = memory_estimate.estimate_device(plan, 6 * 32, 32, by_layer=True)
+    held = Held()
+    with Pretended(), patch.object(BroughtWeights, "copy", held.note(BroughtWeights.copy)):
+        for name, limit in (("whole", whole.on_disk), ("by layer", by_layer.on_disk)):
+            bitpress.compress(
+                model,
+                tmp_path / name,
+                device="cuda:0",
+                max_device_memory=limit,
+                **recipe,
+                **data,
+            )
+            assert bool(held.most_bytes) == (name == "by layer")
+    assert held.most_bytes <= memory_estimate.brought_bytes(plan)
+    assert held.most_bytes < memory_estimate.host_block_bytes(plan) / 4
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "by layer")
+
+
+class Held:
+    """Counts the bytes of the copies that are there at once."""
+
+    def __init__(self) -> None:
+        self.most_bytes = self._bytes = 0
+
+    def note(self, copy: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted(*args: Any) -> Tensor:
+            result = copy(*args)
+            self._add(result.nbytes)
+            weakref.finalize(result, self._add, -result.nbytes)
+            return result
+
+        return noted
+
+    def _add(self, num_bytes: int) -> None:
+        self._bytes += num_bytes
+        self.most_bytes = max(self.most_bytes, self._bytes)
 
 
 @pytest.mark.usefixtures("threads_too")

@@ -28,7 +28,8 @@ from bitpress.compression.calibration.activation_streams import ActivationStream
 from bitpress.conformance.commands import command, plugins, refusal
 from bitpress.conformance.models import files_of, tensors_of
 from bitpress.modeling.capture import capture_inputs
-from bitpress.modeling.decoder import Decoder
+from bitpress.modeling.decoder import Decoder, DecoderOptions
+from bitpress.modeling.host_weights import HostLinear
 from bitpress.modeling.tokens import load_calibration_data
 from bitpress.planning import linear_layers
 from bitpress.planning.calibration_config import CalibrationConfig
@@ -97,6 +98,31 @@ def test_blocks_run_alone_give_what_the_whole_model_gives(tmp_path: Path, family
             with pytest.raises(LastBlockReached):
                 model(input_ids=batch, use_cache=False)
             torch.testing.assert_close(captured.hidden_states[i], outputs[i], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_whose_layers_are_brought_give_what_whole_blocks_give(
+    tmp_path: Path, family: str
+) -> None:
+    source = resolve_source(open_checkpoint(build(family, tmp_path / "m")))
+    container = layer_names.container(next(iter(linear_layers.linear_layers(source))))
+    outputs = []
+    with Reader() as reader, torch.no_grad():
+        for max_brought_bytes in (None, 1):
+            options = DecoderOptions(max_brought_bytes=max_brought_bytes)
+            decoder = Decoder(source, container, reader, options)
+            captured = capture_inputs(decoder, BATCHES)
+            streams = ActivationStreams(captured.hidden_states, CPU, StreamLimits(0))
+            for index in range(len(decoder)):
+                block = decoder.load_block(index)
+                assert any(isinstance(module, HostLinear) for module in block.modules()) == bool(
+                    max_brought_bytes
+                )
+                streams.enter_block(block, None, captured.calls[index])
+                streams.leave_block()
+            outputs.append([captured.hidden_states[i] for i in range(len(BATCHES))])
+    for whole, by_layer in zip(*outputs, strict=True):
+        assert torch.equal(whole, by_layer)
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,19 @@ def test_blocks_of_half_the_bytes_take_half_the_memory_of_a_gpu(plan: Plan) -> N
     assert by_dtype[1] == memory_estimate.estimate_calibration(plan, 4096, LENGTH)
 
 
+def test_blocks_that_do_not_fit_a_gpu_are_brought_layer_by_layer(plan: Plan) -> None:
+    tokens = SAMPLES * LENGTH
+    whole = memory_estimate.estimate_device(plan, tokens, LENGTH)
+    by_layer = memory_estimate.estimate_device(plan, tokens, LENGTH, by_layer=True)
+    assert by_layer.on_disk < whole.on_disk
+    budgets = [
+        Budget.for_run(plan, split(plan), Resources((GPU,), 1, None, device_bytes))
+        for device_bytes in (whole.on_disk, whole.on_disk - 1, by_layer.on_disk)
+    ]
+    brought = memory_estimate.brought_bytes(plan)
+    assert [budget.max_brought_bytes for budget in budgets] == [None, brought, brought]
+
+
 def test_a_gpu_that_has_run_out_of_memory_keeps_nothing_then_runs_ever_smaller_batches(
     plan: Plan,
 ) -> None:

@@ -16,7 +16,7 @@ from bitpress.cli import options
 from bitpress.cli.click_classes import Commands
 from bitpress.cli.completion import complete_candidate, complete_file, complete_scheme
 from bitpress.cli.output import CompressSummary, EvalSummary, InspectSummary, VerifySummary
-from bitpress.cli.plan_output import PlanSummary, Requirements, print_remarks
+from bitpress.cli.plan_output import DeviceMemory, PlanSummary, Requirements, print_remarks
 from bitpress.cli.recommend_output import RecommendSummary
 from bitpress.cli.scheme_output import RegistrySummary, SchemeSummary
 from bitpress.cli.search_output import SearchSummary
@@ -113,7 +113,11 @@ def plan(
 
     num_tokens, device_memory = max(share.tokens for share in shares), None
     if plan.recipe.calibrated:
-        device_memory = memory_estimate.estimate_device(plan, num_tokens, calibration.shape[1])
+        length = calibration.shape[1]
+        device_memory = DeviceMemory(
+            memory_estimate.estimate_device(plan, num_tokens, length),
+            memory_estimate.estimate_device(plan, num_tokens, length, by_layer=True).on_disk,
+        )
     requirements = Requirements(
         memory_estimate.estimate_memory(plan, num_threads, calibration.shape),
         memory_estimate.estimate_scratch(plan, num_tokens),

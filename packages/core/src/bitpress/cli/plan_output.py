@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 
 
 @frozen
+class DeviceMemory:
+    """What a run holds of a GPU's memory.
+
+    Attributes:
+        whole: where blocks lie there.
+        by_layer: bytes at least where blocks lie in the host's memory, and are brought layer by
+            layer.
+    """
+
+    whole: CalibrationMemory
+    by_layer: int
+
+
+@frozen
 class Requirements:
     """What carrying out a plan asks for.
 
@@ -40,7 +54,7 @@ class Requirements:
 
     memory: int
     scratch: int
-    device_memory: CalibrationMemory | None
+    device_memory: DeviceMemory | None
     shares: tuple[RankWork, ...]
     num_threads: int
     seconds: float
@@ -83,8 +97,9 @@ class PlanSummary:
             "device_memory": None
             if requirements.device_memory is None
             else {
-                "least": requirements.device_memory.on_disk,
-                "with_hidden_states": requirements.device_memory.in_memory,
+                "by_layer": requirements.device_memory.by_layer,
+                "least": requirements.device_memory.whole.on_disk,
+                "with_hidden_states": requirements.device_memory.whole.in_memory,
             },
             "data": plan.recipe.calibrated,
             "digest": plan.digest,
@@ -189,14 +204,8 @@ def _print_requirements(requirements: Requirements) -> None:
         spilled = f"; with no more than that, {size} of hidden states go to disk"
     say_fact("memory", f"about {format_bytes(requirements.memory)}{each}, torch included{spilled}")
 
-    if (device_memory := requirements.device_memory) is not None:
-        least = format_bytes(device_memory.on_disk)
-        states = format_bytes(device_memory.in_memory - device_memory.on_disk)
-        say_fact(
-            "gpu",
-            f"about {least} of its memory with --device cuda; hidden states take {states} more "
-            "where there is room for them",
-        )
+    if requirements.device_memory is not None:
+        _print_device_memory(requirements.device_memory)
 
     num_tokens = max(share.tokens for share in shares)
     reads, writes = (max(getattr(share, name) for share in shares) for name in ("reads", "writes"))
@@ -227,6 +236,17 @@ def _print_requirements(requirements: Requirements) -> None:
         "time",
         f"about {format_duration(requirements.seconds)} with {threads}, where in a second a core "
         f"{', '.join(rates)}",
+    )
+
+
+def _print_device_memory(device_memory: DeviceMemory) -> None:
+    whole = device_memory.whole
+    least, by_layer = format_bytes(whole.on_disk), format_bytes(device_memory.by_layer)
+    states = format_bytes(whole.in_memory - whole.on_disk)
+    say_fact(
+        "gpu",
+        f"about {least} of its memory with --device cuda, or {by_layer} where blocks are brought "
+        f"there layer by layer; hidden states take {states} more where there is room for them",
     )
 
 

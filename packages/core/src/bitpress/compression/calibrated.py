@@ -154,8 +154,9 @@ def _write_blocks(
         logger.debug("%d forward passes run side by side", budget.num_lanes)
         run = _Run(plan, output, reader, resources, report_progress)
         report_progress(0, "building the model")
+        trusts_code, brought_bytes = resources.trust_remote_code, budget.max_brought_bytes
         options = DecoderOptions(
-            resources.device, run.dtype, resources.trust_remote_code, calibration.all_experts
+            resources.device, run.dtype, trusts_code, calibration.all_experts, brought_bytes
         )
         decoder = Decoder(plan.source, plan.container, reader, options)
         block_shards = _select_block_shards(plan, decoder)
@@ -296,8 +297,7 @@ class _Gradients:
                     f"the model cannot be run backward ({first_line(e)}): rows do not make up for "
                     "each other's errors"
                 )
-        device = self._run.resources.device
-        return {stack.name: self._statistics.of_stack(stack.name, device) for stack in stacks}
+        return {stack.name: self._statistics.of_stack(stack.name) for stack in stacks}
 
     def _observe(self, first_block: int, reference: ReferenceStates) -> GradientStatistics:
         self._run.report_progress(0, "running the source backward")

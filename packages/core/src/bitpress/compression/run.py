@@ -199,7 +199,7 @@ def _check_device_memory(job: Job, options: RunOptions, resources: Resources) ->
     if job.calibration_shape is None:
         return
     _, length = job.calibration_shape
-    num_bytes = estimate_device(job.plan, length, length).on_disk
+    num_bytes = estimate_device(job.plan, length, length, by_layer=True).on_disk
     device_bytes = device_memory(resources)
     if num_bytes <= device_bytes:
         return

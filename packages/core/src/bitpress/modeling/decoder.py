@@ -22,6 +22,7 @@ from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import split_experts
 from bitpress.errors import CheckpointError
 from bitpress.modeling.build import build_model
+from bitpress.modeling.host_weights import BroughtWeights, lies_on_host
 from bitpress.modeling.parameter_names import map_parameters
 from bitpress.runtime.devices import CPU
 
@@ -38,12 +39,15 @@ class DecoderOptions:
         dtype: in which blocks are computed, whatever the files hold.
         trust_remote_code: whether code in the model's folder may run.
         all_experts: whether experts compute every token, and not only those routed to them.
+        max_brought_bytes: that the device has of the weights of blocks' linear layers, while these
+            stay in the host's memory; None: blocks lie on the device.
     """
 
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     trust_remote_code: bool = False
     all_experts: bool = False
+    max_brought_bytes: int | None = None
 
 
 class Decoder:
@@ -76,6 +80,9 @@ class Decoder:
         # by the name of a parameter in the model, that in the files
         self._names = {**parameters.names, **self._tied_head(parameters.names)}
         self._merged = parameters.merged
+        self._brought_weights = None
+        if options.max_brought_bytes is not None:
+            self._brought_weights = BroughtWeights(options.device, options.max_brought_bytes)
 
         for name, module in self.model.named_modules():
             # of one that has buffers alone, these are moved to the device
@@ -87,8 +94,10 @@ class Decoder:
         return len(self.blocks)
 
     def load_block(self, index: int) -> nn.Module:
-        """A copy of a block, with its weights on the device."""
+        """A copy of a block with its weights: on the device, or brought there layer by layer."""
         block = copy.deepcopy(self.blocks[index])
+        if self._brought_weights is not None:
+            self._brought_weights.take(block)
         self._fill(block, f"{self.container}.{index}")
         return block
 
@@ -135,10 +144,10 @@ class Decoder:
     def _fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
         for name, parameter in list(module.named_parameters(recurse=recurse)):
             if parameter.is_meta:
-                weight = self._read(f"{prefix}.{name}", tuple(parameter.shape))
                 owner, _, leaf = name.rpartition(".")
-                filled = nn.Parameter(weight, requires_grad=False)
-                setattr(module.get_submodule(owner), leaf, filled)
+                submodule, shape = module.get_submodule(owner), tuple(parameter.shape)
+                weight = self._read(f"{prefix}.{name}", shape, lies_on_host(submodule, leaf))
+                setattr(submodule, leaf, nn.Parameter(weight, requires_grad=False))
 
         # buffers are computed when a model is built; files hold only some of them
         for name, buffer in list(module.named_buffers(recurse=recurse)):
@@ -181,9 +190,12 @@ class Decoder:
             "yet; schemes and options that need no data can be used"
         )
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _read(self, name: str, shape: tuple[int, ...], on_host: bool) -> Tensor:
         entry = self._find_entry(name, shape)
-        tensor = torch.empty(shape, dtype=self.options.dtype, device=self.options.device)
+        device = CPU if on_host else self.options.device
+        # from there a GPU copies without a detour
+        is_pinned = on_host and self.options.device.type == "cuda"
+        tensor = torch.empty(shape, dtype=self.options.dtype, device=device, pin_memory=is_pinned)
         # In parts: a vocabulary's embeddings take gigabytes.
         rows = tensor if shape else tensor.unsqueeze(0)
         num_rows = max(NUMBERS_PER_READ // max(math.prod(shape[1:]), 1), 1)

@@ -83,8 +83,9 @@ class Experts(nn.Module):
         if top_k_index is None or top_k_weights is None:
             return self._compute_parts(hidden_states)
         summed = torch.zeros_like(hidden_states)
-        for number, expert in self.named_children():
-            token, rank = torch.where(top_k_index == int(number))
+        by_expert = _sort_by_expert(top_k_index.flatten(), len(self._modules))
+        for chosen, expert in zip(by_expert, self.children(), strict=True):
+            token, rank = chosen // top_k_index.shape[1], chosen % top_k_index.shape[1]
             if self.all_experts:
                 output = self._compute(expert, hidden_states)[token]
             else:
@@ -96,8 +97,11 @@ class Experts(nn.Module):
     def _compute_parts(self, hidden_states: Tensor) -> Tensor:
         parts = hidden_states.view(len(self._modules), -1, hidden_states.shape[-1])
         outputs = torch.zeros_like(parts)
-        for output, part, (_, expert) in zip(outputs, parts, self.named_children(), strict=True):
-            token = part.any(1).nonzero().squeeze(1)
+        is_routed = parts.any(2)  # (experts, tokens)
+        tokens = torch.split(is_routed.nonzero()[:, 1], is_routed.sum(1).tolist())
+        for output, part, token, expert in zip(
+            outputs, parts, tokens, self.children(), strict=True
+        ):
             output[token] = self._compute_routed(expert, part, token)
         return outputs.view_as(hidden_states)
 
@@ -117,6 +121,13 @@ class Experts(nn.Module):
             return expert[down](self._fused._apply_gate(torch.cat(outputs, -1)))  # type: ignore[no-any-return]
         gate, up = outputs
         return expert[down](up * self._fused.act_fn(gate))  # type: ignore[no-any-return]
+
+
+def _sort_by_expert(experts: Tensor, num_experts: int) -> list[Tensor]:
+    """For each expert, ascending, the places that have its number among those in (places,)."""
+    # the host waits for the GPU here, once for all experts
+    counts = experts.bincount(minlength=num_experts).tolist()
+    return list(torch.split(experts.argsort(stable=True), counts))[:num_experts]
 
 
 def _layer_names(name: str, fused: nn.Module, shapes: Shapes, num_inputs: int) -> tuple[str, ...]:

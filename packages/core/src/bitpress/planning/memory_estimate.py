@@ -12,6 +12,7 @@ from bitpress.checkpoint.rotated_source import estimate_reading
 from bitpress.checkpoint.views import View
 from bitpress.checkpoint.writer import format_json
 from bitpress.errors import DataError
+from bitpress.planning import numbers_held
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.plan import Plan
 from bitpress.runtime.devices import count_cores
@@ -54,13 +55,6 @@ REFERENCE_TOKENS_PER_CHANNEL = 32
 # Tokens of which gradients are taken, from the first batch on; and where a step asks for all texts
 # to be run through the source.
 GRADIENT_TOKENS, FULL_GRADIENT_TOKENS = 8192, 65536
-
-# Numbers for each of a batch's tokens that are kept for gradients: for each channel of the widest
-# input, and for each of the hidden states.
-WIDE_GRADIENTS, HIDDEN_GRADIENTS = 6, 16
-
-# Numbers that are observed of the gradients of a row's outputs.
-GRADIENT_ROW_NUMBERS = 512
 
 # Logits that a model makes at a time, and how many times they are held while their loss is run
 # backward. Those of a whole batch would take gigabytes: 2.1 GB for 4096 tokens and a vocabulary of
@@ -169,16 +163,41 @@ def is_gradient_batch(plan: Plan, number: int, interval: int, batch_tokens: int)
     return number % interval == 0 and number < num_batches * interval
 
 
-def estimate_device(plan: Plan, tokens: int, length: int = 1) -> CalibrationMemory:
+def estimate_device(
+    plan: Plan, tokens: int, length: int = 1, *, by_layer: bool = False
+) -> CalibrationMemory:
     """What a run of the plan on so many tokens, in sequences of so many, holds on a GPU, where
     blocks are computed in the model's dtype: with hidden states elsewhere (`on_disk`), and with all
     of them there (`in_memory`).
+
+    Args:
+        by_layer: whether blocks stay in the host's memory, and are brought layer by layer.
     """
-    return estimate_calibration(plan, tokens, length, plan.dtype.itemsize)
+    number_bytes = plan.dtype.itemsize
+    return estimate_calibration(plan, tokens, length, number_bytes, by_layer=by_layer)
+
+
+def brought_bytes(plan: Plan) -> int:
+    """Bytes that a GPU has of the weights of blocks that are brought layer by layer: of the largest
+    layer group, and of the source's.
+    """
+    return (
+        numbers_held.num_blocks_held(plan) * numbers_held.count_brought(plan) * plan.dtype.itemsize
+    )
+
+
+def host_block_bytes(plan: Plan) -> int:
+    """Bytes of blocks that stay in the host's memory, the source's included."""
+    return numbers_held.num_blocks_held(plan) * numbers_held.count_block(plan) * plan.dtype.itemsize
 
 
 def estimate_calibration(
-    plan: Plan, tokens: int, length: int = 1, number_bytes: int = NUMBER_BYTES
+    plan: Plan,
+    tokens: int,
+    length: int = 1,
+    number_bytes: int = NUMBER_BYTES,
+    *,
+    by_layer: bool = False,
 ) -> CalibrationMemory:
     """What a run of the plan on so many tokens, in sequences of so many, holds.
 
@@ -188,6 +207,7 @@ def estimate_calibration(
 
     Args:
         number_bytes: of a number that a block is computed in.
+        by_layer: whether there is one layer group of a block at a time.
     """
     embeddings = sum(
         entry.numel
@@ -196,34 +216,29 @@ def estimate_calibration(
         for entry in shard.copies
         if "lm_head" not in entry.name
     )
-    block = max(
-        sum(entry.numel for entry in shard.entries)
-        for shard in plan.shards
-        if shard.block is not None
-    )
+    block = numbers_held.count_block(plan, by_layer=by_layer)
     solution = max(
-        _count_solution(*stack.shape, sum(step.calibrated for step in stack.steps))
+        numbers_held.count_solution(*stack.shape, sum(step.calibrated for step in stack.steps))
         for stack in plan.stacks
     )
     width = max(stack.shape[1] for stack in plan.stacks)
     batch_tokens = max(BATCH_TOKENS, length)
     forward = batch_tokens * (WIDE_ACTIVATIONS * width + HIDDEN_ACTIVATIONS * plan.hidden_size)
     observing = TEMPORARIES * max(STATISTICS_TOKENS, length) * width
-    num_blocks = 2 if plan.recipe.needs_reference else 1
     states = tokens * plan.hidden_size * (1 + 1 / reference_interval(plan, tokens))
     backward_bytes = kept = logits = 0
     if plan.recipe.needs_gradients:
-        kept = _count_kept(plan, batch_tokens)
-        head = _count_head(plan)
+        kept = numbers_held.count_kept(plan, batch_tokens, by_layer)
+        head = numbers_held.count_head(plan)
         logits = LOGITS_COPIES * min(MAX_LOGITS, batch_tokens * head // plan.hidden_size)
         backward_bytes = max(
             NUMBER_BYTES * (head + logits), number_bytes * block + NUMBER_BYTES * kept
         )
-        states += _count_gradients(plan, min(tokens, gradient_tokens(plan)))
+        states += numbers_held.count_gradients(plan, min(tokens, gradient_tokens(plan)))
     solving_bytes = NUMBER_BYTES * (solution + observing)
     on_disk = max(
         number_bytes * (embeddings + block + forward),
-        number_bytes * num_blocks * block
+        number_bytes * numbers_held.num_blocks_held(plan) * block
         + max(solving_bytes, number_bytes * forward, backward_bytes),
     )
     on_disk += estimate_reading(plan.source)
@@ -248,45 +263,6 @@ def _count_in_flight(plan: Plan, length: int) -> int:
         inputs = max(inputs, WAITING_INPUTS * max(STATISTICS_TOKENS, length) * width)
         statistics = max(statistics, num_steps * (2 * width * width + rows * width))
     return inputs + statistics
-
-
-def _count_kept(plan: Plan, batch_tokens: int) -> int:
-    """Numbers that a batch leaves in a block on the way to gradients, and that are observed of
-    these.
-    """
-    width = max(stack.shape[1] for stack in plan.stacks)
-    num_rows = max(
-        sum(stack.shape[0] for stack in shard.stacks if stack.calibrated) for shard in plan.shards
-    )
-    kept = batch_tokens * (WIDE_GRADIENTS * width + HIDDEN_GRADIENTS * plan.hidden_size)
-    return kept + num_rows * GRADIENT_ROW_NUMBERS
-
-
-def _count_head(plan: Plan) -> int:
-    """Numbers of a model's head."""
-    outside = [entry for shard in plan.shards if shard.block is None for entry in shard.copies]
-    matrices = [entry for entry in outside if len(entry.shape) == 2]
-    # Without a head of its own, a model has that of its embeddings.
-    heads = [entry.numel for entry in matrices if "lm_head" in entry.name]
-    return max(heads or [entry.numel for entry in matrices], default=0)
-
-
-def _count_gradients(plan: Plan, tokens: int) -> int:
-    """Numbers of the hidden states before and after every block, and of what is observed of all
-    gradients.
-    """
-    num_blocks = sum(shard.block is not None for shard in plan.shards)
-    statistics = sum(
-        stack.shape[0] * GRADIENT_ROW_NUMBERS for stack in plan.stacks if stack.calibrated
-    )
-    return (num_blocks + 1) * tokens * plan.hidden_size + statistics
-
-
-def _count_solution(rows: int, width: int, steps: int) -> int:
-    """Numbers of the statistics and the solution of a stack, of which so many steps look at
-    data.
-    """
-    return (3 + 2 * steps) * width * width + 6 * max(steps, 1) * rows * width
 
 
 def estimate_memory(

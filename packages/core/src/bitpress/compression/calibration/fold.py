@@ -20,6 +20,7 @@ from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup
 from bitpress.compression.calibration.resumable_forward import Breakpoints
 from bitpress.compression.calibration.statistics import (
     GroupStatistics,
+    move_statistics,
     observe_inputs,
     reduce_statistics,
 )
@@ -194,23 +195,18 @@ def fold_scales(
         for group in groups
         if group.first_layer and any(step.rescales for step in group.stack.steps)
     ]
-    if not rescaled_groups:
-        return FoldResult({}, [])
-
-    statistics = _observe_groups(rescaled_groups, streams)
-    shapes = {
-        name: tuple(parameter.shape)
-        for name, parameter in streams.block.named_parameters(remove_duplicate=False)
-    }
+    producers = _find_producers(rescaled_groups, block_plan, streams.block)
+    foldable = [group for group in rescaled_groups if group.stack.name in producers]
+    without_producer = [
+        group.stack.name for group in rescaled_groups if group.stack.name not in producers
+    ]
+    statistics = _observe_groups(foldable, streams) if foldable else []
     rescaled: dict[str, dict[str, Sequence[float]]] = {}
-    warnings, without_producer = [], []
-    for group, group_statistics in zip(rescaled_groups, statistics, strict=True):
+    warnings = []
+    for group, group_statistics in zip(foldable, statistics, strict=True):
         members = [name.removeprefix(block_plan.prefix) for name in group.modules]
-        producer = find_producer(members, shapes, block_plan.head_dim)
+        producer = producers[group.stack.name]
         exponents = _choose_exponents(group, group_statistics, producer, streams)
-        if producer is None:
-            without_producer.append(group.stack.name)
-            continue
         if not any(exponents):
             continue
         if not _is_sole_consumer(members, producer, streams):
@@ -230,6 +226,23 @@ def fold_scales(
     return FoldResult(rescaled, [*warnings, *_warn_of_missing_producers(without_producer)])
 
 
+def _find_producers(
+    groups: Sequence[LayerGroup], block_plan: BlockPlan, block: nn.Module
+) -> dict[str, Producer]:
+    """By stack, what makes its input; those are missing of which it is not known."""
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in block.named_parameters(remove_duplicate=False)
+    }
+    producers = {}
+    for group in groups:
+        members = [name.removeprefix(block_plan.prefix) for name in group.modules]
+        producer = find_producer(members, shapes, block_plan.head_dim)
+        if producer is not None:
+            producers[group.stack.name] = producer
+    return producers
+
+
 def _observe_groups(
     groups: Sequence[LayerGroup], streams: ActivationStreams
 ) -> list[GroupStatistics]:
@@ -243,7 +256,10 @@ def _observe_groups(
             # after the last group it is abandoned
             stop = forward.advance(number, is_resumed=number + 1 < len(groups))
             batches = [] if stop is None else [GroupInputs(stop.inputs)]
-            observed.append(observe_inputs(group, batches, Lanes()))
+            by_step = observe_inputs(group, batches, Lanes()).by_step
+            # those of all groups are there at once
+            home = group.weights_device
+            observed.append(GroupStatistics([move_statistics(step, home) for step in by_step]))
         return observed
 
     for observed in streams.limits.lanes.map(observe, range(len(streams.calls))):
@@ -258,18 +274,17 @@ def _observe_groups(
 def _choose_exponents(
     group: LayerGroup,
     statistics: GroupStatistics,
-    producer: Producer | None,
+    producer: Producer,
     streams: ActivationStreams,
 ) -> list[float]:
     """The exponents (in,) of the factors that the group's schemes choose on rank 0, for all ranks;
     none where they choose none.
-
-    Every rank takes part in the collectives for every group, whether it has a producer or not.
     """
-    process_group = streams.process_group
-    by_step = reduce_statistics(process_group, statistics.by_step, 0, streams.device)
+    process_group, device = streams.process_group, streams.device
+    own_statistics = [move_statistics(step, device) for step in statistics.by_step]
+    by_step = reduce_statistics(process_group, own_statistics, 0, device)
     exponents: list[float] = []
-    if producer is not None and process_group.is_rank_zero:
+    if process_group.is_rank_zero:
         factors = pipeline.rescale(group.layer, group.stack.steps, by_step)
         if factors is not None:
             exponents = round_to_exponents(factors, producer.shared_heads)

@@ -12,6 +12,7 @@ from bitpress.checkpoint.reader import DTYPES
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.compression.calibration.activation_streams import ActivationStreams
 from bitpress.modeling.experts import is_routed
+from bitpress.modeling.host_weights import computed_weight
 from bitpress.planning.layout import Stack
 from bitpress.schemes.activation_quantizer import ActivationQuantizer, quantize_arguments
 from bitpress.schemes.values import Layer, Statistic
@@ -75,8 +76,18 @@ class LayerGroup:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Each layer's weight (out, in), as the block computes with it now."""
+        """Each layer's weight (out, in) as the block computes with it now, not to be changed."""
+        return {name: computed_weight(module) for name, module in self.modules.items()}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Each layer's weight (out, in) where it can be changed, on whichever device."""
         return {name: module.get_parameter("weight") for name, module in self.modules.items()}
+
+    @property
+    def weights_device(self) -> torch.device:
+        """In whose memory the weights lie, and what is as large as all of a block's."""
+        return next(iter(self.parameters.values())).device
 
     @property
     def weight(self) -> Tensor:

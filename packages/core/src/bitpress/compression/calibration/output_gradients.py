@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitpress.compression.calibration.layer_groups import LayerGroup
-from bitpress.compression.calibration.statistics import StepStatistics
+from bitpress.compression.calibration.statistics import StepStatistics, move_statistics
 from bitpress.modeling.capture import BlockCall, ExtraOutputs, open_head
 from bitpress.modeling.decoder import Decoder
 from bitpress.modeling.hidden_states import HiddenStates
@@ -70,11 +70,11 @@ class GradientStatistics:
                 places[name] = (len(self._values) - 1, meta)
             self._index[stack].append(places)
 
-    def of_stack(self, stack: str, device: torch.device) -> list[StepStatistics]:
-        """Those of each step; empty where none were taken."""
+    def of_stack(self, stack: str) -> list[StepStatistics]:
+        """Those of each step, where they are kept; empty where none were taken."""
         return [
             {
-                name: Statistic(self._values[place].to(device), meta.merge, meta.rows)
+                name: Statistic(self._values[place], meta.merge, meta.rows)
                 for name, (place, meta) in places.items()
             }
             for places in self._index.get(stack, ())
@@ -152,7 +152,7 @@ def observe_gradients(
 
     for index in reversed(range(first_block, len(decoder))):
         inputs, block = states.pop(), decoder.load_block(index)
-        observer = _GroupObserver(source.gradient_groups(index, block))
+        observer = _GroupObserver(source.gradient_groups(index, block), device)
         backward = _Backward(block, sample.calls[index], inputs, gradients, observer)
         for by_group in source.lanes.map(backward.run, positions):
             observer.merge(by_group)
@@ -197,9 +197,14 @@ StatisticsByGroup: TypeAlias = list[list[StepStatistics]]
 
 
 class _GroupObserver:
-    """Adds up what the steps of a block's layer groups observe of gradients, batch by batch."""
+    """Adds up what the steps of a block's layer groups observe of gradients, batch by batch.
 
-    def __init__(self, groups: Sequence[LayerGroup]) -> None:
+    Args:
+        device: that computes.
+    """
+
+    def __init__(self, groups: Sequence[LayerGroup], device: torch.device) -> None:
+        self.device = device
         self.modules = {name: module for group in groups for name, module in group.modules.items()}
         self._groups = groups
         self._merged = self._empty()
@@ -226,7 +231,8 @@ class _GroupObserver:
             weight = group.weight  # (out, in)
             for step, step_statistics in zip(group.stack.steps, by_step, strict=True):
                 if pipeline.takes_gradient(step):
-                    step_statistics.update(pipeline.observe_gradient(step, weight, gradient) or {})
+                    statistics = pipeline.observe_gradient(step, weight, gradient) or {}
+                    step_statistics.update(move_statistics(statistics, group.weights_device))
         return observed
 
     def merge(self, by_group: StatisticsByGroup) -> None:
@@ -270,7 +276,7 @@ class _Backward:
         """What is observed of one batch."""
         outputs: dict[str, Tensor] = {}
         self._own.outputs = outputs
-        device = next(self._block.parameters()).device
+        device = self._observer.device
         leaf = self._inputs[position].to(device).detach().requires_grad_()
         with torch.enable_grad():
             # blocks may change their input in place, which no leaf allows

@@ -84,6 +84,7 @@ class Budget:
         num_lanes: forward passes that run side by side.
         max_resumable: forward passes that may wait inside a block.
         states_device: in whose memory hidden states are kept that are not on disk.
+        max_brought_bytes: as a `DecoderOptions` has it.
     """
 
     max_working_bytes: int
@@ -92,6 +93,7 @@ class Budget:
     num_lanes: int
     max_resumable: int
     states_device: torch.device
+    max_brought_bytes: int | None = None
 
     @classmethod
     def for_run(
@@ -109,11 +111,8 @@ class Budget:
         else:
             available_bytes = resources.max_memory - memory.TRANSFORMERS_BYTES
         if resources.device.type != "cpu":
-            estimate = memory_estimate.estimate_device(plan, num_tokens, length)
-            device_bytes = 0 if is_minimal else device_memory(resources)
-            return cls._on_gpu(
-                estimate, num_sequences * length, device_bytes, available_bytes // 2, resources
-            )
+            host_bytes = available_bytes // 2
+            return cls._on_gpu(plan, own_batches, host_bytes, resources, is_minimal=is_minimal)
         estimate = memory_estimate.estimate_calibration(plan, num_tokens, length)
 
         # Holes in a heap that keeps what is freed take as much again as a run holds. Without a
@@ -135,24 +134,38 @@ class Budget:
     @classmethod
     def _on_gpu(
         cls,
-        estimate: memory_estimate.CalibrationMemory,
-        batch_tokens: int,
-        device_bytes: int,
+        plan: Plan,
+        own_batches: OwnBatches,
         host_bytes: int,
         resources: Resources,
+        *,
+        is_minimal: bool,
     ) -> Budget:
-        """Hidden states stay on the GPU while there is room for all of them, then in the host's
-        memory, then on disk; what is left of the GPU's memory is for forward passes that wait.
+        """Blocks lie on the GPU, or in the host's memory where they do not fit. Hidden states stay
+        on the GPU while there is room for all of them, then in the host's memory, then on disk;
+        what is left of the GPU's memory is for forward passes that wait.
         """
+        num_sequences, length = own_batches.batches[0].shape
+        num_tokens = sum(batch.numel() for batch in own_batches.batches)
+        device_bytes = device_memory(resources)
+        estimate = memory_estimate.estimate_device(plan, num_tokens, length)
+        states_bytes, max_brought_bytes = host_bytes, None
+        if estimate.on_disk > device_bytes:
+            estimate = memory_estimate.estimate_device(plan, num_tokens, length, by_layer=True)
+            states_bytes -= memory_estimate.host_block_bytes(plan)
+            max_brought_bytes = memory_estimate.brought_bytes(plan)
+        if is_minimal:
+            device_bytes = 0
         moved_bytes = estimate.spilled_bytes(device_bytes)
         held_bytes = estimate.in_memory - moved_bytes
         return cls(
             host_bytes,
             is_ample=True,
-            is_spilled=moved_bytes > max(host_bytes, 0),
+            is_spilled=moved_bytes > max(states_bytes, 0),
             num_lanes=1,
-            max_resumable=estimate.num_waiting(device_bytes - held_bytes, batch_tokens),
+            max_resumable=estimate.num_waiting(device_bytes - held_bytes, num_sequences * length),
             states_device=CPU if moved_bytes else resources.device,
+            max_brought_bytes=max_brought_bytes,
         )
 
 

@@ -167,7 +167,7 @@ def install(
             # outputs that float32 cannot hold have none
             if math.isfinite(error):
                 errors[name] = error
-        weight.copy_(dequantized)
+        group.parameters[name].copy_(dequantized)
     return errors
 
 

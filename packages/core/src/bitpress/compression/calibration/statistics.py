@@ -35,6 +35,14 @@ MAX_NAMED_EXPERTS = 4
 StepStatistics = dict[str, Statistic]
 
 
+def move_statistics(statistics: Mapping[str, Statistic], device: torch.device) -> StepStatistics:
+    """Statistics of one step, in a device's memory."""
+    return {
+        name: evolve(statistic, value=statistic.value.to(device))
+        for name, statistic in statistics.items()
+    }
+
+
 @frozen(eq=False)
 class GroupStatistics:
     """What is known of the inputs of a layer group.
@@ -72,7 +80,7 @@ def collect_statistics(
         inputs = streams.group_inputs(breakpoint_number, group.is_residual)
     statistics = observe_inputs(group, inputs, streams.limits.lanes)
     for merged, observed in zip(statistics.by_step, group.gradient_statistics, strict=False):
-        pipeline.merge(merged, observed)
+        pipeline.merge(merged, move_statistics(observed, streams.device))
 
     by_step = reduce_statistics(process_group, statistics.by_step, owner, streams.device)
     sample = process_group.broadcast_from_last(statistics.sample, streams.device)

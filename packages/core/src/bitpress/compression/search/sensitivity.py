@@ -206,7 +206,7 @@ def _compress_in_turn(
         source_weights = [
             (weight, weight.clone())
             for solved_group, _ in solved_groups
-            for weight in solved_group.weights.values()
+            for weight in solved_group.parameters.values()
         ]
         for solved_group, stored_layers in solved_groups:
             install(stored_layers, solved_group)

@@ -1,0 +1,92 @@
+"""How many numbers a calibrated run of a plan holds: of blocks, of solutions, and for gradients."""
+
+from __future__ import annotations
+
+import math
+
+from bitpress.planning.layout import Shard
+from bitpress.planning.plan import Plan
+
+# Numbers for each of a batch's tokens that are kept for gradients: for each channel of the widest
+# input, and for each of the hidden states.
+WIDE_GRADIENTS, HIDDEN_GRADIENTS = 6, 16
+
+# Numbers that are observed of the gradients of a row's outputs.
+GRADIENT_ROW_NUMBERS = 512
+
+
+def num_blocks_held(plan: Plan) -> int:
+    """Blocks that are there at a time: the source's too where it is run."""
+    return 2 if plan.recipe.needs_reference else 1
+
+
+def _block_shards(plan: Plan) -> list[Shard]:
+    return [shard for shard in plan.shards if shard.block is not None]
+
+
+def count_block(plan: Plan, *, by_layer: bool = False) -> int:
+    """Numbers of the largest block, or, where it is brought layer by layer, of what is there of it
+    at a time.
+    """
+    shards = _block_shards(plan)
+    if not by_layer:
+        return max(sum(entry.numel for entry in shard.entries) for shard in shards)
+    vectors = (
+        sum(entry.numel for entry in shard.copies if len(entry.shape) == 1) for shard in shards
+    )
+    return count_brought(plan) + max(vectors)
+
+
+def count_brought(plan: Plan) -> int:
+    """Numbers of the largest layer group, or of the largest matrix that no group has."""
+    shards = _block_shards(plan)
+    groups = (math.prod(stack.shape) for shard in shards for stack in shard.stacks)
+    # experts in one tensor are brought one by one
+    matrices = (
+        math.prod(entry.shape[-2:])
+        for shard in shards
+        for entry in shard.copies
+        if len(entry.shape) > 1
+    )
+    return max(*groups, *matrices, 0)
+
+
+def count_kept(plan: Plan, batch_tokens: int, by_layer: bool) -> int:
+    """Numbers that a batch leaves in a block on the way to gradients, and that are observed of
+    these.
+    """
+    width = max(stack.shape[1] for stack in plan.stacks)
+    observed_rows = max if by_layer else sum
+    num_rows = max(
+        observed_rows([0, *(stack.shape[0] for stack in shard.stacks if stack.calibrated)])
+        for shard in plan.shards
+    )
+    kept = batch_tokens * (WIDE_GRADIENTS * width + HIDDEN_GRADIENTS * plan.hidden_size)
+    return kept + num_rows * GRADIENT_ROW_NUMBERS
+
+
+def count_head(plan: Plan) -> int:
+    """Numbers of a model's head."""
+    outside = [entry for shard in plan.shards if shard.block is None for entry in shard.copies]
+    matrices = [entry for entry in outside if len(entry.shape) == 2]
+    # Without a head of its own, a model has that of its embeddings.
+    heads = [entry.numel for entry in matrices if "lm_head" in entry.name]
+    return max(heads or [entry.numel for entry in matrices], default=0)
+
+
+def count_gradients(plan: Plan, tokens: int) -> int:
+    """Numbers of the hidden states before and after every block, and of what is observed of all
+    gradients.
+    """
+    num_blocks = sum(shard.block is not None for shard in plan.shards)
+    statistics = sum(
+        stack.shape[0] * GRADIENT_ROW_NUMBERS for stack in plan.stacks if stack.calibrated
+    )
+    return (num_blocks + 1) * tokens * plan.hidden_size + statistics
+
+
+def count_solution(rows: int, width: int, steps: int) -> int:
+    """Numbers of the statistics and the solution of a stack, of which so many steps look at
+    data.
+    """
+    return (3 + 2 * steps) * width * width + 6 * max(steps, 1) * rows * width
