@@ -1,7 +1,7 @@
 """Launches of kernels for error feedback on one block of a model, with torch's operators alone and
 with kernels in Triton.
 
-    python benchmarks/launches.py [--hidden N] [--intermediate N] [--kv N]
+    python benchmarks/launches.py [--hidden N] [--intermediate N] [--kv N] [--experts N]
 
 They are counted on a CPU, and not measured on a GPU: every operator of torch that computes is taken
 for one launch, views for none. Of a layer, the number depends on how often some of its rows are
@@ -115,20 +115,24 @@ def count(fit: Fit[Any], width: int, is_fused: bool) -> tuple[int, int]:
 
 
 def of_block(
-    fit: Fit[Any], stacks: Mapping[str, tuple[int, int]], is_fused: bool, tile: Callable[[int], int]
+    fit: Fit[Any],
+    stacks: Mapping[str, tuple[int, int, int]],
+    is_fused: bool,
+    tile: Callable[[int], int],
 ) -> tuple[int, int]:
     """Launches and waits for a block.
 
     Args:
-        stacks: (out, in) of the layers that are solved together.
+        stacks: (out, in) of the layers that are solved together, and how many such stacks a block
+            has.
         tile: from a width to the rows of a layer that are decided together.
     """
     (narrow, narrow_waits), (wide, waits) = (count(fit, width, is_fused) for width in WIDTHS)
     by_column = (wide - narrow) / (WIDTHS[1] - WIDTHS[0])
     waits_by_column = (waits - narrow_waits) / (WIDTHS[1] - WIDTHS[0])
     launches, all_waits = 0.0, 0.0
-    for num_rows, width in stacks.values():
-        passes = math.ceil(num_rows / tile(width))
+    for num_rows, width, num_stacks in stacks.values():
+        passes = num_stacks * math.ceil(num_rows / tile(width))
         launches += passes * (wide + (width - WIDTHS[1]) * by_column)
         all_waits += passes * (waits + (width - WIDTHS[1]) * waits_by_column)
     return round(launches), round(all_waits)
@@ -144,15 +148,15 @@ def rows_on_gpu(width: int) -> int:
     return rows_module._rows_together(torch.empty(0, width, device="meta"), rows_on_cpu(width))
 
 
-def table(hidden: int, intermediate: int, kv: int) -> Mapping[str, Mapping[str, Any]]:
+def table(hidden: int, intermediate: int, kv: int, experts: int) -> Mapping[str, Mapping[str, Any]]:
     """By scheme: launches of the loop with the rows of a CPU and with those of a GPU, and of the
     kernels; and how often the host waits then.
     """
     stacks = {
-        "q, k and v": (hidden + 2 * kv, hidden),
-        "o": (hidden, hidden),
-        "gate and up": (2 * intermediate, hidden),
-        "down": (hidden, intermediate),
+        "q, k and v": (hidden + 2 * kv, hidden, 1),
+        "o": (hidden, hidden, 1),
+        "gate and up": (2 * intermediate, hidden, experts),
+        "down": (hidden, intermediate, experts),
     }
     found = {}
     for name, fit in FITS.items():
@@ -174,5 +178,6 @@ if __name__ == "__main__":
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=14336)
     parser.add_argument("--kv", type=int, default=1024)
+    parser.add_argument("--experts", type=int, default=1)
     for scheme, row in table(**vars(parser.parse_args())).items():
         print(scheme, row)
