@@ -5,6 +5,7 @@ whole model gives.
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from bitpress.compression.calibration.resumable_forward import Breakpoints, trac
 from bitpress.modeling.capture import capture_inputs, open_head
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.hidden_states import HiddenStates
+from bitpress.runtime import operating_system
 
 COMMON = {
     "hidden_size": 32,
@@ -196,6 +198,28 @@ def test_no_weight_is_in_memory_before_it_is_needed(family: tuple[Path, str]) ->
         assert all(parameter.is_meta for parameter in decoder.model.parameters())
         capture_inputs(decoder, BATCHES)
         assert all(parameter.is_meta for parameter in decoder.model.parameters())
+
+
+def test_the_system_is_asked_for_all_bytes_of_a_block_that_is_expected(
+    family: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[int] = set()
+
+    def note(descriptor: int, start: int, num_bytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.update(range(start, start + num_bytes))
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    # several pieces of a tensor
+    monkeypatch.setattr(operating_system, "READ_AHEAD_BYTES", 100)
+    folder, container = family
+    checkpoint = open_checkpoint(folder)
+    with Reader() as reader:
+        Decoder(checkpoint, container, reader).expect_block(1)
+    of_block = [e for name, e in checkpoint.entries.items() if name.startswith(f"{container}.1.")]
+    assert of_block
+    for entry in of_block:
+        assert asked.issuperset(range(entry.start, entry.start + entry.nbytes)), entry.name
 
 
 def test_buffers_of_modules_without_weights_are_on_the_device(family: tuple[Path, str]) -> None:

@@ -271,6 +271,12 @@ class Reader:
         # torch does not reuse pinned memory before a copy out of it has ended
         return tensor.to(device, non_blocking=True)
 
+    def expect(self, entry: Entry) -> None:
+        """Let the system read a tensor into its cache, which is asked for soon."""
+        while isinstance(entry, View):
+            entry = entry.stored
+        operating_system.read_ahead(self._open(entry.file), entry.start, entry.nbytes)
+
     def whole(self, entry: Entry) -> torch.Tensor:
         """All of a tensor, in its dtype."""
         return self.rows(entry, 0, entry.shape[0] if entry.shape else 1)

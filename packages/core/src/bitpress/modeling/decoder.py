@@ -101,6 +101,15 @@ class Decoder:
         self._fill(block, f"{self.container}.{index}")
         return block
 
+    def expect_block(self, index: int) -> None:
+        """Let the system read a block's weights into its cache, which is loaded soon."""
+        for name, _ in self.blocks[index].named_parameters():
+            entry = self._checkpoint.entries.get(
+                self._names.get(f"{self.container}.{index}.{name}", "")
+            )
+            if entry is not None:
+                self._reader.expect(entry)
+
     def load_embeddings(self) -> None:
         """Fill what reads the tokens: some models ask it for its device before they call it."""
         embeddings = self.model.get_input_embeddings()

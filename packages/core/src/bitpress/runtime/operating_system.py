@@ -11,6 +11,9 @@ import os
 
 from bitpress.errors import BitpressError
 
+# Of a much larger piece, Linux reads only the beginning.
+READ_AHEAD_BYTES = 1 << 20
+
 
 def require_posix() -> None:
     """Raise BitpressError where weights cannot be read or written: on Windows outside WSL."""
@@ -29,6 +32,16 @@ def read_at(descriptor: int, target: memoryview, position: int) -> int:
     data = os.pread(descriptor, len(target), position)
     target[: len(data)] = data
     return len(data)
+
+
+def read_ahead(descriptor: int, position: int, num_bytes: int) -> None:
+    """Let the system read some of a file into its cache, while this process goes on."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for start in range(position, position + num_bytes, READ_AHEAD_BYTES):
+        # file systems that cannot will read when they are asked to
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, start, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def flush_to_disk(descriptor: int) -> None:
