@@ -200,7 +200,7 @@ def test_no_weight_is_in_memory_before_it_is_needed(family: tuple[Path, str]) ->
         assert all(parameter.is_meta for parameter in decoder.model.parameters())
 
 
-def test_the_system_is_asked_for_all_bytes_of_a_block_that_is_expected(
+def test_the_system_is_asked_for_all_bytes_of_the_block_after_one_that_is_loaded(
     family: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: set[int] = set()
@@ -215,7 +215,7 @@ def test_the_system_is_asked_for_all_bytes_of_a_block_that_is_expected(
     folder, container = family
     checkpoint = open_checkpoint(folder)
     with Reader() as reader:
-        Decoder(checkpoint, container, reader).expect_block(1)
+        Decoder(checkpoint, container, reader).load_block(0)
     of_block = [e for name, e in checkpoint.entries.items() if name.startswith(f"{container}.1.")]
     assert of_block
     for entry in of_block:

@@ -172,8 +172,6 @@ def _write_blocks(
             block_run.report_progress(0, "loading")
             source_block = decoder.load_block(index) if streams.reference is not None else None
             streams.enter_block(decoder.load_block(index), source_block, inputs.calls[index])
-            if index + 1 < len(decoder):
-                decoder.expect_block(index + 1)
             if index in block_shards:
                 shard = block_shards[index]
                 results.append(_compress_or_resume_block(block_run, shard, streams, gradients))

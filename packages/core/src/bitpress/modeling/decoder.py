@@ -94,21 +94,17 @@ class Decoder:
         return len(self.blocks)
 
     def load_block(self, index: int) -> nn.Module:
-        """A copy of a block with its weights: on the device, or brought there layer by layer."""
+        """A copy of a block with its weights: on the device, or brought there layer by layer.
+
+        The system reads the next block into its cache meanwhile.
+        """
         block = copy.deepcopy(self.blocks[index])
         if self._brought_weights is not None:
             self._brought_weights.take(block)
         self._fill(block, f"{self.container}.{index}")
+        if index + 1 < len(self):
+            self._expect(f"{self.container}.{index + 1}", self.blocks[index + 1])
         return block
-
-    def expect_block(self, index: int) -> None:
-        """Let the system read a block's weights into its cache, which is loaded soon."""
-        for name, _ in self.blocks[index].named_parameters():
-            entry = self._checkpoint.entries.get(
-                self._names.get(f"{self.container}.{index}.{name}", "")
-            )
-            if entry is not None:
-                self._reader.expect(entry)
 
     def load_embeddings(self) -> None:
         """Fill what reads the tokens: some models ask it for its device before they call it."""
@@ -164,6 +160,12 @@ class Decoder:
             tensor = buffer if entry is None else self._reader.whole(entry).to(buffer.dtype)
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner)._buffers[leaf] = tensor.to(self.options.device)
+
+    def _expect(self, prefix: str, module: nn.Module) -> None:
+        for name, _ in module.named_parameters():
+            entry = self._checkpoint.entries.get(self._names.get(f"{prefix}.{name}", ""))
+            if entry is not None:
+                self._reader.expect(entry)
 
     def _tied_head(self, names: Mapping[str, str]) -> dict[str, str]:
         """The head's weight by the name of the embeddings' in the files, where they are one."""
