@@ -78,11 +78,13 @@ def kernels(counts: collections.Counter[str]) -> Iterator[None]:
     """Kernels in Triton are counted and not run: rounding to nearest takes their place."""
     from bitpress.numerics import fused_refit, fused_sweep
 
-    def decide_block(swept: Any, unit: Tensor, rule: Any, positions: slice) -> None:
+    def decide(sweep: Any, wave: Any) -> None:
         counts["kernel"] += 1
+        columns = sweep._columns
         with _disable_current_modes():
-            swept.projected[positions] = swept.original[positions] * 0.99
-            swept.error[positions] = swept.original[positions] * 0.01
+            target = columns.of_wave(columns.target, wave)
+            columns.of_wave(columns.projected, wave).copy_(target * 0.99)
+            columns.of_wave(columns.error, wave).copy_(target * 0.01)
 
     def refit_groups(units: Tensor, residual: Tensor, hessian: Any, rule: Any) -> Tensor:
         # a copy, and of each group a product and a kernel
@@ -92,7 +94,7 @@ def kernels(counts: collections.Counter[str]) -> Iterator[None]:
 
     with (
         patch.object(kernel_trial, "can_fuse", lambda device: True),
-        patch.object(fused_sweep, "decide_block", decide_block),
+        patch.object(fused_sweep.BlockSweep, "decide", decide),
         patch.object(fused_refit, "refit_groups", refit_groups),
     ):
         yield
@@ -140,12 +142,12 @@ def of_block(
 
 def rows_on_cpu(width: int) -> int:
     """Rows that a CPU decides together."""
-    return rows_module.ROWS_TOGETHER
+    return rows_module.ROW_TILE
 
 
 def rows_on_gpu(width: int) -> int:
     """Rows that a GPU decides together."""
-    return rows_module._rows_together(torch.empty(0, width, device="meta"), rows_on_cpu(width))
+    return rows_module.rows_together(torch.empty(0, width, device="meta"))
 
 
 def table(hidden: int, intermediate: int, kv: int, experts: int) -> Mapping[str, Mapping[str, Any]]:

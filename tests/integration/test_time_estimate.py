@@ -18,14 +18,14 @@ from bitpress.planning.time_estimate import estimate_ranks
 def test_columns_that_are_rounded_one_after_the_other_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, symmetric: bool
 ) -> None:
-    num_columns, nearest = 0, numerics.IntegerGrid.nearest
+    num_columns, round_ = 0, numerics.NumberFormat.round_
 
-    def count(grid: numerics.IntegerGrid, target: Tensor, rows: slice, column: int) -> Tensor:
+    def count(numbers: numerics.NumberFormat, x: Tensor, zero: Tensor | None = None) -> Tensor:
         nonlocal num_columns
         num_columns += 1
-        return nearest(grid, target, rows, column)
+        return round_(numbers, x, zero)
 
-    monkeypatch.setattr(numerics.IntegerGrid, "nearest", count)
+    monkeypatch.setattr(numerics.NumberFormat, "round_", count)
     model, settings = runnable_model(tmp_path / "model"), [f"symmetric={symmetric}".lower()]
     settings.append("group_size=auto")
     texts = CalibrationConfig(str(tmp_path / "text.txt"), samples=8, sequence_length=32)

@@ -19,7 +19,7 @@ from fixtures.interpreted_triton import interpret
 from torch import Tensor
 
 from bitpress import numerics
-from bitpress.numerics import columns, fused_sweep, kernel_trial
+from bitpress.numerics import block_sweep, fused_sweep, kernel_trial
 from bitpress.numerics.scale_refit import DampedHessian, refit_scales
 from bitpress.schemes.values import Layer, Statistic
 
@@ -115,7 +115,10 @@ def test_the_kernel_gives_what_the_loop_gives(
     for rows, width in SIZES:
         weight = WEIGHTS[kind](draw(rows, width, rows) * 0.02)
         grid, factor = GRIDS[name](weight, width if width % 8 else 8), factorize(width)
+        # the loop, then blocks of columns in torch, then the kernel
         expected = numerics.column_sweep(weight, factor, grid.nearest)
+        blocks = numerics.column_sweep(weight, factor, grid.nearest, rule=grid.rounding_rule)
+        assert_same(blocks, expected)
         with patch.object(kernel_trial, "can_fuse", lambda device: True):
             result = numerics.column_sweep(weight, factor, grid.nearest, rule=grid.rounding_rule)
         assert_same(result, expected)
@@ -180,7 +183,7 @@ def test_layers_become_the_same_with_masks_refitted_scales_and_rows_that_make_up
 
     expected = quantize()
     with_kernel()
-    with patch.object(fused_sweep, "decide_block", wraps=fused_sweep.decide_block) as kernel:
+    with patch.object(fused_sweep, "BlockSweep", wraps=fused_sweep.BlockSweep) as kernel:
         assert_same(quantize(), expected)
     assert kernel.called
 
@@ -259,9 +262,9 @@ class StoredFloatGrid:
 def test_wide_blocks_cost_as_much_as_narrow_ones(with_kernel: Callable[[], None]) -> None:
     weight, factor = draw(48, 192, 11), factorize(192)
     grid = GRIDS["4 bits"](weight, 16)
-    with patch.object(columns, "LEAF", 16):
+    with patch.object(block_sweep, "LEAF", 16):
         narrow, cost = numerics.column_sweep(weight, factor, grid.nearest)
-    with patch.object(columns, "LEAF", 128):
+    with patch.object(block_sweep, "LEAF", 128):
         wide, wide_cost = numerics.column_sweep(weight, factor, grid.nearest)
     assert (narrow != wide).float().mean() < 1e-3
     torch.testing.assert_close(wide_cost.sum(), cost.sum(), rtol=1e-4, atol=0)
@@ -277,7 +280,7 @@ def test_a_grid_without_a_rule_is_swept_in_the_loop(with_kernel: Callable[[], No
 
     with_kernel()
     layer, stats = Layer("layer", draw(20, 24, 12), torch.bfloat16), statistics(20, 24, False)
-    with patch.object(fused_sweep, "decide_block") as kernel:
+    with patch.object(fused_sweep, "BlockSweep") as kernel:
         rounded, _ = numerics.gptq_quantize(layer, stats, lambda w, _: OwnGrid())
     assert not kernel.called
     assert torch.equal(rounded, rounded.round())
@@ -285,7 +288,7 @@ def test_a_grid_without_a_rule_is_swept_in_the_loop(with_kernel: Callable[[], No
 
 def test_the_trial_passes_here_and_fails_where_a_number_differs() -> None:
     assert fused_sweep.is_exact_on(torch.device("cpu"))
-    with patch.object(fused_sweep, "decide_block", lambda columns, *_: columns.projected.zero_()):
+    with patch.object(fused_sweep.BlockSweep, "decide", lambda self, wave: None):
         assert not fused_sweep.is_exact_on(torch.device("cpu"))
 
 
@@ -348,11 +351,12 @@ for rows, width, own in ((64, 256, slice(0, 64)), (70, 300, slice(3, 70, 16)), (
         fit = numerics.fit_asymmetric if zeros else numerics.fit_symmetric
         grid = fit(weight, None, 4, size, (1.0,), dtype=torch.bfloat16)
         rules = [attrs.evolve(grid.rounding_rule, mask=m).of_rows(own) for m in (None, mask)]
-        columns = SweptColumns.undecided(weight[own], torch.arange(width))
+        order, num_groups = torch.arange(width), min(16, len(weight[own]))
+        columns = SweptColumns.undecided(weight[own], order, fused_sweep.BLOCK, num_groups)
         for rule in rules:
-            for start in range(0, width, fused_sweep.BLOCK):
-                positions = slice(start, min(start + fused_sweep.BLOCK, width))
-                fused_sweep.decide_block(columns, torch.eye(width), rule, positions)
+            blocks = fused_sweep.BlockSweep(columns, torch.eye(width), rule)
+            for wave in columns.waves:
+                blocks.decide(wave)
         for divisor in (None, torch.tensor(2.0)):
             rule, residual = attrs.evolve(rules[0], divisor=divisor), weight[own].contiguous()
             hessian = DampedHessian(torch.eye(width), torch.ones(width))

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitpress import numerics
-from bitpress.numerics.columns import LEAF
+from bitpress.numerics.block_sweep import LEAF
 from bitpress.schemes.values import Layer, Statistic
 
 

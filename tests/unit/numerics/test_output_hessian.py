@@ -4,18 +4,27 @@ all rows and columns that are still free.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from numpy.typing import NDArray
 
 from bitpress import numerics
-from bitpress.numerics import output_hessian
+from bitpress.numerics import block_sweep, output_hessian
 from bitpress.numerics.output_hessian import FEW_ROW_GROUPS, ROW_BLOCK, block_size
 from bitpress.schemes.values import Layer, Statistic
 
 Array = NDArray[np.float64]
+
+# (weight, factor, grid, factor of the rows) -> what the weight becomes, and what it costs each row
+Sweep = Callable[
+    [torch.Tensor, numerics.Factor, numerics.IntegerGrid, numerics.RowFactor | None],
+    tuple[torch.Tensor, torch.Tensor],
+]
 
 
 def gradients(tokens: int, rows: int, seed: int) -> torch.Tensor:
@@ -42,6 +51,14 @@ def factorize(x: torch.Tensor) -> numerics.Factor:
 
 def row_factor(gradient: torch.Tensor) -> numerics.RowFactor | None:
     return numerics.factorize_output_hessian(numerics.output_statistics(gradient))
+
+
+def dense_coupling(factor: numerics.RowFactor, rows: int) -> torch.Tensor:
+    """(rows, rows) float64, what each row's target loses for the errors of the others."""
+    order = torch.arange(factor.block).view(-1, factor.num_groups).T.reshape(-1)
+    blocks = torch.empty_like(factor.coupling, dtype=torch.float64)
+    blocks[:, order.unsqueeze(1), order] = factor.coupling.double()
+    return torch.block_diag(*blocks)[:rows, :rows]
 
 
 def three_bits(weight: torch.Tensor) -> numerics.IntegerGrid:
@@ -104,14 +121,40 @@ def slow_two_sided(
     return w + error
 
 
-@settings(derandomize=True, deadline=None, max_examples=10)
+@pytest.fixture(params=["group after group", "side by side"])
+def sweep(request: pytest.FixtureRequest) -> Iterator[Sweep]:
+    """A sweep whose groups of rows wait for the whole of the groups before them, and one in which
+    they follow each other through small blocks of columns.
+    """
+
+    def sweep_columns(
+        weight: torch.Tensor,
+        factor: numerics.Factor,
+        grid: numerics.IntegerGrid,
+        factor_of_rows: numerics.RowFactor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rule = grid.rounding_rule if request.param == "side by side" else None
+        return numerics.column_sweep(
+            weight, factor, grid.nearest, row_factor=factor_of_rows, rule=rule
+        )
+
+    with patch.object(block_sweep, "BLOCK", 4), patch.object(block_sweep, "LEAF", 2):
+        yield sweep_columns
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=10,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.integers(1, 21), st.integers(2, 12), st.integers(0, 1000))
 def test_rows_and_columns_make_up_for_what_is_decided_as_the_slow_reference_does(
-    rows: int, width: int, seed: int
+    sweep: Sweep, rows: int, width: int, seed: int
 ) -> None:
     weight, x, g = weights(rows, width, seed), inputs(60, width, seed), gradients(90, rows, seed)
     factor, grid = factorize(x), three_bits(weight)
-    quantized, _ = numerics.column_sweep(weight, factor, grid.nearest, row_factor=row_factor(g))
+    quantized, _ = sweep(weight, factor, grid, row_factor(g))
     expected = slow_two_sided(
         weight,
         damped_input_hessian(factor),
@@ -120,6 +163,23 @@ def test_rows_and_columns_make_up_for_what_is_decided_as_the_slow_reference_does
         grid,
     )
     np.testing.assert_allclose(quantized.numpy(), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(3, 7), (40, 32), (1030, 18)])
+def test_a_row_costs_what_its_error_costs_beside_the_rows_before_it(
+    sweep: Sweep, rows: int, width: int
+) -> None:
+    weight, factor = weights(rows, width, 9), factorize(inputs(200, width, 9))
+    factor_of_rows = row_factor(gradients(300, rows, 9))
+    assert factor_of_rows is not None
+    quantized, cost = sweep(weight, factor, three_bits(weight), factor_of_rows)
+
+    targets = weight.double() - dense_coupling(factor_of_rows, rows) @ (quantized - weight).double()
+    missed = (targets - quantized.double()).numpy()
+    expected = np.einsum("ri,ij,rj->r", missed, damped_input_hessian(factor), missed)
+    np.testing.assert_allclose(cost.numpy(), expected, rtol=2e-4)
+    moved = factor_of_rows.move(weight, quantized)
+    torch.testing.assert_close(moved.double(), targets, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 13, 512, 700, 1030])
@@ -163,7 +223,9 @@ def test_outputs_that_are_unrelated_leave_the_sweep_as_it_is_to_the_bit(
 
 
 @pytest.mark.parametrize(("rows", "width"), [(64, 48), (1030, 16), (9000, 8)])
-def test_the_model_loses_less_where_rows_make_up_for_each_other(rows: int, width: int) -> None:
+def test_the_model_loses_less_where_rows_make_up_for_each_other(
+    sweep: Sweep, rows: int, width: int
+) -> None:
     weight, x = weights(rows, width, 2), inputs(400, width, 2)
     # outputs alike in blocks: a few directions of each matter
     generator = torch.Generator().manual_seed(2)
@@ -175,19 +237,17 @@ def test_the_model_loses_less_where_rows_make_up_for_each_other(rows: int, width
 
     losses = []
     for rows_factor in (None, row_factor(g)):
-        quantized, _ = numerics.column_sweep(weight, factor, grid.nearest, row_factor=rows_factor)
+        quantized, _ = sweep(weight, factor, grid, rows_factor)
         error = (quantized - weight).double().numpy()
         of_gradients = g.double().numpy() @ error  # (gradients, in)
         losses.append(float(np.einsum("gi,ij,gj->", of_gradients, h_in, of_gradients)))
     assert losses[1] < 0.75 * losses[0]
 
 
-def test_the_same_input_gives_the_same_bits() -> None:
+def test_the_same_input_gives_the_same_bits(sweep: Sweep) -> None:
     weight, factor = weights(1100, 40, 4), factorize(inputs(200, 40, 4))
     grid, rows = three_bits(weight), row_factor(gradients(300, 1100, 4))
-    first, second = (
-        numerics.column_sweep(weight, factor, grid.nearest, row_factor=rows)[0] for _ in range(2)
-    )
+    first, second = (sweep(weight, factor, grid, rows)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 

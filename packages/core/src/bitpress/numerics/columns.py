@@ -13,27 +13,25 @@ one; between blocks the feedback is a matrix product.
 
 Where it is known what an error in each output costs, rows make up for the errors of other rows too
 (Tseng et al., YAQA, arXiv 2505.22988): group after group of rows is swept towards targets that the
-errors of the groups before it have moved.
+errors of the groups before it have moved; side by side, where `wavefront` can.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from bitpress.numerics import kernel_trial
+from bitpress.numerics import block_sweep
+from bitpress.numerics.halving import halve
 from bitpress.numerics.hessian import Factor
 from bitpress.numerics.output_hessian import RowFactor
 from bitpress.numerics.rounding_rule import RoundingRule
-from bitpress.numerics.rows import decide_rows
-from bitpress.numerics.swept_columns import SweptColumns
-
-# Columns that are swept one by one; between leaves the feedback is a matrix product.
-LEAF = 16
+from bitpress.numerics.rows import compute_coupled_rows, decide_rows
+from bitpress.numerics.wavefront import sweep_waves
 
 # Threads take turns at leaves: side by side, each would wait for Python's lock at every one of a
 # dozen small operations, which took 1.7 times the CPU time and no less of the clock's.
@@ -52,7 +50,7 @@ def column_sweep(  # noqa: PLR0913
     factor: Factor,
     project: Project,
     ahead: SpanCallback | None = None,
-    span: int = LEAF,
+    span: int = block_sweep.LEAF,
     *,
     row_factor: RowFactor | None = None,
     rule: RoundingRule | None = None,
@@ -70,22 +68,30 @@ def column_sweep(  # noqa: PLR0913
             they are, and the columns' positions in the factor's order.
         span: a divisor or a multiple of `LEAF`.
         row_factor: how rows make up for each other's errors; None: they do not.
-        rule: what `project` does, as data, so that a GPU with Triton decides many columns at once;
-            None: it cannot be said so.
+        rule: what `project` does, as data, so that rows that make up for each other's errors are
+            swept side by side, and a GPU with Triton decides many columns at once; None: it cannot
+            be said so.
 
     Returns:
         (out, in) float32, and (out,) float32: (t - q) H (t - q)ᵀ of each row, t being the row of
         the weight, moved by the errors of the rows before it.
     """
-    sweep, losses = _Sweep(factor, project, ahead, span), weight.new_empty(len(weight))
-    is_fused = rule is not None and ahead is None and kernel_trial.can_fuse(weight.device)
+    losses = weight.new_empty(len(weight))
 
-    def decide(target: Tensor, rows: slice) -> Tensor:
-        own_rule = rule.of_rows(rows) if is_fused and rule is not None else None
-        projected, losses[rows] = sweep.project_rows(target, rows, own_rule)
+    def decide(target: Tensor, rows: slice, own_row_factor: RowFactor | None = None) -> Tensor:
+        if rule is None or ahead is not None:
+            swept = _Sweep(factor, project, ahead, span).project_rows(target, rows)
+        else:
+            swept = sweep_waves(target, factor, rule.of_rows(rows), own_row_factor)
+        projected, losses[rows] = swept
         return projected
 
-    return decide_rows(weight, row_factor, decide), losses
+    if rule is None or ahead is not None or row_factor is None:
+        return decide_rows(weight, row_factor, decide), losses
+    projected = compute_coupled_rows(
+        weight, row_factor, lambda rows, own: decide(weight[rows], rows, own)
+    )
+    return projected, losses
 
 
 @frozen(eq=False)
@@ -97,39 +103,24 @@ class _Sweep:
     ahead: SpanCallback | None
     span: int
 
-    def project_rows(
-        self, weight: Tensor, rows: slice, rule: RoundingRule | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def project_rows(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Some rows' projected weight (rows, in), and what it costs each of them (rows,).
 
         Args:
             weight: (rows, in) float32.
             rows: which they are.
-            rule: of these rows, to be followed in a fused kernel; None: the loop.
         """
-        columns = SweptColumns.undecided(weight, self.factor.order)
-        if rule is None:
-            self._loop(columns, rows)
-        else:
-            self._follow(columns, rule)
+        # transposed, a column is contiguous
+        original = weight.T.contiguous().index_select(0, self.factor.order)
+        columns = _Columns(original, original.clone(), *map(torch.empty_like, [original] * 2))
+        self._loop(columns, rows)
 
         projected = columns.projected
         residual = columns.target.sub_(projected)
         loss = self.factor.variance @ residual.square_()
         return torch.empty_like(projected).index_copy_(0, self.factor.order, projected).T, loss
 
-    def _follow(self, columns: SweptColumns, rule: RoundingRule) -> None:
-        """Decide all columns, by a kernel for each block of them."""
-        from bitpress.numerics import fused_sweep
-
-        unit, block = self.factor.unit, fused_sweep.BLOCK
-        for start, middle, stop in _schedule(0, len(unit), block, block):
-            if middle < stop:
-                self._feed(columns, start, middle, stop)
-            else:
-                fused_sweep.decide_block(columns, unit, rule, slice(start, stop))
-
-    def _loop(self, columns: SweptColumns, rows: slice) -> None:
+    def _loop(self, columns: _Columns, rows: slice) -> None:
         """Decide all columns one by one."""
         names, span, width = self.factor.columns, self.span, len(columns.target)
 
@@ -139,8 +130,9 @@ class _Sweep:
         target, transposed = columns.target, self.factor.unit.T
 
         # A span is chosen as a whole: no product between leaves ends inside one.
-        unit = max(span, LEAF) if self.ahead else LEAF
-        for start, middle, stop in _schedule(0, width, unit, LEAF):
+        leaf = block_sweep.LEAF
+        unit = max(span, leaf) if self.ahead else block_sweep.BLOCK
+        for start, middle, stop in halve(0, width, unit, leaf):
             if middle < stop:
                 self._feed(columns, start, middle, stop)
                 continue
@@ -158,12 +150,12 @@ class _Sweep:
                     # as a product of columns: `addr_` fuses it with the sum at some widths only
                     target[k + 1 : stop].addcmul_(transposed[k + 1 : stop, k : k + 1], error)
 
-    def _feed(self, columns: SweptColumns, start: int, middle: int, stop: int) -> None:
+    def _feed(self, columns: _Columns, start: int, middle: int, stop: int) -> None:
         """Move the targets from `middle` on by the errors from `start` on."""
         feedback = self.factor.unit[start:middle, middle:stop].T
         columns.target[middle:stop].addmm_(feedback, columns.error[start:middle])
 
-    def _unconstrained(self, columns: SweptColumns, positions: slice) -> Tensor:
+    def _unconstrained(self, columns: _Columns, positions: slice) -> Tensor:
         """What would be best for a span if it and all that follow could be any number.
 
         Then every later target is met exactly: (w - q) U = w - target on the span.
@@ -176,17 +168,13 @@ class _Sweep:
         return original - error
 
 
-def _schedule(start: int, stop: int, unit: int, leaf: int) -> Iterator[tuple[int, int, int]]:
-    """The steps of a sweep over columns start to stop, halved again and again.
-
-    (start, stop, stop) decides these columns, at most `leaf`; (start, middle, stop) feeds the
-    errors of the first ones to those from middle on.
+@frozen(eq=False)
+class _Columns:
+    """Columns (in, rows) float32, in the order in which they are decided: the weight, moved by the
+    errors before, what these become, and original - projected.
     """
-    if stop - start <= leaf:
-        yield start, stop, stop
-        return
-    multiple = unit if stop - start > unit else leaf
-    middle = start + multiple * ((stop - start + multiple) // (2 * multiple))
-    yield from _schedule(start, middle, unit, leaf)
-    yield start, middle, stop
-    yield from _schedule(middle, stop, unit, leaf)
+
+    original: Tensor
+    target: Tensor
+    projected: Tensor
+    error: Tensor

@@ -7,20 +7,10 @@ import triton.language as tl
 
 from bitpress.numerics.rounding_rule import NumberFormat
 
-# Of float32: bits below its exponent field, and what is added to exponents there.
-MANTISSA_BITS, BIAS = 23, 127
-
 
 def format_arguments(numbers: NumberFormat) -> tuple[float, float, int, int, int]:
-    """What a kernel passes on to `round_to_format`: the least and the greatest number; as bits of
-    float32, the powers of two of the least and the greatest exponent; and what makes, of the bits
-    of 2^e, those of 1.5 · 2^(e + 23 - mantissa_bits), around which float32 numbers lie as far apart
-    as those of the format at 2^e.
-    """
-    to_large = ((MANTISSA_BITS - numbers.mantissa_bits) << MANTISSA_BITS) + (1 << 22)
-    min_power = (numbers.min_exponent + BIAS) << MANTISSA_BITS
-    max_power = (numbers.max_exponent + BIAS) << MANTISSA_BITS
-    return float(numbers.lowest), float(numbers.highest), min_power, max_power, to_large
+    """What a kernel passes on to `round_to_format`."""
+    return float(numbers.lowest), float(numbers.highest), *numbers.powers, numbers.to_large
 
 
 # As many arguments as a format has numbers.

@@ -1,9 +1,9 @@
-"""The sweep over columns in Triton: a kernel decides a block of columns where torch would start
-several kernels for each of them.
+"""The sweep over blocks of columns in Triton: a kernel decides those of a wave where torch would
+start several kernels for each column.
 
-What becomes of a target is the same to the bit as with the grids' own functions, and so is the
-feedback within a block as the loop of `columns` computes it with leaves of `BLOCK` columns. It has
-run in Triton's interpreter only, and was compiled for NVIDIA GPUs: not measured on a GPU.
+What becomes of a target is the same to the bit as in `block_sweep`, with leaves and blocks of as
+many columns. It has run in Triton's interpreter only, and was compiled for NVIDIA GPUs: not
+measured on a GPU.
 """
 
 from __future__ import annotations
@@ -15,52 +15,54 @@ from torch import Tensor
 
 from bitpress.numerics.fused_rounding import format_arguments, round_to_format
 from bitpress.numerics.rounding_rule import NumberFormat, RoundingRule
-from bitpress.numerics.swept_columns import SweptColumns
+from bitpress.numerics.swept_columns import SweptColumns, Wave
 
-# Columns that one launch decides; between blocks the feedback is a matrix product.
+# Columns that a program decides; between blocks the feedback is a matrix product.
 BLOCK = 128
 
 # Rows of one program. Its targets, (BLOCK, ROWS) numbers, are held in registers.
 ROWS = 16
 
 
-def decide_block(columns: SweptColumns, unit: Tensor, rule: RoundingRule, positions: slice) -> None:
-    """Decide a block of columns, with error feedback among them.
+class BlockSweep:
+    """Decides waves of blocks, as `block_sweep.BlockSweep` does."""
 
-    Args:
-        columns: of which `target`, `projected` and `error` are written at the positions.
-        unit: (in, in) float32, U of the factor.
-        rule: of the same rows.
-        positions: at most `BLOCK` of the factor's order.
-    """
-    num_rows = columns.target.shape[1]
-    num_programs = triton.cdiv(num_rows, ROWS)
-    with torch.cuda.device_of(columns.target):  # type: ignore[no-untyped-call]
-        _decide[(num_programs,)](
-            columns.original,
-            columns.target,
-            columns.projected,
-            columns.error,
-            unit,
-            columns.order,
-            rule.scale,
-            rule.zero,
-            rule.mask,
-            num_rows,
-            positions.start,
-            positions.stop - positions.start,
-            unit.stride(0),
-            unit.stride(1),
-            rule.group,
-            *rule.scale.stride(),
-            *((0, 0) if rule.zero is None else rule.zero.stride()),
-            *((0, 0) if rule.mask is None else rule.mask.stride()),
-            *format_arguments(rule.numbers),
-            ROWS=ROWS,
-            BLOCK=BLOCK,
-            # products and sums round each by itself, but for the one that is fused in torch too
-            enable_fp_fusion=False,
-        )
+    def __init__(self, columns: SweptColumns, unit: Tensor, rule: RoundingRule) -> None:
+        self._columns, self._unit, self._rule = columns, unit, rule
+
+    def decide(self, wave: Wave) -> None:
+        """Decide the blocks of a wave, with error feedback among the columns of each."""
+        columns, rule, unit = self._columns, self._rule, self._unit
+        _, num_groups, num_rows = columns.original.shape
+        first, stop = wave.blocks
+        with torch.cuda.device_of(columns.target):  # type: ignore[no-untyped-call]
+            _decide[(triton.cdiv(num_rows, ROWS), stop - first)](
+                columns.original,
+                columns.target,
+                columns.projected,
+                columns.error,
+                unit,
+                columns.order,
+                rule.scale,
+                rule.zero,
+                rule.mask,
+                len(rule.scale),
+                num_rows,
+                num_groups,
+                wave.number,
+                first,
+                len(unit),
+                *unit.stride(),
+                rule.group,
+                *rule.scale.stride(),
+                *((0, 0) if rule.zero is None else rule.zero.stride()),
+                *((0, 0) if rule.mask is None else rule.mask.stride()),
+                *format_arguments(rule.numbers),
+                ROWS=ROWS,
+                BLOCK=BLOCK,
+                # products and sums round each by itself, but for the one that is fused in torch too
+                enable_fp_fusion=False,
+            )
 
 
 def is_exact_on(device: torch.device) -> bool:
@@ -74,16 +76,18 @@ def is_exact_on(device: torch.device) -> bool:
         expected[k] = (target[k] / scale[:, 0]).round_().clamp_(-8, 7).mul_(scale[:, 0])
         target[k + 1 :].addcmul_(unit[k, k + 1 :].unsqueeze(1), weight[k] - expected[k])
 
-    columns = SweptColumns.undecided(weight.T.to(device), torch.arange(BLOCK, device=device))
+    order = torch.arange(BLOCK, device=device)
+    columns = SweptColumns.undecided(weight.T.to(device), order, BLOCK)
     rule = RoundingRule(NumberFormat(-8, 7), scale.to(device), BLOCK)
-    decide_block(columns, unit.to(device), rule, slice(0, BLOCK))
-    return torch.equal(columns.projected.cpu(), expected)
+    BlockSweep(columns, unit.to(device), rule).decide(next(columns.waves))
+    return torch.equal(columns.projected.flatten(1).cpu(), expected)
 
 
 # What differs from launch to launch is not compiled in: there are four kernels, with zero points
 # and masks or without.
 _NUMBERS = [
-    *("num_rows", "start", "num_columns", "unit_row", "unit_column", "group"),
+    *("all_rows", "num_rows", "num_groups", "wave", "first_block", "width"),
+    *("unit_row", "unit_column", "group"),
     *("scale_row", "scale_group", "zero_row", "zero_group", "mask_row", "mask_column"),
     *("min_power", "max_power", "to_large"),
 ]
@@ -95,33 +99,33 @@ _TENSORS = ["original", "target", "projected", "error", "unit", "order", "scale"
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_TENSORS)
 def _decide(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     original, target, projected, error, unit, order, scale, zero, mask,
-    num_rows, start, num_columns, unit_row, unit_column, group,
+    all_rows, num_rows, num_groups, wave, first_block, width, unit_row, unit_column, group,
     scale_row, scale_group, zero_row, zero_group, mask_row, mask_column,
     lowest, highest, min_power, max_power, to_large,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    is_row, is_column = rows < num_rows, columns < num_columns
-    first = start.to(tl.int64)
-    places = (first + columns)[:, None] * num_rows + rows[None, :]
+    block, columns = first_block + tl.program_id(1), tl.arange(0, BLOCK)
+    own_rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows, first = own_rows * num_groups + (wave - block), block.to(tl.int64) * BLOCK
+    is_row, is_column = (own_rows < num_rows) & (rows < all_rows), first + columns < width
+    # the last group lies first
+    row_places = (num_groups - 1 - wave + block) * num_rows + own_rows
+    column_size = num_groups * num_rows
+    places = (first + columns)[:, None] * column_size + row_places[None, :]
     is_inside = is_column[:, None] & is_row[None, :]
     targets = tl.load(target + places, mask=is_inside, other=0.0)  # (BLOCK, ROWS)
 
     # what the next columns need is loaded while one is decided
     for k in tl.range(0, BLOCK, num_stages=3):
-        is_here = is_row & (k < num_columns)
-        place = (first + k) * num_rows + rows
-        column = tl.load(order + first + k, k < num_columns, other=0)
+        is_here = is_row & (first + k < width)
+        place = (first + k) * column_size + row_places
+        column = tl.load(order + first + k, first + k < width, other=0)
         own_group = (column.to(tl.int32) // group).to(tl.int64)
         own_scale = tl.load(scale + rows * scale_row + own_group * scale_group, is_here, other=1.0)
         weight = tl.load(original + place, is_here, other=0.0)
         is_later = columns > k
-        feedback = tl.load(
-            unit + (first + k) * unit_row + (first + columns) * unit_column,
-            mask=is_later & is_column,
-            other=0.0,
-        )
+        unit_places = unit + (first + k) * unit_row + (first + columns) * unit_column
+        feedback = tl.load(unit_places, mask=is_later & is_column, other=0.0)
 
         # As whole numbers, of which all but one are 0, bits are added up as they are.
         bits = tl.where((columns == k)[:, None], targets.to(tl.int32, bitcast=True), 0)

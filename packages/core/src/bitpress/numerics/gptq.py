@@ -14,16 +14,22 @@ from typing import Protocol, TypeVar
 
 import attrs
 import torch
+from attrs import frozen
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bitpress.numerics.columns import column_sweep
 from bitpress.numerics.exact import scalar_like
 from bitpress.numerics.gram import cross, gram, product_dtype
 from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
-from bitpress.numerics.output_hessian import damped_output_hessian, factorize_output_hessian
+from bitpress.numerics.output_hessian import (
+    RowFactor,
+    damped_output_hessian,
+    factorize_output_hessian,
+)
 from bitpress.numerics.rounding_rule import RuledGrid
-from bitpress.numerics.rows import compute_rows, decide_rows
+from bitpress.numerics.rows import compute_coupled_rows, compute_rows, decide_rows
 from bitpress.numerics.scale_refit import DampedHessian, ScaledGrid, refit_scales
 from bitpress.schemes.values import Layer, Statistic
 
@@ -43,6 +49,9 @@ MAX_CORRECTION = 0.7
 # one after the other: most of the correction lies in directions that inputs hardly have, and makes
 # up for next to nothing.
 CORRECTION_DAMPINGS = (0.01, 0.1)
+
+# Feedback has blown up in a row that costs so many times as much as rounded to nearest.
+BLOWN_UP = 2
 
 
 class Grid(Protocol):
@@ -109,7 +118,7 @@ def gptq_quantize(
     Without statistics (the layer never saw a token, or the plan asks for shapes) every weight is
     rounded to nearest, as is every row on which the feedback does worse than that; where the
     statistics cannot be used, with a warning. Zeros stay zero. With statistics of the gradients of
-    the outputs, rows make up for each other's errors too.
+    the outputs, rows make up for each other's errors too, so that a single one may do worse.
 
     Args:
         layer: its weight (out, in), and its mask if it has one.
@@ -140,7 +149,14 @@ def gptq_quantize(
     moment, tokens = stats["hessian"].value, max(stats["tokens"].value.item(), 1.0)
     hessian = DampedHessian(moment, factor.diagonal * tokens - moment.diagonal())
     rounding = _RowRounding(factor, hessian, grid, mask)
-    return decide_rows(target, factorize_output_hessian(stats), rounding.round_rows), grid
+    row_factor = factorize_output_hessian(stats)
+    if row_factor is None:
+        rounded = compute_rows(target, lambda rows: rounding.round_rows(target[rows], rows))
+    else:
+        rounded = compute_coupled_rows(
+            target, row_factor, lambda rows, own: rounding.round_rows(target[rows], rows, own)
+        )
+    return rounded, grid
 
 
 class _RowRounding:
@@ -152,49 +168,101 @@ class _RowRounding:
         self._factor, self._hessian, self._grid, self._mask = factor, hessian, grid, mask
         self._mask_of_column = None if mask is None else mask.T.contiguous()  # (in, out)
 
-    def round_rows(self, target: Tensor, rows: slice) -> Tensor:
-        """What targets (rows, in) become: representable numbers."""
-        rounded, cost = self._sweep(target, rows)
+    def round_rows(
+        self, target: Tensor, rows: slice, row_factor: RowFactor | None = None
+    ) -> Tensor:
+        """What targets (rows, in) become: representable numbers.
+
+        Args:
+            target: (rows, in) float32.
+            rows: which rows of the grid they are.
+            row_factor: of these rows; None: they do not make up for each other's errors.
+        """
+        sweep = functools.partial(self._sweep, target, rows, row_factor)
+        swept = sweep()
         if isinstance(self._grid, ScaledGrid) and self._grid.refits:
-            rounded, cost = self._refit(self._grid, target, rounded, cost, rows)
+            block = 1 if row_factor is None else row_factor.block
+            swept = self._refit(self._grid, swept, rows, block, sweep)
 
         # Clipping can make the feedback blow up, to NaN where numbers are huge: such rows are
         # rounded to nearest.
         mask = None if self._mask is None else self._mask[rows]
-        nearest = _apply_mask(self._grid.rounded(target, rows), mask)
-        is_swept = self._factor.covers(cost, target - nearest)  # (rows,)
-        return torch.where(is_swept.unsqueeze(1), rounded, nearest)
+        nearest = _apply_mask(self._grid.rounded(swept.target, rows), mask)
+        error = swept.target - nearest
+        if row_factor is None:
+            is_swept = self._factor.covers(swept.cost, error)  # (rows,)
+            return torch.where(is_swept.unsqueeze(1), swept.numbers, nearest)
 
-    def _sweep(self, target: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        # Rows that others have made up for are left as they are, unless they cost far more: then
+        # the rows are decided anew, group after group.
+        if self._factor.covers(swept.cost / BLOWN_UP, error).all():
+            return swept.numbers
+
+        def round_group(own_target: Tensor, own: slice) -> Tensor:
+            return self.round_rows(own_target, _within(rows, own))
+
+        return decide_rows(target, row_factor, round_group)
+
+    def _sweep(self, target: Tensor, rows: slice, row_factor: RowFactor | None) -> _Swept:
         project = functools.partial(self._project, rows)
         rule = None
         if isinstance(self._grid, RuledGrid):
             mask = None if self._mask_of_column is None else self._mask_of_column.T
             rule = attrs.evolve(self._grid.rounding_rule, mask=mask).of_rows(rows)
-        return column_sweep(target, self._factor, project, rule=rule)
+        numbers, cost = column_sweep(
+            target, self._factor, project, row_factor=row_factor, rule=rule
+        )
+        moved = target if row_factor is None else row_factor.move(target, numbers)
+        return _Swept(numbers, cost, moved)
 
     def _project(self, rows: slice, column_target: Tensor, own: slice, column: int) -> Tensor:
-        number = self._grid.nearest(column_target, rows, column)
+        own_rows = _within(rows, own)
+        number = self._grid.nearest(column_target, own_rows, column)
         if self._mask_of_column is None:
             return number
-        return torch.where(self._mask_of_column[column, rows], number, 0.0)
+        return torch.where(self._mask_of_column[column, own_rows], number, 0.0)
 
     def _refit(
-        self, grid: ScaledGrid, target: Tensor, rounded: Tensor, cost: Tensor, rows: slice
-    ) -> tuple[Tensor, Tensor]:
-        """The rows swept again with scales fitted to what they have become, where they cost less
-        that way.
+        self,
+        grid: ScaledGrid,
+        swept: _Swept,
+        rows: slice,
+        block: int,
+        sweep: Callable[[], _Swept],
+    ) -> _Swept:
+        """The rows swept again with scales fitted to what they have become, where those of a block
+        cost less that way.
         """
         scale = grid.scale[rows].clone()
-        refitted = refit_scales(target, rounded, self._hessian, grid, rows)
-        if torch.equal(refitted, scale):
-            return rounded, cost
-        grid.scale[rows] = refitted
-        swept_again, new_cost = self._sweep(target, rows)
-        is_better = new_cost < cost  # (rows,)
-        grid.scale[rows] = torch.where(is_better.unsqueeze(1), refitted, scale)
-        rounded = torch.where(is_better.unsqueeze(1), swept_again, rounded)
-        return rounded, torch.where(is_better, new_cost, cost)
+        fitted = refit_scales(swept.target, swept.numbers, self._hessian, grid, rows)
+        if torch.equal(fitted, scale):
+            return swept
+        grid.scale[rows] = fitted
+        again = sweep()
+        gain = pad(swept.cost - again.cost, (0, -len(scale) % block)).view(-1, block).sum(1)
+        is_better = (gain > 0).repeat_interleave(block)[: len(scale)]  # (rows,)
+        grid.scale[rows] = torch.where(is_better.unsqueeze(1), fitted, scale)
+        return _Swept(
+            *(
+                torch.where(is_better.view(-1, *[1] * (old.ndim - 1)), new, old)
+                for old, new in zip(attrs.astuple(swept), attrs.astuple(again), strict=True)
+            )
+        )
+
+
+@frozen(eq=False)
+class _Swept:
+    """What a sweep made of some rows.
+
+    Attributes:
+        numbers: (rows, in) float32, representable.
+        cost: (rows,) float32, of their errors.
+        target: (rows, in) float32, what rows should have become, given the rows before them.
+    """
+
+    numbers: Tensor
+    cost: Tensor
+    target: Tensor
 
 
 def gptq_target(layer: Layer, stats: Mapping[str, Statistic], factor: Factor) -> Tensor:
@@ -299,6 +367,12 @@ def _factorize(stats: Mapping[str, Statistic]) -> Factor | None:
             stacklevel=3,
         )
     return factor
+
+
+def _within(rows: slice, own: slice) -> slice:
+    """Which rows some of given rows are."""
+    chosen = range(rows.start, rows.stop, rows.step or 1)[own]
+    return slice(chosen.start, chosen.stop, chosen.step)
 
 
 def _apply_mask(weight: Tensor, mask: Tensor | None) -> Tensor:

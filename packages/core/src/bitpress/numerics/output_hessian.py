@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from attrs import frozen
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bitpress.numerics.gram import gram, product_dtype
 from bitpress.schemes.values import Statistic
@@ -89,6 +90,25 @@ class RowFactor:
     def block(self) -> int:
         """Rows of a block."""
         return self.coupling.shape[1]
+
+    def of_rows(self, rows: slice) -> RowFactor:
+        """The factor of some rows, from the first of a block on."""
+        blocks = slice(rows.start // self.block, -(-rows.stop // self.block))
+        return RowFactor(self.coupling[blocks], self.num_groups)
+
+    def move(self, weight: Tensor, decided: Tensor) -> Tensor:
+        """What rows (rows, in) should have become, given what became of the rows before them."""
+        moved, block, step = weight.clone(), self.block, self.block // self.num_groups
+        errors = torch.split(decided - weight, block)
+        for coupling, own, error in zip(
+            self.coupling, torch.split(moved, block), errors, strict=True
+        ):
+            # rows in the order of the groups, and back
+            padded = pad(error, (0, 0, 0, block - len(error)))
+            grouped = padded.view(step, self.num_groups, -1).transpose(0, 1).reshape(block, -1)
+            shift = (coupling @ grouped).view(self.num_groups, step, -1).transpose(0, 1)
+            own -= shift.reshape(block, -1)[: len(own)]
+        return moved
 
 
 def damped_output_hessian(stats: Mapping[str, Statistic]) -> Tensor | None:

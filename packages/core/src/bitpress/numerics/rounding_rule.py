@@ -7,11 +7,15 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 import attrs
+import torch
 from attrs import frozen
 from torch import Tensor
 
-from bitpress.numerics.fp4 import E2M1_MAX
+from bitpress.numerics.fp4 import E2M1_MAX, EXPONENT_BITS
 from bitpress.numerics.fp8 import E4M3_MAX
+
+# Of float32: bits below its exponent field, and what is added to exponents there.
+FLOAT32_MANTISSA_BITS, FLOAT32_BIAS = 23, 127
 
 
 @frozen
@@ -28,6 +32,37 @@ class NumberFormat:
     mantissa_bits: int = 0
     min_exponent: int = 0
     max_exponent: int = 0
+
+    @property
+    def powers(self) -> tuple[int, int]:
+        """As bits of float32, the powers of two of the least and the greatest exponent."""
+        least, greatest = (e + FLOAT32_BIAS for e in (self.min_exponent, self.max_exponent))
+        return least << FLOAT32_MANTISSA_BITS, greatest << FLOAT32_MANTISSA_BITS
+
+    @property
+    def to_large(self) -> int:
+        """What makes, of the bits of 2^e in float32, those of 1.5 · 2^(e + 23 - mantissa_bits):
+        around it float32 numbers lie as far apart as those of the format at 2^e.
+        """
+        exponent = FLOAT32_MANTISSA_BITS - self.mantissa_bits
+        return (exponent << FLOAT32_MANTISSA_BITS) + (1 << FLOAT32_MANTISSA_BITS - 1)
+
+    def round_(self, x: Tensor, zero: Tensor | None = None) -> Tensor:
+        """The nearest numbers, in the place of x: of two that are as near the even one; NaN stays
+        NaN, and a negative zero negative.
+
+        Args:
+            x: float32, any shape.
+            zero: whole numbers of the same shape: x + zero is what becomes a number of the format.
+        """
+        if zero is not None:
+            return x.round_().add_(zero).clamp_(self.lowest, self.highest).sub_(zero)
+        if self.mantissa_bits == 0:
+            return x.round_().clamp_(self.lowest, self.highest)
+        x.clamp_(self.lowest, self.highest)
+        power = x.view(torch.int32).bitwise_and(EXPONENT_BITS).clamp_(*self.powers)
+        large = power.add_(self.to_large).view(torch.float32)
+        return torch.copysign(x.add(large).sub_(large), x, out=x)
 
 
 E2M1 = NumberFormat(-E2M1_MAX, E2M1_MAX, 1, 0, 2)

@@ -10,14 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bitpress.numerics.block_sweep import BLOCK
 from bitpress.numerics.output_hessian import RowFactor, count_row_groups
 from bitpress.runtime.lanes import offered_lanes
 
-# Rows decided together: a few columns of so many rows stay in a core's cache.
+# Rows decided together, a multiple of every block of a row factor: a few columns of so many rows
+# stay in a core's cache.
 ROW_TILE = 2048
-
-# Rows whose errors are held while they make up for each other's, a multiple of every block of them.
-ROWS_TOGETHER = 8192
 
 # On a GPU more are decided together, as each launch costs the same for any number of them: so many
 # weights. A sweep holds four numbers for each, 2 GiB in all.
@@ -43,10 +42,24 @@ def decide_rows(target: Tensor, row_factor: RowFactor | None, decide: Decide) ->
     if row_factor is None:
         return compute_rows(target, lambda rows: decide(target[rows], rows))
 
-    def decide_coupled(rows: slice) -> Tensor:
-        return _decide_coupled(target, row_factor, decide, rows)
+    return compute_coupled_rows(
+        target, row_factor, lambda rows, own: _decide_coupled(target[rows], own, decide, rows)
+    )
 
-    return compute_rows(target, decide_coupled, _rows_together(target, ROWS_TOGETHER))
+
+def compute_coupled_rows(
+    like: Tensor, row_factor: RowFactor, compute: Callable[[slice, RowFactor], Tensor]
+) -> Tensor:
+    """A matrix whose rows are computed by whole blocks of a row factor, as `compute_rows` does it.
+
+    Args:
+        compute: gives some of its rows (rows, in), which have that factor.
+    """
+
+    def compute_blocks(rows: slice) -> Tensor:
+        return compute(rows, row_factor.of_rows(rows))
+
+    return compute_rows(like, compute_blocks)
 
 
 def compute_rows(
@@ -60,7 +73,7 @@ def compute_rows(
         compute: gives some of its rows (rows, in).
         num_rows: that are computed together; None: `ROW_TILE`, more on a GPU.
     """
-    step = num_rows or _rows_together(like, ROW_TILE)
+    step = num_rows or rows_together(like)
     whole = torch.empty_like(like)
     tiles = [slice(i, min(i + step, len(like))) for i in range(0, len(like), step)]
     computed = offered_lanes().map(compute, tiles)
@@ -69,54 +82,59 @@ def compute_rows(
     return whole
 
 
-def _rows_together(target: Tensor, on_cpu: int) -> int:
-    """How many rows of a weight (out, in) are decided together, at least as many as on a CPU."""
+def rows_together(target: Tensor) -> int:
+    """How many rows of a weight (out, in) are decided together."""
     if target.device.type == "cpu":
-        return on_cpu
-    return on_cpu * max(WEIGHTS_TOGETHER_ON_GPU // target.shape[1] // on_cpu, 1)
+        return ROW_TILE
+    return ROW_TILE * max(WEIGHTS_TOGETHER_ON_GPU // target.shape[1] // ROW_TILE, 1)
 
 
-def count_sweeps(num_rows: int, gradient_tokens: int) -> int:
-    """How many parts of so many rows `decide_rows` decides one after the other on a CPU.
+def count_columns(num_rows: int, width: int, gradient_tokens: int, has_rule: bool) -> int:
+    """How many columns of so many rows a CPU decides one after the other, whatever the rows of
+    each.
 
     Args:
         gradient_tokens: that a `row_factor` is known from; 0 where there is none.
+        has_rule: whether groups of rows follow each other, or wait for each other.
     """
-    if gradient_tokens:
-        num_groups = min(count_row_groups(gradient_tokens), num_rows)
-        return num_groups * math.ceil(num_rows / ROWS_TOGETHER)
-    return math.ceil(num_rows / ROW_TILE)
+    num_groups = count_row_groups(gradient_tokens) if gradient_tokens else 1
+    num_columns = min(num_groups, num_rows) * width
+    if has_rule:
+        num_columns = (math.ceil(width / BLOCK) + num_groups - 1) * BLOCK
+    return num_columns * math.ceil(num_rows / ROW_TILE)
 
 
 def _decide_coupled(target: Tensor, row_factor: RowFactor, decide: Decide, tile: slice) -> Tensor:
     """What some rows of a weight become, group after group: (rows, in).
 
     Args:
-        target: (out, in), of all rows.
-        tile: which rows, from the first of a block on.
+        target: (rows, in).
+        row_factor: of these rows.
+        tile: which rows they are.
     """
-    decided = torch.empty_like(target[tile])
-    blocks = slice(tile.start // row_factor.block, -(-tile.stop // row_factor.block))
-    feedback = _RowFeedback(row_factor, blocks, target.shape[1])
-    for group in range(min(row_factor.num_groups, len(decided))):
-        rows = slice(tile.start + group, tile.stop, row_factor.num_groups)
-        own_target = target[rows]
-        own = decide(own_target - feedback.shift(group, len(own_target)), rows)
-        decided[group :: row_factor.num_groups] = own
-        feedback.add(group, own - own_target)
+    decided = torch.empty_like(target)
+    feedback = _RowFeedback(row_factor, target.shape[1])
+    for group in range(min(row_factor.num_groups, len(target))):
+        rows = slice(group, len(target), row_factor.num_groups)
+        own = decide(
+            target[rows] - feedback.shift(group, len(target[rows])),
+            slice(tile.start + group, tile.stop, row_factor.num_groups),
+        )
+        decided[rows] = own
+        feedback.add(group, own - target[rows])
     return decided
 
 
 class _RowFeedback:
-    """The errors of the rows of some blocks, while group after group of them is decided.
+    """The errors of some rows, while group after group of them is decided.
 
     Args:
-        blocks: which blocks.
+        factor: of the rows.
         width: columns of the weight.
     """
 
-    def __init__(self, factor: RowFactor, blocks: slice, width: int) -> None:
-        self._coupling = factor.coupling[blocks]
+    def __init__(self, factor: RowFactor, width: int) -> None:
+        self._coupling = factor.coupling
         self._errors = self._coupling.new_zeros(*self._coupling.shape[:2], width)
         self._step = factor.block // factor.num_groups
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from bitpress.numerics.rows import ROW_TILE
 from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
 
@@ -89,4 +90,6 @@ def count_solution(rows: int, width: int, steps: int) -> int:
     """Numbers of the statistics and the solution of a stack, of which so many steps look at
     data.
     """
-    return (3 + 2 * steps) * width * width + 6 * max(steps, 1) * rows * width
+    # a tile of rows is swept in columns of its own
+    swept = 2 * min(rows, ROW_TILE) * width
+    return (3 + 2 * steps) * width * width + 6 * max(steps, 1) * rows * width + swept

@@ -17,7 +17,7 @@ from attrs import field, frozen
 from bitpress.checkpoint.safetensors import BITS, Entry
 from bitpress.checkpoint.views import View
 from bitpress.numerics.gram import stripes
-from bitpress.numerics.rows import ROW_TILE, count_sweeps
+from bitpress.numerics.rows import ROW_TILE, count_columns
 from bitpress.numerics.scale_refit import count_passes
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS, CalibrationConfig
@@ -227,12 +227,13 @@ def _count_operations(
                 factor_and_sweep = len(steps) * (width / 3 + 2 * rows) + num_drifts * 4 * rows
                 num_tiles = math.ceil(rows / ROW_TILE)
                 solutions[number % num_ranks][num_tiles] += int(width * width * factor_and_sweep)
-                num_sweeps = sum(
-                    count_passes(step.options.bits)
-                    * count_sweeps(rows, gradient_tokens if pipeline.takes_gradient(step) else 0)
-                    for step in steps
-                )
-                columns[number % num_ranks] += width * num_sweeps
+                for step in steps:
+                    bits, tokens_back = step.options.bits, 0
+                    if pipeline.takes_gradient(step):
+                        tokens_back = gradient_tokens
+                    # what has no codes is decided by a mask, which no rule says
+                    count = count_columns(rows, width, tokens_back, bits is not None)
+                    columns[number % num_ranks] += count_passes(bits) * count
     return _Operations(per_token, per_compared_token, per_gradient_token, solutions, columns)
 
 

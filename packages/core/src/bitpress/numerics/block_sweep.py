@@ -1,0 +1,131 @@
+"""The sweep over blocks of columns in torch, as a rule says how they round; `fused_sweep` does the
+same in one kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from attrs import frozen
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bitpress.numerics.halving import halve
+from bitpress.numerics.rounding_rule import RoundingRule
+from bitpress.numerics.swept_columns import SweptColumns, Wave, by_groups
+
+# Columns of a block: groups of rows follow each other at this distance.
+BLOCK = 64
+
+# Columns that are swept one by one; between leaves the feedback is a matrix product.
+LEAF = 16
+
+
+class BlockSweep:
+    """Decides waves of blocks.
+
+    Args:
+        columns: of which `target`, `projected` and `error` are written.
+        unit: (in, in) float32, U of the factor.
+        rule: of the same rows.
+    """
+
+    def __init__(self, columns: SweptColumns, unit: Tensor, rule: RoundingRule) -> None:
+        self._columns, self._rule = columns, rule
+        self._units = _diagonal_blocks(unit, columns.block)
+        # (columns or groups of them, groups, rows)
+        self._scale = by_groups(rule.scale.T, columns.num_groups, 1.0)
+        self._zero = None if rule.zero is None else by_groups(rule.zero.T, columns.num_groups)
+        self._pruned = None if rule.mask is None else by_groups(~rule.mask.T, columns.num_groups)
+
+    def decide(self, wave: Wave) -> None:
+        """Decide the blocks of a wave, with error feedback among the columns of each."""
+        columns = self._columns
+        block = _Block(
+            columns.of_wave(columns.original, wave),
+            columns.of_wave(columns.target, wave),
+            columns.of_wave(columns.projected, wave),
+            columns.of_wave(columns.error, wave),
+            self._units[slice(*wave.blocks)],
+        )
+        rounding = _Rounding(
+            self._rule,
+            self._pick(self._scale, wave, self._rule.group),
+            None if self._zero is None else self._pick(self._zero, wave, self._rule.group),
+            None if self._pruned is None else self._pick(self._pruned, wave, 1),
+        )
+        for start, middle, stop in halve(0, columns.block, LEAF, LEAF):
+            if middle < stop:
+                block.feed(start, middle, stop)
+            else:
+                block.decide(start, stop, rounding)
+
+    def _pick(self, of_groups: Tensor, wave: Wave, group: int) -> Tensor:
+        """What columns share of the rule, for each column of a wave: (block, blocks, rows)."""
+        columns = self._columns
+        column = columns.order.view(-1, columns.block)[slice(*wave.blocks)].T  # (block, blocks)
+        places = (
+            columns.num_groups - 1 - wave.number + torch.arange(*wave.blocks, device=column.device)
+        )
+        index = (column // group) * columns.num_groups + places
+        return of_groups.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, -1)
+
+
+@frozen(eq=False)
+class _Rounding:
+    """How each column of some blocks rounds: a rule, its numbers (block, blocks, rows), and where
+    the mask is False.
+    """
+
+    rule: RoundingRule
+    scale: Tensor
+    zero: Tensor | None
+    pruned: Tensor | None
+
+    def round_column(self, target: Tensor, column: int, out: Tensor) -> None:
+        """What targets (blocks, rows) of a column become."""
+        scale = self.scale[column]
+        torch.div(target, scale, out=out)
+        self.rule.numbers.round_(out, None if self.zero is None else self.zero[column]).mul_(scale)
+        if self.pruned is not None:
+            out.masked_fill_(self.pruned[column], 0.0)
+
+
+@frozen(eq=False)
+class _Block:
+    """Blocks of columns of some groups: (block, blocks, rows), and their own (blocks, block,
+    block) of U.
+    """
+
+    original: Tensor
+    target: Tensor
+    projected: Tensor
+    error: Tensor
+    unit: Tensor
+
+    def feed(self, start: int, middle: int, stop: int) -> None:
+        """Move the targets from `middle` on by the errors from `start` on."""
+        unit = self.unit[:, start:middle, middle:stop].mT
+        later, error = (
+            x.transpose(0, 1) for x in (self.target[middle:stop], self.error[start:middle])
+        )
+        later.baddbmm_(unit, error)
+
+    def decide(self, start: int, stop: int, rounding: _Rounding) -> None:
+        """Decide some columns one after the other."""
+        originals, targets = self.original.unbind(), self.target.unbind()
+        projected, errors = self.projected.unbind(), self.error.unbind()
+        unit = self.unit.permute(1, 2, 0).unsqueeze(3)  # (block, block, blocks, 1)
+        for k in range(start, stop):
+            rounding.round_column(targets[k], k, projected[k])
+            torch.sub(originals[k], projected[k], out=errors[k])
+            self.target[k + 1 : stop].addcmul_(unit[k, k + 1 : stop], errors[k])
+
+
+def _diagonal_blocks(unit: Tensor, block: int) -> Tensor:
+    """The blocks along the diagonal of U (in, in): (blocks, block, block)."""
+    padding = -len(unit) % block
+    if padding:
+        unit = pad(unit, (0, padding, 0, padding))
+    num_blocks = len(unit) // block
+    blocks = unit.reshape(num_blocks, block, num_blocks, block)
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
