@@ -112,13 +112,14 @@ class _Block:
 
     def decide(self, start: int, stop: int, rounding: _Rounding) -> None:
         """Decide some columns one after the other."""
-        originals, targets = self.original.unbind(), self.target.unbind()
-        projected, errors = self.projected.unbind(), self.error.unbind()
+        own = slice(start, stop)
+        parts = self.original[own], self.target[own], self.projected[own], self.error[own]
         unit = self.unit.permute(1, 2, 0).unsqueeze(3)  # (block, block, blocks, 1)
-        for k in range(start, stop):
-            rounding.round_column(targets[k], k, projected[k])
-            torch.sub(originals[k], projected[k], out=errors[k])
-            self.target[k + 1 : stop].addcmul_(unit[k, k + 1 : stop], errors[k])
+        columns = zip(*(part.unbind() for part in parts), strict=True)
+        for k, (original, target, projected, error) in enumerate(columns, start):
+            rounding.round_column(target, k, projected)
+            torch.sub(original, projected, out=error)
+            self.target[k + 1 : stop].addcmul_(unit[k, k + 1 : stop], error)
 
 
 def _diagonal_blocks(unit: Tensor, block: int) -> Tensor:
