@@ -124,9 +124,10 @@ class _Block:
 
 def _diagonal_blocks(unit: Tensor, block: int) -> Tensor:
     """The blocks along the diagonal of U (in, in): (blocks, block, block)."""
-    padding = -len(unit) % block
-    if padding:
-        unit = pad(unit, (0, padding, 0, padding))
-    num_blocks = len(unit) // block
-    blocks = unit.reshape(num_blocks, block, num_blocks, block)
-    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    num_whole, left = divmod(len(unit), block)
+    row, column = unit.stride()
+    blocks = unit.as_strided((num_whole, block, block), (block * (row + column), row, column))
+    if left:
+        last = pad(unit[-left:, -left:], (0, block - left, 0, block - left))
+        blocks = torch.cat([blocks, last.unsqueeze(0)])
+    return blocks.contiguous()

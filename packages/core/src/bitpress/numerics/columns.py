@@ -77,21 +77,20 @@ def column_sweep(  # noqa: PLR0913
         the weight, moved by the errors of the rows before it.
     """
     losses = weight.new_empty(len(weight))
+    if rule is None or ahead is not None:
+        sweep = _Sweep(factor, project, ahead, span)
 
-    def decide(target: Tensor, rows: slice, own_row_factor: RowFactor | None = None) -> Tensor:
-        if rule is None or ahead is not None:
-            swept = _Sweep(factor, project, ahead, span).project_rows(target, rows)
-        else:
-            swept = sweep_waves(target, factor, rule.of_rows(rows), own_row_factor)
-        projected, losses[rows] = swept
+        def decide(target: Tensor, rows: slice) -> Tensor:
+            projected, losses[rows] = sweep.project_rows(target, rows)
+            return projected
+
+        return decide_rows(weight, row_factor, decide), losses
+
+    def compute(rows: slice, own: RowFactor | None) -> Tensor:
+        projected, losses[rows] = sweep_waves(weight[rows], factor, rule.of_rows(rows), own)
         return projected
 
-    if rule is None or ahead is not None or row_factor is None:
-        return decide_rows(weight, row_factor, decide), losses
-    projected = compute_coupled_rows(
-        weight, row_factor, lambda rows, own: decide(weight[rows], rows, own)
-    )
-    return projected, losses
+    return compute_coupled_rows(weight, row_factor, compute), losses
 
 
 @frozen(eq=False)

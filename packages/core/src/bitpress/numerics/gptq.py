@@ -149,13 +149,11 @@ def gptq_quantize(
     moment, tokens = stats["hessian"].value, max(stats["tokens"].value.item(), 1.0)
     hessian = DampedHessian(moment, factor.diagonal * tokens - moment.diagonal())
     rounding = _RowRounding(factor, hessian, grid, mask)
-    row_factor = factorize_output_hessian(stats)
-    if row_factor is None:
-        rounded = compute_rows(target, lambda rows: rounding.round_rows(target[rows], rows))
-    else:
-        rounded = compute_coupled_rows(
-            target, row_factor, lambda rows, own: rounding.round_rows(target[rows], rows, own)
-        )
+    rounded = compute_coupled_rows(
+        target,
+        factorize_output_hessian(stats),
+        lambda rows, own: rounding.round_rows(target[rows], rows, own),
+    )
     return rounded, grid
 
 

@@ -19,7 +19,7 @@ from bitpress.runtime.lanes import offered_lanes
 ROW_TILE = 2048
 
 # On a GPU more are decided together, as each launch costs the same for any number of them: so many
-# weights. A sweep holds four numbers for each, 2 GiB in all.
+# weights. A sweep holds five numbers for each, 2.5 GiB in all.
 WEIGHTS_TOGETHER_ON_GPU = 1 << 27
 
 # (targets (rows, in), the rows) -> what they become (rows, in)
@@ -39,27 +39,27 @@ def decide_rows(target: Tensor, row_factor: RowFactor | None, decide: Decide) ->
     Returns:
         (out, in) float32.
     """
-    if row_factor is None:
-        return compute_rows(target, lambda rows: decide(target[rows], rows))
 
-    return compute_coupled_rows(
-        target, row_factor, lambda rows, own: _decide_coupled(target[rows], own, decide, rows)
-    )
+    def compute(rows: slice, own: RowFactor | None) -> Tensor:
+        if own is None:
+            return decide(target[rows], rows)
+        return _decide_coupled(target[rows], own, decide, rows)
+
+    return compute_coupled_rows(target, row_factor, compute)
 
 
 def compute_coupled_rows(
-    like: Tensor, row_factor: RowFactor, compute: Callable[[slice, RowFactor], Tensor]
+    like: Tensor,
+    row_factor: RowFactor | None,
+    compute: Callable[[slice, RowFactor | None], Tensor],
 ) -> Tensor:
-    """A matrix whose rows are computed by whole blocks of a row factor, as `compute_rows` does it.
+    """A matrix whose rows are computed a few at a time, as `compute_rows` does it, and whole blocks
+    of a row factor together.
 
     Args:
         compute: gives some of its rows (rows, in), which have that factor.
     """
-
-    def compute_blocks(rows: slice) -> Tensor:
-        return compute(rows, row_factor.of_rows(rows))
-
-    return compute_rows(like, compute_blocks)
+    return compute_rows(like, lambda rows: compute(rows, row_factor and row_factor.of_rows(rows)))
 
 
 def compute_rows(

@@ -45,7 +45,7 @@ def sweep_waves(
     columns = SweptColumns.undecided(weight, factor.order, kernels.BLOCK, num_groups)
     blocks = kernels.BlockSweep(columns, factor.unit, rule)
     column_feedback = _ColumnFeedback(columns, factor.unit)
-    row_feedback = None if row_factor is None else _RowFeedback(columns, row_factor)
+    row_feedback = None if row_factor is None else _WaveFeedback(columns, row_factor)
     for wave in columns.waves:
         if row_feedback is not None:
             row_feedback.move_targets(wave)
@@ -88,7 +88,7 @@ class _ColumnFeedback:
                 target[middle:stop].addmm_(feedback, error[start:middle])
 
 
-class _RowFeedback:
+class _WaveFeedback:
     """Moves the targets of a wave by the errors of rows before them.
 
     What rows have lost, w - q, is held as (blocks of columns, blocks of rows, rows of a block,
