@@ -115,11 +115,11 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
     return e4m3.encode(layer, scale, numerics.expand_blocks(scale, options.block, (out, width)))
 
 
-def _fit(weight: Tensor, options: Options) -> e4m3.Grid:
+def _fit(weight: Tensor, options: Options) -> numerics.FloatGrid:
     """The grid of a weight (out, in) whose tiles have scales amax / 448."""
     scale = numerics.e4m3_scale(numerics.block_absmax(weight, options.block))
     by_row = scale.repeat_interleave(options.block[0], 0)[: len(weight)]  # (out, in / 128)
-    return e4m3.Grid(by_row, options.block[1])
+    return numerics.FloatGrid(numerics.E4M3, by_row, options.block[1])
 
 
 @hookimpl

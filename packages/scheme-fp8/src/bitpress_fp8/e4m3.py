@@ -39,37 +39,6 @@ class AlgorithmOptions(bitpress.ReferenceOptions):
         return self.algorithm == "gptq"
 
 
-@frozen(eq=False)
-class Grid:
-    """The numbers that E4M3 codes stand for with these scales.
-
-    Attributes:
-        scale: (out, groups) float32.
-        group: columns that share a scale.
-    """
-
-    scale: Tensor
-    group: int
-
-    @property
-    def rounding_rule(self) -> numerics.RoundingRule:
-        """What `nearest` gives, as a rule."""
-        return numerics.RoundingRule(numerics.E4M3, self.scale, self.group)
-
-    def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
-        """The representable numbers nearest to targets (rows,) of one column."""
-        return _round(target, self.scale[rows, column // self.group])
-
-    def rounded(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The representable numbers nearest to all columns of some rows (rows, in)."""
-        groups = numerics.to_groups(weight, self.group)  # (rows, groups, group)
-        return _round(groups, self.scale[rows].unsqueeze(2)).view_as(weight)
-
-
-def _round(x: Tensor, scale: Tensor) -> Tensor:
-    return numerics.decode_e4m3(numerics.encode_e4m3(x, scale)) * scale
-
-
 def encode(
     layer: Layer,
     scale: Tensor,

@@ -117,12 +117,13 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
     has observed inputs for it by GPTQ.
     """
 
-    def fit(weight: Tensor, importance: Tensor | None = None) -> e4m3.Grid:
+    def fit(weight: Tensor, importance: Tensor | None = None) -> numerics.FloatGrid:
         if options.weights == "tensor":
             amax = stats["amax"].value
         else:
             amax = numerics.absmax(weight, dim=1)  # (out, 1)
-        return e4m3.Grid(numerics.e4m3_scale(amax).expand(len(weight), 1), weight.shape[1])
+        scale = numerics.e4m3_scale(amax).expand(len(weight), 1)
+        return numerics.FloatGrid(numerics.E4M3, scale, weight.shape[1])
 
     if "hessian" in stats:
         weight, grid = numerics.gptq_quantize(layer, stats, fit)

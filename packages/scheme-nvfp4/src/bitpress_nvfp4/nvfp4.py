@@ -145,7 +145,10 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
     if options.activations == "quantized":
         qparams["input_global_scale"] = activations.input_global_scale(stats)
     return attrs.evolve(
-        layer, weight=lambda: _decode(codes, grid.scale), codes=codes, qparams=qparams
+        layer,
+        weight=lambda: numerics.scale_groups(numerics.decode_e2m1(codes), grid.scale),
+        codes=codes,
+        qparams=qparams,
     )
 
 
@@ -191,7 +194,7 @@ def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """Codes times local scales, divided by the global one."""
     codes = numerics.unpack_bytes(tensors["weight_packed"], 4)
     scale = numerics.decode_e4m3(tensors["weight_scale"]) / tensors["weight_global_scale"]
-    return _decode(codes, scale)
+    return numerics.scale_groups(numerics.decode_e2m1(codes), scale)
 
 
 @hookimpl
@@ -202,9 +205,8 @@ def error_bound(tensors: Mapping[str, Tensor], options: Options) -> Tensor | Non
     codes = numerics.unpack_bytes(tensors["weight_packed"], 4)
     scale = numerics.decode_e4m3(tensors["weight_scale"]) / tensors["weight_global_scale"]
     bound = numerics.e2m1_bound(codes, scales.MAX_CLIPPED)
-    groups = numerics.to_groups(bound, scales.GROUP_SIZE)
     # float32 rounds the quotient, the product and the difference
-    return groups.mul_(scale.unsqueeze(2) * (1 + 2.0**-17)).view_as(codes)
+    return numerics.scale_groups(bound, scale * (1 + 2.0**-17))
 
 
 @hookimpl
@@ -265,8 +267,3 @@ def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]
             f"vLLM has no NVFP4 kernels for {hardware.name}; w4a16 is as small and runs there",
         )
     ]
-
-
-def _decode(codes: Tensor, scale: Tensor) -> Tensor:
-    groups = numerics.to_groups(numerics.decode_e2m1(codes), scales.GROUP_SIZE)
-    return (groups * scale.unsqueeze(2)).view_as(codes)

@@ -15,7 +15,9 @@ from bitpress.schemes.deprecation import warn_renamed
 if TYPE_CHECKING:
     from bitpress.numerics.blocks import absmax, block_absmax, expand_blocks
     from bitpress.numerics.columns import column_sweep
+    from bitpress.numerics.e8m0 import decode_e8m0, encode_e8m0, power_above
     from bitpress.numerics.exact import power_of_two, scalar_like
+    from bitpress.numerics.float_grid import FloatGrid, scale_groups
     from bitpress.numerics.fp4 import E2M1_MAX, decode_e2m1, e2m1_bound, encode_e2m1, round_e2m1
     from bitpress.numerics.fp8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
     from bitpress.numerics.gptq import Grid, gptq_quantize, gptq_statistics, gptq_target
@@ -59,7 +61,9 @@ if TYPE_CHECKING:
 _MODULES: Mapping[str, Sequence[str]] = {
     "blocks": ("absmax", "block_absmax", "expand_blocks"),
     "columns": ("column_sweep",),
+    "e8m0": ("decode_e8m0", "encode_e8m0", "power_above"),
     "exact": ("power_of_two", "scalar_like"),
+    "float_grid": ("FloatGrid", "scale_groups"),
     "fp4": ("E2M1_MAX", "decode_e2m1", "e2m1_bound", "encode_e2m1", "round_e2m1"),
     "fp8": ("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"),
     "gptq": ("Grid", "gptq_quantize", "gptq_statistics", "gptq_target"),
@@ -119,6 +123,7 @@ __all__ = [
     "E4M3",
     "E4M3_MAX",
     "Factor",
+    "FloatGrid",
     "Grid",
     "IntegerGrid",
     "NumberFormat",
@@ -136,12 +141,14 @@ __all__ = [
     "decide_rows",
     "decode_e2m1",
     "decode_e4m3",
+    "decode_e8m0",
     "decode_integers",
     "e2m1_bound",
     "e4m3_bound",
     "e4m3_scale",
     "encode_e2m1",
     "encode_e4m3",
+    "encode_e8m0",
     "expand_blocks",
     "factorize_hessian",
     "factorize_output_hessian",
@@ -160,10 +167,12 @@ __all__ = [
     "output_statistics",
     "pack_bytes",
     "pack_words",
+    "power_above",
     "power_of_two",
     "round_e2m1",
     "rounding_costs",
     "scalar_like",
+    "scale_groups",
     "search_scales",
     "table_for_device",
     "to_groups",
