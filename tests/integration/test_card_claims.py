@@ -35,6 +35,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
         ("w4a16", (), True, True),
         ("w4a16", ("symmetric=false",), True, "dequantize"),
         ("nvfp4", (), True, True),
+        ("mxfp4", (), True, True),
+        ("mxfp8", (), True, True),
         ("sparse-2of4", (), True, True),
         ("sparse-2of4", ("layout=bitmask",), False, False),
         ("sparse", ("layout=bitmask",), False, False),
@@ -55,10 +57,11 @@ def test_what_is_claimed_of_a_scheme(
     assert loaders.needs_dequantizing == (transformers == "dequantize")
 
 
-def test_four_bit_floats_of_float16_are_not_said_to_load_in_transformers(
-    models: dict[torch.dtype, Path],
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp8"])
+def test_small_scales_in_float16_models_are_not_said_to_load_in_transformers(
+    models: dict[torch.dtype, Path], scheme: str
 ) -> None:
-    loaders = describe_loaders(bitpress.plan(models[torch.float16], scheme="nvfp4"))
+    loaders = describe_loaders(bitpress.plan(models[torch.float16], scheme=scheme))
     assert loaders.transformers_reason is not None
     assert "bfloat16" in loaders.transformers_reason
     others = describe_loaders(bitpress.plan(models[torch.float16], scheme="fp8"))

@@ -289,6 +289,7 @@ def layout(kind: str, strategy: str, inputs: str | None, dynamic: bool = True) -
         (layout("float", "channel", "token"), False),
         (layout("float", "tensor", "tensor", False), False),
         (layout("float", "block", "group"), False),
+        (layout("float", "group", "group"), False),
         (layout("float", "tensor", "token"), True),
         (layout("float", "channel", "tensor", False), True),
         (layout("int", "channel", "token"), False),

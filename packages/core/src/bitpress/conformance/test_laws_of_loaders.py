@@ -22,7 +22,7 @@ from bitpress.errors import BitpressError
 from bitpress.modeling import transformers_loader
 from bitpress.output.open_model import open_written
 from bitpress.output.written_model import WrittenModel
-from bitpress.planning.loaders import describe_loaders
+from bitpress.planning.loaders import decodes_to_bfloat16, describe_loaders
 from bitpress.schemes import pipeline
 from bitpress.schemes.registry import Step
 
@@ -120,6 +120,5 @@ def _read_weights(written: WrittenModel) -> dict[str, Tensor]:
 def _choose_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """Float32, which shows small differences; bfloat16 where the decoder gives nothing else."""
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    weights = [group["weights"] for group in groups]
-    has_small_floats = any(w["type"] == "float" and w["num_bits"] < 8 for w in weights)
-    return torch.bfloat16 if has_small_floats else torch.float32
+    is_bfloat16 = any(decodes_to_bfloat16(group["weights"]) for group in groups)
+    return torch.bfloat16 if is_bfloat16 else torch.float32

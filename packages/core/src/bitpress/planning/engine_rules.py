@@ -46,6 +46,7 @@ EXPERT_LAYOUTS = {
         ("tensor", "tensor", False),
         ("channel", "token", True),
         ("block", "group", True),
+        ("group", "group", True),
     ),
     ("int", 8): (("channel", "token", True),),
 }

@@ -20,6 +20,9 @@ from bitpress.schemes.values import USABLE
 # errors, or leaves a scale out without a word.
 PLAIN_SCALES = ("tensor", "channel")
 
+# How the config names the dtypes of scales in a byte: E8M0 and E4M3.
+SMALL_SCALES = ("torch.uint8", "torch.float8_e4m3fn")
+
 
 @frozen
 class Loaders:
@@ -92,11 +95,17 @@ def _explain_layer(plan: Plan, module: str) -> Iterator[str]:
     if fragment is None:
         return
     weights = fragment.get("weights") or {}
-    is_small_float = weights.get("type") == "float" and int(weights.get("num_bits") or 8) < 8
-    if is_small_float and plan.dtype != torch.bfloat16:
+    if decodes_to_bfloat16(weights) and plan.dtype != torch.bfloat16:
         yield "transformers decodes this format to bfloat16, and the model is in another dtype"
     if layer_names.OF_EXPERT.fullmatch(module) and not _is_expert_format(weights):
         yield "transformers does not convert experts in this format rightly"
+
+
+def decodes_to_bfloat16(weights: Mapping[str, Any]) -> bool:
+    """Whether transformers makes bfloat16 weights of a format in a model of any dtype: of floats
+    whose scales are small floats too.
+    """
+    return weights.get("type") == "float" and weights.get("scale_dtype") in SMALL_SCALES
 
 
 def _is_expert_format(weights: Mapping[str, Any]) -> bool:
