@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
 source, out, text = sys.argv[1:4]
 tokens = int(sys.argv[4])
-# it runs in no other
-dtype = torch.bfloat16 if "nvfp4" in (Path(out) / "config.json").read_text() else torch.float32
+# of these formats transformers makes bfloat16 weights
+BFLOAT16_FORMATS = ("nvfp4", "mxfp4", "mxfp8")
+config = (Path(out) / "config.json").read_text()
+dtype = torch.bfloat16 if any(name in config for name in BFLOAT16_FORMATS) else torch.float32
 ids = AutoTokenizer.from_pretrained(source)(
     Path(text).read_text(), verbose=False, return_tensors="pt"
 )["input_ids"][:, :tokens]

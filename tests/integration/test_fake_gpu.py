@@ -115,6 +115,7 @@ RUNS = {
     "fp8": ("fp8", ()),
     "int8": ("int8", ("smoothing=0.5",)),
     "w4a16 by GPTQ": ("w4a16", ("group_size=32",)),
+    "mxfp4": ("mxfp4", ()),
     "nvfp4": ("nvfp4", ()),
     "2:4, then fp8": ("sparse-2of4+fp8", ()),
 }

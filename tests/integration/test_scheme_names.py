@@ -26,6 +26,10 @@ from bitpress.schemes.registry import discover
         ("AWQ", "w4a16", {"algorithm": "awq"}),
         ("NVFP4", "nvfp4", {"activations": "quantized"}),
         ("NVFP4A16", "nvfp4", {"activations": "float"}),
+        ("MXFP4", "mxfp4", {"activations": "quantized"}),
+        ("MXFP4A16", "mxfp4", {"activations": "float"}),
+        ("MXFP8", "mxfp8", {"activations": "quantized"}),
+        ("MXFP8A16", "mxfp8", {"activations": "float"}),
         ("2:4", "sparse-2of4", {}),
         ("SparseGPT", "sparse", {"algorithm": "sparsegpt"}),
         ("wanda", "sparse", {"algorithm": "wanda"}),
@@ -46,7 +50,7 @@ def test_names_of_one_scheme_are_no_names_of_another() -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "MXFP4", "mxfp8", "fp6", "w4a4", "w4a8", "int3", "nf4"])
+@pytest.mark.parametrize("name", ["fp6", "MXFP6", "w4a4", "w4a8", "int3", "nf4"])
 def test_for_another_format_none_is_suggested(name: str) -> None:
     with pytest.raises(RecipeError, match="is not installed") as error:
         discover().find(name)
