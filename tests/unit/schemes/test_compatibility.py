@@ -45,6 +45,9 @@ SIGNATURES = {
         "quantize_activations": "inputs tensors config",
         "validate_weight": "weight options",
         "error_bound": "tensors config weight bound options",
+        "observe_cache": "states options",
+        "serialize_cache": "stats dtype options",
+        "quantize_cache": "states name tensors config",
     },
 }
 

@@ -46,12 +46,20 @@ class CompressSummary:
 
     def print_text(self) -> None:
         """The verdict: how much smaller, how near to the source, and what to do next."""
+        # it imports torch, which takes a second
+        from bitpress.planning import attention_caches
+
         manifest, plan = self.manifest, self.job.plan
         before, after = plan.source_bytes, plan.output_bytes
-        say(
-            f"{self.out}: {format_bytes(before)} -> {format_bytes(after)} ("
-            f"{before / after:.2f}x smaller), {manifest.bits:.2f} bits per weight"
-        )
+        if manifest.layers:
+            say(
+                f"{self.out}: {format_bytes(before)} -> {format_bytes(after)} ("
+                f"{before / after:.2f}x smaller), {manifest.bits:.2f} bits per weight"
+            )
+        else:
+            say(f"{self.out}: {format_bytes(after)}, all weights as they were")
+        if plan.caches:
+            say(f"cache: {attention_caches.describe_caches(plan.caches)}")
         # those before are on the screen since the run began
         warn(text for text in manifest.warnings if text not in self.job.warnings)
         self._print_calibration()

@@ -101,6 +101,10 @@ class PlanSummary:
                 "least": requirements.device_memory.whole.on_disk,
                 "with_hidden_states": requirements.device_memory.whole.in_memory,
             },
+            "caches": [
+                {"name": cache.module, "bytes_per_token": cache.token_bytes[1]}
+                for cache in plan.caches
+            ],
             "data": plan.recipe.calibrated,
             "digest": plan.digest,
             "warnings": list(plan.warnings),
@@ -176,6 +180,9 @@ def _describe_copies(plan: Plan) -> str:
 
 
 def _print_sizes(plan: Plan) -> None:
+    # it imports torch, which takes a second
+    from bitpress.planning import attention_caches
+
     num_layers = sum(len(stack.members) for stack in plan.stacks)
     say(
         f"{num_layers} layers compressed, {len(plan.uncompressed)} tensors {_describe_copies(plan)}"
@@ -189,6 +196,8 @@ def _print_sizes(plan: Plan) -> None:
         f"{sum(plan.file_sizes.values()):,} bytes in {len(plan.file_sizes)} files; beside "
         "them bitpress.json and README.md",
     )
+    if plan.caches:
+        say_fact("cache", attention_caches.describe_caches(plan.caches))
     say_what_is_left(plan.source.left_files)
 
 

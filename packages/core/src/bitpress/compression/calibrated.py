@@ -42,6 +42,7 @@ from bitpress.compression.calibration.solution import install
 from bitpress.compression.data_free import write_shard
 from bitpress.compression.resources import Resources
 from bitpress.errors import first_line, is_out_of_memory
+from bitpress.modeling.attention import watched_attention
 from bitpress.modeling.capture import CapturedInputs, capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.tokens import CalibrationData
@@ -110,7 +111,8 @@ def write_shards(
     thrift, work = Thrift(memory_estimate.BATCH_TOKENS), RepeatableWork(report_progress)
     while True:
         try:
-            return _write_blocks(plan, output, calibration, resources, _Attempt(thrift, work))
+            with watched_attention():
+                return _write_blocks(plan, output, calibration, resources, _Attempt(thrift, work))
         except RuntimeError as e:
             is_least = thrift.is_least(calibration.input_ids.shape[1])
             if not is_out_of_memory(e) or is_least or resources.process_group.world_size > 1:
@@ -346,9 +348,7 @@ def _compress_or_resume_block(
 
     assert shard.block is not None
     gradients_by_stack = gradients.of_block(shard.block, shard.stacks)
-    block_plan = BlockPlan(
-        prefix, shard.stacks, plan.head_dim, plan.source.entries, gradients_by_stack
-    )
+    block_plan = BlockPlan.of_shard(plan, shard, gradients_by_stack)
     if not process_group.is_rank_zero:
         return compress_block(block_plan, streams, lambda name, tensor: None, run.report_progress)
 

@@ -355,7 +355,7 @@ def _check_accuracy(
 def _open_written(manifest: Manifest, plan: Plan, output: OutputFolder) -> WrittenModel:
     """What was written, which has no config.json yet."""
     checkpoint = open_checkpoint(output.folder, config=plan.config)
-    return WrittenModel(checkpoint, plan.recipe, manifest.layers, manifest.rescaled)
+    return WrittenModel(checkpoint, plan.recipe, manifest.layers, manifest.rescaled, plan.caches)
 
 
 def _publish(job: Job, manifest: Manifest, output: OutputFolder) -> Manifest:

@@ -9,13 +9,15 @@ import attrs
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.digests import hash_bytes
 from bitpress.checkpoint.hub import read_commit
+from bitpress.checkpoint.reader import NAMES
 from bitpress.checkpoint.writer import OutputFolder, format_json
 from bitpress.compression.calibration.block_result import BlockResult
 from bitpress.compression.job import Job, display_name
 from bitpress.compression.resources import Resources
 from bitpress.output import manifest as manifests, model_card
-from bitpress.output.manifest import FileRecord, LayerRecord, Manifest
+from bitpress.output.manifest import CacheRecord, FileRecord, LayerRecord, Manifest
 from bitpress.planning import loaders
+from bitpress.planning.attention_caches import AttentionCache, describe_caches
 from bitpress.runtime.version import __version__
 
 
@@ -53,6 +55,7 @@ def build_manifest(
         },
         blocks={name: error for result in block_results for name, error in result.drift.items()},
         revision=read_commit(plan.source.folder),
+        caches={cache.module: _describe_cache(cache) for cache in plan.caches},
     )
 
 
@@ -71,6 +74,7 @@ def write_model_card(job: Job, manifest: Manifest, output: OutputFolder) -> Mani
         job.base_model,
         plan.config,
         loaders.describe_loaders(plan),
+        describe_caches(plan.caches) if plan.caches else None,
     )
     content = model_card.render_card(manifest, details)
     output.write_text(filenames.MODEL_CARD, content)
@@ -130,6 +134,13 @@ def _describe_layers(job: Job, block_results: Sequence[BlockResult]) -> Mapping[
         for stack in job.plan.stacks
         for module, entry in stack.members.items()
     }
+
+
+def _describe_cache(cache: AttentionCache) -> CacheRecord:
+    shape = cache.shape
+    return CacheRecord(
+        shape.num_heads, shape.num_query_heads, shape.channels, str(NAMES[cache.dtype])
+    )
 
 
 def describe_calibration(job: Job) -> dict[str, str] | None:

@@ -10,10 +10,12 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from bitpress.checkpoint.reader import Checkpoint, Reader
+from bitpress.modeling.attention import watch
 from bitpress.modeling.capture import BlockCall, ExtraOutputs, capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.runtime.lanes import Lanes
 from bitpress.schemes.activation_quantizer import ActivationQuantizer, quantize_arguments
+from bitpress.schemes.attention_cache import CacheQuantizer
 
 
 @frozen(eq=False)
@@ -26,12 +28,14 @@ class RunnableModel:
         container: the name of the list of decoder blocks.
         activation_quantizers: by layer, what is made of its inputs (tokens, in) before it computes
             with them; none in a model whose activations are not quantized.
+        cache_quantizers: by attention, what is made of its keys and values.
     """
 
     checkpoint: Checkpoint
     reader: Reader
     container: str
     activation_quantizers: Mapping[str, ActivationQuantizer] = field(factory=dict)
+    cache_quantizers: Mapping[str, CacheQuantizer] = field(factory=dict)
 
 
 class BlockRunner:
@@ -72,13 +76,18 @@ class BlockRunner:
         return len(self.decoder)
 
     def load_block(self, index: int) -> nn.Module:
-        """A copy of a block that computes as it is served, its activations quantized."""
+        """A copy of a block that computes as it is served, its activations quantized, and inside
+        `watched_attention` its keys and values too.
+        """
         block = self.decoder.load_block(index)
         prefix = f"{self._model.container}.{index}."
         for name, quantize in self._model.activation_quantizers.items():
             if name.startswith(prefix):
                 module = block.get_submodule(name.removeprefix(prefix))
                 module.register_forward_pre_hook(_quantize_input(quantize))
+        for name, quantize_cache in self._model.cache_quantizers.items():
+            if name.startswith(prefix):
+                watch(block.get_submodule(name.removeprefix(prefix)), quantize_cache)
         return block
 
     def take_calls(self, index: int) -> list[BlockCall]:

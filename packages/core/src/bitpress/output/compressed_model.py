@@ -21,6 +21,7 @@ from bitpress.schemes.activation_quantizer import (
     find_activation_quantizer,
     quantizes_activations,
 )
+from bitpress.schemes.attention_cache import cache_quantizer
 
 
 class DequantizingReader(Reader):
@@ -87,5 +88,14 @@ def open_compressed(
             quantizer = find_activation_quantizer(tensors, config, steps)
             assert quantizer is not None
             quantizers[module] = quantizer
+    cache_quantizers = {}
+    for cache in written.caches:
+        tensors = {
+            suffix: reader.whole(entries.pop(f"{cache.module}.{suffix}"))
+            for suffix in cache.describe_stored().tensors
+        }
+        config = cache.describe_stored().config
+        cache_quantizers[cache.module] = cache_quantizer(cache.step, tensors, config)
     checkpoint = attrs.evolve(written.checkpoint, folder=built_from, entries=entries)
-    return RunnableModel(checkpoint, DequantizingReader(written, reader), container, quantizers)
+    dequantizing_reader = DequantizingReader(written, reader)
+    return RunnableModel(checkpoint, dequantizing_reader, container, quantizers, cache_quantizers)

@@ -81,9 +81,14 @@ def _side_files(written: WrittenModel) -> dict[str, str]:
 def _dense_header(
     written: WrittenModel, header: Header, layer_of: Mapping[str, str], file: Path
 ) -> Header:
-    """A shard's header with every compressed layer's tensors replaced by its weight."""
+    """A shard's header with every compressed layer's tensors replaced by its weight, and without
+    those of caches.
+    """
+    of_caches = {name for cache in written.caches for name in cache.specs}
     specs: dict[str, TensorSpec] = {}
     for entry in header.entries:
+        if entry.name in of_caches:
+            continue
         if entry.name in layer_of:
             module = layer_of[entry.name]
             layer = written.layers[module]

@@ -22,6 +22,7 @@ from bitpress.checkpoint.layer_names import block_index
 from bitpress.checkpoint.reader import Reader
 from bitpress.errors import CheckpointError, RecipeError, VerificationError
 from bitpress.modeling import metrics
+from bitpress.modeling.attention import watched_attention
 from bitpress.modeling.block_runner import BlockRunner, RunnableModel
 from bitpress.modeling.capture import open_head
 from bitpress.modeling.decoder import DecoderOptions
@@ -84,7 +85,7 @@ def evaluate(
     batch_size = max(memory_estimate.BATCH_TOKENS // text.input_ids.shape[1], 1)
     batches = torch.split(text.input_ids, batch_size)
     targets = torch.split(text.target_ids, batch_size)
-    with torch.no_grad():
+    with torch.no_grad(), watched_attention():
         report_progress(0, "building the model and running its embeddings")
         runners = [BlockRunner(model, batches, options, folder) for model in models]
         if len({len(runner) for runner in runners}) > 1:

@@ -80,6 +80,23 @@ class LayerRecord:
 
 
 @frozen
+class CacheRecord:
+    """The keys and values that an engine keeps of one attention.
+
+    Attributes:
+        heads: of keys and of values.
+        query_heads: of queries.
+        channels: of a head.
+        dtype: of the model's weights there, as safetensors names it.
+    """
+
+    heads: int = field(validator=validators.ge(1))
+    query_heads: int = field(validator=validators.ge(1))
+    channels: int = field(validator=validators.ge(1))
+    dtype: str
+
+
+@frozen
 class Check:
     """How well a model predicts a text, and beside its source where that was run too (None where it
     was not).
@@ -123,9 +140,7 @@ def _check_filenames(manifest: Manifest, attribute: Any, files: Mapping[str, Fil
             raise ValueError(f"{name[:60]!r} is no file of the folder")
 
 
-def _check_layer_names(
-    manifest: Manifest, attribute: Any, layers: Mapping[str, LayerRecord]
-) -> None:
+def _check_layer_names(manifest: Manifest, attribute: Any, layers: Mapping[str, Any]) -> None:
     for name in layers:
         if not is_name(name):
             raise ValueError(f"{name[:60]!r} is no layer's name")
@@ -150,6 +165,7 @@ class Manifest:
             source's, on the calibration data that the source was run on too; none where it was not.
         check: how well it predicts a text; None where that was not asked for.
         revision: the source's commit on the Hub; None where it was not downloaded from there.
+        caches: by attention, the caches for which something is stored.
     """
 
     bitpress: str
@@ -165,6 +181,7 @@ class Manifest:
     blocks: Mapping[str, float] = field(factory=dict)
     check: Check | None = None
     revision: str | None = None
+    caches: Mapping[str, CacheRecord] = field(factory=dict, validator=_check_layer_names)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""

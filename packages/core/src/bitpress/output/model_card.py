@@ -54,6 +54,7 @@ class RunDetails:
         base_model: the Hub name of the source; None where it is not known.
         config: the content of the output's `config.json`.
         loaders: what is known of how loaders take the output.
+        cache: how keys and values are kept while serving; None: as the model computes them.
     """
 
     command: str
@@ -64,6 +65,7 @@ class RunDetails:
     base_model: str | None
     config: Mapping[str, Any]
     loaders: Loaders
+    cache: str | None = None
 
 
 def format_command(model: str, options: Mapping[str, object]) -> str:
@@ -173,10 +175,13 @@ def _render_body(manifest: Manifest, details: RunDetails) -> Iterator[str]:
         f"| weight files | {before / 1e6:,.2f} MB before, {after / 1e6:,.2f} MB now ("
         f"{before / after:.2f}x smaller) |"
     )
-    yield (
-        f"| compressed layers | {len(manifest.layers)}, {manifest.bits:.2f} bits per weight, "
-        "scales included |"
-    )
+    if manifest.layers:
+        yield (
+            f"| compressed layers | {len(manifest.layers)}, {manifest.bits:.2f} bits per weight, "
+            "scales included |"
+        )
+    if details.cache is not None:
+        yield f"| keys and values, while serving | {_escaped(details.cache)} |"
     if manifest.data:
         yield (
             f"| calibrated on | {int(manifest.data['tokens']):,} tokens of "

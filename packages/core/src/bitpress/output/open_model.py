@@ -22,7 +22,8 @@ def open_runnable_model(folder: Path, reader: Reader) -> RunnableModel:
     checkpoint = open_checkpoint(folder)
     if (folder / filenames.MANIFEST).is_file():
         written = open_written(checkpoint)
-        container = layer_names.container(next(iter(written.layers)))
+        modules = [*written.layers, *(f"{cache.module}.cache" for cache in written.caches)]
+        container = layer_names.container(modules[0])
         return compressed_model.open_compressed(written, reader, container, folder)
     checkpoint = resolve_source(checkpoint)
     if method := checkpoint.model_config.quantization_method:

@@ -17,10 +17,12 @@ from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import NAMES, Checkpoint, Reader
 from bitpress.checkpoint.safetensors import Entry, TensorSpec
 from bitpress.errors import BitpressError, CheckpointError, Fault
+from bitpress.output.cache_proof import find_cache_faults
 from bitpress.output.file_proof import Workers
 from bitpress.output.layer_proof import LayerMeasurement, find_error_faults, measure_stored
 from bitpress.output.written_model import WrittenModel
 from bitpress.planning import engine_rules
+from bitpress.planning.attention_caches import cache_config
 from bitpress.planning.ignored_layers import ignored_layers
 from bitpress.planning.quantization_config import quantization_config
 from bitpress.runtime.devices import ThreadDevices
@@ -78,8 +80,7 @@ def verify_tensors(
             faults = []
         elif not faults:
             # Tensors that are not as planned are not read: their sizes would be a stranger's.
-            checkpoint = written.checkpoint
-            faults += engine_rules.find_faults(checkpoint.config, checkpoint.entries, reader.whole)
+            faults += _find_number_faults(written, reader)
 
         def measure(module: str) -> LayerMeasurement:
             measurement = _measure_layer(written, module, source, reader, threads.device)
@@ -131,7 +132,13 @@ def find_structure_faults(
         for suffix, tensor in layer.tensors.items():
             name = f"{module}.{suffix}"
             expected_names.add(name)
-            yield from _compare_entry(module, name, checkpoint, tensor)
+            planned = TensorSpec(NAMES[tensor.dtype], tuple(tensor.shape))
+            yield from _compare_entry(module, name, checkpoint, planned)
+
+    for cache in written.caches:
+        for name, spec in cache.specs.items():
+            expected_names.add(name)
+            yield from _compare_entry(cache.module, name, checkpoint, spec)
 
     if source is not None:
         yield from _compare_source_shapes(written, source)
@@ -150,7 +157,7 @@ def find_structure_faults(
 
     engines = facts_of(checkpoint.config)
     plain = ignored_layers(checkpoint, written.layers)
-    expected_config = quantization_config(fragments, plain, engines)
+    expected_config = quantization_config(fragments, plain, engines, cache_config(written.caches))
     # Where an engine's facts say under which names it looks for layers, these are proved, and not
     # compared: another release may have listed others.
     normalize = _without_names if engines else _sort_ignored
@@ -158,10 +165,16 @@ def find_structure_faults(
         yield Fault(CONFIG, f"its {KEY} does not describe what is stored")
 
 
+def _find_number_faults(written: WrittenModel, reader: Reader) -> Iterator[Fault]:
+    """Faults of scales, and all else that engines demand of the files."""
+    config, entries = written.checkpoint.config, written.checkpoint.entries
+    yield from find_cache_faults(written.caches, entries, reader)
+    yield from engine_rules.find_faults(config, entries, reader.whole)
+
+
 def _compare_entry(
-    module: str, name: str, checkpoint: Checkpoint, expected: torch.Tensor
+    module: str, name: str, checkpoint: Checkpoint, planned: TensorSpec
 ) -> Iterator[Fault]:
-    planned = TensorSpec(NAMES[expected.dtype], tuple(expected.shape))
     entry = checkpoint.entries.get(name)
     if entry is None:
         yield Fault(module, f"tensor {name} is missing")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from attrs import field, frozen
@@ -12,9 +12,11 @@ from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import CheckpointError
 from bitpress.output.manifest import LayerRecord, Manifest
 from bitpress.output.rescaling import Rescaled, rescale
+from bitpress.planning.attention_caches import AttentionCache
 from bitpress.planning.recipe import Recipe
 from bitpress.runtime.devices import CPU
 from bitpress.schemes import stored_layout
+from bitpress.schemes.attention_cache import CacheShape
 from bitpress.schemes.registry import Step
 from bitpress.schemes.values import StoredLayer
 
@@ -29,12 +31,14 @@ class WrittenModel:
         layers: the record of every compressed layer, by module name.
         rescaled: by tensor of the source, the exponents of two by which its "columns" and "rows"
             were multiplied before it was compressed or copied.
+        caches: of attentions, for which something is stored.
     """
 
     checkpoint: Checkpoint
     recipe: Recipe
     layers: Mapping[str, LayerRecord]
     rescaled: Mapping[str, Rescaled] = field(factory=dict)
+    caches: Sequence[AttentionCache] = ()
 
     @classmethod
     def from_manifest(
@@ -52,7 +56,16 @@ class WrittenModel:
                     f"{checkpoint.folder}: bitpress.json does not say how layer {module} was "
                     "written"
                 )
-        return cls(checkpoint, recipe, manifest.layers, manifest.rescaled)
+        caches = []
+        for module, cache in manifest.caches.items():
+            if recipe.cache is None or cache.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: bitpress.json does not say how the cache of {module} is "
+                    "kept"
+                )
+            shape = CacheShape(cache.query_heads, cache.heads, cache.channels)
+            caches.append(AttentionCache(module, shape, DTYPES[cache.dtype], recipe.cache))
+        return cls(checkpoint, recipe, manifest.layers, manifest.rescaled, tuple(caches))
 
     def steps(self, module: str) -> tuple[Step, ...]:
         """The steps that wrote a layer."""

@@ -41,7 +41,10 @@ def find_table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
         if isinstance(group, dict)
     }
     expected = next(iter(formats)) if len(formats) == 1 else "mixed-precision"
-    if not formats:
+    # a config may be about the cache alone
+    if not formats and table.get("kv_cache_scheme"):
+        expected = "dense"
+    if not formats and not table.get("kv_cache_scheme"):
         yield Fault(CONFIG, "it has no config_groups")
     elif table.get("format") != expected:
         yield Fault(

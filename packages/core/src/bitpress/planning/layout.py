@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,14 @@ from attrs import evolve, frozen
 
 from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.filenames import WEIGHTS
-from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint
+from bitpress.checkpoint.reader import DTYPES, Checkpoint
 from bitpress.checkpoint.safetensors import Entry, Header, TensorSpec, lay_out
 from bitpress.errors import CheckpointError, SchemeError
+from bitpress.planning.attention_caches import (
+    AttentionCache,
+    describe_specs,
+    tensor_specs,
+)
 from bitpress.runtime.progress import copy_work
 from bitpress.schemes import stored_layout
 from bitpress.schemes.registry import Step
@@ -82,17 +87,17 @@ class Stack:
         """
         entry = self.members[module]
         stored = stored_layout.describe(*entry.shape, DTYPES[entry.dtype], self.steps)
-        return _specs(stored), stored.config
+        return tensor_specs(stored), stored.config
 
     def check_stored(self, module: str, stored: StoredLayer) -> None:
         """Raise SchemeError unless a member's tensors have the names, dtypes and shapes that were
         planned.
         """
-        (planned, _), actual = self.describe_stored(module), _specs(stored)
+        (planned, _), actual = self.describe_stored(module), tensor_specs(stored)
         if actual != planned:
             raise SchemeError(
-                f"{self.steps[-1].scheme}: layer {module} became {_describe(actual)}, planned was "
-                f"{_describe(planned)}"
+                f"{self.steps[-1].scheme}: layer {module} became {describe_specs(actual)}, planned "
+                f"was {describe_specs(planned)}"
             )
 
     def stored_bytes(self, module: str) -> int:
@@ -116,6 +121,7 @@ class Shard:
         copies: the source's tensors that it holds as they are.
         block: in a calibrated run the decoder block that it holds; None for what lies outside the
             blocks.
+        caches: of the block, for which something is stored.
     """
 
     name: str
@@ -123,6 +129,7 @@ class Shard:
     copies: tuple[Entry, ...]
     header: Header
     block: int | None = None
+    caches: tuple[AttentionCache, ...] = ()
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
@@ -149,7 +156,11 @@ class Shard:
 
 
 def cut_shards(
-    source: Checkpoint, stacks: Mapping[str, Stack], digest: str, by_block: bool
+    source: Checkpoint,
+    stacks: Mapping[str, Stack],
+    digest: str,
+    block_container: str | None,
+    caches: Sequence[AttentionCache] = (),
 ) -> list[Shard]:
     """The output's weight files: they mirror the source's, or are one for every decoder block.
 
@@ -157,17 +168,20 @@ def cut_shards(
         source: whose tensors go into them, all of them.
         stacks: by the name of the first member; a stack goes whole into the file of that one.
         digest: of the plan, for the headers.
-        by_block: whether every decoder block gets a file of its own, which is then written when
-            the block is done, and is what a calibrated run resumes from.
+        block_container: the name of the list of decoder blocks, each of which gets a file of its
+            own, which is then written when the block is done, and is what a calibrated run resumes
+            from; None mirrors the source's files.
+        caches: of decoder blocks.
     """
     first_members = {f"{module}.weight": module for module in stacks}
     compressed = {entry.name for stack in stacks.values() for entry in stack.members.values()}
     contents = []
-    for part, entries in _partition(source, next(iter(stacks)), by_block).items():
+    for part, entries in _partition(source, block_container).items():
         file_stacks = [stacks[first_members[e.name]] for e in entries if e.name in first_members]
         copies = [entry for entry in entries if entry.name not in compressed]
         if file_stacks or copies:
-            contents.append((part if by_block else None, file_stacks, copies))
+            block = part if block_container else None
+            contents.append((block, file_stacks, copies))
 
     shards = []
     for number, (block, file_stacks, copies) in enumerate(contents, 1):
@@ -185,33 +199,27 @@ def cut_shards(
                         "would store another of that name; remove it from the source"
                     )
                 specs |= stored
+        file_caches = tuple(
+            cache
+            for cache in caches
+            if block_container and layer_names.block_index(cache.module, block_container) == block
+        )
+        specs |= {name: spec for cache in file_caches for name, spec in cache.specs.items()}
         header = _lay_out(source.folder / name, specs, digest)
-        shards.append(Shard(name, tuple(file_stacks), tuple(copies), header, block))
+        shards.append(Shard(name, tuple(file_stacks), tuple(copies), header, block, file_caches))
     return shards
 
 
-def _partition(source: Checkpoint, module: str, by_block: bool) -> dict[Any, list[Entry]]:
+def _partition(source: Checkpoint, container: str | None) -> dict[Any, list[Entry]]:
     """The source's tensors by decoder block (None: outside, first), or by file."""
-    container = layer_names.container(module)
     parts: dict[Any, list[Entry]] = {}
     for entry in source.entries.values():
-        part = layer_names.block_index(entry.name, container) if by_block else entry.file.name
+        part = layer_names.block_index(entry.name, container) if container else entry.file.name
         parts.setdefault(part, []).append(entry)
-    if by_block:
+    if container:
         return dict(sorted(parts.items(), key=lambda item: -1 if item[0] is None else item[0]))
     return parts
 
 
 def _lay_out(file: Path, specs: Mapping[str, TensorSpec], digest: str) -> Header:
     return lay_out(file, specs, {"format": "pt", "bitpress": digest})
-
-
-def _specs(stored: StoredLayer) -> dict[str, TensorSpec]:
-    return {
-        suffix: TensorSpec(str(NAMES.get(tensor.dtype)), tuple(tensor.shape))
-        for suffix, tensor in stored.tensors.items()
-    }
-
-
-def _describe(specs: Mapping[str, TensorSpec]) -> str:
-    return ", ".join(f"{name} {spec}" for name, spec in specs.items())

@@ -217,11 +217,11 @@ def estimate_calibration(
         if "lm_head" not in entry.name
     )
     block = numbers_held.count_block(plan, by_layer=by_layer)
-    solution = max(
+    solutions = (
         numbers_held.count_solution(*stack.shape, sum(step.calibrated for step in stack.steps))
         for stack in plan.stacks
     )
-    width = max(stack.shape[1] for stack in plan.stacks)
+    solution, width = max(solutions, default=0), plan.width
     batch_tokens = max(BATCH_TOKENS, length)
     forward = batch_tokens * (WIDE_ACTIVATIONS * width + HIDDEN_ACTIVATIONS * plan.hidden_size)
     observing = TEMPORARIES * max(STATISTICS_TOKENS, length) * width

@@ -56,7 +56,7 @@ def count_kept(plan: Plan, batch_tokens: int, by_layer: bool) -> int:
     """Numbers that a batch leaves in a block on the way to gradients, and that are observed of
     these.
     """
-    width = max(stack.shape[1] for stack in plan.stacks)
+    width = plan.width
     observed_rows = max if by_layer else sum
     num_rows = max(
         observed_rows([0, *(stack.shape[0] for stack in shard.stacks if stack.calibrated)])

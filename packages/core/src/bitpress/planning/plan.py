@@ -13,10 +13,11 @@ from bitpress.checkpoint import filenames, layer_names
 from bitpress.checkpoint.engine_facts import facts_of
 from bitpress.checkpoint.filenames import INDEX
 from bitpress.checkpoint.model_config import KEY
-from bitpress.checkpoint.reader import Checkpoint
+from bitpress.checkpoint.reader import DTYPES, Checkpoint
 from bitpress.checkpoint.safetensors import Entry, make_index
 from bitpress.checkpoint.writer import format_json
 from bitpress.planning import linear_layers
+from bitpress.planning.attention_caches import AttentionCache, cache_config
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.quantization_config import quantization_config
 from bitpress.planning.recipe import Recipe
@@ -66,9 +67,14 @@ class Plan:
         return tuple(stack for shard in self.shards for stack in shard.stacks)
 
     @cached_property
+    def caches(self) -> tuple[AttentionCache, ...]:
+        """All caches for which something is stored."""
+        return tuple(cache for shard in self.shards for cache in shard.caches)
+
+    @cached_property
     def tokens_per_channel(self) -> float:
         """The part of a token that each input channel of a layer gets, in the layer that gets the
-        fewest: the widest one, or an expert.
+        fewest: the widest one, or an expert; 1 where none is compressed.
         """
         experts_per_token = self.source.model_config.experts_per_token
         parts = []
@@ -77,7 +83,7 @@ class Plan:
             for stack in shard.stacks:
                 entry = next(iter(stack.members.values()))
                 parts.append(share_of(entry) / stack.shape[1])
-        return min(parts)
+        return min(parts, default=1.0)
 
     @cached_property
     def fragments(self) -> dict[str, Mapping[str, Any] | None]:
@@ -92,7 +98,9 @@ class Plan:
     def config(self) -> dict[str, Any]:
         """The output's `config.json`."""
         engines = facts_of(self.source.config)
-        table = quantization_config(self.fragments, self.ignored, engines)
+        table = quantization_config(
+            self.fragments, self.ignored, engines, cache_config(self.caches)
+        )
         return dict(self.source.config) | ({KEY: table} if table else {})
 
     @property
@@ -115,14 +123,23 @@ class Plan:
     @property
     def container(self) -> str:
         """The name of the list of decoder blocks."""
-        return layer_names.container(next(iter(self.stacks[0].members)))
+        return layer_names.container(next(iter(self.layers)))
 
     @property
     def hidden_size(self) -> int:
         """The width of the hidden states: where the config does not say, the smallest input of a
         layer.
         """
-        return self.source.model_config.hidden_size or min(stack.shape[1] for stack in self.stacks)
+        return self.source.model_config.hidden_size or min(
+            entry.shape[1] for entry in self.layers.values()
+        )
+
+    @property
+    def width(self) -> int:
+        """The widest input of a layer that is compressed, or of any where none is."""
+        if not self.stacks:
+            return max(entry.shape[1] for entry in self.layers.values())
+        return max(stack.shape[1] for stack in self.stacks)
 
     @property
     def head_dim(self) -> int | None:
@@ -132,12 +149,18 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         """What most weights are stored in."""
-        return self.stacks[0].dtype
+        return DTYPES[next(iter(self.layers.values())).dtype]
+
+    @cached_property
+    def layers(self) -> dict[str, Entry]:
+        """The linear layers of the decoder blocks, compressed or not, those first that are."""
+        members = {m: entry for stack in self.stacks for m, entry in stack.members.items()}
+        return members | linear_layers.linear_layers(self.source)
 
     @cached_property
     def uncompressed(self) -> list[tuple[Entry, str]]:
         """Every tensor that is copied, and why it is not compressed."""
-        layers = linear_layers.linear_layers(self.source)
+        layers = self.layers
         reasons = []
         for entry in (entry for shard in self.shards for entry in shard.copies):
             module = entry.name.removesuffix(".weight")

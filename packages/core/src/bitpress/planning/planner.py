@@ -23,6 +23,12 @@ from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import Source, fuse_uncompressed_experts, resolve_source
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
 from bitpress.planning import linear_layers
+from bitpress.planning.attention_caches import (
+    AttentionCache,
+    cache_config,
+    describe_others,
+    find_caches,
+)
 from bitpress.planning.ignored_layers import ignored_layers
 from bitpress.planning.layout import Stack, cut_shards
 from bitpress.planning.plan import Plan
@@ -57,8 +63,11 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
         source = rotate_source(source)
     layers = linear_layers.linear_layers(source)
     steps_of = _assign_steps(source, recipe, layers)
+    caches = find_caches(source, layers, recipe.cache)
 
     stacks = _group_stacks(layers, steps_of, engines)
+    if not stacks and not caches:
+        raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
     for stack in stacks.values():
         _check_shapes(stack, engines)
     for facts in engines:
@@ -70,22 +79,27 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     }
 
     _require_no_other_tensors(source, fragments)
+    _require_no_scales(source, caches)
 
     # Experts of which none is compressed are copied as they lie in the files.
     source = round_copies(fuse_uncompressed_experts(source, fragments), fragments)
     ignored = tuple(ignored_layers(source, fragments))
     # Raises where one config cannot describe all of the layers.
-    quantization_config(fragments, ignored, engines)
+    quantization_config(fragments, ignored, engines, cache_config(caches))
 
     digest = _digest(source, recipe, "")
+    container = layer_names.container(next(iter(layers))) if recipe.calibrated else None
     device = device or detect_device()
     return Plan(
         source=source,
         recipe=recipe,
         digest=digest,
-        shards=tuple(cut_shards(source, stacks, digest, by_block=recipe.calibrated)),
+        shards=tuple(cut_shards(source, stacks, digest, container, caches)),
         ignored=ignored,
-        warnings=tuple(_warnings(source, recipe, list(layers), list(fragments))),
+        warnings=(
+            *_warnings(source, recipe, list(layers), list(fragments)),
+            *filter(None, [describe_others(caches, layers)]),
+        ),
         device=device,
         findings=tuple(dict.fromkeys(_findings(recipe, device))),
     )
@@ -121,6 +135,16 @@ def _require_no_other_tensors(source: Source, modules: Collection[str]) -> None:
             raise CheckpointError(
                 f"{source.folder}: layer {module} has a tensor {leaf} beside its weight, which no "
                 f"loader expects of a compressed layer: remove it, or --ignore {module}"
+            )
+
+
+def _require_no_scales(source: Source, caches: Sequence[AttentionCache]) -> None:
+    """Raise CheckpointError where a source has scales of its own for a cache."""
+    for cache in caches:
+        if names := cache.specs.keys() & source.entries.keys():
+            raise CheckpointError(
+                f"{source.folder}: it holds a tensor {min(names)} already: remove it, or leave "
+                f"{cache.step.scheme.name} out"
             )
 
 
@@ -176,8 +200,6 @@ def _group_stacks(
         if steps:
             _require_one_dtype(modules, layers)
             stacks[modules[0]] = Stack({module: layers[module] for module in modules}, steps)
-    if not stacks:
-        raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
     return stacks
 
 

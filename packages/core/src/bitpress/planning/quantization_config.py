@@ -13,11 +13,15 @@ from bitpress.checkpoint.model_config import METHOD
 from bitpress.errors import RecipeError
 from bitpress.planning.engine_names import names_to_ignore, names_to_target
 
+# compressed-tensors' name for the format of plain weights.
+NO_WEIGHTS = "dense"
+
 
 def quantization_config(
     fragments: Mapping[str, Mapping[str, Any] | None],
     ignored: Sequence[str],
     engines: Sequence[EngineFacts] = (),
+    cache: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """The smallest config that both loaders accept; None where every tensor is plain.
 
@@ -26,6 +30,7 @@ def quantization_config(
             weight.
         ignored: modules that are not compressed, for `ignore`.
         engines: the facts of engines for the model.
+        cache: the `kv_cache_scheme`; None where keys and values are kept as they are computed.
 
     Raises:
         RecipeError: layers are to be stored in several sparsity layouts, and a config has one.
@@ -36,7 +41,9 @@ def quantization_config(
     if sparse:
         config["quant_method"] = METHOD
         config["sparsity_config"] = _sparsity_config(sparse, fragments, ignored, bool(quantized))
-    if not quantized:
+    if cache is not None:
+        config["kv_cache_scheme"] = dict(cache)
+    if not quantized and cache is None:
         return config or None
 
     entries = [json.loads(text) for text in quantized]
@@ -53,7 +60,7 @@ def quantization_config(
             targets = [[*names, *names_to_target(facts, names)] for names in targets]
     return config | {
         "quant_method": METHOD,
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": _global_format(formats),
         # transformers 5.17 initializes the layers at random under any other status.
         "quantization_status": "compressed",
         "ignore": ignored,
@@ -62,6 +69,13 @@ def quantization_config(
             for number, (target, entry) in enumerate(zip(targets, entries, strict=True))
         },
     }
+
+
+def _global_format(formats: set[str]) -> str:
+    """The format that a config names beside those of its groups."""
+    if not formats:
+        return NO_WEIGHTS
+    return next(iter(formats)) if len(formats) == 1 else "mixed-precision"
 
 
 def _group_by_fragment(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,11 @@ from attrs import field, frozen
 
 from bitpress.checkpoint.layer_names import INDEX_PART
 from bitpress.errors import RecipeError, did_you_mean
+from bitpress.planning import recipe_tables
 from bitpress.planning.layer_pattern import REGEX, matches, require_valid
 from bitpress.schemes.options import format_value
 from bitpress.schemes.registry import Registry, SchemeMatch, Step
 from bitpress.schemes.values import NORMAL_EFFORT
-
-# A recipe file has at most so many bytes ...
-MAX_FILE_BYTES = 100_000
-
-# ... and characters in a line, because a key of very many parts takes tomllib very long.
-MAX_LINE_LENGTH = 4000
 
 
 @frozen
@@ -32,19 +26,6 @@ class Rule:
 
     match: str
     steps: tuple[Step, ...]
-
-
-@frozen
-class RuleTable:
-    """A `[[layers]]` table of a recipe, before its schemes are looked up.
-
-    Attributes:
-        patterns: of layer names.
-        steps: the name and the options of each scheme, in order.
-    """
-
-    patterns: Sequence[str]
-    steps: Sequence[tuple[str, Mapping[str, Any]]]
 
 
 @frozen
@@ -70,18 +51,21 @@ class Recipe:
     Attributes:
         rules: the first that matches a layer counts.
         ignore: patterns of layers that are copied unchanged, whatever the rules say.
+        cache: how keys and values are kept while serving; None: as the model computes them.
         notes: a line for each name of a scheme that was taken for another, and for each scheme
             that was asked for at another level of effort than the normal one.
     """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
+    cache: Step | None = None
     notes: tuple[str, ...] = field(default=(), eq=False)
 
     @property
     def all_steps(self) -> tuple[Step, ...]:
-        """Every step of every rule."""
-        return tuple(step for rule in self.rules for step in rule.steps)
+        """Every step of every rule, and that of the cache."""
+        of_layers = tuple(step for rule in self.rules for step in rule.steps)
+        return of_layers if self.cache is None else (*of_layers, self.cache)
 
     @property
     def scheme_versions(self) -> dict[str, str]:
@@ -148,15 +132,11 @@ class Recipe:
     def as_json(self) -> dict[str, Any]:
         """The recipe with the value of every option, as `bitpress.json` holds it."""
         layers = [
-            {
-                "match": rule.match,
-                "steps": [
-                    {"use": step.scheme.name, **attrs.asdict(step.options)} for step in rule.steps
-                ],
-            }
+            {"match": rule.match, "steps": [_step_json(step) for step in rule.steps]}
             for rule in self.rules
         ]
-        return {"layers": layers, "ignore": list(self.ignore)}
+        cache = {} if self.cache is None else {"cache": _step_json(self.cache)}
+        return {"layers": layers, "ignore": list(self.ignore), **cache}
 
     def steps(self, module: str) -> tuple[Step, ...]:
         """The steps of one module; empty where it is copied unchanged."""
@@ -186,6 +166,10 @@ class Recipe:
         ]
 
 
+def _step_json(step: Step) -> dict[str, Any]:
+    return {"use": step.scheme.name, **attrs.asdict(step.options)}
+
+
 def _suggest(pattern: str, modules: Sequence[str]) -> str:
     """For a name the nearest layer, for a pattern the nearest that matches a layer; an example of a
     name where none is near.
@@ -209,8 +193,12 @@ def from_scheme(name: str, registry: Registry, changes: RecipeChanges = RecipeCh
     """The recipe of `--scheme NAME` for every linear layer of the decoder blocks.
 
     Args:
-        name: of a scheme, or several joined by `+`, which become steps from left to right.
+        name: of a scheme, or several joined by `+`, which become steps from left to right; one that
+            is for the cache stands beside them.
         changes: of the schemes' options, and layers to copy unchanged.
+
+    Raises:
+        RecipeError: several of them are for the cache.
     """
     matches_by_name = {n: registry.find(n) for n in name.split("+")}
     schemes = [match.scheme.name for match in matches_by_name.values()]
@@ -220,7 +208,15 @@ def from_scheme(name: str, registry: Registry, changes: RecipeChanges = RecipeCh
         for match in map(matches_by_name.__getitem__, name.split("+"))
     )
     notes = _describe_aliases(matches_by_name) + _describe_effort(steps, changes.effort)
-    return Recipe((Rule("*", steps),), tuple(changes.ignore), notes)
+    caches = [step for step in steps if step.scheme.quantizes_cache]
+    if len(caches) > 1:
+        raise RecipeError(
+            f"{name}: {' and '.join(step.scheme.name for step in caches)} are both for the cache: "
+            "name one"
+        )
+    of_layers = tuple(step for step in steps if not step.scheme.quantizes_cache)
+    cache = caches[0] if caches else None
+    return Recipe((Rule("*", of_layers),), tuple(changes.ignore), cache, notes)
 
 
 def from_file(file: Path, registry: Registry, changes: RecipeChanges = RecipeChanges()) -> Recipe:
@@ -229,21 +225,7 @@ def from_file(file: Path, registry: Registry, changes: RecipeChanges = RecipeCha
     Raises:
         RecipeError: the file cannot be read, or is not a recipe; the message names the table.
     """
-    try:
-        if file.exists() and (not file.is_file() or file.stat().st_size > MAX_FILE_BYTES):
-            raise RecipeError(
-                f"{file}: a recipe is a regular file of at most {MAX_FILE_BYTES} bytes"
-            )
-        text = file.read_text(encoding="utf-8")
-        if any(len(line) > MAX_LINE_LENGTH for line in text.splitlines()):
-            raise RecipeError(
-                f"{file}: a line has more than {MAX_LINE_LENGTH} characters; break it"
-            )
-        table = tomllib.loads(text)
-    except OSError as e:
-        raise RecipeError(f"{file}: {e.strerror or e}") from None
-    except (ValueError, RecursionError) as e:
-        raise RecipeError(f"{file}: not valid TOML ({e})") from None
+    table = recipe_tables.read_file(file)
     return from_json(table, registry, str(file), changes)
 
 
@@ -259,22 +241,32 @@ def from_json(
         origin: what errors call the table.
         changes: of its options, and patterns added to those that it ignores.
     """
-    tables = parse_rules(table, origin)
-    matches_by_name = {name: registry.find(name) for rule in tables for name, _ in rule.steps}
+    tables, cache_table = (
+        recipe_tables.parse_rules(table, origin),
+        recipe_tables.parse_cache(table, origin),
+    )
+    names = [name for rule in tables for name, _ in rule.steps]
+    names += [cache_table[0]] if cache_table else []
+    matches_by_name = {name: registry.find(name) for name in names}
     schemes = dict.fromkeys(match.scheme.name for match in matches_by_name.values())
     overrides = _parse_settings(changes.settings, list(schemes), registry)
 
-    rules: list[Rule] = []
+    def make_step(name: str, options: Mapping[str, Any], is_cache: bool) -> Step:
+        match = matches_by_name[name]
+        if match.scheme.quantizes_cache != is_cache:
+            kinds = "`cache`, and not of layers", "layers: name it in `steps`, and not as `cache`"
+            raise RecipeError(f"{origin}: {name} is a scheme of {kinds[is_cache]}")
+        values = {**options, **overrides[match.scheme.name]}
+        return match.step(values, changes.effort)
+
+    rules = []
     for rule in tables:
-        steps = []
-        for name, options in rule.steps:
-            match = matches_by_name[name]
-            values = {**options, **overrides[match.scheme.name]}
-            steps.append(match.step(values, changes.effort))
-        rules += [Rule(pattern, tuple(steps)) for pattern in rule.patterns]
-    all_steps = [step for rule in rules for step in rule.steps]
-    notes = _describe_aliases(matches_by_name) + _describe_effort(all_steps, changes.effort)
-    return Recipe(tuple(rules), (*table.get("ignore", []), *changes.ignore), notes)
+        steps = tuple(make_step(name, options, is_cache=False) for name, options in rule.steps)
+        rules += [Rule(pattern, steps) for pattern in rule.patterns]
+    cache = make_step(*cache_table, is_cache=True) if cache_table else None
+    recipe = Recipe(tuple(rules), (*table.get("ignore", []), *changes.ignore), cache)
+    notes = _describe_aliases(matches_by_name)
+    return attrs.evolve(recipe, notes=notes + _describe_effort(recipe.all_steps, changes.effort))
 
 
 def _describe_aliases(matches_by_name: Mapping[str, SchemeMatch]) -> tuple[str, ...]:
@@ -302,58 +294,6 @@ def _describe_effort(steps: Sequence[Step], effort: str) -> tuple[str, ...]:
         choice = f"with {', '.join(settings)}" if settings else "as at normal effort"
         lines.append(f"effort {effort}: {step.scheme.name} {choice}")
     return tuple(dict.fromkeys(lines))
-
-
-def parse_rules(table: Mapping[str, Any], origin: str) -> list[RuleTable]:
-    """The `[[layers]]` of a recipe; their schemes and options are not looked up.
-
-    Raises:
-        RecipeError: the table has another form.
-    """
-    _check_keys(table, ("layers", "ignore"), origin)
-    layers, ignored = table.get("layers"), table.get("ignore", [])
-    if not isinstance(layers, list) or not layers:
-        raise RecipeError(f"{origin}: it needs at least one [[layers]] with `match` and `steps`")
-    if not isinstance(ignored, list) or not all(isinstance(p, str) for p in ignored):
-        raise RecipeError(f"{origin}: `ignore` is a list of patterns")
-    return [
-        _parse_rule(layer, f"{origin}: [[layers]] number {number}")
-        for number, layer in enumerate(layers, 1)
-    ]
-
-
-def _parse_rule(table: Any, origin: str) -> RuleTable:
-    match = table.get("match") if isinstance(table, dict) else None
-    patterns = [match] if isinstance(match, str) else match
-    if (
-        not isinstance(patterns, list)
-        or not patterns
-        or not all(isinstance(pattern, str) for pattern in patterns)
-    ):
-        raise RecipeError(
-            f"{origin}: it needs `match` (a pattern, or a list of them) and `steps` (a list of "
-            "schemes, [] for none)"
-        )
-    if not isinstance(table.get("steps"), list):
-        raise RecipeError(f"{origin}: it needs `steps` (a list of schemes, [] for none)")
-    _check_keys(table, ("match", "steps"), origin)
-
-    steps = []
-    for step in table["steps"]:
-        options = {"use": step} if isinstance(step, str) else step
-        if not isinstance(options, dict) or not isinstance(options.get("use"), str):
-            raise RecipeError(
-                f'{origin}: a step is a scheme\'s name or {{ use = "NAME", option = value }}, not '
-                f"{step!r}"
-            )
-        steps.append((options["use"], {k: v for k, v in options.items() if k != "use"}))
-    return RuleTable(patterns, steps)
-
-
-def _check_keys(table: Mapping[str, Any], keys: Sequence[str], origin: str) -> None:
-    for key in table:
-        if key not in keys:
-            raise RecipeError(f"{origin}: unknown key {key!r}{did_you_mean(key, keys)}")
 
 
 def _parse_settings(

@@ -232,6 +232,9 @@ def _find_needless_steps(chosen: Mapping[str, Alternative]) -> Iterator[Rejected
 def find_variants(registry: Registry, effort: str = NORMAL_EFFORT) -> Iterator[Variant]:
     """Every scheme with the options of a level of effort, and what its losses were measured of."""
     for scheme in registry.schemes.values():
+        if scheme.quantizes_cache:
+            # it makes no weight smaller
+            continue
         level = scheme.efforts.get(effort, {})
         default = Variant((scheme.step(level),), {scheme.name: level}, scheme.losses_of(level))
         yield default

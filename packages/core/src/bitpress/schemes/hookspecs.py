@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from bitpress.schemes.hardware import Hardware
@@ -231,4 +232,55 @@ def error_bound(
         Non-negative float32 that broadcasts to (out, in), what the steps after this one have moved
         included. None, or no hook, where no such bound exists (error feedback moves weights on
         purpose).
+    """
+
+
+@hookspec(firstresult=True)
+def observe_cache(states: Tensor, options: Options) -> Mapping[str, Statistic] | None:
+    """Statistics of what the attention functions of a model are given, as raw sums or maxima.
+
+    A scheme that has `serialize_cache` is not for linear layers: it says how an engine keeps the
+    keys and values of the tokens that it has seen. It is calibrated, and called for the queries,
+    the keys and the values of every batch.
+
+    Args:
+        states: (tokens, heads, channels) floating: queries or keys after the rotation, or values,
+            as the compressed layers before the attention make them.
+        options: of the scheme.
+
+    Returns:
+        Statistics by name, float32, of a shape that does not depend on the number of tokens.
+    """
+
+
+@hookspec(firstresult=True)
+def serialize_cache(
+    stats: Mapping[str, Mapping[str, Statistic]], dtype: torch.dtype, options: Options
+) -> StoredLayer:
+    """The tensors that are stored beside an attention's weights, and the `kv_cache_scheme` of the
+    config, which must be the same for all of them.
+
+    Args:
+        stats: what `observe_cache` returned of all batches, merged: of "query", "key" and "value".
+        dtype: what the model stores its weights in.
+        options: of the scheme.
+    """
+
+
+@hookspec(firstresult=True)
+def quantize_cache(
+    states: Tensor, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None
+) -> Tensor:
+    """Keys or values as an engine reads them back from its cache.
+
+    For `eval`, which runs the model as it will be served.
+
+    Args:
+        states: (tokens, heads, channels) float32.
+        name: "key" or "value".
+        tensors: what `serialize_cache` stored.
+        config: the `kv_cache_scheme`.
+
+    Returns:
+        Of the same shape, float32.
     """

@@ -64,11 +64,16 @@ class Scheme:
         """Whether the scheme implements the hook and names the argument."""
         return argument in self._arguments.get(hook, ())
 
+    @property
+    def quantizes_cache(self) -> bool:
+        """Whether it is for the keys and values that an engine keeps, and not for linear layers."""
+        return self.has("serialize_cache")
+
     def calibrated(self, options: Options) -> bool:
         """Whether the model must be run on data."""
         if options.calibrated is not None:
             return options.calibrated
-        return self.takes_argument("observe", "inputs")
+        return self.quantizes_cache or self.takes_argument("observe", "inputs")
 
     def losses_of(
         self, options: Mapping[str, Any], then: str | None = None

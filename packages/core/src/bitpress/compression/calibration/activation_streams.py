@@ -116,6 +116,8 @@ class ActivationStreams:
         # by the number of the batch
         self._source_forwards: dict[int, ResumableForward] = {}
         self._traces: dict[tuple[object, ...], ForwardTrace] = {}
+        # of all batches, once they have run to the end of the block
+        self._distances: list[tuple[float, float]] | None = None
 
     def enter_block(
         self, block: nn.Module, source_block: nn.Module | None, calls: Sequence[BlockCall]
@@ -147,7 +149,9 @@ class ActivationStreams:
     def start_forward(self, batch: int, tracks_residual: bool = False) -> ResumableForward:
         """A new forward pass of a batch through the block."""
         read_states = self._state_reader(self.states, batch)
-        return ResumableForward(self.block, self.calls[batch], read_states, tracks_residual)
+        return ResumableForward(
+            self.block, self.calls[batch], read_states, tracks_residual, batch=batch
+        )
 
     def first_batch(self) -> tuple[BlockCall, Tensor]:
         """The first batch's call of the block and its hidden states."""
@@ -221,21 +225,32 @@ class ActivationStreams:
             residual = source_stream - own_stream
         return [GroupInputs(stop.inputs, source_stop.inputs, residual)]
 
-    def leave_block(self, is_last: bool = False) -> float | None:
-        """Go on to the block's outputs.
+    def finish_block(self, is_last: bool = False) -> None:
+        """Go on to the block's outputs, if that has not been done.
 
         Args:
             is_last: no block follows: only outputs that the source makes too are needed.
-
-        Returns:
-            The drift of these, of all ranks: ||h - h'|| / ||h'||, h' being the source's; None where
-            the source is not run.
         """
+        if self._distances is not None:
+            return
 
         def finish(batch: int) -> tuple[float, float]:
             return self._finish(batch, is_needed=not is_last or batch in self._source_forwards)
 
-        distances = list(self.limits.lanes.map(finish, self._order))
+        self._distances = list(self.limits.lanes.map(finish, self._order))
+
+    def leave_block(self, is_last: bool = False) -> float | None:
+        """Go on to the block's outputs, and let go of the block.
+
+        Args:
+            is_last: as for `finish_block`.
+
+        Returns:
+            The drift of the outputs that the source makes too, of all ranks: ||h - h'|| / ||h'||,
+            h' being the source's; None where the source is not run.
+        """
+        self.finish_block(is_last)
+        distances, self._distances = self._distances or [], None
         own_sums = tuple(sum(numbers) for numbers in zip(*distances, strict=True))
         by_rank = self.process_group.all_gather_object(own_sums)
         squared_error, squared_norm = (sum(sums) for sums in zip(*by_rank, strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitpress.compression.calibration.activation_streams import ActivationStreams
 from bitpress.compression.calibration.block_result import BlockResult
+from bitpress.compression.calibration.cache_statistics import CacheObserver
 from bitpress.compression.calibration.fold import FoldResult, fold_scales
 from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup, order_layer_groups
 from bitpress.compression.calibration.resumable_forward import Breakpoints
@@ -49,6 +50,7 @@ def compress_block(
         write_tensor: is given every stored tensor by name.
     """
     report_progress(0, "tracing")
+    cache_observer = CacheObserver(block_plan, streams)
     groups = order_layer_groups(block_plan, streams)
     report_progress(0, "choosing scales")
     fold_result = fold_scales(groups, block_plan, streams)
@@ -88,6 +90,8 @@ def compress_block(
     for block_breakpoints in breakpoints:
         block_breakpoints.remove()
 
+    for name, tensor in cache_observer.finish().items():
+        write_tensor(name, tensor)
     return _join_results(fold_result, results)
 
 

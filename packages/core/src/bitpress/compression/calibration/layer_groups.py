@@ -13,7 +13,9 @@ from bitpress.checkpoint.safetensors import Entry
 from bitpress.compression.calibration.activation_streams import ActivationStreams
 from bitpress.modeling.experts import is_routed
 from bitpress.modeling.host_weights import computed_weight
-from bitpress.planning.layout import Stack
+from bitpress.planning.attention_caches import AttentionCache
+from bitpress.planning.layout import Shard, Stack
+from bitpress.planning.plan import Plan
 from bitpress.schemes.activation_quantizer import ActivationQuantizer, quantize_arguments
 from bitpress.schemes.values import Layer, Statistic
 
@@ -32,6 +34,7 @@ class BlockPlan:
         entries: the source's tensors, by name.
         gradient_statistics: by stack, what each of its steps has observed of the gradients of its
             output.
+        caches: of its attentions, for which something is stored.
     """
 
     prefix: str
@@ -39,6 +42,13 @@ class BlockPlan:
     head_dim: int | None
     entries: Mapping[str, Entry]
     gradient_statistics: GradientsByStack = field(factory=dict)
+    caches: Sequence[AttentionCache] = ()
+
+    @classmethod
+    def of_shard(cls, plan: Plan, shard: Shard, gradient_statistics: GradientsByStack) -> BlockPlan:
+        """What a plan says of the block that a shard holds."""
+        prefix, entries = f"{plan.container}.{shard.block}.", plan.source.entries
+        return cls(prefix, shard.stacks, plan.head_dim, entries, gradient_statistics, shard.caches)
 
     def source_dtype(self, tensor: str) -> torch.dtype:
         """The dtype that a tensor of the block, by its name there, has in the source."""
@@ -123,6 +133,8 @@ def order_layer_groups(block_plan: BlockPlan, streams: ActivationStreams) -> lis
     does not come.
     """
     block, prefix = streams.block, block_plan.prefix
+    if not block_plan.stacks:
+        return []
     layers = [
         module.removeprefix(prefix) for stack in block_plan.stacks for module in stack.members
     ]

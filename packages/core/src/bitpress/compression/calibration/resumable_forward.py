@@ -57,10 +57,12 @@ class _ForwardGreenlet(greenlet.greenlet):
     block.
 
     Attributes:
+        batch: the number of the batch.
         residual_stream: the block's input and what its layers have added to it so far; None where
             that is not tracked.
     """
 
+    batch: int | None = None
     residual_stream: Tensor | None = None
 
     def __init__(
@@ -95,6 +97,7 @@ class ResumableForward:
     Args:
         read_hidden_states: reads the batch's input of the block, at every start.
         tracks_residual: whether what layers add to the block's input is added up on the way.
+        batch: its number, by which what is observed on the way is told apart.
     """
 
     def __init__(
@@ -103,8 +106,15 @@ class ResumableForward:
         call: BlockCall,
         read_hidden_states: Callable[[], Tensor],
         tracks_residual: bool = False,
+        *,
+        batch: int | None = None,
     ) -> None:
-        self._start = lambda: _ForwardGreenlet(block, call, read_hidden_states, tracks_residual)
+        def start() -> _ForwardGreenlet:
+            forward = _ForwardGreenlet(block, call, read_hidden_states, tracks_residual)
+            forward.batch = batch
+            return forward
+
+        self._start = start
         self._greenlet: _ForwardGreenlet | None = None
         self._stop: Stop | None = None
 
@@ -116,7 +126,7 @@ class ResumableForward:
             is_resumed: stop there, and go on from there the next time; otherwise the forward pass
                 is abandoned, and starts anew the next time.
         """
-        forward = self._greenlet or self._start()  # type: ignore[no-untyped-call]
+        forward = self._greenlet or self._start()
         stop = self._stop
         while (stop is None or stop.number < breakpoint_number) and not forward.dead:
             result = forward.switch()
@@ -140,7 +150,7 @@ class ResumableForward:
 
     def finish(self) -> Tensor:
         """Go on to the block's output."""
-        forward = self._greenlet or self._start()  # type: ignore[no-untyped-call]
+        forward = self._greenlet or self._start()
         self._greenlet, self._stop = None, None
         while True:
             result = forward.switch()
@@ -182,6 +192,12 @@ class Breakpoints:
         """Let forward passes run through again."""
         for handle in self._handles:
             handle.remove()
+
+
+def current_batch() -> int | None:
+    """The number of the batch whose forward pass runs here; None in one that runs through."""
+    forward = greenlet.getcurrent()
+    return forward.batch if isinstance(forward, _ForwardGreenlet) else None
 
 
 def _find_asker() -> tuple[greenlet.greenlet | None, Tensor | None]:

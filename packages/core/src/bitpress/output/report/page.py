@@ -23,7 +23,7 @@ from bitpress.output.report.markup import (
     render_section,
     render_table,
 )
-from bitpress.planning.recipe import parse_rules
+from bitpress.planning.recipe_tables import parse_rules
 from bitpress.runtime.memory import format_bytes
 from bitpress.schemes import hardware
 from bitpress.schemes.registry import Registry, discover

@@ -1,0 +1,1 @@
+"""FP8 keys and values for bitpress."""
