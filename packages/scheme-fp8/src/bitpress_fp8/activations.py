@@ -56,6 +56,4 @@ def quantize_activations(
         scale = tensors["input_scale"].to(inputs.device).float()
         return numerics.decode_e4m3(numerics.encode_e4m3(inputs, scale)) * scale
     group_size = config["input_activations"].get("group_size") or inputs.shape[1]
-    groups = inputs.reshape(-1, group_size)
-    scale = numerics.e4m3_scale(numerics.absmax(groups, dim=1))  # (tokens * groups, 1)
-    return (numerics.decode_e4m3(numerics.encode_e4m3(groups, scale)) * scale).view_as(inputs)
+    return numerics.round_rows_e4m3(inputs.reshape(-1, group_size)).view_as(inputs)

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from bitpress.numerics.exact import power_of_two, scalar_like
     from bitpress.numerics.float_grid import FloatGrid, scale_groups
     from bitpress.numerics.fp4 import E2M1_MAX, decode_e2m1, e2m1_bound, encode_e2m1, round_e2m1
-    from bitpress.numerics.fp8 import E4M3_MAX, decode_e4m3, e4m3_bound, e4m3_scale, encode_e4m3
+    from bitpress.numerics.fp8 import (
+        E4M3_MAX,
+        decode_e4m3,
+        e4m3_bound,
+        e4m3_scale,
+        encode_e4m3,
+        round_rows_e4m3,
+    )
     from bitpress.numerics.gptq import Grid, gptq_quantize, gptq_statistics, gptq_target
     from bitpress.numerics.hessian import Factor, factorize_hessian
     from bitpress.numerics.histogram import (
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
         median_magnitude,
         observe_range,
     )
+    from bitpress.numerics.int8 import int8_range, int8_scale, round_int8, round_tokens_int8
     from bitpress.numerics.integer import (
         IntegerGrid,
         decode_integers,
@@ -65,7 +73,14 @@ _MODULES: Mapping[str, Sequence[str]] = {
     "exact": ("power_of_two", "scalar_like"),
     "float_grid": ("FloatGrid", "scale_groups"),
     "fp4": ("E2M1_MAX", "decode_e2m1", "e2m1_bound", "encode_e2m1", "round_e2m1"),
-    "fp8": ("E4M3_MAX", "decode_e4m3", "e4m3_bound", "e4m3_scale", "encode_e4m3"),
+    "fp8": (
+        "E4M3_MAX",
+        "decode_e4m3",
+        "e4m3_bound",
+        "e4m3_scale",
+        "encode_e4m3",
+        "round_rows_e4m3",
+    ),
     "gptq": ("Grid", "gptq_quantize", "gptq_statistics", "gptq_target"),
     "hessian": ("Factor", "factorize_hessian"),
     "histogram": (
@@ -77,6 +92,7 @@ _MODULES: Mapping[str, Sequence[str]] = {
         "median_magnitude",
         "observe_range",
     ),
+    "int8": ("int8_range", "int8_scale", "round_int8", "round_tokens_int8"),
     "integer": (
         "IntegerGrid",
         "decode_integers",
@@ -158,6 +174,8 @@ __all__ = [
     "gptq_statistics",
     "gptq_target",
     "input_absmax",
+    "int8_range",
+    "int8_scale",
     "integer_bound",
     "integer_range",
     "magnitude_histogram",
@@ -170,6 +188,9 @@ __all__ = [
     "power_above",
     "power_of_two",
     "round_e2m1",
+    "round_int8",
+    "round_rows_e4m3",
+    "round_tokens_int8",
     "rounding_costs",
     "scalar_like",
     "scale_groups",

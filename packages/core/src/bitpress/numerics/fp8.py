@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitpress.numerics.blocks import absmax
 from bitpress.numerics.exact import scalar_like
 
 E4M3_MAX = 448.0
@@ -73,6 +74,14 @@ def decode_e4m3(codes: Tensor) -> Tensor:
     if magnitude.numel() and magnitude.max() == NAN_MAGNITUDE:
         numbers.masked_fill_(magnitude == NAN_MAGNITUDE, torch.nan)
     return numbers
+
+
+def round_rows_e4m3(x: Tensor) -> Tensor:
+    """The numbers (rows, columns), float32, that E4M3 codes with the scale amax / 448 of each row
+    stand for.
+    """
+    scale = e4m3_scale(absmax(x, dim=1))  # (rows, 1)
+    return decode_e4m3(encode_e4m3(x, scale)).mul_(scale)
 
 
 def e4m3_bound(codes: Tensor) -> Tensor:
