@@ -109,6 +109,8 @@ CASES: Mapping[str, Case] = {
     "w4a16-channel": Case("--scheme w4a16 --set group_size=channel"),
     "w4a16-auto": Case("--scheme w4a16 --set group_size=auto"),
     "w4a16-asymmetric": Case("--scheme w4a16 --set symmetric=false"),
+    "w4a16-fp8": Case("--scheme w4a16 --set activations=fp8"),
+    "w4a16-int8": Case("--scheme w4a16 --set activations=int8"),
     "w4a16-awq": Case("--scheme w4a16 --set algorithm=awq"),
     "w4a16-awq-asymmetric": Case("--scheme w4a16 --set algorithm=awq --set symmetric=false"),
     "w4a16-rtn": Case("--scheme w4a16 --set algorithm=rtn"),

@@ -34,6 +34,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
         ("int8", ("algorithm=rtn",), True, True),
         ("w4a16", (), True, True),
         ("w4a16", ("symmetric=false",), True, "dequantize"),
+        ("w4a16", ("activations=fp8",), True, True),
+        ("w4a16", ("activations=int8",), True, True),
         ("nvfp4", (), True, True),
         ("mxfp4", (), True, True),
         ("mxfp8", (), True, True),

@@ -21,6 +21,8 @@ from bitpress.schemes.registry import discover
         ("W8A16", "w8a16", {"activations": "float"}),
         ("W4A16", "w4a16", {"symmetric": True, "group_size": 128}),
         ("W4A16_ASYM", "w4a16", {"symmetric": False, "group_size": 128}),
+        ("W4AFP8", "w4a16", {"activations": "fp8"}),
+        ("W4A8", "w4a16", {"activations": "int8"}),
         ("int4", "w4a16", {}),
         ("gptq", "w4a16", {"algorithm": "gptq"}),
         ("AWQ", "w4a16", {"algorithm": "awq"}),
@@ -50,7 +52,7 @@ def test_names_of_one_scheme_are_no_names_of_another() -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("name", ["fp6", "MXFP6", "w4a4", "w4a8", "int3", "nf4"])
+@pytest.mark.parametrize("name", ["fp6", "MXFP6", "w4a4", "int3", "nf4"])
 def test_for_another_format_none_is_suggested(name: str) -> None:
     with pytest.raises(RecipeError, match="is not installed") as error:
         discover().find(name)

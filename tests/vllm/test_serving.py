@@ -57,6 +57,7 @@ CASES = {
     ),
     "w4a16": Case("w4a16", within=0.02),
     "w4a16, asymmetric": Case("w4a16", ("symmetric=false",), within=0.02),
+    "w4a16, 8-bit activations": Case("w4a16", ("activations=int8",), within=0.02),
     "w4a16, rounded": Case("w4a16", ("algorithm=rtn",), within=0.04),
     "w8a16": Case("w8a16", emulate=True),
     "nvfp4": Case("nvfp4", emulate=True, within=0.03),

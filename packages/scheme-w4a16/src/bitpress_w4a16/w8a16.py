@@ -5,7 +5,7 @@ scale for integer runtimes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from attrs import frozen
 
@@ -66,9 +66,17 @@ class Options(WeightOnlyOptions):
         return 8
 
     @property
-    def integer_inputs(self) -> bool:
-        """Whether a static scale of 16-bit integer activations is stored."""
-        return self.activations == "int16"
+    def input_config(self) -> Mapping[str, Any] | None:
+        """A static scale per tensor of 16-bit integers, or nothing."""
+        if self.activations == "float":
+            return None
+        return {
+            "num_bits": 16,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "tensor",
+            "dynamic": False,
+        }
 
 
 @hookimpl

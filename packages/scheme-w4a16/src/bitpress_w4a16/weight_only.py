@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -21,10 +21,13 @@ from bitpress import (
     numerics,
     option,
 )
-from bitpress_w4a16 import awq
+from bitpress_w4a16 import awq, fp8_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# From a weight and what an error costs in each column to the grid for it.
+Fit = Callable[["Tensor", "Tensor | None"], "numerics.IntegerGrid"]
 
 ALGORITHM = (
     "gptq: errors fed forward; awq: salient channels scaled up; rtn: plain rounding, no data"
@@ -64,14 +67,29 @@ class WeightOnlyOptions(bitpress.ReferenceOptions):
         raise NotImplementedError
 
     @property
-    def integer_inputs(self) -> bool:
-        """Whether a static scale of 16-bit integer activations is stored."""
-        return False
+    def input_config(self) -> Mapping[str, Any] | None:
+        """What the config says of activations; None where they are left as they are."""
+        return None
+
+    @property
+    def static_inputs(self) -> bool:
+        """Whether a scale of activations is stored."""
+        return self.input_config is not None and not self.input_config["dynamic"]
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes lie in 32-bit words, or each in a byte."""
+        return True
+
+    @property
+    def fp8_inputs(self) -> bool:
+        """Whether scales are multiplied with FP8 activations."""
+        return self.input_config is not None and self.input_config["type"] == "float"
 
     @property
     def calibrated(self) -> bool:
         """All but plain rounding of weights looks at inputs."""
-        return self.algorithm != "rtn" or self.integer_inputs
+        return self.algorithm != "rtn" or self.static_inputs
 
     @property
     def rescales(self) -> bool:
@@ -113,7 +131,7 @@ def observe(  # noqa: PLR0913, PLR0917
     weight: Tensor,
     options: WeightOnlyOptions,
 ) -> Mapping[str, Statistic] | None:
-    """The Hessian of inputs for GPTQ and AWQ, and of outputs for GPTQ; for integer activations, the
+    """The Hessian of inputs for GPTQ and AWQ, and of outputs for GPTQ; for static activations, the
     largest input.
     """
     if output_gradient is not None:
@@ -125,7 +143,7 @@ def observe(  # noqa: PLR0913, PLR0917
         stats |= numerics.gptq_statistics(inputs, weight, reference, residual)
     elif options.algorithm == "awq":
         stats |= numerics.gptq_statistics(inputs, weight)
-    if options.integer_inputs:
+    if options.static_inputs:
         stats |= numerics.observe_range(inputs, histogram=False)
     return stats
 
@@ -158,16 +176,23 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: WeightOnlyOp
     def fit(weight: Tensor, importance: Tensor | None) -> numerics.IntegerGrid:
         return fit_grid(weight, importance, options.bits, group_size, ratios, dtype=layer.dtype)
 
-    if options.algorithm == "gptq":
-        weight, grid = numerics.gptq_quantize(layer, stats, fit)
-    else:
-        weight, grid = layer.weight, fit(layer.weight, awq.importance(stats))
+    def round_with(fit: Fit) -> tuple[Tensor, numerics.IntegerGrid]:
+        if options.algorithm == "gptq":
+            return numerics.gptq_quantize(layer, stats, fit)
+        return layer.weight, fit(layer.weight, awq.importance(stats))
+
+    weight, grid = round_with(fit)
+    if options.fp8_inputs:
+        scale = fp8_inputs.storable_scale(grid.scale, layer.dtype)
+        # without a dtype of scales it keeps them as they are
+        final_grid = numerics.IntegerGrid(scale, None, options.bits, group_size)
+        weight, grid = round_with(lambda weight, importance: final_grid)
     # 0 is on every grid, so `mask` holds by itself.
     codes = grid.codes(weight)  # (out, in)
     qparams = {"scale": grid.scale.to(layer.dtype).contiguous()}
     if grid.zero is not None:
         qparams["zero_point"] = grid.zero.to(torch.int8).contiguous()
-    if options.integer_inputs:
+    if options.static_inputs:
         amax = numerics.input_absmax(stats)
         if amax is None:
             amax = torch.tensor(INT16_HALF_RANGE)
@@ -183,31 +208,32 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: WeightOnlyOp
 
 @hookimpl
 def pack(layer: Layer, options: WeightOnlyOptions) -> Layer:
-    """Codes in words along the row: (out, words) int32; zero points in words along the column: (out
-    / row_block, groups).
+    """Codes in words along the row, (out, words) int32, or as they are; zero points in words along
+    the column: (out / row_block, groups).
     """
     assert layer.codes is not None
     qparams = dict(layer.qparams)
     if "zero_point" in qparams:
         words = numerics.pack_words(qparams["zero_point"].T, options.bits)
         qparams["zero_point"] = words.T.contiguous()
-    codes = numerics.pack_words(layer.codes, options.bits)
+    codes = numerics.pack_words(layer.codes, options.bits) if options.packed else layer.codes
     return attrs.evolve(layer, codes=codes, qparams=qparams)
 
 
 @hookimpl
 def serialize(layer: Layer, options: WeightOnlyOptions) -> StoredLayer:
-    """`weight_packed`, `weight_scale`, `weight_shape` I64 (2,); as options ask,
-    `weight_zero_point`, `input_scale` F32 (1,).
+    """`weight_packed` and `weight_shape` I64 (2,), or `weight` I8 (out, in); `weight_scale`; as
+    options ask, `weight_zero_point`, `input_scale` F32 (1,).
     """
     import torch
 
     assert layer.codes is not None
-    tensors = {
-        "weight_packed": layer.codes,
-        "weight_scale": layer.qparams["scale"],
-        "weight_shape": torch.tensor(layer.weight.shape),
-    }
+    tensors = {"weight_scale": layer.qparams["scale"]}
+    if options.packed:
+        tensors["weight_packed"] = layer.codes
+        tensors["weight_shape"] = torch.tensor(layer.weight.shape)
+    else:
+        tensors["weight"] = layer.codes
     weights: dict[str, Any] = {
         "num_bits": options.bits,
         "type": "int",
@@ -224,19 +250,14 @@ def serialize(layer: Layer, options: WeightOnlyOptions) -> StoredLayer:
     if not options.symmetric:
         tensors["weight_zero_point"] = layer.qparams["zero_point"]
         weights["zp_dtype"] = "torch.int8"
-    inputs = None
-    if options.integer_inputs:
+    if options.static_inputs:
         tensors["input_scale"] = layer.qparams["input_scale"].reshape(1)
-        inputs = {
-            "num_bits": 16,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "tensor",
-            "dynamic": False,
-        }
-    return StoredLayer(
-        tensors, {"format": "pack-quantized", "weights": weights, "input_activations": inputs}
-    )
+    config = {
+        "format": "pack-quantized" if options.packed else "int-quantized",
+        "weights": weights,
+        "input_activations": options.input_config,
+    }
+    return StoredLayer(tensors, config)
 
 
 @hookimpl
@@ -256,11 +277,14 @@ def error_bound(
     bits, is_symmetric = config["weights"]["num_bits"], config["weights"]["symmetric"]
     ratios = (SYMMETRIC_RATIOS if is_symmetric else ASYMMETRIC_RATIOS)[bits]
     codes, zero_point = _unpack(tensors, bits)
-    return numerics.integer_bound(codes, tensors["weight_scale"], zero_point, bits, min(ratios))
+    least = min(ratios) * (fp8_inputs.LEAST_ROUNDED if options.fp8_inputs else 1)
+    return numerics.integer_bound(codes, tensors["weight_scale"], zero_point, bits, least)
 
 
 def _unpack(tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor | None]:
     """Codes (out, in), and zero points (out, groups) where there are some."""
+    if "weight" in tensors:
+        return tensors["weight"], None
     packed, zero_point = tensors["weight_packed"], tensors.get("weight_zero_point")
     codes = numerics.unpack_words(packed, bits, int(tensors["weight_shape"][1]))
     if zero_point is not None:
@@ -269,12 +293,22 @@ def _unpack(tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor | 
 
 
 @hookimpl
-def quantize_activations(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The numbers (tokens, in) that 16-bit codes in units of the stored scale stand for; None where
-    activations are not quantized.
+def quantize_activations(
+    inputs: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Tensor | None:
+    """The numbers (tokens, in) that codes of inputs stand for, as compressed-tensors computes them;
+    None where activations are not quantized.
+
+    16-bit codes have the stored scale. The scale of each token is amax / 448 of it for E4M3, and
+    (max - min) / 255 for 8-bit integers.
     """
-    if "input_scale" not in tensors:
+    args = config["input_activations"]
+    if args is None:
         return None
+    if args["type"] == "float":
+        return numerics.round_rows_e4m3(inputs)
+    if args["dynamic"]:
+        return numerics.round_tokens_int8(inputs, symmetric=args["symmetric"])
     scale = tensors["input_scale"].to(inputs.device).float()
     return (inputs / scale).round_().clamp_(-(1 << 15), (1 << 15) - 1).mul_(scale)
 
@@ -303,8 +337,16 @@ def validate_shape(
                 "a word",
             )
         ]
+    if options.fp8_inputs and rows % fp8_inputs.GROUP_SIZE:
+        return [
+            Finding(
+                "degraded",
+                f"vLLM's kernel takes multiples of {fp8_inputs.GROUP_SIZE} rows, of all that it "
+                f"fuses together; these are {rows}",
+            )
+        ]
     is_ragged = rows % CPU_MULTIPLE or width % CPU_MULTIPLE
-    if hardware.vendor == "cpu" and options.bits == 4 and is_ragged:
+    if hardware.vendor == "cpu" and options.bits == 4 and options.packed and is_ragged:
         return [
             Finding(
                 "unsupported",
