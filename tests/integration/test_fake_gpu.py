@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -327,6 +329,75 @@ class Held:
     def _add(self, num_bytes: int) -> None:
         self._bytes += num_bytes
         self.most_bytes = max(self.most_bytes, self._bytes)
+
+
+def search_on_gpu(model: Path, tmp_path: Path) -> object:
+    result = bitpress.search(
+        model,
+        tmp_path / f"{len(list(tmp_path.iterdir()))}.toml",
+        schemes=("int8:smoothing=0.5", "w4a16:group_size=32"),
+        budget=6,
+        calibration=model.parent / "text.txt",
+        samples=4,
+        sequence_length=16,
+        device="cuda:0",
+    )
+    return result.divergences
+
+
+def evaluate_on_gpu(model: Path, tmp_path: Path) -> object:
+    out, text = tmp_path / "compressed", model.parent / "check.txt"
+    if not out.exists():
+        bitpress.compress(model, out, scheme="fp8")
+    return bitpress.eval(out, text, model, max_tokens=256, sequence_length=64, device="cuda:0")
+
+
+@pytest.mark.parametrize("measure", [search_on_gpu, evaluate_on_gpu])
+@pytest.mark.usefixtures("threads_too")
+def test_blocks_that_do_not_fit_while_they_are_measured_are_brought_to_the_same_figures(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measure: Callable[[Path, Path], object],
+) -> None:
+    # of a vocabulary this small, logits take less than a block
+    monkeypatch.setattr(memory_estimate, "MAX_LOGITS", 1 << 10)
+    held = Held()
+    with Pretended(), patch.object(BroughtWeights, "copy", held.note(BroughtWeights.copy)):
+        whole = measure(model, tmp_path)
+        assert not held.most_bytes
+        give(monkeypatch, 0)
+        with (
+            patch.object(devices, "require_memory", side_effect=InterruptedError) as required,
+            pytest.raises(InterruptedError),
+        ):
+            measure(model, tmp_path)
+        # what is asked for is enough
+        give(monkeypatch, required.call_args.args[1])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*may run out of memory")
+            assert measure(model, tmp_path) == whole
+    # of a block in bfloat16
+    block_bytes = memory_estimate.host_block_bytes(bitpress.plan(model, scheme="int8"))
+    assert 0 < held.most_bytes < 2 * block_bytes / 2
+
+
+def give(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    """Let a run take so many bytes of the GPU's memory."""
+    free_bytes = math.ceil(num_bytes / devices.DEVICE_SHARE)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
+
+
+@pytest.mark.usefixtures("threads_too")
+def test_a_check_needs_no_more_of_a_gpu_than_it_may_take(model: Path, tmp_path: Path) -> None:
+    # the largest layer while the check computes, but not what it makes of a batch
+    plan = bitpress.plan(model, scheme="w4a16", settings=["group_size=32"])
+    limit = memory_estimate.estimate_device(plan, 32, 32, by_layer=True).on_disk
+    with pytest.raises(bitpress.BitpressError, match="max-device-memory allows"):
+        compress_on_gpu(
+            model, tmp_path / "o", max_device_memory=limit, check=model.parent / "check.txt"
+        )
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.usefixtures("threads_too")

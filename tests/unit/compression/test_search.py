@@ -24,7 +24,7 @@ from fixtures.toy_scheme import TOY, install_toy
 import bitpress
 from bitpress.api import search
 from bitpress.compression.search import sensitivity
-from bitpress.compression.search.sensitivity import split_sequences
+from bitpress.compression.search.search_job import split_sequences
 from bitpress.conformance.commands import command, install, plugins, refusal
 from bitpress.conformance.models import write_model
 from bitpress.errors import RecipeError

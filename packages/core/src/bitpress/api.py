@@ -22,6 +22,7 @@ from bitpress.modeling.decoder import DecoderOptions
 from bitpress.modeling.tokens import load_evaluation_text
 from bitpress.output import (
     evaluate as evaluation,
+    evaluation_memory,
     verify as verification,
 )
 from bitpress.output.decompress import write_dense
@@ -382,13 +383,15 @@ def evaluate_model(
         )
         for text in tokens.warnings:
             warn(text, stacklevel=2)
-        hidden_states_folder = evaluation.choose_folder(
+        hidden_states_folder = evaluation_memory.choose_folder(
             models, tokens.input_ids, options.max_memory, Path(tempfile.gettempdir())
         )
+        length, trusts_code = tokens.input_ids.shape[1], options.trust_remote_code
+        brought_bytes = evaluation_memory.choose_brought_bytes(models, length, device)
         check = evaluation.evaluate(
             models,
             tokens,
-            DecoderOptions(device, trust_remote_code=options.trust_remote_code),
+            DecoderOptions(device, trust_remote_code=trusts_code, max_brought_bytes=brought_bytes),
             hidden_states_folder,
             progress("evaluating", evaluation.count_bytes(models)),
         )

@@ -15,7 +15,7 @@ from bitpress.errors import VerificationError
 from bitpress.modeling.block_runner import RunnableModel
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.tokens import EvaluationText, load_evaluation_text
-from bitpress.output import compressed_model, evaluate
+from bitpress.output import compressed_model, evaluate, evaluation_memory
 from bitpress.output.manifest import Check
 from bitpress.output.written_model import WrittenModel
 from bitpress.planning.calibration_config import TextSource
@@ -53,11 +53,13 @@ class AccuracyCheck:
     Attributes:
         text: on which the models are compared.
         hidden_states_folder: where hidden states are kept; None keeps them in memory.
+        max_brought_bytes: as a `DecoderOptions` has it.
     """
 
     plan: Plan
     text: EvaluationText
     hidden_states_folder: Path | None
+    max_brought_bytes: int | None
 
     def measure(self, written: WrittenModel, resources: Resources, progress: Progress) -> Check:
         """Compare what was written with its source."""
@@ -70,30 +72,37 @@ class AccuracyCheck:
             return evaluate.evaluate(
                 models,
                 self.text,
-                DecoderOptions(resources.device, trust_remote_code=resources.trust_remote_code),
+                DecoderOptions(
+                    resources.device,
+                    trust_remote_code=resources.trust_remote_code,
+                    max_brought_bytes=self.max_brought_bytes,
+                ),
                 self.hidden_states_folder,
                 progress("checking", evaluate.count_bytes(models)),
             )
 
 
 def prepare_check(
-    plan: Plan, text: EvaluationText, max_memory: int | None, folder: Path
+    plan: Plan, text: EvaluationText, resources: Resources, folder: Path
 ) -> AccuracyCheck:
     """A check that keeps its hidden states in memory if they fit, and otherwise in a folder.
 
     Args:
-        max_memory: bytes of the process; None: no limit.
         folder: on whose disk there is room for them.
 
     Raises:
-        RecipeError: the limit is too low even with hidden states on disk.
+        RecipeError: a limit is too low even with hidden states on disk, and blocks in the host's
+            memory where a GPU computes.
     """
     with Reader() as reader:
-        source = _open_source(plan, reader)
-        hidden_states_folder = evaluate.choose_folder(
-            [source, source], text.input_ids, max_memory, folder
+        models = [_open_source(plan, reader)] * 2
+        hidden_states_folder = evaluation_memory.choose_folder(
+            models, text.input_ids, resources.max_memory, folder
         )
-    return AccuracyCheck(plan, text, hidden_states_folder)
+        brought_bytes = evaluation_memory.choose_brought_bytes(
+            models, text.input_ids.shape[1], resources.device, resources.max_device_memory
+        )
+    return AccuracyCheck(plan, text, hidden_states_folder, brought_bytes)
 
 
 def _open_source(plan: Plan, reader: Reader) -> RunnableModel:

@@ -17,7 +17,6 @@ from bitpress.checkpoint.writer import OutputFolder, Permissions, format_json
 from bitpress.compression import accuracy_check, calibrated, data_free, resume
 from bitpress.compression.accuracy_check import AccuracyCheck
 from bitpress.compression.calibration.block_result import BlockResult
-from bitpress.compression.calibration.rank_share import device_memory
 from bitpress.compression.finished_run import read_finished
 from bitpress.compression.job import Job
 from bitpress.compression.resources import Resources
@@ -32,7 +31,13 @@ from bitpress.planning.memory_estimate import estimate_device, estimate_disk, es
 from bitpress.planning.plan import Plan
 from bitpress.planning.run_options import RunOptions
 from bitpress.runtime import memory
-from bitpress.runtime.devices import count_cores, find_all_devices, resolve_name, torch_threads
+from bitpress.runtime.devices import (
+    count_cores,
+    find_all_devices,
+    require_memory,
+    resolve_name,
+    torch_threads,
+)
 from bitpress.runtime.logger import log_warnings, logger, warn
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from bitpress.runtime.progress import Progress, ignore_progress
@@ -200,16 +205,7 @@ def _check_device_memory(job: Job, options: RunOptions, resources: Resources) ->
         return
     _, length = job.calibration_shape
     num_bytes = estimate_device(job.plan, length, length, by_layer=True).on_disk
-    device_bytes = device_memory(resources)
-    if num_bytes <= device_bytes:
-        return
-    text = (
-        f"the run needs about {num_bytes / 1e6:,.0f} MB of {resources.device}'s memory, more than "
-        f"the {device_bytes / 1e6:,.0f} MB"
-    )
-    if limit is not None:
-        raise RecipeError(f"{text} that --max-device-memory allows")
-    warn(f"{text} that are free there: it may run out of memory", stacklevel=3)
+    require_memory(resources.device, num_bytes, limit)
 
 
 def _prepare_output(job: Job, output: OutputFolder, resources: Resources) -> AccuracyCheck | None:
@@ -219,9 +215,7 @@ def _prepare_output(job: Job, output: OutputFolder, resources: Resources) -> Acc
         raise OutputError(f"{output.folder} is the source or lies inside it; name another folder")
     check = None
     if job.check_text:
-        check = accuracy_check.prepare_check(
-            plan, job.check_text, resources.max_memory, output.folder
-        )
+        check = accuracy_check.prepare_check(plan, job.check_text, resources, output.folder)
     if process_group.is_rank_zero:
         num_bytes = estimate_disk(
             plan, job.calibration_shape, resources.max_memory, process_group.world_size

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bitpress.checkpoint.layer_names import block_index
 from bitpress.checkpoint.reader import Reader
-from bitpress.errors import CheckpointError, RecipeError, VerificationError
+from bitpress.errors import CheckpointError, VerificationError
 from bitpress.modeling import metrics
 from bitpress.modeling.attention import watched_attention
 from bitpress.modeling.block_runner import BlockRunner, RunnableModel
@@ -32,10 +32,6 @@ from bitpress.output.manifest import Check
 from bitpress.planning import memory_estimate
 from bitpress.runtime import memory
 from bitpress.runtime.progress import ReportProgress, in_block
-
-# Tensors of logits' size that each model holds while predictions are compared: logits, their
-# logarithms, and what is made of those on the way to a sum.
-LOGITS_TENSORS = 4
 
 # What a model that answers NaN, or infinity, tells of itself.
 DAMAGED = (
@@ -117,70 +113,6 @@ def evaluate(
     if warning := float16_watch.describe():
         warnings.warn(warning, stacklevel=2)
     return _summarize(sums, text, drift)
-
-
-def estimate_memory(
-    models: Sequence[RunnableModel], num_sequences: int, length: int
-) -> tuple[int, int]:
-    """Bytes that `evaluate` holds with hidden states on disk, and in memory, beyond what the
-    interpreter takes.
-
-    Args:
-        num_sequences: that are predicted, of `length` tokens each.
-    """
-    container = models[0].container
-    block_weights: dict[int, int] = {}
-    outside_weights, width, hidden_size = 0, 1, 1 << 62
-    for entry in models[0].checkpoint.entries.values():
-        index = block_index(entry.name, container)
-        if index is None:
-            outside_weights += entry.numel
-            continue
-        block_weights[index] = block_weights.get(index, 0) + entry.numel
-        if len(entry.shape) == 2:
-            width, hidden_size = max(width, *entry.shape), min(hidden_size, entry.shape[1])
-
-    # running a block; and comparing, with embeddings or the head beside, of the two the larger
-    batch_tokens = max(memory_estimate.BATCH_TOKENS, length)
-    # a block without matrices has next to no channels
-    hidden_size = min(hidden_size, width)
-    activations = batch_tokens * (
-        memory_estimate.WIDE_ACTIVATIONS * width + memory_estimate.HIDDEN_ACTIVATIONS * hidden_size
-    )
-    running = max(block_weights.values(), default=0) + activations
-    comparing = outside_weights // 2 + LOGITS_TENSORS * len(models) * memory_estimate.MAX_LOGITS
-    on_disk = memory_estimate.NUMBER_BYTES * max(outside_weights, running, comparing)
-    hidden_states = (
-        memory_estimate.NUMBER_BYTES * len(models) * num_sequences * length * hidden_size
-    )
-    return on_disk, on_disk + hidden_states
-
-
-def choose_folder(
-    models: Sequence[RunnableModel], input_ids: Tensor, max_memory: int | None, folder: Path
-) -> Path | None:
-    """Where an evaluation keeps its hidden states: in memory (None) where that is allowed, else in
-    a folder.
-
-    Args:
-        input_ids: the text, (sequences, length).
-        max_memory: bytes of the process; None: half of what is free.
-
-    Raises:
-        RecipeError: `max_memory` is too low for either.
-    """
-    on_disk, in_memory = (
-        memory.TRANSFORMERS_BYTES + num_bytes
-        for num_bytes in estimate_memory(models, *input_ids.shape)
-    )
-    if max_memory is None:
-        max_memory = memory.TRANSFORMERS_BYTES + memory.available_bytes() // 2
-    elif max_memory < on_disk:
-        raise RecipeError(
-            f"running the model needs about {on_disk / 1e6:,.0f} MB of memory, more than the "
-            f"{max_memory / 1e6:,.0f} MB allowed"
-        )
-    return folder if in_memory > max_memory else None
 
 
 def count_bytes(models: Sequence[RunnableModel]) -> int:

@@ -11,13 +11,18 @@ from contextlib import contextmanager
 
 import torch
 
-from bitpress.errors import BitpressError, first_line
+from bitpress.errors import BitpressError, RecipeError, first_line
 from bitpress.runtime import cgroup
+from bitpress.runtime.logger import warn
 
 CPU = torch.device("cpu")
 
 # The name that takes a GPU where there is one.
 AUTO = "auto"
+
+# Part of a GPU's free memory that is taken by itself: torch's allocator leaves holes in it, and its
+# libraries need some.
+DEVICE_SHARE = 0.85
 
 
 def resolve_name(name: str) -> str:
@@ -108,6 +113,27 @@ def free_memory(device: torch.device) -> int:
     free_bytes, _ = torch.cuda.mem_get_info(device)
     unused_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free_bytes + unused_bytes
+
+
+def usable_memory(device: torch.device, limit: int | None = None) -> int:
+    """Bytes of a GPU's memory that may be taken: a limit, or most of what is free."""
+    return int(free_memory(device) * DEVICE_SHARE) if limit is None else limit
+
+
+def require_memory(device: torch.device, num_bytes: int, limit: int | None = None) -> None:
+    """Raise RecipeError where a limit of a GPU's memory is too low; warn where it has not as much
+    as is needed at least.
+    """
+    device_bytes = usable_memory(device, limit)
+    if num_bytes <= device_bytes:
+        return
+    text = (
+        f"the run needs about {num_bytes / 1e6:,.0f} MB of {device}'s memory, more than the "
+        f"{device_bytes / 1e6:,.0f} MB"
+    )
+    if limit is not None:
+        raise RecipeError(f"{text} that --max-device-memory allows")
+    warn(f"{text} that are free there: it may run out of memory", stacklevel=4)
 
 
 def release_memory(device: torch.device) -> None:

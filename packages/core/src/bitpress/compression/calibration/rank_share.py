@@ -15,10 +15,6 @@ from bitpress.runtime import devices, memory
 from bitpress.runtime.devices import CPU
 from bitpress.runtime.process_group import ProcessGroup
 
-# Part of a GPU's memory that a run takes by itself: torch's allocator leaves holes in it, and its
-# libraries need some.
-DEVICE_SHARE = 0.85
-
 
 @frozen
 class Thrift:
@@ -147,7 +143,7 @@ class Budget:
         """
         num_sequences, length = own_batches.batches[0].shape
         num_tokens = sum(batch.numel() for batch in own_batches.batches)
-        device_bytes = device_memory(resources)
+        device_bytes = devices.usable_memory(resources.device, resources.max_device_memory)
         estimate = memory_estimate.estimate_device(plan, num_tokens, length)
         states_bytes, max_brought_bytes = host_bytes, None
         if estimate.on_disk > device_bytes:
@@ -167,10 +163,3 @@ class Budget:
             states_device=CPU if moved_bytes else resources.device,
             max_brought_bytes=max_brought_bytes,
         )
-
-
-def device_memory(resources: Resources) -> int:
-    """Bytes of its GPU that a run may take."""
-    if resources.max_device_memory is not None:
-        return resources.max_device_memory
-    return int(devices.free_memory(resources.device) * DEVICE_SHARE)

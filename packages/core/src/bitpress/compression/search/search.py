@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,26 +11,20 @@ from bitpress.checkpoint.source import resolve_source
 from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compression.search.allocation import Option, choose_options
 from bitpress.compression.search.candidates import SearchUnit, find_units
+from bitpress.compression.search.measurement_memory import plan_memory
 from bitpress.compression.search.result import SearchResult, render_recipe
-from bitpress.compression.search.search_job import SearchJob
-from bitpress.compression.search.sensitivity import (
-    MeasurementMemory,
-    measure_divergences,
-    split_sequences,
-)
+from bitpress.compression.search.search_job import SearchJob, split_sequences
+from bitpress.compression.search.sensitivity import measure_divergences
 from bitpress.errors import OutputError, RecipeError
-from bitpress.modeling.block_runner import RunnableModel
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.tokens import load_calibration_data
-from bitpress.output import evaluate
-from bitpress.planning import memory_estimate, recipe
+from bitpress.planning import recipe
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.planner import make_plan
 from bitpress.planning.recipe import Recipe, RecipeChanges, Rule
 from bitpress.planning.rotation import rotate_source
 from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
-from bitpress.runtime import memory
 from bitpress.runtime.devices import count_cores, find_device, torch_threads
 from bitpress.runtime.progress import Progress, ignore_progress
 from bitpress.schemes.registry import Step, discover
@@ -109,19 +102,19 @@ def run_search(
 ) -> SearchResult:
     """Measure what each candidate costs each unit, and write the best choice as a recipe file."""
     folder = Path(out).absolute().parent
+    device = find_device(options.device)
+    num_threads = options.num_threads or count_cores()
+    measurement_memory = plan_memory(job, folder, device, options.max_memory, num_threads)
     decoder_options = DecoderOptions(
-        find_device(options.device),
+        device,
         trust_remote_code=options.trust_remote_code,
         all_experts=job.calibration.all_experts,
+        max_brought_bytes=measurement_memory.max_brought_bytes,
     )
-    is_cpu = decoder_options.device.type == "cpu"
-    num_threads = options.num_threads or count_cores()
-    max_lanes = num_threads if is_cpu else 1
-    measurement_memory = _plan_memory(job, folder, options.max_memory, max_lanes)
 
     num_bytes = len(job.plans) * sum(stack.source_bytes for stack in job.plan.stacks)
     # on a CPU batches run side by side, each on one core
-    with torch_threads(1 if is_cpu else num_threads):
+    with torch_threads(1 if device.type == "cpu" else num_threads):
         divergences = measure_divergences(
             job, decoder_options, measurement_memory, progress("measuring", num_bytes)
         )
@@ -195,70 +188,3 @@ def _mix_candidates(
         for pattern in unit.patterns
     ]
     return Recipe(tuple(rules))
-
-
-def _plan_memory(
-    job: SearchJob, folder: Path, max_memory: int | None, max_lanes: int
-) -> MeasurementMemory:
-    """Whether hidden states are kept in memory or in that folder, how many batches run side by
-    side, and how many forwards wait.
-
-    Args:
-        max_memory: bytes of the process; None: half of what is free.
-        max_lanes: batches that may run side by side.
-
-    Raises:
-        BitpressError: there is no room for hidden states, or `max_memory` is too low in any case.
-    """
-    length = job.calibration.input_ids.shape[1]
-    with Reader() as reader:
-        model = RunnableModel(job.plan.source, reader, job.plan.container)
-        # a block as it was, and as it becomes
-        running_bytes = 2 * evaluate.estimate_memory([model], 0, length)[0]
-    estimates = [
-        memory_estimate.estimate_calibration(plan, 0, length)
-        for plan in job.plans.values()
-        if plan.recipe.calibrated
-    ]
-    min_bytes = memory.TRANSFORMERS_BYTES + max(
-        [running_bytes, *(estimate.on_disk for estimate in estimates)]
-    )
-    if max_memory is None:
-        max_bytes = memory.TRANSFORMERS_BYTES + memory.available_bytes() // 2
-    elif max_memory < min_bytes:
-        raise RecipeError(
-            f"the search needs about {min_bytes / 1e6:,.0f} MB of memory, more than the "
-            f"{max_memory / 1e6:,.0f} MB allowed"
-        )
-    else:
-        max_bytes = max_memory
-
-    states_bytes = _count_states_bytes(job)
-    is_spilled = min_bytes + states_bytes > max_bytes
-    free_bytes = max_bytes - min_bytes - (0 if is_spilled else states_bytes)
-    # a further batch in a block, or while predictions are compared
-    logits = evaluate.LOGITS_TENSORS * memory_estimate.MAX_LOGITS
-    in_block = max([estimate.per_lane for estimate in estimates], default=running_bytes)
-    lane_bytes = max(in_block, memory_estimate.NUMBER_BYTES * logits)
-    num_lanes = min(1 + max(free_bytes, 0) // lane_bytes, max_lanes)
-    free_bytes -= (num_lanes - 1) * lane_bytes
-    waiting = [
-        estimate.num_waiting(free_bytes, memory_estimate.BATCH_TOKENS) for estimate in estimates
-    ]
-    num_waiting = max(waiting, default=0)
-    if not is_spilled:
-        return MeasurementMemory(None, num_waiting, num_lanes)
-    if (free := shutil.disk_usage(folder).free) < states_bytes:
-        raise OutputError(
-            f"{folder}: {states_bytes / 1e9:.2f} GB of hidden states go there, and "
-            f"{free / 1e9:.2f} GB are free"
-        )
-    return MeasurementMemory(folder, num_waiting, num_lanes)
-
-
-def _count_states_bytes(job: SearchJob) -> int:
-    """Bytes of all hidden states: judged tokens have the source's, and those of every trial."""
-    fitted, judged = (ids.numel() for ids in split_sequences(job.calibration.input_ids))
-    num_trials = len(job.plans) * len(job.units)
-    num_tokens = fitted + judged * (1 + num_trials)
-    return memory_estimate.NUMBER_BYTES * job.plan.hidden_size * num_tokens

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from attrs import frozen
+from torch import Tensor
 
 from bitpress.compression.search.candidates import SearchUnit
 from bitpress.modeling.tokens import CalibrationData
 from bitpress.planning.plan import Plan
 from bitpress.schemes.registry import Step
+
+# Tokens on which candidates are judged.
+JUDGED_TOKENS = 4096
 
 # KL divergence in nats per token, by unit and candidate.
 Divergences = Mapping[tuple[str, str], float]
@@ -43,3 +48,18 @@ class SearchJob:
     def plan(self) -> Plan:
         """That of any candidate: where the model lies, and how it is built."""
         return next(iter(self.plans.values()))
+
+
+def split_sequences(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The sequences that candidates are fitted to, and those that they are judged on, which are
+    spread over all. One alone serves for both.
+
+    Args:
+        ids: token ids, (sequences, length).
+    """
+    num_judged = min(max(JUDGED_TOKENS // ids.shape[1], 1), len(ids) // 2)
+    if not num_judged:
+        return ids, ids
+    is_judged = torch.zeros(len(ids), dtype=torch.bool)
+    is_judged[[i * len(ids) // num_judged for i in range(num_judged)]] = True
+    return ids[~is_judged], ids[is_judged]

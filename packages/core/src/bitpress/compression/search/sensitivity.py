@@ -25,10 +25,8 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
-from attrs import frozen
 from torch import Tensor
 
 from bitpress.checkpoint.reader import Reader
@@ -39,7 +37,8 @@ from bitpress.compression.calibration.resumable_forward import Breakpoints
 from bitpress.compression.calibration.solution import install, solve
 from bitpress.compression.calibration.statistics import collect_statistics
 from bitpress.compression.search.candidates import SearchUnit
-from bitpress.compression.search.search_job import Divergences, SearchJob
+from bitpress.compression.search.measurement_memory import MeasurementMemory
+from bitpress.compression.search.search_job import Divergences, SearchJob, split_sequences
 from bitpress.errors import CheckpointError
 from bitpress.modeling import metrics
 from bitpress.modeling.block_runner import BlockRunner, RunnableModel
@@ -52,41 +51,8 @@ from bitpress.runtime.lanes import Lanes
 from bitpress.runtime.progress import ReportProgress, in_block
 from bitpress.schemes.values import StoredLayer
 
-# Tokens on which candidates are judged.
-JUDGED_TOKENS = 4096
-
 # Trials whose predictions are compared with the source's while those are in memory.
 TRIALS_TOGETHER = 8
-
-
-@frozen
-class MeasurementMemory:
-    """What a measurement may hold.
-
-    Attributes:
-        folder: where hidden states are kept; None keeps them in memory.
-        num_waiting: how many forwards may wait inside a block.
-        num_lanes: batches that are run side by side.
-    """
-
-    folder: Path | None
-    num_waiting: int
-    num_lanes: int
-
-
-def split_sequences(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The sequences that candidates are fitted to, and those that they are judged on, which are
-    spread over all. One alone serves for both.
-
-    Args:
-        ids: token ids, (sequences, length).
-    """
-    num_judged = min(max(JUDGED_TOKENS // ids.shape[1], 1), len(ids) // 2)
-    if not num_judged:
-        return ids, ids
-    is_judged = torch.zeros(len(ids), dtype=torch.bool)
-    is_judged[[i * len(ids) // num_judged for i in range(num_judged)]] = True
-    return ids[~is_judged], ids[is_judged]
 
 
 def measure_divergences(
