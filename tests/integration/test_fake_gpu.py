@@ -26,7 +26,7 @@ from bitpress.conformance import trial
 from bitpress.conformance.models import files_of
 from bitpress.modeling.capture import BlockCall
 from bitpress.modeling.hidden_states import HiddenStates
-from bitpress.modeling.host_weights import BroughtWeights
+from bitpress.modeling.host_weights import BroughtWeights, HostLinear
 from bitpress.numerics import kernel_trial
 from bitpress.output import verify
 from bitpress.output.compressed_model import DequantizingReader
@@ -424,6 +424,27 @@ def test_a_gpu_that_runs_out_of_memory_is_given_less_at_a_time(model: Path, tmp_
     whole = compress_on_gpu(model, tmp_path / "whole")
     for module, layer in whole.layers.items():
         assert manifest.layers[module].error == pytest.approx(layer.error, rel=0.05), module
+
+
+@pytest.mark.usefixtures("threads_too")
+def test_a_gpu_that_has_no_room_for_a_block_is_given_it_layer_by_layer_at_last(
+    model: Path, tmp_path: Path
+) -> None:
+    call_block = BlockCall.__call__
+
+    def short_of_memory(call: BlockCall, block: torch.nn.Module, states: Tensor) -> Any:
+        if not any(isinstance(module, HostLinear) for module in block.modules()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call_block(call, block, states)
+
+    with (
+        patch.object(BlockCall, "__call__", short_of_memory),
+        pytest.warns(UserWarning, match="32 tokens at a time, its weights brought layer by layer"),
+    ):
+        short = compress_on_gpu(model, tmp_path / "short")
+    whole = compress_on_gpu(model, tmp_path / "whole")
+    for module, layer in whole.layers.items():
+        assert short.layers[module].error == pytest.approx(layer.error, rel=0.05), module
 
 
 def test_a_gpu_that_may_not_give_enough_is_refused_before_work_starts(

@@ -47,7 +47,7 @@ def test_a_gpu_keeps_hidden_states_then_forward_passes_as_far_as_there_is_room(
         (estimate.on_disk, host - 2),
     ):
         limits = Resources((GPU,), 1, host_bytes, device_bytes)
-        budget = Budget.for_run(plan, split(plan), limits)
+        budget = Budget.for_run(plan, split(plan), limits, Thrift(LENGTH))
         places.append((budget.states_device, budget.is_spilled, budget.max_resumable))
     waiting = (estimate.in_memory - 1 - estimate.on_disk) // forward
     assert places == [(GPU, False, 3), (GPU, False, 0), (CPU, False, waiting), (CPU, True, 0)]
@@ -70,21 +70,29 @@ def test_blocks_that_do_not_fit_a_gpu_are_brought_layer_by_layer(plan: Plan) -> 
     by_layer = memory_estimate.estimate_device(plan, tokens, LENGTH, by_layer=True)
     assert by_layer.on_disk < whole.on_disk
     budgets = [
-        Budget.for_run(plan, split(plan), Resources((GPU,), 1, None, device_bytes))
+        Budget.for_run(plan, split(plan), Resources((GPU,), 1, None, device_bytes), Thrift(LENGTH))
         for device_bytes in (whole.on_disk, whole.on_disk - 1, by_layer.on_disk)
     ]
     brought = memory_estimate.brought_bytes(plan)
     assert [budget.max_brought_bytes for budget in budgets] == [None, brought, brought]
 
 
-def test_a_gpu_that_has_run_out_of_memory_keeps_nothing_then_runs_ever_smaller_batches(
+def test_a_gpu_that_has_run_out_of_memory_keeps_nothing_then_runs_ever_smaller_batches_then_layers(
     plan: Plan,
 ) -> None:
+    ids = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
     thrift, steps = Thrift(memory_estimate.BATCH_TOKENS), []
-    while not thrift.is_least(LENGTH):
-        thrift = thrift.more(SAMPLES * LENGTH)
+    limits = Resources((GPU,), 1, None, 1 << 40)
+    while (more := thrift.more(ids)) is not None:
+        thrift = more
         batches = split(plan, thrift.batch_tokens)
-        budget = Budget.for_run(plan, batches, Resources((GPU,), 1, None, 1 << 40), True)
-        steps.append((batches.batches[0].numel(), budget.states_device, budget.max_resumable))
-    assert steps == [(tokens, CPU, 0) for tokens in (2048, 1024, 512, 256, 128, 64, 32)]
-    assert Thrift(memory_estimate.BATCH_TOKENS).more(LENGTH).is_least(LENGTH)
+        budget = Budget.for_run(plan, batches, limits, thrift)
+        assert (budget.states_device, budget.max_resumable) == (CPU, 0)
+        steps.append((batches.batches[0].numel(), budget.max_brought_bytes))
+    brought = memory_estimate.brought_bytes(plan)
+    whole = [(tokens, None) for tokens in (2048, 1024, 512, 256, 128, 64, 32)]
+    assert steps == [*whole, (32, brought)]
+    # of one sequence, no batch is smaller
+    one = Thrift(memory_estimate.BATCH_TOKENS).more(ids[:1])
+    assert one == Thrift(LENGTH, is_minimal=True)
+    assert one.more(ids[:1]) == Thrift(LENGTH, is_minimal=True, by_layer=True)

@@ -99,7 +99,7 @@ def write_shards(
 
     Each rank runs its part of the batches; all of them compress a block together, and rank 0 writes
     it. A single process that runs out of a GPU's memory goes on from its last finished block, with
-    less kept there, then with smaller batches.
+    less kept there, then with smaller batches, at last with layers that are brought one by one.
 
     Args:
         resources: without a limit of memory, half of what is available is used.
@@ -114,14 +114,13 @@ def write_shards(
             with watched_attention():
                 return _write_blocks(plan, output, calibration, resources, _Attempt(thrift, work))
         except RuntimeError as e:
-            is_least = thrift.is_least(calibration.input_ids.shape[1])
-            if not is_out_of_memory(e) or is_least or resources.process_group.world_size > 1:
+            more = thrift.more(calibration.input_ids)
+            if not is_out_of_memory(e) or more is None or resources.process_group.world_size > 1:
                 raise
         # outside the handler: the error holds what the block has held
-        thrift = thrift.more(calibration.input_ids.numel())
+        thrift = more
         warn(
-            f"{resources.device} has run out of memory: the block is begun again, with "
-            f"{thrift.batch_tokens:,} tokens at a time",
+            f"{resources.device} has run out of memory: the block is begun again, with {thrift}",
             stacklevel=2,
         )
         work.begin_again()
@@ -195,7 +194,7 @@ def _plan_batches(
     own_batches = OwnBatches.of_rank(
         plan, calibration.input_ids, resources.process_group, thrift.batch_tokens
     )
-    return own_batches, Budget.for_run(plan, own_batches, resources, thrift.is_minimal)
+    return own_batches, Budget.for_run(plan, own_batches, resources, thrift)
 
 
 def _with_warnings(results: list[BlockResult], warnings: Sequence[str]) -> list[BlockResult]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from bitpress.compression.resources import Resources
@@ -23,23 +23,30 @@ class Thrift:
     Attributes:
         batch_tokens: that are run through a block together.
         is_minimal: whether only what is needed at least is kept there.
+        by_layer: whether blocks are brought there layer by layer, even if they fit.
     """
 
     batch_tokens: int
     is_minimal: bool = False
+    by_layer: bool = False
 
-    def is_least(self, length: int) -> bool:
-        """Whether sequences of so many tokens are run one by one already, and nothing kept."""
-        return self.is_minimal and self.batch_tokens <= length
-
-    def more(self, num_tokens: int) -> Thrift:
-        """The next step: nothing kept that need not be, then ever smaller batches.
+    def more(self, input_ids: Tensor) -> Thrift | None:
+        """The next step: nothing kept that need not be, then ever smaller batches, then blocks that
+        are brought layer by layer; None after the last.
 
         Args:
-            num_tokens: of all batches.
+            input_ids: of all batches, (sequences, length).
         """
-        batch_tokens = min(self.batch_tokens, num_tokens)
-        return Thrift(batch_tokens // 2 if self.is_minimal else batch_tokens, is_minimal=True)
+        length, batch_tokens = input_ids.shape[1], min(self.batch_tokens, input_ids.numel())
+        if not self.is_minimal:
+            return Thrift(batch_tokens, is_minimal=True)
+        if batch_tokens > length:
+            return evolve(self, batch_tokens=max(batch_tokens // 2, length))
+        return None if self.by_layer else evolve(self, by_layer=True)
+
+    def __str__(self) -> str:
+        where = ", its weights brought layer by layer" if self.by_layer else ""
+        return f"{self.batch_tokens:,} tokens at a time{where}"
 
 
 @frozen(eq=False)
@@ -93,13 +100,9 @@ class Budget:
 
     @classmethod
     def for_run(
-        cls, plan: Plan, own_batches: OwnBatches, resources: Resources, is_minimal: bool = False
+        cls, plan: Plan, own_batches: OwnBatches, resources: Resources, thrift: Thrift
     ) -> Budget:
-        """The budget of this rank.
-
-        Args:
-            is_minimal: whether a GPU keeps what it needs at least.
-        """
+        """The budget of this rank."""
         num_sequences, length = own_batches.batches[0].shape
         num_tokens = sum(batch.numel() for batch in own_batches.batches)
         if resources.max_memory is None:
@@ -108,7 +111,7 @@ class Budget:
             available_bytes = resources.max_memory - memory.TRANSFORMERS_BYTES
         if resources.device.type != "cpu":
             host_bytes = available_bytes // 2
-            return cls._on_gpu(plan, own_batches, host_bytes, resources, is_minimal=is_minimal)
+            return cls._on_gpu(plan, own_batches, host_bytes, resources, thrift)
         estimate = memory_estimate.estimate_calibration(plan, num_tokens, length)
 
         # Holes in a heap that keeps what is freed take as much again as a run holds. Without a
@@ -134,8 +137,7 @@ class Budget:
         own_batches: OwnBatches,
         host_bytes: int,
         resources: Resources,
-        *,
-        is_minimal: bool,
+        thrift: Thrift,
     ) -> Budget:
         """Blocks lie on the GPU, or in the host's memory where they do not fit. Hidden states stay
         on the GPU while there is room for all of them, then in the host's memory, then on disk;
@@ -146,11 +148,11 @@ class Budget:
         device_bytes = devices.usable_memory(resources.device, resources.max_device_memory)
         estimate = memory_estimate.estimate_device(plan, num_tokens, length)
         states_bytes, max_brought_bytes = host_bytes, None
-        if estimate.on_disk > device_bytes:
+        if thrift.by_layer or estimate.on_disk > device_bytes:
             estimate = memory_estimate.estimate_device(plan, num_tokens, length, by_layer=True)
             states_bytes -= memory_estimate.host_block_bytes(plan)
             max_brought_bytes = memory_estimate.brought_bytes(plan)
-        if is_minimal:
+        if thrift.is_minimal:
             device_bytes = 0
         moved_bytes = estimate.spilled_bytes(device_bytes)
         held_bytes = estimate.in_memory - moved_bytes
