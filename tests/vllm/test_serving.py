@@ -63,7 +63,8 @@ CASES = {
     "nvfp4": Case("nvfp4", emulate=True, within=0.03),
     "nvfp4, weights only": Case("nvfp4", ("activations=float",), emulate=True, within=0.02),
     "mxfp4": Case("mxfp4", emulate=True, within=0.05),
-    "mxfp4, weights only": Case("mxfp4", ("activations=float",), emulate=True, within=0.02),
+    # vLLM asks kernels for both operands to round activations, whatever the config says
+    "mxfp4, weights only": Case("mxfp4", ("activations=float",), emulate=True, within=0.05),
     "mxfp8": Case("mxfp8", emulate=True),
     "mxfp8, by gptq": Case("mxfp8", ("algorithm=gptq",), emulate=True),
     # pruning costs so small a model much: transformers finds +15.7 %, +5.6 %, +15.6 % and, last,
