@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from fixtures.architectures import build
-from fixtures.fake_gpu import GPU, Elsewhere, Pretended, bare
+from fixtures.fake_gpu import GPU, Elsewhere, Pretended, Stream, bare
 from fixtures.learner_scheme import CONFIG, runnable_model
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from bitpress.output import verify
 from bitpress.output.compressed_model import DequantizingReader
 from bitpress.planning import memory_estimate
 from bitpress.runtime import devices
+from bitpress.runtime.devices import CopyStream
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import find_activation_quantizer
@@ -137,21 +138,13 @@ def room(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU has 16 GiB, all of them free."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 34))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-
-
-class NoStream:
-    """In place of one: the CPU does one thing after the other."""
-
-    def __init__(self, device: torch.device) -> None:
-        assert device == GPU
+    Stream.install(monkeypatch)
 
 
 @pytest.fixture
 def threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads of a pool have the GPU as well."""
-    for name in ("set_device", "set_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
-    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assign = devices.ThreadDevices.assign
 
     def assign_pretended(self: devices.ThreadDevices) -> None:
@@ -281,6 +274,61 @@ def test_where_hidden_states_are_kept_changes_no_byte(model: Path, tmp_path: Pat
     assert set(kept["all"]) == {GPU}
     assert set(kept["least"]) == {torch.device("cpu")}
     assert files_of(tmp_path / "all") == files_of(tmp_path / "least")
+
+
+@pytest.mark.parametrize("spilled", [False, True], ids=["in memory", "on disk"])
+def test_the_hidden_states_of_the_next_batch_are_copied_while_this_one_is_computed_with(
+    tmp_path: Path, spilled: bool
+) -> None:
+    batches = [torch.full((1, 2, 4), float(i)) for i in range(4)]
+    copied = []
+
+    def begin(stream: CopyStream, tensor: Tensor) -> Tensor:
+        copied.append(int(tensor[0, 0, 0]))
+        return begin_copy(stream, tensor)
+
+    begin_copy = CopyStream.begin
+    with Pretended(), patch.object(CopyStream, "begin", begin):
+        states = HiddenStates(batches, tmp_path if spilled else None)
+        for i in range(4):
+            brought = states.bring(i, GPU, i + 1)
+            assert copied == list(range(min(i + 2, 4)))
+            assert torch.equal((brought + 1).cpu(), batches[i] + 1)
+        # others than were expected, or others by now
+        states.bring(0, GPU, 1)
+        assert torch.equal(states.bring(2, GPU, 3).cpu(), batches[2])
+        states[3] = batches[0].to(GPU)
+        assert torch.equal(states.bring(3, GPU).cpu(), batches[0])
+        assert copied[4:] == [0, 1, 2, 3, 0]
+
+        # the fake GPU notices a copy that nobody has waited for
+        with pytest.raises(RuntimeError, match="another stream"):
+            _ = CopyStream(GPU).begin(batches[0]) + 1
+
+
+@pytest.mark.usefixtures("threads_too")
+def test_a_run_asks_for_hidden_states_in_the_order_in_which_they_are_copied_ahead(
+    model: Path, tmp_path: Path
+) -> None:
+    plan = bitpress.plan(model, scheme="w4a16", settings=["group_size=32"])
+    asked, late = set(), set()
+    bring = HiddenStates.bring
+
+    def noted(states: HiddenStates, index: int, *others: Any) -> Tensor:
+        asked.add(index)
+        if index not in states._ahead:
+            late.add(index)
+        return bring(states, index, *others)
+
+    with (
+        patch.object(memory_estimate, "BATCH_TOKENS", 64),
+        patch.object(HiddenStates, "bring", noted),
+    ):
+        limit = memory_estimate.estimate_device(plan, 32, 32).on_disk
+        compress_on_gpu(model, tmp_path / "o", max_device_memory=limit)
+    assert asked == set(range(12 * 32 // 64))
+    # of each pass the first batch
+    assert late == {0}
 
 
 @pytest.mark.usefixtures("threads_too")

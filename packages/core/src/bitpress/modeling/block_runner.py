@@ -97,7 +97,7 @@ class BlockRunner:
 
     def tokens(self, number: int) -> Tensor:
         """Hidden states by their number, (tokens, channels), on the device that computes."""
-        return self.hidden_states[number].to(self.decoder.options.device).flatten(0, -2)
+        return self.hidden_states.bring(number, self.decoder.options.device).flatten(0, -2)
 
     def run(self, block: nn.Module, calls: Sequence[BlockCall], numbers: Sequence[int]) -> None:
         """Replace hidden states by what a block makes of them.
@@ -119,17 +119,18 @@ class BlockRunner:
     def _outputs(
         self, block: nn.Module, calls: Sequence[BlockCall], numbers: Sequence[int]
     ) -> Iterator[Tensor]:
-        pairs = zip(numbers, calls, strict=True)
+        batches = zip(numbers, calls, [*numbers[1:], None], strict=True)
         run = functools.partial(self._run_batch, block)
-        for output, extra_outputs in self._lanes.map(run, pairs):
+        for output, extra_outputs in self._lanes.map(run, batches):
             self.extra_outputs = extra_outputs
             yield output
 
     def _run_batch(
-        self, block: nn.Module, batch: tuple[int, BlockCall]
+        self, block: nn.Module, batch: tuple[int, BlockCall, int | None]
     ) -> tuple[Tensor, ExtraOutputs]:
-        number, call = batch
-        return call.run(block, self.hidden_states[number].to(self.decoder.options.device))
+        number, call, following = batch
+        device = self.decoder.options.device
+        return call.run(block, self.hidden_states.bring(number, device, following))
 
 
 def _quantize_input(

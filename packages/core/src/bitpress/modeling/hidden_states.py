@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitpress.runtime.devices import CPU
+from bitpress.runtime.devices import CPU, CopyStream
 
 
 class HiddenStates:
@@ -39,6 +39,9 @@ class HiddenStates:
         self._file = None
         # a file has one position for all threads
         self._lock = threading.Lock()
+        self._copy_stream: CopyStream | None = None
+        # by its number, the batch's that are on their way to a GPU
+        self._ahead: dict[int, Tensor] = {}
         if folder is not None:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the object)
         for tensor in tensors:
@@ -58,10 +61,39 @@ class HiddenStates:
         return len(self._tensors)
 
     def __getitem__(self, index: int) -> Tensor:
+        return self._load(index)
+
+    def bring(self, index: int, device: torch.device, following: int | None = None) -> Tensor:
+        """Those of a batch on the device that computes, not to be changed.
+
+        Where they are brought to a GPU, one thread asks for them.
+
+        Args:
+            following: the batch that is asked for next, if there is one of that number: it is
+                copied while this one is computed with.
+        """
+        if device.type == "cpu" or self._device.type != "cpu":
+            return self[index].to(device)
+        if self._copy_stream is None:
+            self._copy_stream = CopyStream(device)
+        if index not in self._ahead:
+            self._copy_ahead(index)
+        brought = self._copy_stream.receive(self._ahead.pop(index))
+        self._ahead.clear()
+        if following is not None and following < len(self):
+            self._copy_ahead(following)
+        return brought
+
+    def _copy_ahead(self, index: int) -> None:
+        assert self._copy_stream is not None
+        self._ahead[index] = self._copy_stream.begin(self._load(index, is_pinned=True))
+
+    def _load(self, index: int, is_pinned: bool = False) -> Tensor:
+        """A batch's where they are kept, those of a file in new memory."""
         tensor = self._tensors[index]
         if self._file is None:
             return tensor
-        loaded = torch.empty(tensor.shape, dtype=tensor.dtype)
+        loaded = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
         content = memoryview(loaded.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         with self._lock:
             self._file.seek(self._offsets[index])
@@ -69,6 +101,7 @@ class HiddenStates:
         return loaded
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
+        self._ahead.pop(index, None)
         if self._file is None:
             self._tensors[index] = self._keep(tensor)
             return

@@ -58,8 +58,10 @@ def estimate_computing(
     activations = batch_tokens * (
         memory_estimate.WIDE_ACTIVATIONS * width + memory_estimate.HIDDEN_ACTIVATIONS * hidden_size
     )
+    # the next batch's hidden states are there already
+    states_ahead = len(models) * batch_tokens * hidden_size
     # the first block is run while the embeddings are there
-    running = embeddings + _count_block(models[0], by_layer) + activations
+    running = embeddings + _count_block(models[0], by_layer) + activations + states_ahead
     comparing = head + LOGITS_TENSORS * len(models) * memory_estimate.MAX_LOGITS
     return memory_estimate.NUMBER_BYTES * max(running, comparing)
 

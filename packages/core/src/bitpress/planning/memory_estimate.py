@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from bitpress.checkpoint.rotated_source import estimate_reading
 from bitpress.checkpoint.views import View
@@ -167,14 +167,18 @@ def estimate_device(
     plan: Plan, tokens: int, length: int = 1, *, by_layer: bool = False
 ) -> CalibrationMemory:
     """What a run of the plan on so many tokens, in sequences of so many, holds on a GPU, where
-    blocks are computed in the model's dtype: with hidden states elsewhere (`on_disk`), and with all
-    of them there (`in_memory`).
+    blocks are computed in the model's dtype: with hidden states elsewhere (`on_disk`) but for those
+    of the next batch, and with all of them there (`in_memory`).
 
     Args:
         by_layer: whether blocks stay in the host's memory, and are brought layer by layer.
     """
     number_bytes = plan.dtype.itemsize
-    return estimate_calibration(plan, tokens, length, number_bytes, by_layer=by_layer)
+    estimate = estimate_calibration(plan, tokens, length, number_bytes, by_layer=by_layer)
+    # of the source's states too
+    num_states = numbers_held.num_blocks_held(plan) * max(BATCH_TOKENS, length) * plan.hidden_size
+    ahead = num_states * number_bytes
+    return evolve(estimate, on_disk=estimate.on_disk + ahead, in_memory=estimate.in_memory + ahead)
 
 
 def brought_bytes(plan: Plan) -> int:

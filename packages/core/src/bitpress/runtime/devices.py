@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from bitpress.errors import BitpressError, RecipeError, first_line
 from bitpress.runtime import cgroup
@@ -169,6 +170,29 @@ class ThreadDevices:
     def device(self) -> torch.device:
         """The calling thread's."""
         return self._thread.device  # type: ignore[no-any-return]
+
+
+class CopyStream:
+    """Copies from the host's memory to a GPU that run beside what a thread's own stream computes;
+    from pinned memory, the host does not wait for them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def begin(self, tensor: Tensor) -> Tensor:
+        """A copy that may not have arrived yet: it is used after `receive`."""
+        with torch.cuda.stream(self._stream):
+            return tensor.to(self._device, non_blocking=True)
+
+    def receive(self, copy: Tensor) -> Tensor:
+        """The same, once the calling thread's stream waits for it."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_stream(self._stream)
+        # its memory is the copying stream's, which must not reuse it before it has been used
+        copy.record_stream(stream)
+        return copy
 
 
 def count_cores() -> int:

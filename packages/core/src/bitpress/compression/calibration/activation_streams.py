@@ -4,6 +4,7 @@ model makes them, and those of some batches as the source does too.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -131,24 +132,32 @@ class ActivationStreams:
         self.block, self.source_block, self.calls = block, source_block, calls
         reference = self.reference
         reference_batches = () if reference is None else reference.batches
-        self._forwards = [
-            self.start_forward(i, tracks_residual=i in reference_batches) for i in range(len(calls))
-        ]
         batches = range(len(calls))
         self._order = sorted(batches, key=lambda batch: batch not in reference_batches)
+        following = dict(itertools.pairwise(self._order))
+        self._forwards = [
+            self.start_forward(i, following.get(i), tracks_residual=i in reference_batches)
+            for i in batches
+        ]
         self._source_forwards = {}
         if source_block is not None and reference is not None:
             for position, i in enumerate(reference.batches):
                 self._source_forwards[i] = ResumableForward(
                     source_block,
                     calls[i],
-                    self._state_reader(reference.states, position),
+                    self._state_reader(reference.states, position, position + 1),
                     tracks_residual=True,
                 )
 
-    def start_forward(self, batch: int, tracks_residual: bool = False) -> ResumableForward:
-        """A new forward pass of a batch through the block."""
-        read_states = self._state_reader(self.states, batch)
+    def start_forward(
+        self, batch: int, following: int | None, tracks_residual: bool = False
+    ) -> ResumableForward:
+        """A new forward pass of a batch through the block.
+
+        Args:
+            following: the batch whose forward pass starts next.
+        """
+        read_states = self._state_reader(self.states, batch, following)
         return ResumableForward(
             self.block, self.calls[batch], read_states, tracks_residual, batch=batch
         )
@@ -277,9 +286,10 @@ class ActivationStreams:
         self.reference.states[position] = source_states
         return metrics.squared_distance(states, source_states)
 
-    def _state_reader(self, states: HiddenStates, position: int) -> Callable[[], Tensor]:
-        # from pinned memory a GPU copies while it computes
-        return lambda: states[position].to(self.device, non_blocking=True)
+    def _state_reader(
+        self, states: HiddenStates, position: int, following: int | None
+    ) -> Callable[[], Tensor]:
+        return lambda: states.bring(position, self.device, following)
 
 
 def _compare_routed(stop: Stop, source_stop: Stop) -> list[GroupInputs]:

@@ -251,7 +251,7 @@ def _observe_groups(
     merged = [GroupStatistics.of_no_token(group) for group in groups]
 
     def observe(batch: int) -> list[GroupStatistics]:
-        forward, observed = streams.start_forward(batch), []
+        forward, observed = streams.start_forward(batch, batch + 1), []
         for number, group in enumerate(groups):
             # after the last group it is abandoned
             stop = forward.advance(number, is_resumed=number + 1 < len(groups))

@@ -144,7 +144,8 @@ def observe_gradients(
     with open_head(decoder, extra_outputs) as head:
 
         def start_backward(position: int) -> None:
-            hidden_states, number = gradients[position].to(device), sample.numbers[position]
+            hidden_states = gradients.bring(position, device, position + 1)
+            number = sample.numbers[position]
             gradients[position] = _loss_gradient(head, hidden_states, seed=number)
 
         for _ in source.lanes.map(start_backward, positions):
@@ -277,7 +278,7 @@ class _Backward:
         outputs: dict[str, Tensor] = {}
         self._own.outputs = outputs
         device = self._observer.device
-        leaf = self._inputs[position].to(device).detach().requires_grad_()
+        leaf = self._inputs.bring(position, device, position + 1).detach().requires_grad_()
         with torch.enable_grad():
             # blocks may change their input in place, which no leaf allows
             output = self._calls[position](self._block, leaf.clone())
@@ -285,7 +286,7 @@ class _Backward:
         gradient, *layer_gradients = torch.autograd.grad(
             output,
             [leaf, *outputs.values()],
-            self._gradients[position].to(device),
+            self._gradients.bring(position, device, position + 1),
             allow_unused=True,
         )
         by_layer = {
@@ -313,4 +314,4 @@ def _run_forward(
     position: int,
 ) -> tuple[Tensor, ExtraOutputs]:
     """What a block makes of one batch, and what else it returns."""
-    return calls[position].run(block, states[position].to(device))
+    return calls[position].run(block, states.bring(position, device, position + 1))
