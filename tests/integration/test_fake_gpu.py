@@ -22,9 +22,12 @@ from torch import Tensor
 import bitpress
 from bitpress import Layer
 from bitpress.checkpoint.filenames import BLOCK_RESULT_SUFFIX
+from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.conformance import trial
 from bitpress.conformance.models import files_of
+from bitpress.modeling import decoder
 from bitpress.modeling.capture import BlockCall
+from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.host_weights import BroughtWeights, HostLinear
 from bitpress.numerics import kernel_trial
@@ -274,6 +277,27 @@ def test_where_hidden_states_are_kept_changes_no_byte(model: Path, tmp_path: Pat
     assert set(kept["all"]) == {GPU}
     assert set(kept["least"]) == {torch.device("cpu")}
     assert files_of(tmp_path / "all") == files_of(tmp_path / "least")
+
+
+def test_the_host_waits_for_a_gpu_once_for_each_tensor_that_it_reads(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, dispatch = 0, Elsewhere.__torch_dispatch__
+
+    def counted(cls: type[Elsewhere], func: Any, *others: Any) -> Any:
+        nonlocal waits
+        waits += func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero")
+        return dispatch(func, *others)
+
+    monkeypatch.setattr(Elsewhere, "__torch_dispatch__", classmethod(counted))
+    # each weight in many parts
+    monkeypatch.setattr(decoder, "NUMBERS_PER_READ", 512)
+    checkpoint = open_checkpoint(model)
+    with Pretended(), Reader(pinned=True) as reader:
+        loaded = Decoder(checkpoint, "model.layers", reader, DecoderOptions(GPU)).load_block(0)
+    parameters = list(loaded.parameters())
+    assert max(parameter.numel() for parameter in parameters) > 10 * 512
+    assert waits == len(parameters)
 
 
 @pytest.mark.parametrize("spilled", [False, True], ids=["in memory", "on disk"])

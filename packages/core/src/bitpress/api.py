@@ -372,8 +372,8 @@ def evaluate_model(
     progress: Progress,
 ) -> Check:
     """`evaluate`, its options as values."""
-    device = find_device(options.device)
-    with Reader() as reader, torch_threads(options.num_threads or count_cores()):
+    device, num_threads = find_device(options.device), options.num_threads or count_cores()
+    with Reader(pinned=device.type != "cpu") as reader, torch_threads(num_threads):
         folders = [resolve(model)] if against is None else [resolve(model), resolve(against)]
         models = [open_runnable_model(folder, reader) for folder in folders]
         # texts are tokenized as the reference tokenizes them, where there is one

@@ -63,7 +63,7 @@ class AccuracyCheck:
 
     def measure(self, written: WrittenModel, resources: Resources, progress: Progress) -> Check:
         """Compare what was written with its source."""
-        with Reader() as reader:
+        with Reader(pinned=resources.device.type != "cpu") as reader:
             source = _open_source(self.plan, reader)
             result = compressed_model.open_compressed(
                 written, reader, self.plan.container, self.plan.source.folder

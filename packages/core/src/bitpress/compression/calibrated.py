@@ -147,7 +147,7 @@ def _write_blocks(
     report_progress = attempt.report_progress
     own_batches, budget = _plan_batches(plan, calibration, resources, attempt.thrift)
     with (
-        Reader() as reader,
+        Reader(pinned=resources.device.type != "cpu") as reader,
         torch.no_grad(),
         memory.retain_freed_memory(budget.is_ample),
         Lanes(budget.num_lanes) as lanes,

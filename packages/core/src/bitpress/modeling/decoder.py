@@ -210,14 +210,17 @@ class Decoder:
         # In parts: a vocabulary's embeddings take gigabytes.
         rows = tensor if shape else tensor.unsqueeze(0)
         num_rows = max(NUMBERS_PER_READ // max(math.prod(shape[1:]), 1), 1)
-        for first in range(0, len(rows), num_rows):
-            part = rows[first : first + num_rows]
+        parts, first, sums = torch.split(rows, num_rows), 0, []
+        for part in parts:
             part.copy_(self._reader.rows(entry, first, first + len(part), part.device))
+            first += len(part)
             # A finite sum has finite terms. It is not taken in float64: torch would copy the part,
             # and a heap in which weights lie between such copies is twice as large.
-            if not math.isfinite(part.sum()) and not part.isfinite().all():
-                raise CheckpointError(
-                    f"{self._checkpoint.folder}: tensor {name} holds NaN or infinity: the source "
-                    "is damaged; fetch it again"
-                )
+            sums.append(part.sum())
+        # once for all parts: until then a GPU copies one while the next is read
+        if not torch.stack(sums).isfinite().all() and not all(p.isfinite().all() for p in parts):
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: tensor {name} holds NaN or infinity: the source is "
+                "damaged; fetch it again"
+            )
         return tensor

@@ -72,7 +72,7 @@ def measure_divergences(
     """
     fitted, judged = _split_batches(job)
     with (
-        Reader() as reader,
+        Reader(pinned=options.device.type != "cpu") as reader,
         torch.no_grad(),
         memory.retain_freed_memory(),
         Lanes(limits.num_lanes) as lanes,
