@@ -247,6 +247,8 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(
         text,
         "--against",
         model,
+        # it runs the blocks, and a slow run says how far it is
+        "--quiet",
     )
 
 

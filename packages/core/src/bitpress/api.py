@@ -20,11 +20,7 @@ from bitpress.compression.search.result import SearchResult
 from bitpress.errors import OutputError
 from bitpress.modeling.decoder import DecoderOptions
 from bitpress.modeling.tokens import load_evaluation_text
-from bitpress.output import (
-    evaluate as evaluation,
-    evaluation_memory,
-    verify as verification,
-)
+from bitpress.output import evaluate as evaluation, evaluation_memory, verify as verification
 from bitpress.output.decompress import write_dense
 from bitpress.output.folder_proof import prove_folder
 from bitpress.output.manifest import Check, Manifest, read_manifest
@@ -68,6 +64,7 @@ def plan(  # noqa: PLR0913
     effort: str = NORMAL_EFFORT,
     ignore: Texts = (),
     copy: Texts = (),
+    head: str | None = None,
     serve_on: Hardware | str | None = None,
 ) -> Plan:
     """What `compress` would do, from headers alone.
@@ -80,12 +77,14 @@ def plan(  # noqa: PLR0913
         effort: "low" (least data and time), "normal" or "high" (best rounding) in what is not set.
         ignore: patterns of layers to leave alone.
         copy: patterns of files to copy, beside those that loaders read.
+        head: a scheme for the head, which is then compressed too, without data.
         serve_on: the device that will serve the result, or its name; None: the one present.
 
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
-    recipe_source = arguments.read_recipe_source(scheme, recipe, (settings, ignore, effort), copy)
+    changes = settings, ignore, effort, head
+    recipe_source = arguments.read_recipe_source(scheme, recipe, changes, copy)
     hardware = arguments.read_hardware("serve_on", serve_on)
     plan = plan_from(arguments.read_model("model", model), recipe_source, hardware)
     log_warnings((*plan.warnings, *plan.device_remarks))
@@ -136,6 +135,7 @@ def compress(  # noqa: PLR0913
     effort: str = NORMAL_EFFORT,
     ignore: Texts = (),
     copy: Texts = (),
+    head: str | None = None,
     calibration: Calibration = None,
     samples: int = CalibrationConfig().samples,
     sequence_length: int = CalibrationConfig().sequence_length,
@@ -160,6 +160,7 @@ def compress(  # noqa: PLR0913
 
     Args:
         copy: patterns of files to copy, beside those that loaders read.
+        head: a scheme for the head, which is then compressed too, without data.
         calibration: a .jsonl, .json, .txt or .parquet file, a folder of them, or a dataset's name;
             or a list of texts, or of rows as such files hold them. None takes the text that ships
             with bitpress.
@@ -189,7 +190,8 @@ def compress(  # noqa: PLR0913
             `config.json` was not written. After the second the shards stay, and the same call with
             another `max_kl` resumes from them.
     """
-    recipe_source = arguments.read_recipe_source(scheme, recipe, (settings, ignore, effort), copy)
+    changes = settings, ignore, effort, head
+    recipe_source = arguments.read_recipe_source(scheme, recipe, changes, copy)
     size = (samples, sequence_length, seed)
     config = arguments.read_calibration_config(
         calibration, size, CalibrationConfig(all_experts=all_experts)

@@ -20,6 +20,9 @@ from bitpress.checkpoint.safetensors import TensorSpec
 # Kinds of layers that an engine asks its quantization config for.
 QUANTIZABLE = ("linear", "experts")
 
+# Another, for which it is asked if a model passes it on.
+HEAD = "head"
+
 # The target that names the class of all linear layers.
 EVERY_LINEAR = "Linear"
 
@@ -44,8 +47,13 @@ class EngineLayer:
 
     @property
     def is_quantizable(self) -> bool:
-        """Whether the engine asks how it is quantized."""
-        return self.kind in QUANTIZABLE
+        """Whether the engine asks how it is quantized: for a head, under a name."""
+        return self.kind in QUANTIZABLE or (self.is_head and all(self.asked_as))
+
+    @property
+    def is_head(self) -> bool:
+        """Whether its outputs are logits: the target `EVERY_LINEAR` does not stand for it."""
+        return self.kind == HEAD
 
 
 @frozen(eq=False, slots=False)
@@ -90,7 +98,7 @@ class EngineFacts:
         return [
             name
             for name, fact in self.layers.items()
-            if "head" in (fact if isinstance(fact, dict) else [fact])
+            if HEAD in (fact if isinstance(fact, dict) else [fact])
             or name.rpartition(".")[2] == "lm_head"
         ]
 
@@ -122,6 +130,8 @@ class EngineFacts:
             return None
         if layer.kind == "embedding":
             return f"an embedding in {self.engine}"
+        if layer.is_head:
+            return f"{self.engine} looks for it under no name, and reads it as it is"
         return f"{self.engine} never quantizes it"
 
     def expert_names(self, module: str) -> tuple[str, Sequence[str]] | None:
@@ -217,14 +227,19 @@ class QuantizedLayers:
         """The groups that a layer is in, once each; None stands for a name that is ignored, or is
         no target.
         """
-        return list(dict.fromkeys(self.group(name) for name in layer.asked_as))
+        by_class = not layer.is_head
+        return list(dict.fromkeys(self.group(name, by_class=by_class) for name in layer.asked_as))
 
-    def group(self, name: str) -> str | None:
-        """The group in which the engine finds one of its layers; None: it is not quantized."""
+    def group(self, name: str, *, by_class: bool = True) -> str | None:
+        """The group in which the engine finds one of its layers; None: it is not quantized.
+
+        Args:
+            by_class: whether the target of all linear layers stands for it.
+        """
         if self._match(self.ignored, name):
             return None
         for group, targets in self.groups.items():
-            if EVERY_LINEAR in targets.names or self._match(targets, name):
+            if (by_class and EVERY_LINEAR in targets.names) or self._match(targets, name):
                 return group
         return None
 
@@ -263,6 +278,16 @@ def is_embedding(layer: str, engines: Iterable[EngineFacts]) -> bool:
     """
     kinds = {fact.kind for facts in engines if (fact := facts.layer(layer))}
     return kinds == {"embedding"} or (not kinds and "embed" in layer.rpartition(".")[2])
+
+
+def is_head(layer: str, engines: Iterable[EngineFacts]) -> bool:
+    """Whether a layer's outputs are logits, as engines say, or else its name.
+
+    Args:
+        layer: its name in the files, without `.weight`.
+    """
+    kinds = {fact.kind for facts in engines if (fact := facts.layer(layer))}
+    return HEAD in kinds or layer.rpartition(".")[2] == "lm_head"
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ class ModelConfig:
         num_experts: experts of a block.
         experts_per_token: of these, how many compute a token.
         expert_size: channels inside an expert, or inside the MLP where the config has one size.
+        is_tied: whether the head is the embeddings; True where the config does not say.
         quantization: the `quantization_config`; empty where it is not a table.
     """
 
@@ -51,6 +52,7 @@ class ModelConfig:
     num_experts: int | None = None
     experts_per_token: int | None = None
     expert_size: int | None = None
+    is_tied: bool = True
     quantization: Mapping[str, Any] | None = None
 
     @classmethod
@@ -82,6 +84,7 @@ class ModelConfig:
             ),
             experts_per_token=first_integer("num_experts_per_tok"),
             expert_size=first_integer("moe_intermediate_size", "intermediate_size"),
+            is_tied={level.get("tie_word_embeddings") for level in levels} - {None} != {False},
             quantization=_quantization(config),
         )
 

@@ -235,6 +235,12 @@ recipe = combine(
         multiple=True,
         help="Copy matching files of the model's folder too; may be repeated.",
     ),
+    click.option(
+        "--head",
+        metavar="SCHEME",
+        shell_complete=complete_scheme,
+        help="Compress the head (lm_head) too, without data.",
+    ),
 )
 
 device_memory = click.option(

@@ -68,6 +68,13 @@ class BlockRunner:
         self.decoder = Decoder(model.checkpoint, model.container, model.reader, options)
         self.extra_outputs: ExtraOutputs = None
         self._model, self._lanes = model, lanes or Lanes()
+        for name, quantize in model.activation_quantizers.items():
+            # a head's
+            layer = None
+            if not name.startswith(f"{model.container}."):
+                layer = self.decoder.find_layer(name)
+            if layer is not None:
+                layer.register_forward_pre_hook(_quantize_input(quantize))
         inputs = capture_inputs(self.decoder, batches, folder)
         self.hidden_states, self._calls = inputs.hidden_states, inputs.calls
 

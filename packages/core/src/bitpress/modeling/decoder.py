@@ -112,6 +112,16 @@ class Decoder:
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._fill(embeddings, name, recurse=False)
 
+    def find_layer(self, name: str) -> nn.Module | None:
+        """The module that computes with a layer of the files; None where there is none.
+
+        Args:
+            name: of the layer in the files, without `.weight`.
+        """
+        names = (x for x, in_files in self._names.items() if in_files == f"{name}.weight")
+        found = next(names, None)
+        return None if found is None else self.model.get_submodule(found.removesuffix(".weight"))
+
     @contextlib.contextmanager
     def replace_blocks(self, stand_ins: Sequence[nn.Module]) -> Iterator[nn.Module]:
         """The whole model with other modules where its blocks are; weights that were filled

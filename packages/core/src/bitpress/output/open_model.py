@@ -22,8 +22,10 @@ def open_runnable_model(folder: Path, reader: Reader) -> RunnableModel:
     checkpoint = open_checkpoint(folder)
     if (folder / filenames.MANIFEST).is_file():
         written = open_written(checkpoint)
-        modules = [*written.layers, *(f"{cache.module}.cache" for cache in written.caches)]
-        container = layer_names.container(modules[0])
+        # of blocks that hold nothing compressed, all layers are plain
+        in_blocks = next(written.modules_in_blocks, None)
+        any_module = in_blocks or next(iter(linear_layers.linear_layers(checkpoint)))
+        container = layer_names.container(any_module)
         return compressed_model.open_compressed(written, reader, container, folder)
     checkpoint = resolve_source(checkpoint)
     if method := checkpoint.model_config.quantization_method:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from attrs import field, frozen
 
+from bitpress.checkpoint.layer_names import BLOCK
 from bitpress.checkpoint.reader import DTYPES, Checkpoint, Reader
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import CheckpointError
@@ -66,6 +67,12 @@ class WrittenModel:
             shape = CacheShape(cache.query_heads, cache.heads, cache.channels)
             caches.append(AttentionCache(module, shape, DTYPES[cache.dtype], recipe.cache))
         return cls(checkpoint, recipe, manifest.layers, manifest.rescaled, tuple(caches))
+
+    @property
+    def modules_in_blocks(self) -> Iterator[str]:
+        """Names of modules of decoder blocks for which something is stored."""
+        modules = [*self.layers, *(f"{cache.module}.cache" for cache in self.caches)]
+        return (module for module in modules if BLOCK.fullmatch(f"{module}.weight"))
 
     def steps(self, module: str) -> tuple[Step, ...]:
         """The steps that wrote a layer."""

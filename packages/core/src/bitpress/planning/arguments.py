@@ -24,14 +24,14 @@ SIZE = re.compile(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*")
 
 
 def read_recipe_source(
-    scheme: object, recipe: object, changes: tuple[object, object, object], copy: object
+    scheme: object, recipe: object, changes: tuple[object, ...], copy: object
 ) -> RecipeSource:
     """A scheme or a recipe, and what is changed in it.
 
     Args:
-        changes: settings, patterns of layers to ignore, and the level of effort.
+        changes: settings, patterns of layers to ignore, the level of effort, and the head's scheme.
     """
-    settings, ignore, effort = changes
+    settings, ignore, effort, head = changes
     recipe = read_recipe(recipe)
     return RecipeSource(
         read_scheme(scheme),
@@ -41,6 +41,7 @@ def read_recipe_source(
         read_texts("copy", copy),
         recipe if isinstance(recipe, dict) else None,
         read_effort(effort),
+        read_scheme(head),
     )
 
 

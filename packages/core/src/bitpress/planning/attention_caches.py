@@ -102,7 +102,7 @@ def find_caches(
         layers: the linear layers of the decoder blocks.
 
     Raises:
-        CheckpointError: there is none, or its heads are not known.
+        CheckpointError: there is none, its heads are not known, or the source has scales itself.
     """
     if step is None:
         return ()
@@ -119,6 +119,12 @@ def find_caches(
             f"{source.folder}: {what if has_latents else 'no attention with k_proj was found'}: "
             f"leave {step.scheme.name} out"
         )
+    for cache in caches:
+        if names := cache.specs.keys() & source.entries.keys():
+            raise CheckpointError(
+                f"{source.folder}: it holds a tensor {min(names)} already: remove it, or leave "
+                f"{step.scheme.name} out"
+            )
     return tuple(caches)
 
 

@@ -7,7 +7,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from bitpress.checkpoint.engine_facts import EVERY_LINEAR, EngineFacts, QuantizedLayers
+from bitpress.checkpoint.engine_facts import (
+    EVERY_LINEAR,
+    EngineFacts,
+    EngineLayer,
+    QuantizedLayers,
+)
 from bitpress.checkpoint.layer_names import star
 
 
@@ -24,16 +29,17 @@ def names_to_ignore(
     groups = {"all": {"targets": [EVERY_LINEAR]}}
     reading = QuantizedLayers.read(facts, {"ignore": listed, "config_groups": groups})
     missing: dict[str, list[str]] = {}
-    for name in (*_names(facts, plain), *facts.unnamed_examples):
+    names = [name for layer in _asked(facts, plain) if not layer.is_head for name in layer.asked_as]
+    for name in (*names, *facts.unnamed_examples):
         if reading.group(name) is not None:
             missing.setdefault(star(name), []).append(name)
 
     if not missing:
         return
     # A pattern takes in all blocks, unless some of them are compressed.
-    quantized = set(map(star, _names(facts, compressed)))
-    for pattern, names in missing.items():
-        for name in names if pattern in quantized else [pattern]:
+    quantized = {star(name) for layer in _asked(facts, compressed) for name in layer.asked_as}
+    for pattern, missed in missing.items():
+        for name in missed if pattern in quantized else [pattern]:
             yield _expression(name)
 
 
@@ -45,16 +51,17 @@ def names_to_target(facts: EngineFacts, listed: Sequence[str]) -> Iterator[str]:
     """
     groups = {"all": {"targets": listed}}
     reading = QuantizedLayers.read(facts, {"config_groups": groups})
-    for name in _names(facts, listed):
-        if reading.group(name) is None:
-            yield _expression(name)
+    for layer in _asked(facts, listed):
+        for name in layer.asked_as:
+            if reading.group(name, by_class=not layer.is_head) is None:
+                yield _expression(name)
 
 
-def _names(facts: EngineFacts, layers: Iterable[str]) -> Iterator[str]:
-    """The names under which an engine asks how layers are quantized."""
+def _asked(facts: EngineFacts, layers: Iterable[str]) -> Iterator[EngineLayer]:
+    """The layers for which an engine asks how they are quantized."""
     for layer in map(facts.layer, layers):
         if layer is not None and layer.is_quantizable:
-            yield from layer.asked_as
+            yield layer
 
 
 def _expression(name: str) -> str:

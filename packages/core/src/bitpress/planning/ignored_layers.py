@@ -48,7 +48,7 @@ def ignored_layers(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[st
         names |= dict.fromkeys(names_to_ignore(facts, list(names), plain, compressed))
 
     if not any(facts.tied for facts in engines):
-        is_stored = any(name.endswith("lm_head") for name in names)
+        is_stored = any(name.endswith("lm_head") for name in (*names, *compressed))
         return list(names if is_stored else names | {"lm_head": None})
     heads = [head for facts in engines for head in facts.tied]
     is_tied = {head: f"{head}.weight" not in checkpoint.entries for head in heads}

@@ -14,6 +14,7 @@ from bitpress.checkpoint.writer import format_json
 from bitpress.errors import DataError
 from bitpress.planning import numbers_held
 from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.planning.layout import Stack
 from bitpress.planning.plan import Plan
 from bitpress.runtime.devices import count_cores
 from bitpress.runtime.memory import (
@@ -217,13 +218,13 @@ def estimate_calibration(
         entry.numel
         for shard in plan.shards
         if shard.block is None
-        for entry in shard.copies
+        for entry in shard.entries
         if "lm_head" not in entry.name
     )
     block = numbers_held.count_block(plan, by_layer=by_layer)
     solutions = (
         numbers_held.count_solution(*stack.shape, sum(step.calibrated for step in stack.steps))
-        for stack in plan.stacks
+        for stack in plan.block_stacks
     )
     solution, width = max(solutions, default=0), plan.width
     batch_tokens = max(BATCH_TOKENS, length)
@@ -282,11 +283,13 @@ def estimate_memory(
             where nobody says.
     """
     if not plan.recipe.calibrated:
-        return TORCH_BYTES + (threads or count_cores()) * _thread_bytes(plan)
+        return TORCH_BYTES + (threads or count_cores()) * _thread_bytes(plan, plan.stacks)
     num_sequences, length = shape or CalibrationConfig().shape
     tokenizing_bytes = TOKENIZER_BYTES + num_sequences * length * TOKENIZING_BYTES
     running_bytes = TRANSFORMERS_BYTES + estimate_calibration(plan, length, length).on_disk
-    return max(tokenizing_bytes, running_bytes)
+    outside = [stack for shard in plan.shards if shard.block is None for stack in shard.stacks]
+    outside_bytes = TRANSFORMERS_BYTES + _thread_bytes(plan, outside) if outside else 0
+    return max(tokenizing_bytes, running_bytes, outside_bytes)
 
 
 def estimate_scratch(plan: Plan, tokens: int = math.prod(CalibrationConfig().shape)) -> int:
@@ -344,14 +347,14 @@ def estimate_descriptions(plan: Plan) -> int:
     return num_bytes
 
 
-def _thread_bytes(plan: Plan) -> int:
-    """Bytes that a thread of a data-free run holds at most.
+def _thread_bytes(plan: Plan, stacks: Sequence[Stack]) -> int:
+    """Bytes that a thread holds at most which writes stacks without data.
 
     A layer as it is stored, whole and in the row tiles that were proved, what is made of a row tile
     on the way (16 float32 tensors of its size), and a matrix that is turned while it is read,
     twice, or rotated.
     """
-    stored = (stack.stored_bytes(module) for stack in plan.stacks for module in stack.members)
+    stored = (stack.stored_bytes(module) for stack in stacks for module in stack.members)
     transposed = (
         entry.stored.nbytes
         for entry in plan.source.entries.values()

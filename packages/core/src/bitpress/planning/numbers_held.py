@@ -68,7 +68,7 @@ def count_kept(plan: Plan, batch_tokens: int, by_layer: bool) -> int:
 
 def count_head(plan: Plan) -> int:
     """Numbers of a model's head."""
-    outside = [entry for shard in plan.shards if shard.block is None for entry in shard.copies]
+    outside = [entry for shard in plan.shards if shard.block is None for entry in shard.entries]
     matrices = [entry for entry in outside if len(entry.shape) == 2]
     # Without a head of its own, a model has that of its embeddings.
     heads = [entry.numel for entry in matrices if "lm_head" in entry.name]

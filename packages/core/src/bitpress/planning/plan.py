@@ -66,6 +66,12 @@ class Plan:
         """All stacks, in the order of their shards."""
         return tuple(stack for shard in self.shards for stack in shard.stacks)
 
+    @property
+    def block_stacks(self) -> list[Stack]:
+        """Those of decoder blocks that are compressed one after the other, in a calibrated run."""
+        blocks = [shard for shard in self.shards if shard.block is not None]
+        return [stack for shard in blocks for stack in shard.stacks]
+
     @cached_property
     def caches(self) -> tuple[AttentionCache, ...]:
         """All caches for which something is stored."""
@@ -154,8 +160,9 @@ class Plan:
     @cached_property
     def layers(self) -> dict[str, Entry]:
         """The linear layers of the decoder blocks, compressed or not, those first that are."""
-        members = {m: entry for stack in self.stacks for m, entry in stack.members.items()}
-        return members | linear_layers.linear_layers(self.source)
+        layers = linear_layers.linear_layers(self.source)
+        members = {module for stack in self.stacks for module in stack.members}
+        return dict(sorted(layers.items(), key=lambda item: item[0] not in members))
 
     @cached_property
     def uncompressed(self) -> list[tuple[Entry, str]]:

@@ -22,9 +22,8 @@ from bitpress.checkpoint.rotated_source import round_copies, unrotate
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import Source, fuse_uncompressed_experts, resolve_source
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
-from bitpress.planning import linear_layers
+from bitpress.planning import linear_layers, output_head
 from bitpress.planning.attention_caches import (
-    AttentionCache,
     cache_config,
     describe_others,
     find_caches,
@@ -62,10 +61,12 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     if recipe.rotates:
         source = rotate_source(source)
     layers = linear_layers.linear_layers(source)
-    steps_of = _assign_steps(source, recipe, layers)
+    recipe = output_head.name_head(recipe, source, engines)
+    head = output_head.find_head(recipe, source, engines)
+    steps_of = _assign_steps(source, recipe, layers, head)
     caches = find_caches(source, layers, recipe.cache)
 
-    stacks = _group_stacks(layers, steps_of, engines)
+    stacks = _group_stacks(layers | head, steps_of, engines)
     if not stacks and not caches:
         raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
     for stack in stacks.values():
@@ -79,7 +80,6 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     }
 
     _require_no_other_tensors(source, fragments)
-    _require_no_scales(source, caches)
 
     # Experts of which none is compressed are copied as they lie in the files.
     source = round_copies(fuse_uncompressed_experts(source, fragments), fragments)
@@ -97,7 +97,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
         shards=tuple(cut_shards(source, stacks, digest, container, caches)),
         ignored=ignored,
         warnings=(
-            *_warnings(source, recipe, list(layers), list(fragments)),
+            *_warnings(source, recipe, [*layers, *head], list(fragments)),
             *filter(None, [describe_others(caches, layers)]),
         ),
         device=device,
@@ -138,24 +138,11 @@ def _require_no_other_tensors(source: Source, modules: Collection[str]) -> None:
             )
 
 
-def _require_no_scales(source: Source, caches: Sequence[AttentionCache]) -> None:
-    """Raise CheckpointError where a source has scales of its own for a cache."""
-    for cache in caches:
-        if names := cache.specs.keys() & source.entries.keys():
-            raise CheckpointError(
-                f"{source.folder}: it holds a tensor {min(names)} already: remove it, or leave "
-                f"{cache.step.scheme.name} out"
-            )
-
-
 def _require_head(source: Source, engines: Sequence[EngineFacts]) -> None:
     """Raise CheckpointError where a model has neither a head nor embeddings that it is tied to:
     transformers makes up a new one at every load.
     """
-    config = source.config
-    text_config = config.get("text_config")
-    tables = [config, text_config if isinstance(text_config, dict) else {}]
-    if {table.get("tie_word_embeddings") for table in tables} - {None} != {False}:
+    if source.model_config.is_tied:
         return
     heads = sorted({head for facts in engines for head in facts.heads})
     if heads and not any(f"{head}.weight" in source.entries for head in heads):
@@ -167,12 +154,13 @@ def _require_head(source: Source, engines: Sequence[EngineFacts]) -> None:
 
 
 def _assign_steps(
-    source: Source, recipe: Recipe, layers: Mapping[str, Entry]
+    source: Source, recipe: Recipe, layers: Mapping[str, Entry], head: Mapping[str, Entry]
 ) -> Mapping[str, tuple[Step, ...]]:
     """The steps of every layer; experts that stay in one tensor must get none."""
     # Recipes of other tools ignore what is left alone here in any case, tied or not.
     others = [*(name.rpartition(".")[0] for name in source.entries), "lm_head"]
-    steps_of = recipe.assign([*layers, *(experts.module for experts in source.unsplit)], others)
+    unsplit = [experts.module for experts in source.unsplit]
+    steps_of = recipe.assign([*layers, *head, *unsplit], others)
     for experts in source.unsplit:
         if steps_of[experts.module]:
             leaf = experts.module.rpartition(".")[2]

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitpress.checkpoint.engine_facts import EVERY_LINEAR, EngineFacts
+from bitpress.checkpoint.engine_facts import EVERY_LINEAR, EngineFacts, is_head
 from bitpress.checkpoint.model_config import METHOD
 from bitpress.errors import RecipeError
 from bitpress.planning.engine_names import names_to_ignore, names_to_target
@@ -50,13 +50,16 @@ def quantization_config(
     formats = {entry["format"] for entry in entries}
     # The target of a single group is "Linear", which also matches layers that an engine has fused.
     # Several groups need the names.
-    targets = [[EVERY_LINEAR]] if len(quantized) == 1 else list(quantized.values())
+    targets = list(quantized.values())
+    if len(quantized) == 1:
+        # that of all linear layers does not stand for a head
+        targets = [[EVERY_LINEAR, *(m for m in targets[0] if is_head(m, engines))]]
     compressed = {module for modules in quantized.values() for module in modules}
     plain = [module for module in fragments if module not in compressed]
     ignored = [*ignored, *plain]
     for facts in engines:
         ignored += names_to_ignore(facts, ignored, plain, compressed)
-        if len(quantized) > 1:
+        if targets != [[EVERY_LINEAR]]:
             targets = [[*names, *names_to_target(facts, names)] for names in targets]
     return config | {
         "quant_method": METHOD,

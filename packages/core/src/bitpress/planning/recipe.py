@@ -13,9 +13,17 @@ from bitpress.checkpoint.layer_names import INDEX_PART
 from bitpress.errors import RecipeError, did_you_mean
 from bitpress.planning import recipe_tables
 from bitpress.planning.layer_pattern import REGEX, matches, require_valid
+from bitpress.planning.recipe_tables import RuleTable
 from bitpress.schemes.options import format_value
 from bitpress.schemes.registry import Registry, SchemeMatch, Step
-from bitpress.schemes.values import NORMAL_EFFORT
+from bitpress.schemes.values import LEAST_EFFORT, NORMAL_EFFORT
+
+# What a rule may call the head of any model.
+HEAD = "lm_head"
+
+
+# Name and options of the scheme for the cache.
+CacheTable = tuple[str, Mapping[str, Any]]
 
 
 @frozen
@@ -35,6 +43,7 @@ class RecipeChanges:
     Attributes:
         settings: `[SCHEME.]OPTION=VALUE` texts, which override all other options.
         ignore: patterns of layers to copy unchanged.
+        head: the scheme of the head, or several joined by `+`; None leaves it as it is.
         effort: the level whose options schemes get where neither the recipe nor `settings` say
             anything else.
     """
@@ -42,6 +51,7 @@ class RecipeChanges:
     settings: Iterable[str] = ()
     ignore: Iterable[str] = ()
     effort: str = NORMAL_EFFORT
+    head: str | None = None
 
 
 @frozen
@@ -144,6 +154,10 @@ class Recipe:
             return ()
         return next((rule.steps for rule in self.rules if matches(module, rule.match)), ())
 
+    def names(self, module: str) -> bool:
+        """Whether a rule is for one module by its name, and not by a pattern."""
+        return any(rule.match == module for rule in self.rules)
+
     def reason(self, module: str) -> str:
         """Which pattern gives a module its steps, in a few words."""
         pattern = next((p for p in self.ignore if matches(module, p)), None)
@@ -200,23 +214,13 @@ def from_scheme(name: str, registry: Registry, changes: RecipeChanges = RecipeCh
     Raises:
         RecipeError: several of them are for the cache.
     """
-    matches_by_name = {n: registry.find(n) for n in name.split("+")}
-    schemes = [match.scheme.name for match in matches_by_name.values()]
-    overrides = _parse_settings(changes.settings, schemes, registry)
-    steps = tuple(
-        match.step(overrides[match.scheme.name], changes.effort)
-        for match in map(matches_by_name.__getitem__, name.split("+"))
-    )
-    notes = _describe_aliases(matches_by_name) + _describe_effort(steps, changes.effort)
-    caches = [step for step in steps if step.scheme.quantizes_cache]
+    names = name.split("+")
+    caches = [n for n in names if registry.find(n).scheme.quantizes_cache]
     if len(caches) > 1:
-        raise RecipeError(
-            f"{name}: {' and '.join(step.scheme.name for step in caches)} are both for the cache: "
-            "name one"
-        )
-    of_layers = tuple(step for step in steps if not step.scheme.quantizes_cache)
-    cache = caches[0] if caches else None
-    return Recipe((Rule("*", of_layers),), tuple(changes.ignore), cache, notes)
+        raise RecipeError(f"{name}: {' and '.join(caches)} are both for the cache: name one")
+    tables = [RuleTable(["*"], [(n, {}) for n in names if n not in caches])]
+    cache: CacheTable | None = (caches[0], {}) if caches else None
+    return _build_recipe(tables, cache, "--scheme", registry, changes)
 
 
 def from_file(file: Path, registry: Registry, changes: RecipeChanges = RecipeChanges()) -> Recipe:
@@ -241,30 +245,51 @@ def from_json(
         origin: what errors call the table.
         changes: of its options, and patterns added to those that it ignores.
     """
-    tables, cache_table = (
+    recipe = _build_recipe(
         recipe_tables.parse_rules(table, origin),
         recipe_tables.parse_cache(table, origin),
+        origin,
+        registry,
+        changes,
     )
+    return attrs.evolve(recipe, ignore=(*table.get("ignore", []), *recipe.ignore))
+
+
+def _build_recipe(
+    tables: Sequence[RuleTable],
+    cache_table: CacheTable | None,
+    origin: str,
+    registry: Registry,
+    changes: RecipeChanges,
+) -> Recipe:
+    """The recipe of some tables, with changes.
+
+    Args:
+        origin: what errors call the tables.
+    """
+    if changes.head is not None:
+        tables = [RuleTable([HEAD], [(n, {}) for n in changes.head.split("+")]), *tables]
     names = [name for rule in tables for name, _ in rule.steps]
     names += [cache_table[0]] if cache_table else []
     matches_by_name = {name: registry.find(name) for name in names}
     schemes = dict.fromkeys(match.scheme.name for match in matches_by_name.values())
     overrides = _parse_settings(changes.settings, list(schemes), registry)
 
-    def make_step(name: str, options: Mapping[str, Any], is_cache: bool) -> Step:
+    def make_step(name: str, options: Mapping[str, Any], effort: str, is_cache: bool) -> Step:
         match = matches_by_name[name]
         if match.scheme.quantizes_cache != is_cache:
             kinds = "`cache`, and not of layers", "layers: name it in `steps`, and not as `cache`"
             raise RecipeError(f"{origin}: {name} is a scheme of {kinds[is_cache]}")
-        values = {**options, **overrides[match.scheme.name]}
-        return match.step(values, changes.effort)
+        return match.step({**options, **overrides[match.scheme.name]}, effort)
 
     rules = []
     for rule in tables:
-        steps = tuple(make_step(name, options, is_cache=False) for name, options in rule.steps)
+        # the head is compressed without data
+        effort = LEAST_EFFORT if list(rule.patterns) == [HEAD] else changes.effort
+        steps = tuple(make_step(name, options, effort, False) for name, options in rule.steps)
         rules += [Rule(pattern, steps) for pattern in rule.patterns]
-    cache = make_step(*cache_table, is_cache=True) if cache_table else None
-    recipe = Recipe(tuple(rules), (*table.get("ignore", []), *changes.ignore), cache)
+    cache = make_step(*cache_table, changes.effort, True) if cache_table else None
+    recipe = Recipe(tuple(rules), tuple(changes.ignore), cache)
     notes = _describe_aliases(matches_by_name)
     return attrs.evolve(recipe, notes=notes + _describe_effort(recipe.all_steps, changes.effort))
 

@@ -27,6 +27,7 @@ class RecipeSource:
         copy: patterns of files of the model's folder to copy, beside those that loaders read.
         table: what a file would hold.
         effort: the level of what is neither set nor in the recipe.
+        head: the scheme of the head, or several joined by `+`; None leaves it as it is.
     """
 
     scheme: str | None = None
@@ -36,6 +37,7 @@ class RecipeSource:
     copy: tuple[str, ...] = ()
     table: Mapping[str, Any] | None = None
     effort: str = NORMAL_EFFORT
+    head: str | None = None
 
     def require_one(self) -> None:
         """Raise RecipeError unless there is either a scheme or a recipe."""
@@ -48,7 +50,7 @@ class RecipeSource:
     def resolve(self, registry: Registry) -> Recipe:
         """The recipe; raises RecipeError where there is none."""
         self.require_one()
-        changes = RecipeChanges(self.settings, self.ignore, self.effort)
+        changes = RecipeChanges(self.settings, self.ignore, self.effort, self.head)
         if self.scheme is not None:
             return recipe.from_scheme(self.scheme, registry, changes)
         if self.table is not None:
@@ -66,5 +68,6 @@ class RecipeSource:
             "--set": self.settings,
             "--effort": None if self.effort == NORMAL_EFFORT else self.effort,
             "--ignore": self.ignore,
+            "--head": self.head,
             "--copy": self.copy,
         }

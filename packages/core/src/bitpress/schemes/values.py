@@ -102,7 +102,7 @@ class StoredLayer:
 # How much work a run may put into a result, from least to most. What a level means for a scheme its
 # module says in `EFFORTS`; at NORMAL_EFFORT it has its default options.
 EFFORT_LEVELS = ("low", "normal", "high")
-NORMAL_EFFORT = "normal"
+LEAST_EFFORT, NORMAL_EFFORT = "low", "normal"
 
 # Levels of findings that need no warning.
 USABLE = ("recommended", "supported")

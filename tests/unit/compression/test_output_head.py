@@ -1,0 +1,177 @@
+"""The head is compressed where a rule names it, and left alone in any other case."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
+from transformers import AutoModelForCausalLM
+
+import bitpress
+from bitpress.checkpoint.engine_facts import QuantizedLayers, facts_of
+from bitpress.checkpoint.model_config import KEY
+from bitpress.conformance.commands import command, plugins, refusal
+from bitpress.conformance.models import LLAMA, llama_tensors, tensors_of, write_model
+
+UNTIED = CONFIG | {"tie_word_embeddings": False}
+HEAD = "lm_head"
+
+
+def untied_model(folder: Path, config: Mapping[str, Any] = UNTIED) -> Path:
+    """A model whose head is not its embeddings."""
+    tensors = llama_tensors(config=config)
+    embeddings = tensors["model.embed_tokens.weight"]
+    tensors[f"{HEAD}.weight"] = embeddings.flip(0).contiguous()
+    return runnable_model(folder, tensors, config)
+
+
+def groups_of(out: Path) -> list[list[str]]:
+    table = json.loads((out / "config.json").read_text())[KEY]
+    return [group["targets"] for group in table["config_groups"].values()]
+
+
+def test_a_scheme_for_all_layers_leaves_the_head_alone(tmp_path: Path, with_toy: Path) -> None:
+    model = untied_model(tmp_path / "m")
+    bitpress.compress(model, tmp_path / "o", scheme="toy")
+    before, after = tensors_of(model), tensors_of(tmp_path / "o")
+    assert torch.equal(before[f"{HEAD}.weight"], after[f"{HEAD}.weight"])
+    assert HEAD in json.loads((tmp_path / "o/config.json").read_text())[KEY]["ignore"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"scheme": "toy", "head": "toy"},
+        {
+            "recipe": {
+                "layers": [
+                    {"match": HEAD, "steps": ["toy"]},
+                    {"match": "*", "steps": ["toy"]},
+                ]
+            }
+        },
+    ],
+    ids=["an option", "a rule"],
+)
+def test_a_head_that_is_named_is_compressed(
+    tmp_path: Path, with_toy: Path, arguments: dict[str, Any]
+) -> None:
+    model, out = untied_model(tmp_path / "m"), tmp_path / "o"
+    bitpress.compress(model, out, **arguments)
+    before, after = tensors_of(model)[f"{HEAD}.weight"].float(), tensors_of(out)
+    restored = after[f"{HEAD}.weight"].float() * after[f"{HEAD}.weight_scale"]
+    assert after[f"{HEAD}.weight"].dtype == torch.int8
+    assert ((restored - before).abs() <= 0.501 * after[f"{HEAD}.weight_scale"]).all()
+    assert groups_of(out) == [["Linear", HEAD]]
+    assert HEAD not in json.loads((out / "config.json").read_text())[KEY]["ignore"]
+    assert not bitpress.verify(out, against=model).faults
+    bitpress.decompress(out, tmp_path / "back")
+    assert torch.equal(tensors_of(tmp_path / "back")[f"{HEAD}.weight"], restored.bfloat16())
+
+
+def test_a_head_of_another_format_has_a_group_of_its_own(tmp_path: Path, with_toy: Path) -> None:
+    model, out = untied_model(tmp_path / "m"), tmp_path / "o"
+    rules = [
+        {"match": HEAD, "steps": ["toy"]},
+        {"match": "*.mlp.*", "steps": [{"use": "toy", "levels": 7}]},
+    ]
+    bitpress.compress(model, out, recipe={"layers": rules})
+    table = json.loads((out / "config.json").read_text())[KEY]
+    for facts in facts_of(json.loads((out / "config.json").read_text())):
+        reading = QuantizedLayers.read(facts, table)
+        layer = facts.layer(HEAD)
+        assert layer is not None
+        assert reading.groups_of(layer) != [None], facts.engine
+
+
+def test_layers_are_calibrated_and_the_head_is_not(tmp_path: Path, with_toy: Path) -> None:
+    install_learner(with_toy)
+    model, out = untied_model(tmp_path / "m"), tmp_path / "o"
+    with plugins(with_toy):
+        bitpress.compress(
+            model,
+            out,
+            scheme="learner",
+            head="toy",
+            calibration=tmp_path / "text.txt",
+            samples=16,
+            sequence_length=64,
+        )
+        assert not bitpress.verify(out, against=model).faults
+        check = bitpress.eval(out, text=tmp_path / "text.txt", against=model, max_tokens=640)
+    assert tensors_of(out)[f"{HEAD}.weight"].dtype == torch.int8
+    assert check.kl is not None
+    assert 0 < check.kl < 0.1
+
+
+def test_eval_rounds_the_inputs_of_a_head_as_its_scheme_says(tmp_path: Path) -> None:
+    folder = install_learner(tmp_path / "plugins")
+    model, out = untied_model(tmp_path / "m"), tmp_path / "o"
+    # a scheme that rounds inputs to multiples of 2, and needs no data
+    (module,) = folder.rglob("bitpress_scheme_learner.py")
+    text = module.read_text().replace(
+        "def rescales(self)",
+        "def calibrated(self): return False\n\n    @property\n    def rescales(self)",
+    )
+    module.write_text(text)
+    rules = [{"match": HEAD, "steps": [{"use": "learner", "coarse": 2.0}]}]
+    with plugins(folder):
+        bitpress.compress(model, out, recipe={"layers": rules})
+        check = bitpress.eval(
+            out, text=tmp_path / "text.txt", against=model, sequence_length=48, max_tokens=960
+        )
+    source = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    words = (tmp_path / "text.txt").read_text().split()[:960]
+    ids = torch.tensor([int(word[1:]) for word in words]).view(20, 48)
+    with torch.no_grad():
+        log_p = source(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        tensors = tensors_of(out)
+        source.lm_head.weight.data = (
+            tensors[f"{HEAD}.weight"].float() * tensors[f"{HEAD}.weight_scale"]
+        )
+        source.lm_head.register_forward_pre_hook(lambda module, x: ((x[0] / 2).round() * 2,))
+        log_q = source(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)[:, :-1].mean().item()
+    assert check.kl == pytest.approx(expected, rel=1e-2)
+
+
+def test_plan_says_what_a_head_takes_that_could_be_compressed(
+    tmp_path: Path, with_toy: Path
+) -> None:
+    model = untied_model(tmp_path / "m")
+    words = ["plan", model, "--scheme", "toy"]
+    # 96 words of 128 channels in bfloat16
+    offer = "head    0.02 MB stay as they are: --head NAME compresses it"
+    assert offer in command(*words, path=with_toy).stdout
+    assert "--head NAME" not in command(*words, "--head", "toy", path=with_toy).stdout
+
+
+def test_a_head_that_is_tied_is_refused(tmp_path: Path, with_toy: Path) -> None:
+    tied = LLAMA | {"tie_word_embeddings": True}
+    stored = {name: x for name, x in llama_tensors().items() if not name.startswith(HEAD)}
+    plain = write_model(tmp_path / "plain", stored, tied)
+    line = refusal("plan", plain, "--scheme", "toy", "--head", "toy", path=with_toy)
+    assert "stores no head, which is tied to the embeddings" in line
+    both = untied_model(tmp_path / "both", UNTIED | {"tie_word_embeddings": True})
+    line = refusal("plan", both, "--scheme", "toy", "--head", "toy", path=with_toy)
+    assert "lm_head is tied to the embeddings" in line
+
+
+def test_a_head_that_an_engine_does_not_look_for_is_refused(tmp_path: Path, with_toy: Path) -> None:
+    # vLLM's class passes no name on to it
+    config = UNTIED | {"architectures": ["AfmoeForCausalLM"], "model_type": "afmoe"}
+    model = untied_model(tmp_path / "m", config)
+    line = refusal("plan", model, "--scheme", "toy", "--head", "toy", path=with_toy)
+    assert "lm_head cannot be compressed: vLLM" in line
+
+
+def test_a_scheme_that_needs_data_is_refused_for_the_head(tmp_path: Path) -> None:
+    folder = install_learner(tmp_path / "plugins")
+    model = untied_model(tmp_path / "m")
+    line = refusal("plan", model, "--scheme", "learner", "--head", "learner", path=folder)
+    assert "lm_head is compressed without data, and learner needs data" in line
