@@ -163,7 +163,8 @@ def hooks(kit: Kit) -> Found:
     """Every scheme and option on awkward weights, beside the CPU."""
     moved: dict[str, float] = {}
     different, failed = [], {}
-    for name in sorted(discover().schemes):
+    of_layers = [s.name for s in discover().schemes.values() if not s.quantizes_cache]
+    for name in sorted(of_layers):
         for label, step in trial.variants(name, (), discover()).items():
             for kind, weight in trial.weights(step).items():
                 case = f"{name}, {label}, {kind}"

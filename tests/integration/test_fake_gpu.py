@@ -7,7 +7,7 @@ import math
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,16 +37,18 @@ from bitpress.planning import memory_estimate
 from bitpress.runtime import devices
 from bitpress.runtime.devices import CopyStream
 from bitpress.runtime.process_group import ProcessGroup
-from bitpress.schemes import pipeline
+from bitpress.schemes import attention_cache, pipeline
 from bitpress.schemes.activation_quantizer import find_activation_quantizer
 from bitpress.schemes.registry import Step, discover
 from bitpress.schemes.values import StoredLayer
 
-STEPS = {
+VARIANTS = {
     f"{name}, {label}": step
     for name in sorted(discover().schemes)
     for label, step in trial.variants(name, (), discover()).items()
 }
+STEPS = {name: step for name, step in VARIANTS.items() if not step.scheme.quantizes_cache}
+CACHES = {name: step for name, step in VARIANTS.items() if step.scheme.quantizes_cache}
 TOKENS = 160
 
 
@@ -99,6 +101,26 @@ def test_hooks_give_on_a_gpu_what_they_give_on_the_cpu(name: str) -> None:
         assert trial.are_equal(bare(result[key]), tensor), key
 
 
+@pytest.mark.parametrize("name", CACHES)
+def test_hooks_for_a_cache_give_on_a_gpu_what_they_give_on_the_cpu(name: str) -> None:
+    step, draw = CACHES[name], torch.Generator().manual_seed(0)
+    states = [torch.randn(2, heads, 9, 16, generator=draw).bfloat16() for heads in (6, 2, 2)]
+
+    def everything_of(states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        statistics = [attention_cache.observe(step, x) for x in states]
+        stats = dict(zip(attention_cache.STATES, statistics, strict=True))
+        stored = attention_cache.serialize(step, stats, torch.bfloat16)
+        quantize = attention_cache.cache_quantizer(step, stored.tensors, stored.config)
+        return [*stored.tensors.values(), *quantize(*states)]
+
+    expected = everything_of(states)
+    with Pretended():
+        result = everything_of([x.to(GPU) for x in states])
+    for tensor, own in zip(expected, result, strict=True):
+        assert own.device == GPU
+        assert trial.are_equal(bare(own), tensor)
+
+
 # of rows that a program has and the weight has not
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", [name for name in STEPS if STEPS[name].calibrated])
@@ -119,6 +141,7 @@ def test_a_gpu_with_triton_gives_what_the_cpu_gives(
 
 RUNS = {
     "fp8": ("fp8", ()),
+    "fp8 with keys and values in FP8": ("fp8+kv-fp8", ()),
     "int8": ("int8", ("smoothing=0.5",)),
     "w4a16 by GPTQ": ("w4a16", ("group_size=32",)),
     "mxfp4": ("mxfp4", ()),
