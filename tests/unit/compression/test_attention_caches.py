@@ -260,6 +260,14 @@ def test_verify_finds_damage(tmp_path: Path, change: Any, fault: str) -> None:
     assert any(fault in text for text in faults), faults
 
 
+def test_inspect_and_report_count_caches(tmp_path: Path, schemes: Path) -> None:
+    out = run(runnable_model(tmp_path / "m"), tmp_path / "o")
+    assert "scales for the caches of 3 attentions" in command("inspect", out, path=schemes).stdout
+    page = bitpress.report(out).read_text()
+    assert "<b>3</b><span>attentions with scales for their caches</span>" in page
+    assert "cache-int8" in page.partition("Where it serves")[2]
+
+
 def test_plan_says_what_a_token_takes(tmp_path: Path, schemes: Path) -> None:
     source = runnable_model(tmp_path / "m")
     shown = command("plan", source, "--scheme", "cache-int8", path=schemes).stdout

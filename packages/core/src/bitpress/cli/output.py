@@ -187,7 +187,10 @@ class InspectSummary:
         manifest = self.manifest
         packages = ", ".join(manifest.schemes.values())
         say(f"from {manifest.source}, by bitpress {manifest.bitpress} with {packages}")
-        say(f"{len(manifest.layers)} layers, {manifest.bits:.2f} bits per weight")
+        if manifest.layers:
+            say(f"{len(manifest.layers)} layers, {manifest.bits:.2f} bits per weight")
+        if manifest.caches:
+            say(f"scales for the caches of {len(manifest.caches)} attentions")
         if manifest.blocks:
             drift = list(manifest.blocks.values())[-1]
             say(

@@ -134,8 +134,8 @@ class Recipe:
             if not any(matches(module, pattern) for module in candidates):
                 raise RecipeError(
                     f"the pattern {pattern!r} matches none of the {len(modules)} linear layers"
-                    f"{_suggest(pattern, modules)} (embeddings, lm_head, norms, routers and vision "
-                    "towers are left alone in any case)"
+                    f"{_suggest(pattern, modules)} (embeddings, norms, routers and vision towers "
+                    "are left alone in any case, and lm_head unless a rule names it)"
                 )
         return {module: self.steps(module) for module in modules}
 

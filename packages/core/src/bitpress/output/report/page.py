@@ -23,7 +23,7 @@ from bitpress.output.report.markup import (
     render_section,
     render_table,
 )
-from bitpress.planning.recipe_tables import parse_rules
+from bitpress.planning.recipe_tables import parse_cache, parse_rules
 from bitpress.runtime.memory import format_bytes
 from bitpress.schemes import hardware
 from bitpress.schemes.registry import Registry, discover
@@ -99,6 +99,8 @@ def _tiles(manifest: Manifest) -> str:
         (f"{before / after:.2f}x", f"smaller: {format_bytes(before)} to {format_bytes(after)}"),
         (f"{manifest.bits:.2f}", f"bits per weight in {len(manifest.layers)} layers"),
     ]
+    if manifest.caches:
+        tiles.append((f"{len(manifest.caches)}", "attentions with scales for their caches"))
     errors = [layer.error for layer in manifest.layers.values() if layer.error is not None]
     if errors:
         tiles.append((f"{max(errors):.2%}", "largest error of a weight, verified"))
@@ -231,10 +233,13 @@ def _hardware(manifest: Manifest) -> str:
     registry = discover()
     # devices by what a scheme finds of them
     devices: dict[tuple[str, Finding], list[str]] = {}
-    for rule in parse_rules(manifest.recipe, filenames.MANIFEST):
-        for scheme, options in rule.steps:
-            for device, finding in _find_hardware(registry, scheme, options):
-                devices.setdefault((scheme, finding), []).append(device)
+    rules = parse_rules(manifest.recipe, filenames.MANIFEST)
+    steps = [step for rule in rules for step in rule.steps]
+    if cache := parse_cache(manifest.recipe, filenames.MANIFEST):
+        steps.append(cache)
+    for scheme, options in steps:
+        for device, finding in _find_hardware(registry, scheme, options):
+            devices.setdefault((scheme, finding), []).append(device)
     rows = [
         (
             html.escape(scheme),
