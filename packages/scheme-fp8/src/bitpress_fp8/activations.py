@@ -28,19 +28,7 @@ def static_scale(stats: Mapping[str, Statistic], outliers: str) -> Tensor:
             "its largest input is over 4,096 times the median; activations=dynamic loses less",
             stacklevel=2,
         )
-    return numerics.e4m3_scale(numerics.clip_range(counts, amax, outliers, _step_size))
-
-
-def _step_size(magnitude: Tensor, clip: Tensor) -> Tensor:
-    """How far E4M3's numbers lie apart near a magnitude, in the inputs' units.
-
-    That is 2^-3 of the power of two below a number, and 2^-9 among subnormals, in units of the
-    scale.
-    """
-    scale = clip / numerics.scalar_like(clip, numerics.E4M3_MAX)
-    # of the number between 1/2 and 1 that is left, whose logarithm is at least -1
-    exponent = (magnitude / scale).frexp().exponent.sub_(1).clamp_(min=-6)
-    return numerics.power_of_two(exponent - 3) * scale
+    return numerics.e4m3_scale(numerics.clip_range(counts, amax, outliers, numerics.e4m3_step))
 
 
 @hookimpl

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         decode_e4m3,
         e4m3_bound,
         e4m3_scale,
+        e4m3_step,
         encode_e4m3,
         round_rows_e4m3,
     )
@@ -78,6 +79,7 @@ _MODULES: Mapping[str, Sequence[str]] = {
         "decode_e4m3",
         "e4m3_bound",
         "e4m3_scale",
+        "e4m3_step",
         "encode_e4m3",
         "round_rows_e4m3",
     ),
@@ -162,6 +164,7 @@ __all__ = [
     "e2m1_bound",
     "e4m3_bound",
     "e4m3_scale",
+    "e4m3_step",
     "encode_e2m1",
     "encode_e4m3",
     "encode_e8m0",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitpress.numerics.blocks import absmax
-from bitpress.numerics.exact import scalar_like
+from bitpress.numerics.exact import power_of_two, scalar_like
 
 E4M3_MAX = 448.0
 
@@ -82,6 +82,25 @@ def round_rows_e4m3(x: Tensor) -> Tensor:
     """
     scale = e4m3_scale(absmax(x, dim=1))  # (rows, 1)
     return decode_e4m3(encode_e4m3(x, scale)).mul_(scale)
+
+
+def e4m3_step(magnitude: Tensor, clip: Tensor) -> Tensor:
+    """How far apart the numbers near a magnitude lie, where the largest of all is a clip.
+
+    That is 2^-3 of the power of two below a number, and 2^-9 among subnormals, in units of the
+    scale.
+
+    Args:
+        magnitude: any shape, float32, not negative.
+        clip: without axes, float32, positive: 448 times the scale.
+
+    Returns:
+        float32 of the same shape as the magnitudes.
+    """
+    scale = clip / scalar_like(clip, E4M3_MAX)
+    # of the number between 1/2 and 1 that is left, whose logarithm is at least -1
+    exponent = (magnitude / scale).frexp().exponent.sub_(1).clamp_(min=-6)
+    return power_of_two(exponent - 3) * scale
 
 
 def e4m3_bound(codes: Tensor) -> Tensor:
