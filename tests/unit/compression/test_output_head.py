@@ -89,6 +89,19 @@ def test_a_head_of_another_format_has_a_group_of_its_own(tmp_path: Path, with_to
         assert reading.groups_of(layer) != [None], facts.engine
 
 
+@pytest.mark.parametrize("others", [{}, {"ignore": [HEAD]}], ids=["no steps", "ignored"])
+def test_a_rule_may_name_the_head_to_leave_it_alone(
+    tmp_path: Path, with_toy: Path, others: dict[str, Any]
+) -> None:
+    model = untied_model(tmp_path / "m")
+    steps = ["toy"] if others else []
+    rules = [{"match": HEAD, "steps": steps}, {"match": "*", "steps": ["toy"]}]
+    bitpress.compress(model, tmp_path / "o", recipe={"layers": rules, **others})
+    before, after = tensors_of(model), tensors_of(tmp_path / "o")
+    assert torch.equal(before[f"{HEAD}.weight"], after[f"{HEAD}.weight"])
+    assert after["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+
+
 def test_layers_are_calibrated_and_the_head_is_not(tmp_path: Path, with_toy: Path) -> None:
     install_learner(with_toy)
     model, out = untied_model(tmp_path / "m"), tmp_path / "o"

@@ -21,7 +21,7 @@ from bitpress.checkpoint.safetensors import TensorSpec
 QUANTIZABLE = ("linear", "experts")
 
 # Another, for which it is asked if a model passes it on.
-HEAD = "head"
+HEAD_KIND = "head"
 
 # The target that names the class of all linear layers.
 EVERY_LINEAR = "Linear"
@@ -53,7 +53,7 @@ class EngineLayer:
     @property
     def is_head(self) -> bool:
         """Whether its outputs are logits: the target `EVERY_LINEAR` does not stand for it."""
-        return self.kind == HEAD
+        return self.kind == HEAD_KIND
 
 
 @frozen(eq=False, slots=False)
@@ -98,7 +98,7 @@ class EngineFacts:
         return [
             name
             for name, fact in self.layers.items()
-            if HEAD in (fact if isinstance(fact, dict) else [fact])
+            if HEAD_KIND in (fact if isinstance(fact, dict) else [fact])
             or name.rpartition(".")[2] == "lm_head"
         ]
 
@@ -287,7 +287,7 @@ def is_head(layer: str, engines: Iterable[EngineFacts]) -> bool:
         layer: its name in the files, without `.weight`.
     """
     kinds = {fact.kind for facts in engines if (fact := facts.layer(layer))}
-    return HEAD in kinds or layer.rpartition(".")[2] == "lm_head"
+    return HEAD_KIND in kinds or layer.rpartition(".")[2] == "lm_head"
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

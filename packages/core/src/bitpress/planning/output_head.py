@@ -42,14 +42,14 @@ def name_head(recipe: Recipe, source: Checkpoint, engines: Sequence[EngineFacts]
 def find_head(
     recipe: Recipe, source: Checkpoint, engines: Sequence[EngineFacts]
 ) -> dict[str, Entry]:
-    """The head, by its name, where a rule names it and gives it steps.
+    """The head, by its name, where a rule names it: to compress it, or to leave it alone.
 
     Raises:
         RecipeError: an engine does not read it compressed, or the steps need data.
     """
     heads = _find_heads(source, engines)
     named = {name: head for name, head in heads.items() if recipe.names(name)}
-    for module in named:
+    for module in filter(recipe.steps, named):
         for step in recipe.steps(module):
             if step.calibrated:
                 raise RecipeError(
@@ -64,7 +64,7 @@ def find_head(
         for facts in engines:
             if reason := facts.why_not_quantized(module):
                 raise RecipeError(f"{module} cannot be compressed: {reason}")
-    return {name: head for name, head in named.items() if recipe.steps(name)}
+    return named
 
 
 def find_plain_head(source: Checkpoint, compressed: Collection[str]) -> Entry | None:

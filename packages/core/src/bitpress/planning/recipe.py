@@ -291,7 +291,8 @@ def _build_recipe(
     cache = make_step(*cache_table, changes.effort, True) if cache_table else None
     recipe = Recipe(tuple(rules), tuple(changes.ignore), cache)
     notes = _describe_aliases(matches_by_name)
-    return attrs.evolve(recipe, notes=notes + _describe_effort(recipe.all_steps, changes.effort))
+    leveled = attrs.evolve(recipe, rules=tuple(r for r in rules if r.match != HEAD)).all_steps
+    return attrs.evolve(recipe, notes=notes + _describe_effort(leveled, changes.effort))
 
 
 def _describe_aliases(matches_by_name: Mapping[str, SchemeMatch]) -> tuple[str, ...]:
