@@ -50,18 +50,12 @@ def compress_block(
         write_tensor: is given every stored tensor by name.
     """
     report_progress(0, "tracing")
-    cache_observer = CacheObserver(block_plan, streams)
     groups = order_layer_groups(block_plan, streams)
     report_progress(0, "choosing scales")
     fold_result = fold_scales(groups, block_plan, streams)
-    # gradients are those of outputs before scales were folded into the rows that make them
-    rescaled_rows = {name for name, axes in fold_result.rescaled.items() if "rows" in axes}
-    groups = [
-        evolve(group, gradient_statistics=())
-        if any(f"{name}.weight" in rescaled_rows for name in group.modules)
-        else group
-        for group in groups
-    ]
+    # after the forward passes that check what was folded
+    cache_observer = CacheObserver(block_plan, streams)
+    groups = _drop_old_gradients(groups, fold_result)
 
     first_layers = [group.first_layer for group in groups if group.first_layer is not None]
     residual_layers = [
@@ -93,6 +87,19 @@ def compress_block(
     for name, tensor in cache_observer.finish().items():
         write_tensor(name, tensor)
     return _join_results(fold_result, results)
+
+
+def _drop_old_gradients(groups: Sequence[LayerGroup], fold_result: FoldResult) -> list[LayerGroup]:
+    """The groups without statistics of gradients where scales were folded into the rows that make
+    their outputs: these were taken before.
+    """
+    rescaled_rows = {name for name, axes in fold_result.rescaled.items() if "rows" in axes}
+    return [
+        evolve(group, gradient_statistics=())
+        if any(f"{name}.weight" in rescaled_rows for name in group.modules)
+        else group
+        for group in groups
+    ]
 
 
 def _join_results(fold_result: FoldResult, results: Sequence[_GroupResult]) -> BlockResult:
