@@ -42,6 +42,6 @@ def quantize_activations(
     """
     if "input_scale" in tensors:
         scale = tensors["input_scale"].to(inputs.device).float()
-        return numerics.decode_e4m3(numerics.encode_e4m3(inputs, scale)) * scale
+        return numerics.round_e4m3(inputs, scale)
     group_size = config["input_activations"].get("group_size") or inputs.shape[1]
     return numerics.round_rows_e4m3(inputs.reshape(-1, group_size)).view_as(inputs)

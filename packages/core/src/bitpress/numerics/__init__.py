@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         e4m3_scale,
         e4m3_step,
         encode_e4m3,
+        round_e4m3,
         round_rows_e4m3,
     )
     from bitpress.numerics.gptq import Grid, gptq_quantize, gptq_statistics, gptq_target
@@ -81,6 +82,7 @@ _MODULES: Mapping[str, Sequence[str]] = {
         "e4m3_scale",
         "e4m3_step",
         "encode_e4m3",
+        "round_e4m3",
         "round_rows_e4m3",
     ),
     "gptq": ("Grid", "gptq_quantize", "gptq_statistics", "gptq_target"),
@@ -191,6 +193,7 @@ __all__ = [
     "power_above",
     "power_of_two",
     "round_e2m1",
+    "round_e4m3",
     "round_int8",
     "round_rows_e4m3",
     "round_tokens_int8",

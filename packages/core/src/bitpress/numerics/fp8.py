@@ -76,12 +76,21 @@ def decode_e4m3(codes: Tensor) -> Tensor:
     return numbers
 
 
+def round_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    """The numbers that the E4M3 codes of x with a scale stand for.
+
+    Args:
+        x: float32, any shape.
+        scale: positive float32 that broadcasts to it.
+    """
+    return decode_e4m3(encode_e4m3(x, scale)).mul_(scale)
+
+
 def round_rows_e4m3(x: Tensor) -> Tensor:
     """The numbers (rows, columns), float32, that E4M3 codes with the scale amax / 448 of each row
     stand for.
     """
-    scale = e4m3_scale(absmax(x, dim=1))  # (rows, 1)
-    return decode_e4m3(encode_e4m3(x, scale)).mul_(scale)
+    return round_e4m3(x, e4m3_scale(absmax(x, dim=1)))
 
 
 def e4m3_step(magnitude: Tensor, clip: Tensor) -> Tensor:
