@@ -6,9 +6,7 @@ No weight is read and nothing computes: names, dtypes, shapes and parts are vLLM
 
 from __future__ import annotations
 
-import json
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,18 +16,8 @@ from fixtures.small_models import build_small_model
 
 from bitpress import BitpressError
 
-LOADER = Path(__file__).parent / "load_models.py"
-
 Faults = Mapping[str, Sequence[str]]
-
-
-def load(python: str, folders: Sequence[Path]) -> Faults:
-    """What vLLM's loader says of folders."""
-    command = [python, "-P", str(LOADER), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    faults: Faults = json.loads(done.stdout.splitlines()[-1])
-    return faults
+Load = Callable[[Sequence[Path]], Faults]
 
 
 def outputs(source: Path) -> Iterator[Path]:
@@ -44,7 +32,7 @@ def outputs(source: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def faults(python: str, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Faults]:
+def faults(load: Load, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Faults]:
     """What vLLM says of the source and the outputs of each architecture, by folder."""
     root = tmp_path_factory.mktemp("models")
     folders: list[Path] = []
@@ -52,7 +40,7 @@ def faults(python: str, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str
         source = build_small_model(architecture, root / architecture / "model")
         folders += [source, *outputs(source)]
     result: dict[str, dict[str, Sequence[str]]] = {}
-    for name, texts in load(python, folders).items():
+    for name, texts in load(folders).items():
         result.setdefault(Path(name).parent.name, {})[Path(name).name] = texts
     return result
 

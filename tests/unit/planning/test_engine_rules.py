@@ -28,7 +28,7 @@ def faults_of(table: Table, tensors: Tensors) -> list[str]:
         name: Entry(name, NAMES[t.dtype], tuple(t.shape), Path("f"), 0)
         for name, t in tensors.items()
     }
-    config = {"quantization_config": table} if table else {}
+    config = {"num_hidden_layers": 2} | ({"quantization_config": table} if table else {})
     faults = find_faults(config, entries, lambda entry: tensors[entry.name])
     return [str(fault) for fault in faults]
 
@@ -123,6 +123,11 @@ def half_plain(table: Table, tensors: Tensors) -> None:
     table["ignore"].append(K)
 
 
+def with_drafts(table: Table, tensors: Tensors) -> None:
+    tensors["model.mtp_layers.0.mlp.down_proj.weight"] = torch.zeros(4, 8)
+    table["ignore"].append("model.mtp_layers.0.mlp.down_proj")
+
+
 def same_group_again(table: Table, tensors: Tensors) -> None:
     table["config_groups"]["group_1"] = table["config_groups"]["group_0"]
 
@@ -147,6 +152,11 @@ BROKEN = {  # (what is broken, how, words of the fault)
         per_tensor,
         same_group_again,
         f"{Q}: it is compressed, and 2",
+    ),
+    "a block that drafts is ignored by its name in the files alone": (
+        per_tensor,
+        with_drafts,
+        "vLLM looks for it as model.layers.2.mlp.down_proj",
     ),
     "a pattern ignores nothing": (
         per_tensor,

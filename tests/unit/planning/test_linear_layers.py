@@ -12,7 +12,7 @@ import pytest
 from attrs import field, frozen
 
 from bitpress import CheckpointError
-from bitpress.checkpoint.engine_facts import facts_of
+from bitpress.checkpoint.engine_facts import NamePatterns, facts_of
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.planning.ignored_layers import ignored_layers
@@ -251,6 +251,19 @@ def test_what_is_left_alone_is_listed_for_the_loaders(what: str) -> None:
         checkpoint({**layers, **tensors}), [name.removesuffix(".weight") for name in layers]
     )
     assert modules == expected
+
+
+def test_blocks_that_draft_are_listed_as_vllm_counts_them_on_from_the_decoder() -> None:
+    layers = block("model.layers.0", *MLP) | block("model.layers.1", *MLP)
+    drafts = block("model.mtp_layers.0", *MLP) | {"model.mtp_layers.0.norm.weight": (8,)}
+    modules = ignored_layers(
+        checkpoint({**layers, **drafts}),
+        [name.removesuffix(".weight") for name in layers],
+    )
+    listed = NamePatterns.parse(modules)
+    assert listed.match("model.mtp_layers.0.mlp.up_proj")
+    assert listed.match("model.layers.2.mlp.up_proj")
+    assert not listed.match("model.layers.1.mlp.up_proj")
 
 
 def test_a_layer_that_no_rule_matched_is_listed_too() -> None:

@@ -2,18 +2,20 @@
 
 `python -m bitpress.modeling.vllm_loader FOLDER` prints a JSON list of texts. It builds vLLM's own
 model with the folder's config on the meta device, and lets vLLM's own loader place tensors of the
-files' names, dtypes and shapes.
+files' names, dtypes and shapes. Where blocks of the files draft tokens, it builds the model that
+drafts too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from torch import nn
 
 from bitpress.checkpoint.reader import DTYPES, open_checkpoint
+from bitpress.planning import draft_blocks
 
 # The environment that vLLM wants when it is imported: one process, nothing fetched or reported.
 ENVIRONMENT = {
@@ -47,21 +50,30 @@ def find_load_faults(folder: Path) -> list[str]:
     """What is wrong with a folder in the eyes of vLLM's loader: an error that it raises, tensors
     that no parameter takes, parameters that no tensor fills.
     """
+    checkpoint = open_checkpoint(folder)
     tensors = {
         name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-        for name, entry in open_checkpoint(folder).entries.items()
+        for name, entry in checkpoint.entries.items()
     }
+    has_drafts = draft_blocks.has_drafts(tensors, checkpoint.model_config.num_layers)
     try:
-        engine_config = make_engine_config(folder)
+        engine_config = make_engine_config(folder, drafts=has_drafts)
         with in_one_process(engine_config):
-            model = build_model(engine_config)
-            loads = _watch(model)
-            device = next(model.parameters()).device
-            model.load_weights((name, _on(device, tensor)) for name, tensor in tensors.items())
-            return _unfilled(model, loads)[:MAX_FAULTS]
+            faults = _place(build_model(engine_config), tensors)
+            if engine_config.speculative_config is not None:
+                faults += _place(build_model(engine_config, of_drafts=True), tensors)
+            return faults[:MAX_FAULTS]
     except Exception as e:
         # Whatever vLLM raises: it is what a user would meet.
         return [f"vLLM: {type(e).__name__}: {' '.join(str(e).split())[:300]}"]
+
+
+def _place(model: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Let a model's loader place tensors; the parameters that are not filled."""
+    loads = _watch(model)
+    device = next(model.parameters()).device
+    model.load_weights((name, _on(device, tensor)) for name, tensor in tensors.items())
+    return _unfilled(model, loads)
 
 
 def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
@@ -69,8 +81,13 @@ def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if device.type == "meta" else torch.zeros_like(tensor, device=device)
 
 
-def make_engine_config(folder: Path) -> Any:
-    """VLLM's config of a model folder, which needs no device."""
+def make_engine_config(folder: Path, *, drafts: bool = False) -> Any:
+    """VLLM's config of a model folder, which needs no device.
+
+    Args:
+        drafts: whether the model's own blocks draft tokens, if vLLM has a class for them.
+    """
+    from vllm.config import SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import registry
 
@@ -90,6 +107,14 @@ def make_engine_config(folder: Path) -> Any:
         skip_tokenizer_init=True,
         load_format="dummy",
     )
+    engine_config = arguments.create_engine_config()
+    if not drafts:
+        return engine_config
+    of_drafts = SpeculativeConfig.hf_config_override(
+        copy.deepcopy(engine_config.model_config.hf_config)
+    )
+    if getattr(of_drafts, "n_predict", None):
+        arguments.speculative_config = {"method": "mtp", "num_speculative_tokens": 1}
     return arguments.create_engine_config()
 
 
@@ -107,20 +132,26 @@ def in_one_process(engine_config: Any) -> Iterator[None]:
         yield
 
 
-def build_model(engine_config: Any, prepare: Callable[[], None] = lambda: None) -> Any:
+def build_model(
+    engine_config: Any, prepare: Callable[[], None] = lambda: None, *, of_drafts: bool = False
+) -> Any:
     """VLLM's model on the meta device, or, where its class computes meanwhile, on the CPU.
 
     Args:
         prepare: is called before each of these is tried.
+        of_drafts: whether it is the model that drafts.
     """
     from vllm.model_executor.model_loader.utils import initialize_model
+
+    speculative = engine_config.speculative_config
+    model_config = speculative.draft_model_config if of_drafts else engine_config.model_config
 
     for device in ("meta", "cpu"):
         engine_config.compilation_config.static_forward_context.clear()
         prepare()
         try:
             with torch.device(device):
-                return initialize_model(vllm_config=engine_config)
+                return initialize_model(vllm_config=engine_config, model_config=model_config)
         except (NotImplementedError, RuntimeError) as e:
             if "meta" not in str(e) or device == "cpu":
                 raise

@@ -21,10 +21,10 @@ from bitpress.checkpoint.engine_facts import (
     is_embedding,
 )
 from bitpress.checkpoint.filenames import CONFIG
-from bitpress.checkpoint.model_config import KEY
+from bitpress.checkpoint.model_config import KEY, ModelConfig
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import Fault
-from bitpress.planning import config_rules, engine_layers
+from bitpress.planning import config_rules, draft_blocks, engine_layers
 from bitpress.planning.engine_layers import (
     CODES,
     ConfigGroup,
@@ -90,12 +90,9 @@ def find_faults(
         for module, tensors in modules.items()
         if module not in compressed and _is_matrix(tensors) and not is_embedding(module, engines)
     }
-    ignored = [str(pattern) for pattern in table.get("ignore") or ()]
-    groups = {
-        name: group
-        for name, group in (table.get("config_groups") or {}).items()
-        if isinstance(group, dict)
-    }
+    ignored = list(map(str, table.get("ignore") or ()))
+    tables = (table.get("config_groups") or {}).items()
+    groups = {name: group for name, group in tables if isinstance(group, dict)}
     linear = compressed | dense
     ignored_patterns = NamePatterns.parse(ignored)
     targets = {
@@ -103,8 +100,12 @@ def find_faults(
     }
     groups_of = {module: _groups_of(module, ignored_patterns, targets) for module in linear}
     layers = LinearLayers(linear, groups, groups_of, engines)
-    yield from _check_patterns(layers, ignored, entries)
+    drafts = draft_blocks.names_in_vllm(entries, ModelConfig.from_json(config).num_layers)
+    yield from _check_patterns(layers, ignored, entries, drafts.values())
     yield from _check_layers(layers, read)
+    for module, name in drafts.items():
+        if _groups_of(name, ignored_patterns, targets):
+            yield Fault(module, f"vLLM looks for it as {name}, which the config does not ignore")
     for facts in layers.engines:
         reading = QuantizedLayers.read(facts, table)
         yield from engine_layers.check_engine(reading, layers, entries)
@@ -138,9 +139,16 @@ def explain_expert_layout(group: ConfigGroup | None) -> str | None:
 
 
 def _check_patterns(
-    layers: LinearLayers, ignored: Sequence[str], entries: Mapping[str, Entry]
+    layers: LinearLayers,
+    ignored: Sequence[str],
+    entries: Mapping[str, Entry],
+    drafts: Collection[str],
 ) -> Iterator[Fault]:
-    """Whether each name and expression of the config is a layer's, of the files or of an engine."""
+    """Whether each name and expression of the config is a layer's, of the files or of an engine.
+
+    Args:
+        drafts: names of others in vLLM.
+    """
     modules = {name.rpartition(".")[0] for name in entries}
     # A head that is tied to the embeddings is ignored and stores nothing.
     missing = [("it ignores", name) for name in _unmatched(ignored, modules) if name != "lm_head"]
@@ -149,7 +157,7 @@ def _check_patterns(
         missing += [(f"{group} targets", name) for name in unmatched]
     if not missing:
         return
-    engine_names = engine_layers.names_in_engines(layers, entries)
+    engine_names = engine_layers.names_in_engines(layers, entries) | {*drafts}
     unknown = set(_unmatched((name for _, name in missing), engine_names))
     for text, name in missing:
         if name in unknown:

@@ -15,6 +15,7 @@ from bitpress.checkpoint.engine_facts import (
 from bitpress.checkpoint.fused_experts import holds_experts
 from bitpress.checkpoint.layer_names import IN_BLOCK, OUTSIDE
 from bitpress.checkpoint.reader import Checkpoint
+from bitpress.planning import draft_blocks
 from bitpress.planning.engine_names import names_to_ignore
 
 
@@ -44,6 +45,8 @@ def ignored_layers(checkpoint: Checkpoint, compressed: Iterable[str]) -> list[st
         names |= {
             p: None for p in patterns if not any(map(NamePatterns.parse([p]).match, compressed))
         }
+    drafts = draft_blocks.names_in_vllm(checkpoint.entries, checkpoint.model_config.num_layers)
+    names |= dict.fromkeys(draft_blocks.patterns_to_ignore(drafts.values()))
     for facts in engines:
         names |= dict.fromkeys(names_to_ignore(facts, list(names), plain, compressed))
 
