@@ -283,6 +283,27 @@ def test_what_is_read_back_is_decoded_and_compared_on_the_gpu(model: Path, tmp_p
     assert set(places["proof"]) == set(places["check"]) == {GPU}
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_a_folder_is_proved_on_the_gpu_as_on_the_cpu(
+    model: Path, tmp_path: Path, threads_too: None, name: str
+) -> None:
+    scheme, _ = RUNS[name]
+    bitpress.compress(model, tmp_path / "o", scheme=scheme, effort="low", progress=False)
+    here = bitpress.verify(tmp_path / "o", model)
+    places, measure = set[torch.device](), verify.measure_stored
+
+    def noted_measure(stored: StoredLayer, steps: Any, shape: Any, source: Any) -> Any:
+        tensors = [*stored.tensors.values(), source]
+        places.update(tensor.device for tensor in tensors if tensor.ndim)
+        return measure(stored, steps, shape, source)
+
+    with Pretended(), patch.object(verify, "measure_stored", noted_measure):
+        on_gpu = bitpress.verify(tmp_path / "o", model, device="cuda:0")
+    assert on_gpu == here
+    assert not here.faults
+    assert places == {GPU}
+
+
 @pytest.mark.usefixtures("threads_too")
 def test_where_hidden_states_are_kept_changes_no_byte(model: Path, tmp_path: Path) -> None:
     plan = bitpress.plan(model, scheme="w4a16", settings=["group_size=32"])

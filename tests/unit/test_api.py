@@ -83,6 +83,7 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (bitpress.search, {"schemes": ["toy", "none"], "budget": "low"}, "budget: a number"),
     (bitpress.verify, {"out": 1}, "out: a path is expected, not 1"),
     (bitpress.verify, {"threads": 0}, "threads: 0 is not 1 or more"),
+    (bitpress.verify, {"device": "gpu"}, "device gpu: it is auto, cpu"),
     (bitpress.inspect, {"out": None}, "out: a path is expected, not None"),
     (bitpress.report, {"out": RECIPE}, "out: a path is expected, not dict"),
     (bitpress.decompress, {"dense": 5}, "dense: a path is expected, not 5"),

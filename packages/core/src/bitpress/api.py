@@ -22,6 +22,7 @@ from bitpress.modeling.decoder import DecoderOptions
 from bitpress.modeling.tokens import load_evaluation_text
 from bitpress.output import evaluate as evaluation, evaluation_memory, verify as verification
 from bitpress.output.decompress import write_dense
+from bitpress.output.file_proof import Workers
 from bitpress.output.folder_proof import prove_folder
 from bitpress.output.manifest import Check, Manifest, read_manifest
 from bitpress.output.open_model import open_runnable_model, open_written
@@ -35,7 +36,7 @@ from bitpress.planning.recipe_source import RecipeSource
 from bitpress.planning.recommendation import Recommendation, recommend as make_recommendation
 from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
-from bitpress.runtime.devices import count_cores, find_device, torch_threads
+from bitpress.runtime.devices import count_cores, find_all_devices, find_device, torch_threads
 from bitpress.runtime.logger import log_warnings, warn
 from bitpress.runtime.progress import Progress, choose_progress
 from bitpress.schemes.deprecation import rename_keywords
@@ -264,31 +265,31 @@ def search(  # noqa: PLR0913
     return searching.run_search(job, file, options, progress)
 
 
-def verify(
+# One keyword for each option of the command line.
+def verify(  # noqa: PLR0913
     out: str | Path,
     against: str | Path | None = None,
     threads: int | None = None,
     progress: Progress | bool | None = None,
     engine: bool = False,
+    *,
+    device: str | torch.device = "cpu",
 ) -> verification.VerificationReport:
-    """Open an output again and prove it: files, config, scales, and with `against`, the source,
-    every weight.
+    """Read an output back, and prove files, config, scales and, `against` its source, weights.
 
     Args:
         engine: whether the vLLM of this environment is asked too.
+        device: decodes and compares what is stored; "cuda" is every GPU.
 
     Raises:
         BitpressError: the folder was not written by bitpress, or a scheme that wrote it is not
             installed.
     """
     source = None if against is None else arguments.read_model("against", against)
-    return prove_folder(
-        arguments.read_path("out", out),
-        source,
-        arguments.read_threads(threads) or count_cores(),
-        choose_progress(progress),
-        engine,
-    )
+    folder, progress = arguments.read_path("out", out), choose_progress(progress)
+    devices = find_all_devices(arguments.read_device(device))
+    workers = Workers(arguments.read_threads(threads) or count_cores(), devices=devices)
+    return prove_folder(folder, source, workers, progress, engine)
 
 
 def inspect(out: str | Path) -> Manifest:
@@ -375,26 +376,25 @@ def evaluate_model(
 ) -> Check:
     """`evaluate`, its options as values."""
     device, num_threads = find_device(options.device), options.num_threads or count_cores()
+    trusts_code = options.trust_remote_code
     with Reader(pinned=device.type != "cpu") as reader, torch_threads(num_threads):
         folders = [resolve(model)] if against is None else [resolve(model), resolve(against)]
         models = [open_runnable_model(folder, reader) for folder in folders]
         # texts are tokenized as the reference tokenizes them, where there is one
-        tokenizer_source = models[-1].checkpoint
-        tokens = load_evaluation_text(
-            config, tokenizer_source.folder, tokenizer_source.config, options.trust_remote_code
-        )
+        source = models[-1].checkpoint
+        tokens = load_evaluation_text(config, source.folder, source.config, trusts_code)
         for text in tokens.warnings:
             warn(text, stacklevel=2)
-        hidden_states_folder = evaluation_memory.choose_folder(
-            models, tokens.input_ids, options.max_memory, Path(tempfile.gettempdir())
+        input_ids, folder = tokens.input_ids, Path(tempfile.gettempdir())
+        states_folder = evaluation_memory.choose_folder(
+            models, input_ids, options.max_memory, folder
         )
-        length, trusts_code = tokens.input_ids.shape[1], options.trust_remote_code
-        brought_bytes = evaluation_memory.choose_brought_bytes(models, length, device)
+        brought_bytes = evaluation_memory.choose_brought_bytes(models, input_ids.shape[1], device)
         check = evaluation.evaluate(
             models,
             tokens,
             DecoderOptions(device, trust_remote_code=trusts_code, max_brought_bytes=brought_bytes),
-            hidden_states_folder,
+            states_folder,
             progress("evaluating", evaluation.count_bytes(models)),
         )
         return attrs.evolve(check, warnings=tokens.warnings)

@@ -4,17 +4,16 @@ imported only where work is done.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
 import click
-from click.core import ParameterSource
 
 from bitpress.cli import options
 from bitpress.cli.click_classes import Commands
 from bitpress.cli.completion import complete_candidate, complete_file, complete_scheme
+from bitpress.cli.computing_device import choose_rank_device, resolve_device
 from bitpress.cli.output import CompressSummary, EvalSummary, InspectSummary, VerifySummary
 from bitpress.cli.plan_output import DeviceMemory, PlanSummary, Requirements, print_remarks
 from bitpress.cli.recommend_output import RecommendSummary
@@ -190,9 +189,9 @@ def compress(  # noqa: PLR0913, PLR0917
         from bitpress.planning import tensor_parallel
         from bitpress.runtime import watchdog
 
-    run_options, device_line = _resolve_device(run_options)
+    run_options, device_line = resolve_device(run_options)
     if devices is not None:
-        run_options = attrs.evolve(run_options, device=_choose_rank_device(devices))
+        run_options = attrs.evolve(run_options, device=choose_rank_device(devices))
     has_reporter = devices is not None
     with watchdog.join_process_group(run_options.device, has_reporter) as process_group:
         job = prepare_job(model, recipe, calibration, run_options)
@@ -242,7 +241,7 @@ def search(
     with garbage_collection_paused():
         from bitpress.compression.search.search import prepare_search, run_search
 
-    run_options, device_line = _resolve_device(run_options)
+    run_options, device_line = resolve_device(run_options)
     job = prepare_search(model, out, goal, calibration, run_options)
     print_notes(job.notes + device_line)
     warn(job.calibration.warnings)
@@ -262,16 +261,21 @@ def search(
 @click.option(
     "--engine", "ask_engine", is_flag=True, help="Let the installed vLLM place the tensors too."
 )
+@options.device
 @options.threads
 @options.verbosity
 @options.as_json
-def verify(out: Path, against: str | None, ask_engine: bool, num_threads: int | None) -> None:
+@options.collect(run_options=RunOptions)
+def verify(out: Path, against: str | None, ask_engine: bool, run_options: RunOptions) -> None:
     """Read an output back and check its files. If something is wrong, the exit code is 1."""
     with garbage_collection_paused():
         from bitpress import api
 
+    run_options, device_line = resolve_device(run_options)
+    print_notes(device_line)
+    num_threads, device = run_options.num_threads, run_options.device
     with progress_bars() as progress:
-        report = api.verify(out, against, num_threads, progress, ask_engine)
+        report = api.verify(out, against, num_threads, progress, ask_engine, device=device)
     warn(report.remarks)
     show(VerifySummary(report, out, against))
     if report.faults:
@@ -307,7 +311,7 @@ def evaluate(
     with garbage_collection_paused():
         from bitpress import api
 
-    run_options, device_line = _resolve_device(run_options)
+    run_options, device_line = resolve_device(run_options)
     print_notes(device_line)
     with progress_bars() as progress:
         check = api.evaluate_model(model, against, config, run_options, progress)
@@ -368,33 +372,3 @@ def new_scheme(name: str) -> None:
         f"{folder}: written; edit {template.module_name(name)}.py there, and try it: pip install "
         "-e '.[test]' && pytest"
     )
-
-
-def _resolve_device(run_options: RunOptions) -> tuple[RunOptions, tuple[str, ...]]:
-    """The options with the device that `--device auto` takes, and a line that names it."""
-    from bitpress.runtime import devices
-
-    if run_options.device != devices.AUTO:
-        return run_options, ()
-    device = devices.resolve_name(run_options.device)
-    return attrs.evolve(run_options, device=device), (devices.describe_choice(device),)
-
-
-def _choose_rank_device(names: str) -> str:
-    """The device that this process takes of those that `--devices` names; the process that a user
-    has started ends with the ranks that it starts.
-    """
-    from bitpress.runtime.operating_system import require_posix
-
-    # before torch's launcher is imported, which needs more than Windows has
-    require_posix()
-    from bitpress.runtime import devices, launcher
-
-    context = click.get_current_context()
-    if context.get_parameter_source("device") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("--device and --devices cannot be combined", context)
-    all_devices = devices.read_names(names)
-    device = launcher.choose_rank_device(all_devices)
-    if device is None:
-        context.exit(launcher.launch_ranks(len(all_devices), sys.argv[1:]))
-    return device

@@ -260,19 +260,21 @@ threads = click.option(
     help="Number of threads (default: one per core).",
 )
 
+device = click.option(
+    "--device",
+    metavar="auto|cpu|cuda|cuda:N",
+    default="cpu",
+    shell_complete=complete_computing_device,
+    help="Device that computes: auto takes a GPU where there is one; without calibration, cuda "
+    "is every GPU.",
+)
+
 # Those of RunOptions that say what computes.
 machine = combine(
     click.option(
         "--trust-remote-code", is_flag=True, help="Allow code in the model's folder to run."
     ),
-    click.option(
-        "--device",
-        metavar="auto|cpu|cuda|cuda:N",
-        default="cpu",
-        shell_complete=complete_computing_device,
-        help="Device that computes: auto takes a GPU where there is one; without calibration, cuda "
-        "is every GPU.",
-    ),
+    device,
     click.option(
         "--max-memory",
         metavar="SIZE",

@@ -295,7 +295,7 @@ def _start_verifying(
     )
     process_group = resources.process_group
     report_progress = progress("verifying", num_bytes // process_group.world_size)
-    return Workers(resources.num_threads, report_progress, process_group, resources.device)
+    return Workers(resources.num_threads, report_progress, process_group, resources.devices)
 
 
 def _verify(

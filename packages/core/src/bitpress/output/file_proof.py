@@ -5,7 +5,7 @@ was copied is the source's.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,13 +39,13 @@ class Workers:
         num_threads: of each rank.
         report_progress: is given the bytes of each tensor and layer that was read.
         process_group: each rank reads its share; all return the same.
-        device: on which what is stored is decoded and compared.
+        devices: which share the layers: what is stored is decoded and compared there.
     """
 
     num_threads: int
     report_progress: ReportProgress = ignore_bytes
     process_group: ProcessGroup = SINGLE_PROCESS
-    device: torch.device = CPU
+    devices: Sequence[torch.device] = (CPU,)
 
 
 def verify_files(

@@ -32,12 +32,13 @@ def _read_source(manifest: Manifest, folder: Path, against: str) -> Checkpoint:
 
 
 def prove_folder(
-    folder: Path, against: str | None, num_threads: int, progress: Progress, engine: bool
+    folder: Path, against: str | None, workers: Workers, progress: Progress, engine: bool
 ) -> VerificationReport:
     """What is wrong with an output, and how far its weights are from the source's.
 
     Args:
         against: the source; None proves the output by itself.
+        workers: of one process; they report to `progress`.
         engine: whether the vLLM of this environment is asked too.
     """
     if (folder / filenames.MANIFEST).is_file() and not is_intact(folder):
@@ -54,7 +55,7 @@ def prove_folder(
     file_bytes = sum(record.bytes for record in manifest.files.values() if record.header)
     layer_bytes = sum(layer.stored_bytes for layer in manifest.layers.values())
     num_bytes = file_bytes + (layer_bytes if source is None else file_bytes)
-    workers = Workers(num_threads, progress("verifying", num_bytes))
+    workers = attrs.evolve(workers, report_progress=progress("verifying", num_bytes))
     with torch_threads(1):
         _, faults = file_proof.verify_files(manifest.files, folder, workers)
         faults += file_proof.find_added_files(manifest.files, folder)

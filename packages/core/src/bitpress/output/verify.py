@@ -70,9 +70,9 @@ def verify_tensors(
     modules = process_group.partition_by_size(
         [name for name in written.layers if name not in broken and name not in known], stored_bytes
     )
-    threads = ThreadDevices([workers.device])
+    threads = ThreadDevices(workers.devices)
     with (
-        Reader(pinned=workers.device.type != "cpu") as reader,
+        Reader(pinned=workers.devices[0].type != "cpu") as reader,
         ThreadPoolExecutor(workers.num_threads, initializer=threads.assign) as pool,
     ):
         if not process_group.is_rank_zero:
