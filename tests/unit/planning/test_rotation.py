@@ -15,6 +15,7 @@ import transformers
 from fixtures.learner_scheme import CONFIG, LEARNER, runnable_model
 from fixtures.small_models import small_config
 from fixtures.toy_scheme import TOY
+from fixtures.toy_source import install_toy_source
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -279,21 +280,22 @@ def test_a_plan_says_that_the_other_tensors_are_rotated(tmp_path: Path, toy: Pat
     assert "tensors copied unchanged" in command(*words, "rotate=false", path=toy).stdout
 
 
-def test_a_model_in_fp8_is_rotated_as_what_it_stands_for(tmp_path: Path, toy: Path) -> None:
+def test_a_quantized_source_is_rotated_as_what_it_stands_for(tmp_path: Path, toy: Path) -> None:
     tensors = varied(llama_tensors())
     name = "model.layers.0.self_attn.o_proj"
-    codes = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
-    scale = torch.tensor([0.5])
-    weight = (codes.float() * scale).bfloat16()
-    plain = write_model(tmp_path / "plain", tensors | {f"{name}.weight": weight})
-    quantized = {f"{name}.weight": codes, f"{name}.weight_scale_inv": scale}
-    table = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-    config = {**LLAMA, "quantization_config": table}
-    fp8 = write_model(tmp_path / "fp8", tensors | quantized, config)
-    for model in (plain, fp8):
-        out = tmp_path / f"{model.name}-out"
-        bitpress.compress(model, out, scheme="toy", settings=["rotate=true"])
-    first, second = tensors_of(tmp_path / "plain-out"), tensors_of(tmp_path / "fp8-out")
+    steps = torch.full((tensors[f"{name}.weight"].shape[0], 1), 0.01)
+    codes = (tensors[f"{name}.weight"].float() / steps).round().clamp(-127, 127).char()
+    weight = {f"{name}.weight": (codes * steps).bfloat16()}
+    plain = write_model(tmp_path / "plain", tensors | weight)
+    del tensors[f"{name}.weight"]
+    stored = {f"{name}.codes": codes, f"{name}.steps": steps}
+    config = {**LLAMA, "quantization_config": {"quant_method": "toy"}}
+    coded = write_model(tmp_path / "coded", tensors | stored, config)
+    with plugins(install_toy_source(toy)):
+        for model in (plain, coded):
+            out = tmp_path / f"{model.name}-out"
+            bitpress.compress(model, out, scheme="toy", settings=["rotate=true"])
+    first, second = tensors_of(tmp_path / "plain-out"), tensors_of(tmp_path / "coded-out")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 

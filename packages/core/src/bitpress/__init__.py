@@ -10,6 +10,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bitpress.checkpoint.quantized_source import (
+    QuantizedSource,
+    QuantizedTensor,
+    QuantizedWeight,
+    StoredPart,
+)
 from bitpress.errors import (
     BitpressError,
     CheckpointError,
@@ -49,12 +55,16 @@ __all__ = [
     "MeasuredLoss",
     "Options",
     "OutputError",
+    "QuantizedSource",
+    "QuantizedTensor",
+    "QuantizedWeight",
     "RecipeError",
     "ReferenceOptions",
     "SchemeError",
     "ShapeError",
     "Statistic",
     "StoredLayer",
+    "StoredPart",
     "VerificationError",
     "compress",
     "decompress",

@@ -20,12 +20,16 @@ from bitpress.compression.search.result import SearchResult
 from bitpress.errors import OutputError
 from bitpress.modeling.decoder import DecoderOptions
 from bitpress.modeling.tokens import load_evaluation_text
-from bitpress.output import evaluate as evaluation, evaluation_memory, verify as verification
-from bitpress.output.decompress import write_dense
+from bitpress.output import (
+    decompress as decompression,
+    evaluate as evaluation,
+    evaluation_memory,
+    verify as verification,
+)
 from bitpress.output.file_proof import Workers
 from bitpress.output.folder_proof import prove_folder
 from bitpress.output.manifest import Check, Manifest, read_manifest
-from bitpress.output.open_model import open_runnable_model, open_written
+from bitpress.output.open_model import open_runnable_model
 from bitpress.output.report.page import is_page, render_page
 from bitpress.planning import arguments, evaluation_config
 from bitpress.planning.calibration_config import CalibrationConfig
@@ -66,6 +70,7 @@ def plan(  # noqa: PLR0913
     ignore: Texts = (),
     copy: Texts = (),
     head: str | None = None,
+    more_bits: bool = False,
     serve_on: Hardware | str | None = None,
 ) -> Plan:
     """What `compress` would do, from headers alone.
@@ -79,12 +84,13 @@ def plan(  # noqa: PLR0913
         ignore: patterns of layers to leave alone.
         copy: patterns of files to copy, beside those that loaders read.
         head: a scheme for the head, which is then compressed too, without data.
+        more_bits: whether layers may get more bits than the source holds them in.
         serve_on: the device that will serve the result, or its name; None: the one present.
 
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
-    changes = settings, ignore, effort, head
+    changes = settings, ignore, effort, head, more_bits
     recipe_source = arguments.read_recipe_source(scheme, recipe, changes, copy)
     hardware = arguments.read_hardware("serve_on", serve_on)
     plan = plan_from(arguments.read_model("model", model), recipe_source, hardware)
@@ -137,6 +143,7 @@ def compress(  # noqa: PLR0913
     ignore: Texts = (),
     copy: Texts = (),
     head: str | None = None,
+    more_bits: bool = False,
     calibration: Calibration = None,
     samples: int = CalibrationConfig().samples,
     sequence_length: int = CalibrationConfig().sequence_length,
@@ -162,6 +169,7 @@ def compress(  # noqa: PLR0913
     Args:
         copy: patterns of files to copy, beside those that loaders read.
         head: a scheme for the head, which is then compressed too, without data.
+        more_bits: whether layers may get more bits than the source holds them in.
         calibration: a .jsonl, .json, .txt or .parquet file, a folder of them, or a dataset's name;
             or a list of texts, or of rows as such files hold them. None takes the text that ships
             with bitpress.
@@ -191,7 +199,7 @@ def compress(  # noqa: PLR0913
             `config.json` was not written. After the second the shards stay, and the same call with
             another `max_kl` resumes from them.
     """
-    changes = settings, ignore, effort, head
+    changes = settings, ignore, effort, head, more_bits
     recipe_source = arguments.read_recipe_source(scheme, recipe, changes, copy)
     size = (samples, sequence_length, seed)
     config = arguments.read_calibration_config(
@@ -306,9 +314,8 @@ def report(out: str | Path, file: str | Path | None = None) -> Path:
     """
     folder = arguments.read_path("out", out)
     name = folder.resolve().name
-    target = folder.resolve().with_name(f"{name}.html")
-    if file is not None:
-        target = arguments.read_path("file", file)
+    beside = folder.resolve().with_name(f"{name}.html")
+    target = beside if file is None else arguments.read_path("file", file)
     if target.exists() and not is_page(target):
         raise OutputError(f"{target} is there and no page: name another file (--html)")
     content = render_page(read_manifest(folder), name)
@@ -318,16 +325,9 @@ def report(out: str | Path, file: str | Path | None = None) -> Path:
 
 
 def decompress(out: str | Path, dense: str | Path, progress: Progress | bool | None = None) -> None:
-    """Write the plain checkpoint that an output's loader computes with."""
-    target, progress = arguments.read_path("dense", dense), choose_progress(progress)
-    checkpoint = open_checkpoint(arguments.read_path("out", out))
-    # what --copy took from the source goes back
-    files = read_manifest(checkpoint.folder).files
-    copied = [name for name in checkpoint.left_files if name in files]
-    written = open_written(checkpoint.with_side_files(copied))
-    permissions = Permissions.of(written.checkpoint.folder, written.checkpoint.headers)
-    with torch_threads(1), OutputFolder(target, permissions) as output:
-        write_dense(written, output, progress)
+    """Write the plain checkpoint that an output, or a model in fewer than 16 bits, stands for."""
+    folder, target = arguments.read_path("out", out), arguments.read_path("dense", dense)
+    decompression.decompress(folder, target, choose_progress(progress))
 
 
 # One keyword for each option of the command line.

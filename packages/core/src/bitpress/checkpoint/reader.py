@@ -21,7 +21,7 @@ from bitpress.checkpoint.filenames import CONFIG, FILE_NAME, INDEX, WEIGHTS
 from bitpress.checkpoint.model_config import ModelConfig
 from bitpress.checkpoint.safetensors import MAX_HEADER_BYTES, Entry, Header, encodable, read_header
 from bitpress.checkpoint.side_files import check_side_file, choose_side_files, is_weight_file
-from bitpress.checkpoint.views import View
+from bitpress.checkpoint.views import T, View
 from bitpress.errors import CheckpointError
 from bitpress.runtime import operating_system
 from bitpress.runtime.devices import CPU
@@ -250,7 +250,7 @@ class Reader:
         """Rows `first` to `last` (exclusive), in the tensor's dtype; all of one without axes.
 
         Args:
-            device: on which they are; numbers with scales are multiplied there.
+            device: on which they are; quantized ones are dequantized there.
 
         Raises:
             CheckpointError: torch has no such dtype, or the file cannot be read or ends too early.
@@ -285,14 +285,14 @@ class Reader:
         """All of a matrix, transposed."""
         return self.computed(entry, lambda: self.whole(entry).T)
 
-    def computed(self, entry: Entry, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def computed(self, entry: Entry, compute: Callable[[], T]) -> T:
         """What is computed of a tensor. Each thread caches its last, which is read tile by tile."""
         cache = self._computed
         if getattr(cache, "entry", None) != entry:
-            # The old matrix is released first, so that a thread never holds two.
-            cache.entry = cache.matrix = None
-            cache.entry, cache.matrix = entry, compute()
-        return cache.matrix  # type: ignore[no-any-return]
+            # The old result is released first, so that a thread never holds two.
+            cache.entry = cache.result = None
+            cache.entry, cache.result = entry, compute()
+        return cache.result  # type: ignore[no-any-return]
 
     def chunks(self, entry: Entry, size: int = 1 << 22) -> Iterator[torch.Tensor]:
         """The bytes of a tensor of any dtype in order, as uint8 tensors of at most `size` bytes.

@@ -9,11 +9,12 @@ from collections.abc import Container
 import attrs
 from attrs import frozen
 
-from bitpress.checkpoint import fp8_source, fused_experts
-from bitpress.checkpoint.model_config import without_quantization
+from bitpress.checkpoint import fused_experts, source_formats
+from bitpress.checkpoint.dequantized_source import dequantize
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.views import View
+from bitpress.errors import CheckpointError
 
 
 @frozen(eq=False, slots=False)
@@ -22,28 +23,42 @@ class Source(Checkpoint):
 
     Attributes:
         unsplit: experts that stay in one tensor, and why.
+        method: what it was quantized with; None where it was not.
+        remarks: what is lost by reading it as the model that it stands for.
         original: the model before its hidden states were rotated; None where they were not.
     """
 
     unsplit: tuple[fused_experts.UnsplitExperts, ...] = ()
+    method: str | None = None
+    remarks: tuple[str, ...] = ()
     original: Source | None = None
 
 
 def resolve_source(checkpoint: Checkpoint) -> Source:
-    """The checkpoint with views of weights in FP8 and of fused experts; a Source as it is.
+    """The checkpoint with views of quantized weights, where an installed source format reads them,
+    and of fused experts; a Source as it is.
 
     Raises:
-        CheckpointError: it is in FP8, and not in the layout that its config describes.
+        CheckpointError: the files are not as the format that its config names.
     """
     if isinstance(checkpoint, Source):
         return checkpoint
-    if fp8_source.is_fp8(checkpoint.config):
-        checkpoint = attrs.evolve(
-            checkpoint,
-            entries=fp8_source.view_dequantized(checkpoint),
-            config=without_quantization(checkpoint.config),
-        )
-    return split_experts(checkpoint)
+    specs = {name: entry.spec for name, entry in checkpoint.entries.items()}
+    found = source_formats.discover_formats().find(checkpoint.folder, checkpoint.config, specs)
+    if found is None:
+        return split_experts(checkpoint)
+    source = split_experts(dequantize(checkpoint, found))
+    return attrs.evolve(source, method=found.method, remarks=tuple(found.remarks))
+
+
+def require_readable(source: Checkpoint | None) -> None:
+    """Raise CheckpointError where a source is quantized, and no source format reads it."""
+    if source is None or (method := source.model_config.quantization_method) is None:
+        return
+    raise CheckpointError(
+        f"{source.folder} is already quantized ({method}), and "
+        f"{source_formats.discover_formats().explain(method)}; or start from the original"
+    )
 
 
 def split_experts(checkpoint: Checkpoint) -> Source:

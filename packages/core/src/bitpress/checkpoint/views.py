@@ -1,17 +1,19 @@
-"""Matrices that files hold in another form: inside a tensor of all experts, transposed, or in FP8
-with scales. They are computed while they are read.
+"""Matrices that files hold in another form: inside a tensor of all experts, or transposed. They are
+computed while they are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from attrs import frozen
 
-from bitpress.checkpoint.safetensors import Entry
+from bitpress.checkpoint.safetensors import BITS, Entry
 from bitpress.runtime.devices import CPU
+
+T = TypeVar("T")
 
 
 class MatrixReader(Protocol):
@@ -26,7 +28,7 @@ class MatrixReader(Protocol):
     def transposed(self, entry: Entry) -> torch.Tensor:
         """All of a matrix, transposed."""
 
-    def computed(self, entry: Entry, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def computed(self, entry: Entry, compute: Callable[[], T]) -> T:
         """What is computed of a whole tensor, and read by rows."""
 
 
@@ -39,16 +41,27 @@ class View(Entry):
         first: the first of these rows or columns.
         transposed: whether `stored` is (in, out).
         whole: the tensor of all experts of which `stored` is a part; None where it is none.
-        scale: the factors of the stored numbers: one for all, (out, 1), or one for each tile.
-        tile: rows and columns that share a scale.
     """
 
     stored: Entry
     first: int = 0
     transposed: bool = False
     whole: Entry | None = None
-    scale: Entry | None = None
-    tile: tuple[int, int] = (1, 1)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the files that it is made of."""
+        if isinstance(self.stored, View):
+            return self.stored.file_bytes
+        return self.numel * BITS[self.stored.dtype] // 8
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that a thread holds of it beside the rows that it reads: a matrix that is turned,
+        twice.
+        """
+        below = self.stored.held_bytes if isinstance(self.stored, View) else 0
+        return below + (2 * self.stored.nbytes if self.transposed else 0)
 
     def rows(
         self,
@@ -59,29 +72,11 @@ class View(Entry):
         *,
         device: torch.device = CPU,
     ) -> torch.Tensor:
-        """Rows `first` to `last` (exclusive), those with a scale in this dtype.
-
-        Args:
-            device: that multiplies numbers with their scales; other rows are on the CPU.
-        """
+        """Rows `first` to `last` (exclusive), on the CPU unless they are computed on a device."""
         first, last = self.first + first, self.first + last
         if self.transposed:
             return reader.transposed(self.stored)[first:last].contiguous()
-        if self.scale is None:
-            return reader.rows(self.stored, first, last)
-        numbers = reader.rows(self.stored, first, last, device)
-
-        # Scales grow to (rows, in), or stay at 1 on an axis along which all numbers share one.
-        tile_height, tile_width = self.tile
-        num_columns = self.scale.shape[-1] if len(self.scale.shape) > 1 else 1
-        scale = reader.whole(self.scale).to(device).float()
-        scale = scale.reshape(-1, num_columns)  # (tiles, tiles)
-        if len(scale) > 1:
-            numbers_of_tiles = torch.arange(first, last).div_(tile_height, rounding_mode="floor")
-            scale = scale.index_select(0, numbers_of_tiles.to(device))
-        if scale.shape[1] > 1:
-            scale = scale.repeat_interleave(tile_width, 1)[:, : self.shape[1]]
-        return (numbers.float() * scale).to(dtype)
+        return reader.rows(self.stored, first, last)
 
 
 def select_matrix(stored: Entry, number: int) -> Entry:

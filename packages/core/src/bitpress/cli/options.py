@@ -241,6 +241,11 @@ recipe = combine(
         shell_complete=complete_scheme,
         help="Compress the head (lm_head) too, without data.",
     ),
+    click.option(
+        "--more-bits",
+        is_flag=True,
+        help="Allow more bits per weight than the source holds.",
+    ),
 )
 
 device_memory = click.option(

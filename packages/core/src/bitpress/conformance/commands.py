@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 
+from bitpress.checkpoint.source_formats import discover_formats
 from bitpress.cli import main
 from bitpress.schemes.registry import discover
 
@@ -46,11 +47,13 @@ def plugins(folder: Path | None) -> Iterator[None]:
         sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     discover.cache_clear()
+    discover_formats.cache_clear()
     try:
         yield
     finally:
         sys.path[:] = path_before
         discover.cache_clear()
+        discover_formats.cache_clear()
         # Another test's plugins may have modules of the same names.
         for name in set(sys.modules) - modules_before:
             file = str(getattr(sys.modules[name], "__file__", None))

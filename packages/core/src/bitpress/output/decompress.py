@@ -4,65 +4,161 @@ without its quantization_config.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
+
+from attrs import frozen
 
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.filenames import INDEX, MANIFEST
 from bitpress.checkpoint.model_config import KEY
-from bitpress.checkpoint.reader import DTYPES, Reader
+from bitpress.checkpoint.reader import DTYPES, Checkpoint, Reader, open_checkpoint
 from bitpress.checkpoint.safetensors import Entry, Header, TensorSpec, lay_out, make_index
-from bitpress.checkpoint.writer import OutputFolder, ShardWriter, copy_entry, format_json
+from bitpress.checkpoint.source import (
+    Source,
+    fuse_uncompressed_experts,
+    require_readable,
+    resolve_source,
+)
+from bitpress.checkpoint.views import View
+from bitpress.checkpoint.writer import (
+    OutputFolder,
+    Permissions,
+    ShardWriter,
+    copy_entry,
+    format_json,
+)
+from bitpress.output.manifest import read_manifest
+from bitpress.output.open_model import open_written
 from bitpress.output.written_model import WrittenModel
+from bitpress.runtime.devices import torch_threads
 from bitpress.runtime.progress import Progress, copy_work
 from bitpress.schemes import pipeline
 
+# The metadata of files of a plain model.
+PLAIN = {"format": "pt"}
 
-def write_dense(written: WrittenModel, output: OutputFolder, progress: Progress) -> None:
-    """Write the dense model; shards keep their names and what was in them.
+
+@frozen(eq=False)
+class _DenseModel:
+    """A plain checkpoint that is to be written.
+
+    Attributes:
+        folder: from which other files are copied.
+        headers: by file name.
+        side_files: names in the output, and in the folder.
+        config: the content of `config.json`.
+        decoded: names of tensors that are computed, and not copied.
+        write_tensor: writes one of the headers' tensors.
+    """
+
+    folder: Path
+    headers: Mapping[str, Header]
+    side_files: Mapping[str, str]
+    config: Mapping[str, Any]
+    decoded: Collection[str]
+    write_tensor: Callable[[Entry, Reader, ShardWriter], None]
+
+    def work(self, entry: Entry) -> int:
+        """What writing a tensor costs."""
+        return entry.nbytes if entry.name in self.decoded else copy_work(entry.nbytes)
+
+
+def decompress(folder: Path, target: Path, progress: Progress) -> None:
+    """Write the plain checkpoint that an output stands for, or a model that a source format reads;
+    shards keep their names and what was in them.
 
     Args:
+        folder: of the output, or of the model.
+        target: the new folder.
         progress: of its one stage.
+
+    Raises:
+        CheckpointError: the folder is neither.
     """
-    checkpoint = written.checkpoint
-    side_files = _side_files(written)
-    layer_of = {
-        f"{module}.{suffix}": module
-        for module in written.layers
-        for suffix in written.entries(module)
-    }
-    headers = {
-        name: _dense_header(written, header, layer_of, output.folder / name)
-        for name, header in checkpoint.headers.items()
-    }
+    checkpoint = open_checkpoint(folder)
+    source = None if (folder / MANIFEST).is_file() else resolve_source(checkpoint)
+    if source is None or source.method is None:
+        require_readable(source)
+        model = _from_output(checkpoint, target)
+    else:
+        model = _from_source(source, target)
+    permissions = Permissions.of(folder, checkpoint.headers)
+    with torch_threads(1), OutputFolder(target, permissions) as output:
+        _write(model, output, progress)
+
+
+def _write(model: _DenseModel, output: OutputFolder, progress: Progress) -> None:
+    headers = model.headers
     index_files = [INDEX] if len(headers) > 1 else []
     output.prepare(
-        [*headers, *side_files, *index_files, filenames.CONFIG],
+        [*headers, *model.side_files, *index_files, filenames.CONFIG],
         sum(header.nbytes for header in headers.values()),
     )
-
-    def work(entry: Entry) -> int:
-        is_layer = entry.name.removesuffix(".weight") in written.layers
-        return entry.nbytes if is_layer else copy_work(entry.nbytes)
-
-    num_bytes = sum(work(entry) for header in headers.values() for entry in header.entries)
+    num_bytes = sum(model.work(entry) for header in headers.values() for entry in header.entries)
     report_progress = progress("decompressing", num_bytes)
     with Reader() as reader:
         for name, header in headers.items():
             with output.shard(name, header) as writer:
                 for entry in header.entries:
-                    _write_tensor(written, entry, reader, writer)
-                    report_progress(work(entry), entry.name)
+                    model.write_tensor(entry, reader, writer)
+                    report_progress(model.work(entry), entry.name)
 
-    for name, source_name in side_files.items():
-        output.copy_file(name, checkpoint.folder / source_name)
+    for name, source_name in model.side_files.items():
+        output.copy_file(name, model.folder / source_name)
     if index_files:
         entries = {name: header.entries for name, header in headers.items()}
         output.write_text(INDEX, format_json(make_index(entries)))
 
     # The config comes last: without it no loader takes the folder for a model.
-    config = {key: value for key, value in checkpoint.config.items() if key != KEY}
-    output.write_text(filenames.CONFIG, format_json(config))
+    output.write_text(filenames.CONFIG, format_json(model.config))
+
+
+def _from_source(source: Source, target: Path) -> _DenseModel:
+    """A model that a source format reads, as what it stands for."""
+    plain = fuse_uncompressed_experts(source, ())
+    specs: dict[str, dict[str, TensorSpec]] = {}
+    for entry in plain.entries.values():
+        specs.setdefault(entry.file.name, {})[entry.name] = entry.spec
+
+    def write_tensor(entry: Entry, reader: Reader, writer: ShardWriter) -> None:
+        copy_entry(plain.entries[entry.name], entry, reader, writer)
+
+    return _DenseModel(
+        source.folder,
+        {name: lay_out(target / name, of_file, PLAIN) for name, of_file in specs.items()},
+        {name: name for name in plain.side_files if name != filenames.CONFIG},
+        plain.config,
+        {name for name, entry in plain.entries.items() if isinstance(entry, View)},
+        write_tensor,
+    )
+
+
+def _from_output(checkpoint: Checkpoint, target: Path) -> _DenseModel:
+    """An output, its layers dequantized."""
+    # what --copy took from the source goes back
+    files = read_manifest(checkpoint.folder).files
+    copied = [name for name in checkpoint.left_files if name in files]
+    written = open_written(checkpoint.with_side_files(copied))
+    checkpoint = written.checkpoint
+    layer_of = {
+        f"{module}.{suffix}": module
+        for module in written.layers
+        for suffix in written.entries(module)
+    }
+    return _DenseModel(
+        checkpoint.folder,
+        {
+            name: _dense_header(written, header, layer_of, target / name)
+            for name, header in checkpoint.headers.items()
+        },
+        _side_files(written),
+        {key: value for key, value in checkpoint.config.items() if key != KEY},
+        {f"{module}.weight" for module in written.layers},
+        functools.partial(_write_tensor, written),
+    )
 
 
 def _side_files(written: WrittenModel) -> dict[str, str]:
@@ -95,7 +191,7 @@ def _dense_header(
             specs[f"{module}.weight"] = TensorSpec(layer.dtype, layer.shape)
         else:
             specs[entry.name] = entry.spec
-    return lay_out(file, specs, {"format": "pt"})
+    return lay_out(file, specs, PLAIN)
 
 
 def _write_tensor(written: WrittenModel, entry: Entry, reader: Reader, writer: ShardWriter) -> None:

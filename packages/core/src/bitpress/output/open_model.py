@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bitpress.checkpoint import filenames, layer_names
 from bitpress.checkpoint.reader import Checkpoint, Reader, open_checkpoint
-from bitpress.checkpoint.source import resolve_source
+from bitpress.checkpoint.source import require_readable, resolve_source
 from bitpress.errors import CheckpointError
 from bitpress.modeling.block_runner import RunnableModel
 from bitpress.output import compressed_model, verify as verification
@@ -28,11 +28,7 @@ def open_runnable_model(folder: Path, reader: Reader) -> RunnableModel:
         container = layer_names.container(any_module)
         return compressed_model.open_compressed(written, reader, container, folder)
     checkpoint = resolve_source(checkpoint)
-    if method := checkpoint.model_config.quantization_method:
-        raise CheckpointError(
-            f"{folder} is quantized ({method}), and not by bitpress: only plain models and its own "
-            "can be run"
-        )
+    require_readable(checkpoint)
     any_layer = next(iter(linear_layers.linear_layers(checkpoint)))
     return RunnableModel(checkpoint, reader, layer_names.container(any_layer))
 

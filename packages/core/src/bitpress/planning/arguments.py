@@ -29,9 +29,10 @@ def read_recipe_source(
     """A scheme or a recipe, and what is changed in it.
 
     Args:
-        changes: settings, patterns of layers to ignore, the level of effort, and the head's scheme.
+        changes: settings, patterns of layers to ignore, the level of effort, the head's scheme, and
+            whether layers may get more bits than the source has.
     """
-    settings, ignore, effort, head = changes
+    settings, ignore, effort, head, more_bits = changes
     recipe = read_recipe(recipe)
     return RecipeSource(
         read_scheme(scheme),
@@ -42,6 +43,7 @@ def read_recipe_source(
         recipe if isinstance(recipe, dict) else None,
         read_effort(effort),
         read_scheme(head),
+        read_flag("more_bits", more_bits),
     )
 
 

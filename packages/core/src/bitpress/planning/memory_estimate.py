@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from attrs import evolve, frozen
 
+from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.rotated_source import estimate_reading
 from bitpress.checkpoint.views import View
 from bitpress.checkpoint.writer import format_json
@@ -246,7 +247,7 @@ def estimate_calibration(
         number_bytes * numbers_held.num_blocks_held(plan) * block
         + max(solving_bytes, number_bytes * forward, backward_bytes),
     )
-    on_disk += estimate_reading(plan.source)
+    on_disk += _reading_bytes(plan.source)
     return CalibrationMemory(
         on_disk,
         int(on_disk + number_bytes * states),
@@ -351,15 +352,15 @@ def _thread_bytes(plan: Plan, stacks: Sequence[Stack]) -> int:
     """Bytes that a thread holds at most which writes stacks without data.
 
     A layer as it is stored, whole and in the row tiles that were proved, what is made of a row tile
-    on the way (16 float32 tensors of its size), and a matrix that is turned while it is read,
-    twice, or rotated.
+    on the way (16 float32 tensors of its size), and what a matrix takes that is turned, dequantized
+    or rotated while it is read.
     """
     stored = (stack.stored_bytes(module) for stack in stacks for module in stack.members)
-    transposed = (
-        entry.stored.nbytes
-        for entry in plan.source.entries.values()
-        if isinstance(entry, View) and entry.transposed
-    )
     tile_bytes = NUMBER_BYTES * stored_layout.WEIGHTS_PER_TILE
-    reading_bytes = 2 * max(transposed, default=0) + estimate_reading(plan.source)
-    return 2 * max(stored, default=0) + 16 * tile_bytes + reading_bytes
+    return 2 * max(stored, default=0) + 16 * tile_bytes + _reading_bytes(plan.source)
+
+
+def _reading_bytes(source: Checkpoint) -> int:
+    """Bytes that reading a tensor takes at most, beside its rows."""
+    views = (entry for entry in source.entries.values() if isinstance(entry, View))
+    return max((view.held_bytes for view in views), default=0) + estimate_reading(source)

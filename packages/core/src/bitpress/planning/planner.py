@@ -20,7 +20,12 @@ from bitpress.checkpoint.engine_facts import (
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.rotated_source import round_copies, unrotate
 from bitpress.checkpoint.safetensors import Entry
-from bitpress.checkpoint.source import Source, fuse_uncompressed_experts, resolve_source
+from bitpress.checkpoint.source import (
+    Source,
+    fuse_uncompressed_experts,
+    require_readable,
+    resolve_source,
+)
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
 from bitpress.planning import linear_layers, output_head
 from bitpress.planning.attention_caches import (
@@ -34,6 +39,7 @@ from bitpress.planning.plan import Plan
 from bitpress.planning.quantization_config import quantization_config
 from bitpress.planning.recipe import Recipe
 from bitpress.planning.rotation import rotate_source
+from bitpress.planning.source_bits import describe_source, require_fewer_bits
 from bitpress.runtime.version import __version__
 from bitpress.schemes import stored_layout
 from bitpress.schemes.hardware import Hardware, detect_device
@@ -55,7 +61,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
             out.
     """
     source = resolve_source(source)
-    _require_unquantized(source)
+    require_readable(source)
     engines = facts_of(source.config)
     _require_head(source, engines)
     if recipe.rotates:
@@ -71,6 +77,8 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
         raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
     for stack in stacks.values():
         _check_shapes(stack, engines)
+    if not recipe.more_bits:
+        require_fewer_bits(source, stacks.values())
     for facts in engines:
         _check_shared_names(source, steps_of, facts)
     fragments = {
@@ -81,6 +89,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
 
     _require_no_other_tensors(source, fragments)
 
+    about_source = describe_source(source, fragments)
     # Experts of which none is compressed are copied as they lie in the files.
     source = round_copies(fuse_uncompressed_experts(source, fragments), fragments)
     ignored = tuple(ignored_layers(source, fragments))
@@ -99,6 +108,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
         warnings=(
             *_warnings(source, recipe, [*layers, *head], list(fragments)),
             *filter(None, [describe_others(caches, layers)]),
+            *about_source,
         ),
         device=device,
         findings=tuple(dict.fromkeys(_findings(recipe, device))),
@@ -114,15 +124,6 @@ def with_calibration(plan: Plan, data: str) -> Plan:
     digest = _digest(plan.source, plan.recipe, data)
     shards = tuple(shard.with_digest(digest) for shard in plan.shards)
     return attrs.evolve(plan, digest=digest, shards=shards)
-
-
-def _require_unquantized(source: Source) -> None:
-    """Raise CheckpointError where a source is quantized already."""
-    if method := source.model_config.quantization_method:
-        raise CheckpointError(
-            f"{source.folder} is already quantized ({method}): start from the original, or "
-            "decompress it first"
-        )
 
 
 def _require_no_other_tensors(source: Source, modules: Collection[str]) -> None:

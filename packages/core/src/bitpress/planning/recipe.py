@@ -46,12 +46,14 @@ class RecipeChanges:
         head: the scheme of the head, or several joined by `+`; None leaves it as it is.
         effort: the level whose options schemes get where neither the recipe nor `settings` say
             anything else.
+        more_bits: whether layers may get more bits than the source holds them in.
     """
 
     settings: Iterable[str] = ()
     ignore: Iterable[str] = ()
     effort: str = NORMAL_EFFORT
     head: str | None = None
+    more_bits: bool = False
 
 
 @frozen
@@ -62,6 +64,7 @@ class Recipe:
         rules: the first that matches a layer counts.
         ignore: patterns of layers that are copied unchanged, whatever the rules say.
         cache: how keys and values are kept while serving; None: as the model computes them.
+        more_bits: whether layers may get more bits than the source holds them in.
         notes: a line for each name of a scheme that was taken for another, and for each scheme
             that was asked for at another level of effort than the normal one.
     """
@@ -69,6 +72,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
     cache: Step | None = None
+    more_bits: bool = field(default=False, eq=False)
     notes: tuple[str, ...] = field(default=(), eq=False)
 
     @property
@@ -289,7 +293,7 @@ def _build_recipe(
         steps = tuple(make_step(name, options, effort, False) for name, options in rule.steps)
         rules += [Rule(pattern, steps) for pattern in rule.patterns]
     cache = make_step(*cache_table, changes.effort, True) if cache_table else None
-    recipe = Recipe(tuple(rules), tuple(changes.ignore), cache)
+    recipe = Recipe(tuple(rules), tuple(changes.ignore), cache, changes.more_bits)
     notes = _describe_aliases(matches_by_name)
     leveled = attrs.evolve(recipe, rules=tuple(r for r in rules if r.match != HEAD)).all_steps
     return attrs.evolve(recipe, notes=notes + _describe_effort(leveled, changes.effort))

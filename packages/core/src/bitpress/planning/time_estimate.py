@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from attrs import field, frozen
 
-from bitpress.checkpoint.safetensors import BITS, Entry
+from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.views import View
 from bitpress.numerics.gram import stripes
 from bitpress.numerics.rows import ROW_TILE, count_columns
@@ -242,6 +242,5 @@ def _file_bytes_of(shards: Sequence[Shard]) -> int:
 
 
 def _file_bytes(entry: Entry) -> int:
-    """Bytes of a tensor as it lies in its file; scales of a source in FP8 are not counted."""
-    stored = entry.stored if isinstance(entry, View) else entry
-    return entry.numel * BITS[stored.dtype] // 8
+    """Bytes of a tensor as it lies in its files."""
+    return entry.file_bytes if isinstance(entry, View) else entry.nbytes

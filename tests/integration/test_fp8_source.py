@@ -208,15 +208,3 @@ def test_codes_without_a_scale_that_fits_are_refused_by_name(tmp_path: Path, cas
     )
     line = refusal("plan", broken, "--scheme", "toy", path=install_toy(tmp_path / "plugins"))
     assert all(word in line for word in words), line
-
-
-@pytest.mark.parametrize(
-    "weights", [{"type": "int", "num_bits": 4}, {"type": "float", "num_bits": 4}, None, []]
-)
-def test_other_codes_are_not_taken_for_fp8(tmp_path: Path, weights: Any) -> None:
-    table = group("channel")
-    table["config_groups"]["group_0"]["weights"] = weights
-    model = write_model(tmp_path / "m", config=LLAMA | {"quantization_config": table})
-    assert "already quantized (compressed-tensors)" in refusal(
-        "plan", model, "--scheme", "toy", path=install_toy(tmp_path / "p")
-    )

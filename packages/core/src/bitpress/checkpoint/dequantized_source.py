@@ -1,0 +1,171 @@
+"""Weights of a model that is published in fewer bits than 16, dequantized while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from bitpress.checkpoint.model_config import text_part, without_quantization
+from bitpress.checkpoint.quantized_source import (
+    QuantizedSource,
+    QuantizedTensor,
+    QuantizedWeight,
+    StoredPart,
+)
+from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint
+from bitpress.checkpoint.safetensors import Entry
+from bitpress.checkpoint.views import MatrixReader, View
+from bitpress.errors import CheckpointError
+from bitpress.runtime.devices import CPU
+
+# Numbers that are dequantized together.
+NUMBERS_PER_PIECE = 1 << 22
+
+# Bytes that this takes of memory for each number: about four of float32.
+PIECE_BYTES = 16
+
+
+@frozen
+class DequantizedView(View):
+    """A weight made of stored tensors by a source format.
+
+    Attributes:
+        weight: what the format says of it.
+        parts: the stored tensors, by the names that the format knows them by.
+    """
+
+    weight: QuantizedWeight = attrs.field(kw_only=True)
+    parts: Mapping[str, Entry] = attrs.field(kw_only=True)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all of its parts."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Parts that are read as a whole, and what is made of a piece."""
+        whole = sum(self.parts[role].nbytes for role, part in self._parts if not _is_cut(part))
+        return whole + PIECE_BYTES * min(self.numel, NUMBERS_PER_PIECE)
+
+    def rows(
+        self,
+        reader: MatrixReader,
+        first: int,
+        last: int,
+        dtype: torch.dtype,
+        *,
+        device: torch.device = CPU,
+    ) -> Tensor:
+        """Rows `first` to `last` (exclusive) in this dtype, dequantized on a device."""
+        block = self.weight.row_block
+        block_numbers = block * self.numel // max(self.shape[0], 1)
+        step = max(NUMBERS_PER_PIECE // max(block_numbers, 1), 1) * block
+        rows = torch.empty((last - first, *self.shape[1:]), dtype=dtype, device=device)
+        for start in range(first // block * block, last, step):
+            end = min(start + step, self.shape[0], -(-last // block) * block)
+            piece = self._dequantize(reader, start // block, -(-end // block), device)
+            used = slice(max(first, start), min(last, end))
+            rows[used.start - first : used.stop - first] = piece[
+                used.start - start : used.stop - start
+            ]
+        return rows
+
+    @property
+    def _parts(self) -> list[tuple[str, StoredPart]]:
+        return list(self.weight.parts.items())
+
+    def _dequantize(
+        self, reader: MatrixReader, first: int, last: int, device: torch.device
+    ) -> Tensor:
+        """Blocks `first` to `last` (exclusive), float32."""
+
+        def read_whole() -> dict[str, Tensor]:
+            parts = [role for role, part in self._parts if not _is_cut(part)]
+            return {role: reader.whole(self.parts[role]) for role in parts}
+
+        whole = reader.computed(self, read_whole)
+        tensors = {}
+        for role, part in self._parts:
+            entry = self.parts[role]
+            if part.block_size is None:
+                tensors[role] = whole[role].to(device)
+                continue
+            begin, end = first * part.block_size, last * part.block_size
+            if part.axis:
+                tensors[role] = whole[role][:, begin:end].to(device)
+            else:
+                tensors[role] = reader.rows(entry, begin, min(end, entry.shape[0]), device)
+        decoded = self.weight.decode(tensors)
+        return decoded.dequantize() if isinstance(decoded, QuantizedTensor) else decoded
+
+
+def _is_cut(part: StoredPart) -> bool:
+    """Whether rows of it are read."""
+    return part.block_size is not None and part.axis == 0
+
+
+def dequantize(checkpoint: Checkpoint, source: QuantizedSource) -> Checkpoint:
+    """The model that a checkpoint stands for, its weights as views in the dtype that the config
+    names.
+
+    Raises:
+        CheckpointError: the format names a tensor that is not stored, or gives two one name.
+    """
+    dtype = _dtype(checkpoint.config)
+    views, parts = {}, set(source.left_out)
+    for name, weight in source.weights.items():
+        view = _make_view(checkpoint, name, weight, dtype)
+        main = next(iter(view.parts.values()))
+        views[main.name] = view
+        parts |= {part.name for part in view.parts.values()}
+
+    entries: dict[str, Entry] = {}
+    for name, entry in checkpoint.entries.items():
+        if name in views:
+            entry = views[name]
+        elif name in parts:
+            continue
+        else:
+            entry = attrs.evolve(entry, name=source.renamed.get(name, name))
+        if entry.name in entries:
+            raise CheckpointError(f"{entry.file}: {entry.name} is stored twice, once as {name}")
+        entries[entry.name] = entry
+    side_files = tuple(name for name in checkpoint.side_files if name not in source.left_files)
+    return attrs.evolve(
+        checkpoint,
+        entries=entries,
+        config=without_quantization(checkpoint.config),
+        side_files=side_files,
+    )
+
+
+def _make_view(
+    checkpoint: Checkpoint, name: str, weight: QuantizedWeight, dtype: str
+) -> DequantizedView:
+    parts = {}
+    for role, part in weight.parts.items():
+        if part.name not in checkpoint.entries:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} needs {part.name}, which is missing"
+            )
+        parts[role] = checkpoint.entries[part.name]
+    main = next(iter(parts.values()))
+    if main.dtype not in DTYPES:
+        raise CheckpointError(f"{main.file}: tensor {main.name} is {main.dtype}, unknown to torch")
+    place = (name, dtype, weight.shape, main.file, main.start, main)
+    return DequantizedView(*place, weight=weight, parts=parts)
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    """The model's dtype, as safetensors names it; bfloat16 where the config names none."""
+    names = {str(dtype).removeprefix("torch."): name for dtype, name in NAMES.items()}
+    dtypes = [
+        part.get(key) for part in (config, text_part(config)) for key in ("dtype", "torch_dtype")
+    ]
+    return next((names[dtype] for dtype in dtypes if dtype in ("float16", "float32")), "BF16")

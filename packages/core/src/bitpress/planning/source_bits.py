@@ -1,0 +1,68 @@
+"""What a source that is published in fewer bits than 16 has lost already, and what more bits would
+not bring back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from bitpress.checkpoint.safetensors import Entry
+from bitpress.checkpoint.source import Source
+from bitpress.checkpoint.views import View
+from bitpress.errors import RecipeError
+from bitpress.planning.layout import Stack
+
+# Formats of as many bits differ in their scales: MXFP4 has 4.25 bits per weight, and NVFP4 4.5.
+MAX_GROWTH = 1.1
+
+
+def require_fewer_bits(source: Source, stacks: Iterable[Stack]) -> None:
+    """Raise RecipeError where a layer would be stored in more bits than the source holds it in."""
+    for stack in stacks:
+        for module, entry in stack.members.items():
+            bits = stored_bits(entry)
+            planned = 8 * stack.stored_bytes(module) / entry.numel
+            if source.method and planned > MAX_GROWTH * bits:
+                raise RecipeError(
+                    f"layer {module}: the source holds it in {bits:.3g} bits per weight "
+                    f"({source.method}), and it would be stored in {planned:.3g}: larger, and no "
+                    "better; take a scheme of fewer bits, or ask for it with --more-bits"
+                )
+
+
+def describe_source(source: Source, compressed: Iterable[str]) -> Iterator[str]:
+    """What a user should know of a source's weights: what they have lost, and what grows.
+
+    Args:
+        compressed: names of modules.
+    """
+    if not source.method:
+        return
+    weights = [entry for entry in source.entries.values() if _is_quantized(entry)]
+    if weights:
+        bits = 8 * sum(map(_file_bytes, weights)) / sum(entry.numel for entry in weights)
+        yield (
+            f"{len(weights)} tensors of the source hold {bits:.3g} bits per weight "
+            f"({source.method}): what they lost stays lost"
+        )
+    names = {f"{module}.weight" for module in compressed}
+    if grown := [entry for entry in weights if entry.name not in names]:
+        num_bytes = sum(entry.nbytes - _file_bytes(entry) for entry in grown)
+        yield (
+            f"{len(grown)} of them are not compressed and become {grown[0].dtype} "
+            f"({num_bytes / 1e9:.2f} GB more, first: {grown[0].name})"
+        )
+    yield from source.remarks
+
+
+def stored_bits(entry: Entry) -> float:
+    """Bits per weight of what the files hold of a tensor, scales included."""
+    return 8 * _file_bytes(entry) / max(entry.numel, 1)
+
+
+def _is_quantized(entry: Entry) -> bool:
+    return _file_bytes(entry) < entry.nbytes
+
+
+def _file_bytes(entry: Entry) -> int:
+    return entry.file_bytes if isinstance(entry, View) else entry.nbytes

@@ -1,0 +1,108 @@
+"""`quant_method: gptq`: integers packed along the columns (inputs), as AutoGPTQ and GPTQModel write
+them, with columns in any order.
+
+`qweight` is I32 (in · bits / 32, out), `qzeros` I32 (groups, out · bits / 32), `scales` F16
+(groups, out), and `g_idx` I32 (in) the group of each column. The format "gptq" stores each zero
+point less 1, "gptq_v2" as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitpress import (
+    CheckpointError,
+    QuantizedSource,
+    QuantizedTensor,
+    QuantizedWeight,
+    StoredPart,
+    hookimpl,
+)
+from bitpress.numerics import unpack_bytes
+from bitpress_sources.layouts import Tensors, modules_with, quantization_table, require
+
+WORD_BITS = 32
+
+# By the name of the format, what a stored zero point lacks.
+ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+
+# The description of older files, of which `config.json` has a copy.
+DESCRIPTION = "quantize_config.json"
+
+
+@hookimpl
+def find_quantized_weights(
+    folder: Path, config: Mapping[str, Any], tensors: Tensors
+) -> QuantizedSource | None:
+    """Layers with `qweight`, by `quant_method`."""
+    table = quantization_table(config)
+    if table.get("quant_method") != "gptq":
+        return None
+    layout = str(table.get("checkpoint_format") or table.get("format") or "gptq")
+    bits = table.get("bits")
+    if layout not in ZERO_OFFSETS or type(bits) is not int or bits not in range(2, 9):
+        raise CheckpointError(
+            f"{folder}: GPTQ of {bits} bits in the format {layout!r}, and 2 to 8 bits in the "
+            f"formats {' and '.join(ZERO_OFFSETS)} are read: start from the original"
+        )
+    offset = ZERO_OFFSETS[layout]
+    weights = {
+        f"{module}.weight": _weight(tensors, module, bits, offset)
+        for module in modules_with(tensors, "qweight")
+    }
+    left_out = {f"{m}.g_idx" for m in modules_with(tensors, "g_idx")}
+    return QuantizedSource("gptq", weights, left_out, left_files=[DESCRIPTION])
+
+
+def _weight(tensors: Tensors, module: str, bits: int, offset: int) -> QuantizedWeight:
+    name = f"{module}.qweight"
+    packed = tensors[name]
+    scales = require(tensors, f"{module}.scales", name)
+    zeros = require(tensors, f"{module}.qzeros", name)
+    num_groups, num_rows = scales.shape
+    parts = {
+        "codes": StoredPart(name, WORD_BITS, axis=1),
+        "scale": StoredPart(f"{module}.scales", WORD_BITS, axis=1),
+        "zero_point": StoredPart(f"{module}.qzeros", bits, axis=1),
+    }
+    if order := tensors.get(f"{module}.g_idx"):
+        parts["group_index"] = StoredPart(f"{module}.g_idx")
+        # layers may differ in their bits, which the columns tell
+        bits = packed.shape[0] * WORD_BITS // max(order.shape[0], 1)
+        parts["zero_point"] = StoredPart(f"{module}.qzeros", bits, axis=1)
+    num_columns = packed.shape[0] * WORD_BITS // max(bits, 1)
+    if (
+        bits not in range(2, 9)
+        or packed.shape[1] != num_rows
+        or zeros.shape != (num_groups, num_rows * bits // WORD_BITS)
+    ):
+        raise CheckpointError(
+            f"tensors {name} {list(packed.shape)}, qzeros {list(zeros.shape)} and scales "
+            f"{list(scales.shape)} do not fit one another"
+        )
+
+    def decode(stored: Mapping[str, Tensor]) -> QuantizedTensor:
+        zero_point = _unpack(stored["zero_point"], bits).T.contiguous().short() + offset
+        index = stored.get("group_index")
+        # columns in their order need no index
+        if index is not None and num_columns % num_groups == 0:
+            in_order = torch.arange(num_columns, device=index.device) // (num_columns // num_groups)
+            index = None if torch.equal(index.long(), in_order) else index
+        return QuantizedTensor(
+            _unpack(stored["codes"].T, bits),
+            stored["scale"].T.contiguous().float(),
+            zero_point,
+            index,
+        )
+
+    return QuantizedWeight((num_rows, num_columns), parts, decode, row_block=WORD_BITS)
+
+
+def _unpack(words: Tensor, bits: int) -> Tensor:
+    """(n, words) int32 as (n, 32 words / bits) uint8, the first code in the lowest bits."""
+    return unpack_bytes(words.contiguous().view(torch.uint8), bits)
