@@ -75,10 +75,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     stacks = _group_stacks(layers | head, steps_of, engines)
     if not stacks and not caches:
         raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
-    for stack in stacks.values():
-        _check_shapes(stack, engines)
-    if not recipe.more_bits:
-        require_fewer_bits(source, stacks.values())
+    _check_stacks(stacks.values(), source, recipe, engines)
     for facts in engines:
         _check_shared_names(source, steps_of, facts)
     fragments = {
@@ -89,7 +86,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
 
     _require_no_other_tensors(source, fragments)
 
-    about_source = describe_source(source, fragments)
+    remarks = [describe_others(caches, layers), *describe_source(source, fragments)]
     # Experts of which none is compressed are copied as they lie in the files.
     source = round_copies(fuse_uncompressed_experts(source, fragments), fragments)
     ignored = tuple(ignored_layers(source, fragments))
@@ -107,8 +104,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
         ignored=ignored,
         warnings=(
             *_warnings(source, recipe, [*layers, *head], list(fragments)),
-            *filter(None, [describe_others(caches, layers)]),
-            *about_source,
+            *filter(None, remarks),
         ),
         device=device,
         findings=tuple(dict.fromkeys(_findings(recipe, device))),
@@ -243,6 +239,16 @@ def _common_steps(
                 "the same steps: let one pattern match all of them, or none"
             )
     return first
+
+
+def _check_stacks(
+    stacks: Collection[Stack], source: Source, recipe: Recipe, engines: Sequence[EngineFacts]
+) -> None:
+    """Raise where schemes or engines do not take a layer's shape, or a layer would grow."""
+    for stack in stacks:
+        _check_shapes(stack, engines)
+    if not recipe.more_bits:
+        require_fewer_bits(source, stacks)
 
 
 def _check_shapes(stack: Stack, engines: Sequence[EngineFacts]) -> None:
