@@ -229,7 +229,7 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(
         llama_tensors(config=CONFIG),
         CONFIG | {"quantization_config": {"quant_method": "awq"}},
     )
-    assert "is quantized (awq), and not by bitpress" in refusal("eval", foreign, "--text", text)
+    assert "is already quantized (awq)" in refusal("eval", foreign, "--text", text)
     shallow = CONFIG | {"num_hidden_layers": 2}
     assert "number of blocks" in refusal(
         "eval",

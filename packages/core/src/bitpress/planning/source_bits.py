@@ -13,7 +13,7 @@ from bitpress.errors import RecipeError
 from bitpress.planning.layout import Stack
 
 # Formats of as many bits differ in their scales: MXFP4 has 4.25 bits per weight, and NVFP4 4.5.
-MAX_GROWTH = 1.1
+MAX_GROWTH = 1.15
 
 
 def require_fewer_bits(source: Source, stacks: Iterable[Stack]) -> None:
