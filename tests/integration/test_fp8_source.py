@@ -175,6 +175,8 @@ def test_it_is_calibrated_and_judged_as_what_it_stands_for(tmp_path: Path, layou
                 calibration=text,
                 samples=3,
                 sequence_length=32,
+                # its scales are wide beside layers of 64 columns
+                more_bits=True,
             )
         result = [
             evaluate(source, source.parent / "text.txt", max_tokens=300)
