@@ -20,6 +20,7 @@ from fixtures.toy_scheme import install_deadly
 
 import bitpress
 from bitpress import DataError
+from bitpress.checkpoint.filenames import BLOCK_RESULT_SUFFIX
 from bitpress.conformance.commands import command, plugins
 from bitpress.conformance.models import files_of, llama_tensors, tensors_of, write_model
 from bitpress.planning.memory_estimate import BATCH_TOKENS, split_batches
@@ -213,6 +214,37 @@ def test_statistics_of_all_ranks_add_up_to_those_of_one_process(tmp_path: Path) 
     assert completed.returncode == 0, completed.stderr
 
 
+AGREEING = """
+import torch, torch.distributed as dist
+from bitpress.runtime.process_group import AgreedOutOfMemoryError, ProcessGroup
+
+dist.init_process_group("gloo")
+rank, count = dist.get_rank(), dist.get_world_size()
+process_group = ProcessGroup(rank, count)
+
+def works(short_ranks):
+    try:
+        with process_group.agreeing():
+            if rank in short_ranks:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+    except AgreedOutOfMemoryError as e:
+        return str(e)
+    return "all go on"
+
+assert works([]) == "all go on"
+assert works([1]) == "rank 1: CUDA out of memory"
+assert works([2, 1, 0]) == "rank 0: CUDA out of memory"
+assert works([]) == "all go on"
+dist.destroy_process_group()
+"""
+
+
+def test_where_one_rank_runs_out_of_memory_all_of_them_know(tmp_path: Path) -> None:
+    (tmp_path / "agreeing.py").write_text(AGREEING)
+    completed = torchrun_script(3, tmp_path / "agreeing.py")
+    assert completed.returncode == 0, completed.stderr
+
+
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, its text, and runs: by one process, by two ranks, and by two of which
@@ -312,6 +344,43 @@ def test_a_calibrated_run_goes_on_from_the_last_finished_block_with_any_number_o
         for f in (out, calibrated / "two")
     ]
     assert drift[0] == pytest.approx(drift[1], rel=0.05)
+
+
+# The second of two ranks has room for 21 of 42 sequences once a block is finished.
+SHORT = f"""
+import os
+from pathlib import Path
+import torch
+from bitpress.cli import main
+from bitpress.modeling.capture import BlockCall
+
+call_block = BlockCall.__call__
+
+def short_of_memory(call, block, states):
+    is_second = any(Path(sys.argv[3]).glob("*{BLOCK_RESULT_SUFFIX}"))
+    if os.environ["RANK"] == "1" and is_second and len(states) > 21:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return call_block(call, block, states)
+
+BlockCall.__call__ = short_of_memory
+main()
+"""
+
+
+def test_ranks_begin_a_block_again_together_where_one_runs_out_of_memory(calibrated: Path) -> None:
+    arguments = list(map(str, words(calibrated, "short")))
+    script = calibrated / "short.py"
+    script.write_text(f"import sys\nsys.argv = {['bitpress', *arguments]!r}\n{SHORT}")
+    completed = torchrun_script(2, script, path=calibrated / "plugins")
+    assert completed.returncode == 0, completed.stderr
+    # once for all ranks: less is kept, and then a batch is smaller
+    said = re.findall("a rank's GPU has run out of memory.*with ([0-9,]+)", completed.stderr)
+    assert said == ["2,048", "1,024"]
+    short, two = (
+        json.loads((calibrated / name / "bitpress.json").read_text()) for name in ("short", "two")
+    )
+    for name, layer in two["layers"].items():
+        assert short["layers"][name]["error"] == pytest.approx(layer["error"], rel=0.05)
 
 
 def test_every_rank_has_a_batch_and_more_ranks_than_sequences_are_refused() -> None:

@@ -83,7 +83,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had not enough memory."""
     # By name, since importing torch takes a second.
-    return type(error).__name__ == "OutOfMemoryError"
+    return any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
 
 
 def printable(text: str) -> str:

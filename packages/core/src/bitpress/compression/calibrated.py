@@ -98,8 +98,9 @@ def write_shards(
     measured of each block.
 
     Each rank runs its part of the batches; all of them compress a block together, and rank 0 writes
-    it. A single process that runs out of a GPU's memory goes on from its last finished block, with
-    less kept there, then with smaller batches, at last with layers that are brought one by one.
+    it. A run that runs out of a GPU's memory goes on from its last finished block, with less kept
+    there, then with smaller batches, at last with layers that are brought one by one; of several
+    ranks all do, where they agree that one of them has run out.
 
     Args:
         resources: without a limit of memory, half of what is available is used.
@@ -114,15 +115,14 @@ def write_shards(
             with watched_attention():
                 return _write_blocks(plan, output, calibration, resources, _Attempt(thrift, work))
         except RuntimeError as e:
-            more = thrift.more(calibration.input_ids)
-            if not is_out_of_memory(e) or more is None or resources.process_group.world_size > 1:
+            more = thrift.after(e, calibration.input_ids, resources.process_group)
+            if more is None:
                 raise
         # outside the handler: the error holds what the block has held
         thrift = more
-        warn(
-            f"{resources.device} has run out of memory: the block is begun again, with {thrift}",
-            stacklevel=2,
-        )
+        if resources.process_group.is_rank_zero:
+            name = resources.device if resources.process_group.world_size == 1 else "a rank's GPU"
+            warn(f"{name} has run out of memory: the block is begun again, with {thrift}", 2)
         work.begin_again()
         devices.release_memory(resources.device)
 
@@ -155,24 +155,25 @@ def _write_blocks(
         logger.debug("%d forward passes run side by side", budget.num_lanes)
         run = _Run(plan, output, reader, resources, report_progress)
         report_progress(0, "building the model")
-        trusts_code, brought_bytes = resources.trust_remote_code, budget.max_brought_bytes
-        options = DecoderOptions(
-            resources.device, run.dtype, trusts_code, calibration.all_experts, brought_bytes
-        )
+        trusts_code, all_experts = resources.trust_remote_code, calibration.all_experts
+        device, brought_bytes = resources.device, budget.max_brought_bytes
+        options = DecoderOptions(device, run.dtype, trusts_code, all_experts, brought_bytes)
         decoder = Decoder(plan.source, plan.container, reader, options)
         block_shards = _select_block_shards(plan, decoder)
         _write_other_shards(run, [s for s in plan.shards if s not in block_shards.values()])
 
         report_progress(0, "running the embeddings")
-        inputs, streams = _capture_inputs(run, decoder, own_batches, budget, lanes)
+        with resources.process_group.agreeing():
+            inputs, streams = _capture_inputs(run, decoder, own_batches, budget, lanes)
         # embeddings take more than a block does
         memory.release_freed_memory(budget.max_working_bytes)
         gradients = _Gradients(run, decoder, own_batches, inputs, streams)
         for index in range(len(decoder)):
             block_run = evolve(run, report_progress=in_block(report_progress, index, len(decoder)))
             block_run.report_progress(0, "loading")
-            source_block = decoder.load_block(index) if streams.reference is not None else None
-            streams.enter_block(decoder.load_block(index), source_block, inputs.calls[index])
+            with resources.process_group.agreeing():
+                source_block = decoder.load_block(index) if streams.reference is not None else None
+                streams.enter_block(decoder.load_block(index), source_block, inputs.calls[index])
             if index in block_shards:
                 shard = block_shards[index]
                 results.append(_compress_or_resume_block(block_run, shard, streams, gradients))
@@ -346,7 +347,8 @@ def _compress_or_resume_block(
         return result
 
     assert shard.block is not None
-    gradients_by_stack = gradients.of_block(shard.block, shard.stacks)
+    with process_group.agreeing():
+        gradients_by_stack = gradients.of_block(shard.block, shard.stacks)
     block_plan = BlockPlan.of_shard(plan, shard, gradients_by_stack)
     if not process_group.is_rank_zero:
         return compress_block(block_plan, streams, lambda name, tensor: None, run.report_progress)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 
-from bitpress.errors import BitpressError, is_out_of_memory
+from bitpress.errors import BitpressError, first_line, is_out_of_memory
 
 Item = TypeVar("Item")
 
@@ -25,6 +25,10 @@ RESUME_HINT = "the same command resumes from what is finished"
 
 class RankError(BitpressError):
     """Another rank of the run has ended."""
+
+
+class AgreedOutOfMemoryError(torch.OutOfMemoryError):
+    """A rank has run out of memory, and all of them know: they can begin again together."""
 
 
 @frozen
@@ -79,6 +83,26 @@ class ProcessGroup:
         return range(
             self.rank * num_items // self.world_size, (self.rank + 1) * num_items // self.world_size
         )
+
+    @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Work of each rank without a collective in it, after which all go on, or none.
+
+        Raises:
+            AgreedOutOfMemoryError: on all ranks, where a device of one had not enough memory.
+        """
+        shortage = ""
+        try:
+            yield
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            shortage = first_line(e)
+        # outside the handler: the error holds what the work has held
+        shortages = self.all_gather_object(shortage)
+        for rank, text in enumerate(shortages):
+            if text:
+                raise AgreedOutOfMemoryError(f"rank {rank}: {text}")
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""

@@ -174,7 +174,8 @@ class ActivationStreams:
         kind = (type(self.block), *layers)
         if kind in self._traces:
             return self._traces[kind]
-        trace = trace_forward(self.block, layers, *self.first_batch())
+        with self.process_group.agreeing():
+            trace = trace_forward(self.block, layers, *self.first_batch())
         trace = self.process_group.broadcast_object(trace)
         if len(trace.called_layers) == len(layers):
             self._traces[kind] = trace
@@ -246,7 +247,8 @@ class ActivationStreams:
         def finish(batch: int) -> tuple[float, float]:
             return self._finish(batch, is_needed=not is_last or batch in self._source_forwards)
 
-        self._distances = list(self.limits.lanes.map(finish, self._order))
+        with self.process_group.agreeing():
+            self._distances = list(self.limits.lanes.map(finish, self._order))
 
     def leave_block(self, is_last: bool = False) -> float | None:
         """Go on to the block's outputs, and let go of the block.

@@ -154,9 +154,10 @@ def _compress_group(
         # holes
         memory.release_freed_memory(streams.limits.max_working_bytes)
         solution = None
-        if process_group.rank == owner:
-            say_activity("fitting")
-            solution = solve(group, statistics, streams.limits)
+        with process_group.agreeing():
+            if process_group.rank == owner:
+                say_activity("fitting")
+                solution = solve(group, statistics, streams.limits)
     texts = [str(warning.message) for warning in caught if warning.category is UserWarning]
     by_rank = process_group.all_gather_object(texts)
     own_errors = {} if solution is None else solution.rounding_errors
@@ -174,7 +175,8 @@ def _compress_group(
     for module, stored in zip(group.modules, stored_layers, strict=True):
         for suffix, tensor in stored.tensors.items():
             write_tensor(f"{module}.{suffix}", tensor)
-    output_errors = install(stored_layers, group, statistics.sample)
+    with process_group.agreeing():
+        output_errors = install(stored_layers, group, statistics.sample)
 
     num_tokens = {}
     if group.is_routed and group.stack.calibrated:

@@ -200,7 +200,8 @@ def fold_scales(
     without_producer = [
         group.stack.name for group in rescaled_groups if group.stack.name not in producers
     ]
-    statistics = _observe_groups(foldable, streams) if foldable else []
+    with streams.process_group.agreeing():
+        statistics = _observe_groups(foldable, streams) if foldable else []
     rescaled: dict[str, dict[str, Sequence[float]]] = {}
     warnings = []
     for group, group_statistics in zip(foldable, statistics, strict=True):
@@ -306,15 +307,16 @@ def _is_sole_consumer(
     exponents = round_to_exponents(factors, producer.shared_heads)
     rescalings = plan_fold(block, members, producer, exponents)
 
-    call, hidden_states = streams.first_batch()
-    before = call(block, hidden_states)
-    # multiplying back would not restore the smallest numbers of float16
-    kept = {r.tensor: block.get_parameter(r.tensor).clone() for r in rescalings}
-    fold_into(block, rescalings)
-    change = (call(block, hidden_states) - before).norm()
-    is_unchanged = bool(change <= MAX_OUTPUT_CHANGE * before.norm())
-    for name, tensor in kept.items():
-        block.get_parameter(name).copy_(tensor)
+    with streams.process_group.agreeing():
+        call, hidden_states = streams.first_batch()
+        before = call(block, hidden_states)
+        # multiplying back would not restore the smallest numbers of float16
+        kept = {r.tensor: block.get_parameter(r.tensor).clone() for r in rescalings}
+        fold_into(block, rescalings)
+        change = (call(block, hidden_states) - before).norm()
+        is_unchanged = bool(change <= MAX_OUTPUT_CHANGE * before.norm())
+        for name, tensor in kept.items():
+            block.get_parameter(name).copy_(tensor)
     return streams.process_group.broadcast_object(is_unchanged)
 
 

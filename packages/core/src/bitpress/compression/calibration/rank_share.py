@@ -9,11 +9,12 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from bitpress.compression.resources import Resources
+from bitpress.errors import is_out_of_memory
 from bitpress.planning import memory_estimate
 from bitpress.planning.plan import Plan
 from bitpress.runtime import devices, memory
 from bitpress.runtime.devices import CPU
-from bitpress.runtime.process_group import ProcessGroup
+from bitpress.runtime.process_group import AgreedOutOfMemoryError, ProcessGroup
 
 
 @frozen
@@ -29,6 +30,15 @@ class Thrift:
     batch_tokens: int
     is_minimal: bool = False
     by_layer: bool = False
+
+    def after(
+        self, error: RuntimeError, input_ids: Tensor, process_group: ProcessGroup
+    ) -> Thrift | None:
+        """How a run goes on after an error; None where it cannot: there was memory enough, or no
+        step is left, or the other ranks do not know.
+        """
+        is_known = process_group.world_size == 1 or isinstance(error, AgreedOutOfMemoryError)
+        return self.more(input_ids) if is_out_of_memory(error) and is_known else None
 
     def more(self, input_ids: Tensor) -> Thrift | None:
         """The next step: nothing kept that need not be, then ever smaller batches, then blocks that

@@ -78,9 +78,10 @@ def collect_statistics(
     inputs: Iterable[GroupInputs] = ()
     if group.first_layer is not None:
         inputs = streams.group_inputs(breakpoint_number, group.is_residual)
-    statistics = observe_inputs(group, inputs, streams.limits.lanes)
-    for merged, observed in zip(statistics.by_step, group.gradient_statistics, strict=False):
-        pipeline.merge(merged, move_statistics(observed, streams.device))
+    with process_group.agreeing():
+        statistics = observe_inputs(group, inputs, streams.limits.lanes)
+        for merged, observed in zip(statistics.by_step, group.gradient_statistics, strict=False):
+            pipeline.merge(merged, move_statistics(observed, streams.device))
 
     by_step = reduce_statistics(process_group, statistics.by_step, owner, streams.device)
     sample = process_group.broadcast_from_last(statistics.sample, streams.device)
