@@ -34,7 +34,9 @@ def tiles(weight: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
             tile = slice(i * high, (i + 1) * high), slice(j * wide, (j + 1) * wide)
-            scales[i, j] = weight[tile].float().abs().max() / E4M3_MAX
+            # a power of two: in bfloat16 the model is the same
+            largest = weight[tile].float().abs().max() / E4M3_MAX
+            scales[i, j] = largest.log2().ceil().exp2()
             codes[tile] = weight[tile].float() / scales[i, j]
     return codes.to(torch.float8_e4m3fn), scales
 

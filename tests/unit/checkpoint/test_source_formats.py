@@ -33,7 +33,8 @@ def coded_tensors() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if not is_coded(name, tensor):
             stored[name] = plain[name] = tensor
             continue
-        steps = tensor.float().abs().amax(1, keepdim=True) / 127
+        # powers of two: in bfloat16 the model is the same
+        steps = (tensor.float().abs().amax(1, keepdim=True) / 127).log2().ceil().exp2()
         codes = (tensor.float() / steps).round().char()
         module = name.removesuffix(".weight")
         stored |= {f"{module}.codes": codes, f"{module}.steps": steps}
@@ -79,9 +80,9 @@ def test_rows_do_not_depend_on_how_many_are_dequantized_together(
     with plugins(installed), Reader() as reader:
         source = resolve_source(open_checkpoint(models[0]))
         for name, tensor in plain.items():
-            assert torch.equal(reader.whole(source.entries[name]), tensor), name
+            assert torch.equal(reader.whole(source.entries[name]), tensor.float()), name
             rows = reader.rows(source.entries[name], 3, 17)
-            assert torch.equal(rows, tensor[3:17]), name
+            assert torch.equal(rows, tensor[3:17].float()), name
 
 
 def test_tensors_get_their_names_in_the_model(tmp_path: Path, installed: Path) -> None:

@@ -283,7 +283,7 @@ def test_a_plan_says_that_the_other_tensors_are_rotated(tmp_path: Path, toy: Pat
 def test_a_quantized_source_is_rotated_as_what_it_stands_for(tmp_path: Path, toy: Path) -> None:
     tensors = varied(llama_tensors())
     name = "model.layers.0.self_attn.o_proj"
-    steps = torch.full((tensors[f"{name}.weight"].shape[0], 1), 0.01)
+    steps = torch.full((tensors[f"{name}.weight"].shape[0], 1), 2.0**-7)
     codes = (tensors[f"{name}.weight"].float() / steps).round().clamp(-127, 127).char()
     weight = {f"{name}.weight": (codes * steps).bfloat16()}
     plain = write_model(tmp_path / "plain", tensors | weight)

@@ -10,12 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bitpress.checkpoint.quantized_source import (
-    QuantizedSource,
-    QuantizedTensor,
-    QuantizedWeight,
-    StoredPart,
-)
+from bitpress.checkpoint.quantized_source import QuantizedSource, QuantizedWeight, StoredPart
 from bitpress.errors import (
     BitpressError,
     CheckpointError,
@@ -30,7 +25,14 @@ from bitpress.schemes.deprecation import warn_renamed
 from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.hookspecs import hookimpl
 from bitpress.schemes.options import Options, ReferenceOptions, option
-from bitpress.schemes.values import Finding, Layer, MeasuredLoss, Statistic, StoredLayer
+from bitpress.schemes.values import (
+    Finding,
+    Layer,
+    MeasuredLoss,
+    QuantizedTensor,
+    Statistic,
+    StoredLayer,
+)
 
 if TYPE_CHECKING:
     from bitpress.api import (

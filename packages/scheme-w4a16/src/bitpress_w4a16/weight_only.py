@@ -22,6 +22,7 @@ from bitpress import (
     option,
 )
 from bitpress_w4a16 import awq, fp8_inputs
+from bitpress_w4a16.source_grid import source_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,8 +174,13 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: WeightOnlyOp
     fit_grid = numerics.fit_symmetric if options.symmetric else numerics.fit_asymmetric
     ratios = (SYMMETRIC_RATIOS if options.symmetric else ASYMMETRIC_RATIOS)[options.bits]
 
+    # on the grid of the source, rounding changes nothing
+    known_grid = source_grid(layer, options.bits, group_size, symmetric=options.symmetric)
+
     def fit(weight: Tensor, importance: Tensor | None) -> numerics.IntegerGrid:
-        return fit_grid(weight, importance, options.bits, group_size, ratios, dtype=layer.dtype)
+        return known_grid or fit_grid(
+            weight, importance, options.bits, group_size, ratios, dtype=layer.dtype
+        )
 
     def round_with(fit: Fit) -> tuple[Tensor, numerics.IntegerGrid]:
         if options.algorithm == "gptq":

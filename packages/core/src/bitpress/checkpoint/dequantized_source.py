@@ -11,17 +11,13 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.checkpoint.model_config import text_part, without_quantization
-from bitpress.checkpoint.quantized_source import (
-    QuantizedSource,
-    QuantizedTensor,
-    QuantizedWeight,
-    StoredPart,
-)
+from bitpress.checkpoint.quantized_source import QuantizedSource, QuantizedWeight, StoredPart
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.views import MatrixReader, View
 from bitpress.errors import CheckpointError
 from bitpress.runtime.devices import CPU
+from bitpress.schemes.values import QuantizedTensor
 
 # Numbers that are dequantized together.
 NUMBERS_PER_PIECE = 1 << 22
@@ -32,15 +28,18 @@ PIECE_BYTES = 16
 
 @frozen
 class DequantizedView(View):
-    """A weight made of stored tensors by a source format.
+    """A weight made of stored tensors by a source format: in float32 where it is going to be
+    quantized, and otherwise in the dtype of the model.
 
     Attributes:
         weight: what the format says of it.
         parts: the stored tensors, by the names that the format knows them by.
+        is_copied: whether it is stored as it is read.
     """
 
     weight: QuantizedWeight = attrs.field(kw_only=True)
     parts: Mapping[str, Entry] = attrs.field(kw_only=True)
+    is_copied: bool = attrs.field(default=False, kw_only=True)
 
     @property
     def file_bytes(self) -> int:
@@ -62,28 +61,41 @@ class DequantizedView(View):
         *,
         device: torch.device = CPU,
     ) -> Tensor:
-        """Rows `first` to `last` (exclusive) in this dtype, dequantized on a device."""
+        """Rows `first` to `last` (exclusive), dequantized on a device."""
+        dtype = dtype if self.is_copied else torch.float32
         block = self.weight.row_block
         block_numbers = block * self.numel // max(self.shape[0], 1)
         step = max(NUMBERS_PER_PIECE // max(block_numbers, 1), 1) * block
         rows = torch.empty((last - first, *self.shape[1:]), dtype=dtype, device=device)
         for start in range(first // block * block, last, step):
             end = min(start + step, self.shape[0], -(-last // block) * block)
-            piece = self._dequantize(reader, start // block, -(-end // block), device)
+            decoded = self._decode(reader, start // block, -(-end // block), device)
+            piece = decoded.dequantize() if isinstance(decoded, QuantizedTensor) else decoded
             used = slice(max(first, start), min(last, end))
             rows[used.start - first : used.stop - first] = piece[
                 used.start - start : used.stop - start
             ]
         return rows
 
+    def quantized_rows(
+        self, reader: MatrixReader, first: int, last: int, device: torch.device = CPU
+    ) -> QuantizedTensor | None:
+        """The codes and scales of rows `first` to `last` (exclusive), where the format has such."""
+        block = self.weight.row_block
+        decoded = self._decode(reader, first // block, -(-last // block), device)
+        if not isinstance(decoded, QuantizedTensor):
+            return None
+        start = first // block * block
+        return decoded.rows(first - start, last - start)
+
     @property
     def _parts(self) -> list[tuple[str, StoredPart]]:
         return list(self.weight.parts.items())
 
-    def _dequantize(
+    def _decode(
         self, reader: MatrixReader, first: int, last: int, device: torch.device
-    ) -> Tensor:
-        """Blocks `first` to `last` (exclusive), float32."""
+    ) -> QuantizedTensor | Tensor:
+        """Blocks `first` to `last` (exclusive); without codes float32."""
 
         def read_whole() -> dict[str, Tensor]:
             parts = [role for role, part in self._parts if not _is_cut(part)]
@@ -101,8 +113,7 @@ class DequantizedView(View):
                 tensors[role] = whole[role][:, begin:end].to(device)
             else:
                 tensors[role] = reader.rows(entry, begin, min(end, entry.shape[0]), device)
-        decoded = self.weight.decode(tensors)
-        return decoded.dequantize() if isinstance(decoded, QuantizedTensor) else decoded
+        return self.weight.decode(tensors)
 
 
 def _is_cut(part: StoredPart) -> bool:

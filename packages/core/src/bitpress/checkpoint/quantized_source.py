@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
 
+from bitpress.schemes.values import QuantizedTensor
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,40 +29,6 @@ class StoredPart:
     name: str
     block_size: int | None = None
     axis: Literal[0, 1] = 0
-
-
-@frozen(eq=False)
-class QuantizedTensor:
-    """Numbers as codes that groups of columns share a scale with: (codes - zero_point) · scale.
-
-    Attributes:
-        codes: (rows, in), integers or numbers of a small floating format.
-        scale: (rows, groups) or, where rows share them, (1, groups); float32.
-        zero_point: as `scale`, of any dtype; None where it is 0.
-        group_index: (in,) integers, the group of each column; None where groups are runs of
-            columns, all as long.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None = None
-    group_index: Tensor | None = None
-
-    def dequantize(self) -> Tensor:
-        """(rows, in) float32."""
-        numbers = self.codes.float()
-        if self.zero_point is not None:
-            numbers = numbers - self._of_columns(self.zero_point.float())
-        return numbers * self._of_columns(self.scale)
-
-    def _of_columns(self, parameters: Tensor) -> Tensor:
-        """A group's parameters for each of its columns."""
-        if self.group_index is not None:
-            return parameters.index_select(1, self.group_index.long())
-        num_columns, num_groups = self.codes.shape[1], parameters.shape[1]
-        if num_groups == 1:
-            return parameters
-        return parameters.repeat_interleave(num_columns // num_groups, 1)
 
 
 @frozen(eq=False)

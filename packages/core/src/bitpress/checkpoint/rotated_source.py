@@ -11,6 +11,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from bitpress.checkpoint.dequantized_source import DequantizedView
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import Source
@@ -119,7 +120,7 @@ class FoldedNorm(View):
 
 
 def round_copies(source: Checkpoint, compressed: Container[str]) -> Checkpoint:
-    """A rotated source whose tensors are rounded to the dtypes in which they are stored, but for
+    """A source whose computed tensors are rounded to the dtypes in which they are stored, but for
     layers that are compressed.
 
     Args:
@@ -127,7 +128,7 @@ def round_copies(source: Checkpoint, compressed: Container[str]) -> Checkpoint:
     """
     entries = {
         name: attrs.evolve(entry, is_copied=name.removesuffix(".weight") not in compressed)
-        if isinstance(entry, RotatedView)
+        if isinstance(entry, (RotatedView, DequantizedView))
         else entry
         for name, entry in source.entries.items()
     }

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 import torch
 from attrs import frozen
 
+from bitpress.checkpoint.dequantized_source import DequantizedView
 from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.writer import OutputFolder, ShardWriter, copy_entry
@@ -172,13 +173,21 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _read_tiles(stack: Stack, reader: Reader, device: torch.device, module: str) -> Iterator[Layer]:
     """The row tiles of a member, (rows, in) float32 each; raises CheckpointError for NaN or Inf."""
     entry = stack.members[module]
+    has_codes = all(isinstance(member, DequantizedView) for member in stack.members.values())
     num_weights = stored_layout.WEIGHTS_PER_TILE if device.type == "cpu" else GPU_TILE_WEIGHTS
     for first, last in stored_layout.row_tiles(entry.shape, stack.steps, num_weights):
-        weight = reader.rows(entry, first, last, device).float()
+        # layers of a stack share scales: what is done for one is done for all
+        quantized = None
+        if isinstance(entry, DequantizedView) and has_codes:
+            quantized = entry.quantized_rows(reader, first, last, device)
+        if quantized is None:
+            weight = reader.rows(entry, first, last, device).float()
+        else:
+            weight = quantized.dequantize()
         # one cheap pass: a NaN or Inf anywhere makes the sum so
         if not math.isfinite(weight.sum()):
             _refuse_non_finite(entry, first, weight)
-        yield Layer(stack.name, weight, stack.dtype)
+        yield Layer(stack.name, weight, stack.dtype, quantized=quantized)
 
 
 def _refuse_non_finite(entry: Entry, first: int, weight: torch.Tensor) -> None:

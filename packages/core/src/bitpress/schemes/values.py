@@ -17,6 +17,49 @@ if TYPE_CHECKING:
 
 
 @frozen(eq=False)
+class QuantizedTensor:
+    """Numbers as codes that groups of columns share a scale with: (codes - zero_point) · scale.
+
+    Attributes:
+        codes: (rows, in), integers or numbers of a small floating format.
+        scale: (rows, groups) or, where rows share them, (1, groups); float32.
+        zero_point: as `scale`, of any dtype; None where it is 0.
+        group_index: (in,) integers, the group of each column; None where groups are runs of
+            columns, all as long.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    group_index: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """(rows, in) float32."""
+        numbers = self.codes.float()
+        if self.zero_point is not None:
+            numbers = numbers - self._of_columns(self.zero_point.float())
+        return numbers * self._of_columns(self.scale)
+
+    def rows(self, first: int, last: int) -> QuantizedTensor:
+        """Rows `first` to `last` (exclusive)."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[first:last] if len(tensor) == len(self.codes) else tensor
+
+        zero_point = None if self.zero_point is None else cut(self.zero_point)
+        return QuantizedTensor(cut(self.codes), cut(self.scale), zero_point, self.group_index)
+
+    def _of_columns(self, parameters: Tensor) -> Tensor:
+        """A group's parameters for each of its columns."""
+        if self.group_index is not None:
+            return parameters.index_select(1, self.group_index.long())
+        num_columns, num_groups = self.codes.shape[1], parameters.shape[1]
+        if num_groups == 1:
+            return parameters
+        return parameters.repeat_interleave(num_columns // num_groups, 1)
+
+
+@frozen(eq=False)
 class Layer:
     """One linear layer, several stacked by rows because they read the same input, or a tile of
     whole rows of either.
@@ -35,6 +78,9 @@ class Layer:
         qparams: what is stored beside the codes, by name: "scale" (out, groups), "zero_point", ...
             The leading axis follows the rows (one entry per row or per `row_block` of them); a
             tensor without axes is one number for the whole stack.
+        quantized: what the weight was decoded from, where the source holds it so: a scheme that can
+            store these very numbers need not round them again. None in a calibrated run, and where
+            the source holds numbers.
     """
 
     name: str
@@ -44,6 +90,7 @@ class Layer:
     original_weight: Tensor | None = field(default=None, repr=False)
     codes: Tensor | None = field(default=None, repr=False)
     qparams: Mapping[str, Tensor] = field(factory=dict, repr=False)
+    quantized: QuantizedTensor | None = field(default=None, repr=False)
 
     @property
     def weight(self) -> Tensor:
