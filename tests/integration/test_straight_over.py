@@ -123,7 +123,7 @@ def test_codes_are_kept(tmp_path: Path, name: str) -> None:
     words = [word for setting in settings for word in ("--set", setting)]
     done = command("compress", model, tmp_path / "out", "--scheme", scheme, *words)
     assert done.returncode == 0, done.stderr
-    assert f"{len(weights)} of them hold the very numbers of the source" in done.stdout
+    assert f"{len(weights)} of them hold the source's very numbers" in done.stdout
     manifest = bitpress.inspect(tmp_path / "out")
     assert {layer.error for layer in manifest.layers.values()} == {0.0}
     bitpress.decompress(tmp_path / "out", tmp_path / "dense")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,23 @@ def test_a_plain_model_is_not_decompressed(tmp_path: Path, installed: Path) -> N
     line = refusal("decompress", plain, tmp_path / "dense", path=installed)
     assert "was not written by bitpress" in line
     assert not (tmp_path / "dense").exists()
+
+
+def test_a_source_is_inspected(model: Path, installed: Path) -> None:
+    done = command("inspect", model, path=installed)
+    assert done.returncode == 0, done.stderr
+    assert "toy codes: 1 weights of 8.12 bits on average, scales included" in done.stdout
+    assert f"{LAYER}.weight" in done.stdout
+    shown = json.loads(command("inspect", model, "--json", path=installed).stdout)
+    assert shown["method"] == "toy codes"
+    assert shown["weights"][f"{LAYER}.weight"]["shape"] == [128, 256]
+
+
+def test_a_source_is_verified(model: Path, tmp_path: Path, installed: Path) -> None:
+    assert command("verify", model, path=installed).returncode == 0
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+    tensors[f"{LAYER}.steps"][3] = float("nan")
+    broken = write_model(tmp_path / "broken", tensors, QUANTIZED)
+    done = command("verify", broken, path=installed)
+    assert done.returncode == 1
+    assert f"{LAYER}.weight: it is decoded to NaN or infinity" in done.stderr

@@ -47,6 +47,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
+# What describes a model in the layout of mistral-inference, which has no `config.json`.
+MISTRAL_CONFIG = "params.json"
+
 # Lists and tables within one another in a JSON file.
 MAX_JSON_DEPTH = 100
 
@@ -99,6 +102,12 @@ def open_checkpoint(
     Raises:
         CheckpointError: it is not a model folder, or index, headers and files do not agree.
     """
+    if (folder / MISTRAL_CONFIG).is_file() and not (folder / CONFIG).exists():
+        raise CheckpointError(
+            f"{folder}: it is in Mistral's own layout, with {MISTRAL_CONFIG}: take the files that "
+            f"transformers reads ({CONFIG}, model*.safetensors) from the same repository, or "
+            "convert it with convert_mistral_weights_to_hf.py of transformers 4"
+        )
     config = read_json(folder / CONFIG) if config is None else config
     headers: dict[str, Header] = {}
     entries: dict[str, Entry] = {}

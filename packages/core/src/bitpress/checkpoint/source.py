@@ -51,9 +51,9 @@ def resolve_source(checkpoint: Checkpoint) -> Source:
     return attrs.evolve(source, method=found.method, remarks=tuple(found.remarks))
 
 
-def require_readable(source: Checkpoint | None) -> None:
+def require_readable(source: Checkpoint) -> None:
     """Raise CheckpointError where a source is quantized, and no source format reads it."""
-    if source is None or (method := source.model_config.quantization_method) is None:
+    if (method := source.model_config.quantization_method) is None:
         return
     raise CheckpointError(
         f"{source.folder} is already quantized ({method}), and "

@@ -19,6 +19,7 @@ from bitpress.cli.plan_output import DeviceMemory, PlanSummary, Requirements, pr
 from bitpress.cli.recommend_output import RecommendSummary
 from bitpress.cli.scheme_output import RegistrySummary, SchemeSummary
 from bitpress.cli.search_output import SearchSummary
+from bitpress.cli.source_output import SourceSummary
 from bitpress.cli.text import (
     garbage_collection_paused,
     print_notes,
@@ -323,11 +324,15 @@ def evaluate(
 @options.lists_all
 @options.as_json
 def inspect(out: Path, lists_all: bool) -> None:
-    """Show the schemes, bits and errors of an output's layers."""
+    """Show the schemes, bits and errors of an output's layers, or the bits of a quantized model."""
     with garbage_collection_paused():
         from bitpress import api
+        from bitpress.output.source_proof import describe_source, open_source
 
-    show(InspectSummary(api.inspect(out), lists_all))
+    if source := open_source(out):
+        show(SourceSummary(describe_source(source), lists_all))
+    else:
+        show(InspectSummary(api.inspect(out), lists_all))
 
 
 @app.command()

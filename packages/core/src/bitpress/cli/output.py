@@ -66,9 +66,7 @@ class CompressSummary:
         if self.is_verified:
             say(f"verified: {len(manifest.layers)} layers read back and compared with the source")
             if exact := sum(layer.error == 0 for layer in manifest.layers.values()):
-                say(
-                    f"{exact} of them hold the very numbers of the source: nothing was rounded again"
-                )
+                say(f"{exact} of them hold the source's very numbers: nothing was rounded again")
             self._print_outliers()
         else:
             say("not verified (--no-verify)")

@@ -14,14 +14,9 @@ from attrs import frozen
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.filenames import INDEX, MANIFEST
 from bitpress.checkpoint.model_config import KEY
-from bitpress.checkpoint.reader import DTYPES, Checkpoint, Reader, open_checkpoint
+from bitpress.checkpoint.reader import DTYPES, Reader, open_checkpoint
 from bitpress.checkpoint.safetensors import Entry, Header, TensorSpec, lay_out, make_index
-from bitpress.checkpoint.source import (
-    Source,
-    fuse_uncompressed_experts,
-    require_readable,
-    resolve_source,
-)
+from bitpress.checkpoint.source import Source, fuse_uncompressed_experts
 from bitpress.checkpoint.views import View
 from bitpress.checkpoint.writer import (
     OutputFolder,
@@ -32,6 +27,7 @@ from bitpress.checkpoint.writer import (
 )
 from bitpress.output.manifest import read_manifest
 from bitpress.output.open_model import open_written
+from bitpress.output.source_proof import open_source
 from bitpress.output.written_model import WrittenModel
 from bitpress.runtime.devices import torch_threads
 from bitpress.runtime.progress import Progress, copy_work
@@ -78,14 +74,9 @@ def decompress(folder: Path, target: Path, progress: Progress) -> None:
     Raises:
         CheckpointError: the folder is neither.
     """
-    checkpoint = open_checkpoint(folder)
-    source = None if (folder / MANIFEST).is_file() else resolve_source(checkpoint)
-    if source is None or source.method is None:
-        require_readable(source)
-        model = _from_output(checkpoint, target)
-    else:
-        model = _from_source(source, target)
-    permissions = Permissions.of(folder, checkpoint.headers)
+    source = open_source(folder)
+    model = _from_source(source, target) if source else _from_output(folder, target)
+    permissions = Permissions.of(folder, model.headers)
     with torch_threads(1), OutputFolder(target, permissions) as output:
         _write(model, output, progress)
 
@@ -136,8 +127,9 @@ def _from_source(source: Source, target: Path) -> _DenseModel:
     )
 
 
-def _from_output(checkpoint: Checkpoint, target: Path) -> _DenseModel:
+def _from_output(folder: Path, target: Path) -> _DenseModel:
     """An output, its layers dequantized."""
+    checkpoint = open_checkpoint(folder)
     # what --copy took from the source goes back
     files = read_manifest(checkpoint.folder).files
     copied = [name for name in checkpoint.left_files if name in files]

@@ -17,6 +17,7 @@ from bitpress.output.engine_check import find_engine_faults
 from bitpress.output.file_proof import Workers
 from bitpress.output.manifest import Manifest, is_intact, read_manifest
 from bitpress.output.open_model import read_recipe, read_written
+from bitpress.output.source_proof import open_source, prove_source
 from bitpress.output.verify import VerificationReport, verify_tensors
 from bitpress.planning.rotation import rotate_source
 from bitpress.runtime.devices import torch_threads
@@ -47,6 +48,8 @@ def prove_folder(
             "the rest is proved by"
         )
         return VerificationReport((Fault(filenames.MANIFEST, fault),), {})
+    if against is None and (model := open_source(folder)):
+        return prove_source(model, workers, progress)
     manifest = read_manifest(folder)
     source = None
     if against is not None:

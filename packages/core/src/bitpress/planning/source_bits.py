@@ -38,7 +38,7 @@ def describe_source(source: Source, compressed: Iterable[str]) -> Iterator[str]:
     """
     if not source.method:
         return
-    weights = [entry for entry in source.entries.values() if _is_quantized(entry)]
+    weights = find_quantized(source)
     if weights:
         bits = 8 * sum(map(_file_bytes, weights)) / sum(entry.numel for entry in weights)
         yield (
@@ -55,13 +55,14 @@ def describe_source(source: Source, compressed: Iterable[str]) -> Iterator[str]:
     yield from source.remarks
 
 
+def find_quantized(source: Source) -> list[Entry]:
+    """The tensors that the files hold in fewer bits than they are read in."""
+    return [entry for entry in source.entries.values() if _file_bytes(entry) < entry.nbytes]
+
+
 def stored_bits(entry: Entry) -> float:
     """Bits per weight of what the files hold of a tensor, scales included."""
     return 8 * _file_bytes(entry) / max(entry.numel, 1)
-
-
-def _is_quantized(entry: Entry) -> bool:
-    return _file_bytes(entry) < entry.nbytes
 
 
 def _file_bytes(entry: Entry) -> int:
