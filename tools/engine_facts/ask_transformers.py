@@ -57,7 +57,8 @@ def ask(architecture: str) -> Json:
 
 def _shorten(name: str, kind: str, names_in_model: list[str]) -> Json | str:
     """A layer's kind, with its names in the model where they differ from that in the files."""
-    if names_in_model == [name]:
+    # Embeddings without names are such as an engine does not look for.
+    if names_in_model == [name] and kind != "embedding":
         return kind
     return {kind: names_in_model[0] if len(names_in_model) == 1 else names_in_model}
 

@@ -221,7 +221,8 @@ def _describe(parameter: str, model: torch.nn.Module, recording: RecordingConfig
     prefix = recording.prefixes.get(id(module))
     kind = next((kind for cls, kind in KINDS if isinstance(module, cls)), None)
     if kind == "embedding" or isinstance(module, torch.nn.Embedding):
-        return {"kind": "embedding"}
+        # A class need not pass the config and a name on to it.
+        return {"kind": "embedding"} | ({"asked_as": [prefix]} if prefix else {})
     if prefix is None or kind is None:
         is_linear = isinstance(module, LinearBase | torch.nn.Linear)
         return {"kind": "never" if is_linear else "other"}
@@ -290,7 +291,9 @@ def _shorten(name: str, fact: Json) -> Json | str:
         table[fact["kind"]] = fact["asked_as"][0]
     if fact["listed_as"] != name:
         table["listed_as"] = fact["listed_as"]
-    is_plain = fact["asked_as"] in ([], [name]) and len(table) == 1
+    # An embedding without names is one that the engine does not look for.
+    plain = [[]] if fact["kind"] == "embedding" else [[], [name]]
+    is_plain = fact["asked_as"] in plain and len(table) == 1
     return str(fact["kind"]) if is_plain else table
 
 

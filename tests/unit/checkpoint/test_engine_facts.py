@@ -71,7 +71,7 @@ def test_a_layer_that_nobody_asked_about_has_no_facts() -> None:
 
 WHY = {
     "model.layers.0.mamba.x_proj": "engine 1.0 never quantizes it",
-    "model.embed_tokens": "an embedding in engine 1.0",
+    "model.embed_tokens": "engine 1.0 looks for it under no name, and reads it as it is",
     "model.layers.0.mlp.down_proj": "engine 1.0: it is small",
     "model.layers.0.mlp.up_proj": None,
 }

@@ -159,7 +159,7 @@ def test_plan_says_what_a_head_takes_that_could_be_compressed(
     model = untied_model(tmp_path / "m")
     words = ["plan", model, "--scheme", "toy"]
     # 96 words of 128 channels in bfloat16
-    offer = "head    0.02 MB stay as they are: --head NAME compresses it"
+    offer = "outside 0.02 MB of head stay as they are: --head NAME compresses them"
     assert offer in command(*words, path=with_toy).stdout
     assert "--head NAME" not in command(*words, "--head", "toy", path=with_toy).stdout
 
@@ -172,7 +172,7 @@ def test_a_head_that_is_tied_is_refused(tmp_path: Path, with_toy: Path) -> None:
     assert "stores no head, which is tied to the embeddings" in line
     both = untied_model(tmp_path / "both", UNTIED | {"tie_word_embeddings": True})
     line = refusal("plan", both, "--scheme", "toy", "--head", "toy", path=with_toy)
-    assert "lm_head is tied to the embeddings" in line
+    assert "lm_head cannot be compressed: the head is tied to the embeddings" in line
 
 
 def test_a_head_that_an_engine_does_not_look_for_is_refused(tmp_path: Path, with_toy: Path) -> None:

@@ -44,7 +44,7 @@ WRONG = {
         "model.layers.0.mamba.x_proj": "never quantizes it",
     },
     "t5": {
-        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias": "an embedding in",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias": "takes it for plain",
     },
     "bloom": {
         "transformer.h.0.self_attention.query_key_value": "moves the rows of every tensor",

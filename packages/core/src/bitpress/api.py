@@ -70,6 +70,7 @@ def plan(  # noqa: PLR0913
     ignore: Texts = (),
     copy: Texts = (),
     head: str | None = None,
+    embeddings: str | None = None,
     more_bits: bool = False,
     serve_on: Hardware | str | None = None,
 ) -> Plan:
@@ -83,14 +84,14 @@ def plan(  # noqa: PLR0913
         effort: "low" (least data and time), "normal" or "high" (best rounding) in what is not set.
         ignore: patterns of layers to leave alone.
         copy: patterns of files to copy, beside those that loaders read.
-        head: a scheme for the head, which is then compressed too, without data.
+        head, embeddings: schemes for these, which are then compressed too, without data.
         more_bits: whether layers may get more bits than the source holds them in.
         serve_on: the device that will serve the result, or its name; None: the one present.
 
     Raises:
         BitpressError: the model, the recipe, or their combination cannot be carried out.
     """
-    changes = settings, ignore, effort, head, more_bits
+    changes = settings, ignore, effort, head, embeddings, more_bits
     recipe_source = arguments.read_recipe_source(scheme, recipe, changes, copy)
     hardware = arguments.read_hardware("serve_on", serve_on)
     plan = plan_from(arguments.read_model("model", model), recipe_source, hardware)
@@ -123,8 +124,7 @@ def recommend(
     Raises:
         BitpressError: the model cannot be compressed, or no scheme is installed.
     """
-    level = arguments.read_effort(effort)
-    device = arguments.read_hardware("serve_on", serve_on)
+    level, device = arguments.read_effort(effort), arguments.read_hardware("serve_on", serve_on)
     num_bytes = arguments.read_size("memory", memory)
     source = open_checkpoint(resolve(arguments.read_model("model", model)))
     return make_recommendation(source, discover(), device, num_bytes, level)
@@ -143,6 +143,7 @@ def compress(  # noqa: PLR0913
     ignore: Texts = (),
     copy: Texts = (),
     head: str | None = None,
+    embeddings: str | None = None,
     more_bits: bool = False,
     calibration: Calibration = None,
     samples: int = CalibrationConfig().samples,
@@ -168,7 +169,7 @@ def compress(  # noqa: PLR0913
 
     Args:
         copy: patterns of files to copy, beside those that loaders read.
-        head: a scheme for the head, which is then compressed too, without data.
+        head, embeddings: schemes for these, which are then compressed too, without data.
         more_bits: whether layers may get more bits than the source holds them in.
         calibration: a .jsonl, .json, .txt or .parquet file, a folder of them, or a dataset's name;
             or a list of texts, or of rows as such files hold them. None takes the text that ships
@@ -199,11 +200,10 @@ def compress(  # noqa: PLR0913
             `config.json` was not written. After the second the shards stay, and the same call with
             another `max_kl` resumes from them.
     """
-    changes = settings, ignore, effort, head, more_bits
+    changes = settings, ignore, effort, head, embeddings, more_bits
     recipe_source = arguments.read_recipe_source(scheme, recipe, changes, copy)
-    size = (samples, sequence_length, seed)
     config = arguments.read_calibration_config(
-        calibration, size, CalibrationConfig(all_experts=all_experts)
+        calibration, (samples, sequence_length, seed), CalibrationConfig(all_experts=all_experts)
     )
     options = attrs.evolve(
         arguments.read_run_options(device, threads, max_memory, trust_remote_code),
@@ -262,8 +262,8 @@ def search(  # noqa: PLR0913
         arguments.read_texts("ignore", ignore),
         arguments.read_effort(effort),
     )
-    size = (samples, sequence_length, seed)
     defaults = CalibrationConfig(samples=searching.NUM_SEQUENCES, all_experts=all_experts)
+    size = (samples, sequence_length, seed)
     config = arguments.read_calibration_config(calibration, size, defaults)
     options = arguments.read_run_options(device, threads, max_memory, trust_remote_code)
     file, progress = arguments.read_path("out", out), choose_progress(progress)

@@ -20,8 +20,9 @@ from bitpress.checkpoint.safetensors import TensorSpec
 # Kinds of layers that an engine asks its quantization config for.
 QUANTIZABLE = ("linear", "experts")
 
-# Another, for which it is asked if a model passes it on.
-HEAD_KIND = "head"
+# Others, for which it is asked if a model passes it on, and by name alone.
+HEAD_KIND, EMBEDDING_KIND = "head", "embedding"
+BY_NAME = (HEAD_KIND, EMBEDDING_KIND)
 
 # The target that names the class of all linear layers.
 EVERY_LINEAR = "Linear"
@@ -47,13 +48,14 @@ class EngineLayer:
 
     @property
     def is_quantizable(self) -> bool:
-        """Whether the engine asks how it is quantized: for a head, under a name."""
-        return self.kind in QUANTIZABLE or (self.is_head and all(self.asked_as))
+        """Whether the engine asks how it is quantized: for heads and embeddings, under a name."""
+        has_names = bool(self.asked_as) and all(self.asked_as)
+        return self.kind in QUANTIZABLE or (self.is_by_name and has_names)
 
     @property
-    def is_head(self) -> bool:
-        """Whether its outputs are logits: the target `EVERY_LINEAR` does not stand for it."""
-        return self.kind == HEAD_KIND
+    def is_by_name(self) -> bool:
+        """Whether it is a head or embeddings: the target `EVERY_LINEAR` does not stand for it."""
+        return self.kind in BY_NAME
 
 
 @frozen(eq=False, slots=False)
@@ -128,9 +130,7 @@ class EngineFacts:
         layer = self.layer(name)
         if layer is None or layer.is_quantizable:
             return None
-        if layer.kind == "embedding":
-            return f"an embedding in {self.engine}"
-        if layer.is_head:
+        if layer.is_by_name:
             return f"{self.engine} looks for it under no name, and reads it as it is"
         return f"{self.engine} never quantizes it"
 
@@ -227,7 +227,7 @@ class QuantizedLayers:
         """The groups that a layer is in, once each; None stands for a name that is ignored, or is
         no target.
         """
-        by_class = not layer.is_head
+        by_class = not layer.is_by_name
         return list(dict.fromkeys(self.group(name, by_class=by_class) for name in layer.asked_as))
 
     def group(self, name: str, *, by_class: bool = True) -> str | None:
@@ -277,7 +277,7 @@ def is_embedding(layer: str, engines: Iterable[EngineFacts]) -> bool:
         layer: its name in the files, without `.weight`.
     """
     kinds = {fact.kind for facts in engines if (fact := facts.layer(layer))}
-    return kinds == {"embedding"} or (not kinds and "embed" in layer.rpartition(".")[2])
+    return kinds == {EMBEDDING_KIND} or (not kinds and "embed" in layer.rpartition(".")[2])
 
 
 def is_head(layer: str, engines: Iterable[EngineFacts]) -> bool:
@@ -350,7 +350,8 @@ def _layer(facts: EngineFacts, name: str) -> EngineLayer | None:
     if fact is None:
         return None
     if isinstance(fact, str):
-        return EngineLayer(fact, (name,), name)
+        # Embeddings that an engine asks for have a table.
+        return EngineLayer(fact, () if fact == EMBEDDING_KIND else (name,), name)
     table = dict(fact)
     numbers = layer_names.numbers(name)
     listed_as = layer_names.fill(table.pop("listed_as", pattern), numbers)

@@ -242,6 +242,12 @@ recipe = combine(
         help="Compress the head (lm_head) too, without data.",
     ),
     click.option(
+        "--embeddings",
+        metavar="SCHEME",
+        shell_complete=complete_scheme,
+        help="Compress the embeddings too, without data.",
+    ),
+    click.option(
         "--more-bits",
         is_flag=True,
         help="Allow more bits per weight than the source holds.",

@@ -181,7 +181,7 @@ def _describe_copies(plan: Plan) -> str:
 
 def _print_sizes(plan: Plan) -> None:
     # it imports torch, which takes a second
-    from bitpress.planning import attention_caches, output_head
+    from bitpress.planning import attention_caches, outer_layers
 
     num_layers = sum(len(stack.members) for stack in plan.stacks)
     say(
@@ -196,8 +196,12 @@ def _print_sizes(plan: Plan) -> None:
         f"{sum(plan.file_sizes.values()):,} bytes in {len(plan.file_sizes)} files; beside "
         "them bitpress.json and README.md",
     )
-    if head := output_head.find_plain_head(plan.source, plan.fragments):
-        say_fact("head", f"{format_bytes(head.nbytes)} stay as they are: --head NAME compresses it")
+    for outer, entry in outer_layers.find_plain(plan.source, plan.fragments):
+        size = format_bytes(entry.nbytes)
+        say_fact(
+            "outside",
+            f"{size} of {outer.what} stay as they are: {outer.option} NAME compresses them",
+        )
     if plan.caches:
         say_fact("cache", attention_caches.describe_caches(plan.caches))
     say_what_is_left(plan.source.left_files)

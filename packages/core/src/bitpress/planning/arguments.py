@@ -29,10 +29,10 @@ def read_recipe_source(
     """A scheme or a recipe, and what is changed in it.
 
     Args:
-        changes: settings, patterns of layers to ignore, the level of effort, the head's scheme, and
-            whether layers may get more bits than the source has.
+        changes: settings, patterns of layers to ignore, the level of effort, the schemes of head
+            and embeddings, and whether layers may get more bits than the source has.
     """
-    settings, ignore, effort, head, more_bits = changes
+    settings, ignore, effort, head, embeddings, more_bits = changes
     recipe = read_recipe(recipe)
     return RecipeSource(
         read_scheme(scheme),
@@ -43,6 +43,7 @@ def read_recipe_source(
         recipe if isinstance(recipe, dict) else None,
         read_effort(effort),
         read_scheme(head),
+        read_scheme(embeddings),
         read_flag("more_bits", more_bits),
     )
 

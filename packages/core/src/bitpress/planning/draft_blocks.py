@@ -10,6 +10,9 @@ from bitpress.checkpoint.layer_names import BLOCK, OUTSIDE
 # The name of a list of such blocks.
 DRAFTS = re.compile(r"mtp|nextn", re.IGNORECASE)
 
+# Lists whose class in vLLM reads what is outside the blocks as it is.
+PLAIN_OUTSIDE = re.compile(r"\.mtp_(layers|block)\.")
+
 # The list in which most of vLLM's classes for drafts count them, whatever the files call it.
 IN_VLLM = "model.layers"
 
@@ -32,6 +35,13 @@ def names_in_vllm(tensors: Iterable[str], num_layers: int | None) -> dict[str, s
             number = num_layers + int(match["index"])
             names[tensor.removesuffix(".weight")] = f"{IN_VLLM}.{number}.{match['inside']}"
     return names
+
+
+def read_plain_layers(tensors: Iterable[str]) -> bool:
+    """Whether vLLM's class for drafts reads head and embeddings as they are stored in the source:
+    those for the lists of MiMo and Ernie 4.5 pass no config on to them.
+    """
+    return any(PLAIN_OUTSIDE.search(name) for name in tensors)
 
 
 def has_drafts(tensors: Iterable[str], num_layers: int | None) -> bool:

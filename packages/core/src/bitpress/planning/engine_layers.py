@@ -7,9 +7,17 @@ from typing import Any
 
 from attrs import frozen
 
-from bitpress.checkpoint.engine_facts import EngineFacts, EngineLayer, QuantizedLayers
+from bitpress.checkpoint.engine_facts import (
+    EMBEDDING_KIND,
+    EngineFacts,
+    EngineLayer,
+    QuantizedLayers,
+)
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import Fault
+
+# compressed-tensors' format of integers in 32-bit words.
+PACKED_FORMAT = "pack-quantized"
 
 # Tensors that hold a layer's codes.
 CODES = ("weight", "weight_packed")
@@ -84,6 +92,9 @@ def _check_engine_layer(
         if reason is not None:
             yield Fault(module, f"it is compressed, and must be stored as it was: {reason}")
         yield from _check_limits(config.facts, module, layers.tensors[module])
+        for group in layers.groups_of[module] if layer.kind == EMBEDDING_KIND else ():
+            if text := explain_embedding_layout(layers.groups[group]):
+                yield Fault(module, text)
     if reason is not None or not layer.is_quantizable:
         return
 
@@ -102,6 +113,28 @@ def _check_engine_layer(
             f"it is compressed, and {engine}, which looks for it as {names}, takes it for "
             f"{'plain' if groups == [None] else 'something else'}",
         )
+
+
+def explain_embedding_layout(group: ConfigGroup | None) -> str | None:
+    """Why vLLM does not look up rows of a layout that its linear layers may have.
+
+    Args:
+        group: a layer's config fragment.
+
+    Returns:
+        The reason, or None where it does.
+    """
+    weights = (group or {}).get("weights") or {}
+    is_read = (
+        (group or {}).get("format") == PACKED_FORMAT
+        and weights.get("type") == "int"
+        and weights.get("symmetric", True)
+        and weights.get("strategy") in ("channel", "group")
+        and not (group or {}).get("input_activations")
+    )
+    if is_read:
+        return None
+    return "vLLM reads embeddings in symmetric packed integers alone, of plain inputs"
 
 
 def _check_limits(facts: EngineFacts, module: str, tensors: ModuleTensors) -> Iterator[Fault]:

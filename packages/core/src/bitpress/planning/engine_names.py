@@ -29,7 +29,9 @@ def names_to_ignore(
     groups = {"all": {"targets": [EVERY_LINEAR]}}
     reading = QuantizedLayers.read(facts, {"ignore": listed, "config_groups": groups})
     missing: dict[str, list[str]] = {}
-    names = [name for layer in _asked(facts, plain) if not layer.is_head for name in layer.asked_as]
+    names = [
+        name for layer in _asked(facts, plain) if not layer.is_by_name for name in layer.asked_as
+    ]
     for name in (*names, *facts.unnamed_examples):
         if reading.group(name) is not None:
             missing.setdefault(star(name), []).append(name)
@@ -53,7 +55,7 @@ def names_to_target(facts: EngineFacts, listed: Sequence[str]) -> Iterator[str]:
     reading = QuantizedLayers.read(facts, {"config_groups": groups})
     for layer in _asked(facts, listed):
         for name in layer.asked_as:
-            if reading.group(name, by_class=not layer.is_head) is None:
+            if reading.group(name, by_class=not layer.is_by_name) is None:
                 yield _expression(name)
 
 

@@ -27,14 +27,12 @@ from bitpress.errors import Fault
 from bitpress.planning import config_rules, draft_blocks, engine_layers
 from bitpress.planning.engine_layers import (
     CODES,
+    PACKED_FORMAT,
     ConfigGroup,
     LinearLayers,
     ModuleTensors,
     is_compressed,
 )
-
-# compressed-tensors' format of integers in 32-bit words.
-PACKED_FORMAT = "pack-quantized"
 
 # Endings of tensors that two layers share once an engine has fused them.
 SHARED_SUFFIXES = ("_scale", "_zero_point")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from bitpress.checkpoint.engine_facts import EngineFacts, facts_of, fused_leaves
+from bitpress.checkpoint.engine_facts import EngineFacts, facts_of, fused_leaves, is_embedding
 from bitpress.checkpoint.layer_names import (
     BLOCK,
     OUTSIDE,
@@ -112,6 +112,8 @@ def _num_bytes(layers: Mapping[str, Entry]) -> int:
 
 def _why_plain(module: str, engines: Sequence[EngineFacts]) -> str | None:
     """Why an engine must find a layer as it is; None where all may quantize it."""
+    if is_embedding(module, engines):
+        return "embeddings"
     return next(filter(None, (facts.why_not_quantized(module) for facts in engines)), None)
 
 

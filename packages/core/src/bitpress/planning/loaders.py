@@ -9,8 +9,9 @@ import torch
 from attrs import frozen
 
 from bitpress.checkpoint import layer_names
-from bitpress.checkpoint.engine_facts import engines_without
-from bitpress.planning import engine_rules, tensor_parallel
+from bitpress.checkpoint.engine_facts import engines_without, facts_of, is_embedding
+from bitpress.planning import tensor_parallel
+from bitpress.planning.engine_layers import PACKED_FORMAT
 from bitpress.planning.plan import Plan
 from bitpress.schemes.hardware import DEVICES, describe_devices
 from bitpress.schemes.values import USABLE
@@ -49,7 +50,7 @@ def describe_loaders(plan: Plan) -> Loaders:
         devices,
         reason,
         next(_explain_transformers(plan), None),
-        any(map(_has_zero_points, plan.fragments.values())),
+        _has_embeddings(plan) or any(map(_has_zero_points, plan.fragments.values())),
     )
 
 
@@ -81,12 +82,26 @@ def _explain_transformers(plan: Plan) -> Iterator[str]:
     for engine in engines_without(plan.source.config):
         if engine.startswith("transformers"):
             yield f"{engine} does not list this architecture"
+    formats = [fragment for fragment in plan.fragments.values() if fragment is not None]
+    if _has_embeddings(plan) and any(fragment != formats[0] for fragment in formats):
+        yield (
+            "it reads compressed embeddings only where it dequantizes weights while it loads them, "
+            "and does so in one format alone"
+        )
     for stack in plan.stacks:
         for step in stack.steps:
             if step.options.transformers_reason is not None:
                 yield step.options.transformers_reason
         for module in stack.members:
             yield from _explain_layer(plan, module)
+
+
+def _has_embeddings(plan: Plan) -> bool:
+    """Whether embeddings are compressed: transformers 5.24 computes with the weight of a module of
+    this class at once, and compressed-tensors 0.20 leaves it packed until the first forward pass.
+    """
+    engines = facts_of(plan.source.config)
+    return any(is_embedding(module, engines) for module in plan.fragments)
 
 
 def _explain_layer(plan: Plan, module: str) -> Iterator[str]:
@@ -122,6 +137,6 @@ def _has_zero_points(fragment: Mapping[str, Any] | None) -> bool:
     transformers 5.24 with compressed-tensors 0.20 makes room for them unpacked, and takes no file
     that packs them, unless it dequantizes the weights while it loads them.
     """
-    if fragment is None or fragment.get("format") != engine_rules.PACKED_FORMAT:
+    if fragment is None or fragment.get("format") != PACKED_FORMAT:
         return False
     return not (fragment.get("weights") or {}).get("symmetric", True)

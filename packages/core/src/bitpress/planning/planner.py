@@ -16,6 +16,7 @@ from bitpress.checkpoint.engine_facts import (
     architecture_of,
     engines_without,
     facts_of,
+    is_embedding,
 )
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.rotated_source import round_copies, unrotate
@@ -27,12 +28,13 @@ from bitpress.checkpoint.source import (
     resolve_source,
 )
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
-from bitpress.planning import linear_layers, output_head
+from bitpress.planning import linear_layers, outer_layers
 from bitpress.planning.attention_caches import (
     cache_config,
     describe_others,
     find_caches,
 )
+from bitpress.planning.engine_layers import explain_embedding_layout
 from bitpress.planning.ignored_layers import ignored_layers
 from bitpress.planning.layout import Stack, cut_shards
 from bitpress.planning.plan import Plan
@@ -67,12 +69,12 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     if recipe.rotates:
         source = rotate_source(source)
     layers = linear_layers.linear_layers(source)
-    recipe = output_head.name_head(recipe, source, engines)
-    head = output_head.find_head(recipe, source, engines)
-    steps_of = _assign_steps(source, recipe, layers, head)
+    recipe = outer_layers.name_outer_layers(recipe, source, engines)
+    outer = outer_layers.find_outer_layers(recipe, source, engines)
+    steps_of = _assign_steps(source, recipe, layers, outer)
     caches = find_caches(source, layers, recipe.cache)
 
-    stacks = _group_stacks(layers | head, steps_of, engines)
+    stacks = _group_stacks(layers | outer, steps_of, engines)
     if not stacks and not caches:
         raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
     _check_stacks(stacks.values(), source, recipe, engines)
@@ -103,7 +105,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
         shards=tuple(cut_shards(source, stacks, digest, container, caches)),
         ignored=ignored,
         warnings=(
-            *_warnings(source, recipe, [*layers, *head], list(fragments)),
+            *_warnings(source, recipe, [*layers, *outer], list(fragments)),
             *filter(None, remarks),
         ),
         device=device,
@@ -151,13 +153,13 @@ def _require_head(source: Source, engines: Sequence[EngineFacts]) -> None:
 
 
 def _assign_steps(
-    source: Source, recipe: Recipe, layers: Mapping[str, Entry], head: Mapping[str, Entry]
+    source: Source, recipe: Recipe, layers: Mapping[str, Entry], outer: Mapping[str, Entry]
 ) -> Mapping[str, tuple[Step, ...]]:
     """The steps of every layer; experts that stay in one tensor must get none."""
     # Recipes of other tools ignore what is left alone here in any case, tied or not.
     others = [*(name.rpartition(".")[0] for name in source.entries), "lm_head"]
     unsplit = [experts.module for experts in source.unsplit]
-    steps_of = recipe.assign([*layers, *head, *unsplit], others)
+    steps_of = recipe.assign([*layers, *outer, *unsplit], others)
     for experts in source.unsplit:
         if steps_of[experts.module]:
             leaf = experts.module.rpartition(".")[2]
@@ -265,9 +267,11 @@ def _check_shapes(stack: Stack, engines: Sequence[EngineFacts]) -> None:
                 f"rows would hold rows of two; {fix}"
             )
         try:
-            stored, _ = stack.describe_stored(module)
+            stored, fragment = stack.describe_stored(module)
         except ShapeError as e:
             raise ShapeError(f"layer {module}: {e}; or {fix}") from None
+        if is_embedding(module, engines) and (reason := explain_embedding_layout(fragment)):
+            raise RecipeError(f"{module} cannot be compressed: {reason}")
         for facts, (suffix, spec) in itertools.product(engines, stored.items()):
             if reason := facts.why_unreadable(module, suffix, spec, entry.shape[0]):
                 raise ShapeError(

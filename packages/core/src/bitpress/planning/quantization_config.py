@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitpress.checkpoint.engine_facts import EVERY_LINEAR, EngineFacts, is_head
+from bitpress.checkpoint.engine_facts import EVERY_LINEAR, EngineFacts, is_embedding, is_head
 from bitpress.checkpoint.model_config import METHOD
 from bitpress.errors import RecipeError
 from bitpress.planning.engine_names import names_to_ignore, names_to_target
@@ -52,8 +52,9 @@ def quantization_config(
     # Several groups need the names.
     targets = list(quantized.values())
     if len(quantized) == 1:
-        # that of all linear layers does not stand for a head
-        targets = [[EVERY_LINEAR, *(m for m in targets[0] if is_head(m, engines))]]
+        # that of all linear layers does not stand for a head or embeddings
+        by_name = [m for m in targets[0] if is_head(m, engines) or is_embedding(m, engines)]
+        targets = [[EVERY_LINEAR, *by_name]]
     compressed = {module for modules in quantized.values() for module in modules}
     plain = [module for module in fragments if module not in compressed]
     ignored = [*ignored, *plain]

@@ -18,9 +18,8 @@ from bitpress.schemes.options import format_value
 from bitpress.schemes.registry import Registry, SchemeMatch, Step
 from bitpress.schemes.values import LEAST_EFFORT, NORMAL_EFFORT
 
-# What a rule may call the head of any model.
-HEAD = "lm_head"
-
+# What a rule may call the head and the embeddings of any model.
+HEAD, EMBEDDINGS = "lm_head", "embed_tokens"
 
 # Name and options of the scheme for the cache.
 CacheTable = tuple[str, Mapping[str, Any]]
@@ -44,6 +43,7 @@ class RecipeChanges:
         settings: `[SCHEME.]OPTION=VALUE` texts, which override all other options.
         ignore: patterns of layers to copy unchanged.
         head: the scheme of the head, or several joined by `+`; None leaves it as it is.
+        embeddings: that of the embeddings.
         effort: the level whose options schemes get where neither the recipe nor `settings` say
             anything else.
         more_bits: whether layers may get more bits than the source holds them in.
@@ -53,6 +53,7 @@ class RecipeChanges:
     ignore: Iterable[str] = ()
     effort: str = NORMAL_EFFORT
     head: str | None = None
+    embeddings: str | None = None
     more_bits: bool = False
 
 
@@ -138,8 +139,8 @@ class Recipe:
             if not any(matches(module, pattern) for module in candidates):
                 raise RecipeError(
                     f"the pattern {pattern!r} matches none of the {len(modules)} linear layers"
-                    f"{_suggest(pattern, modules)} (embeddings, norms, routers and vision towers "
-                    "are left alone in any case, and lm_head unless a rule names it)"
+                    f"{_suggest(pattern, modules)} (norms, routers and vision towers are left "
+                    "alone in any case, and lm_head and embed_tokens unless a rule names them)"
                 )
         return {module: self.steps(module) for module in modules}
 
@@ -271,13 +272,14 @@ def _build_recipe(
     Args:
         origin: what errors call the tables.
     """
-    if changes.head is not None:
-        tables = [RuleTable([HEAD], [(n, {}) for n in changes.head.split("+")]), *tables]
+    for name, schemes in ((HEAD, changes.head), (EMBEDDINGS, changes.embeddings)):
+        if schemes is not None:
+            tables = [RuleTable([name], [(n, {}) for n in schemes.split("+")]), *tables]
     names = [name for rule in tables for name, _ in rule.steps]
     names += [cache_table[0]] if cache_table else []
     matches_by_name = {name: registry.find(name) for name in names}
-    schemes = dict.fromkeys(match.scheme.name for match in matches_by_name.values())
-    overrides = _parse_settings(changes.settings, list(schemes), registry)
+    used = dict.fromkeys(match.scheme.name for match in matches_by_name.values())
+    overrides = _parse_settings(changes.settings, list(used), registry)
 
     def make_step(name: str, options: Mapping[str, Any], effort: str, is_cache: bool) -> Step:
         match = matches_by_name[name]
@@ -288,14 +290,16 @@ def _build_recipe(
 
     rules = []
     for rule in tables:
-        # the head is compressed without data
-        effort = LEAST_EFFORT if list(rule.patterns) == [HEAD] else changes.effort
+        # the head and the embeddings are compressed without data
+        is_outer = set(rule.patterns) <= {HEAD, EMBEDDINGS}
+        effort = LEAST_EFFORT if is_outer else changes.effort
         steps = tuple(make_step(name, options, effort, False) for name, options in rule.steps)
         rules += [Rule(pattern, steps) for pattern in rule.patterns]
     cache = make_step(*cache_table, changes.effort, True) if cache_table else None
     recipe = Recipe(tuple(rules), tuple(changes.ignore), cache, changes.more_bits)
     notes = _describe_aliases(matches_by_name)
-    leveled = attrs.evolve(recipe, rules=tuple(r for r in rules if r.match != HEAD)).all_steps
+    in_blocks = tuple(rule for rule in rules if rule.match not in (HEAD, EMBEDDINGS))
+    leveled = attrs.evolve(recipe, rules=in_blocks).all_steps
     return attrs.evolve(recipe, notes=notes + _describe_effort(leveled, changes.effort))
 
 

@@ -28,6 +28,7 @@ class RecipeSource:
         table: what a file would hold.
         effort: the level of what is neither set nor in the recipe.
         head: the scheme of the head, or several joined by `+`; None leaves it as it is.
+        embeddings: that of the embeddings.
         more_bits: whether layers may get more bits than the source holds them in.
     """
 
@@ -39,6 +40,7 @@ class RecipeSource:
     table: Mapping[str, Any] | None = None
     effort: str = NORMAL_EFFORT
     head: str | None = None
+    embeddings: str | None = None
     more_bits: bool = False
 
     def require_one(self) -> None:
@@ -52,7 +54,9 @@ class RecipeSource:
     def resolve(self, registry: Registry) -> Recipe:
         """The recipe; raises RecipeError where there is none."""
         self.require_one()
-        changes = RecipeChanges(self.settings, self.ignore, self.effort, self.head, self.more_bits)
+        changes = RecipeChanges(
+            self.settings, self.ignore, self.effort, self.head, self.embeddings, self.more_bits
+        )
         if self.scheme is not None:
             return recipe.from_scheme(self.scheme, registry, changes)
         if self.table is not None:
@@ -71,6 +75,7 @@ class RecipeSource:
             "--effort": None if self.effort == NORMAL_EFFORT else self.effort,
             "--ignore": self.ignore,
             "--head": self.head,
+            "--embeddings": self.embeddings,
             "--more-bits": self.more_bits,
             "--copy": self.copy,
         }
