@@ -360,5 +360,5 @@ def test_a_spec_counts_the_bytes_of_its_numbers(
 def test_the_layout_of_mistral_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text('{"dim": 128}')
     (tmp_path / "consolidated.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"Mistral's own layout .*convert_mistral_weights"):
+    with pytest.raises(CheckpointError, match=r"Mistral's own layout, .*convert_mistral_weights"):
         open_checkpoint(tmp_path)
