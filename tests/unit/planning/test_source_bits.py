@@ -96,3 +96,13 @@ def test_a_source_is_verified(model: Path, tmp_path: Path, installed: Path) -> N
     done = command("verify", broken, path=installed)
     assert done.returncode == 1
     assert f"{LAYER}.weight: it is decoded to NaN or infinity" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["verify"], ["decompress", "dense"]])
+def test_without_a_package_that_reads_it_a_source_is_refused_with_the_package(
+    model: Path, tmp_path: Path, words: list[str]
+) -> None:
+    others = [tmp_path / word for word in words[1:]]
+    line = refusal(words[0], model, *others, path=install_toy(tmp_path / "toy alone"))
+    assert "was not written by bitpress" in line
+    assert "pip install bitpress-sources" in line

@@ -13,7 +13,8 @@ from attrs import frozen
 from bitpress.checkpoint import filenames
 from bitpress.checkpoint.reader import DTYPES, Reader, open_checkpoint
 from bitpress.checkpoint.safetensors import Entry
-from bitpress.checkpoint.source import Source, require_readable, resolve_source
+from bitpress.checkpoint.source import Source, resolve_source
+from bitpress.checkpoint.source_formats import discover_formats
 from bitpress.errors import CheckpointError, Fault
 from bitpress.output.file_proof import Workers
 from bitpress.output.verify import VerificationReport
@@ -67,7 +68,12 @@ def open_source(folder: Path) -> Source | None:
     if (folder / filenames.MANIFEST).is_file():
         return None
     source = resolve_source(open_checkpoint(folder))
-    require_readable(source)
+    if method := source.model_config.quantization_method:
+        raise CheckpointError(
+            f"{folder} was not written by bitpress, or not to its end: it has no "
+            f"{filenames.MANIFEST}; it is quantized ({method}), and "
+            f"{discover_formats().explain(method)}"
+        )
     return source if source.method else None
 
 
