@@ -105,6 +105,13 @@ def awq(group: int = 64) -> Case:
     return Case(table | {"zero_point": True}, stored, expected.half())
 
 
+def by_auto_round(case: Case, packing: str) -> Case:
+    """The same as AutoRound 0.16 describes it."""
+    table = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "sym": False}
+    stored = {leaf: tensor for leaf, tensor in case.stored.items() if leaf != "g_idx"}
+    return attrs.evolve(case, table=table, stored=stored)
+
+
 def fp4_codes(rows: int = ROWS, columns: int = COLUMNS) -> tuple[Tensor, Tensor]:
     """Bytes with two numbers each, and the numbers."""
     codes = random(rows, columns, high=16)
@@ -212,6 +219,11 @@ CASES: Mapping[str, Callable[[], Case]] = {
     "gptq_v2, 8 bits": lambda: gptq(8, "gptq_v2", ordered=True),
     "gptq, 3 bits": lambda: gptq(3, "gptq", ordered=True),
     "gptq, 2 bits": lambda: gptq(2, "gptq_v2", ordered=True, group=64),
+    "auto-round in the layout of gptq": lambda: by_auto_round(
+        gptq(4, "gptq", ordered=True), "auto_round:auto_gptq"
+    ),
+    "auto-round in its own": lambda: by_auto_round(gptq(4, "gptq_v2", ordered=True), "auto_round"),
+    "auto-round in the layout of awq": lambda: by_auto_round(awq(), "auto_round:auto_awq"),
     "awq": awq,
     "modelopt nvfp4": modelopt_nvfp4,
     "modelopt fp8": modelopt_fp8,

@@ -27,6 +27,12 @@ from bitpress_sources.layouts import Tensors, modules_with, quantization_table, 
 
 BITS = 4
 
+# How AutoRound names the layout in its own method.
+AUTO_ROUND, PACKING = "auto-round", "auto_round:auto_awq"
+
+# Descriptions of which `config.json` has a copy.
+DESCRIPTIONS = ("quant_config.json", "quantization_config.json")
+
 # Rows whose codes share a word, and where each row's code lies in it.
 ROWS_PER_WORD = 32 // BITS
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -38,7 +44,8 @@ def find_quantized_weights(
 ) -> QuantizedSource | None:
     """Layers with `qweight`, by `quant_method`."""
     table = quantization_table(config)
-    if table.get("quant_method") != "awq":
+    method = table.get("quant_method")
+    if method != "awq" and (method, table.get("packing_format")) != (AUTO_ROUND, PACKING):
         return None
     bits, version = table.get("bits", BITS), str(table.get("version", "gemm")).lower()
     if bits != BITS or version != "gemm":
@@ -48,7 +55,9 @@ def find_quantized_weights(
         )
     modules = list(modules_with(tensors, "qweight"))
     return QuantizedSource(
-        "awq", {f"{module}.weight": _weight(tensors, module) for module in modules}
+        str(method),
+        {f"{module}.weight": _weight(tensors, module) for module in modules},
+        left_files=DESCRIPTIONS,
     )
 
 

@@ -1,5 +1,5 @@
 """`quant_method: gptq`: integers packed along the columns (inputs), as AutoGPTQ and GPTQModel write
-them, with columns in any order.
+them, with columns in any order; and `auto-round` in the same layout.
 
 `qweight` is I32 (in · bits / 32, out), `qzeros` I32 (groups, out · bits / 32), `scales` F16
 (groups, out), and `g_idx` I32 (in) the group of each column. The format "gptq" stores each zero
@@ -31,8 +31,11 @@ WORD_BITS = 32
 # By the name of the format, what a stored zero point lacks.
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 
-# The description of older files, of which `config.json` has a copy.
-DESCRIPTION = "quantize_config.json"
+# The same by AutoRound's names of its packings, in a method of its own.
+AUTO_ROUND, PACKING_OFFSETS = "auto-round", {"auto_round:auto_gptq": 1, "auto_round": 0}
+
+# Descriptions of which `config.json` has a copy.
+DESCRIPTIONS = ("quantize_config.json", "quantization_config.json")
 
 
 @hookimpl
@@ -41,41 +44,44 @@ def find_quantized_weights(
 ) -> QuantizedSource | None:
     """Layers with `qweight`, by `quant_method`."""
     table = quantization_table(config)
-    if table.get("quant_method") != "gptq":
+    method, bits = table.get("quant_method"), table.get("bits")
+    if method == "gptq":
+        layout, offsets = table.get("checkpoint_format") or table.get("format"), ZERO_OFFSETS
+    elif method == AUTO_ROUND and table.get("packing_format") in PACKING_OFFSETS:
+        layout, offsets = table["packing_format"], PACKING_OFFSETS
+    else:
         return None
-    layout = str(table.get("checkpoint_format") or table.get("format") or "gptq")
-    bits = table.get("bits")
-    if layout not in ZERO_OFFSETS or type(bits) is not int or bits not in range(2, 9):
+    layout = str(layout or "gptq")
+    if layout not in offsets or type(bits) is not int or bits not in range(2, 9):
         raise CheckpointError(
             f"{folder}: GPTQ of {bits} bits in the format {layout!r}, and 2 to 8 bits in the "
             f"formats {' and '.join(ZERO_OFFSETS)} are read: start from the original"
         )
-    offset = ZERO_OFFSETS[layout]
+    offset = offsets[layout]
     weights = {
-        f"{module}.weight": _weight(tensors, module, bits, offset)
+        f"{module}.weight": _weight(tensors, module, offset)
         for module in modules_with(tensors, "qweight")
     }
     left_out = {f"{m}.g_idx" for m in modules_with(tensors, "g_idx")}
-    return QuantizedSource("gptq", weights, left_out, left_files=[DESCRIPTION])
+    return QuantizedSource(str(method), weights, left_out, left_files=DESCRIPTIONS)
 
 
-def _weight(tensors: Tensors, module: str, bits: int, offset: int) -> QuantizedWeight:
+def _weight(tensors: Tensors, module: str, offset: int) -> QuantizedWeight:
     name = f"{module}.qweight"
     packed = tensors[name]
     scales = require(tensors, f"{module}.scales", name)
     zeros = require(tensors, f"{module}.qzeros", name)
     num_groups, num_rows = scales.shape
+    # layers may differ in their bits, which the zero points tell
+    bits = zeros.shape[-1] * WORD_BITS // max(num_rows, 1)
+    num_columns = packed.shape[0] * WORD_BITS // max(bits, 1)
     parts = {
         "codes": StoredPart(name, WORD_BITS, axis=1),
         "scale": StoredPart(f"{module}.scales", WORD_BITS, axis=1),
         "zero_point": StoredPart(f"{module}.qzeros", bits, axis=1),
     }
-    if order := tensors.get(f"{module}.g_idx"):
+    if f"{module}.g_idx" in tensors:
         parts["group_index"] = StoredPart(f"{module}.g_idx")
-        # layers may differ in their bits, which the columns tell
-        bits = packed.shape[0] * WORD_BITS // max(order.shape[0], 1)
-        parts["zero_point"] = StoredPart(f"{module}.qzeros", bits, axis=1)
-    num_columns = packed.shape[0] * WORD_BITS // max(bits, 1)
     if (
         bits not in range(2, 9)
         or packed.shape[1] != num_rows
