@@ -77,16 +77,16 @@ class DequantizedView(View):
             ]
         return rows
 
-    def quantized_rows(
+    def decode_rows(
         self, reader: MatrixReader, first: int, last: int, device: torch.device = CPU
-    ) -> QuantizedTensor | None:
-        """The codes and scales of rows `first` to `last` (exclusive), where the format has such."""
+    ) -> QuantizedTensor | Tensor:
+        """The codes and scales of rows `first` to `last` (exclusive), or without codes float32."""
         block = self.weight.row_block
         decoded = self._decode(reader, first // block, -(-last // block), device)
-        if not isinstance(decoded, QuantizedTensor):
-            return None
         start = first // block * block
-        return decoded.rows(first - start, last - start)
+        if isinstance(decoded, QuantizedTensor):
+            return decoded.rows(first - start, last - start)
+        return decoded[first - start : last - start]
 
     @property
     def _parts(self) -> list[tuple[str, StoredPart]]:

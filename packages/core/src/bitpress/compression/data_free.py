@@ -28,7 +28,7 @@ from bitpress.runtime.logger import logger
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.runtime.progress import FINISHED_EARLIER, ReportProgress, copy_work
 from bitpress.schemes import pipeline, stored_layout
-from bitpress.schemes.values import Layer, StoredLayer
+from bitpress.schemes.values import Layer, QuantizedTensor, StoredLayer
 
 # Weights of a row tile on a GPU, where each step costs the same few microseconds however few
 # weights it is given.
@@ -177,13 +177,12 @@ def _read_tiles(stack: Stack, reader: Reader, device: torch.device, module: str)
     num_weights = stored_layout.WEIGHTS_PER_TILE if device.type == "cpu" else GPU_TILE_WEIGHTS
     for first, last in stored_layout.row_tiles(entry.shape, stack.steps, num_weights):
         # layers of a stack share scales: what is done for one is done for all
-        quantized = None
         if isinstance(entry, DequantizedView) and has_codes:
-            quantized = entry.quantized_rows(reader, first, last, device)
-        if quantized is None:
-            weight = reader.rows(entry, first, last, device).float()
+            decoded = entry.decode_rows(reader, first, last, device)
         else:
-            weight = quantized.dequantize()
+            decoded = reader.rows(entry, first, last, device).float()
+        quantized = decoded if isinstance(decoded, QuantizedTensor) else None
+        weight = decoded.dequantize() if isinstance(decoded, QuantizedTensor) else decoded
         # one cheap pass: a NaN or Inf anywhere makes the sum so
         if not math.isfinite(weight.sum()):
             _refuse_non_finite(entry, first, weight)
