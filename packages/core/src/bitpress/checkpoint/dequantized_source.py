@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 import torch
-from attrs import frozen
+from attrs import define, frozen
 from torch import Tensor
 
 from bitpress.checkpoint.model_config import text_part, without_quantization
@@ -24,6 +24,20 @@ NUMBERS_PER_PIECE = 1 << 22
 
 # Bytes that this takes of memory for each number: about four of float32.
 PIECE_BYTES = 16
+
+
+@define(eq=False)
+class _ReadParts:
+    """What a thread keeps of a weight between reads of its rows.
+
+    Attributes:
+        whole: parts that are read as a whole.
+        block: the number of the last block that was decoded by itself, on which device, and what it
+            was decoded to: tiles of fewer rows read it again.
+    """
+
+    whole: dict[str, Tensor]
+    block: tuple[int, torch.device, QuantizedTensor | Tensor] | None = None
 
 
 @frozen
@@ -48,9 +62,11 @@ class DequantizedView(View):
 
     @property
     def held_bytes(self) -> int:
-        """Parts that are read as a whole, and what is made of a piece."""
+        """Parts that are read as a whole, a block that is kept, and what is made of a piece."""
         whole = sum(self.parts[role].nbytes for role, part in self._parts if not _is_cut(part))
-        return whole + PIECE_BYTES * min(self.numel, NUMBERS_PER_PIECE)
+        block = self.weight.row_block * self.numel // max(self.shape[0], 1)
+        piece = min(self.numel, max(NUMBERS_PER_PIECE, block))
+        return whole + 4 * block + PIECE_BYTES * piece
 
     def rows(
         self,
@@ -97,23 +113,28 @@ class DequantizedView(View):
     ) -> QuantizedTensor | Tensor:
         """Blocks `first` to `last` (exclusive); without codes float32."""
 
-        def read_whole() -> dict[str, Tensor]:
-            parts = [role for role, part in self._parts if not _is_cut(part)]
-            return {role: reader.whole(self.parts[role]) for role in parts}
+        def read_whole() -> _ReadParts:
+            roles = [role for role, part in self._parts if not _is_cut(part)]
+            return _ReadParts({role: reader.whole(self.parts[role]) for role in roles})
 
-        whole = reader.computed(self, read_whole)
+        read = reader.computed(self, read_whole)
+        is_single = last - first == 1 and self.weight.row_block > 1
+        if is_single and read.block is not None and read.block[:2] == (first, device):
+            return read.block[2]
         tensors = {}
         for role, part in self._parts:
             entry = self.parts[role]
             if part.block_size is None:
-                tensors[role] = whole[role].to(device)
+                tensors[role] = read.whole[role].to(device)
                 continue
             begin, end = first * part.block_size, last * part.block_size
             if part.axis:
-                tensors[role] = whole[role][:, begin:end].to(device)
+                tensors[role] = read.whole[role][:, begin:end].to(device)
             else:
                 tensors[role] = reader.rows(entry, begin, min(end, entry.shape[0]), device)
-        return self.weight.decode(tensors)
+        decoded = self.weight.decode(tensors)
+        read.block = (first, device, decoded) if is_single else None
+        return decoded
 
 
 def _is_cut(part: StoredPart) -> bool:
