@@ -146,3 +146,11 @@ def test_zero_points_are_not_kept_by_symmetric_codes(tmp_path: Path) -> None:
     settings = ["algorithm=rtn", f"group_size={GROUP}"]
     manifest = bitpress.compress(model, tmp_path / "out", scheme="w4a16", settings=settings)
     assert all(layer.error for layer in manifest.layers.values())
+
+
+def test_a_plan_with_data_says_that_codes_are_rounded_again(tmp_path: Path) -> None:
+    model, _ = write_coded(tmp_path / "m", INTEGERS, packed)
+    text = "without it (--effort low) a scheme that can store the source's codes keeps them"
+    for effort, is_said in (("normal", True), ("low", False)):
+        warnings = bitpress.plan(model, scheme="w4a16", effort=effort).warnings
+        assert any(text in line for line in warnings) == is_said

@@ -88,7 +88,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
 
     _require_no_other_tensors(source, fragments)
 
-    remarks = [describe_others(caches, layers), *describe_source(source, fragments)]
+    remarks = [describe_others(caches, layers), *describe_source(source, fragments, recipe)]
     # Experts of which none is compressed are copied as they lie in the files.
     source = round_copies(fuse_uncompressed_experts(source, fragments), fragments)
     ignored = tuple(ignored_layers(source, fragments))

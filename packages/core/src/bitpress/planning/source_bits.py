@@ -11,6 +11,7 @@ from bitpress.checkpoint.source import Source
 from bitpress.checkpoint.views import View
 from bitpress.errors import RecipeError
 from bitpress.planning.layout import Stack
+from bitpress.planning.recipe import Recipe
 
 # Formats of as many bits differ in their scales: MXFP4 has 4.25 bits per weight, and NVFP4 4.5.
 MAX_GROWTH = 1.15
@@ -30,11 +31,13 @@ def require_fewer_bits(source: Source, stacks: Iterable[Stack]) -> None:
                 )
 
 
-def describe_source(source: Source, compressed: Iterable[str]) -> Iterator[str]:
-    """What a user should know of a source's weights: what they have lost, and what grows.
+def describe_source(source: Source, compressed: Iterable[str], recipe: Recipe) -> Iterator[str]:
+    """What a user should know of a source's weights: what they have lost, what grows, and that they
+    are rounded again.
 
     Args:
         compressed: names of modules.
+        recipe: codes are kept where it needs no data.
     """
     if not source.method:
         return
@@ -44,6 +47,11 @@ def describe_source(source: Source, compressed: Iterable[str]) -> Iterator[str]:
         yield (
             f"{len(weights)} tensors of the source hold {bits:.3g} bits per weight "
             f"({source.method}): what they lost stays lost"
+        )
+    if weights and recipe.calibrated:
+        yield (
+            "on data all weights are rounded again; without it (--effort low) a scheme that can "
+            "store the source's codes keeps them"
         )
     names = {f"{module}.weight" for module in compressed}
     if grown := [entry for entry in weights if entry.name not in names]:
