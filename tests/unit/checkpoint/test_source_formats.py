@@ -151,6 +151,26 @@ FAILING = {
 }
 
 
+WRONG_WEIGHTS = {
+    "decode raises": (TOY_SOURCE.replace('parts["steps"])', 'parts["none"])'), "KeyError"),
+    "decode gives other rows": (
+        TOY_SOURCE.replace('parts["codes"], parts["steps"])', 'parts["codes"].T, parts["steps"])'),
+        "and not [",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_WEIGHTS)
+def test_weights_that_a_format_makes_wrongly_are_named(
+    tmp_path: Path, models: tuple[Path, Path], case: str
+) -> None:
+    module, word = WRONG_WEIGHTS[case]
+    path = install_toy_source(install_toy(tmp_path / "plugins"), module)
+    line = refusal("compress", models[0], tmp_path / "out", "--scheme", "toy", "-q", path=path)
+    assert word in line
+    assert "the source format of model.layers." in line
+
+
 @pytest.mark.parametrize("case", FAILING)
 def test_a_format_that_fails_on_a_model_gives_one_line(
     tmp_path: Path, models: tuple[Path, Path], case: str

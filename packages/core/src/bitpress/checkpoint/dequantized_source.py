@@ -15,7 +15,7 @@ from bitpress.checkpoint.quantized_source import QuantizedSource, QuantizedWeigh
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.views import MatrixReader, View
-from bitpress.errors import CheckpointError
+from bitpress.errors import CheckpointError, is_out_of_memory
 from bitpress.runtime.devices import CPU
 from bitpress.schemes.values import QuantizedTensor
 
@@ -132,9 +132,27 @@ class DequantizedView(View):
                 tensors[role] = read.whole[role][:, begin:end].to(device)
             else:
                 tensors[role] = reader.rows(entry, begin, min(end, entry.shape[0]), device)
-        decoded = self.weight.decode(tensors)
+        decoded = self._call_decode(tensors)
+        num_rows = min(last * self.weight.row_block, self.shape[0]) - first * self.weight.row_block
+        shape = (decoded.codes if isinstance(decoded, QuantizedTensor) else decoded).shape
+        if shape != (num_rows, *self.shape[1:]):
+            raise CheckpointError(
+                f"{self.file}: the source format of {self.name} makes {list(shape)} of its parts, "
+                f"and not {[num_rows, *self.shape[1:]]}"
+            )
         read.block = (first, device, decoded) if is_single else None
         return decoded
+
+    def _call_decode(self, tensors: Mapping[str, Tensor]) -> QuantizedTensor | Tensor:
+        try:
+            return self.weight.decode(tensors)
+        except Exception as e:
+            if is_out_of_memory(e):
+                raise
+            raise CheckpointError(
+                f"{self.file}: the source format of {self.name} failed on its parts: "
+                f"{type(e).__name__}: {e}"
+            ) from e
 
 
 def _is_cut(part: StoredPart) -> bool:
