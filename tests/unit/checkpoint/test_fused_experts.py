@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fixtures.toy_scheme import install_toy
+from fixtures.toy_source import TOY_SOURCE, install_toy_source
 
 import bitpress
 from bitpress.checkpoint.engine_facts import NamePatterns
@@ -221,3 +222,21 @@ def test_the_result_decompresses_to_layers_of_their_own(tmp_path: Path, toy: Pat
         assert torch.allclose(
             tensor.float(), expected[name].float(), atol=float(expected[name].abs().max()) / 120
         ), name
+
+
+def test_fused_experts_in_fewer_bits_are_not_cut_by_bytes(tmp_path: Path) -> None:
+    gate_up_name, down_name, module = ARCHITECTURES[FUSED]
+    stored = tensors(False)
+    for name in (gate_up_name, down_name):
+        codes = (stored.pop(name).float() * 20).clamp(-127, 127).char()
+        stored |= {f"{name}.codes": codes, f"{name}.steps": torch.ones(len(codes), 1, 1)}
+    whole = TOY_SOURCE.replace('f"{module}.weight"]', "module]").replace(
+        'QuantizedTensor(parts["codes"], parts["steps"])',
+        'parts["codes"].float() * parts["steps"]',
+    )
+    plugins_folder = install_toy_source(install_toy(tmp_path / "plugins"), whole)
+    quantized = {"quantization_config": {"quant_method": "toy"}}
+    model = write_model(tmp_path / "m", stored, config(FUSED, **quantized))
+    line = refusal("plan", model, "--scheme", "toy", path=plugins_folder)
+    assert f"the experts {module} cannot be compressed" in line
+    assert "quantized" in line

@@ -50,6 +50,11 @@ def split_experts(checkpoint: Checkpoint) -> tuple[dict[str, list[View]], list[U
             unsplit.append(UnsplitExperts(module, reason))
             continue
         gate_up, down = (tensors[leaf] for leaf in pair)
+        if isinstance(gate_up, View) or isinstance(down, View):
+            # a matrix of them is no run of bytes in a file
+            reason = f"{gate_up.name} and {down.name} are quantized in one tensor for all experts"
+            unsplit.append(UnsplitExperts(module, reason))
+            continue
         layers = _split(names, gate_up, down, config)
         views |= layers
         if not layers:
