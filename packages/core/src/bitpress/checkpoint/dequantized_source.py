@@ -14,7 +14,7 @@ from bitpress.checkpoint.model_config import text_part, without_quantization
 from bitpress.checkpoint.quantized_source import QuantizedSource, QuantizedWeight, StoredPart
 from bitpress.checkpoint.reader import DTYPES, NAMES, Checkpoint
 from bitpress.checkpoint.safetensors import Entry
-from bitpress.checkpoint.views import MatrixReader, View
+from bitpress.checkpoint.views import MatrixReader, View, fill_rows
 from bitpress.errors import CheckpointError, is_out_of_memory
 from bitpress.runtime.devices import CPU
 from bitpress.schemes.values import QuantizedTensor
@@ -79,18 +79,14 @@ class DequantizedView(View):
     ) -> Tensor:
         """Rows `first` to `last` (exclusive), dequantized on a device."""
         dtype = dtype if self.is_copied else torch.float32
-        block = self.weight.row_block
-        block_numbers = block * self.numel // max(self.shape[0], 1)
-        step = max(NUMBERS_PER_PIECE // max(block_numbers, 1), 1) * block
+        block, row_numbers = self.weight.row_block, self.numel // max(self.shape[0], 1)
         rows = torch.empty((last - first, *self.shape[1:]), dtype=dtype, device=device)
-        for start in range(first // block * block, last, step):
-            end = min(start + step, self.shape[0], -(-last // block) * block)
-            decoded = self._decode(reader, start // block, -(-end // block), device)
-            piece = decoded.dequantize() if isinstance(decoded, QuantizedTensor) else decoded
-            used = slice(max(first, start), min(last, end))
-            rows[used.start - first : used.stop - first] = piece[
-                used.start - start : used.stop - start
-            ]
+
+        def make_rows(start: int, end: int) -> Tensor:
+            decoded = self._decode(reader, start // block, -(-min(end, last) // block), device)
+            return decoded.dequantize() if isinstance(decoded, QuantizedTensor) else decoded
+
+        fill_rows(rows, first, block, NUMBERS_PER_PIECE // max(row_numbers, 1), make_rows)
         return rows
 
     def decode_rows(

@@ -15,7 +15,7 @@ from bitpress.checkpoint.dequantized_source import DequantizedView
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import Source
-from bitpress.checkpoint.views import MatrixReader, View
+from bitpress.checkpoint.views import MatrixReader, View, fill_rows
 from bitpress.numerics.hadamard import Rotation, rotate_columns, rotate_rows
 from bitpress.runtime.devices import CPU
 
@@ -66,15 +66,13 @@ class RotatedView(View):
 
         period = self.outputs.period if self.outputs else 1
         row_numbers = self.numel // self.shape[0]
-        step = max(NUMBERS_PER_PASS // row_numbers // period, 1) * period
         rotated = torch.empty((last - first, *self.shape[1:]), dtype=dtype)
-        for start in range(first // period * period, last, step):
-            end = min(start + step, self.shape[0])
-            part = self._rotate(reader, reader.rows(self.stored, start, end))
-            used = slice(max(first, start), min(last, end))
-            rotated[used.start - first : used.stop - first] = part[
-                used.start - start : used.stop - start
-            ]
+
+        def make_rows(start: int, end: int) -> Tensor:
+            stored = reader.rows(self.stored, start, min(end, self.shape[0]))
+            return self._rotate(reader, stored)
+
+        fill_rows(rotated, first, period, NUMBERS_PER_PASS // row_numbers, make_rows)
         return rotated
 
     def _rotate_whole(self, reader: MatrixReader, dtype: torch.dtype) -> Tensor:

@@ -117,6 +117,11 @@ class Entry:
         """Bytes of its numbers."""
         return self.spec.nbytes
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the files that they are made of."""
+        return self.nbytes
+
 
 @frozen
 class Header:

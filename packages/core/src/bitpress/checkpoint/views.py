@@ -79,6 +79,30 @@ class View(Entry):
         return reader.rows(self.stored, first, last)
 
 
+def fill_rows(
+    target: torch.Tensor,
+    first: int,
+    period: int,
+    max_rows: int,
+    make_rows: Callable[[int, int], torch.Tensor],
+) -> None:
+    """Fill a tensor with rows of a matrix that are made together.
+
+    Args:
+        target: (rows, ...) of any dtype.
+        first: the number of its first row in the matrix.
+        period: rows that are made of one another: a multiple of it is where a piece begins.
+        max_rows: of a piece; at least `period` are made.
+        make_rows: the rows of the matrix from a number to another (exclusive), or as many as there
+            are.
+    """
+    last, step = first + len(target), max(max_rows // period, 1) * period
+    for start in range(first // period * period, last, step):
+        piece = make_rows(start, start + step)
+        begin, end = max(first, start), min(last, start + step)
+        target[begin - first : end - first] = piece[begin - start : end - start]
+
+
 def select_matrix(stored: Entry, number: int) -> Entry:
     """One matrix of a tensor (matrices, rows, columns), as a tensor of the file."""
     shape = stored.shape[1:]

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import Source
-from bitpress.checkpoint.views import View
 from bitpress.errors import RecipeError
 from bitpress.planning.layout import Stack
 from bitpress.planning.recipe import Recipe
@@ -43,7 +42,9 @@ def describe_source(source: Source, compressed: Iterable[str], recipe: Recipe) -
         return
     weights = find_quantized(source)
     if weights:
-        bits = 8 * sum(map(_file_bytes, weights)) / sum(entry.numel for entry in weights)
+        bits = (
+            8 * sum(entry.file_bytes for entry in weights) / sum(entry.numel for entry in weights)
+        )
         yield (
             f"{len(weights)} tensors of the source hold {bits:.3g} bits per weight "
             f"({source.method}): what they lost stays lost"
@@ -55,7 +56,7 @@ def describe_source(source: Source, compressed: Iterable[str], recipe: Recipe) -
         )
     names = {f"{module}.weight" for module in compressed}
     if grown := [entry for entry in weights if entry.name not in names]:
-        num_bytes = sum(entry.nbytes - _file_bytes(entry) for entry in grown)
+        num_bytes = sum(entry.nbytes - entry.file_bytes for entry in grown)
         yield (
             f"{len(grown)} of them are not compressed and become {grown[0].dtype} "
             f"({num_bytes / 1e9:.2f} GB more, first: {grown[0].name})"
@@ -65,13 +66,9 @@ def describe_source(source: Source, compressed: Iterable[str], recipe: Recipe) -
 
 def find_quantized(source: Source) -> list[Entry]:
     """The tensors that the files hold in fewer bits than they are read in."""
-    return [entry for entry in source.entries.values() if _file_bytes(entry) < entry.nbytes]
+    return [entry for entry in source.entries.values() if entry.file_bytes < entry.nbytes]
 
 
 def stored_bits(entry: Entry) -> float:
     """Bits per weight of what the files hold of a tensor, scales included."""
-    return 8 * _file_bytes(entry) / max(entry.numel, 1)
-
-
-def _file_bytes(entry: Entry) -> int:
-    return entry.file_bytes if isinstance(entry, View) else entry.nbytes
+    return 8 * entry.file_bytes / max(entry.numel, 1)

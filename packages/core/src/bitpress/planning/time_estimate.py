@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from attrs import field, frozen
 
-from bitpress.checkpoint.safetensors import Entry
-from bitpress.checkpoint.views import View
 from bitpress.numerics.gram import stripes
 from bitpress.numerics.rows import ROW_TILE, count_columns
 from bitpress.numerics.scale_refit import count_passes
@@ -153,7 +151,7 @@ def _calibrated_work(
     # What runs before the blocks is read once, and so is the first block, to record how blocks are
     # called. Every block is then read to be compressed.
     embeddings = [e for shard in outside for e in shard.copies if "lm_head" not in e.name]
-    recording_bytes = sum(map(_file_bytes, embeddings)) + _file_bytes_of(blocks[:1])
+    recording_bytes = sum(entry.file_bytes for entry in embeddings) + _file_bytes_of(blocks[:1])
     block_bytes = _file_bytes_of(blocks)
 
     operations = _count_operations(plan, blocks, sum(batch_tokens), len(process_groups))
@@ -177,7 +175,7 @@ def _calibrated_work(
         num_reads = 1 + (compared > 0) + 2 * (backward > 0)
         reads = recording_bytes + block_bytes * num_reads + _file_bytes_of(shards)
         if group.is_rank_zero:
-            reads += sum(_file_bytes(entry) for shard in blocks for entry in shard.copies)
+            reads += sum(entry.file_bytes for shard in blocks for entry in shard.copies)
             shards = [*shards, *blocks]
         products = operations.per_token * tokens + operations.per_compared_token * compared
         products += operations.per_gradient_token * backward
@@ -238,9 +236,4 @@ def _count_operations(
 
 
 def _file_bytes_of(shards: Sequence[Shard]) -> int:
-    return sum(_file_bytes(entry) for shard in shards for entry in shard.entries)
-
-
-def _file_bytes(entry: Entry) -> int:
-    """Bytes of a tensor as it lies in its files."""
-    return entry.file_bytes if isinstance(entry, View) else entry.nbytes
+    return sum(entry.file_bytes for shard in shards for entry in shard.entries)
