@@ -104,6 +104,19 @@ def test_files_that_describe_the_format_stay_behind(
     assert (tmp_path / "out/LICENSE").exists()
 
 
+def test_a_run_does_not_resume_what_another_version_of_the_format_has_read(
+    models: tuple[Path, Path], installed: Path
+) -> None:
+    with plugins(installed):
+        before = [bitpress.plan(model, scheme="toy").digest for model in models]
+    (metadata,) = installed.glob("bitpress_source_toy-*/METADATA")
+    metadata.write_text(metadata.read_text().replace("Version: 1.0", "Version: 1.1"))
+    with plugins(installed):
+        after = [bitpress.plan(model, scheme="toy").digest for model in models]
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+
+
 def test_without_a_package_that_reads_it_the_refusal_names_one(
     tmp_path: Path, models: tuple[Path, Path]
 ) -> None:

@@ -23,12 +23,12 @@ from bitpress import (
     hookimpl,
 )
 from bitpress.numerics import unpack_bytes
-from bitpress_sources.layouts import Tensors, modules_with, quantization_table, require
+from bitpress_sources.layouts import AUTO_ROUND, Tensors, modules_with, quantization_table, require
 
 BITS = 4
 
 # How AutoRound names the layout in its own method.
-AUTO_ROUND, PACKING = "auto-round", "auto_round:auto_awq"
+PACKING = "auto_round:auto_awq"
 
 # Descriptions of which `config.json` has a copy.
 DESCRIPTIONS = ("quant_config.json", "quantization_config.json")

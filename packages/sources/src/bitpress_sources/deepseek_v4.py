@@ -32,12 +32,8 @@ def find_quantized_weights(
     folder: Path, config: Mapping[str, Any], tensors: Tensors
 ) -> QuantizedSource | None:
     """Weights that have a `.scale` beside them, where the config says `scale_fmt`."""
-    table = quantization_table(config)
-    modules = [m for m in modules_with(tensors, "scale") if f"{m}.weight" in tensors]
-    if table.get("quant_method") != "fp8" or not table.get("scale_fmt") or not modules:
-        return None
     weights = {}
-    for module in modules:
+    for module in modules_with_scales(config, tensors):
         name, scale_name = f"{module}.weight", f"{module}.scale"
         dtype = tensors[name].dtype
         if dtype == FP8:
@@ -49,4 +45,12 @@ def find_quantized_weights(
                 f"{folder}: tensor {name} is {dtype} and has a {scale_name} beside it: {FP8} or "
                 f"{' or '.join(FP4_BYTES)} is expected"
             )
-    return QuantizedSource("DeepSeek V4's FP8 and FP4", weights)
+    return QuantizedSource("DeepSeek V4's FP8 and FP4", weights) if weights else None
+
+
+def modules_with_scales(config: Mapping[str, Any], tensors: Tensors) -> list[str]:
+    """The layers of a model in this format; none where it is in another."""
+    table = quantization_table(config)
+    if table.get("quant_method") != "fp8" or not table.get("scale_fmt"):
+        return []
+    return [m for m in modules_with(tensors, "scale") if f"{m}.weight" in tensors]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpress import CheckpointError, QuantizedSource, hookimpl
+from bitpress_sources.deepseek_v4 import modules_with_scales
 from bitpress_sources.layouts import FP8, Tensors, fp8_weight, quantization_table
 
 METHODS = ("fp8", "fbgemm_fp8")
@@ -34,7 +35,7 @@ def find_quantized_weights(
     # transformers' own key; older configs name no method
     if method not in METHODS or ("quant_method" not in table and "activation_scheme" not in table):
         return None
-    if table.get("scale_fmt") and any(name.endswith(".scale") for name in tensors):
+    if modules_with_scales(config, tensors):
         return None
     tiles = [_tile(table.get("weight_block_size")) or DEFAULT_TILE]
     weights, left_out = {}, set()

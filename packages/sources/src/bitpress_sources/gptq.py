@@ -24,7 +24,7 @@ from bitpress import (
     hookimpl,
 )
 from bitpress.numerics import unpack_bytes
-from bitpress_sources.layouts import Tensors, modules_with, quantization_table, require
+from bitpress_sources.layouts import AUTO_ROUND, Tensors, modules_with, quantization_table, require
 
 WORD_BITS = 32
 
@@ -32,7 +32,7 @@ WORD_BITS = 32
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 
 # The same by AutoRound's names of its packings, in a method of its own.
-AUTO_ROUND, PACKING_OFFSETS = "auto-round", {"auto_round:auto_gptq": 1, "auto_round": 0}
+PACKING_OFFSETS = {"auto_round:auto_gptq": 1, "auto_round": 0}
 
 # Descriptions of which `config.json` has a copy.
 DESCRIPTIONS = ("quantize_config.json", "quantization_config.json")

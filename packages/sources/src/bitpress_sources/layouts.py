@@ -20,6 +20,9 @@ FP8 = "F8_E4M3"
 # Bytes of an exponent: microscaling's own dtype, and what is stored where a tool has none such.
 E8M0 = ("F8_E8M0", "U8")
 
+# AutoRound's own method, for layouts of others.
+AUTO_ROUND = "auto-round"
+
 # Weights that share a scale in microscaling formats.
 MX_GROUP = 32
 

@@ -53,9 +53,11 @@ class SourceFormats:
 
     Attributes:
         names: of the entry points.
+        packages: that provide them, and their versions.
     """
 
     names: tuple[str, ...]
+    packages: tuple[str, ...]
     problems: tuple[Problem, ...]
     _manager: pluggy.PluginManager
 
@@ -101,7 +103,7 @@ def discover_formats() -> SourceFormats:
     """All installed source formats."""
     manager = pluggy.PluginManager("bitpress")
     manager.add_hookspecs(SourceHooks)
-    names, problems = [], []
+    names, problems, packages = [], [], set()
     for entry in sorted(metadata.entry_points(group=SOURCES), key=lambda entry: entry.name):
         try:
             manager.register(entry.load(), f"{SOURCES}:{entry.name}")
@@ -111,4 +113,5 @@ def discover_formats() -> SourceFormats:
             problems.append(Problem(entry.name, package, f"{type(e).__name__}: {e}"))
         else:
             names.append(entry.name)
-    return SourceFormats(tuple(names), tuple(problems), manager)
+            packages.add(f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.name)
+    return SourceFormats(tuple(names), tuple(sorted(packages)), tuple(problems), manager)

@@ -27,6 +27,7 @@ from bitpress.checkpoint.source import (
     require_readable,
     resolve_source,
 )
+from bitpress.checkpoint.source_formats import discover_formats
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
 from bitpress.planning import linear_layers, outer_layers
 from bitpress.planning.attention_caches import (
@@ -291,6 +292,8 @@ def _digest(source: Checkpoint, recipe: Recipe, data: str) -> str:
             name: hashlib.sha256(header.raw).hexdigest() for name, header in source.headers.items()
         },
     }
+    if isinstance(source, Source) and source.method:
+        content["source formats"] = discover_formats().packages
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
