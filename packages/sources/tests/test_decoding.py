@@ -415,7 +415,7 @@ def test_a_description_beside_the_config_is_enough_for_modelopt(tmp_path: Path) 
     assert "hf_quant_config.json" not in source.side_files
 
 
-def test_scales_of_caches_are_left_out(tmp_path: Path) -> None:
+def test_scales_of_caches_are_left_out_with_a_word(tmp_path: Path) -> None:
     attention = "model.layers.0.self_attn"
     for name, scales_of in {
         "pack-quantized": (f"{attention}.k_scale", f"{attention}.v_scale"),
@@ -429,3 +429,5 @@ def test_scales_of_caches_are_left_out(tmp_path: Path) -> None:
         with_scales = write_model(tmp_path / f"{name} with scales", tensors, config)
         source = resolve_source(open_checkpoint(with_scales))
         assert source.entries.keys() == llama_tensors().keys()
+        (remark,) = source.remarks
+        assert remark.startswith("2 scales of the source's cache are left out")

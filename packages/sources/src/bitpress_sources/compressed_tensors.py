@@ -28,20 +28,20 @@ from bitpress.numerics import unpack_words
 from bitpress_sources.layouts import (
     FP8,
     MX_GROUP,
+    OF_CACHES,
     Tensors,
     fp4_weight,
     fp8_weight,
     modules_with,
     quantization_table,
+    remark_caches,
 )
 
 NVFP4_GROUP = 16
 
 WORD_BITS = 32
 
-# Of activations, and of the cache.
 OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale")
-OF_CACHES = ("q_scale", "k_scale", "v_scale")
 
 # Beside a weight, whether it is made of them or not.
 OF_WEIGHTS = ("weight_shape", "weight_zero_point", "weight_g_idx", *OF_ACTIVATIONS)
@@ -83,7 +83,7 @@ def find_quantized_weights(
         for module, _, leaf in [name.rpartition(".")]
         if leaf in OF_CACHES or (leaf in OF_WEIGHTS and f"{module}.weight" in weights)
     }
-    return QuantizedSource(METHOD, weights, left_out)
+    return QuantizedSource(METHOD, weights, left_out, remarks=remark_caches(tensors))
 
 
 def _require_plain(folder: Path, table: Mapping[str, Any]) -> None:

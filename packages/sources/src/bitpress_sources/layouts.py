@@ -23,6 +23,9 @@ E8M0 = ("F8_E8M0", "U8")
 # AutoRound's own method, for layouts of others.
 AUTO_ROUND = "auto-round"
 
+# Scales of the cache, beside an attention or its layers.
+OF_CACHES = ("q_scale", "k_scale", "v_scale")
+
 # Weights that share a scale in microscaling formats.
 MX_GROUP = 32
 
@@ -36,6 +39,14 @@ def modules_with(tensors: Tensors, leaf: str) -> Iterator[str]:
     """Modules that have a tensor of this name."""
     suffix = f".{leaf}"
     return (name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
+
+
+def remark_caches(tensors: Tensors) -> list[str]:
+    """A line where scales of the cache are left out."""
+    names = [name for name in tensors if name.rpartition(".")[2] in OF_CACHES]
+    if not names:
+        return []
+    return [f"{len(names)} scales of the source's cache are left out (first: {names[0]})"]
 
 
 def require(tensors: Tensors, name: str, of: str) -> TensorSpec:

@@ -17,11 +17,13 @@ from bitpress_sources.layouts import (
     E8M0,
     FP8,
     MX_GROUP,
+    OF_CACHES,
     Tensors,
     fp4_weight,
     fp8_weight,
     modules_with,
     quantization_table,
+    remark_caches,
 )
 
 DESCRIPTION = "hf_quant_config.json"
@@ -30,8 +32,8 @@ NVFP4_GROUP = 16
 
 TILES = [(128, 128)]
 
-# Scales of activations, and of the cache.
-OF_ACTIVATIONS = ("input_scale", "k_scale", "v_scale", "q_scale")
+# Of activations, and of the cache.
+LEFT_OUT = ("input_scale", *OF_CACHES)
 
 # Factors of a layer's inputs: the weights do not stand for a plain model's.
 PRE_QUANT_SCALE = "pre_quant_scale"
@@ -56,8 +58,9 @@ def find_quantized_weights(
         f"{module}.weight": _weight(folder, tensors, module)
         for module in modules_with(tensors, "weight_scale")
     }
-    left_out = {name for name in tensors if name.rpartition(".")[2] in OF_ACTIVATIONS}
-    return QuantizedSource("modelopt", weights, left_out, left_files=[DESCRIPTION])
+    left_out = {name for name in tensors if name.rpartition(".")[2] in LEFT_OUT}
+    remarks = remark_caches(tensors)
+    return QuantizedSource("modelopt", weights, left_out, left_files=[DESCRIPTION], remarks=remarks)
 
 
 def _weight(folder: Path, tensors: Tensors, module: str) -> QuantizedWeight:
