@@ -149,7 +149,8 @@ def ask(architecture: str) -> Json:
     layers = _join(facts)
     answer = {"model_type": config.model_type, "layers": layers}
     answer |= {"packed": dict(sorted(packed.items()))} if packed else {}
-    limits = find_limits(config.model_type, layers)
+    modules = (star(layer_name(name)).rpartition(".")[0] for name in tensors)
+    limits = find_limits(config.model_type, dict.fromkeys([*layers, *modules]))
     return answer | _expert_leaves(model) | ({"limits": limits} if limits else {})
 
 

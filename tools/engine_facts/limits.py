@@ -31,14 +31,20 @@ LIMITS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
         "input_global_scale",
         "its loader knows no scale of that name for the inputs of experts",
     ),
+    (
+        "gpt_oss",
+        (".mlp.experts",),
+        "whole",
+        "its loader reads them in gpt-oss's own MXFP4, beside attention in 16 bits, or in 16 bits",
+    ),
 )
 
 
-def find_limits(model_type: str, layers: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The limits of an architecture's layers, by their names with stars."""
+def find_limits(model_type: str, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The limits of an architecture's layers and modules, by their names with stars."""
     return {
         name: {kind: reason}
         for prefix, suffixes, kind, reason in LIMITS
-        for name in layers
+        for name in names
         if model_type.startswith(prefix) and name.endswith(suffixes)
     }

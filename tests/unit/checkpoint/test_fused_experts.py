@@ -170,7 +170,7 @@ REFUSED = {
         {"moe_intermediate_size": None, "intermediate_size": None},
         ["0 of an"],
     ),
-    "gpt-oss": ("GptOssForCausalLM", {}, {}, ["no engine is known", "GptOssForCausalLM"]),
+    "gpt-oss": ("GptOssForCausalLM", {}, {}, ["vLLM 0.33.0: its loader reads", "MXFP4"]),
     "a model that nobody knows": (
         "NovelForCausalLM",
         {},

@@ -72,7 +72,7 @@ class EngineFacts:
             made of others while these are loaded.
         limits: by the name in files, with stars: why a layer must stay as it is ("never"), may only
             be stored in tensors that have a row for each of its own ("rows_only"), or not with a
-            tensor of the name given.
+            tensor of the name given; why experts must stay in one tensor ("whole").
     """
 
     engine: str
@@ -150,6 +150,14 @@ class EngineFacts:
                 if all(layer is not None and layer.kind == "experts" for layer in layers):
                     return parent, leaves
         return None
+
+    def why_whole(self, module: str) -> str | None:
+        """Why experts that files hold in one tensor must stay so; None where nothing is known.
+
+        Args:
+            module: of the experts.
+        """
+        return self._limit(module, "whole")
 
     def why_unreadable(self, name: str, suffix: str, spec: TensorSpec, num_rows: int) -> str | None:
         """Why the engine cannot read one of the tensors that are stored of a layer; None where it

@@ -26,10 +26,15 @@ PAIRS = (("gate_up_proj", "down_proj"), ("input_linear", "output_linear"))
 
 @frozen
 class UnsplitExperts:
-    """Experts of a block that stay in one tensor, and why."""
+    """Experts of a block that stay in one tensor, and why.
+
+    Attributes:
+        is_quantized: whether the files hold fewer bits of them than a copy has.
+    """
 
     module: str
     reason: str
+    is_quantized: bool
 
 
 def split_experts(checkpoint: Checkpoint) -> tuple[dict[str, list[View]], list[UnsplitExperts]]:
@@ -41,24 +46,26 @@ def split_experts(checkpoint: Checkpoint) -> tuple[dict[str, list[View]], list[U
     for module, tensors in _find_fused_tensors(
         checkpoint, config.num_experts or 0, engines
     ).items():
+        is_quantized = any(isinstance(tensor, View) for tensor in tensors.values())
         pair = next((pair for pair in PAIRS if set(pair) == set(tensors)), None)
         names = next(filter(None, (facts.expert_names(module) for facts in engines)), None)
+        layers: dict[str, list[View]] = {}
         if pair is None or names is None:
-            leaves = ", ".join(sorted(tensors))
-            architecture = architecture_of(checkpoint.config)
-            reason = f"no engine is known to read {leaves} of {architecture} expert by expert"
-            unsplit.append(UnsplitExperts(module, reason))
-            continue
-        gate_up, down = (tensors[leaf] for leaf in pair)
-        if isinstance(gate_up, View) or isinstance(down, View):
+            known = next(filter(None, (facts.why_whole(module) for facts in engines)), None)
+            leaves, architecture = ", ".join(sorted(tensors)), architecture_of(checkpoint.config)
+            unknown = f"no engine is known to read {leaves} of {architecture} expert by expert"
+            reason = known or unknown
+        elif is_quantized:
             # a matrix of them is no run of bytes in a file
-            reason = f"{gate_up.name} and {down.name} are quantized in one tensor for all experts"
-            unsplit.append(UnsplitExperts(module, reason))
-            continue
-        layers = _split(names, gate_up, down, config)
+            tensor_names = " and ".join(tensors[leaf].name for leaf in pair)
+            reason = f"{tensor_names} are quantized in one tensor for all experts"
+        else:
+            gate_up, down = (tensors[leaf] for leaf in pair)
+            layers = _split(names, gate_up, down, config)
+            reason = _explain_shapes(gate_up, down, config)
         views |= layers
         if not layers:
-            unsplit.append(UnsplitExperts(module, _explain_shapes(gate_up, down, config)))
+            unsplit.append(UnsplitExperts(module, reason, is_quantized))
     return views, unsplit
 
 

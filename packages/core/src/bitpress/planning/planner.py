@@ -164,10 +164,11 @@ def _assign_steps(
     for experts in source.unsplit:
         if steps_of[experts.module]:
             leaf = experts.module.rpartition(".")[2]
+            copied = "stores them in 16 bits" if experts.is_quantized else "copies them as they are"
             raise CheckpointError(
                 f"{source.folder}: the experts {experts.module} cannot be compressed: "
-                f"{experts.reason}; --ignore '*.{leaf}' copies them as "
-                "they are (in a recipe: a rule with `steps = []`)"
+                f"{experts.reason}; --ignore '*.{leaf}' {copied} (in a recipe: a rule "
+                "with `steps = []`)"
             )
     return steps_of
 
