@@ -7,96 +7,44 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures.coded_layers import (
+    AWQ,
+    GPTQ,
+    GROUP,
+    INTEGERS,
+    MXFP4,
+    Code,
+    awq,
+    code_layers,
+    gptq,
+    mxfp4,
+    packed,
+)
 from torch import Tensor
 
 import bitpress
-from bitpress import numerics
 from bitpress.conformance.commands import command
 from bitpress.conformance.models import LLAMA, llama_tensors, tensors_of, write_model
 
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-GROUP = 32
 
-
-def random(*shape: int, low: int = 0, high: int = 16) -> Tensor:
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(shape[0]))
-
-
-def scales(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return (torch.rand(shape, generator=generator) * 0.05 + 0.01).half()
-
-
-def write_coded(folder: Path, table: dict[str, Any], code: Any) -> tuple[Path, dict[str, Tensor]]:
+def write_coded(folder: Path, table: dict[str, Any], code: Code) -> tuple[Path, dict[str, Tensor]]:
     """A model whose layers are coded, and the weights that they stand for, float32."""
-    stored: dict[str, Tensor] = {}
-    weights = {}
-    for name, tensor in llama_tensors().items():
-        if ".layers." not in name or tensor.ndim != 2:
-            stored[name] = tensor.half()
-            continue
-        module = name.removesuffix(".weight")
-        parts, weights[module] = code(*tensor.shape)
-        stored |= {f"{module}.{leaf}": part for leaf, part in parts.items()}
+    tensors = {name: tensor.half() for name, tensor in llama_tensors().items()}
+    stored, plain = code_layers(tensors, lambda module: code if ".layers." in module else None)
+    weights = {name.removesuffix(".weight"): plain[name] for name in plain if name not in stored}
     config = {**LLAMA, "torch_dtype": "float16", "quantization_config": table}
     return write_model(folder, stored, config), weights
 
 
-def awq(rows: int, columns: int) -> tuple[dict[str, Tensor], Tensor]:
-    codes, zeros = random(columns, rows), random(columns // GROUP, rows)
-    scale = scales(columns // GROUP, rows)
-    of_columns = torch.arange(columns) // GROUP
-    weight = (codes - zeros[of_columns]).float() * scale[of_columns].float()
-
-    def pack(numbers: Tensor) -> Tensor:
-        in_words = numbers.reshape(len(numbers), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]]
-        return numerics.pack_bytes(in_words.flatten(1).to(torch.uint8), 4).view(torch.int32)
-
-    return {"qweight": pack(codes), "qzeros": pack(zeros), "scales": scale}, weight.T.contiguous()
-
-
-def gptq(rows: int, columns: int) -> tuple[dict[str, Tensor], Tensor]:
-    codes, scale = random(rows, columns), scales(columns // GROUP, rows)
-    of_columns = torch.arange(columns) // GROUP
-    weight = (codes - 8).float() * scale.T[:, of_columns].float()
-    words = numerics.pack_bytes(codes.to(torch.uint8), 4).view(torch.int32).T.contiguous()
-    zeros = torch.full((columns // GROUP, rows // 2), 0x77, dtype=torch.uint8)
-    parts = {"qweight": words, "qzeros": zeros.view(torch.int32), "scales": scale}
-    return parts | {"g_idx": of_columns.int()}, weight
-
-
-def packed(rows: int, columns: int) -> tuple[dict[str, Tensor], Tensor]:
-    codes, scale = random(rows, columns, low=-8, high=8).char(), scales(rows, columns // GROUP)
-    weight = codes.float() * scale.float().repeat_interleave(GROUP, 1)
-    parts = {"weight_packed": numerics.pack_words(codes, 4), "weight_scale": scale}
-    return parts | {"weight_shape": torch.tensor([rows, columns])}, weight
-
-
-def mxfp4(rows: int, columns: int) -> tuple[dict[str, Tensor], Tensor]:
-    codes = random(rows, columns)
-    exponents = random(rows, columns // GROUP, low=112, high=127)
-    power = torch.exp2(exponents.float() - 127)
-    weight = E2M1[codes] * power.repeat_interleave(GROUP, 1)
-    parts = {"weight_packed": numerics.pack_bytes(codes.to(torch.uint8), 4)}
-    return parts | {"weight_scale": exponents.to(torch.uint8)}, weight
-
-
-def compressed_tensors(layout: str, **weights: Any) -> dict[str, Any]:
-    weights = {"num_bits": 4, "strategy": "group", "group_size": GROUP, **weights}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups}
-
-
-INTEGERS = compressed_tensors("pack-quantized", type="int", symmetric=True)
 CASES: dict[str, tuple[dict[str, Any], Any, str, list[str]]] = {
     "AWQ to w4a16": (
-        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"},
+        AWQ,
         awq,
         "w4a16",
         ["algorithm=rtn", f"group_size={GROUP}", "symmetric=false"],
     ),
     "GPTQ to w4a16": (
-        {"quant_method": "gptq", "bits": 4, "group_size": GROUP},
+        GPTQ,
         gptq,
         "w4a16",
         ["algorithm=rtn", f"group_size={GROUP}"],
@@ -108,7 +56,7 @@ CASES: dict[str, tuple[dict[str, Any], Any, str, list[str]]] = {
         ["algorithm=rtn", f"group_size={GROUP}"],
     ),
     "MXFP4 to NVFP4": (
-        compressed_tensors("mxfp4-pack-quantized", type="float", scale_dtype="torch.uint8"),
+        MXFP4,
         mxfp4,
         "nvfp4",
         ["algorithm=rtn", "activations=float"],
