@@ -4,6 +4,9 @@ them, with columns in any order; and `auto-round` in the same layout.
 `qweight` is I32 (in · bits / 32, out), `qzeros` I32 (groups, out · bits / 32), `scales` F16
 (groups, out), and `g_idx` I32 (in) the group of each column. The format "gptq" stores each zero
 point less 1, "gptq_v2" as it is.
+
+vLLM 0.32 serves symmetric layers alone, so that GPTQModel decides what a zero point of 0 is in
+"gptq".
 """
 
 from __future__ import annotations
@@ -93,7 +96,7 @@ def _weight(tensors: Tensors, module: str, offset: int) -> QuantizedWeight:
         )
 
     def decode(stored: Mapping[str, Tensor]) -> QuantizedTensor:
-        zero_point = _unpack(stored["zero_point"], bits).T.contiguous().short() + offset
+        zero_point = _zero_points(stored["zero_point"], bits, offset).T.contiguous()
         index = stored.get("group_index")
         # columns in their order need no index
         if index is not None and num_columns % num_groups == 0:
@@ -107,6 +110,15 @@ def _weight(tensors: Tensors, module: str, offset: int) -> QuantizedWeight:
         )
 
     return QuantizedWeight((num_rows, num_columns), parts, decode, row_block=WORD_BITS)
+
+
+def _zero_points(words: Tensor, bits: int, offset: int) -> Tensor:
+    """(n, words) int32 as (n, 32 words / bits) int16, each with what it lacks."""
+    if WORD_BITS % bits:
+        return _unpack(words, bits).short() + offset
+    # GPTQModel takes 1 from all of a word at once, where a zero point of 0 borrows from the next
+    ones = sum(1 << shift for shift in range(0, WORD_BITS, bits))
+    return _unpack(words + offset * ones, bits).short()
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
