@@ -1,5 +1,5 @@
-"""Run each scheme through the conformance kit of the oldest core that its package allows (tox run
--e oldest).
+"""Run each scheme through the conformance kit of the oldest core that its package allows, and the
+tests of source formats with theirs (tox run -e oldest).
 
 The released cores are this repository's tags `core-vX.Y.Z`. Where none that a package allows is
 older than today's core, there is nothing to run that `tox run -e scheme-NAME` does not run.
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
+
+# Groups of entry points.
+SCHEMES, SOURCES = "bitpress.schemes", "bitpress.sources"
 
 
 def released() -> list[Version]:
@@ -37,12 +41,38 @@ def project(package: Path) -> dict[str, Any]:
     return table
 
 
+def plugins(table: Mapping[str, Any], group: str) -> list[str]:
+    """The entry points of a group that a package provides."""
+    return list(table.get("entry-points", {}).get(group, ()))
+
+
+def install(package: Path, core: Version) -> None:
+    """Install a package beside a released core."""
+    with tempfile.TemporaryDirectory() as folder:
+        archive = ["archive", f"--output={folder}/core.zip", f"core-v{core}", "packages/core"]
+        subprocess.run(["git", "-C", str(ROOT), *archive], check=True)
+        shutil.unpack_archive(f"{folder}/core.zip", folder)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, f"{folder}/packages/core[conformance]", str(package)], check=True)
+
+
+def try_out(package: Path, table: Mapping[str, Any]) -> None:
+    """Run the kit for each scheme of a package; source formats have no kit, but tests."""
+    pytest = [sys.executable, "-m", "pytest", "-q"]
+    for scheme in plugins(table, SCHEMES):
+        kit = ["--pyargs", "bitpress.conformance", "--scheme", scheme]
+        subprocess.run([*pytest, *kit], check=True)
+    if plugins(table, SOURCES):
+        subprocess.run([*pytest, str(package / "tests")], check=True)
+
+
 def main() -> None:
     """Install and try one package after the other."""
     today, cores = Version(project(ROOT / "packages/core")["version"]), released()
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    for package in sorted((ROOT / "packages").glob("scheme-*")):
+    for package in sorted(file.parent for file in (ROOT / "packages").glob("*/pyproject.toml")):
         table = project(package)
+        if not plugins(table, SCHEMES) and not plugins(table, SOURCES):
+            continue
         (expected,) = [
             r for r in map(Requirement, table["dependencies"]) if r.name == "bitpress-core"
         ]
@@ -57,22 +87,8 @@ def main() -> None:
             )
             continue
         print(f"{package.name}: bitpress-core {oldest}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            words = [
-                "git",
-                "-C",
-                str(ROOT),
-                "archive",
-                f"--output={folder}/core.zip",
-                f"core-v{oldest}",
-                "packages/core",
-            ]
-            subprocess.run(words, check=True)
-            shutil.unpack_archive(f"{folder}/core.zip", folder)
-            subprocess.run([*pip, f"{folder}/packages/core[conformance]", str(package)], check=True)
-        for scheme in table["entry-points"]["bitpress.schemes"]:
-            kit = ["--pyargs", "bitpress.conformance", "-q", "--scheme", scheme]
-            subprocess.run([sys.executable, "-m", "pytest", *kit], check=True)
+        install(package, oldest)
+        try_out(package, table)
 
 
 if __name__ == "__main__":
