@@ -61,9 +61,9 @@ def bit_string(numbers: list[int], bits: int) -> Tensor:
     return torch.tensor([w - (1 << 32) if w >> 31 else w for w in words], dtype=torch.int32)
 
 
-def gptq(bits: int, layout: str, *, ordered: bool, group: int = 32) -> Case:
+def gptq(bits: int, layout: str, *, ordered: bool, group: int = 32, lowest_zero: int = 1) -> Case:
     codes = random(ROWS, COLUMNS, high=1 << bits)
-    zeros = random(COLUMNS // group, ROWS, low=1, high=1 << bits)
+    zeros = random(COLUMNS // group, ROWS, low=lowest_zero, high=1 << bits)
     scale = scales(COLUMNS // group, ROWS)
     index = torch.arange(COLUMNS) // group
     if not ordered:
@@ -81,6 +81,18 @@ def gptq(bits: int, layout: str, *, ordered: bool, group: int = 32) -> Case:
     }
     table = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": not ordered}
     return Case(table | {"checkpoint_format": layout}, stored, expected.half())
+
+
+def gptq_with_zero_points_of_zero(bits: int) -> Case:
+    """As GPTQModel writes it: 1 is taken from all zero points of a word at once, and one that is 0
+    borrows from the next.
+    """
+    case = gptq(bits, "gptq_v2", ordered=True, lowest_zero=0)
+    words = case.stored["qzeros"].long() - sum(1 << shift for shift in range(0, 32, bits))
+    # 32 bits of it, signed
+    words = (words + (1 << 31)) % (1 << 32) - (1 << 31)
+    stored = {**case.stored, "qzeros": words.int()}
+    return attrs.evolve(case, table={**case.table, "checkpoint_format": "gptq"}, stored=stored)
 
 
 def awq(group: int = 64) -> Case:
@@ -217,6 +229,9 @@ CASES: Mapping[str, Callable[[], Case]] = {
     "gptq": lambda: gptq(4, "gptq", ordered=True),
     "gptq with columns in another order": lambda: gptq(4, "gptq", ordered=False),
     "gptq_v2, 8 bits": lambda: gptq(8, "gptq_v2", ordered=True),
+    "gptq, zero points of 0": lambda: gptq_with_zero_points_of_zero(4),
+    "gptq, 2 bits, zero points of 0": lambda: gptq_with_zero_points_of_zero(2),
+    "gptq, 8 bits, zero points of 0": lambda: gptq_with_zero_points_of_zero(8),
     "gptq, 3 bits": lambda: gptq(3, "gptq", ordered=True),
     "gptq, 2 bits": lambda: gptq(2, "gptq_v2", ordered=True, group=64),
     "auto-round in the layout of gptq": lambda: by_auto_round(
@@ -402,6 +417,19 @@ def test_groups_of_a_config_are_told_apart_by_their_targets(tmp_path: Path) -> N
         with Reader() as reader:
             weight = reader.whole(source.entries[f"{LAYER}.weight"])
             assert torch.equal(weight.to(case.expected.dtype), case.expected)
+
+
+@pytest.mark.parametrize("expression", ["(a+)+$", ".*.*.*.*.*.*.*x", "("])
+def test_expressions_that_may_take_forever_are_refused(tmp_path: Path, expression: str) -> None:
+    case = CASES["pack-quantized"]()
+    weights = case.table["config_groups"]["group_0"]["weights"]
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": {**weights, "num_bits": 8}},
+        "group_1": {"targets": [f"re:{expression}"], "weights": weights},
+    }
+    model = write(tmp_path / "m", attrs.evolve(case, table={**case.table, "config_groups": groups}))
+    with pytest.raises(CheckpointError, match="name the layers instead"):
+        resolve_source(open_checkpoint(model))
 
 
 def test_a_description_beside_the_config_is_enough_for_modelopt(tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ from bitpress import (
     StoredPart,
     hookimpl,
 )
+from bitpress.checkpoint.engine_facts import MAX_NAME_LENGTH
 from bitpress.checkpoint.model_config import METHOD
 from bitpress.checkpoint.safetensors import TensorSpec
 from bitpress.numerics import unpack_words
+from bitpress.planning.config_rules import explain_expression
 from bitpress_sources.layouts import (
     FP8,
     MX_GROUP,
@@ -151,10 +153,12 @@ def _find_arguments(module: str, groups: Sequence[_Arguments]) -> _Arguments | N
 
 @functools.lru_cache(maxsize=1 << 16)
 def _fits(expression: str, module: str) -> bool:
-    try:
-        return re.match(expression, module) is not None
-    except re.error:
-        return False
+    if reason := explain_expression(expression):
+        raise CheckpointError(
+            f"config.json: its config_groups target 're:{expression:.200}', {reason}: name the "
+            "layers instead"
+        )
+    return len(module) <= MAX_NAME_LENGTH and re.match(expression, module) is not None
 
 
 def _weight(

@@ -66,12 +66,14 @@ def find_name_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
         for name in names or ():
             if not isinstance(name, str):
                 yield Fault(CONFIG, f"its {place} holds {name!r:.60}, which is no name")
-            elif name.startswith("re:") and (reason := _explain_expression(name[3:])):
+            elif name.startswith("re:") and (reason := explain_expression(name[3:])):
                 yield Fault(CONFIG, f"its {place} holds {name!r:.200}, {reason}")
 
 
-def _explain_expression(pattern: str) -> str | None:
-    """Why a regular expression is not used; None where it is."""
+def explain_expression(pattern: str) -> str | None:
+    """Why a regular expression of a config is not used, as the end of a sentence about it; None
+    where it is.
+    """
     try:
         re.compile(pattern)
     except re.error as e:
