@@ -153,6 +153,17 @@ def test_eval_rounds_the_inputs_of_a_head_as_its_scheme_says(tmp_path: Path) -> 
     assert check.kl == pytest.approx(expected, rel=1e-2)
 
 
+def test_eval_tells_a_compressed_head_from_one_of_float32(tmp_path: Path, with_toy: Path) -> None:
+    tensors = {name: x.float() for name, x in llama_tensors(config=UNTIED).items()}
+    model, out = runnable_model(tmp_path / "m", tensors, UNTIED), tmp_path / "o"
+    bitpress.compress(model, out, recipe={"layers": [{"match": HEAD, "steps": ["toy"]}]})
+    text = tmp_path / "text.txt"
+    check = bitpress.eval(out, text=text, against=model, sequence_length=48, max_tokens=960)
+    assert check.kl is not None
+    assert 0 < check.kl < 0.01
+    assert check.drift == (0.0,) * UNTIED["num_hidden_layers"]
+
+
 def test_plan_says_what_a_head_takes_that_could_be_compressed(
     tmp_path: Path, with_toy: Path
 ) -> None:

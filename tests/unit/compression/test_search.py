@@ -19,45 +19,26 @@ import torch
 from fixtures.architectures import build
 from fixtures.forked import ForkedCommand
 from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
-from fixtures.toy_scheme import TOY, install_toy
+from fixtures.search_texts import write_search_texts
+from fixtures.toy_scheme import install_short, install_toy
 
 import bitpress
 from bitpress.api import search
-from bitpress.compression.search import sensitivity
+from bitpress.compression.search import predictions
 from bitpress.compression.search.search_job import split_sequences
-from bitpress.conformance.commands import command, install, plugins, refusal
+from bitpress.conformance.commands import command, plugins, refusal
 from bitpress.conformance.models import write_model
 from bitpress.errors import RecipeError
 from bitpress.modeling.block_runner import BlockRunner
 from bitpress.planning import memory_estimate
 
-# 4-bit codes, two in a byte: half as large as those of `toy`
-SHORT = (
-    TOY.replace("import bitpress\n", "import bitpress\nfrom bitpress import numerics\n")
-    .replace("option(127,", "option(7,")
-    .replace(
-        '"weight": layer.codes,',
-        '"weight_packed": numerics.pack_bytes((layer.codes + 8).byte(), 4),',
-    )
-    .replace('"num_bits": 8', '"num_bits": 4')
-    .replace(
-        'tensors["weight"].float()',
-        '(numerics.unpack_bytes(tensors["weight_packed"], 4).float() - 8)',
-    )
-)
 TEXT = ("--samples", "16", "--sequence-length", "64", "--threads", "1")
 CHEAP = {"samples": 16, "sequence_length": 64, "threads": 1}
 
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Iterator[Path]:
-    folder = install_learner(install_toy(tmp_path / "plugins"))
-    install(
-        folder,
-        "bitpress-scheme-short",
-        SHORT,
-        "[bitpress.schemes]\nshort = bitpress_scheme_short\n",
-    )
+    folder = install_short(install_learner(install_toy(tmp_path / "plugins")))
     with plugins(folder):
         yield folder
 
@@ -65,10 +46,6 @@ def installed(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return runnable_model(tmp_path / "model", config=CONFIG | {"num_hidden_layers": 2})
-
-
-def words(sequences: torch.Tensor) -> str:
-    return " ".join(f"w{i}" for i in sequences.flatten().tolist())
 
 
 @pytest.mark.parametrize(
@@ -93,11 +70,7 @@ def test_a_cost_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
         "calibration": text,
     }
     result = search(model, tmp_path / "r.toml", **options, **CHEAP)
-    fitted, judged = split_sequences(
-        torch.tensor([int(word[1:]) for word in text.read_text().split()[: 16 * 64]]).view(16, 64)
-    )
-    (tmp_path / "fitted.txt").write_text(words(fitted))
-    (tmp_path / "judged.txt").write_text(words(judged) + " w0")
+    fitted, judged = write_search_texts(text, samples=16, length=64)
     name = f"model.layers.0.{layer}"
     (tmp_path / "one.toml").write_text(f'[[layers]]\nmatch = "{name}"\nsteps = ["{scheme}"]\n')
     bitpress.compress(
@@ -105,14 +78,11 @@ def test_a_cost_is_the_kl_divergence_of_the_model_with_that_alone_compressed(
         tmp_path / "out",
         recipe=tmp_path / "one.toml",
         settings=settings,
-        calibration=tmp_path / "fitted.txt",
-        samples=len(fitted),
+        calibration=fitted,
         sequence_length=64,
         threads=1,
     )
-    expected = bitpress.eval(
-        tmp_path / "out", tmp_path / "judged.txt", model, sequence_length=64, threads=1
-    ).kl
+    expected = bitpress.eval(tmp_path / "out", judged, model, sequence_length=64, threads=1).kl
     assert expected is not None
     assert expected > 1e-6
     assert result.divergences[name, scheme] == pytest.approx(expected, rel=1e-3)
@@ -384,7 +354,7 @@ def test_as_many_batches_run_side_by_side_as_there_are_threads(
     monkeypatch.setattr(memory_estimate, "BATCH_TOKENS", 48)
     # it breaks unless both threads come to it
     meeting, run_block = threading.Barrier(2, timeout=60), BlockRunner._run_batch
-    sum_divergences = sensitivity._sum_divergences
+    compare_batch = predictions.compare_batch
 
     def meet_running(*arguments: Any) -> Any:
         meeting.wait()
@@ -392,10 +362,10 @@ def test_as_many_batches_run_side_by_side_as_there_are_threads(
 
     def meet_comparing(*arguments: Any) -> Any:
         meeting.wait()
-        return sum_divergences(*arguments)
+        return compare_batch(*arguments)
 
     monkeypatch.setattr(BlockRunner, "_run_batch", meet_running)
-    monkeypatch.setattr(sensitivity, "_sum_divergences", meet_comparing)
+    monkeypatch.setattr(predictions, "compare_batch", meet_comparing)
     options = {"calibration": model.parent / "text.txt", "samples": 8, "sequence_length": 48}
     schemes = ["toy", "none"]
     search(model, tmp_path / "r.toml", schemes=schemes, budget=99, threads=2, **options)

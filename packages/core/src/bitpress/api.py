@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from bitpress.output.manifest import Check, Manifest, read_manifest
 from bitpress.output.open_model import open_runnable_model
 from bitpress.output.report.page import is_page, render_page
 from bitpress.planning import arguments, evaluation_config
+from bitpress.planning.arguments import Calibration, Settings, Texts
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import EvaluationConfig
 from bitpress.planning.plan import Plan
@@ -50,12 +51,6 @@ from bitpress.schemes.values import NORMAL_EFFORT
 
 if TYPE_CHECKING:
     import torch
-
-# What takes several values: a list, or one alone.
-Texts = str | Iterable[str] | None
-# The same, or a table of options, of which those of a scheme may be one themselves.
-Settings = Texts | Mapping[str, Any]
-Calibration = str | Path | Iterable[str | Mapping[str, Any]] | None
 
 
 @rename_keywords({"recipe_file": "recipe", "device": "serve_on"})
@@ -227,7 +222,8 @@ def search(  # noqa: PLR0913
     out: str | Path,
     *,
     schemes: Texts,
-    budget: float,
+    budget: float | str,
+    cache_tokens: int = 0,
     settings: Settings = (),
     effort: str = NORMAL_EFFORT,
     ignore: Texts = (),
@@ -248,7 +244,9 @@ def search(  # noqa: PLR0913
     Args:
         schemes: to choose from: NAME, or NAME:OPTION=VALUE:OPTION=VALUE, several steps joined by
             `+`; "none" leaves layers as they are.
-        budget: stored bits per weight of the layers, scales included, to two decimals.
+        budget: stored bits per weight of the layers, scales included, to two decimals; or a size
+            such as "4GB" of the whole model, whose head and embeddings are chosen for too.
+        cache_tokens: whose keys and values a budget in bytes has room for too.
         settings: as for `compress`, whose other arguments mean the same here too.
 
     Raises:
@@ -257,7 +255,8 @@ def search(  # noqa: PLR0913
     """
     goal = SearchGoal(
         arguments.read_texts("schemes", schemes),
-        arguments.read_number("budget", budget),
+        arguments.read_budget("budget", budget),
+        arguments.read_count("cache_tokens", cache_tokens, 0),
         arguments.read_settings(settings),
         arguments.read_texts("ignore", ignore),
         arguments.read_effort(effort),

@@ -309,7 +309,7 @@ class Reader:
         Each tensor overwrites the one before.
         """
         if isinstance(entry, View):
-            yield from self._view_chunks(entry, size)
+            yield from self.computed_chunks(entry, size)
             return
         buffer = torch.empty(min(size, entry.nbytes), dtype=torch.uint8)
         for offset in range(0, entry.nbytes, size):
@@ -317,15 +317,15 @@ class Reader:
             self._fill(entry, offset, chunk)
             yield chunk
 
-    def _view_chunks(self, view: View, size: int) -> Iterator[torch.Tensor]:
+    def computed_chunks(self, entry: Entry, size: int) -> Iterator[torch.Tensor]:
         """The same of what is computed: rows by rows, so that a vocabulary's embeddings are never
         in memory as a whole.
         """
-        num_rows = view.shape[0]
-        step = max(size * num_rows // max(view.nbytes, 1), 1)
+        num_rows = entry.shape[0]
+        step = max(size * num_rows // max(entry.nbytes, 1), 1)
         pending = torch.empty(0, dtype=torch.uint8)
         for first in range(0, num_rows, step):
-            rows = self.rows(view, first, min(first + step, num_rows)).to(DTYPES[view.dtype])
+            rows = self.rows(entry, first, min(first + step, num_rows)).to(DTYPES[entry.dtype])
             pending = torch.cat([pending, rows.reshape(-1).view(torch.uint8)])
             while len(pending) >= size:
                 yield pending[:size]

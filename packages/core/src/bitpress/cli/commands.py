@@ -29,6 +29,7 @@ from bitpress.cli.text import (
     warn,
 )
 from bitpress.errors import VerificationError
+from bitpress.planning.arguments import read_budget
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.evaluation_config import CHECK_TEXT, EvaluationConfig
 from bitpress.planning.recipe_source import RecipeSource
@@ -217,10 +218,17 @@ def compress(  # noqa: PLR0913, PLR0917
 )
 @click.option(
     "--budget",
-    metavar="BITS",
-    type=float,
+    metavar="BUDGET",
+    callback=lambda context, parameter, text: read_budget("--budget", text),
     required=True,
-    help="Mean number of stored bits per weight.",
+    help="Mean number of stored bits per weight (4.5), or a size of the whole model (4GB).",
+)
+@click.option(
+    "--cache-tokens",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Tokens whose keys and values a budget in bytes has room for too.",
 )
 @click.option(
     "--out", metavar="FILE", type=options.FILE, default="recipe.toml", help="The recipe to write."

@@ -143,11 +143,9 @@ def _require_tiles(
     """Raise SchemeError unless a stored layer decodes to what its tiles decode to."""
     shape, steps = stack.members[module].shape, stack.steps
     for tile in proved:
-        ranges = stored_layout.row_ranges((shape[0], shape[1]), stack.dtype, steps, tile.rows)
-        cut = {
-            suffix: stored.tensors[suffix] if rows is None else stored.tensors[suffix][slice(*rows)]
-            for suffix, rows in ranges.items()
-        }
+        cut = stored_layout.cut_rows(
+            stored.tensors, (shape[0], shape[1]), stack.dtype, steps, tile.rows
+        )
         if all(_is_same(tensor, tile.stored.tensors[suffix]) for suffix, tensor in cut.items()):
             continue
         # what counts the rows, as offsets do, differs between a tile and the layer

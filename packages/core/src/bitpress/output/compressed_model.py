@@ -4,6 +4,7 @@ where the scheme says so.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import attrs
@@ -42,14 +43,39 @@ class DequantizingReader(Reader):
             return self._stored.rows(entry, first, last, device)
         steps = self._written.steps(module)
         config = self._written.expected_layer(module, entry.shape[0]).config
-        weight = torch.empty((last - first, *entry.shape[1:]), device=device)
         tiles = self._written.read_tiles(module, self._stored, first, last, device)
-        for start, _, tensors in tiles:
-            tile = pipeline.dequantize(tensors, config, steps)
-            tile_rows = tile[max(first - start, 0) : last - start]
-            position = max(start - first, 0)
-            weight[position : position + len(tile_rows)] = tile_rows
-        return weight
+        dequantized = (
+            (start, pipeline.dequantize(tensors, config, steps)) for start, _, tensors in tiles
+        )
+        return gather_rows(dequantized, first, last, device)
+
+    def chunks(self, entry: Entry, size: int = 1 << 22) -> Iterator[Tensor]:
+        """As for any checkpoint; the weights of compressed layers are float32."""
+        module = entry.name.removesuffix(".weight")
+        if module == entry.name or module not in self._written.layers:
+            return self._stored.chunks(entry, size)
+        return self.computed_chunks(entry, size)
+
+
+def gather_rows(
+    tiles: Iterable[tuple[int, Tensor]], first: int, last: int, device: torch.device
+) -> Tensor:
+    """Some rows of a layer, (rows, in) float32.
+
+    Args:
+        tiles: the first row of each row tile that has some of them, and its weights.
+        first: of the rows.
+        last: the one after the last.
+    """
+    weight = None
+    for start, tile in tiles:
+        if weight is None:
+            weight = torch.empty((last - first, tile.shape[1]), device=device)
+        tile_rows = tile[max(first - start, 0) : last - start]
+        position = max(start - first, 0)
+        weight[position : position + len(tile_rows)] = tile_rows
+    assert weight is not None, "some rows are asked for"
+    return weight
 
 
 def open_compressed(

@@ -19,7 +19,6 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from bitpress.checkpoint.layer_names import block_index
-from bitpress.checkpoint.reader import Reader
 from bitpress.errors import CheckpointError, VerificationError
 from bitpress.modeling import metrics
 from bitpress.modeling.attention import watched_attention
@@ -191,15 +190,15 @@ def _share_a_head(models: Sequence[RunnableModel]) -> bool:
     specs = [{name: entry.spec for name, entry in entries.items()} for entries in outside]
     if any(spec != specs[0] for spec in specs):
         return False
-    with Reader() as reader:
-        return all(
-            torch.equal(chunk, other_chunk)
-            for others in outside[1:]
-            for name, entry in outside[0].items()
-            for chunk, other_chunk in zip(
-                reader.chunks(entry), reader.chunks(others[name]), strict=True
-            )
+    readers = [model.reader for model in models]
+    return all(
+        torch.equal(chunk, other_chunk)
+        for reader, others in zip(readers[1:], outside[1:], strict=True)
+        for name, entry in outside[0].items()
+        for chunk, other_chunk in zip(
+            readers[0].chunks(entry), reader.chunks(others[name]), strict=True
         )
+    )
 
 
 def _require_finite(models: Sequence[RunnableModel], sums: _Sums) -> None:

@@ -16,8 +16,18 @@ from bitpress.planning.calibration_config import CalibrationConfig, TextSource
 from bitpress.planning.evaluation_config import CHECK_TEXT
 from bitpress.planning.recipe_source import RecipeSource
 from bitpress.planning.run_options import RunOptions
+from bitpress.planning.search_goal import Budget
 from bitpress.schemes.hardware import Hardware, find_device
 from bitpress.schemes.values import EFFORT_LEVELS, NORMAL_EFFORT
+
+# What takes several values: a list, or one alone.
+Texts = str | Iterable[str] | None
+
+# The same, or a table of options, of which those of a scheme may be one themselves.
+Settings = Texts | Mapping[str, Any]
+
+# Texts to calibrate or to evaluate on.
+Calibration = str | Path | Iterable[str | Mapping[str, Any]] | None
 
 # A size for people: `4GB`, `500 MB`, `1.5g`, `4GiB`, which is taken for 4GB.
 SIZE = re.compile(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*")
@@ -228,6 +238,24 @@ def read_size(name: str, value: Any) -> int | None:
         shown = value if isinstance(value, str) else _describe(value)
         raise RecipeError(f"{name} {shown}: a size such as 4GB or 500MB is expected")
     return num_bytes
+
+
+def read_budget(name: str, value: Any) -> Budget:
+    """Bits per weight as a number, perhaps as a text, or a text such as `4GB`.
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    text = f"{value:g}" if isinstance(value, float) else str(value).strip()
+    try:
+        return Budget(text, bits=read_number(name, value))
+    except BitpressError:
+        num_bytes = _parse_size(value) if isinstance(value, str) else None
+    if num_bytes is None:
+        raise RecipeError(
+            f"{name}: a number of bits, or a size such as 4GB, is expected, not {_describe(value)}"
+        )
+    return Budget(text, num_bytes=num_bytes)
 
 
 def _parse_size(text: str) -> int | None:

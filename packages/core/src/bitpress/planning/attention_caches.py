@@ -106,19 +106,10 @@ def find_caches(
     """
     if step is None:
         return ()
-    caches = []
-    for module, entry in layers.items():
-        parent, _, leaf = module.rpartition(".")
-        if leaf in (*KEY_LAYERS, *FUSED_KEY_LAYERS) and LINEAR_ATTENTION not in parent:
-            shape = _shape_of(source, entry, is_fused=leaf in FUSED_KEY_LAYERS)
-            caches.append(AttentionCache(parent, shape, DTYPES[entry.dtype], step))
-    if not caches:
-        has_latents = any(module.endswith(LATENT_LAYERS) for module in layers)
-        what = "its attentions keep a compressed vector of each token (MLA), and no keys and values"
-        raise CheckpointError(
-            f"{source.folder}: {what if has_latents else 'no attention with k_proj was found'}: "
-            f"leave {step.scheme.name} out"
-        )
+    caches = [
+        AttentionCache(module, shape, dtype, step)
+        for module, shape, dtype in _find_attentions(source, layers, step.scheme.name)
+    ]
     for cache in caches:
         if names := cache.specs.keys() & source.entries.keys():
             raise CheckpointError(
@@ -126,6 +117,42 @@ def find_caches(
                 f"{step.scheme.name} out"
             )
     return tuple(caches)
+
+
+def count_token_bytes(source: Checkpoint, layers: Mapping[str, Entry], asked_by: str) -> int:
+    """Bytes of a token's keys and values in all attentions, as the model computes them.
+
+    Args:
+        layers: the linear layers of the decoder blocks.
+        asked_by: what to leave out where they are not known, for the message.
+
+    Raises:
+        CheckpointError: no attention is found, or its heads are not known.
+    """
+    return sum(
+        2 * shape.num_heads * shape.channels * dtype.itemsize
+        for _, shape, dtype in _find_attentions(source, layers, asked_by)
+    )
+
+
+def _find_attentions(
+    source: Checkpoint, layers: Mapping[str, Entry], asked_by: str
+) -> list[tuple[str, CacheShape, torch.dtype]]:
+    """Names, heads and dtypes of the attentions that keep keys and values: one at least."""
+    attentions = []
+    for module, entry in layers.items():
+        parent, _, leaf = module.rpartition(".")
+        if leaf in (*KEY_LAYERS, *FUSED_KEY_LAYERS) and LINEAR_ATTENTION not in parent:
+            shape = _shape_of(source, entry, is_fused=leaf in FUSED_KEY_LAYERS)
+            attentions.append((parent, shape, DTYPES[entry.dtype]))
+    if not attentions:
+        has_latents = any(module.endswith(LATENT_LAYERS) for module in layers)
+        what = "its attentions keep a compressed vector of each token (MLA), and no keys and values"
+        raise CheckpointError(
+            f"{source.folder}: {what if has_latents else 'no attention with k_proj was found'}: "
+            f"leave {asked_by} out"
+        )
+    return attentions
 
 
 def describe_others(caches: Sequence[AttentionCache], layers: Mapping[str, Entry]) -> str | None:

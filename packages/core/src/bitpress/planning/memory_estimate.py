@@ -352,12 +352,15 @@ def _thread_bytes(plan: Plan, stacks: Sequence[Stack]) -> int:
     """Bytes that a thread holds at most which writes stacks without data.
 
     A layer as it is stored, whole and in the row tiles that were proved, what is made of a row tile
-    on the way (16 float32 tensors of its size), and what a matrix takes that is turned, dequantized
-    or rotated while it is read.
+    on the way, and what a matrix takes that is turned, dequantized or rotated while it is read.
     """
     stored = (stack.stored_bytes(module) for stack in stacks for module in stack.members)
-    tile_bytes = NUMBER_BYTES * stored_layout.WEIGHTS_PER_TILE
-    return 2 * max(stored, default=0) + 16 * tile_bytes + _reading_bytes(plan.source)
+    return 2 * max(stored, default=0) + tile_bytes() + _reading_bytes(plan.source)
+
+
+def tile_bytes() -> int:
+    """Bytes of what is made of a row tile that is rounded: 16 float32 tensors of its size."""
+    return 16 * NUMBER_BYTES * stored_layout.WEIGHTS_PER_TILE
 
 
 def _reading_bytes(source: Checkpoint) -> int:

@@ -13,6 +13,7 @@ from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import RecipeError
 from bitpress.planning import draft_blocks, linear_layers
+from bitpress.planning.layer_pattern import matches
 from bitpress.planning.recipe import EMBEDDINGS, HEAD, Recipe
 
 
@@ -109,6 +110,23 @@ def find_plain(source: Checkpoint, compressed: Collection[str]) -> list[tuple[Ou
         and _module(entry) not in compressed
         and not _why_not_read(outer, entry, source, engines)
     ]
+
+
+def why_left_alone(outer: OuterLayer, source: Checkpoint, ignore: Sequence[str]) -> str | None:
+    """Why no rule can compress such a layer of a checkpoint; None where one can.
+
+    Args:
+        ignore: patterns of layers to leave alone.
+    """
+    engines = facts_of(source.config)
+    entry = _find_entry(outer, source, engines)
+    if entry is None:
+        is_tied = outer.name == HEAD and source.model_config.is_tied
+        return "it is tied to the embeddings" if is_tied else "the model stores none"
+    pattern = next((pattern for pattern in ignore if matches(_module(entry), pattern)), None)
+    if pattern is not None:
+        return f"ignored by {pattern!r}"
+    return _why_not_read(outer, entry, source, engines)
 
 
 def _find_entry(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -66,6 +66,24 @@ def row_ranges(
         is_whole = expected.shape == all_rows[suffix].shape
         ranges[suffix] = None if is_whole else (start, start + expected.shape[0])
     return ranges
+
+
+def cut_rows(
+    tensors: Mapping[str, torch.Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    steps: tuple[Step, ...],
+    tile: tuple[int, int],
+) -> dict[str, torch.Tensor]:
+    """What is stored of a layer, cut to a row tile, on which `dequantize` works.
+
+    Args:
+        tensors: that are stored of the layer; others are as for `row_ranges`.
+    """
+    return {
+        suffix: tensors[suffix] if rows is None else tensors[suffix][slice(*rows)]
+        for suffix, rows in row_ranges(shape, dtype, steps, tile).items()
+    }
 
 
 @functools.lru_cache(maxsize=4096)

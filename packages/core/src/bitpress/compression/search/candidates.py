@@ -1,94 +1,100 @@
-"""What a scheme is chosen for, and what each candidate makes of its size: known from headers."""
+"""What there is to choose from, as `--schemes` names it."""
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from attrs import frozen
 
-from bitpress.checkpoint import layer_names
-from bitpress.planning.layout import Stack
-from bitpress.planning.plan import Plan
+from bitpress.errors import RecipeError
+from bitpress.planning import recipe
+from bitpress.planning.outer_layers import OUTER_LAYERS
+from bitpress.planning.recipe import RecipeChanges
+from bitpress.planning.search_goal import SearchGoal
+from bitpress.schemes.registry import Registry, Step
+
+# The candidate that leaves layers, or the cache, as they are.
+UNCOMPRESSED = "none"
+
+# By name the steps of a candidate; none where it leaves layers as they are.
+Candidates = Mapping[str, tuple[Step, ...]]
 
 
 @frozen(eq=False)
-class SearchUnit:
-    """Layers that must get the same steps: those that engines fuse, or all experts of a block.
+class NamedCandidates:
+    """What a user has named, its options read.
 
     Attributes:
-        patterns: what matches all of them and no other layers, as a recipe takes it.
-        block: the number of their decoder block.
-        stacks: by candidate the stacks that they become; those of one that leaves them as they are
-            have no steps.
+        layers: for the decoder blocks.
+        outer: for the head and the embeddings, by what a rule calls these: the same schemes with
+            the options that they get there.
+        cache: the one scheme for the cache by its name; empty where none is named.
+        notes: a line for each name that was taken for another, and for each level of effort.
     """
 
-    name: str
-    patterns: tuple[str, ...]
-    block: int
-    stacks: Mapping[str, tuple[Stack, ...]]
+    layers: Candidates
+    outer: Mapping[str, Candidates]
+    cache: Mapping[str, Step]
+    notes: tuple[str, ...]
 
     @property
-    def modules(self) -> list[str]:
-        """Names of the layers."""
-        return [module for stack in self._any_stacks for module in stack.members]
+    def rotates(self) -> bool:
+        """Whether one of them asks for a rotated model."""
+        return any(step.options.rotates for steps in self.layers.values() for step in steps)
 
-    @property
-    def num_weights(self) -> int:
-        """Weights of all layers."""
-        return sum(entry.numel for stack in self._any_stacks for entry in stack.members.values())
 
-    def num_bytes(self, candidate: str) -> int:
-        """Bytes of all that a candidate stores of them."""
-        return sum(
-            stack.stored_bytes(module) if stack.steps else entry.nbytes
-            for stack in self.stacks[candidate]
-            for module, entry in stack.members.items()
+def read_candidates(goal: SearchGoal, registry: Registry) -> NamedCandidates:
+    """The candidates of a goal.
+
+    Raises:
+        RecipeError: there are too few, one is not installed, or has an option that is not there.
+    """
+    steps = {name: _parse_steps(name) for name in goal.schemes}
+    shown = f"--schemes {','.join(steps)}"
+    if len(steps) < 2:
+        raise RecipeError(
+            f"{shown}: name two or more to choose from ({UNCOMPRESSED} leaves layers as they are)"
         )
+    caches = [name for name in steps if _is_for_cache(steps[name], registry)]
+    if any(len(steps[name]) > 1 for name in caches):
+        raise RecipeError(
+            f"{shown}: a scheme for the cache is a choice of its own: divide it by a comma"
+        )
+    if len(caches) > 1:
+        raise RecipeError(f"{shown}: {' and '.join(caches)} are both for the cache: name one")
+    names = [name for name in steps if name not in caches]
+    if not any(steps[name] for name in names):
+        raise RecipeError(f"{shown}: name a scheme for layers too")
 
-    @property
-    def _any_stacks(self) -> tuple[Stack, ...]:
-        """Those of one candidate: all have the same layers."""
-        return next(iter(self.stacks.values()))
-
-
-def find_units(plans: Mapping[str, Plan], uncompressed: Sequence[str]) -> list[SearchUnit]:
-    """What is to be chosen for, block by block.
-
-    Args:
-        plans: by candidate what it would do everywhere.
-        uncompressed: candidates that leave layers as they are.
-    """
-    first = next(iter(plans.values()))
-    # stacks by their first layers, which are the same for every candidate
-    stacks = {
-        candidate: {next(iter(stack.members)): stack for stack in plan.stacks}
-        for candidate, plan in plans.items()
+    # of the head and the embeddings, rules have the options of runs without data
+    matches = ["*", *(outer.name for outer in OUTER_LAYERS)]
+    table: dict[str, Any] = {
+        "layers": [{"match": m, "steps": steps[name]} for m in matches for name in names]
     }
-    layers = {next(iter(stack.members)): stack for stack in first.stacks}
-    as_they_are = {layer: Stack(stack.members, ()) for layer, stack in layers.items()}
-    stacks |= dict.fromkeys(uncompressed, as_they_are)
-
-    first_layers: dict[str, list[str]] = {}
-    for layer, stack in layers.items():
-        expert = layer_names.OF_EXPERT.fullmatch(layer)
-        name = expert["experts"] if expert else stack.name
-        first_layers.setdefault(name, []).append(layer)
-
-    units = []
-    for name, unit_layers in first_layers.items():
-        modules = [module for layer in unit_layers for module in layers[layer].members]
-        block = layer_names.block_index(unit_layers[0], first.container) or 0
-        stacks_of_unit = {
-            candidate: tuple(by_layer[layer] for layer in unit_layers)
-            for candidate, by_layer in stacks.items()
-        }
-        units.append(SearchUnit(name, _match_patterns(name, modules), block, stacks_of_unit))
-    return sorted(units, key=lambda unit: unit.block)
+    if caches:
+        table["cache"] = steps[caches[0]][0]
+    changes = RecipeChanges(goal.settings, effort=goal.effort)
+    parsed = recipe.from_json(table, registry, "--schemes", changes)
+    rules = iter(parsed.rules)
+    by_match = {match: {name: next(rules).steps for name in names} for match in matches}
+    cache = {} if parsed.cache is None else {caches[0]: parsed.cache}
+    return NamedCandidates(by_match.pop("*"), by_match, cache, parsed.notes)
 
 
-def _match_patterns(name: str, modules: Sequence[str]) -> tuple[str, ...]:
-    """Patterns that match the layers of a unit alone: one for all experts of a block."""
-    if all(layer_names.OF_EXPERT.fullmatch(module) for module in modules):
-        return (f"{glob.escape(name)}.*",)
-    return tuple(map(glob.escape, modules))
+def _is_for_cache(steps: Sequence[Mapping[str, str]], registry: Registry) -> bool:
+    return any(registry.get(step["use"]).quantizes_cache for step in steps)
+
+
+def _parse_steps(candidate: str) -> list[dict[str, str]]:
+    """The steps of a candidate, as a recipe has them."""
+    steps = []
+    for step in candidate.split("+") if candidate != UNCOMPRESSED else ():
+        name, *settings = step.split(":")
+        pairs = [setting.partition("=") for setting in settings]
+        if not all(equals for _, equals, _ in pairs):
+            raise RecipeError(
+                f"--schemes {candidate}: options are given as NAME:OPTION=VALUE:OPTION=VALUE"
+            )
+        steps.append({"use": name} | {option: value for option, _, value in pairs})
+    return steps

@@ -120,6 +120,13 @@ def _estimate_measuring(
         running_bytes = 2 * evaluation_memory.estimate_computing([model], length, by_layer=by_layer)
     solutions = (numbers_held.count_solution(*shape, 0) for shape in _stack_shapes(job))
     solving_bytes = memory_estimate.NUMBER_BYTES * max(solutions)
+    # what is stored of embeddings is held for each trial, of a head for one after the other
+    running_bytes += sum(
+        memory_estimate.tile_bytes() + unit.num_bytes(trial)
+        for unit in job.units
+        if unit.block is None
+        for trial in unit.trials
+    )
     estimates = [
         memory_estimate.estimate_calibration(plan, 0, length, by_layer=by_layer)
         for plan in job.plans.values()
@@ -145,6 +152,6 @@ def _count_waiting(estimates: Sequence[CalibrationMemory], free_bytes: int) -> i
 def _count_states_bytes(job: SearchJob) -> int:
     """Bytes of all hidden states: judged tokens have the source's, and those of every trial."""
     fitted, judged = (ids.numel() for ids in split_sequences(job.calibration.input_ids))
-    num_trials = len(job.plans) * len(job.units)
+    num_trials = sum(len(unit.trials) for unit in job.choices)
     num_tokens = fitted + judged * (1 + num_trials)
     return memory_estimate.NUMBER_BYTES * job.plan.hidden_size * num_tokens

@@ -8,10 +8,11 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from bitpress.compression.search.candidates import SearchUnit
+from bitpress.compression.search.candidates import Candidates
+from bitpress.compression.search.units import CacheUnit, SearchUnit
 from bitpress.modeling.tokens import CalibrationData
 from bitpress.planning.plan import Plan
-from bitpress.schemes.registry import Step
+from bitpress.planning.search_goal import Budget
 
 # Tokens on which candidates are judged.
 JUDGED_TOKENS = 4096
@@ -26,23 +27,32 @@ class SearchJob:
 
     Attributes:
         model: its name as the user gave it.
-        candidates: by name their steps; none where one leaves layers as they are.
+        candidates: for the layers of the decoder blocks.
         plans: of those with steps, everywhere.
-        units: what a candidate is chosen for.
-        budget: stored bits per weight, to two decimals.
-        max_bytes: the same as bytes of all units.
+        units: layers that a candidate is chosen for; the head and the embeddings come last.
+        cache: of the tokens that the budget has room for; None where it has for none.
+        budget: which choices are allowed.
+        other_bytes: of all weights that none is chosen for.
+        max_bytes: of all that one is chosen for.
         calibration: the sequences that candidates are fitted to and judged on.
-        notes: of the recipe of all candidates.
+        notes: of the recipe of all candidates, and of what is no choice.
     """
 
     model: str
-    candidates: Mapping[str, tuple[Step, ...]]
+    candidates: Candidates
     plans: Mapping[str, Plan]
     units: tuple[SearchUnit, ...]
-    budget: float
+    cache: CacheUnit | None
+    budget: Budget
+    other_bytes: int
     max_bytes: int
     calibration: CalibrationData
     notes: tuple[str, ...] = ()
+
+    @property
+    def choices(self) -> tuple[SearchUnit | CacheUnit, ...]:
+        """All that a candidate is chosen for."""
+        return self.units if self.cache is None else (*self.units, self.cache)
 
     @property
     def plan(self) -> Plan:

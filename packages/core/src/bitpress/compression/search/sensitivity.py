@@ -17,14 +17,18 @@ block every candidate compresses every unit in turn; the hidden states that the 
 the judged sequences go on through the source's other blocks beside the source's own, and after the
 last one their predictions are compared. That is exact, and takes as many forwards of a block as
 there are units, candidates and blocks after them, for the judged tokens.
+
+Rounded embeddings start such hidden states before the first block, and a rounded cache in it: its
+scales are fitted to what the source's attentions keep of the other sequences. A rounded head makes
+predictions of the source's own last hidden states.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,23 +40,29 @@ from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup,
 from bitpress.compression.calibration.resumable_forward import Breakpoints
 from bitpress.compression.calibration.solution import install, solve
 from bitpress.compression.calibration.statistics import collect_statistics
-from bitpress.compression.search.candidates import SearchUnit
+from bitpress.compression.search.cache_trial import CacheTrial
 from bitpress.compression.search.measurement_memory import MeasurementMemory
+from bitpress.compression.search.predictions import Predictor, sum_divergences
+from bitpress.compression.search.rounded_layer import round_layer
 from bitpress.compression.search.search_job import Divergences, SearchJob, split_sequences
+from bitpress.compression.search.units import CACHE, SearchUnit
 from bitpress.errors import CheckpointError
-from bitpress.modeling import metrics
+from bitpress.modeling.attention import watched_attention
 from bitpress.modeling.block_runner import BlockRunner, RunnableModel
 from bitpress.modeling.capture import open_head
 from bitpress.modeling.decoder import DecoderOptions
 from bitpress.modeling.metrics import Head
 from bitpress.planning import memory_estimate
+from bitpress.planning.layout import Stack
+from bitpress.planning.recipe import EMBEDDINGS, HEAD
 from bitpress.runtime import memory
 from bitpress.runtime.lanes import Lanes
 from bitpress.runtime.progress import ReportProgress, in_block
+from bitpress.schemes.attention_cache import CacheQuantizer
 from bitpress.schemes.values import StoredLayer
 
-# Trials whose predictions are compared with the source's while those are in memory.
-TRIALS_TOGETHER = 8
+# The source with one unit compressed: names of the unit and of the candidate.
+Trial = tuple[str, str]
 
 
 def measure_divergences(
@@ -70,50 +80,136 @@ def measure_divergences(
         CheckpointError: transformers cannot build the model, or it makes numbers that are not
             finite.
     """
-    fitted, judged = _split_batches(job)
     with (
         Reader(pinned=options.device.type != "cpu") as reader,
         torch.no_grad(),
+        watched_attention(),
         memory.retain_freed_memory(),
         Lanes(limits.num_lanes) as lanes,
     ):
         model = RunnableModel(job.plan.source, reader, job.plan.container)
         report_progress(0, "building the model and running its embeddings")
-        runner = BlockRunner(model, [*fitted, *judged], options, limits.folder, lanes=lanes)
-        # numbers of the judged batches' hidden states: the source's, and those of each trial
-        source_states = range(len(fitted), len(fitted) + len(judged))
-        trials: dict[tuple[str, str], range] = {}
-        stream_limits = StreamLimits(limits.num_waiting, lanes=lanes)
-        streams = ActivationStreams(runner.hidden_states, options.device, stream_limits)
-
-        for index in range(len(runner)):
-            calls = runner.take_calls(index)
-            fitting_calls, judging_calls = calls[: len(fitted)], calls[len(fitted) :]
-            report_block = in_block(report_progress, index, len(runner))
-            report_block(0, f"running {len(trials)} trials")
-            block = runner.load_block(index)
-            for trial_states in trials.values():
-                runner.run(block, judging_calls, trial_states)
-
-            units = [unit for unit in job.units if unit.block == index]
-            for candidate in job.plans if units else ():
-                streams.enter_block(runner.load_block(index), None, fitting_calls)
-                for unit in _compress_in_turn(units, candidate, streams, job, report_block):
-                    trials[unit.name, candidate] = runner.fork(
-                        streams.block, judging_calls, source_states
-                    )
-                    num_bytes = sum(stack.source_bytes for stack in unit.stacks[candidate])
-                    report_block(num_bytes, f"{candidate} · measured")
-
-            if index + 1 < len(runner):
-                streams.enter_block(block, None, fitting_calls)
-                streams.leave_block()
-            runner.run(block, judging_calls, source_states)
+        measurement = _Measurement(job, model, options, limits, lanes)
+        num_blocks = len(measurement.runner)
+        for index in range(num_blocks):
+            measurement.run_block(index, in_block(report_progress, index, num_blocks))
             memory.release_freed_memory()
         report_progress(0, "comparing predictions")
-        sums = _compare_trials(runner, source_states, list(trials.values()), lanes)
-    num_tokens = sum(batch.numel() for batch in judged)
-    return _tabulate(job, {trial: x / num_tokens for trial, x in zip(trials, sums, strict=True)})
+        sums = measurement.compare_predictions()
+    num_tokens = sum(batch.numel() for batch in measurement.judged)
+    return _tabulate(job, {trial: total / num_tokens for trial, total in sums.items()})
+
+
+class _Measurement:
+    """The judged batches on their way through the source, and through every trial.
+
+    Attributes:
+        judged: token ids of these batches.
+        runner: runs them, and before them those that candidates are fitted to.
+    """
+
+    def __init__(
+        self,
+        job: SearchJob,
+        model: RunnableModel,
+        options: DecoderOptions,
+        limits: MeasurementMemory,
+        lanes: Lanes,
+    ) -> None:
+        self._job, self._model, self._options, self._lanes = job, model, options, lanes
+        fitted, self.judged = _split_batches(job)
+        self._num_fitted = len(fitted)
+        start = functools.partial(BlockRunner, options=options, folder=limits.folder, lanes=lanes)
+        self.runner = start(model, [*fitted, *self.judged])
+        # numbers of the judged batches' hidden states: the source's, and those of each trial
+        self._source_states = range(len(fitted), len(fitted) + len(self.judged))
+        self._trials: dict[Trial, range] = {}
+        self._embeddings_trials = {
+            trial: start(round_layer(model, stack, options.device), self.judged)
+            for trial, stack in _outer_trials(job, EMBEDDINGS)
+        }
+        self._cache_trial = CacheTrial(job.cache.caches if job.cache else (), job.plan)
+        stream_limits = StreamLimits(limits.num_waiting, lanes=lanes)
+        self._streams = ActivationStreams(self.runner.hidden_states, options.device, stream_limits)
+
+    def run_block(self, index: int, report_progress: ReportProgress) -> None:
+        """Run a block in all trials that have begun, and begin those of its units."""
+        runner, calls = self.runner, self.runner.take_calls(index)
+        fitting_calls, judging_calls = calls[: self._num_fitted], calls[self._num_fitted :]
+        report_progress(0, f"running {len(self._trials) + len(self._embeddings_trials)} trials")
+        block = runner.load_block(index)
+        for trial_states in self._trials.values():
+            runner.run(block, judging_calls, trial_states)
+        for embedded in self._embeddings_trials.values():
+            embedded.run(block, embedded.take_calls(index), range(len(self.judged)))
+
+        units = [unit for unit in self._job.units if unit.block == index]
+        for candidate in self._job.plans if units else ():
+            self._streams.enter_block(runner.load_block(index), None, fitting_calls)
+            compressed = _compress_in_turn(
+                units, candidate, self._streams, self._job, report_progress
+            )
+            for unit in compressed:
+                self._trials[unit.name, candidate] = runner.fork(
+                    self._streams.block, judging_calls, self._source_states
+                )
+                report_progress(unit.source_bytes, f"{candidate} · measured")
+
+        quantizers: Mapping[str, CacheQuantizer] = {}
+        if index + 1 < len(runner) or self._cache_trial.of_block(index):
+            self._streams.enter_block(block, None, fitting_calls)
+            quantizers = self._cache_trial.fit(index, self._streams)
+            self._streams.leave_block()
+        self._cache_trial.run_block(block, quantizers, runner, judging_calls, self._source_states)
+        runner.run(block, judging_calls, self._source_states)
+
+    def compare_predictions(self) -> dict[Trial, float]:
+        """Σ KL divergence over the judged tokens of every trial from the source, in nats, once all
+        blocks have been run.
+        """
+        runner, job = self.runner, self._job
+        compare = functools.partial(
+            sum_divergences, num_batches=len(self.judged), lanes=self._lanes
+        )
+        with open_head(runner.decoder, runner.extra_outputs) as head:
+            source = self._predictor(self._source_states, head)
+            models = {
+                trial: self._predictor(states, head) for trial, states in self._trials.items()
+            }
+            for trial, embedded in self._embeddings_trials.items():
+                models[trial] = Predictor(embedded.tokens, head)
+            for candidate in job.cache.trials if job.cache else ():
+                states = self._cache_trial.states
+                models[CACHE, candidate] = self._predictor(states, head)
+            sums = dict(zip(models, compare(source, list(models.values())), strict=True))
+
+            # one after the other: a head may take gigabytes
+            for trial, stack in _outer_trials(job, HEAD):
+                rounded = round_layer(self._model, stack, self._options.device)
+                decoder = BlockRunner(rounded, (), self._options).decoder
+                with open_head(decoder, runner.extra_outputs) as rounded_head:
+                    (sums[trial],) = compare(source, [Predictor(source.tokens, rounded_head)])
+        return sums
+
+    def _predictor(self, states: Sequence[int], head: Head) -> Predictor:
+        """What predicts by a head what follows hidden states of the judged batches.
+
+        Args:
+            states: their numbers.
+        """
+        return Predictor(lambda batch: self.runner.tokens(states[batch]), head)
+
+
+def _outer_trials(job: SearchJob, name: str) -> Iterator[tuple[Trial, Stack]]:
+    """The trials of the head, or of the embeddings, and what becomes of that layer.
+
+    Args:
+        name: what a rule calls it.
+    """
+    for unit in job.units:
+        for candidate in unit.trials if unit.patterns == (name,) else ():
+            (stack,) = unit.stacks[candidate]
+            yield (unit.name, candidate), stack
 
 
 def _split_batches(job: SearchJob) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -121,8 +217,8 @@ def _split_batches(job: SearchJob) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     ids = job.calibration.input_ids
     batch_size = max(memory_estimate.BATCH_TOKENS // ids.shape[1], 1)
     fitted, judged = (torch.split(part, batch_size) for part in split_sequences(ids))
-    stacks = [stack for candidate in job.plans for stack in job.units[0].stacks[candidate]]
-    if not any(stack.calibrated for stack in stacks):
+    is_fitted = any(plan.recipe.calibrated for plan in job.plans.values())
+    if not is_fitted and not (job.cache and job.cache.trials):
         # nothing is fitted to them: one shows how a forward goes
         fitted = fitted[:1]
     return fitted, judged
@@ -204,52 +300,6 @@ def _tabulate(job: SearchJob, measured: Divergences) -> Divergences:
     return {
         # a divergence is below 0 only by rounding; layers that stay as they are cost nothing
         (unit.name, candidate): max(measured.get((unit.name, candidate), 0.0), 0.0)
-        for unit in job.units
-        for candidate in unit.stacks
+        for unit in job.choices
+        for candidate in unit.candidates
     }
-
-
-def _compare_trials(
-    runner: BlockRunner,
-    source_states: Sequence[int],
-    trials: Sequence[Sequence[int]],
-    lanes: Lanes,
-) -> list[float]:
-    """Σ KL divergence over tokens of each trial from the source, in nats.
-
-    Args:
-        source_states: by judged batch the number of the source's last hidden states.
-        trials: the same of each trial.
-        lanes: trials are compared side by side in these.
-    """
-    sums = [0.0] * len(trials)
-    firsts = range(0, len(trials), TRIALS_TOGETHER)
-    with open_head(runner.decoder, runner.extra_outputs) as head:
-
-        def compare(batch: int, first: int) -> list[float]:
-            together = trials[first : first + TRIALS_TOGETHER]
-            numbers = [source_states[batch], *(trial[batch] for trial in together)]
-            hidden_states = [runner.tokens(number) for number in numbers]
-            return _sum_divergences(head, hidden_states)
-
-        pairs = list(itertools.product(range(len(source_states)), firsts))
-        results = lanes.map(lambda pair: compare(*pair), pairs)
-        for (_, first), divergences in zip(pairs, results, strict=True):
-            for trial, divergence in enumerate(divergences, first):
-                sums[trial] += divergence
-    return sums
-
-
-def _sum_divergences(head: Head, hidden_states: Sequence[Tensor]) -> list[float]:
-    """Σ KL divergence over tokens of every model from the first, in nats.
-
-    Args:
-        hidden_states: of each model the last ones, (tokens, channels).
-    """
-    sums = [0.0] * (len(hidden_states) - 1)
-    heads = [head] * len(hidden_states)
-    for _, _, models in metrics.compare_logits([hidden_states], heads):
-        log_p = next(models)
-        for i, log_q in enumerate(models):
-            sums[i] += metrics.kl_divergence(log_p, log_q)
-    return sums
