@@ -275,7 +275,7 @@ def test_neither_threads_nor_memory_change_anything(
     [
         (
             ("--budget", "0.2MB", "--schemes", "short,toy"),
-            ["--budget 0.2MB: by short, toy the model takes from", "MB; give more"],
+            ["--budget 0.2MB: by short, toy the model takes from", " bytes; give more"],
         ),
         (
             ("--budget", "0.5MB", "--schemes", "short,toy", "--cache-tokens", "8192"),

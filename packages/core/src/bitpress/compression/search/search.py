@@ -33,7 +33,6 @@ from bitpress.planning.rotation import rotate_source
 from bitpress.planning.run_options import RunOptions
 from bitpress.planning.search_goal import SearchGoal
 from bitpress.runtime.devices import count_cores, find_device, torch_threads
-from bitpress.runtime.memory import format_bytes
 from bitpress.runtime.progress import Progress, ignore_progress
 from bitpress.schemes.registry import discover
 
@@ -186,12 +185,12 @@ def _limit_bytes(
         for extreme in (min, max)
     ]
     if budget.num_bytes is not None:
-        smallest, largest = (format_bytes(other_bytes + size) for size in extremes)
-        if other_bytes + extremes[0] > budget.num_bytes:
+        smallest, largest = (other_bytes + size for size in extremes)
+        if smallest > budget.num_bytes:
             cache = f" with the cache of {goal.cache_tokens:,} tokens" if goal.cache_tokens else ""
             raise RecipeError(
-                f"--budget {budget.text}: by {names} the model takes from {smallest} to {largest}"
-                f"{cache}; give more, or a smaller scheme"
+                f"--budget {budget.text}: by {names} the model takes from {smallest:,} to "
+                f"{largest:,} bytes{cache}; give more, or a smaller scheme"
             )
         return budget.num_bytes - other_bytes
     assert budget.bits is not None
@@ -207,9 +206,10 @@ def _limit_bytes(
 
 
 def _mix_candidates(units: Sequence[SearchUnit], named: NamedCandidates) -> Recipe:
-    """All candidates in one model, in turn."""
+    """All candidates in one model, in turn; head, embeddings and cache compressed."""
     rules = []
     for i, unit in enumerate(units):
-        stacks = list(unit.stacks.values())
-        rules += [Rule(pattern, stacks[i % len(stacks)][0].steps) for pattern in unit.patterns]
+        names = unit.candidates if unit.block is not None else unit.trials
+        stack, *_ = unit.stacks[names[i % len(names)]]
+        rules += [Rule(pattern, stack.steps) for pattern in unit.patterns]
     return Recipe(tuple(rules), cache=next(iter(named.cache.values()), None))
