@@ -20,6 +20,7 @@ from fixtures.coded_layers import (
     mxfp4,
     packed,
 )
+from fixtures.learner_scheme import runnable_model
 from torch import Tensor
 
 import bitpress
@@ -80,6 +81,36 @@ def test_codes_are_kept(tmp_path: Path, name: str) -> None:
         assert torch.equal(dense[f"{module}.weight"], weight.half()), module
 
 
+def test_codes_of_mxfp4_are_kept_where_data_is_for_activations_alone(tmp_path: Path) -> None:
+    config = LLAMA | {"num_hidden_layers": 1}
+    tensors = llama_tensors(config=config)
+    stored, plain = code_layers(tensors, lambda name: mxfp4 if ".layers." in name else None)
+    models = (
+        runnable_model(tmp_path / "coded/m", stored, config | {"quantization_config": MXFP4}),
+        # a 16-bit copy of such a model is known by its numbers
+        runnable_model(
+            tmp_path / "plain/m", {name: x.bfloat16() for name, x in plain.items()}, config
+        ),
+    )
+    for model in models:
+        manifest = bitpress.compress(
+            model,
+            model.parent / "out",
+            scheme="nvfp4",
+            settings=["algorithm=rtn"],
+            calibration=model.parent / "text.txt",
+            samples=3,
+            sequence_length=32,
+        )
+        assert {layer.error for layer in manifest.layers.values()} == {0.0}
+        bitpress.decompress(model.parent / "out", model.parent / "dense")
+        dense = tensors_of(model.parent / "dense")
+        for name in plain.keys() - stored.keys():
+            assert torch.equal(dense[name].float(), plain[name]), name
+        stored_layers = tensors_of(model.parent / "out")
+        assert any(name.endswith(".input_global_scale") for name in stored_layers)
+
+
 def test_codes_in_groups_of_another_size_are_rounded_again(tmp_path: Path) -> None:
     model, weights = write_coded(tmp_path / "m", INTEGERS, packed)
     settings = ["algorithm=rtn", "group_size=64"]
@@ -98,7 +129,7 @@ def test_zero_points_are_not_kept_by_symmetric_codes(tmp_path: Path) -> None:
 
 def test_a_plan_with_data_says_that_codes_are_rounded_again(tmp_path: Path) -> None:
     model, _ = write_coded(tmp_path / "m", INTEGERS, packed)
-    text = "without it (--effort low) a scheme that can store the source's codes keeps them"
+    text = "plain rounding (--effort low) keeps the source's codes"
     for effort, is_said in (("normal", True), ("low", False)):
         warnings = bitpress.plan(model, scheme="w4a16", effort=effort).warnings
         assert any(text in line for line in warnings) == is_said

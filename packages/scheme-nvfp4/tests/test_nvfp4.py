@@ -225,6 +225,18 @@ def observe(step: Step, x: torch.Tensor, weight: torch.Tensor) -> dict[str, Stat
     )
 
 
+@pytest.mark.parametrize("largest", MAGNITUDES[1:].tolist())
+def test_numbers_of_mxfp4_stay_as_they_are(largest: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    numbers = MAGNITUDES[largest >= MAGNITUDES]
+    numbers = torch.cat([numbers, -numbers])
+    chosen = numbers[torch.randint(len(numbers), (64, 8, 32), generator=generator)]
+    # up to 2^15 apart
+    exponents = torch.randint(-20, -4, (64, 8, 1), generator=generator)
+    weight = (chosen * torch.exp2(exponents.float())).flatten(1)
+    assert torch.equal(quantize(weight, make_step(**PLAIN)).weight, weight)
+
+
 @pytest.mark.parametrize("activations", ["quantized", "float"])
 def test_error_feedback_beats_rounding(activations: str) -> None:
     weight, x = numbers(96, 256) * 0.02, inputs()

@@ -131,8 +131,6 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
             "is)"
         )
     global_scale = scales.global_scale(stats["amax"].value, scales.LARGEST_LOCAL_SCALE)
-    if scales.is_microscaled(layer):
-        global_scale = scales.power_of_two_below(global_scale)
 
     def fit(weight: Tensor, importance: Tensor | None) -> scales.Grid:
         return scales.fit(weight, importance, global_scale)

@@ -5,6 +5,10 @@ A weight is e2m1 · local / global. Source: NVIDIA, "Pretraining Large Language 
 arXiv 2509.25149, appendix B, which takes the local scale from the group's largest magnitude. Here
 all E4M3 numbers up to an octave away are looked at, among them the scale of Cook et al., "Four Over
 Six", arXiv 2512.02010.
+
+Weights that come from MXFP4 stay as they are. Their largest magnitude is 1 or 1.5 times a power of
+two, and so is the divisor. Local scales of that kind then hold the groups' powers of two, as long
+as these are no more than 2^15 apart.
 """
 
 from __future__ import annotations
@@ -14,16 +18,13 @@ from typing import TYPE_CHECKING
 import attrs
 from attrs import frozen
 
-from bitpress import Layer, numerics
+from bitpress import numerics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Weights that share a local scale: fixed by the format.
 GROUP_SIZE = 16
-
-# Weights that share a scale in MXFP4.
-MX_GROUP = 32
 
 # The local scale of the group with the largest weight. Of E4M3's numbers up to 448 it leaves larger
 # ones to try.
@@ -124,23 +125,6 @@ def global_scale(amax: Tensor, largest_local_scale: float) -> Tensor:
     # Within these bounds 448 · 6 / scale does not overflow, and 1 / scale is a normal number.
     smallest = numerics.E4M3_MAX * numerics.E2M1_MAX / float32_max * (1 + 2.0**-20)
     return scale.clamp(smallest, 2.0**126).masked_fill(amax == 0, 1.0)
-
-
-def is_microscaled(layer: Layer) -> bool:
-    """Whether the source holds the weight in groups of 32 with powers of two (MXFP4).
-
-    Beside a global scale that is a power of two, local ones hold these very numbers, as long as the
-    groups' scales are no more than 2^17 apart.
-    """
-    source = layer.quantized
-    if source is None or not source.codes.is_floating_point():
-        return False
-    return source.scale.shape[1] * MX_GROUP == layer.weight.shape[1]
-
-
-def power_of_two_below(scale: Tensor) -> Tensor:
-    """The greatest power of two that is at most `scale`, float32 without axes."""
-    return numerics.power_of_two(scale.frexp().exponent - 1)
 
 
 def fit(weight: Tensor, importance: Tensor | None, global_scale: Tensor) -> Grid:

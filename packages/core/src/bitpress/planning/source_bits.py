@@ -51,8 +51,8 @@ def describe_source(source: Source, compressed: Iterable[str], recipe: Recipe) -
         )
     if weights and recipe.calibrated:
         yield (
-            "on data all weights are rounded again; without it (--effort low) a scheme that can "
-            "store the source's codes keeps them"
+            "weights that are fitted to data are rounded again; plain rounding (--effort low) "
+            "keeps the source's codes where the scheme can store them"
         )
     names = {f"{module}.weight" for module in compressed}
     if grown := [entry for entry in weights if entry.name not in names]:
