@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitpress.checkpoint.reader import DTYPES, open_checkpoint
 from bitpress.planning import draft_blocks
@@ -70,10 +71,11 @@ def find_load_faults(folder: Path) -> list[str]:
 
 def _place(model: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Let a model's loader place tensors; the parameters that are not filled."""
-    loads = _watch(model)
+    loads, writes = _watch(model), _Writes()
     device = next(model.parameters()).device
-    model.load_weights((name, _on(device, tensor)) for name, tensor in tensors.items())
-    return _unfilled(model, loads)
+    with writes:
+        model.load_weights((name, _on(device, tensor)) for name, tensor in tensors.items())
+    return _unfilled(model, loads, writes)
 
 
 def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
@@ -167,6 +169,25 @@ def set_weight_loader(parameter: Any, load: Callable[..., Any]) -> None:
         parameter._weight_loader = load
 
 
+class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes into which memory tensors are copied: some classes fill parameters without a loader."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten.copy_.default:
+            self._storages.add(args[0].untyped_storage()._cdata)
+        return function(*args, **(kwargs or {}))
+
+    def have_filled(self, parameter: torch.Tensor) -> bool:
+        """Whether something was copied into a parameter."""
+        return parameter.untyped_storage()._cdata in self._storages
+
+
 def _watch(model: nn.Module) -> dict[str, set[Shard]]:
     """Let every parameter note which of its parts have been loaded."""
     from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -198,16 +219,16 @@ def _watched(load: Callable[..., Any], shards: set[Shard]) -> Callable[..., Any]
     return watched
 
 
-def _unfilled(model: nn.Module, loads: dict[str, set[Shard]]) -> list[str]:
+def _unfilled(model: nn.Module, loads: dict[str, set[Shard]], writes: _Writes) -> list[str]:
     """Parameters of which a part was not loaded."""
     texts = []
     for name, shards in loads.items():
         if CACHE_PARAMETER.search(name):
             continue
         expected = _num_parts(model.get_submodule(name.rpartition(".")[0]), name)
-        if not shards:
+        if not shards and not writes.have_filled(model.get_parameter(name)):
             texts.append(f"vLLM: no tensor of the files fills {name}")
-        elif () not in shards and len(shards) < expected:
+        elif shards and () not in shards and len(shards) < expected:
             texts.append(f"vLLM: {len(shards)} of the {expected} parts of {name} are in the files")
     return texts
 
