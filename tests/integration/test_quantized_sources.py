@@ -14,7 +14,6 @@ import torch
 from fixtures.architectures import build
 from fixtures.coded_layers import (
     AWQ,
-    E2M1,
     GPTQ,
     GROUP,
     INTEGERS,
@@ -23,18 +22,18 @@ from fixtures.coded_layers import (
     awq,
     code_layers,
     config_group,
+    config_of,
     fp8_rows,
     gptq,
     mxfp4,
     packed,
-    random,
+    write_gpt_oss,
 )
 from fixtures.draft_models import build_draft_model
 from fixtures.learner_scheme import with_tokenizer
 from torch import Tensor
 
 import bitpress
-from bitpress import numerics
 from bitpress.conformance.commands import refusal
 from bitpress.conformance.models import LLAMA, llama_tensors, tensors_of, write_model
 
@@ -62,12 +61,6 @@ def write_both(
         with_tokenizer(write_model(folder / "coded/m", stored, config, shards)),
         with_tokenizer(write_model(folder / "plain/m", plain, of_plain)),
     )
-
-
-def config_of(folder: Path, table: dict[str, Any]) -> dict[str, Any]:
-    """That of a model, for its layers coded."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config | {"quantization_config": table}
 
 
 def compress_both(models: tuple[Path, Path], **arguments: Any) -> tuple[Path, Path]:
@@ -169,26 +162,6 @@ def test_a_source_in_shards_with_a_block_of_drafts_is_compressed_as_what_it_stan
     models = write_both(tmp_path, tensors, config_of(made, GPTQ), choose, shards=3)
     assert any(".layers.2." in name and "qweight" in name for name in tensors_of(models[0]))
     assert_same(*compress_both(models, scheme=scheme, effort="low"))
-
-
-def write_gpt_oss(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """A small gpt-oss as it is published, and the experts that it stands for."""
-    made = build("gpt_oss", folder / "made")
-    stored, experts = {}, {}
-    for name, tensor in tensors_of(made).items():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            stored[name] = tensor
-            continue
-        count, columns, rows = tensor.shape
-        codes = random(count, rows, columns // GROUP, GROUP)
-        exponents = random(count, rows, columns // GROUP, low=118, high=122)
-        numbers = E2M1[codes] * torch.exp2(exponents.float() - 127).unsqueeze(-1)
-        experts[name] = numbers.flatten(2).transpose(1, 2).bfloat16()
-        in_bytes = numerics.pack_bytes(codes.flatten(0, 2).to(torch.uint8), 4)
-        stored[f"{name}_blocks"] = in_bytes.reshape(count, rows, columns // GROUP, GROUP // 2)
-        stored[f"{name}_scales"] = exponents.to(torch.uint8)
-    config = config_of(made, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
-    return write_model(folder / "m", stored, config), experts
 
 
 def test_experts_of_gpt_oss_are_refused_with_what_the_engine_reads(tmp_path: Path) -> None:
