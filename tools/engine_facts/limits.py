@@ -35,7 +35,7 @@ LIMITS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
         "gpt_oss",
         (".mlp.experts",),
         "whole",
-        "its loader reads them in gpt-oss's own MXFP4, beside attention in 16 bits, or in 16 bits",
+        "its loader reads them in gpt-oss's MXFP4, in 16 bits, or in forms that no scheme has",
     ),
 )
 
