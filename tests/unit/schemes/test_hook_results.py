@@ -102,7 +102,7 @@ BROKEN = {
     ),
     "serialize stores nothing": (
         toy_with(RETURN_STORED, "return StoredLayer({}, None)"),
-        "a StoredLayer without tensors",
+        "serialize returned no tensors by name",
     ),
     "serialize's config is not JSON": (
         toy_with(RETURN_STORED, RETURN_STORED.replace("weights}", "{1, 2}}")),

@@ -35,6 +35,22 @@ def select_largest(score: Tensor, candidates: Tensor, num_kept: int, group_size:
     return mask.scatter_(2, groups.topk(num_kept, 2).indices, True).view_as(score)
 
 
+def fill(mask: Tensor, num_kept: int, group_size: int) -> Tensor:
+    """(out, in) bool: the mask, and of the first other columns of each group as many as it lacks.
+
+    Args:
+        mask: (out, in) bool, True for at most `num_kept` columns of a group.
+        num_kept: columns of a group that the result is True for.
+        group_size: columns of a group.
+    """
+    import torch
+
+    groups = mask.view(len(mask), -1, group_size)
+    order = groups.to(torch.uint8).argsort(dim=2, descending=True, stable=True)
+    filled = torch.zeros_like(groups)
+    return filled.scatter_(2, order[..., :num_kept], True).view_as(mask)
+
+
 def wanda(
     target: Tensor, diagonal: Tensor, candidates: Tensor, num_kept: int, group_size: int
 ) -> Tensor:

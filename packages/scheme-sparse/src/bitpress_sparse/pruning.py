@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from attrs import frozen
@@ -23,7 +23,10 @@ ALGORITHM = (
     "sparsegpt: dropped weights made up for one by one; wanda: after all are chosen; magnitude: no "
     "data"
 )
-LAYOUT = "dense: zeros among the other weights; bitmask: for engines that still read it"
+# compressed-tensors' name for no pattern.
+UNSTRUCTURED = "unstructured"
+
+LAYOUT = "dense: zeros among the other weights; bitmask: none, for vLLM with bitpress-vllm-sparse"
 
 
 @frozen
@@ -40,9 +43,9 @@ class PruningOptions(bitpress.ReferenceOptions):
 
     @property
     def transformers_reason(self) -> str | None:
-        """Bitmasks are decoded by old releases alone."""
+        """It reads no bitmasks."""
         if self.layout == "bitmask":
-            return "only compressed-tensors up to 0.14 decodes its layout of zeros"
+            return "it reads no weights without their zeros (layout=bitmask)"
         return None
 
     def group_size(self, width: int) -> int:
@@ -58,9 +61,20 @@ class PruningOptions(bitpress.ReferenceOptions):
         raise NotImplementedError
 
     @property
-    def sparsity_config(self) -> Mapping[str, str]:
-        """The config fragment of the bitmask layout."""
+    def structure(self) -> str:
+        """The pattern of zeros, as compressed-tensors names it."""
         raise NotImplementedError
+
+    @property
+    def sparsity_config(self) -> Mapping[str, str]:
+        """What the config says of zeros. compressed-tensors has a layout of its own for 2:4, where
+        rows are not chained.
+        """
+        if self.layout == "dense":
+            layout = "dense"
+        else:
+            layout = "sparse-24-bitmask" if self.structure == "2:4" else "sparse-bitmask"
+        return {"format": layout, "sparsity_structure": self.structure}
 
 
 # As many arguments as the hook has.
@@ -99,66 +113,73 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: PruningOptio
     target = layer.weight if factor is None else numerics.gptq_target(layer, stats, factor)
 
     row_factor = None if factor is None else numerics.factorize_output_hessian(stats)
-    stored_mask = torch.empty_like(candidates)
+    mask = torch.empty_like(candidates)
 
     def prune(row_targets: Tensor, rows: slice) -> Tensor:
-        pruned, stored_mask[rows] = _prune(
-            row_targets, candidates[rows], factor, layer.dtype, options
-        )
+        pruned, kept = _prune(row_targets, candidates[rows], factor, layer.dtype, options)
+        mask[rows] = kept & candidates[rows]
         return pruned
 
     weight = numerics.decide_rows(target, row_factor, prune)
-    mask = stored_mask & candidates
     output_hessian = numerics.damped_output_hessian(stats)
     if factor is not None and output_hessian is not None:
         # rows decided early have not made up for the errors of those after them
         weight = numerics.masked_least_squares(weight, target, factor, mask, output_hessian)
         weight = _round_to(layer.dtype, weight)
-    layer = attrs.evolve(layer, weight=weight, mask=mask)
-    if options.layout == "dense":
-        return layer
-    codes = bitmask.compress(weight.to(layer.dtype), stored_mask)
-    return attrs.evolve(layer, codes=codes, qparams={"bitmask": bitmask.pack_mask(stored_mask)})
+    return attrs.evolve(layer, weight=weight, mask=mask)
 
 
 @hookimpl
 def pack(layer: Layer, options: PruningOptions) -> Layer:
-    """Where no other step has made codes of them, weights in the model's dtype."""
-    if layer.codes is not None:
-        return layer
-    return attrs.evolve(layer, codes=layer.weight.to(layer.dtype))
+    """Where no other step has made codes of them, weights in the model's dtype; of a bitmask's, as
+    many of every row as are kept.
+    """
+    codes = layer.weight.to(layer.dtype) if layer.codes is None else layer.codes
+    if options.layout == "dense":
+        return attrs.evolve(layer, codes=codes)
+    width = codes.shape[1]
+    mask = masks.fill(layer.weight != 0, options.num_kept(width), options.group_size(width))
+    qparams = {**layer.qparams, bitmask.MASK: bitmask.pack_mask(mask)}
+    return attrs.evolve(layer, codes=bitmask.compress(codes, mask), qparams=qparams)
 
 
 @hookimpl
-def serialize(layer: Layer, options: PruningOptions) -> StoredLayer:
-    """`weight` (out, in); or as a bitmask `compressed`, `bitmask` U8 (out, ceil(in / 8)), `shape`
-    I64 and, where groups are rows, `row_offsets` I64 (out,).
+def serialize(layer: Layer, stored: StoredLayer | None, options: PruningOptions) -> StoredLayer:
+    """`weight` (out, in), or what a later step stores; as a bitmask, in place of their numbers,
+    `compressed`, `bitmask` U8 (out, ceil(in / 8)), `shape` I64 and, but for 2:4, `row_offsets` I64
+    (out,).
     """
-    import torch
+    if stored is None:
+        assert layer.codes is not None
+        stored = StoredLayer({"weight": layer.codes})
+    of_zeros = dict(options.sparsity_config)
+    if options.layout == "bitmask":
+        is_chained = of_zeros["format"] == "sparse-bitmask"
+        shape = (layer.weight.shape[0], layer.weight.shape[1])
+        tensors = bitmask.lay_out(stored, layer.qparams[bitmask.MASK], shape, is_chained)
+        # transformers reads no `sparsity_config`: but for a format that it does not know, it would
+        # take layers for missing, and give them random weights.
+        config = stored.config or _describe_plain(layer.dtype)
+        config = {**config, "format": of_zeros["format"], "sparsity_config": of_zeros}
+        return StoredLayer(tensors, config)
+    # Of plain weights loaders want no config; of other patterns nobody would make anything.
+    if stored.config is None or options.structure == UNSTRUCTURED:
+        return stored
+    return StoredLayer(stored.tensors, {**stored.config, "sparsity_config": of_zeros})
 
-    assert layer.codes is not None
-    if options.layout == "dense":
-        return StoredLayer({"weight": layer.codes})
-    rows, width = layer.weight.shape
-    tensors = {"bitmask": layer.qparams["bitmask"], "shape": torch.tensor([rows, width])}
-    # `sparse-bitmask` has rows of any length, `sparse-24-bitmask` a shape of two axes.
-    if options.group_size(width) == width:
-        num_kept = layer.codes.shape[1]
-        tensors["compressed"] = layer.codes.flatten()
-        tensors["row_offsets"] = torch.arange(rows) * num_kept
-    else:
-        tensors["compressed"] = layer.codes
-        tensors["shape"] = tensors["shape"].unsqueeze(1)
-    return StoredLayer(tensors, dict(options.sparsity_config))
+
+@hookimpl
+def expand(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None
+) -> Mapping[str, Tensor] | None:
+    """The numbers of all columns, zeros included, as the step that made them lays them out."""
+    return bitmask.expand(tensors, config) if bitmask.MASK in tensors else None
 
 
 @hookimpl
 def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight, zeros included."""
-    if "weight" in tensors:
-        return tensors["weight"].float()
-    width = int(tensors["shape"].flatten()[1])
-    return bitmask.decompress(tensors["compressed"], tensors["bitmask"], width).float()
+    return tensors["weight"].float()
 
 
 @hookimpl
@@ -222,6 +243,12 @@ def _prune(
 
     weight = torch.where(mask & candidates, weight * numerics.power_of_two(-power), 0.0)
     return _round_to(dtype, weight), mask
+
+
+def _describe_plain(dtype: torch.dtype) -> dict[str, Any]:
+    """The config fragment of weights in a model's dtype."""
+    weights = {"num_bits": 8 * dtype.itemsize, "type": "float", "symmetric": True}
+    return {"weights": {**weights, "dynamic": False, "strategy": "channel"}}
 
 
 def _round_to(dtype: torch.dtype, weight: Tensor) -> Tensor:

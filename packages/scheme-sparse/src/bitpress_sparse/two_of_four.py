@@ -5,9 +5,8 @@ quantizing scheme; or 4:8 or 6:8, which keep four or six of every eight.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import attrs
 from attrs import frozen
 
 from bitpress import Finding, Hardware, MeasuredLoss, ShapeError, hookimpl, option
@@ -15,6 +14,7 @@ from bitpress_sparse.pruning import (
     PruningOptions,
     dequantize,
     error_bound,
+    expand,
     findings,
     observe,
     pack,
@@ -30,6 +30,7 @@ __all__ = [
     "Options",
     "dequantize",
     "error_bound",
+    "expand",
     "observe",
     "pack",
     "quantize",
@@ -56,20 +57,12 @@ MEASURED_LOSSES: Sequence[MeasuredLoss] = (
 )
 
 
-def _check_pattern(instance: Options, attribute: attrs.Attribute[Any], value: str) -> None:
-    if value != "2:4" and instance.layout == "bitmask":
-        raise ValueError(
-            f"pattern {value} has no bitmask layout that a loader reads; layout=dense loads "
-            "everywhere"
-        )
-
-
 @frozen
 class Options(PruningOptions):
     """Options of `sparse-2of4`."""
 
     pattern: Literal["2:4", "4:8", "6:8"] = option(
-        "2:4", "weights that are kept of how many neighbors", validator=_check_pattern
+        "2:4", "weights that are kept of how many neighbors"
     )
 
     def group_size(self, width: int) -> int:
@@ -87,9 +80,9 @@ class Options(PruningOptions):
         return int(self.pattern.partition(":")[0])
 
     @property
-    def sparsity_config(self) -> Mapping[str, str]:
-        """As compressed-tensors names it."""
-        return {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}
+    def structure(self) -> str:
+        """The pattern itself."""
+        return self.pattern
 
 
 @hookimpl

@@ -13,9 +13,11 @@ from attrs import frozen
 from bitpress import Finding, Hardware, MeasuredLoss, hookimpl, option
 from bitpress_sparse.pruning import (
     ALGORITHM,
+    UNSTRUCTURED,
     PruningOptions,
     dequantize,
     error_bound,
+    expand,
     findings,
     observe,
     pack,
@@ -31,6 +33,7 @@ __all__ = [
     "Options",
     "dequantize",
     "error_bound",
+    "expand",
     "observe",
     "pack",
     "quantize",
@@ -77,9 +80,9 @@ class Options(PruningOptions):
         return max(width - round(self.sparsity * width), 1)
 
     @property
-    def sparsity_config(self) -> Mapping[str, str]:
-        """As compressed-tensors names it."""
-        return {"format": "sparse-bitmask", "sparsity_structure": "unstructured"}
+    def structure(self) -> str:
+        """None."""
+        return UNSTRUCTURED
 
 
 @hookimpl

@@ -219,11 +219,15 @@ def test_the_config_is_json(step: Step) -> None:
     assert json.loads(json.dumps(config)) == config, (
         "the config fragment must hold JSON values only (lists, not tuples)"
     )
-    assert isinstance(config.get("format"), str), "the config fragment must name its `format`"
-    has_weights = isinstance(config.get("weights"), dict)
-    has_structure = isinstance(config.get("sparsity_structure"), str)
-    assert has_weights or has_structure, (
-        "the config fragment must describe its `weights`, or its `sparsity_structure`"
+    of_zeros = config.get("sparsity_config", {})
+    if of_zeros:
+        assert isinstance(of_zeros.get("sparsity_structure"), str), (
+            "the `sparsity_config` of a fragment must name its `sparsity_structure`"
+        )
+    described = config if "weights" in config else of_zeros
+    assert isinstance(described.get("format"), str), "the config fragment must name its `format`"
+    assert isinstance(config.get("weights"), dict) or of_zeros, (
+        "the config fragment must describe its `weights`, or have a `sparsity_config`"
     )
 
 

@@ -23,10 +23,6 @@ def find_table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
             f"quant_method is {table.get('quant_method')!r}, not 'compressed-tensors'",
         )
 
-    # A sparsity_config alone is a whole config: engines that read one ask for nothing below.
-    if table.get("sparsity_config") and not table.get("config_groups"):
-        return
-
     # transformers initializes compressed layers at random under any other status.
     if table.get("quantization_status") != "compressed":
         yield Fault(

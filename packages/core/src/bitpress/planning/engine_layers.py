@@ -22,6 +22,9 @@ PACKED_FORMAT = "pack-quantized"
 # Tensors that hold a layer's codes.
 CODES = ("weight", "weight_packed")
 
+# The tensor that says where a layer's codes are, if its zeros are not stored.
+BITMASK = "bitmask"
+
 # The tensors of one module, by the last part of their names.
 ModuleTensors = Mapping[str, Entry]
 
@@ -47,7 +50,7 @@ class LinearLayers:
 
 def is_compressed(tensors: ModuleTensors) -> bool:
     """Whether a layer is stored compressed."""
-    return "weight_scale" in tensors or "weight_packed" in tensors
+    return not tensors.keys().isdisjoint(("weight_scale", "weight_packed", BITMASK))
 
 
 def names_in_engines(layers: LinearLayers, entries: Mapping[str, Entry]) -> set[str]:

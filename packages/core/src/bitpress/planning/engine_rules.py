@@ -26,6 +26,7 @@ from bitpress.checkpoint.safetensors import Entry
 from bitpress.errors import Fault
 from bitpress.planning import config_rules, draft_blocks, engine_layers
 from bitpress.planning.engine_layers import (
+    BITMASK,
     CODES,
     PACKED_FORMAT,
     ConfigGroup,
@@ -187,6 +188,11 @@ def _check_layers(layers: LinearLayers, read: ReadTensor | None) -> Iterator[Fau
 def _check_layer(
     group: ConfigGroup, tensors: ModuleTensors, read: ReadTensor | None
 ) -> Iterator[str]:
+    if BITMASK in tensors:
+        # Its other tensors are those of a layer with zeros, of which its codes do not tell the
+        # shape.
+        yield from _check_optional_tensors(group, tensors)
+        return
     codes = next((tensors[suffix] for suffix in CODES if suffix in tensors), None)
     if codes is None or len(codes.shape) != 2:
         yield "there are no codes"

@@ -16,6 +16,9 @@ from bitpress.planning.engine_names import names_to_ignore, names_to_target
 # compressed-tensors' name for the format of plain weights.
 NO_WEIGHTS = "dense"
 
+# The key, in a config and in a layer's fragment, of what is said of zeros.
+SPARSITY = "sparsity_config"
+
 
 def quantization_config(
     fragments: Mapping[str, Mapping[str, Any] | None],
@@ -35,12 +38,10 @@ def quantization_config(
     Raises:
         RecipeError: layers are to be stored in several sparsity layouts, and a config has one.
     """
-    quantized = _group_by_fragment(fragments, is_sparse=False)
-    sparse = _group_by_fragment(fragments, is_sparse=True)
+    quantized = _group_by_fragment(fragments)
     config: dict[str, Any] = {}
-    if sparse:
-        config["quant_method"] = METHOD
-        config["sparsity_config"] = _sparsity_config(sparse, fragments, ignored, bool(quantized))
+    if sparsity := _sparsity_config(fragments, ignored):
+        config |= {"quant_method": METHOD, SPARSITY: sparsity}
     if cache is not None:
         config["kv_cache_scheme"] = dict(cache)
     if not quantized and cache is None:
@@ -83,31 +84,43 @@ def _global_format(formats: set[str]) -> str:
 
 
 def _group_by_fragment(
-    fragments: Mapping[str, Mapping[str, Any] | None], is_sparse: bool
+    fragments: Mapping[str, Mapping[str, Any] | None],
 ) -> dict[str, list[str]]:
-    """The modules of each fragment, by its JSON text: of those about sparsity, or of all others."""
+    """The modules of each fragment that says how numbers are stored, by its JSON text."""
     groups: dict[str, list[str]] = {}
     for module, fragment in fragments.items():
-        if fragment is not None and ("sparsity_structure" in fragment) == is_sparse:
-            groups.setdefault(json.dumps(fragment, sort_keys=True), []).append(module)
+        entry = {key: value for key, value in (fragment or {}).items() if key != SPARSITY}
+        if entry:
+            groups.setdefault(json.dumps(entry, sort_keys=True), []).append(module)
     return groups
 
 
 def _sparsity_config(
-    groups: Mapping[str, Sequence[str]],
-    fragments: Mapping[str, Mapping[str, Any] | None],
-    ignored: Sequence[str],
-    has_quantized: bool,
-) -> dict[str, Any]:
-    if len(groups) > 1:
-        names = " and ".join(json.loads(text)["format"] for text in groups)
+    fragments: Mapping[str, Mapping[str, Any] | None], ignored: Sequence[str]
+) -> dict[str, Any] | None:
+    """What a config says of zeros; None where no layer says anything.
+
+    Where zeros are stored like other numbers it names no layers: engines that have no sparse layout
+    refuse a config that does.
+    """
+    of_zeros = {name: f[SPARSITY] for name, f in fragments.items() if f and SPARSITY in f}
+    compact = {name: x for name, x in of_zeros.items() if x["format"] != NO_WEIGHTS}
+    formats = {x["format"] for x in (compact or of_zeros).values()}
+    if not formats:
+        return None
+    if len(formats) > 1:
         raise RecipeError(
-            f"a model cannot be stored as {names} at once: a config has one sparsity_config; use "
-            "one layout"
+            f"a model cannot be stored as {' and '.join(sorted(formats))} at once: a config has one "
+            "sparsity_config; use one layout"
         )
-    ((text, modules),) = groups.items()
+    structures = sorted({x["sparsity_structure"] for x in (compact or of_zeros).values()})
+    config = {"format": formats.pop(), "sparsity_structure": ", ".join(structures)}
+    if not compact:
+        return config
+    others = [name for name in fragments if name not in compact]
+    is_mixed = any(fragments[name] for name in others)
     return {
-        **json.loads(text),
-        "targets": modules if has_quantized else [EVERY_LINEAR],
-        "ignore": [*ignored, *(module for module in fragments if module not in modules)],
+        **config,
+        "targets": list(compact) if is_mixed else [EVERY_LINEAR],
+        "ignore": [*ignored, *others],
     }

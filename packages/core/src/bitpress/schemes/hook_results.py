@@ -109,10 +109,7 @@ def check_stored_layer(step: Step, result: Any) -> StoredLayer:
         raise SchemeError(
             f"{step.scheme}: serialize returned {type(result).__name__}, not a StoredLayer"
         )
-    if not isinstance(result.tensors, Mapping) or not result.tensors:
-        raise SchemeError(f"{step.scheme}: serialize returned a StoredLayer without tensors")
-    for name, tensor in result.tensors.items():
-        _require_tensor(step.scheme, "serialize", str(name), tensor)
+    _require_tensors(step.scheme, "serialize", result.tensors)
     try:
         json.dumps(result.config)
     except (TypeError, ValueError, RecursionError) as e:
@@ -120,6 +117,13 @@ def check_stored_layer(step: Step, result: Any) -> StoredLayer:
             f"{step.scheme}: serialize returned a config that is not JSON ({e})"
         ) from None
     return result
+
+
+def check_expanded(scheme: Scheme, result: Any) -> Mapping[str, Tensor]:
+    """What `expand` returned; raises SchemeError where it holds no tensors."""
+    _require_tensors(scheme, "expand", result)
+    tensors: Mapping[str, Tensor] = result
+    return tensors
 
 
 def check_tensor(
@@ -150,6 +154,13 @@ def check_tensor(
             f"{scheme}: {hook} returned the shape {list(result.shape)}, expected was {list(shape)}"
         )
     return torch.as_tensor(result)
+
+
+def _require_tensors(scheme: Scheme, hook: str, values: Any) -> None:
+    if not isinstance(values, Mapping) or not values:
+        raise SchemeError(f"{scheme}: {hook} returned no tensors by name")
+    for name, value in values.items():
+        _require_tensor(scheme, hook, str(name), value)
 
 
 def _require_tensor(scheme: Scheme, hook: str, name: str, value: Any) -> None:

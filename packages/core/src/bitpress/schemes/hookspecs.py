@@ -122,12 +122,19 @@ def pack(layer: Layer, options: Options) -> Layer:
 
 
 @hookspec(firstresult=True)
-def serialize(layer: Layer, options: Options) -> StoredLayer:
+def serialize(layer: Layer, stored: StoredLayer | None, options: Options) -> StoredLayer:
     """The stored tensors of one linear layer and the config fragment that tells a loader how to
     read them.
 
     `layer` holds all rows of one member of a stack; where it has codes, its weight is NaN and only
-    the shape may be used. Of the steps of a composition, the last that has this hook writes.
+    the shape may be used. Of the steps of a composition, the last that has this hook writes. Those
+    before it are asked only where they name `stored`: they may lay out anew what it wrote, and
+    `expand` is then the inverse.
+
+    Args:
+        layer: packed.
+        stored: what a step after this one stores; None where there is none.
+        options: of the scheme.
     """
 
 
@@ -162,11 +169,27 @@ def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) 
     """The effective weight, from what `serialize` stored: the inverse of `pack` and `serialize`.
 
     Args:
-        tensors: what `serialize` stored of the layer, or some rows of each.
+        tensors: what `serialize` stored of the layer, or some rows of each, after `expand`.
         config: the layer's config fragment.
 
     Returns:
         (out, in) float32; NaN where a loader would read NaN.
+    """
+
+
+@hookspec(firstresult=True)
+def expand(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None
+) -> Mapping[str, Tensor] | None:
+    """What `serialize` was given as `stored`, or would have stored in its plain layout.
+
+    Args:
+        tensors: what is stored of the layer, or some rows of each.
+        config: the layer's config fragment.
+
+    Returns:
+        The tensors by suffix, from which `dequantize` makes the weight; None where they are laid
+        out plainly.
     """
 
 
@@ -220,8 +243,8 @@ def error_bound(
     asked, the last first.
 
     Args:
-        tensors: what is stored of the layer, or some rows of each: by the scheme itself, or by a
-            step after it.
+        tensors: what is stored of the layer, or some rows of each, after `expand`: by the scheme
+            itself, or by a step after it.
         config: the layer's config fragment.
         weight: (out, in) float32, what `tensors` decode to.
         bound: how far the steps after this one may have moved each weight, broadcastable to

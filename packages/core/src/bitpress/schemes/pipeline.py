@@ -279,18 +279,34 @@ def join(tiles: Iterable[Layer], shape: tuple[int, ...]) -> Layer:
 
 
 def serialize(layer: Layer, steps: Sequence[Step]) -> StoredLayer:
-    """What the last step that serializes stores of a whole layer.
+    """What the last step that serializes stores of a whole layer, as steps before it lay it out.
 
     Raises:
         SchemeError: no step does, or it returned something else.
     """
+    stored: StoredLayer | None = None
     for step in reversed(steps):
-        result = step.call("serialize", layer=layer)
+        if stored is not None and not step.scheme.takes_argument("serialize", "stored"):
+            continue
+        result = step.call("serialize", layer=layer, stored=stored)
         if result is not None:
-            return hook_results.check_stored_layer(step, result)
-    raise SchemeError(
-        f"none of the schemes {', '.join(s.scheme.name for s in steps)} has a `serialize` hook"
-    )
+            stored = hook_results.check_stored_layer(step, result)
+    if stored is None:
+        raise SchemeError(
+            f"none of the schemes {', '.join(s.scheme.name for s in steps)} has a `serialize` hook"
+        )
+    return stored
+
+
+def expand(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, steps: Sequence[Step]
+) -> Mapping[str, torch.Tensor]:
+    """What is stored of a layer, or of some rows of it, in the layout of the step that wrote it."""
+    for step in steps:
+        result = step.scheme.call("expand", tensors=tensors, config=config)
+        if result is not None:
+            tensors = hook_results.check_expanded(step.scheme, result)
+    return tensors
 
 
 def dequantize(
@@ -311,6 +327,7 @@ def dequantize(
     Raises:
         SchemeError: no step has the hook, or it gives a weight of another shape.
     """
+    tensors = expand(tensors, config, steps)
     for step in reversed(steps):
         weight = step.scheme.call("dequantize", tensors=tensors, config=config)
         if weight is not None:
@@ -342,9 +359,10 @@ def error_bound(
         weight: (out, in) float32, what is stored, dequantized.
     """
     bound = None
+    tensors = expand(stored.tensors, stored.config, steps)
     for step in reversed(steps):
         bound = step.call(
-            "error_bound", tensors=stored.tensors, config=stored.config, weight=weight, bound=bound
+            "error_bound", tensors=tensors, config=stored.config, weight=weight, bound=bound
         )
         if bound is None:
             return None

@@ -138,8 +138,8 @@ class StoredLayer:
     Attributes:
         tensors: by suffix of the module's name: `weight`, `weight_scale`, ...
         config: the group entry of `quantization_config` that tells a loader how to read them (JSON
-            values: `format`, `weights`, `input_activations`), or its `sparsity_config` (`format`,
-            `sparsity_structure`); None for a plain weight.
+            values: `format`, `weights`, `input_activations`), and under `sparsity_config` what it
+            says of zeros (`format`, `sparsity_structure`); None for a plain weight.
     """
 
     tensors: Mapping[str, Tensor]
