@@ -40,8 +40,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
         ("mxfp4", (), True, True),
         ("mxfp8", (), True, True),
         ("sparse-2of4", (), True, True),
-        ("sparse-2of4", ("layout=bitmask",), False, False),
-        ("sparse", ("layout=bitmask",), False, False),
+        ("sparse-2of4", ("layout=bitmask",), True, False),
+        ("sparse", ("layout=bitmask",), True, False),
         ("w8a16", ("activations=int16",), False, True),
     ],
 )

@@ -52,7 +52,9 @@ def decompress(values: Tensor, mask: Tensor) -> Tensor:
         ValueError: the mask does not keep as many numbers as there are.
     """
     if mask.sum() != values.numel():
-        raise ValueError(f"its mask keeps {int(mask.sum())} weights, and {values.numel()} are there")
+        raise ValueError(
+            f"its mask keeps {int(mask.sum())} weights, and {values.numel()} are there"
+        )
     numbers = _as_integers(values).new_zeros(mask.shape)
     numbers[mask] = _as_integers(values).flatten()
     return numbers.view(values.dtype)
@@ -87,9 +89,7 @@ def lay_out(
     return {VALUES: values, **tensors}
 
 
-def expand(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None
-) -> dict[str, Tensor]:
+def expand(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """What `lay_out` was given, with the numbers of all columns; of a layer or some rows of it.
 
     Args:

@@ -12,7 +12,7 @@ import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Finding, Layer, Statistic, StoredLayer, hookimpl, numerics, option
+from bitpress import Finding, Hardware, Layer, Statistic, StoredLayer, hookimpl, numerics, option
 from bitpress_sparse import bitmask, masks
 
 if TYPE_CHECKING:
@@ -23,10 +23,26 @@ ALGORITHM = (
     "sparsegpt: dropped weights made up for one by one; wanda: after all are chosen; magnitude: no "
     "data"
 )
+# The package that teaches vLLM to read bitmasks, and to compute without zeros.
+PLUGIN = "bitpress-vllm-sparse"
+
+ZEROS_STAY = "without a plugin, vLLM stores zeros like other weights"
+ZEROS_RETURN = "files are smaller, and zeros come back while they are loaded"
+
 # compressed-tensors' name for no pattern.
 UNSTRUCTURED = "unstructured"
 
-LAYOUT = "dense: zeros among the other weights; bitmask: none, for vLLM with bitpress-vllm-sparse"
+# What a config says of weights in a model's dtype. Loaders know no floats of 16 bits: over one they
+# would fail before they come to the `sparsity_config`, and say why.
+PLAIN_WEIGHTS: Mapping[str, Any] = {
+    "num_bits": 16,
+    "type": "int",
+    "symmetric": True,
+    "dynamic": False,
+    "strategy": "channel",
+}
+
+LAYOUT = f"dense: zeros among the other weights; bitmask: none, for vLLM with {PLUGIN}"
 
 
 @frozen
@@ -47,6 +63,11 @@ class PruningOptions(bitpress.ReferenceOptions):
         if self.layout == "bitmask":
             return "it reads no weights without their zeros (layout=bitmask)"
         return None
+
+    @property
+    def vllm_plugin(self) -> str | None:
+        """vLLM itself reads no bitmasks."""
+        return PLUGIN if self.layout == "bitmask" else None
 
     def group_size(self, width: int) -> int:
         """Columns of a group, in a layer of that width.
@@ -159,7 +180,7 @@ def serialize(layer: Layer, stored: StoredLayer | None, options: PruningOptions)
         tensors = bitmask.lay_out(stored, layer.qparams[bitmask.MASK], shape, is_chained)
         # transformers reads no `sparsity_config`: but for a format that it does not know, it would
         # take layers for missing, and give them random weights.
-        config = stored.config or _describe_plain(layer.dtype)
+        config = stored.config or {"weights": dict(PLAIN_WEIGHTS)}
         config = {**config, "format": of_zeros["format"], "sparsity_config": of_zeros}
         return StoredLayer(tensors, config)
     # Of plain weights loaders want no config; of other patterns nobody would make anything.
@@ -245,12 +266,6 @@ def _prune(
     return _round_to(dtype, weight), mask
 
 
-def _describe_plain(dtype: torch.dtype) -> dict[str, Any]:
-    """The config fragment of weights in a model's dtype."""
-    weights = {"num_bits": 8 * dtype.itemsize, "type": "float", "symmetric": True}
-    return {"weights": {**weights, "dynamic": False, "strategy": "channel"}}
-
-
 def _round_to(dtype: torch.dtype, weight: Tensor) -> Tensor:
     """The nearest finite numbers of the model's dtype, in float32."""
     import torch
@@ -277,22 +292,23 @@ def _factorize(
     return factor
 
 
-def findings(options: PruningOptions, bitmask_text: str) -> Sequence[Finding]:
-    """What holds for both schemes, on any device.
-
-    Args:
-        options: of the scheme.
-        bitmask_text: which engines read its bitmask layout.
-    """
-    if options.layout == "bitmask":
-        return [Finding("unsupported", f"{bitmask_text}; layout=dense loads everywhere")]
-    no_gain = (
-        "vLLM has no sparse layout: zeros are stored like other weights, and neither size nor "
-        "speed changes there"
+def findings(options: PruningOptions, hardware: Hardware) -> Sequence[Finding]:
+    """What vLLM makes of both schemes on a device, with its plugin and without."""
+    cores = (
+        f"with {PLUGIN}, vLLM computes it on sparse tensor cores (8-bit floats from capability 9.0 "
+        "on); how fast is not measured"
     )
+    is_sparse = options.structure != UNSTRUCTURED and (hardware.capability or (0, 0)) >= (8, 0)
+    found = [Finding("supported", cores)] if is_sparse else []
+    if options.layout == "bitmask":
+        return [
+            Finding("supported", f"vLLM reads these files with {PLUGIN}, and refuses them without"),
+            *(found or [Finding("degraded", f"{ZEROS_RETURN}: neither memory nor speed changes")]),
+        ]
     return [
         Finding(
             "supported", "loads and runs wherever the model itself does, or the scheme that follows"
         ),
-        Finding("degraded", no_gain),
+        *found,
+        Finding("degraded", f"{ZEROS_STAY}, and neither size nor speed changes there"),
     ]

@@ -87,19 +87,5 @@ class Options(PruningOptions):
 
 @hookimpl
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
-    """Everywhere; sparse tensor cores take it from capability 8.0 on, in engines that have kernels
-    for them.
-    """
-    general = findings(
-        options,
-        "vLLM reads this layout up to 0.18 (compressed-tensors up to 0.14), later ones refuse it",
-    )
-    if options.pattern != "2:4":
-        return general
-    if options.layout == "dense" and (hardware.capability or (0, 0)) >= (9, 0):
-        text = (
-            "sparse tensor cores take 2:4 weights, with 8 bits best, in engines that have kernels "
-            "for them"
-        )
-        return [Finding("recommended", text), *general[1:]]
-    return general
+    """Everywhere; sparse tensor cores take it from capability 8.0 on."""
+    return findings(options, hardware)

@@ -88,6 +88,4 @@ class Options(PruningOptions):
 @hookimpl
 def validate_hardware(hardware: Hardware, options: Options) -> Sequence[Finding]:
     """Everywhere."""
-    return findings(
-        options, "vLLM does not read this layout; compressed-tensors up to 0.14 decodes it"
-    )
+    return findings(options, hardware)

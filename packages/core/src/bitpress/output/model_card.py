@@ -208,7 +208,8 @@ def _render_loaders(details: RunDetails) -> Iterator[str]:
     loaders, is_plain = details.loaders, KEY not in details.config
     if loaders.vllm_reason is None:
         yield f"Serve it with vLLM (on {_escaped(loaders.vllm_devices or '')}):\n"
-        yield "```\nvllm serve OUT\n```\n"
+        commands = [f"pip install {plugin}" for plugin in loaders.vllm_plugins]
+        yield "\n".join(["```", *commands, "vllm serve OUT", "```\n"])
     else:
         yield f"Not known to be served by vLLM: {_escaped(loaders.vllm_reason)}.\n"
     if loaders.transformers_reason is not None:

@@ -33,12 +33,14 @@ class Loaders:
         vllm_devices: on which vLLM runs it: "NVIDIA 8.9+, some AMD"; None where it does not, or
             where that is not known.
         vllm_reason: why it is not said that vLLM loads it; None where it is.
+        vllm_plugins: the packages that vLLM needs for it.
         transformers_reason: the same of transformers.
         needs_dequantizing: whether transformers loads it only when it is told to dequantize.
     """
 
     vllm_devices: str | None
     vllm_reason: str | None
+    vllm_plugins: tuple[str, ...]
     transformers_reason: str | None
     needs_dequantizing: bool
 
@@ -46,9 +48,11 @@ class Loaders:
 def describe_loaders(plan: Plan) -> Loaders:
     """How loaders will take a plan's result."""
     devices, reason = _explain_vllm(plan)
+    plugins = {step.options.vllm_plugin for step in plan.recipe.all_steps}
     return Loaders(
         devices,
         reason,
+        tuple(sorted(plugin for plugin in plugins if plugin is not None)),
         next(_explain_transformers(plan), None),
         _has_embeddings(plan) or any(map(_has_zero_points, plan.fragments.values())),
     )

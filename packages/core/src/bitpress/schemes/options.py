@@ -75,6 +75,13 @@ class Options:
         """
         return None
 
+    @property
+    def vllm_plugin(self) -> str | None:
+        """The package without which vLLM does not read what is written with these options; None
+        where it needs none.
+        """
+        return None
+
 
 def option(default: Any, help: str, **kwargs: Any) -> Any:
     """A field of an options class.

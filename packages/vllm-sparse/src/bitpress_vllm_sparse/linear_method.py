@@ -1,0 +1,83 @@
+"""How a linear layer with zeros is loaded, and computed with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitpress_vllm_sparse import sparse_product, windows
+from bitpress_vllm_sparse.activations import ActivationQuantizer, find_activation_quantizer
+from bitpress_vllm_sparse.bitmask_parameters import BitmaskParameters
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+
+
+# vLLM asks by the name of the class; methods of both kinds that it wraps are supported.
+@register_weight_loader_v2_supported_method
+class SparseLinearMethod(LinearMethodBase):
+    """A layer's numbers are loaded with or without its zeros. Where the device has sparse tensor
+    cores for them it is computed with on these, elsewhere by the dense method.
+    """
+
+    def __init__(self, dense: LinearMethodBase) -> None:
+        self.dense = dense
+        self._quantizer: ActivationQuantizer | None = None
+        self._num_rows = 0
+        self._algorithms: list[int] = []
+
+    def create_weights(self, layer: torch.nn.Module, *arguments: Any, **named: Any) -> None:
+        """The dense method's parameters, and those of what is stored in place of zeros."""
+        self.dense.create_weights(layer, *arguments, **named)
+        self._bitmasks = BitmaskParameters(layer)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Pack the weight for sparse tensor cores, or leave it to the dense method."""
+        self._bitmasks.finish()
+        if not self._pack(layer):
+            self.dense.process_weights_after_loading(layer)
+
+    def apply(self, layer: torch.nn.Module, x: Any, bias: Tensor | None = None) -> Tensor:
+        """x · weightᵀ + bias: (..., in) -> (..., out)."""
+        if self._quantizer is None:
+            return self.dense.apply(layer, x, bias)
+        inputs, scale = self._quantizer.quantize(layer, x)
+        if layer.window_columns is not None:
+            inputs = inputs.index_select(1, layer.window_columns)
+        out_dtype = self._quantizer.out_dtype
+        result = sparse_product.linear(
+            inputs, layer.weight, self._num_rows, out_dtype, self._algorithms
+        )
+        if scale is not None:
+            result = result * scale * layer.weight_scale
+        if bias is not None:
+            result = result + bias
+        return result.to(x.dtype).view(*x.shape[:-1], self._num_rows)
+
+    def _pack(self, layer: torch.nn.Module) -> bool:
+        """Whether the weight could be packed; it takes the place of the dense one."""
+        quantizer = find_activation_quantizer(layer, self.dense)
+        if quantizer is None:
+            return False
+        weight: Tensor = layer.weight.data
+        is_nonzero = weight.float() != 0
+        columns = None
+        if not windows.keeps(is_nonzero, 2, 4):
+            if not windows.keeps(is_nonzero, 6, 8):
+                return False
+            columns = windows.window_columns(weight.shape[1], weight.device)
+            bits = weight.view(sparse_product.INTEGERS[weight.element_size()])
+            weight = windows.spread(bits, is_nonzero).view(weight.dtype)
+        if not sparse_product.fits(weight.shape[1], weight.dtype):
+            return False
+
+        self._quantizer, self._num_rows = quantizer, len(weight)
+        self._algorithms = sparse_product.choose_algorithms(weight, quantizer.out_dtype)
+        layer.weight = Parameter(sparse_product.pack(weight), requires_grad=False)
+        layer.register_buffer("window_columns", columns, persistent=False)
+        if quantizer.is_scaled:
+            layer.weight_scale = Parameter(quantizer.row_scale(layer), requires_grad=False)
+        return True
