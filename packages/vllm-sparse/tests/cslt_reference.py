@@ -63,7 +63,7 @@ def multiply(  # noqa: PLR0913, PLR0917
     split_k: int = 1,
     split_k_mode: int = -1,
 ) -> Tensor:
-    """packed · dense, (rows, tokens); transposed on request."""
+    """Compute packed · dense, (rows, tokens); transposed on request."""
     assert packed.dtype == dense.dtype
     assert bias is None
     assert alpha is None

@@ -112,7 +112,7 @@ def expand(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> d
 
 
 def _require_numbers(stored: StoredLayer) -> None:
-    """Raise RecipeError unless zeros are stored as one code, in a layout of which rows keep some."""
+    """Raise RecipeError unless all zeros are one code, and a row's codes can be picked from it."""
     import torch
 
     if NUMBERS in stored.tensors:

@@ -66,7 +66,7 @@ class PruningOptions(bitpress.ReferenceOptions):
 
     @property
     def vllm_plugin(self) -> str | None:
-        """vLLM itself reads no bitmasks."""
+        """Bitmasks are read by the plugin alone."""
         return PLUGIN if self.layout == "bitmask" else None
 
     def group_size(self, width: int) -> int:

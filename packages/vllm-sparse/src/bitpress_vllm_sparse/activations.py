@@ -5,6 +5,7 @@ dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from attrs import frozen
@@ -45,14 +46,14 @@ class ActivationQuantizer:
         """Whether products have scales."""
         return self.round_inputs is not None
 
-    def quantize(self, layer: torch.nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def quantize(self, layer: Any, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Numbers (tokens, in) of the weight's dtype, and their scales if they have some."""
         inputs = inputs.reshape(-1, inputs.shape[-1])
         if self.round_inputs is None:
             return inputs, None
         return self.round_inputs(inputs, getattr(layer, "input_scale", None))
 
-    def row_scale(self, layer: torch.nn.Module) -> Tensor:
+    def row_scale(self, layer: Any) -> Tensor:
         """(1, out) float32: what each row's products are multiplied with.
 
         A fused layer with a scale for each of its parts has one for every row of it.
@@ -64,31 +65,41 @@ class ActivationQuantizer:
         return scale.view(1, -1)
 
 
-def find_activation_quantizer(
-    layer: torch.nn.Module, method: LinearMethodBase
-) -> ActivationQuantizer | None:
+def find_activation_quantizer(layer: Any, method: LinearMethodBase) -> ActivationQuantizer | None:
     """How a layer's inputs are rounded for a sparse product; None where there is no such product,
     for its kind or on this device.
     """
-    dtype = layer.weight.dtype if hasattr(layer, "weight") else None
-    first = FIRST_WITH_FP8 if dtype == torch.float8_e4m3fn else FIRST
-    if reason := explain_dense(first):
-        logger.info_once("bitpress-sparse: %s; layers with zeros are computed densely", reason)
+    quantizer = _quantizer_of(layer, method)
+    if quantizer is None:
+        reason: str | None = f"{_kind(layer, method)} has no sparse product"
+    else:
+        is_fp8 = layer.weight.dtype == torch.float8_e4m3fn
+        reason = explain_dense(FIRST_WITH_FP8 if is_fp8 else FIRST)
+    if reason is not None:
+        logger.info_once("bitpress-sparse: %s: zeros are computed with like other weights", reason)
         return None
-    model_dtype = layer.params_dtype
+    return quantizer
+
+
+def _quantizer_of(layer: Any, method: LinearMethodBase) -> ActivationQuantizer | None:
+    """How the inputs of a layer are rounded, for kinds that have a sparse product."""
+    model_dtype: torch.dtype = layer.params_dtype
     if isinstance(method, UnquantizedLinearMethod):
-        return ActivationQuantizer(None, model_dtype) if dtype.itemsize == 2 else None
-    scheme = layer.scheme
-    # bfloat16 holds sums of codes; float16 is too short for them.
+        return ActivationQuantizer(None, model_dtype) if model_dtype.itemsize == 2 else None
+    # Sums of codes fit bfloat16; float16 is too short for them.
     is_wide = model_dtype == torch.bfloat16
+    scheme = layer.scheme
     if isinstance(scheme, CompressedTensorsW8A8Fp8) and scheme.weight_block_size is None:
         shape = GroupShape.PER_TENSOR if scheme.is_static_input_scheme else GroupShape.PER_TOKEN
-        out_dtype = model_dtype if is_wide else torch.float32
         quantize = QuantFP8(static=scheme.is_static_input_scheme, group_shape=shape)
-        return ActivationQuantizer(quantize, out_dtype)
+        return ActivationQuantizer(quantize, model_dtype if is_wide else torch.float32)
     if isinstance(scheme, CompressedTensorsW8A8Int8) and scheme.input_symmetric:
         return ActivationQuantizer(_round_to_int8, model_dtype if is_wide else torch.int32)
     return None
+
+
+def _kind(layer: Any, method: LinearMethodBase) -> str:
+    return type(getattr(layer, "scheme", method)).__name__
 
 
 def explain_dense(first: tuple[int, int]) -> str | None:

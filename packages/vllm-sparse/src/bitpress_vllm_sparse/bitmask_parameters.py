@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from bitpress_sparse import bitmask
 from torch import Tensor
 from torch.nn import Parameter
+
+from bitpress_sparse import bitmask
 
 # What is stored in place of a layer's numbers.
 SUFFIXES = (bitmask.VALUES, bitmask.MASK, bitmask.SHAPE)
@@ -27,7 +28,7 @@ class BitmaskParameters:
     on with that, for the loader to cut for this rank.
     """
 
-    def __init__(self, layer: torch.nn.Module, prefix: str = "") -> None:
+    def __init__(self, layer: Any, prefix: str = "") -> None:
         """Register the parameters.
 
         Args:
@@ -40,12 +41,12 @@ class BitmaskParameters:
         # what has come of each part of the layer
         self._parts: dict[Hashable, dict[str, Tensor]] = defaultdict(dict)
         for suffix in (*SUFFIXES, *UNUSED):
-            parameter = Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+            parameter: Any = Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
             parameter.weight_loader = partial(self._load, suffix)
             layer.register_parameter(f"{prefix}{suffix}", parameter)
 
     def _load(
-        self, suffix: str, param: Parameter, loaded_weight: Tensor, *place: Any, **named: Any
+        self, suffix: str, param: Any, loaded_weight: Tensor, *place: Any, **named: Any
     ) -> Any:
         """Take one tensor; with the last of a part, load its numbers."""
         if suffix in UNUSED:
@@ -55,7 +56,7 @@ class BitmaskParameters:
         place = tuple(_rename(x, ending, self._name) for x in place)
         named = {key: _rename(x, ending, self._name) for key, x in named.items()}
         key = (place, tuple(named.items()))
-        numbers: Parameter = getattr(self._layer, self._name)
+        numbers: Any = getattr(self._layer, self._name)
         self._parts[key][suffix] = loaded_weight.to(numbers.device)
         if self._parts[key].keys() < set(SUFFIXES):
             return True

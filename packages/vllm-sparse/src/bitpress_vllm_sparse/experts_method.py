@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from bitpress_vllm_sparse.bitmask_parameters import BitmaskParameters
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+from bitpress_vllm_sparse.bitmask_parameters import BitmaskParameters
 
 # vLLM's names for the layers before and after an expert's activation.
 PREFIXES = ("w13_", "w2_")
@@ -21,11 +21,11 @@ def load_without_zeros(method: FusedMoEMethodBase) -> FusedMoEMethodBase:
     create_weights, process = method.create_weights, method.process_weights_after_loading
     bitmasks: list[BitmaskParameters] = []
 
-    def create_with_bitmasks(layer: torch.nn.Module, *arguments: Any, **named: Any) -> None:
+    def create_with_bitmasks(layer: Any, *arguments: Any, **named: Any) -> None:
         create_weights(layer, *arguments, **named)
         bitmasks.extend(BitmaskParameters(layer, prefix) for prefix in PREFIXES)
 
-    def process_without_bitmasks(layer: torch.nn.Module) -> None:
+    def process_without_bitmasks(layer: Any) -> None:
         while bitmasks:
             bitmasks.pop().finish()
         process(layer)

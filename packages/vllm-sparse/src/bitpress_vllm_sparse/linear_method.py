@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from bitpress_vllm_sparse import sparse_product, windows
-from bitpress_vllm_sparse.activations import ActivationQuantizer, find_activation_quantizer
-from bitpress_vllm_sparse.bitmask_parameters import BitmaskParameters
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
 )
+
+from bitpress_vllm_sparse import sparse_product, windows
+from bitpress_vllm_sparse.activations import ActivationQuantizer, find_activation_quantizer
+from bitpress_vllm_sparse.bitmask_parameters import BitmaskParameters
 
 
 # vLLM asks by the name of the class; methods of both kinds that it wraps are supported.
@@ -29,19 +29,19 @@ class SparseLinearMethod(LinearMethodBase):
         self._num_rows = 0
         self._algorithms: list[int] = []
 
-    def create_weights(self, layer: torch.nn.Module, *arguments: Any, **named: Any) -> None:
+    def create_weights(self, layer: Any, *arguments: Any, **named: Any) -> None:
         """The dense method's parameters, and those of what is stored in place of zeros."""
         self.dense.create_weights(layer, *arguments, **named)
         self._bitmasks = BitmaskParameters(layer)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the weight for sparse tensor cores, or leave it to the dense method."""
         self._bitmasks.finish()
         if not self._pack(layer):
             self.dense.process_weights_after_loading(layer)
 
-    def apply(self, layer: torch.nn.Module, x: Any, bias: Tensor | None = None) -> Tensor:
-        """x · weightᵀ + bias: (..., in) -> (..., out)."""
+    def apply(self, layer: Any, x: Any, bias: Tensor | None = None) -> Tensor:
+        """Compute x · weightᵀ + bias: (..., in) -> (..., out)."""
         if self._quantizer is None:
             return self.dense.apply(layer, x, bias)
         inputs, scale = self._quantizer.quantize(layer, x)
@@ -57,7 +57,7 @@ class SparseLinearMethod(LinearMethodBase):
             result = result + bias
         return result.to(x.dtype).view(*x.shape[:-1], self._num_rows)
 
-    def _pack(self, layer: torch.nn.Module) -> bool:
+    def _pack(self, layer: Any) -> bool:
         """Whether the weight could be packed; it takes the place of the dense one."""
         quantizer = find_activation_quantizer(layer, self.dense)
         if quantizer is None:
@@ -80,4 +80,8 @@ class SparseLinearMethod(LinearMethodBase):
         layer.register_buffer("window_columns", columns, persistent=False)
         if quantizer.is_scaled:
             layer.weight_scale = Parameter(quantizer.row_scale(layer), requires_grad=False)
+        # Parts of a fused layer have the same inputs, rounded once with the largest static scale.
+        if getattr(layer, "input_scale", None) is not None:
+            scale = layer.input_scale.data.max().view(1)
+            layer.input_scale = Parameter(scale, requires_grad=False)
         return True

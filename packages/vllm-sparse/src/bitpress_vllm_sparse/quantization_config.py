@@ -1,4 +1,4 @@
-"""The quantization method `bitpress-sparse`: compressed-tensors', for configs that speak of zeros."""
+"""The quantization method `bitpress-sparse`: compressed-tensors', if a config speaks of zeros."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from bitpress_vllm_sparse.experts_method import load_without_zeros
-from bitpress_vllm_sparse.linear_method import SparseLinearMethod
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -16,6 +14,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
     CompressedTensorsLinearMethod,
 )
+
+from bitpress_vllm_sparse.experts_method import load_without_zeros
+from bitpress_vllm_sparse.linear_method import SparseLinearMethod
 
 NAME = "bitpress-sparse"
 COMPRESSED_TENSORS = "compressed-tensors"

@@ -66,7 +66,7 @@ def choose_algorithms(weight: Tensor, out_dtype: torch.dtype) -> list[int]:
 def linear(
     inputs: Tensor, packed: Tensor, num_rows: int, out_dtype: torch.dtype, algorithms: list[int]
 ) -> Tensor:
-    """inputs · weightᵀ.
+    """Compute inputs · weightᵀ.
 
     Args:
         inputs: (tokens, in) of the weight's dtype.

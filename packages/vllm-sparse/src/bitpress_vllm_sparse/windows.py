@@ -1,9 +1,8 @@
 """Weights of which 6 in 8 neighbors are not zero, as twelve columns of which 2 in 4 are.
 
-Eight columns are covered by three windows of four that overlap by two. Each weight goes to the first
-window that has room for it; six always have (SlideSparse, arXiv 2603.05232, section 4). A product
-then multiplies every input of the overlaps twice, once with each window: 12 columns at half the work
-are 3/4 of 8.
+Three windows of four columns cover eight, and overlap by two. Each weight goes to the first window
+that has room for it; six always fit (SlideSparse, arXiv 2603.05232). A product then takes the
+inputs of the overlaps twice: 12 columns at half the work are 3/4 of 8.
 """
 
 from __future__ import annotations

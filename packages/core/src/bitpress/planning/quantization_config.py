@@ -100,7 +100,7 @@ def _sparsity_config(
 ) -> dict[str, Any] | None:
     """What a config says of zeros; None where no layer says anything.
 
-    Where zeros are stored like other numbers it names no layers: engines that have no sparse layout
+    Where zeros are stored like other numbers it names no layers: engines without a layout for them
     refuse a config that does.
     """
     of_zeros = {name: f[SPARSITY] for name, f in fragments.items() if f and SPARSITY in f}
@@ -110,8 +110,8 @@ def _sparsity_config(
         return None
     if len(formats) > 1:
         raise RecipeError(
-            f"a model cannot be stored as {' and '.join(sorted(formats))} at once: a config has one "
-            "sparsity_config; use one layout"
+            f"a model cannot be stored as {' and '.join(sorted(formats))} at once: a config has "
+            "one sparsity_config; use one layout"
         )
     structures = sorted({x["sparsity_structure"] for x in (compact or of_zeros).values()})
     config = {"format": formats.pop(), "sparsity_structure": ", ".join(structures)}
