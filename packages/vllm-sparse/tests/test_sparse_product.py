@@ -59,12 +59,15 @@ def test_more_of_eight_in_windows(
 ) -> None:
     weight = prune(make_numbers((64, 128), dtype, device), num_kept, 8)
     inputs = make_numbers((9, 128), dtype, device)
-    integers = torch.uint8 if dtype.itemsize == 1 else torch.int16
-    spread = windows.spread(weight.view(integers), weight.float() != 0).view(dtype)
+    spread = windows.spread(weight, weight.float() != 0)
     algorithms = sparse_product.choose_algorithms(spread, out_dtype)
     columns = windows.window_columns(128, device)
     result = sparse_product.linear(
-        inputs[:, columns], sparse_product.pack(spread), 64, out_dtype, algorithms
+        windows.repeat_inputs(inputs, columns),
+        sparse_product.pack(spread),
+        64,
+        out_dtype,
+        algorithms,
     )
     assert torch.equal(result, (inputs.double() @ weight.double().T).to(out_dtype))
 

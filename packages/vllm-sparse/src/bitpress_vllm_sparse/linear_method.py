@@ -25,6 +25,7 @@ class SparseLinearMethod(LinearMethodBase):
 
     def __init__(self, dense: LinearMethodBase) -> None:
         self.dense = dense
+        # None: the dense method computes
         self._quantizer: ActivationQuantizer | None = None
         self._num_rows = 0
         self._algorithms: list[int] = []
@@ -33,20 +34,27 @@ class SparseLinearMethod(LinearMethodBase):
         """The dense method's parameters, and those of what is stored in place of zeros."""
         self.dense.create_weights(layer, *arguments, **named)
         self._bitmasks = BitmaskParameters(layer)
+        self._quantizer = find_activation_quantizer(layer, self.dense)
+        # What comes before the layer must not round its inputs for the dense kernel.
+        layer.requires_unquantized_input = self._quantizer is not None
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the weight for sparse tensor cores, or leave it to the dense method."""
         self._bitmasks.finish()
-        if not self._pack(layer):
-            self.dense.process_weights_after_loading(layer)
+        if self._quantizer is not None and (spread := _spread(layer.weight.data)) is not None:
+            self._pack(layer, self._quantizer, *spread)
+            return
+        self._quantizer = None
+        layer.requires_unquantized_input = False
+        self.dense.process_weights_after_loading(layer)
 
-    def apply(self, layer: Any, x: Any, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute x · weightᵀ + bias: (..., in) -> (..., out)."""
         if self._quantizer is None:
             return self.dense.apply(layer, x, bias)
         inputs, scale = self._quantizer.quantize(layer, x)
         if layer.window_columns is not None:
-            inputs = inputs.index_select(1, layer.window_columns)
+            inputs = windows.repeat_inputs(inputs, layer.window_columns)
         out_dtype = self._quantizer.out_dtype
         result = sparse_product.linear(
             inputs, layer.weight, self._num_rows, out_dtype, self._algorithms
@@ -57,24 +65,18 @@ class SparseLinearMethod(LinearMethodBase):
             result = result + bias
         return result.to(x.dtype).view(*x.shape[:-1], self._num_rows)
 
-    def _pack(self, layer: Any) -> bool:
-        """Whether the weight could be packed; it takes the place of the dense one."""
-        quantizer = find_activation_quantizer(layer, self.dense)
-        if quantizer is None:
-            return False
-        weight: Tensor = layer.weight.data
-        is_nonzero = weight.float() != 0
-        columns = None
-        if not windows.keeps(is_nonzero, 2, 4):
-            if not windows.keeps(is_nonzero, 6, 8):
-                return False
-            columns = windows.window_columns(weight.shape[1], weight.device)
-            bits = weight.view(sparse_product.INTEGERS[weight.element_size()])
-            weight = windows.spread(bits, is_nonzero).view(weight.dtype)
-        if not sparse_product.fits(weight.shape[1], weight.dtype):
-            return False
+    def _pack(
+        self, layer: Any, quantizer: ActivationQuantizer, weight: Tensor, columns: Tensor | None
+    ) -> None:
+        """Let the packed weight take the place of the dense one.
 
-        self._quantizer, self._num_rows = quantizer, len(weight)
+        Args:
+            layer: whose weight it is.
+            quantizer: of its inputs.
+            weight: (out, in), of which 2 in 4 columns are not zero.
+            columns: (in,) which input each of them takes; None where it is its own.
+        """
+        self._num_rows = len(weight)
         self._algorithms = sparse_product.choose_algorithms(weight, quantizer.out_dtype)
         layer.weight = Parameter(sparse_product.pack(weight), requires_grad=False)
         layer.register_buffer("window_columns", columns, persistent=False)
@@ -84,4 +86,18 @@ class SparseLinearMethod(LinearMethodBase):
         if getattr(layer, "input_scale", None) is not None:
             scale = layer.input_scale.data.max().view(1)
             layer.input_scale = Parameter(scale, requires_grad=False)
-        return True
+
+
+def _spread(weight: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """The weight with 2 of 4 columns that are not zero, and which input each column takes; None
+    where it has no such pattern, or a width that kernels do not take.
+    """
+    is_nonzero, columns = weight.float() != 0, None
+    if not windows.keeps(is_nonzero, 2, 4):
+        if not windows.keeps(is_nonzero, 6, 8):
+            return None
+        columns = windows.window_columns(weight.shape[1], weight.device)
+        weight = windows.spread(weight, is_nonzero)
+    if not sparse_product.fits(weight.shape[1], weight.dtype):
+        return None
+    return weight, columns

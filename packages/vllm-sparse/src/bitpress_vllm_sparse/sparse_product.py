@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bitpress_vllm_sparse.windows import INTEGERS
+
 # Tokens for which an algorithm is chosen; one for more tokens is that of the last.
 BATCHES = (16, 64, 256, 1024, 4096)
 
@@ -19,9 +21,6 @@ BATCHES = (16, 64, 256, 1024, 4096)
 ROW_MULTIPLE = 32
 COLUMN_MULTIPLE = {1: 32, 2: 16}
 TOKEN_MULTIPLE = {1: 16, 2: 8}
-
-# An integer type of as many bytes: not every dtype can be padded or multiplied.
-INTEGERS = {1: torch.uint8, 2: torch.int16}
 
 
 def pack(weight: Tensor) -> Tensor:

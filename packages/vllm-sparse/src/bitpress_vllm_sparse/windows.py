@@ -15,6 +15,9 @@ GROUP, WINDOW, STEP = 8, 4, 2
 STARTS = range(0, GROUP - WINDOW + 1, STEP)
 KEPT = 2
 
+# An integer type of as many bytes as a number: not every dtype can be multiplied.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def keeps(is_nonzero: Tensor, num_kept: int, group_size: int) -> bool:
     """Whether at most `num_kept` of every `group_size` neighbors in (out, in) bool are True."""
@@ -30,14 +33,21 @@ def window_columns(width: int, device: torch.device) -> Tensor:
     return torch.cat([columns[:, start : start + WINDOW] for start in STARTS], 1).flatten()
 
 
+def repeat_inputs(inputs: Tensor, columns: Tensor) -> Tensor:
+    """(tokens, in · 3 / 2): inputs (tokens, in), for each column of the windows its own."""
+    # Not every dtype can be picked from.
+    return inputs.view(INTEGERS[inputs.element_size()]).index_select(1, columns).view(inputs.dtype)
+
+
 def spread(weight: Tensor, is_nonzero: Tensor) -> Tensor:
     """(out, in · 3 / 2): the weights in their windows, of whose columns 2 in 4 are not zero.
 
     Args:
-        weight: (out, in) of any dtype, as integers where that has no arithmetic.
+        weight: (out, in).
         is_nonzero: (out, in) bool, at most six of every eight neighbors.
     """
-    groups = weight.view(len(weight), -1, GROUP)
+    bits = weight.view(INTEGERS[weight.element_size()])
+    groups = bits.view(len(weight), -1, GROUP)
     left = is_nonzero.view_as(groups).clone()
     windows = []
     for start in STARTS:
@@ -45,4 +55,4 @@ def spread(weight: Tensor, is_nonzero: Tensor) -> Tensor:
         taken = left[..., columns] & (left[..., columns].cumsum(2) <= KEPT)
         left[..., columns] &= ~taken
         windows.append(groups[..., columns] * taken)
-    return torch.cat(windows, 2).flatten(1)
+    return torch.cat(windows, 2).flatten(1).view(weight.dtype)
