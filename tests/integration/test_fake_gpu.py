@@ -461,6 +461,22 @@ def search_on_gpu(model: Path, tmp_path: Path) -> object:
     return result.divergences
 
 
+def search_by_bytes_on_gpu(model: Path, tmp_path: Path) -> object:
+    result = bitpress.search(
+        model,
+        tmp_path / f"{len(list(tmp_path.iterdir()))}.toml",
+        schemes=("w8a16:group_size=32", "fp8", "kv-fp8"),
+        budget="1GB",
+        cache_tokens=100,
+        calibration=model.parent / "text.txt",
+        samples=4,
+        sequence_length=16,
+        device="cuda:0",
+    )
+    assert {"lm_head", "cache"} < result.choice.keys()
+    return result.divergences
+
+
 def evaluate_on_gpu(model: Path, tmp_path: Path) -> object:
     out, text = tmp_path / "compressed", model.parent / "check.txt"
     if not out.exists():
@@ -468,7 +484,7 @@ def evaluate_on_gpu(model: Path, tmp_path: Path) -> object:
     return bitpress.eval(out, text, model, max_tokens=256, sequence_length=64, device="cuda:0")
 
 
-@pytest.mark.parametrize("measure", [search_on_gpu, evaluate_on_gpu])
+@pytest.mark.parametrize("measure", [search_on_gpu, search_by_bytes_on_gpu, evaluate_on_gpu])
 @pytest.mark.usefixtures("threads_too")
 def test_blocks_that_do_not_fit_while_they_are_measured_are_brought_to_the_same_figures(
     model: Path,

@@ -65,16 +65,9 @@ class BlockRunner:
         *,
         lanes: Lanes | None = None,
     ) -> None:
-        self.decoder = Decoder(model.checkpoint, model.container, model.reader, options)
+        self.decoder = build_decoder(model, options)
         self.extra_outputs: ExtraOutputs = None
         self._model, self._lanes = model, lanes or Lanes()
-        for name, quantize in model.activation_quantizers.items():
-            # a head's
-            layer = None
-            if not name.startswith(f"{model.container}."):
-                layer = self.decoder.find_layer(name)
-            if layer is not None:
-                layer.register_forward_pre_hook(_quantize_input(quantize))
         inputs = capture_inputs(self.decoder, batches, folder)
         self.hidden_states, self._calls = inputs.hidden_states, inputs.calls
 
@@ -138,6 +131,23 @@ class BlockRunner:
         number, call, following = batch
         device = self.decoder.options.device
         return call.run(block, self.hidden_states.bring(number, device, following))
+
+
+def build_decoder(model: RunnableModel, options: DecoderOptions) -> Decoder:
+    """A model whose layers outside the blocks compute as they are served: its head, whose inputs
+    may be quantized.
+
+    Raises:
+        CheckpointError: transformers cannot build the model.
+    """
+    decoder = Decoder(model.checkpoint, model.container, model.reader, options)
+    for name, quantize in model.activation_quantizers.items():
+        layer = None
+        if not name.startswith(f"{model.container}."):
+            layer = decoder.find_layer(name)
+        if layer is not None:
+            layer.register_forward_pre_hook(_quantize_input(quantize))
+    return decoder
 
 
 def _quantize_input(

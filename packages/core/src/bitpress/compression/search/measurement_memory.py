@@ -120,12 +120,14 @@ def _estimate_measuring(
         running_bytes = 2 * evaluation_memory.estimate_computing([model], length, by_layer=by_layer)
     solutions = (numbers_held.count_solution(*shape, 0) for shape in _stack_shapes(job))
     solving_bytes = memory_estimate.NUMBER_BYTES * max(solutions)
-    # what is stored of embeddings is held for each trial, of a head for one after the other
-    running_bytes += sum(
-        memory_estimate.tile_bytes() + unit.num_bytes(trial)
-        for unit in job.units
-        if unit.block is None
-        for trial in unit.trials
+    running_bytes += max(
+        (
+            memory_estimate.tile_bytes() + 2 * unit.num_bytes(trial)
+            for unit in job.units
+            if unit.block is None
+            for trial in unit.trials
+        ),
+        default=0,
     )
     estimates = [
         memory_estimate.estimate_calibration(plan, 0, length, by_layer=by_layer)

@@ -29,6 +29,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ from bitpress.compression.search.search_job import Divergences, SearchJob, split
 from bitpress.compression.search.units import CACHE, SearchUnit
 from bitpress.errors import CheckpointError
 from bitpress.modeling.attention import watched_attention
-from bitpress.modeling.block_runner import BlockRunner, RunnableModel
-from bitpress.modeling.capture import open_head
+from bitpress.modeling.block_runner import BlockRunner, RunnableModel, build_decoder
+from bitpress.modeling.capture import BlockCall, capture_inputs, open_head
 from bitpress.modeling.decoder import DecoderOptions
 from bitpress.modeling.metrics import Head
 from bitpress.planning import memory_estimate
@@ -119,29 +120,48 @@ class _Measurement:
         self._job, self._model, self._options, self._lanes = job, model, options, lanes
         fitted, self.judged = _split_batches(job)
         self._num_fitted = len(fitted)
-        start = functools.partial(BlockRunner, options=options, folder=limits.folder, lanes=lanes)
-        self.runner = start(model, [*fitted, *self.judged])
+        self.runner = BlockRunner(
+            model, [*fitted, *self.judged], options, limits.folder, lanes=lanes
+        )
         # numbers of the judged batches' hidden states: the source's, and those of each trial
         self._source_states = range(len(fitted), len(fitted) + len(self.judged))
         self._trials: dict[Trial, range] = {}
-        self._embeddings_trials = {
-            trial: start(round_layer(model, stack, options.device), self.judged)
-            for trial, stack in _outer_trials(job, EMBEDDINGS)
-        }
+        # of trials of the embeddings, what each block is called with: some models make it of these
+        self._own_calls: dict[Trial, list[list[BlockCall]]] = {}
+        for trial, stack in _outer_trials(job, EMBEDDINGS):
+            self._embed(trial, stack, limits.folder)
         self._cache_trial = CacheTrial(job.cache.caches if job.cache else (), job.plan)
         stream_limits = StreamLimits(limits.num_waiting, lanes=lanes)
         self._streams = ActivationStreams(self.runner.hidden_states, options.device, stream_limits)
+
+    def _embed(self, trial: Trial, stack: Stack, folder: Path | None) -> None:
+        """Begin a trial of the embeddings.
+
+        Args:
+            folder: where hidden states are kept; None keeps them in memory.
+        """
+        rounded = round_layer(self._model, stack, self._options.device)
+        inputs = capture_inputs(build_decoder(rounded, self._options), self.judged, folder)
+        states = self.runner.hidden_states
+        self._trials[trial] = range(len(states), len(states) + len(self.judged))
+        self._own_calls[trial] = inputs.calls
+        for number in range(len(self.judged)):
+            states.append(inputs.hidden_states[number])
+        # embeddings take more than a block does
+        memory.release_freed_memory()
 
     def run_block(self, index: int, report_progress: ReportProgress) -> None:
         """Run a block in all trials that have begun, and begin those of its units."""
         runner, calls = self.runner, self.runner.take_calls(index)
         fitting_calls, judging_calls = calls[: self._num_fitted], calls[self._num_fitted :]
-        report_progress(0, f"running {len(self._trials) + len(self._embeddings_trials)} trials")
+        report_progress(0, f"running {len(self._trials)} trials")
         block = runner.load_block(index)
-        for trial_states in self._trials.values():
-            runner.run(block, judging_calls, trial_states)
-        for embedded in self._embeddings_trials.values():
-            embedded.run(block, embedded.take_calls(index), range(len(self.judged)))
+        for trial, states in self._trials.items():
+            own_calls = self._own_calls.get(trial)
+            runner.run(block, own_calls[index] if own_calls else judging_calls, states)
+            if own_calls:
+                # they are dropped with the block
+                own_calls[index] = []
 
         units = [unit for unit in self._job.units if unit.block == index]
         for candidate in self._job.plans if units else ():
@@ -176,8 +196,6 @@ class _Measurement:
             models = {
                 trial: self._predictor(states, head) for trial, states in self._trials.items()
             }
-            for trial, embedded in self._embeddings_trials.items():
-                models[trial] = Predictor(embedded.tokens, head)
             for candidate in job.cache.trials if job.cache else ():
                 states = self._cache_trial.states
                 models[CACHE, candidate] = self._predictor(states, head)
@@ -186,7 +204,7 @@ class _Measurement:
             # one after the other: a head may take gigabytes
             for trial, stack in _outer_trials(job, HEAD):
                 rounded = round_layer(self._model, stack, self._options.device)
-                decoder = BlockRunner(rounded, (), self._options).decoder
+                decoder = build_decoder(rounded, self._options)
                 with open_head(decoder, runner.extra_outputs) as rounded_head:
                     (sums[trial],) = compare(source, [Predictor(source.tokens, rounded_head)])
         return sums
