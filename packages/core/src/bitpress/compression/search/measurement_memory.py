@@ -120,14 +120,12 @@ def _estimate_measuring(
         running_bytes = 2 * evaluation_memory.estimate_computing([model], length, by_layer=by_layer)
     solutions = (numbers_held.count_solution(*shape, 0) for shape in _stack_shapes(job))
     solving_bytes = memory_estimate.NUMBER_BYTES * max(solutions)
-    running_bytes += max(
-        (
-            memory_estimate.tile_bytes() + 2 * unit.num_bytes(trial)
-            for unit in job.units
-            if unit.block is None
-            for trial in unit.trials
-        ),
-        default=0,
+    # what is stored of a rounded head or of embeddings goes when Python collects its garbage
+    running_bytes += sum(
+        memory_estimate.tile_bytes() + unit.num_bytes(trial)
+        for unit in job.units
+        if unit.block is None
+        for trial in unit.trials
     )
     estimates = [
         memory_estimate.estimate_calibration(plan, 0, length, by_layer=by_layer)

@@ -25,7 +25,6 @@ predictions of the source's own last hidden states.
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -188,9 +187,6 @@ class _Measurement:
         blocks have been run.
         """
         runner, job = self.runner, self._job
-        compare = functools.partial(
-            sum_divergences, num_batches=len(self.judged), lanes=self._lanes
-        )
         with open_head(runner.decoder, runner.extra_outputs) as head:
             source = self._predictor(self._source_states, head)
             models = {
@@ -199,15 +195,22 @@ class _Measurement:
             for candidate in job.cache.trials if job.cache else ():
                 states = self._cache_trial.states
                 models[CACHE, candidate] = self._predictor(states, head)
-            sums = dict(zip(models, compare(source, list(models.values())), strict=True))
-
-            # one after the other: a head may take gigabytes
+            sums = self._compare(source, models)
             for trial, stack in _outer_trials(job, HEAD):
-                rounded = round_layer(self._model, stack, self._options.device)
-                decoder = build_decoder(rounded, self._options)
-                with open_head(decoder, runner.extra_outputs) as rounded_head:
-                    (sums[trial],) = compare(source, [Predictor(source.tokens, rounded_head)])
+                sums |= self._compare_head(trial, stack, source)
         return sums
+
+    def _compare(self, source: Predictor, models: Mapping[Trial, Predictor]) -> dict[Trial, float]:
+        sums = sum_divergences(source, list(models.values()), len(self.judged), self._lanes)
+        return dict(zip(models, sums, strict=True))
+
+    def _compare_head(self, trial: Trial, stack: Stack, source: Predictor) -> dict[Trial, float]:
+        # a head may take gigabytes, and may not fit into the hole that the one before has left
+        memory.release_freed_memory()
+        rounded = round_layer(self._model, stack, self._options.device)
+        decoder = build_decoder(rounded, self._options)
+        with open_head(decoder, self.runner.extra_outputs) as head:
+            return self._compare(source, {trial: Predictor(source.tokens, head)})
 
     def _predictor(self, states: Sequence[int], head: Head) -> Predictor:
         """What predicts by a head what follows hidden states of the judged batches.
