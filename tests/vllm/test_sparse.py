@@ -129,3 +129,20 @@ def test_products_of_sparse_tensor_cores_are_near(
         result, _ = answer(serve(files(scheme, layout), on_gpu=True))
         # bfloat16 is rounded at other places
         assert 0 < abs(result - expected) < 0.01
+
+
+def test_biases_and_scales_of_fused_layers_are_those_of_each_row(python: str) -> None:
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join(map(str, [*PACKAGES, KERNELS, *others]))
+    done = subprocess.run(
+        [python, Path(__file__).with_name("sparse_layers.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    distances = json.loads(done.stdout.splitlines()[-1])
+    assert len(distances) == 6
+    # one rounding to bfloat16, and another once products are scaled
+    assert all(distance < 0.005 for distance in distances.values()), distances

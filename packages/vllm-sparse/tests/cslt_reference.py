@@ -1,55 +1,52 @@
 """torch's operators for sparse tensor cores on a CPU, slowly: the same arguments, the same limits,
-and the bits of a packed weight as torch's own conversion for CUTLASS lays them out.
+and as many bits of a packed weight.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.sparse._semi_structured_conversions import (
-    sparse_semi_structured_from_dense_cutlass,
-    sparse_semi_structured_to_dense_cutlass,
-)
 
-# Which dtypes of results cuSPARSELt has for those of numbers.
+# Which dtypes of results may be asked for: of other numbers, none.
 OUT_DTYPES = {
-    torch.float16: {torch.float16},
-    torch.bfloat16: {torch.bfloat16},
-    torch.int8: {torch.int8, torch.int32, torch.float16, torch.bfloat16},
+    torch.int8: {torch.int32, torch.float16, torch.bfloat16},
     torch.float8_e4m3fn: {torch.float16, torch.bfloat16, torch.float32},
 }
 NUM_ALGORITHMS = 7
 
-
-def _with_arithmetic(tensor: Tensor) -> Tensor:
-    """FP8 as bytes: only zeros are looked for."""
-    return tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor
+# An integer type of as many bytes: not every dtype can be compared or gathered.
+INTEGERS = {1: torch.uint8, 2: torch.int16}
 
 
 def compress(weight: Tensor) -> Tensor:
-    """(rows, columns · 9 / 16), of one byte 10 / 16: numbers, then where they were."""
+    """(rows, columns · 9 / 16), of one byte 10 / 16: of each quad two numbers, then in four bits
+    which they are.
+    """
     assert weight.is_contiguous()
     multiple = 32 if weight.element_size() == 1 else 16
     assert not weight.shape[0] % 32, f"{weight.shape[0]} rows"
     assert not weight.shape[1] % multiple, f"{weight.shape[1]} columns"
-    quads = (_with_arithmetic(weight) != 0).view(len(weight), -1, 4).sum(2)
-    assert quads.max() <= 2, "more than two of four numbers are not zero"
-    numbers, places = sparse_semi_structured_from_dense_cutlass(_with_arithmetic(weight))
-    packed = torch.cat([x.contiguous().flatten().view(torch.uint8) for x in (numbers, places)])
-    return packed.view(weight.dtype).view(len(weight), -1)
+    bits = weight.view(INTEGERS[weight.element_size()])
+    quads = bits.view(len(weight), -1, 4)  # (rows, quads, 4)
+    assert (quads != 0).sum(2).max() <= 2, "more than two of four numbers are not zero"
+    order = (quads != 0).to(torch.uint8).argsort(dim=2, descending=True, stable=True)
+    places = order[..., :2].sort(dim=2).values  # (rows, quads, 2)
+    numbers = quads.gather(2, places).flatten(1).view(torch.uint8)
+    nibbles = places[..., 0] | places[..., 1] << 2  # (rows, quads)
+    packed_places = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).to(torch.uint8)
+    return torch.cat([numbers, packed_places], 1).view(weight.dtype)
 
 
 def expand(packed: Tensor, num_columns: int) -> Tensor:
     """(rows, columns) float32, of what `compress` made."""
-    num_rows = len(packed)
-    integers = torch.int8 if packed.element_size() == 1 else packed.dtype
-    count = num_rows * num_columns // 2 * packed.element_size()
-    flat = packed.flatten().view(torch.uint8)
-    numbers = flat[:count].view(integers).view(num_rows, -1)
-    place_dtype = torch.int32 if packed.element_size() == 1 else torch.int16
-    places = flat[count:].view(place_dtype).view(num_rows, -1)
-    dense = sparse_semi_structured_to_dense_cutlass(numbers, places)
-    return dense.view(packed.dtype).float()
+    count = num_columns // 2 * packed.element_size()
+    row_bytes = packed.view(torch.uint8)
+    numbers = row_bytes[:, :count].contiguous().view(packed.dtype).float()
+    packed_places = row_bytes[:, count:]
+    nibbles = torch.stack([packed_places & 15, packed_places >> 4], 2).flatten(1)
+    places = torch.stack([nibbles & 3, nibbles >> 2], 2).long()  # (rows, quads, 2)
+    dense = torch.zeros(len(packed), num_columns // 4, 4, dtype=torch.float32)
+    return dense.scatter_(2, places, numbers.view_as(places)).flatten(1)
 
 
 def multiply(  # noqa: PLR0913, PLR0917
@@ -72,8 +69,9 @@ def multiply(  # noqa: PLR0913, PLR0917
     assert not num_tokens % (16 if dense.element_size() == 1 else 8), f"{num_tokens} tokens"
     # of bytes, columns must lie one after the other
     assert dense.t().is_contiguous()
+    if out_dtype is not None:
+        assert out_dtype in OUT_DTYPES[dense.dtype], f"{dense.dtype} to {out_dtype}"
     out_dtype = out_dtype or dense.dtype
-    assert out_dtype in OUT_DTYPES[dense.dtype], f"{dense.dtype} to {out_dtype}"
     result = (expand(packed, num_columns).double() @ dense.double()).to(out_dtype)
     return result.t().contiguous() if transpose_result else result
 

@@ -49,7 +49,10 @@ def _choose_algorithms(
     inputs = torch.zeros(BATCHES[-1], num_columns, dtype=dtype, device=device)
     return tuple(
         torch._cslt_sparse_mm_search(
-            packed, inputs[:count].t(), out_dtype=out_dtype, transpose_result=True
+            packed,
+            inputs[:count].t(),
+            out_dtype=_requested(dtype, out_dtype),
+            transpose_result=True,
         )
         for count in BATCHES
     )
@@ -81,7 +84,11 @@ def linear(
     inputs = pad_rows(inputs, -count % TOKEN_MULTIPLE[inputs.element_size()]).contiguous()
     algorithm = algorithms[min(bisect_left(BATCHES, count), len(BATCHES) - 1)]
     result = torch._cslt_sparse_mm(
-        packed, inputs.t(), out_dtype=out_dtype, transpose_result=True, alg_id=algorithm
+        packed,
+        inputs.t(),
+        out_dtype=_requested(packed.dtype, out_dtype),
+        transpose_result=True,
+        alg_id=algorithm,
     )
     return result[:count, :num_rows].contiguous()
 
@@ -91,6 +98,11 @@ def _(
     inputs: Tensor, packed: Tensor, num_rows: int, out_dtype: torch.dtype, algorithms: list[int]
 ) -> Tensor:
     return inputs.new_empty(len(inputs), num_rows, dtype=out_dtype)
+
+
+def _requested(dtype: torch.dtype, out_dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype that torch is asked for: of numbers of more than a byte it gives theirs alone."""
+    return out_dtype if dtype.itemsize == 1 else None
 
 
 def pad_rows(tensor: Tensor, count: int) -> Tensor:
