@@ -100,7 +100,7 @@ def _require_plain(folder: Path, table: Mapping[str, Any]) -> None:
     if layout not in (None, "dense"):
         raise CheckpointError(
             f"{folder}: its zeros are left out ({layout}), which is not read: start from the "
-            "original"
+            "original, or from what `bitpress decompress` makes of it"
         )
 
 
