@@ -105,3 +105,22 @@ def test_a_compiler_knows_the_shape_of_a_product(device: torch.device) -> None:
     torch.library.opcheck(
         torch.ops.bitpress_sparse.linear, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+def test_a_product_is_compiled_once_for_any_number_of_tokens(device: torch.device) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    weight = prune(make_numbers((64, 64), torch.bfloat16, device), 2, 4)
+    packed = sparse_product.pack(weight)
+    algorithms = [0] * len(sparse_product.BATCHES)
+
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        return sparse_product.linear(inputs, packed, 64, torch.bfloat16, algorithms)
+
+    inputs = make_numbers((5, 64), torch.bfloat16, device)
+    traced = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(inputs)
+    (output,) = (
+        node for node in traced.graph.nodes if node.target == "output" or node.op == "output"
+    )
+    # a symbol, and not the five tokens that it was traced with
+    assert not isinstance(output.args[0].meta["val"].shape[0], int)

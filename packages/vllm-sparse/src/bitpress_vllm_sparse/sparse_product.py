@@ -97,7 +97,8 @@ def linear(
 def _(
     inputs: Tensor, packed: Tensor, num_rows: int, out_dtype: torch.dtype, algorithms: list[int]
 ) -> Tensor:
-    return inputs.new_empty(len(inputs), num_rows, dtype=out_dtype)
+    # Its `len` would be taken for a constant.
+    return inputs.new_empty(inputs.shape[0], num_rows, dtype=out_dtype)
 
 
 def _requested(dtype: torch.dtype, out_dtype: torch.dtype) -> torch.dtype | None:
