@@ -15,6 +15,7 @@ from fixtures.small_model_tables import IN_VLLM, LOADED_BY_VLLM
 from fixtures.small_models import build_small_model
 
 from bitpress import BitpressError
+from bitpress.conformance.models import LLAMA, llama_tensors, write_model
 
 Faults = Mapping[str, Sequence[str]]
 Load = Callable[[Sequence[Path]], Faults]
@@ -60,3 +61,11 @@ def test_vllm_loads_what_the_documentation_says(faults: Mapping[str, Faults]) ->
         if len(by_folder) > 1 and not any(by_folder.values())
     ]
     assert sorted(whole) == sorted(LOADED_BY_VLLM)
+
+
+def test_a_model_whose_sequences_are_short_is_asked_for_no_longer_ones(
+    load: Load, tmp_path: Path
+) -> None:
+    config = LLAMA | {"max_position_embeddings": 64}
+    model = write_model(tmp_path / "model", llama_tensors(config=config), config)
+    assert load([model]) == {str(model): []}

@@ -43,6 +43,9 @@ CACHE_PARAMETER = re.compile(r"\.(k|v|q|prob)_(scale|zero_point)$")
 # Texts at most: layers of one kind go wrong alike.
 MAX_FAULTS = 20
 
+# Tokens of a sequence: few, for which little memory is reserved.
+MAX_TOKENS = 128
+
 # A part of a parameter that is loaded by itself: arguments of a weight loader.
 Shard = tuple[Any, ...]
 
@@ -62,11 +65,20 @@ def find_load_faults(folder: Path) -> list[str]:
         with in_one_process(engine_config):
             faults = _place(build_model(engine_config), tensors)
             if engine_config.speculative_config is not None:
-                faults += _place(build_model(engine_config, of_drafts=True), tensors)
+                faults += _place_drafts(engine_config, tensors)
             return faults[:MAX_FAULTS]
     except Exception as e:
         # Whatever vLLM raises: it is what a user would meet.
         return [f"vLLM: {type(e).__name__}: {' '.join(str(e).split())[:300]}"]
+
+
+def _place_drafts(engine_config: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    try:
+        model = build_model(engine_config, of_drafts=True)
+    except NotImplementedError:
+        # vLLM has no such class for this machine's device, on which it then reads no drafts.
+        return []
+    return _place(model, tensors)
 
 
 def _place(model: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -95,6 +107,9 @@ def make_engine_config(folder: Path, *, drafts: bool = False) -> Any:
 
     # Without a device to reserve memory on, and without a process that asks each class.
     torch.accelerator.empty_cache = lambda: None
+    if not torch.cuda.is_available():
+        # What vLLM's own runner for CPUs replaces too.
+        torch.cuda.Event = object  # type: ignore[misc,assignment]
     registry._LazyRegisteredModel.inspect_model_cls = lambda self: (
         registry._ModelInfo.from_model_cls(self.load_model_cls())
     )
@@ -102,13 +117,15 @@ def make_engine_config(folder: Path, *, drafts: bool = False) -> Any:
         model=str(folder),
         dtype="bfloat16",
         enforce_eager=True,
-        max_model_len=128,
         max_num_seqs=2,
         max_num_batched_tokens=4096,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         load_format="dummy",
     )
+    # vLLM refuses more than a model has, whatever key of the config says so.
+    longest = arguments.create_model_config().max_model_len
+    arguments.max_model_len = min(MAX_TOKENS, longest)
     engine_config = arguments.create_engine_config()
     if not drafts:
         return engine_config
@@ -223,14 +240,23 @@ def _unfilled(model: nn.Module, loads: dict[str, set[Shard]], writes: _Writes) -
     """Parameters of which a part was not loaded."""
     texts = []
     for name, shards in loads.items():
-        if CACHE_PARAMETER.search(name):
+        module = model.get_submodule(name.rpartition(".")[0])
+        if CACHE_PARAMETER.search(name) or _is_unused(module, name):
             continue
-        expected = _num_parts(model.get_submodule(name.rpartition(".")[0]), name)
+        expected = _num_parts(module, name)
         if not shards and not writes.have_filled(model.get_parameter(name)):
             texts.append(f"vLLM: no tensor of the files fills {name}")
         elif shards and () not in shards and len(shards) < expected:
             texts.append(f"vLLM: {len(shards)} of the {expected} parts of {name} are in the files")
     return texts
+
+
+def _is_unused(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is a scale of inputs that experts take in 16 bits: vLLM makes it for all
+    experts in NVFP4.
+    """
+    takes_16_bits = getattr(getattr(module, "quant_method", None), "use_a16", False)
+    return bool(takes_16_bits) and name.endswith("_input_global_scale")
 
 
 def _num_parts(module: nn.Module, name: str) -> int:
