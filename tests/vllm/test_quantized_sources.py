@@ -18,6 +18,7 @@ from fixtures.coded_layers import (
     packed,
     write_gpt_oss,
 )
+from fixtures.deepseek_v4 import write_deepseek_v4
 
 import bitpress
 from bitpress.conformance.models import LLAMA, llama_tensors, write_model
@@ -28,7 +29,7 @@ SOURCES = {
     "packed integers": (INTEGERS, packed),
     "MXFP4": (MXFP4, mxfp4),
 }
-GPT_OSS = "gpt-oss"
+GPT_OSS, DEEPSEEK_V4 = "gpt-oss", "DeepSeek V4"
 SETTINGS = {
     "fp8": [],
     "w4a16": ["algorithm=rtn", "group_size=32"],
@@ -50,6 +51,7 @@ def faults(load: Load, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str,
         config = LLAMA | {"quantization_config": table}
         models[name] = write_model(root / name / "model", stored, config)
     models[GPT_OSS], _ = write_gpt_oss(root / GPT_OSS)
+    models[DEEPSEEK_V4], _ = write_deepseek_v4(root / DEEPSEEK_V4)
 
     outputs = {}
     for name, model in models.items():
@@ -65,7 +67,7 @@ def faults(load: Load, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str,
 
 
 @pytest.mark.parametrize("scheme", SETTINGS)
-@pytest.mark.parametrize("name", [*SOURCES, GPT_OSS])
+@pytest.mark.parametrize("name", [*SOURCES, GPT_OSS, DEEPSEEK_V4])
 def test_no_parameter_is_unfilled(
     faults: Mapping[str, Sequence[str]], name: str, scheme: str
 ) -> None:

@@ -40,6 +40,9 @@ MAX_EXPERTS = 16
 # The file, its architectures, one of them, and its layers: what is deeper stands in one line.
 MAX_DEPTH = 4
 
+# Model types whose published files do not name the part that has no head.
+PUBLISHED_WITHOUT_PREFIX = ("deepseek_v4",)
+
 # Model types of vision towers that timm builds.
 TIMM_MODELS = ("gemma3n_vision", "timm_wrapper")
 
@@ -185,6 +188,9 @@ def file_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     tensors = dict(revert_weight_conversion(model, state))
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False) or None
     tensors |= revert_weight_conversion(model, state)
+    if model.config.model_type in PUBLISHED_WITHOUT_PREFIX:
+        prefix = f"{model.base_model_prefix}."
+        tensors |= {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     # transformers 5.19 writes one part too many for models with a tower of audio; 5.24 does not.
     return {
         name.replace("language_model.model.model.", "language_model.model."): tensor

@@ -32,6 +32,12 @@ LIMITS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
         "its loader knows no scale of that name for the inputs of experts",
     ),
     (
+        "deepseek_v4",
+        (".attn.wo_a",),
+        "never",
+        "its class multiplies with this weight itself, in 16 bits or in FP8 of DeepSeek's own",
+    ),
+    (
         "gpt_oss",
         (".mlp.experts",),
         "whole",

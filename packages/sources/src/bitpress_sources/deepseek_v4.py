@@ -26,6 +26,9 @@ FP4_BYTES = ("I8", "U8")
 
 TILE = (128, 128)
 
+# vLLM's class names scales as DeepSeek's FP4 does where the config says so, or says nothing.
+CONFIG_VALUES = {"expert_dtype": "fp8"}
+
 
 @hookimpl
 def find_quantized_weights(
@@ -45,7 +48,9 @@ def find_quantized_weights(
                 f"{folder}: tensor {name} is {dtype} and has a {scale_name} beside it: {FP8} or "
                 f"{' or '.join(FP4_BYTES)} is expected"
             )
-    return QuantizedSource("DeepSeek V4's FP8 and FP4", weights) if weights else None
+    if not weights:
+        return None
+    return QuantizedSource("DeepSeek V4's FP8 and FP4", weights, config_values=CONFIG_VALUES)
 
 
 def modules_with_scales(config: Mapping[str, Any], tensors: Tensors) -> list[str]:

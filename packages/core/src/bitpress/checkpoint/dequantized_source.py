@@ -186,7 +186,7 @@ def dequantize(checkpoint: Checkpoint, source: QuantizedSource) -> Checkpoint:
     return attrs.evolve(
         checkpoint,
         entries=entries,
-        config=without_quantization(checkpoint.config),
+        config=without_quantization(checkpoint.config) | dict(source.config_values),
         side_files=side_files,
     )
 

@@ -5,7 +5,7 @@ tensors each weight is made, and how.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import field, frozen
 
@@ -61,6 +61,8 @@ class QuantizedSource:
         left_out: names of stored tensors that the model which they stand for has not, beside the
             parts of weights.
         renamed: by the name in the files, the name in the model of tensors that are copied.
+        config_values: of keys of `config.json` by which engines choose how they read weights, the
+            values of the model that the files stand for.
         left_files: files beside the weights that describe the quantization alone.
         remarks: what is lost by reading it so, a line each.
     """
@@ -69,5 +71,6 @@ class QuantizedSource:
     weights: Mapping[str, QuantizedWeight]
     left_out: Collection[str] = ()
     renamed: Mapping[str, str] = field(factory=dict)
+    config_values: Mapping[str, Any] = field(factory=dict)
     left_files: Collection[str] = ()
     remarks: Collection[str] = ()

@@ -59,8 +59,8 @@ def map_parameters(
     if model_container is None:
         raise CheckpointError(
             f"{checkpoint.folder}: transformers' {type(model).__name__} has no list of blocks "
-            f"{container!r}, under which the files name their layers: this layout cannot be "
-            "calibrated yet"
+            f"{container!r}, under which the files name their layers: a model of this layout "
+            "cannot be run yet; schemes and options that need no data can be used"
         )
 
     blocks = list(modules[model_container].children())
