@@ -28,7 +28,7 @@ BY_NAME = (HEAD_KIND, EMBEDDING_KIND)
 EVERY_LINEAR = "Linear"
 
 # Characters of the longest name of a layer that is matched with expressions.
-MAX_NAME_LENGTH = 500
+MAX_NAME_LENGTH = 200
 
 
 @frozen

@@ -8,11 +8,7 @@ from typing import Any
 
 from bitpress.checkpoint.filenames import CONFIG
 from bitpress.errors import Fault
-
-# What makes a regular expression try a number of ways that grows with a power of a name's length.
-REPEATED_GROUP = re.compile(r"\)[*+{]")
-QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
-MAX_QUANTIFIERS = 6
+from bitpress.planning.expression_cost import may_take_long
 
 
 def find_table_faults(table: Mapping[str, Any]) -> Iterator[Fault]:
@@ -74,6 +70,4 @@ def explain_expression(pattern: str) -> str | None:
         re.compile(pattern)
     except re.error as e:
         return f"which is no regular expression ({e})"
-    if REPEATED_GROUP.search(pattern) or len(QUANTIFIER.findall(pattern)) > MAX_QUANTIFIERS:
-        return "which may take forever to match"
-    return None
+    return "which may take forever to match" if may_take_long(pattern) else None
