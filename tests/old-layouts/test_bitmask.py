@@ -22,8 +22,13 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize(
     "settings",
-    [["algorithm=magnitude"], ["sparsity=0.3"], ["sparsity=0.9"]],
-    ids=["2:4", "30 %", "90 %"],
+    [
+        ["algorithm=magnitude"],
+        ["algorithm=magnitude", "pattern=6:8"],
+        ["sparsity=0.3"],
+        ["sparsity=0.9"],
+    ],
+    ids=["2:4", "6:8", "30 %", "90 %"],
 )
 def test_files_decode_to_the_weights_of_the_dense_layout(
     tmp_path: Path, settings: list[str], shards: int
