@@ -18,14 +18,25 @@ if TYPE_CHECKING:
 # Suffixes of what is stored.
 VALUES, MASK, SHAPE, ROW_OFFSETS = "compressed", "bitmask", "shape", "row_offsets"
 
+# Formats, as compressed-tensors names them: of 2:4, and of rows that follow each other in one axis.
+QUADS, CHAINED = "sparse-24-bitmask", "sparse-bitmask"
+
 # In place of which the kept numbers are stored: as they are, or as codes in 32-bit words.
 NUMBERS, WORDS = "weight", "weight_packed"
 
 
 def compress(numbers: Tensor, mask: Tensor) -> Tensor:
     """(out, kept): the numbers where the mask (out, in) is True, as many in every row."""
-    kept = _as_integers(numbers)[mask].view(numbers.dtype)
+    kept = as_integers(numbers)[mask].view(numbers.dtype)
     return kept.view(len(numbers), -1)
+
+
+def as_integers(numbers: Tensor) -> Tensor:
+    """The same bits as integers: not every kind of number can be picked, multiplied or padded."""
+    import torch
+
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return numbers.view(integers[numbers.element_size()])
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -55,8 +66,8 @@ def decompress(values: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(
             f"its mask keeps {int(mask.sum())} weights, and {values.numel()} are there"
         )
-    numbers = _as_integers(values).new_zeros(mask.shape)
-    numbers[mask] = _as_integers(values).flatten()
+    numbers = as_integers(values).new_zeros(mask.shape)
+    numbers[mask] = as_integers(values).flatten()
     return numbers.view(values.dtype)
 
 
@@ -128,11 +139,3 @@ def _require_numbers(stored: StoredLayer) -> None:
             "layout=bitmask does not take zero points: a zero has no code of its own; use "
             "symmetric=true or layout=dense"
         )
-
-
-def _as_integers(numbers: Tensor) -> Tensor:
-    """The same bits as integers: not every kind of number can be picked from a tensor."""
-    import torch
-
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return numbers.view(integers[numbers.element_size()])

@@ -94,7 +94,7 @@ class PruningOptions(bitpress.ReferenceOptions):
         if self.layout == "dense":
             layout = "dense"
         else:
-            layout = "sparse-24-bitmask" if self.structure == "2:4" else "sparse-bitmask"
+            layout = bitmask.QUADS if self.structure == "2:4" else bitmask.CHAINED
         return {"format": layout, "sparsity_structure": self.structure}
 
 
@@ -175,7 +175,7 @@ def serialize(layer: Layer, stored: StoredLayer | None, options: PruningOptions)
         stored = StoredLayer({"weight": layer.codes})
     of_zeros = dict(options.sparsity_config)
     if options.layout == "bitmask":
-        is_chained = of_zeros["format"] == "sparse-bitmask"
+        is_chained = of_zeros["format"] == bitmask.CHAINED
         shape = (layer.weight.shape[0], layer.weight.shape[1])
         tensors = bitmask.lay_out(stored, layer.qparams[bitmask.MASK], shape, is_chained)
         # transformers reads no `sparsity_config`: but for a format that it does not know, it would

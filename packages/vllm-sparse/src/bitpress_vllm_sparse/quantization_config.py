@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsLinearMethod,
 )
 
+from bitpress_sparse import bitmask
 from bitpress_vllm_sparse.experts_method import load_without_zeros
 from bitpress_vllm_sparse.linear_method import SparseLinearMethod
 
@@ -25,7 +26,7 @@ COMPRESSED_TENSORS = "compressed-tensors"
 SPARSITY = "sparsity_config"
 
 # Formats of layers that are stored without their zeros.
-SPARSE_FORMATS = ("sparse-24-bitmask", "sparse-bitmask")
+SPARSE_FORMATS = (bitmask.QUADS, bitmask.CHAINED)
 
 # Bits from which on numbers are a model's own.
 PLAIN_BITS = 16

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bitpress_vllm_sparse.windows import INTEGERS
+from bitpress_sparse.bitmask import as_integers
 
 # Tokens for which an algorithm is chosen; one for more tokens is that of the last.
 BATCHES = (16, 64, 256, 1024, 4096)
@@ -30,7 +30,7 @@ def pack(weight: Tensor) -> Tensor:
         weight: (out, in), at most two of four neighbors not zero; columns as `fits` asks.
     """
     # Minus zero has a bit that is not.
-    bits = weight.view(INTEGERS[weight.element_size()]) * (weight.float() != 0)
+    bits = as_integers(weight) * (weight.float() != 0)
     padded = pad_rows(bits.view(weight.dtype), -len(weight) % ROW_MULTIPLE)
     return torch._cslt_compress(padded)
 
@@ -110,5 +110,4 @@ def pad_rows(tensor: Tensor, count: int) -> Tensor:
     """The tensor (rows, columns) with so many rows of zeros below it."""
     if not count:
         return tensor
-    bits = tensor.view(INTEGERS[tensor.element_size()])
-    return pad(bits, (0, 0, 0, count)).view(tensor.dtype)
+    return pad(as_integers(tensor), (0, 0, 0, count)).view(tensor.dtype)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitpress_sparse.bitmask import as_integers
+
 # Columns of a group, of a window, and from one window to the next.
 GROUP, WINDOW, STEP = 8, 4, 2
 STARTS = range(0, GROUP - WINDOW + 1, STEP)
 KEPT = 2
-
-# An integer type of as many bytes as a number: not every dtype can be multiplied.
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def keeps(is_nonzero: Tensor, num_kept: int, group_size: int) -> bool:
@@ -35,8 +34,7 @@ def window_columns(width: int, device: torch.device) -> Tensor:
 
 def repeat_inputs(inputs: Tensor, columns: Tensor) -> Tensor:
     """(tokens, in · 3 / 2): inputs (tokens, in), for each column of the windows its own."""
-    # Not every dtype can be picked from.
-    return inputs.view(INTEGERS[inputs.element_size()]).index_select(1, columns).view(inputs.dtype)
+    return as_integers(inputs).index_select(1, columns).view(inputs.dtype)
 
 
 def spread(weight: Tensor, is_nonzero: Tensor) -> Tensor:
@@ -46,8 +44,7 @@ def spread(weight: Tensor, is_nonzero: Tensor) -> Tensor:
         weight: (out, in).
         is_nonzero: (out, in) bool, at most six of every eight neighbors.
     """
-    bits = weight.view(INTEGERS[weight.element_size()])
-    groups = bits.view(len(weight), -1, GROUP)
+    groups = as_integers(weight).view(len(weight), -1, GROUP)
     left = is_nonzero.view_as(groups).clone()
     windows = []
     for start in STARTS:
