@@ -99,15 +99,16 @@ def test_an_engine_is_not_told_to_look_for_scales_of_fp4(
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
 
 
-@pytest.mark.parametrize("command", ["compress", "eval"])
-def test_what_must_run_it_is_refused(
+@pytest.mark.parametrize("command", ["plan", "compress", "eval"])
+def test_what_must_run_it_is_refused_before_a_folder_is_made(
     published: tuple[Path, dict[str, Tensor]], tmp_path: Path, command: str
 ) -> None:
     model = published[0]
     words = {
-        "compress": (tmp_path / "out", "--scheme", "w4a16", "--calibration"),
-        "eval": ("--text",),
+        "plan": ("--scheme", "w4a16", "--set", "group_size=32"),
+        "compress": (tmp_path / "out", "--scheme", "w4a16", "--set", "group_size=32"),
+        "eval": ("--text", model.parent / "text.txt"),
     }
-    line = refusal(command, model, *words[command], model.parent / "text.txt")
+    line = refusal(command, model, *words[command])
     assert "cannot be run yet; schemes and options that need no data can be used" in line
-    assert not list((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out").exists()

@@ -96,8 +96,11 @@ SOURCES: dict[str, tuple[dict[str, Any], Code]] = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "nvfp4"])
-@pytest.mark.parametrize("name", SOURCES)
+# nvfp4 keeps the codes of MXFP4
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [*((name, "w4a16") for name in SOURCES), ("AWQ", "nvfp4"), ("packed integers", "nvfp4")],
+)
 def test_it_is_calibrated_as_what_it_stands_for(tmp_path: Path, name: str, scheme: str) -> None:
     table, code = SOURCES[name]
     models = write_both(
@@ -134,7 +137,7 @@ MIXED = {
 
 @pytest.mark.parametrize(
     ("scheme", "settings"),
-    [("fp8", []), ("w4a16", ["group_size=32"]), ("nvfp4", []), ("int8", ["smoothing=0"])],
+    [("fp8", []), ("w4a16", ["group_size=channel"]), ("nvfp4", []), ("int8", ["smoothing=0"])],
 )
 def test_a_mixed_source_is_compressed_as_what_it_stands_for(
     tmp_path: Path, scheme: str, settings: list[str]

@@ -26,6 +26,7 @@ from torch import Tensor
 import bitpress
 from bitpress.conformance.commands import command
 from bitpress.conformance.models import LLAMA, llama_tensors, tensors_of, write_model
+from bitpress.output.manifest import Manifest
 
 
 def write_coded(folder: Path, table: dict[str, Any], code: Code) -> tuple[Path, dict[str, Tensor]]:
@@ -37,71 +38,73 @@ def write_coded(folder: Path, table: dict[str, Any], code: Code) -> tuple[Path, 
     return write_model(folder, stored, config), weights
 
 
-CASES: dict[str, tuple[dict[str, Any], Any, str, list[str]]] = {
-    "AWQ to w4a16": (
-        AWQ,
-        awq,
-        "w4a16",
-        ["algorithm=rtn", f"group_size={GROUP}", "symmetric=false"],
-    ),
-    "GPTQ to w4a16": (
-        GPTQ,
-        gptq,
-        "w4a16",
-        ["algorithm=rtn", f"group_size={GROUP}"],
-    ),
-    "packed integers to w4a16": (
-        INTEGERS,
-        packed,
-        "w4a16",
-        ["algorithm=rtn", f"group_size={GROUP}"],
-    ),
-    "MXFP4 to NVFP4": (
-        MXFP4,
-        mxfp4,
-        "nvfp4",
-        ["algorithm=rtn", "activations=float"],
-    ),
+# From a source's table and codes, with the options that name its form, to a scheme.
+CASES: dict[str, tuple[dict[str, Any], Code, str, list[str]]] = {
+    "AWQ to w4a16": (AWQ, awq, "w4a16", [f"group_size={GROUP}", "symmetric=false"]),
+    "GPTQ to w4a16": (GPTQ, gptq, "w4a16", [f"group_size={GROUP}"]),
+    "packed integers to w4a16": (INTEGERS, packed, "w4a16", [f"group_size={GROUP}"]),
+    "MXFP4 to NVFP4": (MXFP4, mxfp4, "nvfp4", ["activations=float"]),
 }
+ALGORITHMS = {"w4a16": ("gptq", "awq", "rtn"), "nvfp4": ("gptq", "rtn")}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_codes_are_kept(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [(name, algorithm) for name in CASES for algorithm in ALGORITHMS[CASES[name][2]]],
+)
+def test_codes_are_kept_by_every_algorithm_without_data(
+    tmp_path: Path, name: str, algorithm: str
+) -> None:
     table, code, scheme, settings = CASES[name]
     model, weights = write_coded(tmp_path / "m", table, code)
+    settings = [*settings, f"algorithm={algorithm}"]
+    plan = bitpress.plan(model, scheme=scheme, settings=settings)
+    kept = f"{len(weights)} layers keep the source's codes, to the bit: no data moves their weights"
+    assert not plan.calibrated
+    assert kept in plan.warnings
+
     words = [word for setting in settings for word in ("--set", setting)]
     done = command("compress", model, tmp_path / "out", "--scheme", scheme, *words)
     assert done.returncode == 0, done.stderr
-    assert f"{len(weights)} of them hold the source's very numbers" in done.stdout
+    assert f"{len(weights)} of them keep the source's codes" in done.stdout
     manifest = bitpress.inspect(tmp_path / "out")
+    assert manifest.data is None
     assert {layer.error for layer in manifest.layers.values()} == {0.0}
     bitpress.decompress(tmp_path / "out", tmp_path / "dense")
     dense = tensors_of(tmp_path / "dense")
     for module, weight in weights.items():
         assert torch.equal(dense[f"{module}.weight"], weight.half()), module
+    assert not bitpress.verify(tmp_path / "out", against=model).faults
 
 
-def test_codes_of_mxfp4_are_kept_where_data_is_for_activations_alone(tmp_path: Path) -> None:
+def compress_on_data(model: Path, **options: Any) -> Manifest:
+    """A runnable model, compressed beside it on a short text."""
+    manifest: Manifest = bitpress.compress(
+        model,
+        model.parent / "out",
+        calibration=model.parent / "text.txt",
+        samples=3,
+        sequence_length=32,
+        **options,
+    )
+    return manifest
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "rtn"])
+def test_codes_of_mxfp4_are_kept_where_data_is_for_activations_alone(
+    tmp_path: Path, algorithm: str
+) -> None:
     config = LLAMA | {"num_hidden_layers": 1}
     tensors = llama_tensors(config=config)
     stored, plain = code_layers(tensors, lambda name: mxfp4 if ".layers." in name else None)
-    models = (
-        runnable_model(tmp_path / "coded/m", stored, config | {"quantization_config": MXFP4}),
+    models = [runnable_model(tmp_path / "coded/m", stored, config | {"quantization_config": MXFP4})]
+    if algorithm == "rtn":
         # a 16-bit copy of such a model is known by its numbers
-        runnable_model(
-            tmp_path / "plain/m", {name: x.bfloat16() for name, x in plain.items()}, config
-        ),
-    )
+        copied = {name: x.bfloat16() for name, x in plain.items()}
+        models.append(runnable_model(tmp_path / "plain/m", copied, config))
     for model in models:
-        manifest = bitpress.compress(
-            model,
-            model.parent / "out",
-            scheme="nvfp4",
-            settings=["algorithm=rtn"],
-            calibration=model.parent / "text.txt",
-            samples=3,
-            sequence_length=32,
-        )
+        manifest = compress_on_data(model, scheme="nvfp4", settings=[f"algorithm={algorithm}"])
+        assert manifest.data is not None
         assert {layer.error for layer in manifest.layers.values()} == {0.0}
         bitpress.decompress(model.parent / "out", model.parent / "dense")
         dense = tensors_of(model.parent / "dense")
@@ -111,25 +114,71 @@ def test_codes_of_mxfp4_are_kept_where_data_is_for_activations_alone(tmp_path: P
         assert any(name.endswith(".input_global_scale") for name in stored_layers)
 
 
-def test_codes_in_groups_of_another_size_are_rounded_again(tmp_path: Path) -> None:
-    model, weights = write_coded(tmp_path / "m", INTEGERS, packed)
-    settings = ["algorithm=rtn", "group_size=64"]
-    manifest = bitpress.compress(model, tmp_path / "out", scheme="w4a16", settings=settings)
-    assert len(manifest.layers) == len(weights)
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+def test_beside_codes_that_are_kept_other_layers_are_fitted_to_data(
+    tmp_path: Path, algorithm: str
+) -> None:
+    config = LLAMA | {"num_hidden_layers": 2, "torch_dtype": "float16"}
+    tensors = {name: tensor.half() for name, tensor in llama_tensors(config=config).items()}
+    stored, plain = code_layers(tensors, lambda name: packed if ".mlp." in name else None)
+    model = runnable_model(tmp_path / "m", stored, config | {"quantization_config": INTEGERS})
+    settings = [f"group_size={GROUP}", f"algorithm={algorithm}"]
+    manifest = compress_on_data(model, scheme="w4a16", settings=settings)
+    for module, layer in manifest.layers.items():
+        is_kept = ".mlp." in module
+        assert (layer.error == 0) == is_kept, module
+        # no inputs of theirs are looked at
+        assert (layer.output_error is None) == is_kept, module
+    bitpress.decompress(tmp_path / "out", tmp_path / "dense")
+    dense = tensors_of(tmp_path / "dense")
+    for name in plain.keys() - stored.keys():
+        assert torch.equal(dense[name], plain[name].half()), name
+
+
+def test_what_turns_out_not_to_fit_is_rounded_to_nearest_with_a_warning(tmp_path: Path) -> None:
+    def negative(rows: int, columns: int) -> tuple[dict[str, Tensor], Tensor]:
+        parts, weight = packed(rows, columns)
+        return parts | {"weight_scale": -parts["weight_scale"]}, -weight
+
+    model, weights = write_coded(tmp_path / "m", INTEGERS, negative)
+    with pytest.warns(UserWarning, match="w4a16 cannot store: rounded to nearest") as warned:
+        manifest = bitpress.compress(
+            model, tmp_path / "out", scheme="w4a16", settings=[f"group_size={GROUP}"]
+        )
+    assert len(warned) == len(weights)
     assert all(layer.error for layer in manifest.layers.values())
 
 
-def test_zero_points_are_not_kept_by_symmetric_codes(tmp_path: Path) -> None:
-    table, code, *_ = CASES["AWQ to w4a16"]
-    model, _ = write_coded(tmp_path / "m", table, code)
-    settings = ["algorithm=rtn", f"group_size={GROUP}"]
-    manifest = bitpress.compress(model, tmp_path / "out", scheme="w4a16", settings=settings)
+# Options of another form, and what the source has.
+OTHERS = {
+    "groups of another size": (
+        INTEGERS,
+        packed,
+        ["group_size=64"],
+        "4-bit integers in groups of 32",
+    ),
+    "no zero points": (
+        AWQ,
+        awq,
+        [f"group_size={GROUP}"],
+        "4-bit integers in groups of 32 with zero",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_codes_of_another_form_are_rounded_again_and_the_plan_says_so(
+    tmp_path: Path, name: str
+) -> None:
+    table, code, settings, form = OTHERS[name]
+    model, weights = write_coded(tmp_path / "m", table, code)
+    plan = bitpress.plan(model, scheme="w4a16", settings=settings)
+    assert plan.calibrated
+    assert not plan.kept_codes
+    (remark,) = [line for line in plan.warnings if "rounded again" in line]
+    assert form in remark
+    assert f"{len(weights)} layers" in remark
+    manifest = bitpress.compress(
+        model, tmp_path / "out", scheme="w4a16", settings=[*settings, "algorithm=rtn"]
+    )
     assert all(layer.error for layer in manifest.layers.values())
-
-
-def test_a_plan_with_data_says_that_codes_are_rounded_again(tmp_path: Path) -> None:
-    model, _ = write_coded(tmp_path / "m", INTEGERS, packed)
-    text = "plain rounding (--effort low) keeps the source's codes"
-    for effort, is_said in (("normal", True), ("low", False)):
-        warnings = bitpress.plan(model, scheme="w4a16", effort=effort).warnings
-        assert any(text in line for line in warnings) == is_said

@@ -153,7 +153,7 @@ def test_models_are_judged_on_texts_of_a_list_too(learned: Path, tmp_path: Path)
 
 def test_data_that_no_step_needs_is_remarked_on(model: Path, tmp_path: Path) -> None:
     manifest = bitpress.compress(model, tmp_path / "out", scheme="toy", calibration=["text"])
-    assert manifest.warnings == ("no step of this recipe needs data: --calibration is not used",)
+    assert manifest.warnings == ("no layer needs data: --calibration is not used",)
 
 
 def test_the_log_is_quiet_until_somebody_listens(model: Path, tmp_path: Path, toy: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_log_is_quiet_until_somebody_listens(model: Path, tmp_path: Path, to
 
     assert run("quiet") == ""
     heard = run("heard", "listen")
-    assert "bitpress no step of this recipe needs data" in heard
+    assert "bitpress no layer needs data" in heard
     assert "bitpress verifying: 0.4 MB" in heard
 
 

@@ -531,6 +531,21 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, learner: Path) -> 
     assert "model.layers.2.mlp.up_proj.weight" in line
 
 
+@pytest.mark.parametrize("fault", ["a norm is missing", "a class that transformers has not"])
+def test_a_model_that_cannot_be_run_is_refused_before_a_folder_is_made(
+    tmp_path: Path, learner: Path, fault: str
+) -> None:
+    tensors, config = llama_tensors(config=CONFIG), CONFIG
+    if fault == "a norm is missing":
+        del tensors["model.layers.1.input_layernorm.weight"]
+    else:
+        config = {**CONFIG, "architectures": ["Other"], "model_type": "other"}
+    model = runnable_model(tmp_path / "m", tensors, config)
+    line = refusal("compress", model, tmp_path / "o", *HEAD, path=learner)
+    assert str(model) in line
+    assert not (tmp_path / "o").exists()
+
+
 def test_fewer_tokens_than_columns_are_enough_for_a_finite_result(
     tmp_path: Path, learner: Path
 ) -> None:

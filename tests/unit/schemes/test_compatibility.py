@@ -36,6 +36,7 @@ SIGNATURES = {
     "0.2": {
         "observe": "inputs reference residual output_gradient weight options",
         "rescale": "layer stats options",
+        "keep_codes": "form shape dtype options",
         "quantize": "layer stats options",
         "pack": "layer options",
         "serialize": "layer stored options",

@@ -26,6 +26,7 @@ from bitpress.schemes.hardware import Hardware
 from bitpress.schemes.hookspecs import hookimpl
 from bitpress.schemes.options import Options, ReferenceOptions, option
 from bitpress.schemes.values import (
+    CodeForm,
     Finding,
     Layer,
     MeasuredLoss,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BitpressError",
     "CheckpointError",
+    "CodeForm",
     "DataError",
     "Finding",
     "Hardware",

@@ -12,6 +12,7 @@ from attrs import frozen
 
 import bitpress
 from bitpress import (
+    CodeForm,
     Finding,
     Hardware,
     Layer,
@@ -116,6 +117,18 @@ def observe(  # noqa: PLR0913, PLR0917
     if options.algorithm == "gptq":
         stats |= numerics.gptq_statistics(inputs, weight, reference, residual)
     return stats
+
+
+@hookimpl
+def keep_codes(form: CodeForm, options: Options) -> Options | None:
+    """Numbers of MXFP4, of which plain rounding finds the scales again."""
+    import torch
+
+    height, width = form.group
+    is_mxfp4 = (form.numbers, form.bits, form.scale_dtype) == ("float", 4, torch.float8_e8m0fnu)
+    if not is_mxfp4 or height != 1 or width % scales.GROUP_SIZE:
+        return None
+    return attrs.evolve(options, algorithm="rtn")
 
 
 @hookimpl

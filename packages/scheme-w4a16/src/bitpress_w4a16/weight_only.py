@@ -11,6 +11,7 @@ from attrs import frozen
 
 import bitpress
 from bitpress import (
+    CodeForm,
     Finding,
     Hardware,
     Layer,
@@ -25,6 +26,7 @@ from bitpress_w4a16 import awq, fp8_inputs
 from bitpress_w4a16.source_grid import source_grid
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # From a weight and what an error costs in each column to the grid for it.
@@ -156,6 +158,28 @@ def rescale(
     """AWQ's factors."""
     group_size = options.resolve_group_size(layer.weight.shape[1])
     return awq.factors(layer.weight, stats, options.bits, group_size, options.symmetric)
+
+
+@hookimpl
+def keep_codes(
+    form: CodeForm, shape: tuple[int, int], dtype: torch.dtype, options: WeightOnlyOptions
+) -> WeightOnlyOptions | None:
+    """Integers of the same bits and groups, rounded to nearest, which leaves them as they are."""
+    group = (1, options.resolve_group_size(shape[1]))
+    if (form.numbers, form.bits, form.group) != ("integer", options.bits, group):
+        return None
+    # scales that meet FP8 activations are rounded
+    if (form.has_zero_points and options.symmetric) or options.fp8_inputs:
+        return None
+    return attrs.evolve(options, algorithm="rtn") if _holds(dtype, form.scale_dtype) else None
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether all numbers of another dtype are numbers of one."""
+    import torch
+
+    is_half = other in (torch.float16, torch.bfloat16)
+    return other == dtype or (dtype == torch.float32 and is_half)
 
 
 @hookimpl

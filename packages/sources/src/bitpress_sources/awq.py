@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitpress import (
     CheckpointError,
+    CodeForm,
     QuantizedSource,
     QuantizedTensor,
     QuantizedWeight,
@@ -23,7 +24,14 @@ from bitpress import (
     hookimpl,
 )
 from bitpress.numerics import unpack_bytes
-from bitpress_sources.layouts import AUTO_ROUND, Tensors, modules_with, quantization_table, require
+from bitpress_sources.layouts import (
+    AUTO_ROUND,
+    Tensors,
+    dtype_of,
+    modules_with,
+    quantization_table,
+    require,
+)
 
 BITS = 4
 
@@ -79,7 +87,8 @@ def _weight(tensors: Tensors, module: str) -> QuantizedWeight:
         "scale": StoredPart(f"{module}.scales", ROWS_PER_WORD, axis=1),
         "zero_point": StoredPart(f"{module}.qzeros", 1, axis=1),
     }
-    return QuantizedWeight((num_rows, num_columns), parts, _decode, row_block=ROWS_PER_WORD)
+    form = CodeForm("integer", BITS, (1, num_columns // num_groups), dtype_of(scales), True)
+    return QuantizedWeight((num_rows, num_columns), parts, _decode, ROWS_PER_WORD, form)
 
 
 def _decode(parts: Mapping[str, Tensor]) -> QuantizedTensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitpress import (
     CheckpointError,
+    CodeForm,
     QuantizedSource,
     QuantizedTensor,
     QuantizedWeight,
@@ -32,6 +33,7 @@ from bitpress_sources.layouts import (
     MX_GROUP,
     OF_CACHES,
     Tensors,
+    dtype_of,
     fp4_weight,
     fp8_weight,
     modules_with,
@@ -236,7 +238,8 @@ def _packed_integers(tensors: Tensors, module: str, arguments: _Arguments) -> Qu
             zeros = unpack_words(zeros.T.contiguous(), bits, len(codes)).T
         return QuantizedTensor(codes, scales, zeros, stored.get("group_index"))
 
-    return QuantizedWeight((num_rows, num_columns), parts, decode, row_block)
+    form = _integer_form(parts, scale, bits, num_columns)
+    return QuantizedWeight((num_rows, num_columns), parts, decode, row_block, form)
 
 
 def _byte_integers(tensors: Tensors, module: str) -> QuantizedWeight:
@@ -264,7 +267,19 @@ def _byte_integers(tensors: Tensors, module: str) -> QuantizedWeight:
             stored.get("group_index"),
         )
 
-    return QuantizedWeight(weight.shape, parts, decode)
+    form = _integer_form(parts, scale, 8, weight.shape[1])
+    return QuantizedWeight((weight.shape[0], weight.shape[1]), parts, decode, form=form)
+
+
+def _integer_form(
+    parts: Mapping[str, StoredPart], scale: TensorSpec, bits: int, num_columns: int
+) -> CodeForm | None:
+    """That of codes in runs of columns whose rows have scales of their own; otherwise None."""
+    if "group_index" in parts or parts["scale"].block_size is None:
+        return None
+    num_groups = scale.shape[-1] if len(scale.shape) == 2 else 1
+    group = (1, num_columns // num_groups)
+    return CodeForm("integer", bits, group, dtype_of(scale), "zero_point" in parts)
 
 
 def _of_rows(name: str, spec: TensorSpec, row_block: int = 1) -> StoredPart:

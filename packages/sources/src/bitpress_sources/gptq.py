@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from bitpress import (
     CheckpointError,
+    CodeForm,
     QuantizedSource,
     QuantizedTensor,
     QuantizedWeight,
@@ -27,7 +29,14 @@ from bitpress import (
     hookimpl,
 )
 from bitpress.numerics import unpack_bytes
-from bitpress_sources.layouts import AUTO_ROUND, Tensors, modules_with, quantization_table, require
+from bitpress_sources.layouts import (
+    AUTO_ROUND,
+    Tensors,
+    dtype_of,
+    modules_with,
+    quantization_table,
+    require,
+)
 
 WORD_BITS = 32
 
@@ -39,6 +48,20 @@ PACKING_OFFSETS = {"auto_round:auto_gptq": 1, "auto_round": 0}
 
 # Descriptions of which `config.json` has a copy.
 DESCRIPTIONS = ("quantize_config.json", "quantization_config.json")
+
+
+@frozen
+class _ZeroPoints:
+    """What a config says of zero points.
+
+    Attributes:
+        offset: what each stored one lacks.
+        are_own: whether groups have their own, and not all half the range; None where codes are of
+            no form that schemes know.
+    """
+
+    offset: int
+    are_own: bool | None
 
 
 @hookimpl
@@ -60,16 +83,28 @@ def find_quantized_weights(
             f"{folder}: GPTQ of {bits} bits in the format {layout!r}, and 2 to 8 bits in the "
             f"formats {' and '.join(ZERO_OFFSETS)} are read: start from the original"
         )
-    offset = offsets[layout]
+    zero_points = _ZeroPoints(offsets[layout], _have_zero_points(table))
     weights = {
-        f"{module}.weight": _weight(tensors, module, offset)
+        f"{module}.weight": _weight(tensors, module, zero_points)
         for module in modules_with(tensors, "qweight")
     }
     left_out = {f"{m}.g_idx" for m in modules_with(tensors, "g_idx")}
     return QuantizedSource(str(method), weights, left_out, left_files=DESCRIPTIONS)
 
 
-def _weight(tensors: Tensors, module: str, offset: int) -> QuantizedWeight:
+def _have_zero_points(table: Mapping[str, Any]) -> bool | None:
+    """Whether a config says that groups have zero points of their own; None where codes are of no
+    form that schemes know.
+    """
+    is_symmetric = table.get("sym", True) is not False
+    # columns in any order; and AutoRound has negative scales beside symmetric codes
+    is_auto_round = table["quant_method"] == AUTO_ROUND or "autoround_version" in table
+    if table.get("desc_act") or (is_symmetric and is_auto_round):
+        return None
+    return not is_symmetric
+
+
+def _weight(tensors: Tensors, module: str, zero_points: _ZeroPoints) -> QuantizedWeight:
     name = f"{module}.qweight"
     packed = tensors[name]
     scales = require(tensors, f"{module}.scales", name)
@@ -96,7 +131,7 @@ def _weight(tensors: Tensors, module: str, offset: int) -> QuantizedWeight:
         )
 
     def decode(stored: Mapping[str, Tensor]) -> QuantizedTensor:
-        zero_point = _zero_points(stored["zero_point"], bits, offset).T.contiguous()
+        zero_point = _zero_points(stored["zero_point"], bits, zero_points.offset).T.contiguous()
         index = stored.get("group_index")
         # columns in their order need no index
         if index is not None and num_columns % num_groups == 0:
@@ -109,7 +144,11 @@ def _weight(tensors: Tensors, module: str, offset: int) -> QuantizedWeight:
             index,
         )
 
-    return QuantizedWeight((num_rows, num_columns), parts, decode, row_block=WORD_BITS)
+    form = None
+    if zero_points.are_own is not None and num_columns % num_groups == 0:
+        group = (1, num_columns // num_groups)
+        form = CodeForm("integer", bits, group, dtype_of(scales), zero_points.are_own)
+    return QuantizedWeight((num_rows, num_columns), parts, decode, WORD_BITS, form)
 
 
 def _zero_points(words: Tensor, bits: int, offset: int) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress import CheckpointError, QuantizedTensor, QuantizedWeight, StoredPart
+from bitpress import CheckpointError, CodeForm, QuantizedTensor, QuantizedWeight, StoredPart
 from bitpress.checkpoint.model_config import ModelConfig
+from bitpress.checkpoint.reader import DTYPES
 from bitpress.checkpoint.safetensors import TensorSpec
 from bitpress.numerics import decode_e2m1, decode_e8m0, unpack_bytes
 
@@ -61,6 +62,11 @@ def float_scale(scale: Tensor) -> Tensor:
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
         return decode_e8m0(scale.view(torch.uint8))
     return scale.float()
+
+
+def dtype_of(scale: TensorSpec) -> torch.dtype:
+    """In which scales are stored; bytes are exponents."""
+    return torch.float8_e8m0fnu if scale.dtype in E8M0 else DTYPES[scale.dtype]
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
@@ -161,4 +167,6 @@ def fp4_weight(
             scales = scales * stored["global_scale"].float().reshape(())
         return QuantizedTensor(unpack_e2m1(stored["codes"]), scales)
 
-    return QuantizedWeight(shape, parts, decode)
+    # with a scale above them, those of groups are of no dtype
+    form = None if global_scale else CodeForm("float", 4, (1, group_size), dtype_of(scale))
+    return QuantizedWeight(shape, parts, decode, form=form)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import field, frozen
 
-from bitpress.schemes.values import QuantizedTensor
+from bitpress.schemes.values import CodeForm, QuantizedTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,12 +43,14 @@ class QuantizedWeight:
             of these that belong to the blocks: codes and scales, or else float32 (rows, ...). The
             last block may be short.
         row_block: how many rows are a block.
+        form: that all of its codes have; None where it has none, or where that is not known.
     """
 
     shape: tuple[int, ...]
     parts: Mapping[str, StoredPart]
     decode: Callable[[Mapping[str, Tensor]], QuantizedTensor | Tensor]
     row_block: int = 1
+    form: CodeForm | None = None
 
 
 @frozen(eq=False)

@@ -113,7 +113,7 @@ def plan(
         return time_estimate.estimate_seconds(ranks, num_threads)
 
     num_tokens, device_memory = max(share.tokens for share in shares), None
-    if plan.recipe.calibrated:
+    if plan.calibrated:
         length = calibration.shape[1]
         device_memory = DeviceMemory(
             memory_estimate.estimate_device(plan, num_tokens, length),

@@ -65,8 +65,7 @@ class CompressSummary:
         self._print_calibration()
         if self.is_verified:
             say(f"verified: {len(manifest.layers)} layers read back and compared with the source")
-            if exact := sum(layer.error == 0 for layer in manifest.layers.values()):
-                say(f"{exact} of them hold the source's very numbers: nothing was rounded again")
+            self._print_exact()
             self._print_outliers()
         else:
             say("not verified (--no-verify)")
@@ -86,6 +85,16 @@ class CompressSummary:
             say(f"measure the loss: bitpress eval {out} --against {model}")
         else:
             say(f"serve it: vllm serve {out}")
+
+    def _print_exact(self) -> None:
+        """How many layers have lost nothing."""
+        layers, kept = self.manifest.layers, self.job.plan.kept_codes
+        exact = [module for module, layer in layers.items() if layer.error == 0]
+        num_kept = sum(module in kept for module in exact)
+        if num_kept:
+            say(f"{num_kept} of them keep the source's codes: nothing was rounded again")
+        if others := len(exact) - num_kept:
+            say(f"{others} of them hold the source's very numbers: nothing was rounded again")
 
     def _print_outliers(self) -> None:
         """Layers whose weights fit the format badly, if there are any."""

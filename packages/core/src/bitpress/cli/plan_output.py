@@ -105,7 +105,7 @@ class PlanSummary:
                 {"name": cache.module, "bytes_per_token": cache.token_bytes[1]}
                 for cache in plan.caches
             ],
-            "data": plan.recipe.calibrated,
+            "data": plan.calibrated,
             "digest": plan.digest,
             "warnings": list(plan.warnings),
             "device": plan.device.name,
@@ -283,7 +283,7 @@ def _print_efforts(efforts: Sequence[EffortCost]) -> None:
 
 def _print_serving(plan: Plan) -> None:
     data = "needed: texts like those that it will serve (--calibration)"
-    say_fact("data", data if plan.recipe.calibrated else "none needed")
+    say_fact("data", data if plan.calibrated else "none needed")
     for step in {step.scheme.name: step for step in plan.recipe.all_steps}.values():
         say_fact("serves", f"{step.scheme.name}: {serves(step, DEVICES)}")
     for name, finding in plan.findings if plan.device in DEVICES else ():

@@ -251,7 +251,7 @@ def _capture_inputs(
     reference_batches = [
         position
         for position, number in enumerate(own_batches.numbers)
-        if run.plan.recipe.needs_reference and number % own_batches.reference_interval == 0
+        if run.plan.needs_reference and number % own_batches.reference_interval == 0
     ]
     reference = None
     if reference_batches:
@@ -286,7 +286,7 @@ class _Gradients:
 
     def of_block(self, index: int, stacks: Sequence[Stack]) -> GradientsByStack:
         """By stack, the statistics of every step; empty where none takes any."""
-        if self._streams.reference is None or not self._run.plan.recipe.needs_gradients:
+        if self._streams.reference is None or not self._run.plan.needs_gradients:
             return {}
         if self._statistics is None:
             try:
@@ -349,7 +349,7 @@ def _compress_or_resume_block(
     assert shard.block is not None
     with process_group.agreeing():
         gradients_by_stack = gradients.of_block(shard.block, shard.stacks)
-    block_plan = BlockPlan.of_shard(plan, shard, gradients_by_stack)
+    block_plan = BlockPlan.of_shard(plan, shard, run.reader, gradients_by_stack)
     if not process_group.is_rank_zero:
         return compress_block(block_plan, streams, lambda name, tensor: None, run.report_progress)
 

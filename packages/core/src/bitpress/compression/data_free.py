@@ -24,7 +24,7 @@ from bitpress.output.layer_proof import LayerMeasurement, prove_stored
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
 from bitpress.runtime.devices import ThreadDevices
-from bitpress.runtime.logger import logger
+from bitpress.runtime.logger import logger, warn
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.runtime.progress import FINISHED_EARLIER, ReportProgress, copy_work
 from bitpress.schemes import pipeline, stored_layout
@@ -90,11 +90,16 @@ def write_shard(
 
 
 def compress_stack(
-    stack: Stack, reader: Reader, device: torch.device, is_proved: bool = True
+    stack: Stack,
+    reader: Reader,
+    device: torch.device,
+    is_proved: bool = True,
+    input_stats: Sequence[pipeline.Statistics] = (),
 ) -> Iterator[tuple[str, StoredLayer, LayerMeasurement]]:
     """What is stored of each member of a stack, and what was measured of it.
 
     Args:
+        input_stats: per step, of its inputs, where something is fitted to these beside the weights.
         is_proved: whether every row tile is proved to decode to the weight that `quantize`
             returned, and the stored layer to hold the tiles; otherwise nothing is measured.
 
@@ -104,9 +109,15 @@ def compress_stack(
             weights.
     """
     read_tiles = functools.partial(_read_tiles, stack, reader, device)
-    stats = pipeline.observe_weights(
+    weight_stats = pipeline.observe_weights(
         lambda: (tile for module in stack.members for tile in read_tiles(module)), stack.steps
     )
+    stats = [
+        {**inputs, **weights}
+        for inputs, weights in zip(
+            input_stats or [{} for _ in stack.steps], weight_stats, strict=True
+        )
+    ]
     for module, entry in stack.members.items():
         proved: list[_ProvedTile] = []
         tiles = _pack_tiles(stack, read_tiles(module), stats, proved if is_proved else None)
@@ -114,7 +125,14 @@ def compress_stack(
         stack.check_stored(module, stored)
         _require_tiles(stack, module, stored, proved)
         measured = (tile.measured for tile in proved)
-        yield module, stored, functools.reduce(operator.or_, measured, LayerMeasurement())
+        measurement = functools.reduce(operator.or_, measured, LayerMeasurement())
+        if stack.keeps_codes and measurement.error:
+            warn(
+                f"{module}: the source has scales or codes that {stack.steps[-1].scheme.name} "
+                "cannot store: rounded to nearest",
+                stacklevel=3,
+            )
+        yield module, stored, measurement
 
 
 def _pack_tiles(

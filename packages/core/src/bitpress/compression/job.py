@@ -8,9 +8,10 @@ from attrs import evolve, frozen
 
 from bitpress.checkpoint import layer_names
 from bitpress.checkpoint.hub import resolve, split_revision
-from bitpress.checkpoint.reader import open_checkpoint
+from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.compression import accuracy_check
 from bitpress.errors import RecipeError
+from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.tokens import (
     CalibrationData,
     EvaluationText,
@@ -93,15 +94,18 @@ def prepare_job(
     check_text = None
     if options.check is not None:
         check_text = accuracy_check.load_check_text(plan, options.check, options.trust_remote_code)
-    config = (calibration or CalibrationConfig()) if recipe.calibrated else None
+    config = (calibration or CalibrationConfig()) if plan.calibrated else None
     command = _command(str(model), recipe_source, config, options)
     job = Job(plan, None, str(model), check_text, command, base_model=base_model)
     if config is None:
         if calibration is not None and calibration.source is not None:
-            remark = "no step of this recipe needs data: --calibration is not used"
+            remark = "no layer needs data: --calibration is not used"
             return evolve(job, remarks=(remark,))
         return job
 
+    with Reader() as reader:
+        decoder_options = DecoderOptions(trust_remote_code=options.trust_remote_code)
+        Decoder(plan.source, plan.container, reader, decoder_options).require_blocks()
     sequences = load_calibration_data(
         config, source.folder, source.config, options.trust_remote_code
     )

@@ -105,6 +105,26 @@ def test_masked_positions_stay_masked(step: Step) -> None:
     )
 
 
+def test_codes_of_a_source_that_are_kept_are_stored_to_the_bit(step: Step) -> None:
+    trial.require_hook(step, "keep_codes")
+    for form in trial.code_forms(step):
+        kept = trial.keep_codes(step, form)
+        if kept is None:
+            continue
+        coded = trial.coded_weight(step, form)
+        weight = coded.dequantize()
+        shape = tuple(weight.shape)
+        assert stored_layout.describe(*shape, torch.bfloat16, (kept,)).tensors.keys() == (
+            stored_layout.describe(*shape, torch.bfloat16, (step,)).tensors.keys()
+        ), "`keep_codes` must return options with which the same is stored"
+        stats = trial.observe(kept, weight, [trial.inputs(kept)])
+        layer = Layer("layer", weight, torch.bfloat16, quantized=coded)
+        assert trial.are_equal(pipeline.quantize(layer, [kept], [stats]).weight, weight), (
+            f"`quantize` with the options of `keep_codes` must keep the weight of {form}: take "
+            "`layer.quantized`, or return None"
+        )
+
+
 def test_rows_do_not_know_their_neighbors(step: Step) -> None:
     weight, row_block = trial.weights(step)["rows of unlike size"], step.options.row_block
     stats = trial.observe(step, weight, [trial.inputs(step)])

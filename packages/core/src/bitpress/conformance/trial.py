@@ -15,11 +15,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from bitpress.errors import RecipeError, ShapeError
+from bitpress.numerics import decode_e2m1
 from bitpress.planning.recipe import RecipeChanges, from_scheme
-from bitpress.schemes import pipeline, stored_layout
+from bitpress.schemes import hook_results, pipeline, stored_layout
 from bitpress.schemes.activation_quantizer import find_activation_quantizer
 from bitpress.schemes.registry import Registry, Scheme, Step
-from bitpress.schemes.values import Layer, Statistic, StoredLayer
+from bitpress.schemes.values import CodeForm, Layer, QuantizedTensor, Statistic, StoredLayer
 
 # Widths of a layer, of which every scheme must take one.
 WIDTHS = (256, 128, 64, 16, 8, 4, 2, 1)
@@ -101,6 +102,55 @@ def weights(step: Step) -> dict[str, Tensor]:
     by_property["one zero row"][0] = 0
     by_property["one outlier"][-1, -1] = 100
     return {name: weight.bfloat16().float() for name, weight in by_property.items()}
+
+
+def code_forms(step: Step) -> Iterator[CodeForm]:
+    """Forms in which sources hold codes, that a layer of the step's width may have."""
+    columns = width(step)
+    sizes = sorted({size for size in (16, 32, 64, 128, columns) if columns % size == 0})
+    for size in sizes:
+        for bits in (4, 8):
+            for has_zero_points in (False, True):
+                yield CodeForm("integer", bits, (1, size), torch.bfloat16, has_zero_points)
+            yield CodeForm("float", bits, (1, size), torch.float8_e8m0fnu)
+            yield CodeForm("float", bits, (1, size), torch.float32)
+    yield CodeForm("float", 8, (128, 128), torch.float32)
+
+
+def keep_codes(step: Step, form: CodeForm) -> Step | None:
+    """The step with the options by which it keeps codes of a form; None where it does not."""
+    shape = (height(step), width(step))
+    result = step.call("keep_codes", form=form, shape=shape, dtype=torch.bfloat16)
+    options = hook_results.check_options(step, result)
+    return None if options is None else Step(step.scheme, options)
+
+
+def coded_weight(step: Step, form: CodeForm) -> QuantizedTensor:
+    """A weight of a form, all of whose codes are there."""
+    rows, columns = height(step), width(step)
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(count: int, *shape: int) -> Tensor:
+        return torch.randint(0, count, shape, generator=generator)
+
+    # tiles of rows share scales
+    num_scales = -(-rows // form.group[0])
+    scale = torch.exp2(draw(6, num_scales, columns // form.group[1]).float() - 10)
+    if form.scale_dtype != torch.float8_e8m0fnu:
+        scale *= 1 + draw(128, *scale.shape) / 128
+    scale = scale.repeat_interleave(form.group[0], 0)[:rows]
+    codes = draw(1 << form.bits, rows, columns)
+    if form.numbers == "integer":
+        half = 1 << form.bits - 1
+        zeros = (draw(1 << form.bits, *scale.shape) - half).to(torch.int8)
+        return QuantizedTensor(
+            (codes - half).to(torch.int8), scale, zeros if form.has_zero_points else None
+        )
+    if form.bits == 4:
+        return QuantizedTensor(decode_e2m1(codes.to(torch.uint8)), scale)
+    # without the two codes that are no numbers
+    numbers = codes.clamp(1, 254) - codes.eq(127).long()
+    return QuantizedTensor(numbers.to(torch.uint8).view(torch.float8_e4m3fn), scale)
 
 
 def inputs(step: Step) -> Tensor:

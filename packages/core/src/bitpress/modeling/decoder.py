@@ -143,12 +143,16 @@ class Decoder:
 
     def require_parameters(self) -> None:
         """Raise CheckpointError naming the first parameter that the files do not hold."""
-        for index, block in enumerate(self.blocks):
-            for name, parameter in block.named_parameters():
-                self._find_entry(f"{self.container}.{index}.{name}", tuple(parameter.shape))
+        self.require_blocks()
         for name, parameter in self.model.named_parameters():
             if not name.startswith(f"{self.container}."):
                 self._find_entry(name, tuple(parameter.shape))
+
+    def require_blocks(self) -> None:
+        """The same of parameters of the blocks alone."""
+        for index, block in enumerate(self.blocks):
+            for name, parameter in block.named_parameters():
+                self._find_entry(f"{self.container}.{index}.{name}", tuple(parameter.shape))
 
     def _fill_before_forward(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, arguments: Any) -> None:

@@ -64,7 +64,7 @@ def compare_efforts(
             continue
         level_plan = plans[level]
         seconds = estimate_seconds(level_plan)
-        costs.append(EffortCost(level, settings[level], level_plan.recipe.calibrated, seconds))
+        costs.append(EffortCost(level, settings[level], level_plan.calibrated, seconds))
     return tuple(costs)
 
 

@@ -12,8 +12,11 @@ from bitpress.checkpoint.engine_facts import (
     EngineFacts,
     EngineLayer,
     QuantizedLayers,
+    facts_of,
 )
-from bitpress.checkpoint.layer_names import star
+from bitpress.checkpoint.layer_names import BLOCK, star
+from bitpress.checkpoint.reader import Checkpoint
+from bitpress.errors import CheckpointError
 
 
 def names_to_ignore(
@@ -57,6 +60,33 @@ def names_to_target(facts: EngineFacts, listed: Sequence[str]) -> Iterator[str]:
         for name in layer.asked_as:
             if reading.group(name, by_class=not layer.is_by_name) is None:
                 yield _expression(name)
+
+
+def require_names(source: Checkpoint, layers: Iterable[str]) -> None:
+    """Raise CheckpointError where transformers, which runs models, finds no layer of the decoder's
+    blocks by the name that it has in its block: a model is run in blocks of the files.
+
+    Args:
+        layers: of the blocks, by their names in the files.
+    """
+    names = {name: BLOCK.fullmatch(f"{name}.weight") for name in layers}
+    for facts in facts_of(source.config):
+        known = {
+            match["inside"]: layer
+            for name, match in names.items()
+            if match and (layer := facts.layer(name)) is not None
+        }
+        is_found = any(
+            asked.endswith(f".{inside}")
+            for inside, layer in known.items()
+            for asked in layer.asked_as
+        )
+        if facts.engine.startswith("transformers") and known and not is_found:
+            raise CheckpointError(
+                f"{source.folder}: {facts.engine} calls {next(iter(known))} and all other layers "
+                "of a block by names that the files have not: a model of this layout cannot be run "
+                "yet; schemes and options that need no data can be used"
+            )
 
 
 def _asked(facts: EngineFacts, layers: Iterable[str]) -> Iterator[EngineLayer]:

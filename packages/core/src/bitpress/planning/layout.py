@@ -36,10 +36,13 @@ class Stack:
     Attributes:
         members: the source's weights (out, in), by module name.
         steps: in order.
+        keeps_codes: whether the codes that the source holds are stored as they are; then its step
+            has the options for that, whatever the recipe says.
     """
 
     members: Mapping[str, Entry]
     steps: tuple[Step, ...]
+    keeps_codes: bool = False
 
     @property
     def name(self) -> str:

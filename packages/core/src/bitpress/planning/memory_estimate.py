@@ -140,7 +140,7 @@ def reference_interval(plan: Plan, num_tokens: int) -> int:
     Args:
         num_tokens: of all ranks.
     """
-    if plan.recipe.full_reference:
+    if plan.full_reference:
         return 1
     interval = int(num_tokens * plan.tokens_per_channel / REFERENCE_TOKENS_PER_CHANNEL)
     return min(max(interval, 1), REFERENCE_INTERVAL)
@@ -148,9 +148,9 @@ def reference_interval(plan: Plan, num_tokens: int) -> int:
 
 def gradient_tokens(plan: Plan) -> int:
     """Of how many tokens a run takes gradients at most; 0 where no step takes any."""
-    if not plan.recipe.needs_gradients:
+    if not plan.needs_gradients:
         return 0
-    return FULL_GRADIENT_TOKENS if plan.recipe.full_reference else GRADIENT_TOKENS
+    return FULL_GRADIENT_TOKENS if plan.full_reference else GRADIENT_TOKENS
 
 
 def is_gradient_batch(plan: Plan, number: int, interval: int, batch_tokens: int) -> bool:
@@ -233,7 +233,7 @@ def estimate_calibration(
     observing = TEMPORARIES * max(STATISTICS_TOKENS, length) * width
     states = tokens * plan.hidden_size * (1 + 1 / reference_interval(plan, tokens))
     backward_bytes = kept = logits = 0
-    if plan.recipe.needs_gradients:
+    if plan.needs_gradients:
         kept = numbers_held.count_kept(plan, batch_tokens, by_layer)
         head = numbers_held.count_head(plan)
         logits = LOGITS_COPIES * min(MAX_LOGITS, batch_tokens * head // plan.hidden_size)
@@ -283,7 +283,7 @@ def estimate_memory(
         shape: (sequences, length) of the calibration data of all ranks; None: as many as are used
             where nobody says.
     """
-    if not plan.recipe.calibrated:
+    if not plan.calibrated:
         return TORCH_BYTES + (threads or count_cores()) * _thread_bytes(plan, plan.stacks)
     num_sequences, length = shape or CalibrationConfig().shape
     tokenizing_bytes = TOKENIZER_BYTES + num_sequences * length * TOKENIZING_BYTES
@@ -300,7 +300,7 @@ def estimate_scratch(plan: Plan, tokens: int = math.prod(CalibrationConfig().sha
     Args:
         tokens: of one rank.
     """
-    if not plan.recipe.calibrated:
+    if not plan.calibrated:
         return 0
     memory = estimate_calibration(plan, tokens)
     return memory.in_memory - memory.on_disk
@@ -337,7 +337,7 @@ def estimate_descriptions(plan: Plan) -> int:
     names += [module for stack in plan.stacks for module in stack.members]
     num_bytes = CARD_BYTES + len(names) * DESCRIPTION_BYTES + sum(len(n.encode()) for n in names)
     num_bytes += 2 * len(format_json(plan.recipe.as_json()).encode())
-    if any(step.rescales for step in plan.recipe.all_steps):
+    if any(step.rescales for step in plan.steps):
         num_channels = sum(
             sum(entry.shape)
             for shard in plan.shards

@@ -18,7 +18,7 @@ GRADIENT_ROW_NUMBERS = 512
 
 def num_blocks_held(plan: Plan) -> int:
     """Blocks that are there at a time: the source's too where it is run."""
-    return 2 if plan.recipe.needs_reference else 1
+    return 2 if plan.needs_reference else 1
 
 
 def _block_shards(plan: Plan) -> list[Shard]:

@@ -22,7 +22,9 @@ from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.quantization_config import quantization_config
 from bitpress.planning.recipe import Recipe
 from bitpress.planning.routing import token_shares
+from bitpress.schemes import pipeline
 from bitpress.schemes.hardware import DEVICES, Hardware
+from bitpress.schemes.registry import Step
 from bitpress.schemes.values import USABLE, Finding
 
 
@@ -65,6 +67,38 @@ class Plan:
     def stacks(self) -> tuple[Stack, ...]:
         """All stacks, in the order of their shards."""
         return tuple(stack for shard in self.shards for stack in shard.stacks)
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """Every step that is taken: of layers, and that of the cache."""
+        of_layers = [step for stack in self.stacks for step in stack.steps]
+        return tuple(dict.fromkeys([*of_layers, *(cache.step for cache in self.caches)]))
+
+    @cached_property
+    def calibrated(self) -> bool:
+        """Whether any step must see the model run on data."""
+        return any(step.calibrated for step in self.steps)
+
+    @cached_property
+    def full_reference(self) -> bool:
+        """Whether any step asks for all texts to be run through the source too."""
+        return any(step.options.full_reference for step in self.steps)
+
+    @cached_property
+    def needs_reference(self) -> bool:
+        """Whether any step must see a layer's inputs in the source model too, or its gradients."""
+        return self.needs_gradients or any(map(pipeline.takes_reference, self.steps))
+
+    @cached_property
+    def needs_gradients(self) -> bool:
+        """Whether any step takes statistics of the gradients of outputs."""
+        return any(map(pipeline.takes_gradient, self.steps))
+
+    @cached_property
+    def kept_codes(self) -> frozenset[str]:
+        """The modules whose codes in the source are stored as they are."""
+        kept = [stack for stack in self.stacks if stack.keeps_codes]
+        return frozenset(module for stack in kept for module in stack.members)
 
     @property
     def block_stacks(self) -> list[Stack]:

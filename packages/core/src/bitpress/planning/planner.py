@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -31,12 +31,15 @@ from bitpress.checkpoint.source_formats import discover_formats
 from bitpress.errors import CheckpointError, RecipeError, SchemeError, ShapeError
 from bitpress.planning import linear_layers, outer_layers
 from bitpress.planning.attention_caches import (
+    AttentionCache,
     cache_config,
     describe_others,
     find_caches,
 )
 from bitpress.planning.engine_layers import explain_embedding_layout
+from bitpress.planning.engine_names import require_names
 from bitpress.planning.ignored_layers import ignored_layers
+from bitpress.planning.kept_codes import keep_codes
 from bitpress.planning.layout import Stack, cut_shards
 from bitpress.planning.plan import Plan
 from bitpress.planning.quantization_config import quantization_config
@@ -79,8 +82,8 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     if not stacks and not caches:
         raise RecipeError("the recipe leaves every layer alone: there is nothing to do")
     _check_stacks(stacks.values(), source, recipe, engines)
-    for facts in engines:
-        _check_shared_names(source, steps_of, facts)
+    stacks = keep_codes(stacks)
+    _check_shared_names(source, steps_of, engines)
     fragments = {
         module: stack.describe_stored(module)[1]
         for stack in stacks.values()
@@ -89,7 +92,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
 
     _require_no_other_tensors(source, fragments)
 
-    remarks = [describe_others(caches, layers), *describe_source(source, fragments, recipe)]
+    remarks = [describe_others(caches, layers), *describe_source(source, stacks.values())]
     # Experts of which none is compressed are copied as they lie in the files.
     source = round_copies(fuse_uncompressed_experts(source, fragments), fragments)
     ignored = tuple(ignored_layers(source, fragments))
@@ -97,7 +100,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, device: Hardware | None = None
     quantization_config(fragments, ignored, engines, cache_config(caches))
 
     digest = _digest(source, recipe, "")
-    container = layer_names.container(next(iter(layers))) if recipe.calibrated else None
+    container = _block_container(source, layers, stacks.values(), caches)
     device = device or detect_device()
     return Plan(
         source=source,
@@ -207,17 +210,17 @@ def _require_one_dtype(modules: Sequence[str], layers: Mapping[str, Entry]) -> N
 
 
 def _check_shared_names(
-    source: Checkpoint, steps_of: Mapping[str, tuple[Step, ...]], facts: EngineFacts
+    source: Checkpoint, steps_of: Mapping[str, tuple[Step, ...]], engines: Sequence[EngineFacts]
 ) -> None:
     """Raise RecipeError where layers of unlike steps have one name in an engine's config."""
-    first_of: dict[str, str] = {}
-    for name in source.entries:
+    first_of: dict[tuple[str, str], str] = {}
+    for facts, name in itertools.product(engines, source.entries):
         module = name.removesuffix(".weight")
         layer = facts.layer(module)
         if layer is None or not layer.is_quantizable:
             continue
         for asked_as in layer.asked_as:
-            first = first_of.setdefault(asked_as, module)
+            first = first_of.setdefault((facts.engine, asked_as), module)
             if _written_steps(steps_of.get(first, ())) != _written_steps(steps_of.get(module, ())):
                 raise RecipeError(
                     f"layers {first} and {module} are one to {facts.engine} (it looks for both as "
@@ -280,6 +283,27 @@ def _check_shapes(stack: Stack, engines: Sequence[EngineFacts]) -> None:
                     f"layer {module}: {reason}, and {suffix} would be {spec}; use another scheme, "
                     f"or {fix}"
                 )
+
+
+def _block_container(
+    source: Checkpoint,
+    layers: Mapping[str, Entry],
+    stacks: Iterable[Stack],
+    caches: Collection[AttentionCache],
+) -> str | None:
+    """The list of decoder blocks, each of which a calibrated run writes by itself; None where the
+    run needs no data.
+
+    Raises:
+        CheckpointError: it needs data, and the blocks cannot be run.
+    """
+    needs_data = any(stack.calibrated for stack in stacks) or any(
+        cache.step.calibrated for cache in caches
+    )
+    if not needs_data:
+        return None
+    require_names(source, layers)
+    return layer_names.container(next(iter(layers)))
 
 
 def _digest(source: Checkpoint, recipe: Recipe, data: str) -> str:

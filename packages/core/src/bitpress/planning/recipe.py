@@ -91,35 +91,9 @@ class Recipe:
         }
 
     @property
-    def calibrated(self) -> bool:
-        """Whether any step must see the model run on data."""
-        return any(step.calibrated for step in self.all_steps)
-
-    @property
     def rotates(self) -> bool:
         """Whether any step asks for a rotated model: then all layers are rotated."""
         return any(step.options.rotates for step in self.all_steps)
-
-    @property
-    def full_reference(self) -> bool:
-        """Whether any step asks for all texts to be run through the source too."""
-        return any(step.options.full_reference for step in self.all_steps)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any step must see a layer's inputs in the source model too, or its gradients."""
-        # torch is imported where steps are asked, and not to read a recipe
-        from bitpress.schemes import pipeline
-
-        return self.needs_gradients or any(map(pipeline.takes_reference, self.all_steps))
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether any step takes statistics of the gradients of outputs."""
-        # torch is imported where steps are asked, and not to read a recipe
-        from bitpress.schemes import pipeline
-
-        return any(map(pipeline.takes_gradient, self.all_steps))
 
     def assign(
         self, modules: Sequence[str], others: Sequence[str] = ()

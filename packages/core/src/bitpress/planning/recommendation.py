@@ -293,7 +293,7 @@ def _describe(variant: Variant, plan: Plan, memory: int | None, num_threads: int
         quantizes_activations=any(
             fragment and fragment.get("input_activations") for fragment in plan.fragments.values()
         ),
-        needs_data=plan.recipe.calibrated,
+        needs_data=plan.calibrated,
         run_memory=memory_estimate.estimate_memory(plan, num_threads),
         run_seconds=time_estimate.estimate_seconds(ranks, num_threads),
         max_tokens=_count_tokens(plan, memory),

@@ -4,13 +4,13 @@ not bring back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
+from bitpress.checkpoint.dequantized_source import DequantizedView
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.checkpoint.source import Source
 from bitpress.errors import RecipeError
 from bitpress.planning.layout import Stack
-from bitpress.planning.recipe import Recipe
 
 # Formats of as many bits differ in their scales: MXFP4 has 4.25 bits per weight, and NVFP4 4.5.
 MAX_GROWTH = 1.15
@@ -30,13 +30,9 @@ def require_fewer_bits(source: Source, stacks: Iterable[Stack]) -> None:
                 )
 
 
-def describe_source(source: Source, compressed: Iterable[str], recipe: Recipe) -> Iterator[str]:
-    """What a user should know of a source's weights: what they have lost, what grows, and that they
-    are rounded again.
-
-    Args:
-        compressed: names of modules.
-        recipe: codes are kept where it needs no data.
+def describe_source(source: Source, stacks: Collection[Stack]) -> Iterator[str]:
+    """What a user should know of a source's weights: what they have lost, which codes are kept, and
+    what grows.
     """
     if not source.method:
         return
@@ -49,12 +45,8 @@ def describe_source(source: Source, compressed: Iterable[str], recipe: Recipe) -
             f"{len(weights)} tensors of the source hold {bits:.3g} bits per weight "
             f"({source.method}): what they lost stays lost"
         )
-    if weights and recipe.calibrated:
-        yield (
-            "weights that are fitted to data are rounded again; plain rounding (--effort low) "
-            "keeps the source's codes where the scheme can store them"
-        )
-    names = {f"{module}.weight" for module in compressed}
+    yield from _describe_codes(stacks)
+    names = {entry.name for stack in stacks for entry in stack.members.values()}
     if grown := [entry for entry in weights if entry.name not in names]:
         num_bytes = sum(entry.nbytes - entry.file_bytes for entry in grown)
         yield (
@@ -62,6 +54,25 @@ def describe_source(source: Source, compressed: Iterable[str], recipe: Recipe) -
             f"({num_bytes / 1e9:.2f} GB more, first: {grown[0].name})"
         )
     yield from source.remarks
+
+
+def _describe_codes(stacks: Iterable[Stack]) -> Iterator[str]:
+    """Of how many layers the codes are kept, and of how many they could be with other options."""
+    num_kept, rounded = 0, []
+    for stack in stacks:
+        num_kept += len(stack.members) if stack.keeps_codes else 0
+        for module, entry in stack.members.items():
+            form = entry.weight.form if isinstance(entry, DequantizedView) else None
+            if form and not stack.keeps_codes and form.bits == stack.steps[-1].options.bits:
+                rounded.append((module, form))
+    if num_kept:
+        yield f"{num_kept} layers keep the source's codes, to the bit: no data moves their weights"
+    if rounded:
+        module, form = rounded[0]
+        yield (
+            f"{len(rounded)} layers have codes of as many bits already and are rounded again "
+            f"(first: {module}, which has {form}): options of the same form keep them"
+        )
 
 
 def find_quantized(source: Source) -> list[Entry]:

@@ -119,7 +119,7 @@ def estimate_ranks(
     """
     process_groups = [ProcessGroup(rank, num_ranks) for rank in range(num_ranks)]
     proved_bytes = plan.source_bytes // num_ranks
-    if not plan.recipe.calibrated:
+    if not plan.calibrated:
         return [_data_free_work(plan, group, proved_bytes) for group in process_groups]
     calibration = calibration or CalibrationConfig()
     # One number that looks like (samples, length) takes no memory.
@@ -160,7 +160,7 @@ def _calibrated_work(
         batches = group.partition_evenly(batch_tokens)
         tokens = sum(batch_tokens[i] for i in batches)
         compared = sum(
-            batch_tokens[i] for i in batches if plan.recipe.needs_reference and i % interval == 0
+            batch_tokens[i] for i in batches if plan.needs_reference and i % interval == 0
         )
 
         backward = sum(

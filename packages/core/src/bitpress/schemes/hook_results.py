@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitpress.errors import SchemeError
+from bitpress.schemes.options import Options
 from bitpress.schemes.registry import Scheme, Step
 from bitpress.schemes.values import Layer, Statistic, StoredLayer
 
@@ -81,6 +82,17 @@ def check_statistics(step: Step, result: Any, num_rows: int) -> Mapping[str, Sta
         _require_tensor(step.scheme, "observe", name, stat.value)
         if stat.rows and (not stat.value.ndim or len(stat.value) != num_rows):
             raise _wrong_shape(step, "observe", name, stat.value, num_rows)
+    return result
+
+
+def check_options(step: Step, result: Any) -> Options | None:
+    """What `keep_codes` returned; raises SchemeError where these are not the scheme's options."""
+    if result is None:
+        return None
+    if not isinstance(result, step.scheme.options_type):
+        raise SchemeError(
+            f"{step.scheme}: keep_codes returned {type(result).__name__}, not its options"
+        )
     return result
 
 

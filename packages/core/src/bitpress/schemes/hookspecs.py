@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from bitpress.schemes.hardware import Hardware
     from bitpress.schemes.options import Options
-    from bitpress.schemes.values import Finding, Layer, Statistic, StoredLayer
+    from bitpress.schemes.values import CodeForm, Finding, Layer, Statistic, StoredLayer
 
 # The version of bitpress-core in which a hook or an argument was last added or changed: what uses
 # all of them requires it.
@@ -111,6 +111,29 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
 
     Raises:
         ShapeError: the width does not fit; the message names one that does.
+    """
+
+
+@hookspec(firstresult=True)
+def keep_codes(
+    form: CodeForm, shape: tuple[int, int], dtype: torch.dtype, options: Options
+) -> Options | None:
+    """The options with which `quantize` keeps the codes of a source, where it can store them to the
+    bit: the same options, but for how weights are rounded.
+
+    The layer then gets these options in place of the user's, and `layer.quantized`. It needs
+    statistics of inputs only as far as these options do. Where numbers turn out not to fit
+    after all, `quantize` rounds to nearest, and the core tells the user.
+
+    Args:
+        form: of the codes.
+        shape: (out, in) of the weight.
+        dtype: what the model stores its weights in.
+        options: that the user has chosen.
+
+    Returns:
+        Options of the scheme, with which the same is stored for the same shape; None where codes
+        are rounded again.
     """
 
 

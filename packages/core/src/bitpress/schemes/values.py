@@ -59,6 +59,35 @@ class QuantizedTensor:
         return parameters.repeat_interleave(num_columns // num_groups, 1)
 
 
+@frozen
+class CodeForm:
+    """In what form a source holds the codes of a weight, as its config and the headers of its files
+    say.
+
+    Attributes:
+        numbers: what codes are: integers, or numbers of a floating format, E2M1 of 4 bits or E4M3
+            of 8.
+        bits: of a code.
+        group: rows and columns of the weight that share a scale.
+        scale_dtype: in which scales are stored.
+        has_zero_points: whether groups have zero points.
+    """
+
+    numbers: Literal["integer", "float"]
+    bits: int
+    group: tuple[int, int]
+    scale_dtype: torch.dtype
+    has_zero_points: bool = False
+
+    def __str__(self) -> str:
+        rows, columns = self.group
+        kind = {"integer": "integers", "float": "floating-point numbers"}[self.numbers]
+        shared = f"in groups of {columns}" if rows == 1 else f"in tiles of {rows} x {columns}"
+        zeros = " with zero points" if self.has_zero_points else ""
+        scales = str(self.scale_dtype).removeprefix("torch.")
+        return f"{self.bits}-bit {kind} {shared}{zeros}, scales in {scales}"
+
+
 @frozen(eq=False)
 class Layer:
     """One linear layer, several stacked by rows because they read the same input, or a tile of
@@ -79,8 +108,8 @@ class Layer:
             The leading axis follows the rows (one entry per row or per `row_block` of them); a
             tensor without axes is one number for the whole stack.
         quantized: what the weight was decoded from, where the source holds it so: a scheme that can
-            store these very numbers need not round them again. None in a calibrated run, and where
-            the source holds numbers.
+            store these very numbers need not round them again. None where the source holds numbers,
+            and in a calibrated run where the scheme does not keep the codes.
     """
 
     name: str

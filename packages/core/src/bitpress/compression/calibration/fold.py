@@ -230,7 +230,10 @@ def fold_scales(
 def _find_producers(
     groups: Sequence[LayerGroup], block_plan: BlockPlan, block: nn.Module
 ) -> dict[str, Producer]:
-    """By stack, what makes its input; those are missing of which it is not known."""
+    """By stack, what makes its input; those are missing of which it is not known, and where codes
+    are kept, which can take no factors.
+    """
+    kept = {module for stack in block_plan.stacks if stack.keeps_codes for module in stack.members}
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in block.named_parameters(remove_duplicate=False)
@@ -239,7 +242,7 @@ def _find_producers(
     for group in groups:
         members = [name.removeprefix(block_plan.prefix) for name in group.modules]
         producer = find_producer(members, shapes, block_plan.head_dim)
-        if producer is not None:
+        if producer is not None and block_plan.prefix + producer.module not in kept:
             producers[group.stack.name] = producer
     return producers
 

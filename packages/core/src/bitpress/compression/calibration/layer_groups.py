@@ -8,7 +8,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from bitpress.checkpoint.reader import DTYPES
+from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.compression.calibration.activation_streams import ActivationStreams
 from bitpress.modeling.experts import is_routed
@@ -35,6 +35,7 @@ class BlockPlan:
         gradient_statistics: by stack, what each of its steps has observed of the gradients of its
             output.
         caches: of its attentions, for which something is stored.
+        reader: of the source's files; None where nothing is solved.
     """
 
     prefix: str
@@ -43,12 +44,23 @@ class BlockPlan:
     entries: Mapping[str, Entry]
     gradient_statistics: GradientsByStack = field(factory=dict)
     caches: Sequence[AttentionCache] = ()
+    reader: Reader | None = None
 
     @classmethod
-    def of_shard(cls, plan: Plan, shard: Shard, gradient_statistics: GradientsByStack) -> BlockPlan:
+    def of_shard(
+        cls, plan: Plan, shard: Shard, reader: Reader, gradient_statistics: GradientsByStack
+    ) -> BlockPlan:
         """What a plan says of the block that a shard holds."""
         prefix, entries = f"{plan.container}.{shard.block}.", plan.source.entries
-        return cls(prefix, shard.stacks, plan.head_dim, entries, gradient_statistics, shard.caches)
+        return cls(
+            prefix,
+            shard.stacks,
+            plan.head_dim,
+            entries,
+            gradient_statistics,
+            shard.caches,
+            reader,
+        )
 
     def source_dtype(self, tensor: str) -> torch.dtype:
         """The dtype that a tensor of the block, by its name there, has in the source."""
@@ -67,6 +79,7 @@ class LayerGroup:
         is_routed: whether it is given the tokens that a router sends to it, and no others.
         gradient_statistics: what each step has observed of the gradients of the group's output;
             empty where nothing was.
+        reader: of the source's files; None where nothing is solved.
         input_quantizers: by layer, what is made of its inputs: filled when the group is installed.
     """
 
@@ -76,6 +89,7 @@ class LayerGroup:
     is_residual: bool = False
     is_routed: bool = False
     gradient_statistics: Sequence[Mapping[str, Statistic]] = ()
+    reader: Reader | None = None
     input_quantizers: dict[str, ActivationQuantizer] = field(factory=dict)
 
     @classmethod
@@ -152,7 +166,15 @@ def order_layer_groups(block_plan: BlockPlan, streams: ActivationStreams) -> lis
         has_router = first_layer is not None and is_routed(block, first_layer)
         gradient_statistics = block_plan.gradient_statistics.get(stack.name, ())
         groups.append(
-            LayerGroup(stack, modules, first_layer, is_residual, has_router, gradient_statistics)
+            LayerGroup(
+                stack,
+                modules,
+                first_layer,
+                is_residual,
+                has_router,
+                gradient_statistics,
+                block_plan.reader,
+            )
         )
 
     def position(group: LayerGroup) -> int:

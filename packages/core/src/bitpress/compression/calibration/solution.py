@@ -17,6 +17,7 @@ from bitpress.checkpoint.reader import DTYPES
 from bitpress.compression.calibration.activation_streams import StreamLimits
 from bitpress.compression.calibration.layer_groups import LayerGroup
 from bitpress.compression.calibration.statistics import GroupStatistics
+from bitpress.compression.data_free import compress_stack
 from bitpress.output.layer_proof import LayerMeasurement, max_error, prove_stored
 from bitpress.planning.layout import Stack
 from bitpress.runtime import memory
@@ -55,6 +56,8 @@ def solve(group: LayerGroup, statistics: GroupStatistics, limits: StreamLimits) 
         SchemeError: a scheme returned other tensors than it planned, or such as decode to other
             weights.
     """
+    if group.stack.keeps_codes:
+        return Solution(_keep_codes(group, statistics))
     steps = group.stack.steps
     with limits.lanes.offer():
         layer = pipeline.quantize_whole(group.layer, steps, statistics.by_step)
@@ -79,6 +82,24 @@ def solve(group: LayerGroup, statistics: GroupStatistics, limits: StreamLimits) 
             )
             return Solution(plain_layers, rounding_errors)
     return Solution(stored_layers, rounding_errors)
+
+
+def _keep_codes(group: LayerGroup, statistics: GroupStatistics) -> list[StoredLayer]:
+    """What is stored of a group whose codes in the source are kept: made of what its files hold,
+    since the block's weights are rounded to what it computes in.
+    """
+    assert group.reader is not None, "whoever solves groups reads the source"
+    device = next(iter(group.weights.values())).device
+    compressed = compress_stack(group.stack, group.reader, device, input_stats=statistics.by_step)
+    return [_as_planned(group.stack, name, stored, device) for name, stored, _ in compressed]
+
+
+def _as_planned(stack: Stack, name: str, stored: StoredLayer, device: torch.device) -> StoredLayer:
+    """What is stored of a layer in the planned order and with the planned config: what a resumed
+    run finds in the files.
+    """
+    planned, config = stack.describe_stored(name)
+    return StoredLayer({suffix: stored.tensors[suffix].to(device) for suffix in planned}, config)
 
 
 def _store(
@@ -108,10 +129,7 @@ def _store_member(
     stored = pipeline.serialize(packed, stack.steps)
     stack.check_stored(name, stored)
     measurement = prove_stored(stored, stack.steps, layer.weight, weight.float())
-    # in the planned order and with the planned config: what a resumed run finds in the files
-    planned, config = stack.describe_stored(name)
-    tensors = {suffix: stored.tensors[suffix].to(weight.device) for suffix in planned}
-    return StoredLayer(tensors, config), measurement
+    return _as_planned(stack, name, stored, weight.device), measurement
 
 
 def broadcast_stored(

@@ -130,7 +130,7 @@ def _estimate_measuring(
     estimates = [
         memory_estimate.estimate_calibration(plan, 0, length, by_layer=by_layer)
         for plan in job.plans.values()
-        if plan.recipe.calibrated
+        if plan.calibrated
     ]
     fitting_bytes = [solving_bytes, *(estimate.on_disk for estimate in estimates)]
     return max(running_bytes, *fitting_bytes), estimates

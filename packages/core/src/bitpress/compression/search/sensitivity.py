@@ -165,8 +165,9 @@ class _Measurement:
         units = [unit for unit in self._job.units if unit.block == index]
         for candidate in self._job.plans if units else ():
             self._streams.enter_block(runner.load_block(index), None, fitting_calls)
+            block_plan = self._plan_block(index, units, candidate)
             compressed = _compress_in_turn(
-                units, candidate, self._streams, self._job, report_progress
+                units, candidate, self._streams, block_plan, report_progress
             )
             for unit in compressed:
                 self._trials[unit.name, candidate] = runner.fork(
@@ -181,6 +182,16 @@ class _Measurement:
             self._streams.leave_block()
         self._cache_trial.run_block(block, quantizers, runner, judging_calls, self._source_states)
         runner.run(block, judging_calls, self._source_states)
+
+    def _plan_block(self, index: int, units: Sequence[SearchUnit], candidate: str) -> BlockPlan:
+        plan = self._job.plan
+        return BlockPlan(
+            f"{plan.container}.{index}.",
+            [stack for unit in units for stack in unit.stacks[candidate]],
+            plan.head_dim,
+            plan.source.entries,
+            reader=self._model.reader,
+        )
 
     def compare_predictions(self) -> dict[Trial, float]:
         """Σ KL divergence over the judged tokens of every trial from the source, in nats, once all
@@ -238,7 +249,7 @@ def _split_batches(job: SearchJob) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     ids = job.calibration.input_ids
     batch_size = max(memory_estimate.BATCH_TOKENS // ids.shape[1], 1)
     fitted, judged = (torch.split(part, batch_size) for part in split_sequences(ids))
-    is_fitted = any(plan.recipe.calibrated for plan in job.plans.values())
+    is_fitted = any(plan.calibrated for plan in job.plans.values())
     if not is_fitted and not (job.cache and job.cache.trials):
         # nothing is fitted to them: one shows how a forward goes
         fitted = fitted[:1]
@@ -249,7 +260,7 @@ def _compress_in_turn(
     units: Sequence[SearchUnit],
     candidate: str,
     streams: ActivationStreams,
-    job: SearchJob,
+    block_plan: BlockPlan,
     report_progress: ReportProgress,
 ) -> Iterator[SearchUnit]:
     """One unit after another, while the block computes with it compressed and with all else as the
@@ -257,15 +268,10 @@ def _compress_in_turn(
 
     Args:
         units: of the block that the streams stand before.
+        block_plan: of their stacks.
         report_progress: is told which layer is compressed.
     """
     unit_of = {stack.name: unit for unit in units for stack in unit.stacks[candidate]}
-    block_plan = BlockPlan(
-        f"{job.plan.container}.{units[0].block}.",
-        [stack for unit in units for stack in unit.stacks[candidate]],
-        job.plan.head_dim,
-        job.plan.source.entries,
-    )
     groups = order_layer_groups(block_plan, streams)
     fold_scales(groups, block_plan, streams)
     first_layers = [group.first_layer for group in groups if group.first_layer is not None]
