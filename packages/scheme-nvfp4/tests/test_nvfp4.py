@@ -282,14 +282,18 @@ def test_inputs_are_rounded_as_compressed_tensors_rounds_them(global_scale: floa
     assert torch.equal(rounded, round_with_compressed_tensors(x, torch.tensor([global_scale])))
 
 
-def test_statistics_are_taken_of_inputs_as_they_will_be_rounded() -> None:
+def test_weights_are_not_fitted_to_what_rounding_takes_from_inputs() -> None:
     x = numbers(64, 32) * 7
-    rounded = round_with_compressed_tensors(x, torch.ones(1))
-    step = make_step()
-    hessian = step.call(
-        "observe", inputs=x, reference=None, residual=None, output_gradient=None, weight=None
-    )["hessian"].value
-    torch.testing.assert_close(hessian, rounded.T @ rounded)
+    stats = make_step().call(
+        "observe",
+        inputs=x,
+        reference=x,
+        residual=None,
+        output_gradient=None,
+        weight=numbers(8, 32),
+    )
+    torch.testing.assert_close(stats["hessian"].value, x.T @ x)
+    assert not stats["drift"].value.any()
 
 
 @pytest.mark.parametrize(

@@ -57,15 +57,17 @@ def observe(  # noqa: PLR0913, PLR0917
     weight: Tensor,
     options: MicroscalingOptions,
 ) -> Mapping[str, Statistic] | None:
-    """What GPTQ needs of inputs as they will be rounded, and of the gradients of outputs."""
+    """What GPTQ needs of inputs before they are rounded, and of the gradients of outputs.
+
+    Weights that are fitted to rounded inputs are smaller where rounding loses much: each layer
+    would then lose a part of its output, which adds up where a few inputs are huge.
+    """
     if options.algorithm == "rtn":
         return None
     if output_gradient is not None:
         return numerics.output_statistics(output_gradient)
     if inputs is None:
         return None
-    if options.activations == "quantized":
-        inputs = elements.round_inputs(inputs, options.bits)
     return numerics.gptq_statistics(inputs, weight, reference, residual)
 
 

@@ -22,20 +22,6 @@ def input_global_scale(stats: Mapping[str, Statistic]) -> Tensor:
     return scales.global_scale(amax, numerics.E4M3_MAX)
 
 
-def round_without_global_scale(inputs: Tensor) -> Tensor:
-    """Inputs (tokens, in) as they will be rounded, while the global scale is not known yet.
-
-    It is taken to be 1: what it is decides only how local scales round, not how far.
-    """
-    groups = numerics.to_groups(inputs.float(), scales.GROUP_SIZE)
-    amax = groups.abs().amax(2, keepdim=True)
-    # A local scale amax / 6 with the four significant bits of E4M3, and any exponent.
-    mantissa, exponent = (amax / numerics.scalar_like(amax, numerics.E2M1_MAX)).frexp()
-    power = numerics.power_of_two(exponent.clamp_(-126, 127))
-    local = (mantissa * 16).round_().div_(16).mul_(power).masked_fill_(amax == 0, 1.0)
-    return numerics.round_e2m1(groups / local).mul_(local).view_as(inputs)
-
-
 def round_inputs(inputs: Tensor, global_scale: Tensor) -> Tensor:
     """Inputs (tokens, in) as loaders round them: a local scale of every 16, amax · global / 6."""
     groups = numerics.to_groups(inputs, scales.GROUP_SIZE)

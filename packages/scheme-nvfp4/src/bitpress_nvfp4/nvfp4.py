@@ -101,8 +101,11 @@ def observe(  # noqa: PLR0913, PLR0917
     weight: Tensor,
     options: Options,
 ) -> Mapping[str, Statistic] | None:
-    """What GPTQ needs of inputs as they will be rounded, and of the gradients of outputs; the
+    """What GPTQ needs of inputs before they are rounded, and of the gradients of outputs; the
     largest input; the largest magnitude of the stack's weights.
+
+    Weights that are fitted to rounded inputs are smaller where rounding loses much: each layer
+    would then lose a part of its output, which adds up where a few inputs are huge.
     """
     if output_gradient is not None:
         return numerics.output_statistics(output_gradient) if options.algorithm == "gptq" else None
@@ -113,7 +116,6 @@ def observe(  # noqa: PLR0913, PLR0917
     stats: dict[str, Statistic] = {}
     if options.activations == "quantized":
         stats |= numerics.observe_range(inputs, histogram=False)
-        inputs = activations.round_without_global_scale(inputs)
     if options.algorithm == "gptq":
         stats |= numerics.gptq_statistics(inputs, weight, reference, residual)
     return stats
