@@ -135,9 +135,15 @@ MIXED = {
 }
 
 
+# forms in which no code of the source is kept
 @pytest.mark.parametrize(
     ("scheme", "settings"),
-    [("fp8", []), ("w4a16", ["group_size=channel"]), ("nvfp4", []), ("int8", ["smoothing=0"])],
+    [
+        ("fp8", ["weights=tensor"]),
+        ("w4a16", ["group_size=channel"]),
+        ("nvfp4", []),
+        ("int8", ["smoothing=0"]),
+    ],
 )
 def test_a_mixed_source_is_compressed_as_what_it_stands_for(
     tmp_path: Path, scheme: str, settings: list[str]

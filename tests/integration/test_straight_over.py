@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fixtures.architectures import build
 from fixtures.coded_layers import (
     AWQ,
+    FP8_ROWS,
+    FP8_TILES,
     GPTQ,
     GROUP,
+    INT8_ROWS,
     INTEGERS,
     MXFP4,
+    MXFP8,
     Code,
     awq,
     code_layers,
+    config_of,
+    fp8_rows,
+    fp8_tiles,
     gptq,
+    int8_rows,
     mxfp4,
+    mxfp8,
     packed,
 )
 from fixtures.learner_scheme import runnable_model
@@ -33,7 +44,11 @@ def write_coded(folder: Path, table: dict[str, Any], code: Code) -> tuple[Path, 
     """A model whose layers are coded, and the weights that they stand for, float32."""
     tensors = {name: tensor.half() for name, tensor in llama_tensors().items()}
     stored, plain = code_layers(tensors, lambda module: code if ".layers." in module else None)
-    weights = {name.removesuffix(".weight"): plain[name] for name in plain if name not in stored}
+    weights = {
+        name.removesuffix(".weight"): weight
+        for name, weight in plain.items()
+        if stored.get(name) is not weight
+    }
     config = {**LLAMA, "torch_dtype": "float16", "quantization_config": table}
     return write_model(folder, stored, config), weights
 
@@ -44,13 +59,18 @@ CASES: dict[str, tuple[dict[str, Any], Code, str, list[str]]] = {
     "GPTQ to w4a16": (GPTQ, gptq, "w4a16", [f"group_size={GROUP}"]),
     "packed integers to w4a16": (INTEGERS, packed, "w4a16", [f"group_size={GROUP}"]),
     "MXFP4 to NVFP4": (MXFP4, mxfp4, "nvfp4", ["activations=float"]),
+    "MXFP4 to MXFP4": (MXFP4, mxfp4, "mxfp4", []),
+    "MXFP8 to MXFP8": (MXFP8, mxfp8, "mxfp8", []),
+    "FP8 to fp8": (FP8_ROWS, fp8_rows, "fp8", []),
+    "FP8 in tiles to fp8-block": (FP8_TILES, fp8_tiles, "fp8-block", []),
+    "INT8 to int8": (INT8_ROWS, int8_rows, "int8", []),
 }
-ALGORITHMS = {"w4a16": ("gptq", "awq", "rtn"), "nvfp4": ("gptq", "rtn")}
+ALGORITHMS = ("gptq", "rtn")
 
 
 @pytest.mark.parametrize(
     ("name", "algorithm"),
-    [(name, algorithm) for name in CASES for algorithm in ALGORITHMS[CASES[name][2]]],
+    [*itertools.product(CASES, ALGORITHMS), ("AWQ to w4a16", "awq")],
 )
 def test_codes_are_kept_by_every_algorithm_without_data(
     tmp_path: Path, name: str, algorithm: str
@@ -133,6 +153,47 @@ def test_beside_codes_that_are_kept_other_layers_are_fitted_to_data(
     dense = tensors_of(tmp_path / "dense")
     for name in plain.keys() - stored.keys():
         assert torch.equal(dense[name], plain[name].half()), name
+
+
+def test_experts_keep_their_codes_beside_attention_that_is_fitted(tmp_path: Path) -> None:
+    made = build("qwen3_moe", tmp_path / "made")
+    tensors = tensors_of(made)
+    stored, _ = code_layers(
+        {name: x.half() for name, x in tensors.items()},
+        lambda name: packed if ".experts." in name else None,
+    )
+    config = config_of(made, INTEGERS) | {"dtype": "float16", "torch_dtype": "float16"}
+    model = runnable_model(tmp_path / "m", stored, config)
+    manifest = compress_on_data(model, scheme="w4a16", settings=[f"group_size={GROUP}"])
+    is_kept = {module: ".experts." in module for module in manifest.layers}
+    assert set(is_kept.values()) == {False, True}
+    assert {name: layer.error == 0 for name, layer in manifest.layers.items()} == is_kept
+    # no expert is warned of that was sent few tokens
+    assert all(manifest.layers[name].tokens is None for name in is_kept)
+
+
+def test_a_search_finds_that_codes_which_are_kept_cost_nothing(tmp_path: Path) -> None:
+    config = LLAMA | {"num_hidden_layers": 1, "torch_dtype": "float16"}
+    tensors = {name: tensor.half() for name, tensor in llama_tensors(config=config).items()}
+    stored, _ = code_layers(tensors, lambda name: packed if ".layers." in name else None)
+    model = runnable_model(tmp_path / "m", stored, config | {"quantization_config": INTEGERS})
+    kept, other = f"w4a16:group_size={GROUP}", "w4a16:group_size=64"
+    result = bitpress.search(
+        model,
+        tmp_path / "recipe.toml",
+        schemes=[kept, other],
+        budget=4.5,
+        calibration=tmp_path / "text.txt",
+        samples=8,
+        sequence_length=32,
+    )
+    costs = {
+        name: [cost for (_, candidate), cost in result.divergences.items() if candidate == name]
+        for name in (kept, other)
+    }
+    assert costs[kept]
+    assert max(costs[kept]) < 1e-9
+    assert min(costs[other]) > 1e-7
 
 
 def test_what_turns_out_not_to_fit_is_rounded_to_nearest_with_a_warning(tmp_path: Path) -> None:

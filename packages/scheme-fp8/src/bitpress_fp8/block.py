@@ -9,6 +9,7 @@ import attrs
 from attrs import frozen
 
 from bitpress import (
+    CodeForm,
     Finding,
     Hardware,
     Layer,
@@ -34,6 +35,7 @@ __all__ = [
     "Options",
     "dequantize",
     "error_bound",
+    "keep_codes",
     "observe",
     "quantize",
     "quantize_activations",
@@ -110,14 +112,33 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
         weight, grid = numerics.gptq_quantize(layer, stats, lambda weight, _: _fit(weight, options))
         layer = attrs.evolve(layer, weight=weight)
     else:
-        grid = _fit(layer.weight, options)
+        grid = _fit(layer.weight, options, _find_source_scale(layer, options))
     scale = grid.scale[:: options.block[0]].contiguous()
     return e4m3.encode(layer, scale, numerics.expand_blocks(scale, options.block, (out, width)))
 
 
-def _fit(weight: Tensor, options: Options) -> numerics.FloatGrid:
-    """The grid of a weight (out, in) whose tiles have scales amax / 448."""
-    scale = numerics.e4m3_scale(numerics.block_absmax(weight, options.block))
+@hookimpl
+def keep_codes(form: CodeForm, options: Options) -> Options | None:
+    """E4M3 in the same tiles."""
+    return e4m3.keep_codes(form, options) if form.group == options.block else None
+
+
+def _find_source_scale(layer: Layer, options: Options) -> Tensor | None:
+    """The scales of the source's tiles, if it has such."""
+    import torch
+
+    by_row = e4m3.source_scale(layer, options.block[1])  # (out, in / 128)
+    if by_row is None:
+        return None
+    scale = by_row[:: options.block[0]]
+    expanded = scale.repeat_interleave(options.block[0], 0)[: len(by_row)]
+    return scale if torch.equal(expanded, by_row) else None
+
+
+def _fit(weight: Tensor, options: Options, scale: Tensor | None = None) -> numerics.FloatGrid:
+    """The grid of a weight (out, in) whose tiles have scales amax / 448, or those of the source."""
+    if scale is None:
+        scale = numerics.e4m3_scale(numerics.block_absmax(weight, options.block))
     by_row = scale.repeat_interleave(options.block[0], 0)[: len(weight)]  # (out, in / 128)
     return numerics.FloatGrid(numerics.E4M3, by_row, options.block[1])
 

@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import attrs
 from attrs import frozen
 
 import bitpress
-from bitpress import Layer, StoredLayer, hookimpl, numerics, option
+from bitpress import CodeForm, Layer, StoredLayer, hookimpl, numerics, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 FORMAT = "float-quantized"
 
 ALGORITHM = "plain rounding, or errors fed forward on calibration data"
+
+
+SomeOptions = TypeVar("SomeOptions", bound="AlgorithmOptions")
 
 
 @frozen
@@ -37,6 +40,29 @@ class AlgorithmOptions(bitpress.ReferenceOptions):
     def calibrated(self) -> bool:
         """Plain rounding needs no data."""
         return self.algorithm == "gptq"
+
+
+def keep_codes(form: CodeForm, options: SomeOptions) -> SomeOptions | None:
+    """E4M3 codes, rounded to nearest on their own scales, which leaves them as they are."""
+    is_e4m3 = (form.numbers, form.bits) == ("float", 8)
+    return attrs.evolve(options, algorithm="rtn") if is_e4m3 else None
+
+
+def source_scale(layer: Layer, group_size: int) -> Tensor | None:
+    """The scales (out, groups) of a source's codes; None where it has none for such groups, or
+    such as are not stored.
+    """
+    import torch
+
+    source = layer.quantized
+    if source is None or source.codes.dtype != torch.float8_e4m3fn:
+        return None
+    rows, width = layer.weight.shape
+    scale = source.scale.expand(rows, -1)
+    is_stored = bool(((scale > 0) & scale.isfinite()).all())
+    if source.zero_point is not None or source.group_index is not None or not is_stored:
+        return None
+    return scale if scale.shape[1] * group_size == width else None
 
 
 def encode(

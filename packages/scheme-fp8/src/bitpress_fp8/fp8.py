@@ -11,6 +11,7 @@ import attrs
 from attrs import frozen
 
 from bitpress import (
+    CodeForm,
     Finding,
     Hardware,
     Layer,
@@ -36,6 +37,7 @@ __all__ = [
     "Options",
     "dequantize",
     "error_bound",
+    "keep_codes",
     "observe",
     "quantize",
     "quantize_activations",
@@ -112,17 +114,29 @@ def observe(  # noqa: PLR0913, PLR0917
 
 
 @hookimpl
+def keep_codes(form: CodeForm, shape: tuple[int, int], options: Options) -> Options | None:
+    """E4M3 with a scale for each row, or for the whole matrix, where rows get one."""
+    rows, width = shape
+    if options.weights != "channel" or form.group not in ((1, width), (rows, width)):
+        return None
+    return e4m3.keep_codes(form, options)
+
+
+@hookimpl
 def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Layer:
     """Round with scale amax / 448: (out, 1) per channel, or one number; to nearest, or where a step
     has observed inputs for it by GPTQ.
     """
+    # on the scales of the source, rounding changes nothing
+    known_scale = e4m3.source_scale(layer, layer.weight.shape[1])
 
     def fit(weight: Tensor, importance: Tensor | None = None) -> numerics.FloatGrid:
         if options.weights == "tensor":
-            amax = stats["amax"].value
+            scale = numerics.e4m3_scale(stats["amax"].value).expand(len(weight), 1)
+        elif known_scale is not None:
+            scale = known_scale
         else:
-            amax = numerics.absmax(weight, dim=1)  # (out, 1)
-        scale = numerics.e4m3_scale(amax).expand(len(weight), 1)
+            scale = numerics.e4m3_scale(numerics.absmax(weight, dim=1))  # (out, 1)
         return numerics.FloatGrid(numerics.E4M3, scale, weight.shape[1])
 
     if "hessian" in stats:

@@ -12,6 +12,7 @@ from attrs import frozen
 
 import bitpress
 from bitpress import (
+    CodeForm,
     Finding,
     Hardware,
     Layer,
@@ -35,6 +36,7 @@ __all__ = [
     "Options",
     "dequantize",
     "error_bound",
+    "keep_codes",
     "observe",
     "quantize",
     "quantize_activations",
@@ -153,11 +155,26 @@ def rescale(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> T
 
 
 @hookimpl
+def keep_codes(form: CodeForm, shape: tuple[int, int], options: Options) -> Options | None:
+    """Integers with a scale for each row and no zero points, rounded to nearest, their columns not
+    multiplied.
+    """
+    is_same = (form.numbers, form.bits, form.group) == ("integer", 8, (1, shape[1]))
+    if options.weights != "channel" or form.has_zero_points or not is_same:
+        return None
+    return attrs.evolve(options, algorithm="rtn", smoothing=0.0)
+
+
+@hookimpl
 def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> Layer:
     """Codes with scale (out, 1), searched, or with the one scale amax / 127 of the stack."""
     width = layer.weight.shape[1]
+    # on the scales of the source, rounding changes nothing
+    known_scale = _find_source_scale(layer)
 
     def fit(weight: Tensor, importance: Tensor | None) -> numerics.IntegerGrid:
+        if options.weights == "channel" and known_scale is not None:
+            return numerics.IntegerGrid(known_scale, None, 8, width)
         if options.weights == "channel":
             return numerics.fit_symmetric(weight, importance, 8, width, RATIOS)
         # The scale of the stack is that of its largest weight alone.
@@ -182,6 +199,19 @@ def quantize(layer: Layer, stats: Mapping[str, Statistic], options: Options) -> 
         codes=codes,
         qparams=qparams,
     )
+
+
+def _find_source_scale(layer: Layer) -> Tensor | None:
+    """The scales (out, 1) of a source's bytes; None where there are none that can be stored."""
+    import torch
+
+    source = layer.quantized
+    if source is None or source.codes.dtype != torch.int8 or source.group_index is not None:
+        return None
+    scale = source.scale
+    is_stored = bool(((scale > 0) & scale.isfinite()).all())
+    is_by_row = scale.shape == (len(layer.weight), 1) and source.zero_point is None
+    return scale if is_by_row and is_stored else None
 
 
 @hookimpl

@@ -10,6 +10,7 @@ from attrs import frozen
 
 import bitpress
 from bitpress import (
+    CodeForm,
     Finding,
     Layer,
     ShapeError,
@@ -69,6 +70,20 @@ def observe(  # noqa: PLR0913, PLR0917
     if inputs is None:
         return None
     return numerics.gptq_statistics(inputs, weight, reference, residual)
+
+
+@hookimpl
+def keep_codes(form: CodeForm, options: MicroscalingOptions) -> MicroscalingOptions | None:
+    """The same numbers in the same groups, of which plain rounding finds such scales again as hold
+    them.
+    """
+    import torch
+
+    group = (1, elements.GROUP_SIZE)
+    is_same = (form.numbers, form.bits, form.group) == ("float", options.bits, group)
+    if not is_same or form.scale_dtype != torch.float8_e8m0fnu:
+        return None
+    return attrs.evolve(options, algorithm="rtn")
 
 
 @hookimpl

@@ -101,20 +101,23 @@ def fp8_weight(
     # one row of scales for each tile of rows, or one for all
     scale_rows = None if height >= shape[0] else 1
 
-    def decode(parts: Mapping[str, Tensor]) -> Tensor:
+    num_groups = -(-shape[1] // width)
+    is_ragged = num_groups > 1 and shape[1] % width > 0
+
+    def decode(parts: Mapping[str, Tensor]) -> QuantizedTensor:
         codes = parts["codes"]
-        scales = float_scale(parts["scale"]).reshape(-1, -(-shape[1] // width))
+        scales = float_scale(parts["scale"]).reshape(-1, num_groups)
         if scale_rows and height > 1:
             scales = scales.repeat_interleave(height, 0)[: len(codes)]
-        if scales.shape[1] > 1:
-            scales = scales.repeat_interleave(width, 1)[:, : shape[1]]
-        return codes.float() * scales
+        index = torch.arange(shape[1], device=codes.device) // width if is_ragged else None
+        return QuantizedTensor(codes, scales, group_index=index)
 
     parts = {
         "codes": StoredPart(name, height if scale_rows else 1),
         "scale": StoredPart(scale_name, scale_rows),
     }
-    return QuantizedWeight(shape, parts, decode, height if scale_rows else 1)
+    form = None if is_ragged else CodeForm("float", 8, tile, dtype_of(scale))
+    return QuantizedWeight(shape, parts, decode, height if scale_rows else 1, form)
 
 
 def _find_tile(

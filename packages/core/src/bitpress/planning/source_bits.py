@@ -71,7 +71,7 @@ def _describe_codes(stacks: Iterable[Stack]) -> Iterator[str]:
         module, form = rounded[0]
         yield (
             f"{len(rounded)} layers have codes of as many bits already and are rounded again "
-            f"(first: {module}, which has {form}): options of the same form keep them"
+            f"(first: {module}, which has {form}): a scheme with options of that form keeps them"
         )
 
 
