@@ -57,9 +57,11 @@ Load = Callable[[Sequence[Path]], Mapping[str, Sequence[str]]]
 
 
 def write_coded(folder: Path, table: dict[str, Any], code: Code) -> Path:
-    """A model all of whose layers are coded."""
-    stored, _ = code_layers(llama_tensors(), lambda name: code if ".layers." in name else None)
-    return write_model(folder, stored, LLAMA | {"quantization_config": table})
+    """A model in float16, as AWQ's scales are, all of whose layers are coded."""
+    tensors = {name: tensor.half() for name, tensor in llama_tensors().items()}
+    stored, _ = code_layers(tensors, lambda name: code if ".layers." in name else None)
+    config = {**LLAMA, "torch_dtype": "float16", "quantization_config": table}
+    return write_model(folder, stored, config)
 
 
 @pytest.fixture(scope="module")
