@@ -97,11 +97,11 @@ def test_codes_are_kept_by_every_algorithm_without_data(
     assert not bitpress.verify(tmp_path / "out", against=model).faults
 
 
-def compress_on_data(model: Path, **options: Any) -> Manifest:
+def compress_on_data(model: Path, out: str = "out", **options: Any) -> Manifest:
     """A runnable model, compressed beside it on a short text."""
     manifest: Manifest = bitpress.compress(
         model,
-        model.parent / "out",
+        model.parent / out,
         calibration=model.parent / "text.txt",
         samples=3,
         sequence_length=32,
@@ -164,12 +164,17 @@ def test_experts_keep_their_codes_beside_attention_that_is_fitted(tmp_path: Path
     )
     config = config_of(made, INTEGERS) | {"dtype": "float16", "torch_dtype": "float16"}
     model = runnable_model(tmp_path / "m", stored, config)
-    manifest = compress_on_data(model, scheme="w4a16", settings=[f"group_size={GROUP}"])
+    options = {"scheme": "w4a16", "settings": [f"group_size={GROUP}"]}
+    manifest = compress_on_data(model, **options, threads=1)
     is_kept = {module: ".experts." in module for module in manifest.layers}
     assert set(is_kept.values()) == {False, True}
     assert {name: layer.error == 0 for name, layer in manifest.layers.items()} == is_kept
     # no expert is warned of that was sent few tokens
     assert all(manifest.layers[name].tokens is None for name in is_kept)
+
+    compress_on_data(model, "by-threads", **options, threads=3)
+    tensors, by_threads = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "by-threads")
+    assert all(torch.equal(tensors[name], by_threads[name]) for name in tensors)
 
 
 def test_a_search_finds_that_codes_which_are_kept_cost_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import torch
@@ -24,6 +24,7 @@ from bitpress.output.layer_proof import LayerMeasurement, prove_stored
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
 from bitpress.runtime.devices import ThreadDevices
+from bitpress.runtime.lanes import offered_lanes
 from bitpress.runtime.logger import logger, warn
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.runtime.progress import FINISHED_EARLIER, ReportProgress, copy_work
@@ -108,9 +109,14 @@ def compress_stack(
         SchemeError: the scheme returned other tensors than it planned, or such as decode to other
             weights.
     """
-    read_tiles = functools.partial(_read_tiles, stack, reader, device)
+    read_tile = functools.partial(_read_tile, stack, reader, device)
     weight_stats = pipeline.observe_weights(
-        lambda: (tile for module in stack.members for tile in read_tiles(module)), stack.steps
+        lambda: (
+            read_tile(module, rows)
+            for module in stack.members
+            for rows in _row_tiles(stack, device, module)
+        ),
+        stack.steps,
     )
     stats = [
         {**inputs, **weights}
@@ -119,9 +125,14 @@ def compress_stack(
         )
     ]
     for module, entry in stack.members.items():
+        compress_tile = functools.partial(
+            _compress_tile, stack, stats, functools.partial(read_tile, module), is_proved
+        )
         proved: list[_ProvedTile] = []
-        tiles = _pack_tiles(stack, read_tiles(module), stats, proved if is_proved else None)
-        stored = pipeline.serialize(pipeline.join(tiles, entry.shape), stack.steps)
+        tiles = offered_lanes().map(compress_tile, _row_tiles(stack, device, module))
+        stored = pipeline.serialize(
+            pipeline.join(_take_proved(tiles, proved), entry.shape), stack.steps
+        )
         stack.check_stored(module, stored)
         _require_tiles(stack, module, stored, proved)
         measured = (tile.measured for tile in proved)
@@ -135,23 +146,31 @@ def compress_stack(
         yield module, stored, measurement
 
 
-def _pack_tiles(
+def _compress_tile(
     stack: Stack,
-    tiles: Iterable[Layer],
     stats: Sequence[pipeline.Statistics],
-    proved: list[_ProvedTile] | None,
+    read_tile: Callable[[tuple[int, int]], Layer],
+    is_proved: bool,
+    rows: tuple[int, int],
+) -> tuple[Layer, _ProvedTile | None]:
+    """A row tile quantized and packed, and what is proved of it; None where nothing is."""
+    tile = read_tile(rows)
+    quantized = pipeline.quantize(tile, stack.steps, stats)
+    packed = pipeline.pack(quantized, stack.steps)
+    if not is_proved:
+        return packed, None
+    stored = pipeline.serialize(packed, stack.steps)
+    measured = prove_stored(stored, stack.steps, quantized.weight, tile.weight)
+    return packed, _ProvedTile(rows, stored, measured)
+
+
+def _take_proved(
+    tiles: Iterable[tuple[Layer, _ProvedTile | None]], proved: list[_ProvedTile]
 ) -> Iterator[Layer]:
-    """Row tiles quantized and packed; what is proved of each is added to a list if there is one."""
-    first = 0
-    for tile in tiles:
-        quantized = pipeline.quantize(tile, stack.steps, stats)
-        packed = pipeline.pack(quantized, stack.steps)
-        if proved is not None:
-            stored = pipeline.serialize(packed, stack.steps)
-            measured = prove_stored(stored, stack.steps, quantized.weight, tile.weight)
-            last = first + len(tile.weight)
-            proved.append(_ProvedTile((first, last), stored, measured))
-            first = last
+    """The packed tiles; what is proved of each is added to a list."""
+    for packed, proved_tile in tiles:
+        if proved_tile is not None:
+            proved.append(proved_tile)
         yield packed
 
 
@@ -186,23 +205,29 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
-def _read_tiles(stack: Stack, reader: Reader, device: torch.device, module: str) -> Iterator[Layer]:
-    """The row tiles of a member, (rows, in) float32 each; raises CheckpointError for NaN or Inf."""
-    entry = stack.members[module]
-    has_codes = all(isinstance(member, DequantizedView) for member in stack.members.values())
+def _row_tiles(stack: Stack, device: torch.device, module: str) -> Iterator[tuple[int, int]]:
+    """The row tiles in which a member is worked on."""
     num_weights = stored_layout.WEIGHTS_PER_TILE if device.type == "cpu" else GPU_TILE_WEIGHTS
-    for first, last in stored_layout.row_tiles(entry.shape, stack.steps, num_weights):
-        # layers of a stack share scales: what is done for one is done for all
-        if isinstance(entry, DequantizedView) and has_codes:
-            decoded = entry.decode_rows(reader, first, last, device)
-        else:
-            decoded = reader.rows(entry, first, last, device).float()
-        quantized = decoded if isinstance(decoded, QuantizedTensor) else None
-        weight = decoded.dequantize() if isinstance(decoded, QuantizedTensor) else decoded
-        # one cheap pass: a NaN or Inf anywhere makes the sum so
-        if not math.isfinite(weight.sum()):
-            _refuse_non_finite(entry, first, weight)
-        yield Layer(stack.name, weight, stack.dtype, quantized=quantized)
+    return stored_layout.row_tiles(stack.members[module].shape, stack.steps, num_weights)
+
+
+def _read_tile(
+    stack: Stack, reader: Reader, device: torch.device, module: str, rows: tuple[int, int]
+) -> Layer:
+    """A row tile of a member, (rows, in) float32; raises CheckpointError for NaN or Inf."""
+    (first, last), entry = rows, stack.members[module]
+    has_codes = all(isinstance(member, DequantizedView) for member in stack.members.values())
+    # layers of a stack share scales: what is done for one is done for all
+    if isinstance(entry, DequantizedView) and has_codes:
+        decoded = entry.decode_rows(reader, first, last, device)
+    else:
+        decoded = reader.rows(entry, first, last, device).float()
+    quantized = decoded if isinstance(decoded, QuantizedTensor) else None
+    weight = decoded.dequantize() if isinstance(decoded, QuantizedTensor) else decoded
+    # one cheap pass: a NaN or Inf anywhere makes the sum so
+    if not math.isfinite(weight.sum()):
+        _refuse_non_finite(entry, first, weight)
+    return Layer(stack.name, weight, stack.dtype, quantized=quantized)
 
 
 def _refuse_non_finite(entry: Entry, first: int, weight: torch.Tensor) -> None:

@@ -56,10 +56,10 @@ def solve(group: LayerGroup, statistics: GroupStatistics, limits: StreamLimits) 
         SchemeError: a scheme returned other tensors than it planned, or such as decode to other
             weights.
     """
-    if group.stack.keeps_codes:
-        return Solution(_keep_codes(group, statistics))
     steps = group.stack.steps
     with limits.lanes.offer():
+        if group.stack.keeps_codes:
+            return Solution(_keep_codes(group, statistics))
         layer = pipeline.quantize_whole(group.layer, steps, statistics.by_step)
         stored_layers, measured = _store(layer, group, limits.lanes)
         if all(measurement.is_bounded for measurement in measured.values()):
