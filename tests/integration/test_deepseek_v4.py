@@ -112,7 +112,7 @@ def test_what_must_run_it_is_refused_before_a_folder_is_made(
     words = {
         "plan": ("--scheme", "w4a16", "--set", "group_size=32"),
         "compress": (tmp_path / "out", "--scheme", "w4a16", "--set", "group_size=32"),
-        "eval": ("--text", model.parent / "text.txt"),
+        "eval": ("--text", model.parent / "text.txt", "--quiet"),
     }
     line = refusal(command, model, *words[command])
     assert "cannot be run yet; schemes and options that need no data can be used" in line

@@ -252,6 +252,11 @@ BROKEN = {
         "divide_by_everything",
         "refuses 4096 x 4096",
     ),
+    "claims to keep codes": (
+        [hook("def keep_codes(form, options): return options")],
+        "codes_of_a_source_that_are_kept",
+        "must keep the weight of 4-bit integers in groups of 16",
+    ),
     "finds fault with itself": (
         [hook("def validate_weight(weight): return 'never even' if (weight != 0).any() else None")],
         "its_own_check",

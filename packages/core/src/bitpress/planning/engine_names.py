@@ -85,7 +85,7 @@ def require_names(source: Checkpoint, layers: Iterable[str]) -> None:
             raise CheckpointError(
                 f"{source.folder}: {facts.engine} calls {next(iter(known))} and all other layers "
                 "of a block by names that the files have not: a model of this layout cannot be run "
-                "yet; schemes and options that need no data can be used"
+                "yet; schemes and options that need no data can be used (try --effort low)"
             )
 
 
