@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fixtures.forked import ForkedCommand
 from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +18,8 @@ import bitpress
 from bitpress.checkpoint.engine_facts import QuantizedLayers, facts_of
 from bitpress.checkpoint.model_config import KEY
 from bitpress.conformance.commands import command, plugins, refusal
-from bitpress.conformance.models import LLAMA, llama_tensors, tensors_of, write_model
+from bitpress.conformance.models import LLAMA, files_of, llama_tensors, tensors_of, write_model
+from bitpress.schemes import stored_layout
 
 UNTIED = CONFIG | {"tie_word_embeddings": False}
 HEAD = "lm_head"
@@ -194,8 +197,115 @@ def test_a_head_that_an_engine_does_not_look_for_is_refused(tmp_path: Path, with
     assert "lm_head cannot be compressed: vLLM" in line
 
 
-def test_a_scheme_that_needs_data_is_refused_for_the_head(tmp_path: Path) -> None:
+SAMPLES, LENGTH = 96, 48
+BLOCKS = [
+    f"model.layers.{block}.{part}_proj"
+    for block in range(CONFIG["num_hidden_layers"])
+    for part in (*(f"self_attn.{x}" for x in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
+]
+
+
+def fit_head(model: Path, out: Path, *settings: str, blocks: str = "learner") -> Path:
+    """Compress with a head that is fitted to the text beside the model."""
+    bitpress.compress(
+        model,
+        out,
+        recipe={
+            "layers": [{"match": HEAD, "steps": ["learner"]}, {"match": "*", "steps": [blocks]}]
+        },
+        settings=[f"learner.{setting}" for setting in settings],
+        calibration=model.parent / "text.txt",
+        samples=SAMPLES,
+        sequence_length=LENGTH,
+    )
+    return out
+
+
+def head_inputs(model: Path, out: Path) -> torch.Tensor:
+    """What transformers gives the head of a model (tokens, in), with an output's blocks."""
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    stored = tensors_of(out)
+    for name in BLOCKS:
+        weight = stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"]
+        module.get_submodule(name).weight.data = weight
+    words = (model.parent / "text.txt").read_text().split()[: SAMPLES * LENGTH]
+    ids = torch.tensor([int(word[1:]) for word in words]).view(SAMPLES, LENGTH)
+    with torch.no_grad():
+        return module.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+@pytest.mark.parametrize("blocks", ["learner", "toy"], ids=["fitted too", "rounded without data"])
+def test_a_head_is_fitted_to_what_the_compressed_blocks_make(
+    tmp_path: Path, with_toy: Path, forwards_in_float32: None, blocks: str
+) -> None:
+    install_learner(with_toy)
+    model = untied_model(tmp_path / "m")
+    with plugins(with_toy):
+        out = fit_head(model, tmp_path / "o", "bits=4", blocks=blocks)
+        assert not bitpress.verify(out, against=model).faults
+    stored, x = tensors_of(out), head_inputs(model, out)
+    torch.testing.assert_close(stored[f"{HEAD}.seen"][0], x.sum(0), rtol=1e-4, atol=1e-2)
+
+
+def test_a_fitted_head_loses_less_than_a_rounded_one(tmp_path: Path, with_toy: Path) -> None:
+    install_learner(with_toy)
+    model = untied_model(tmp_path / "m")
+    with plugins(with_toy):
+        out = fit_head(model, tmp_path / "o", "bits=4", blocks="toy")
+    weight, stored = tensors_of(model)[f"{HEAD}.weight"].float(), tensors_of(out)
+    # to nearest, each row with a scale by which its largest weight is 7
+    scale = weight.abs().amax(1, keepdim=True) / 7
+    rounded = (weight / scale).round() * scale
+    fitted = stored[f"{HEAD}.weight"].float() * stored[f"{HEAD}.weight_scale"]
+    x = head_inputs(model, out)
+    errors = [float((x @ (head - weight).T).norm()) for head in (fitted, rounded)]
+    assert errors[0] < 0.8 * errors[1], errors
+
+
+def test_a_fitted_head_does_not_depend_on_its_row_tiles(
+    tmp_path: Path, with_toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_learner(with_toy)
+    model = untied_model(tmp_path / "m")
+    with plugins(with_toy):
+        whole = fit_head(model, tmp_path / "whole")
+        monkeypatch.setattr(stored_layout, "FITTED_TILE_WEIGHTS", 32 * 128)
+        tiled = fit_head(model, tmp_path / "tiled")
+    files, others = (
+        {n: x for n, x in files_of(out).items() if n.endswith(".safetensors")}
+        for out in (whole, tiled)
+    )
+    assert files == others
+
+
+def test_a_run_that_is_killed_at_the_head_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    learner = install_learner(tmp_path / "plugins")
+    model = untied_model(tmp_path / "m")
+    # four groups in each of three blocks are decided before the head
+    deadly = tmp_path / "kill.13"
+    words = ["compress", model, tmp_path / "o", "--scheme", "learner", "--head", "learner"]
+    words += ["--samples", "16", "--sequence-length", "64", "--set", f"deadly={deadly}"]
+    words += ["--calibration", tmp_path / "text.txt"]
+    first = ForkedCommand(*words, path=learner)
+    assert first.wait(timeout=120) == -signal.SIGKILL
+    # what lies outside, and three blocks
+    assert len(list((tmp_path / "o").glob("*.safetensors"))) == 4
+    assert ForkedCommand(*words, path=learner).wait(timeout=120) == 0
+    deadly.write_text("x" * 100)
+    words[2] = tmp_path / "whole"
+    assert ForkedCommand(*words, path=learner).wait(timeout=120) == 0
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
+
+
+def test_embeddings_are_refused_a_scheme_that_needs_data(tmp_path: Path) -> None:
     folder = install_learner(tmp_path / "plugins")
     model = untied_model(tmp_path / "m")
-    line = refusal("plan", model, "--scheme", "learner", "--head", "learner", path=folder)
-    assert "lm_head is compressed without data, and learner needs data" in line
+    line = refusal("plan", model, "--scheme", "learner", "--embeddings", "learner", path=folder)
+    assert "model.embed_tokens is compressed without data, and learner needs data" in line
+
+
+def test_two_schemes_are_refused_for_a_head_that_is_fitted(tmp_path: Path, with_toy: Path) -> None:
+    install_learner(with_toy)
+    model = untied_model(tmp_path / "m")
+    line = refusal("plan", model, "--scheme", "toy", "--head", "toy+learner", path=with_toy)
+    assert "lm_head can be fitted to data by one scheme alone, and not by toy+learner" in line

@@ -245,7 +245,7 @@ def test_people_and_programs_are_told_of_head_and_cache(model: Path, installed: 
         (
             {"schemes": ["learner", "toy"]},
             {},
-            "learner is no choice for the head: lm_head is compressed without data, and learner",
+            "learner is no choice for the head: search rounds both head and embeddings without",
         ),
     ],
     ids=["tied", "ignored", "needs data"],

@@ -79,7 +79,7 @@ def plan(  # noqa: PLR0913
         effort: "low" (least data and time), "normal" or "high" (best rounding) in what is not set.
         ignore: patterns of layers to leave alone.
         copy: patterns of files to copy, beside those that loaders read.
-        head, embeddings: schemes for these, which are then compressed too, without data.
+        head, embeddings: schemes for these, which are then compressed too.
         more_bits: whether layers may get more bits than the source holds them in.
         serve_on: the device that will serve the result, or its name; None: the one present.
 
@@ -164,7 +164,7 @@ def compress(  # noqa: PLR0913
 
     Args:
         copy: patterns of files to copy, beside those that loaders read.
-        head, embeddings: schemes for these, which are then compressed too, without data.
+        head, embeddings: schemes for these, which are then compressed too.
         more_bits: whether layers may get more bits than the source holds them in.
         calibration: a .jsonl, .json, .txt or .parquet file, a folder of them, or a dataset's name;
             or a list of texts, or of rows as such files hold them. None takes the text that ships

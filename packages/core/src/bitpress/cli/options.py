@@ -239,7 +239,7 @@ recipe = combine(
         "--head",
         metavar="SCHEME",
         shell_complete=complete_scheme,
-        help="Compress the head (lm_head) too, without data.",
+        help="Compress the head (lm_head) too; fitted to the texts where the layers are.",
     ),
     click.option(
         "--embeddings",

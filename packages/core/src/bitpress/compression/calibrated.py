@@ -5,13 +5,14 @@ A layer group is a stack: layers that read one input. Its inputs are observed as
 compressed groups before it make them, it is compressed, and what a loader will compute with takes
 its place; then the next. So every layer is fitted to what it will be given when it is served. Every
 eighth batch is run through the source's weights as well, for schemes that ask how far the inputs
-have drifted.
+have drifted. A head that is fitted to data comes last.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from attrs import evolve, frozen
@@ -28,32 +29,28 @@ from bitpress.compression.calibration.activation_streams import (
     ReferenceStates,
     StreamLimits,
 )
-from bitpress.compression.calibration.block import compress_block
+from bitpress.compression.calibration.block import WriteTensor, compress_block
 from bitpress.compression.calibration.block_result import BlockResult
-from bitpress.compression.calibration.layer_groups import BlockPlan, GradientsByStack, LayerGroup
-from bitpress.compression.calibration.output_gradients import (
-    GradientSource,
-    GradientStatistics,
-    SampleBatches,
-    observe_gradients,
-)
+from bitpress.compression.calibration.gradient_sample import GradientSample
+from bitpress.compression.calibration.head import compress_head
+from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup
 from bitpress.compression.calibration.rank_share import Budget, OwnBatches, Thrift
 from bitpress.compression.calibration.solution import install
 from bitpress.compression.data_free import write_shard
 from bitpress.compression.resources import Resources
-from bitpress.errors import first_line, is_out_of_memory
 from bitpress.modeling.attention import watched_attention
 from bitpress.modeling.capture import CapturedInputs, capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.tokens import CalibrationData
 from bitpress.output.rescaling import rescale
 from bitpress.planning import memory_estimate
-from bitpress.planning.layout import Shard, Stack
+from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
 from bitpress.runtime import devices, memory
 from bitpress.runtime.cpu_features import has_cpu_feature
 from bitpress.runtime.lanes import Lanes
 from bitpress.runtime.logger import logger, warn
+from bitpress.runtime.process_group import ProcessGroup
 from bitpress.runtime.progress import (
     FINISHED_EARLIER,
     RepeatableWork,
@@ -155,37 +152,44 @@ def _write_blocks(
         logger.debug("%d forward passes run side by side", budget.num_lanes)
         run = _Run(plan, output, reader, resources, report_progress)
         report_progress(0, "building the model")
-        trusts_code, all_experts = resources.trust_remote_code, calibration.all_experts
-        device, brought_bytes = resources.device, budget.max_brought_bytes
-        options = DecoderOptions(device, run.dtype, trusts_code, all_experts, brought_bytes)
-        decoder = Decoder(plan.source, plan.container, reader, options)
+        decoder = _build_decoder(run, calibration.all_experts, budget.max_brought_bytes)
         block_shards = _select_block_shards(plan, decoder)
-        _write_other_shards(run, [s for s in plan.shards if s not in block_shards.values()])
+        heads = [shard for shard in plan.shards if shard.has_fitted_head]
+        _write_other_shards(run, [*block_shards.values(), *heads])
 
         report_progress(0, "running the embeddings")
         with resources.process_group.agreeing():
             inputs, streams = _capture_inputs(run, decoder, own_batches, budget, lanes)
         # embeddings take more than a block does
         memory.release_freed_memory(budget.max_working_bytes)
-        gradients = _Gradients(run, decoder, own_batches, inputs, streams)
+        gradients = GradientSample(plan, decoder, own_batches, inputs, streams)
         for index in range(len(decoder)):
             block_run = evolve(run, report_progress=in_block(report_progress, index, len(decoder)))
             block_run.report_progress(0, "loading")
             with resources.process_group.agreeing():
-                source_block = decoder.load_block(index) if streams.reference is not None else None
-                streams.enter_block(decoder.load_block(index), source_block, inputs.calls[index])
+                _enter_block(index, decoder, streams, inputs)
             if index in block_shards:
                 shard = block_shards[index]
                 results.append(_compress_or_resume_block(block_run, shard, streams, gradients))
             # a block's calls are dropped with the block
             inputs.calls[index] = []
             block_run.report_progress(0, "running")
-            drift = streams.leave_block(is_last=index + 1 == len(decoder))
+            drift = streams.leave_block(is_last=index + 1 == len(decoder) and not heads)
             if drift is not None and index in block_shards:
                 results[-1] = evolve(results[-1], drift={f"{plan.container}.{index}": drift})
             memory.release_freed_memory(streams.limits.max_working_bytes)
-            _log_block(index, len(decoder))
+            gigabytes = memory.resident_bytes() / 1e9
+            logger.debug("block %d/%d: %.2f GB in memory", index + 1, len(decoder), gigabytes)
+        for head in heads:
+            results.append(_compress_or_resume_head(run, head, decoder, streams, inputs))
     return _with_warnings(results, gradients.warnings)
+
+
+def _enter_block(
+    index: int, decoder: Decoder, streams: ActivationStreams, inputs: CapturedInputs
+) -> None:
+    source_block = decoder.load_block(index) if streams.reference is not None else None
+    streams.enter_block(decoder.load_block(index), source_block, inputs.calls[index])
 
 
 def _plan_batches(
@@ -206,6 +210,12 @@ def _with_warnings(results: list[BlockResult], warnings: Sequence[str]) -> list[
     return [*others, evolve(last, warnings=[*last.warnings, *warnings])]
 
 
+def _build_decoder(run: _Run, all_experts: bool, brought_bytes: int | None) -> Decoder:
+    device, trusts_code = run.resources.device, run.resources.trust_remote_code
+    options = DecoderOptions(device, run.dtype, trusts_code, all_experts, brought_bytes)
+    return Decoder(run.plan.source, run.plan.container, run.reader, options)
+
+
 def _select_block_shards(plan: Plan, decoder: Decoder) -> dict[int, Shard]:
     """By number of the block, the shards that are compressed as a decoder block."""
     return {
@@ -215,14 +225,10 @@ def _select_block_shards(plan: Plan, decoder: Decoder) -> dict[int, Shard]:
     }
 
 
-def _log_block(index: int, num_blocks: int) -> None:
-    resident_bytes = memory.resident_bytes()
-    logger.debug("block %d/%d: %.2f GB in memory", index + 1, num_blocks, resident_bytes / 1e9)
-
-
-def _write_other_shards(run: _Run, shards: list[Shard]) -> None:
-    """Write this rank's part of the shards that lie outside the blocks."""
+def _write_other_shards(run: _Run, fitted: Sequence[Shard]) -> None:
+    """Write this rank's part of the shards that nothing is fitted in."""
     process_group, device = run.resources.process_group, run.resources.device
+    shards = [shard for shard in run.plan.shards if shard not in fitted]
     for shard in process_group.partition_by_size(shards, lambda shard: shard.source_bytes):
         write_shard(
             shard,
@@ -230,12 +236,10 @@ def _write_other_shards(run: _Run, shards: list[Shard]) -> None:
             run.reader,
             Resources((device,), is_proved=run.resources.is_proved),
             # it takes next to no time beside the blocks, which the stage is counted in
-            run.report_progress if shard.block is not None else _report_text(run.report_progress),
+            run.report_progress
+            if shard.block is not None
+            else lambda num_bytes, text="": run.report_progress(0, text),
         )
-
-
-def _report_text(report_progress: ReportProgress) -> ReportProgress:
-    return lambda num_bytes, text="": report_progress(0, text)
 
 
 def _capture_inputs(
@@ -266,79 +270,14 @@ def _capture_inputs(
     return inputs, streams
 
 
-class _Gradients:
-    """What is observed of gradients: taken when the first block is compressed that no earlier run
-    has finished, of that block and all after it.
-    """
-
-    def __init__(
-        self,
-        run: _Run,
-        decoder: Decoder,
-        own_batches: OwnBatches,
-        inputs: CapturedInputs,
-        streams: ActivationStreams,
-    ) -> None:
-        self._run, self._decoder, self._own_batches = run, decoder, own_batches
-        self._inputs, self._streams = inputs, streams
-        self._statistics: GradientStatistics | None = None
-        self.warnings: list[str] = []
-
-    def of_block(self, index: int, stacks: Sequence[Stack]) -> GradientsByStack:
-        """By stack, the statistics of every step; empty where none takes any."""
-        if self._streams.reference is None or not self._run.plan.needs_gradients:
-            return {}
-        if self._statistics is None:
-            try:
-                self._statistics = self._observe(index, self._streams.reference)
-            except (RuntimeError, NotImplementedError) as e:
-                if is_out_of_memory(e):
-                    raise
-                self._statistics = GradientStatistics()
-                self.warnings.append(
-                    f"the model cannot be run backward ({first_line(e)}): rows do not make up for "
-                    "each other's errors"
-                )
-        return {stack.name: self._statistics.of_stack(stack.name) for stack in stacks}
-
-    def _observe(self, first_block: int, reference: ReferenceStates) -> GradientStatistics:
-        self._run.report_progress(0, "running the source backward")
-        plan, own = self._run.plan, self._own_batches
-        interval = own.reference_interval
-        batch_tokens = own.batches[0].numel()
-        positions = [
-            i
-            for i, batch in enumerate(reference.batches)
-            if memory_estimate.is_gradient_batch(plan, own.numbers[batch], interval, batch_tokens)
-        ]
-        batches = [reference.batches[i] for i in positions]
-        sample = SampleBatches(
-            reference.states.kept_alike(reference.states[i] for i in positions),
-            [[calls[batch] for batch in batches] if calls else [] for calls in self._inputs.calls],
-            [own.numbers[batch] for batch in batches],
-        )
-        stacks = {shard.block: shard.stacks for shard in plan.shards if shard.block is not None}
-        source = GradientSource(self._decoder, stacks, plan.container, self._streams.limits.lanes)
-        return observe_gradients(source, sample, first_block)
-
-
 def _compress_or_resume_block(
-    run: _Run, shard: Shard, streams: ActivationStreams, gradients: _Gradients
+    run: _Run, shard: Shard, streams: ActivationStreams, gradients: GradientSample
 ) -> BlockResult:
     """Compress one block into its shard, or install what an earlier run has stored of it."""
-    plan, output, process_group = run.plan, run.output, streams.process_group
+    plan, process_group = run.plan, streams.process_group
     prefix = f"{plan.container}.{shard.block}."
-    result_file = output.folder / f"{shard.name}{BLOCK_RESULT_SUFFIX}"
-
-    # rank 0 looks, since another host may see a file later
-    is_finished = (
-        process_group.is_rank_zero
-        and output.has_shard(shard.name, shard.header, run.resources.num_threads)
-        and result_file.is_file()
-        and is_signed(result_file.read_bytes())
-    )
-    if process_group.broadcast_object(is_finished):
-        result = BlockResult.from_json(json.loads(result_file.read_text()))
+    result = _read_finished(run, shard, process_group)
+    if result is not None:
         _install_finished_block(run, shard, prefix, streams.block)
         if streams.source_block is not None:
             # as the earlier run did: later blocks are given the same numbers
@@ -348,18 +287,79 @@ def _compress_or_resume_block(
 
     assert shard.block is not None
     with process_group.agreeing():
-        gradients_by_stack = gradients.of_block(shard.block, shard.stacks)
+        gradients_by_stack = gradients.of_block(shard.block, shard.stacks, run.report_progress)
     block_plan = BlockPlan.of_shard(plan, shard, run.reader, gradients_by_stack)
+
+    def compress(write_tensor: WriteTensor) -> BlockResult:
+        return compress_block(block_plan, streams, write_tensor, run.report_progress)
+
+    return _write_compressed(run, shard, process_group, compress)
+
+
+def _compress_or_resume_head(
+    run: _Run,
+    shard: Shard,
+    decoder: Decoder,
+    streams: ActivationStreams,
+    inputs: CapturedInputs,
+) -> BlockResult:
+    """Fit the head into its shard, unless an earlier run has."""
+    finished = _read_finished(run, shard, streams.process_group)
+    if finished is not None:
+        run.report_progress(shard.work_bytes, FINISHED_EARLIER)
+        return finished
+
+    (stack,) = shard.stacks
+    run.report_progress(0, f"{stack.name} · fitting")
+
+    def compress(write_tensor: WriteTensor) -> BlockResult:
+        return compress_head(stack, streams, decoder, inputs.extra_outputs, write_tensor)
+
+    result = _write_compressed(run, shard, streams.process_group, compress)
+    run.report_progress(stack.source_bytes, f"{stack.name} · done")
+    return result
+
+
+def _read_finished(run: _Run, shard: Shard, process_group: ProcessGroup) -> BlockResult | None:
+    """What an earlier run has measured of a shard that it has finished; None where none has."""
+    file = _result_file(run, shard)
+    # rank 0 looks, since another host may see a file later
+    is_finished = (
+        process_group.is_rank_zero
+        and run.output.has_shard(shard.name, shard.header, run.resources.num_threads)
+        and file.is_file()
+        and is_signed(file.read_bytes())
+    )
+    if not process_group.broadcast_object(is_finished):
+        return None
+    return BlockResult.from_json(json.loads(file.read_text()))
+
+
+def _result_file(run: _Run, shard: Shard) -> Path:
+    return run.output.folder / f"{shard.name}{BLOCK_RESULT_SUFFIX}"
+
+
+def _write_compressed(
+    run: _Run,
+    shard: Shard,
+    process_group: ProcessGroup,
+    compress: Callable[[WriteTensor], BlockResult],
+) -> BlockResult:
+    """Let every rank compress a shard's layers, and rank 0 write it.
+
+    Args:
+        compress: is given what writes a stored tensor.
+    """
     if not process_group.is_rank_zero:
-        return compress_block(block_plan, streams, lambda name, tensor: None, run.report_progress)
+        return compress(lambda name, tensor: None)
 
     entries = {entry.name: entry for entry in shard.header.entries}
-    with output.shard(shard.name, shard.header) as writer:
+    with run.output.shard(shard.name, shard.header) as writer:
 
         def write_tensor(name: str, tensor: Tensor) -> None:
             writer.write(entries[name], tensor.cpu())
 
-        result = compress_block(block_plan, streams, write_tensor, run.report_progress)
+        result = compress(write_tensor)
         for entry in shard.copies:
             if entry.name in result.rescaled:
                 source = run.reader.whole(entry)
@@ -368,7 +368,7 @@ def _compress_or_resume_block(
                 copy_entry(entry, entries[entry.name], run.reader, writer)
             run.report_progress(copy_work(entry.nbytes), "copying")
         # before the shard has its name: a finished shard has its result beside it
-        output.write_text(result_file.name, sign_json(result.as_json()))
+        run.output.write_text(_result_file(run, shard).name, sign_json(result.as_json()))
     return result
 
 

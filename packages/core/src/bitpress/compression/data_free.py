@@ -24,7 +24,7 @@ from bitpress.output.layer_proof import LayerMeasurement, prove_stored
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
 from bitpress.runtime.devices import ThreadDevices
-from bitpress.runtime.lanes import offered_lanes
+from bitpress.runtime.lanes import Lanes, offered_lanes
 from bitpress.runtime.logger import logger, warn
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.runtime.progress import FINISHED_EARLIER, ReportProgress, copy_work
@@ -100,7 +100,7 @@ def compress_stack(
     """What is stored of each member of a stack, and what was measured of it.
 
     Args:
-        input_stats: per step, of its inputs, where something is fitted to these beside the weights.
+        input_stats: per step, of the stack's inputs, where something is fitted to these.
         is_proved: whether every row tile is proved to decode to the weight that `quantize`
             returned, and the stored layer to hold the tiles; otherwise nothing is measured.
 
@@ -129,7 +129,9 @@ def compress_stack(
             _compress_tile, stack, stats, functools.partial(read_tile, module), is_proved
         )
         proved: list[_ProvedTile] = []
-        tiles = offered_lanes().map(compress_tile, _row_tiles(stack, device, module))
+        # the rows of a large tile are solved side by side
+        lanes = Lanes() if _is_fitted(stack) else offered_lanes()
+        tiles = lanes.map(compress_tile, _row_tiles(stack, device, module))
         stored = pipeline.serialize(
             pipeline.join(_take_proved(tiles, proved), entry.shape), stack.steps
         )
@@ -155,7 +157,8 @@ def _compress_tile(
 ) -> tuple[Layer, _ProvedTile | None]:
     """A row tile quantized and packed, and what is proved of it; None where nothing is."""
     tile = read_tile(rows)
-    quantized = pipeline.quantize(tile, stack.steps, stats)
+    own_stats = [pipeline.take_rows(step_stats, *rows) for step_stats in stats]
+    quantized = pipeline.quantize(tile, stack.steps, own_stats)
     packed = pipeline.pack(quantized, stack.steps)
     if not is_proved:
         return packed, None
@@ -205,9 +208,16 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
+def _is_fitted(stack: Stack) -> bool:
+    """Whether rows are fitted to second moments, which are factorized for every tile."""
+    return any(map(pipeline.takes_second_moments, stack.steps))
+
+
 def _row_tiles(stack: Stack, device: torch.device, module: str) -> Iterator[tuple[int, int]]:
     """The row tiles in which a member is worked on."""
     num_weights = stored_layout.WEIGHTS_PER_TILE if device.type == "cpu" else GPU_TILE_WEIGHTS
+    if _is_fitted(stack):
+        num_weights = stored_layout.FITTED_TILE_WEIGHTS
     return stored_layout.row_tiles(stack.members[module].shape, stack.steps, num_weights)
 
 

@@ -251,8 +251,8 @@ def _write_shards(
 ) -> _WrittenShards:
     plan = job.plan
     if job.calibration:
-        blocks = [shard for shard in plan.shards if shard.block is not None]
-        report_progress = progress("compressing", sum(shard.work_bytes for shard in blocks))
+        fitted = (s for s in plan.shards if s.block is not None or s.has_fitted_head)
+        report_progress = progress("compressing", sum(shard.work_bytes for shard in fitted))
         # on a CPU batches run side by side, each on one core; what torch computes with several
         # threads would depend on how many there are
         is_cpu = resources.device.type == "cpu"

@@ -53,10 +53,12 @@ class CapturedInputs:
     Attributes:
         hidden_states: of each batch the first block's input.
         calls: of each block, and in it of each batch.
+        extra_outputs: what blocks return with their outputs.
     """
 
     hidden_states: HiddenStates
     calls: list[list[BlockCall]]
+    extra_outputs: ExtraOutputs
 
 
 def capture_inputs(
@@ -76,11 +78,14 @@ def capture_inputs(
     # once the first block has been run
     extra_outputs: list[ExtraOutputs] = []
 
-    def wrap_output(call: BlockCall, hidden_states: Tensor) -> Any:
+    def find_extra_outputs(call: BlockCall, hidden_states: Tensor) -> ExtraOutputs:
         # some models unpack what a block returns: what that is, the first block itself says
         if not extra_outputs:
             extra_outputs.append(call.run(decoder.load_block(0), hidden_states.to(dtype))[1])
-        return _as_returned(hidden_states, extra_outputs[0])
+        return extra_outputs[0]
+
+    def wrap_output(call: BlockCall, hidden_states: Tensor) -> Any:
+        return _as_returned(hidden_states, find_extra_outputs(call, hidden_states))
 
     order: list[int] = []
     last = len(decoder) - 1
@@ -99,7 +104,9 @@ def capture_inputs(
             first_input = recorders[0].hidden_states
             assert first_input is not None
             hidden_states.append(first_input.to(dtype))
-    return CapturedInputs(hidden_states, [recorder.calls for recorder in recorders])
+    first_call = recorders[0].calls[0]
+    extra = find_extra_outputs(first_call, hidden_states[0].to(device))
+    return CapturedInputs(hidden_states, [recorder.calls for recorder in recorders], extra)
 
 
 def _check_order(order: Sequence[int], decoder: Decoder) -> None:
@@ -137,6 +144,41 @@ def open_head(decoder: Decoder, extra_outputs: ExtraOutputs) -> Iterator[Head]:
         yield head
 
 
+@contextlib.contextmanager
+def open_head_inputs(
+    decoder: Decoder, head: nn.Module, extra_outputs: ExtraOutputs
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What the model gives its head for its last block's outputs: (tokens, channels) -> (tokens,
+    in); any thread may call it. Meanwhile the head has its weights.
+
+    Args:
+        head: the module, which is not run.
+        extra_outputs: what its blocks return with their output.
+    """
+
+    def raise_inputs(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        raise _HeadReached(arguments[0].flatten(0, -2))
+
+    handle = head.register_forward_pre_hook(raise_inputs)
+    try:
+        with open_head(decoder, extra_outputs) as run:
+            decoder.load_module(head)
+
+            def head_inputs(hidden_states: Tensor) -> Tensor:
+                try:
+                    run(hidden_states)
+                except _HeadReached as reached:
+                    return reached.inputs
+                raise CheckpointError(
+                    f"transformers' {type(decoder.model).__name__} does not call its head: it "
+                    "cannot be fitted to data; options that need no data can be used for it"
+                )
+
+            yield head_inputs
+    finally:
+        handle.remove()
+
+
 def _as_returned(output: Tensor, extra_outputs: ExtraOutputs) -> Any:
     """What a block returns that makes this output."""
     return output if extra_outputs is None else (output, *extra_outputs)
@@ -144,6 +186,14 @@ def _as_returned(output: Tensor, extra_outputs: ExtraOutputs) -> Any:
 
 class _LastBlockReached(Exception):  # noqa: N818 (a way out, not a fault)
     """Raised when the last block has been called: what follows is not needed."""
+
+
+class _HeadReached(Exception):  # noqa: N818 (a way out, not a fault)
+    """Raised when the head is called, with what it is given: (tokens, in)."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
 
 
 class _StandIn(nn.Module):
@@ -217,7 +267,7 @@ def _explain_failures(model: nn.Module) -> Iterator[None]:
     """Whatever a model's own code raises becomes a CheckpointError."""
     try:
         yield
-    except (_LastBlockReached, BitpressError, MemoryError, torch.OutOfMemoryError):
+    except (_LastBlockReached, _HeadReached, BitpressError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:
         fact = (

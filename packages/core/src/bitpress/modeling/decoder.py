@@ -76,7 +76,7 @@ class Decoder:
         checkpoint = split_experts(checkpoint)
         parameters = map_parameters(self.model, checkpoint, container, options.all_experts)
         self.container, self.blocks = parameters.container, parameters.blocks
-        self._checkpoint, self._reader = checkpoint, reader
+        self._checkpoint, self.reader = checkpoint, reader
         # by the name of a parameter in the model, that in the files
         self._names = {**parameters.names, **self._tied_head(parameters.names)}
         self._merged = parameters.merged
@@ -108,9 +108,12 @@ class Decoder:
 
     def load_embeddings(self) -> None:
         """Fill what reads the tokens: some models ask it for its device before they call it."""
-        embeddings = self.model.get_input_embeddings()
-        name = next(name for name, module in self.model.named_modules() if module is embeddings)
-        self._fill(embeddings, name, recurse=False)
+        self.load_module(self.model.get_input_embeddings())
+
+    def load_module(self, module: nn.Module) -> None:
+        """Fill the parameters of a module outside the blocks, before it is called."""
+        name = next(name for name, other in self.model.named_modules() if other is module)
+        self._fill(module, name, recurse=False)
 
     def find_layer(self, name: str) -> nn.Module | None:
         """The module that computes with a layer of the files; None where there is none.
@@ -171,7 +174,7 @@ class Decoder:
         # buffers are computed when a model is built; files hold only some of them
         for name, buffer in list(module.named_buffers(recurse=recurse)):
             entry = self._checkpoint.entries.get(self._names.get(f"{prefix}.{name}", ""))
-            tensor = buffer if entry is None else self._reader.whole(entry).to(buffer.dtype)
+            tensor = buffer if entry is None else self.reader.whole(entry).to(buffer.dtype)
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner)._buffers[leaf] = tensor.to(self.options.device)
 
@@ -179,7 +182,7 @@ class Decoder:
         for name, _ in module.named_parameters():
             entry = self._checkpoint.entries.get(self._names.get(f"{prefix}.{name}", ""))
             if entry is not None:
-                self._reader.expect(entry)
+                self.reader.expect(entry)
 
     def _tied_head(self, names: Mapping[str, str]) -> dict[str, str]:
         """The head's weight by the name of the embeddings' in the files, where they are one."""
@@ -226,7 +229,7 @@ class Decoder:
         num_rows = max(NUMBERS_PER_READ // max(math.prod(shape[1:]), 1), 1)
         parts, first, sums = torch.split(rows, num_rows), 0, []
         for part in parts:
-            part.copy_(self._reader.rows(entry, first, first + len(part), part.device))
+            part.copy_(self.reader.rows(entry, first, first + len(part), part.device))
             first += len(part)
             # A finite sum has finite terms. It is not taken in float64: torch would copy the part,
             # and a heap in which weights lie between such copies is twice as large.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from bitpress.schemes import stored_layout
 from bitpress.schemes.registry import Step
 from bitpress.schemes.values import StoredLayer
 
+# Where tensors outside the blocks go in a calibrated run, beside the blocks' numbers.
+_BEFORE, _AFTER = "before", "after"
+
 
 @frozen(eq=False)
 class Stack:
@@ -36,6 +39,7 @@ class Stack:
     Attributes:
         members: the source's weights (out, in), by module name.
         steps: in order.
+        is_head: whether its outputs are logits.
         keeps_codes: whether the codes that the source holds are stored as they are; then its step
             has the options for that, whatever the recipe says.
     """
@@ -43,6 +47,7 @@ class Stack:
     members: Mapping[str, Entry]
     steps: tuple[Step, ...]
     keeps_codes: bool = False
+    is_head: bool = False
 
     @property
     def name(self) -> str:
@@ -145,6 +150,11 @@ class Shard:
         return sum(entry.nbytes for entry in self.entries)
 
     @cached_property
+    def has_fitted_head(self) -> bool:
+        """Whether it holds the head, fitted to data: alone, since it comes after the blocks."""
+        return any(stack.is_head and stack.calibrated for stack in self.stacks)
+
+    @cached_property
     def work_bytes(self) -> int:
         """What writing it reports as progress."""
         return sum(stack.source_bytes for stack in self.stacks) + sum(
@@ -173,17 +183,18 @@ def cut_shards(
         digest: of the plan, for the headers.
         block_container: the name of the list of decoder blocks, each of which gets a file of its
             own, which is then written when the block is done, and is what a calibrated run resumes
-            from; None mirrors the source's files.
+            from, and so does a head that is fitted to data; None mirrors the source's files.
         caches: of decoder blocks.
     """
     first_members = {f"{module}.weight": module for module in stacks}
     compressed = {entry.name for stack in stacks.values() for entry in stack.members.values()}
+    heads = {f"{n}.weight" for n, stack in stacks.items() if stack.is_head and stack.calibrated}
     contents = []
-    for part, entries in _partition(source, block_container).items():
+    for part, entries in _partition(source, block_container, heads).items():
         file_stacks = [stacks[first_members[e.name]] for e in entries if e.name in first_members]
         copies = [entry for entry in entries if entry.name not in compressed]
         if file_stacks or copies:
-            block = part if block_container else None
+            block = part if isinstance(part, int) else None
             contents.append((block, file_stacks, copies))
 
     shards = []
@@ -213,15 +224,23 @@ def cut_shards(
     return shards
 
 
-def _partition(source: Checkpoint, container: str | None) -> dict[Any, list[Entry]]:
-    """The source's tensors by decoder block (None: outside, first), or by file."""
-    parts: dict[Any, list[Entry]] = {}
+def _partition(
+    source: Checkpoint, container: str | None, heads: Collection[str]
+) -> dict[int | str, list[Entry]]:
+    """The source's tensors by decoder block, with what lies outside before them, or by file.
+
+    Args:
+        heads: tensors that come after the blocks.
+    """
+    parts: dict[int | str, list[Entry]] = {}
     for entry in source.entries.values():
-        part = layer_names.block_index(entry.name, container) if container else entry.file.name
-        parts.setdefault(part, []).append(entry)
-    if container:
-        return dict(sorted(parts.items(), key=lambda item: -1 if item[0] is None else item[0]))
-    return parts
+        block = layer_names.block_index(entry.name, container) if container else None
+        place = entry.file.name if not container else _AFTER if entry.name in heads else _BEFORE
+        parts.setdefault(place if block is None else block, []).append(entry)
+    if not container:
+        return parts
+    blocks = sorted(part for part in parts if isinstance(part, int))
+    return {part: parts[part] for part in (_BEFORE, *blocks, _AFTER) if part in parts}
 
 
 def _lay_out(file: Path, specs: Mapping[str, TensorSpec], digest: str) -> Header:

@@ -246,6 +246,7 @@ def estimate_calibration(
         number_bytes * (embeddings + block + forward),
         number_bytes * numbers_held.num_blocks_held(plan) * block
         + max(solving_bytes, number_bytes * forward, backward_bytes),
+        NUMBER_BYTES * (numbers_held.count_fitted_head(plan) + observing),
     )
     on_disk += _reading_bytes(plan.source)
     return CalibrationMemory(
@@ -288,7 +289,8 @@ def estimate_memory(
     num_sequences, length = shape or CalibrationConfig().shape
     tokenizing_bytes = TOKENIZER_BYTES + num_sequences * length * TOKENIZING_BYTES
     running_bytes = TRANSFORMERS_BYTES + estimate_calibration(plan, length, length).on_disk
-    outside = [stack for shard in plan.shards if shard.block is None for stack in shard.stacks]
+    shards = (s for s in plan.shards if s.block is None and not s.has_fitted_head)
+    outside = [stack for shard in shards for stack in shard.stacks]
     outside_bytes = TRANSFORMERS_BYTES + _thread_bytes(plan, outside) if outside else 0
     return max(tokenizing_bytes, running_bytes, outside_bytes)
 

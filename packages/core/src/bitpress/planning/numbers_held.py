@@ -7,6 +7,7 @@ import math
 from bitpress.numerics.rows import ROW_TILE
 from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
+from bitpress.schemes import stored_layout
 
 # Numbers for each of a batch's tokens that are kept for gradients: for each channel of the widest
 # input, and for each of the hidden states.
@@ -14,6 +15,10 @@ WIDE_GRADIENTS, HIDDEN_GRADIENTS = 6, 16
 
 # Numbers that are observed of the gradients of a row's outputs.
 GRADIENT_ROW_NUMBERS = 512
+
+# Numbers that are made of a row's outputs while the errors of these are observed: of an eighth of
+# the tokens of which statistics are taken together.
+OBSERVED_ROW_NUMBERS = 512
 
 
 def num_blocks_held(plan: Plan) -> int:
@@ -60,7 +65,7 @@ def count_kept(plan: Plan, batch_tokens: int, by_layer: bool) -> int:
     observed_rows = max if by_layer else sum
     num_rows = max(
         observed_rows([0, *(stack.shape[0] for stack in shard.stacks if stack.calibrated)])
-        for shard in plan.shards
+        for shard in _block_shards(plan)
     )
     kept = batch_tokens * (WIDE_GRADIENTS * width + HIDDEN_GRADIENTS * plan.hidden_size)
     return kept + num_rows * GRADIENT_ROW_NUMBERS
@@ -75,13 +80,29 @@ def count_head(plan: Plan) -> int:
     return max(heads or [entry.numel for entry in matrices], default=0)
 
 
+def count_fitted_head(plan: Plan) -> int:
+    """Numbers that fitting the head to data takes: its weight, as the model has it and as it is
+    observed, and the solution of a row tile; 0 where it is not fitted.
+    """
+    heads = [stack for shard in plan.shards if shard.has_fitted_head for stack in shard.stacks]
+    held = 0
+    for stack in heads:
+        rows, width = stack.shape
+        observing = 2 * rows * width + rows * OBSERVED_ROW_NUMBERS
+        tiles = stored_layout.row_tiles(stack.shape, stack.steps, stored_layout.FITTED_TILE_WEIGHTS)
+        # beside a tile, what is stored of all of them
+        solving = max(count_solution(last - first, width, 1) for first, last in tiles)
+        held = max(held, observing, solving + rows * width)
+    return held
+
+
 def count_gradients(plan: Plan, tokens: int) -> int:
     """Numbers of the hidden states before and after every block, and of what is observed of all
     gradients.
     """
     num_blocks = sum(shard.block is not None for shard in plan.shards)
     statistics = sum(
-        stack.shape[0] * GRADIENT_ROW_NUMBERS for stack in plan.stacks if stack.calibrated
+        stack.shape[0] * GRADIENT_ROW_NUMBERS for stack in plan.block_stacks if stack.calibrated
     )
     return (num_blocks + 1) * tokens * plan.hidden_size + statistics
 

@@ -74,7 +74,8 @@ def find_outer_layers(
     leave them alone.
 
     Raises:
-        RecipeError: an engine does not read one compressed, or the steps need data.
+        RecipeError: an engine does not read one compressed, the embeddings' steps need data, or
+            several of the head's do.
     """
     named = {}
     for outer in OUTER_LAYERS:
@@ -83,12 +84,18 @@ def find_outer_layers(
             continue
         named[_module(entry)] = entry
         steps = recipe.steps(_module(entry))
-        for step in steps:
+        for step in steps if outer.name == EMBEDDINGS else ():
             if step.calibrated:
                 raise RecipeError(
                     f"{_module(entry)} is compressed without data, and {step.scheme.name} needs "
                     "data with these options: set others, or take another scheme for it"
                 )
+        if len(steps) > 1 and any(step.calibrated for step in steps):
+            raise RecipeError(
+                f"{_module(entry)} can be fitted to data by one scheme alone, and not by "
+                f"{'+'.join(step.scheme.name for step in steps)}: name one, or set options that "
+                "need no data"
+            )
         reason = _why_not_read(outer, entry, source, engines) if steps else None
         if reason:
             raise RecipeError(f"{source.folder}: {_module(entry)} cannot be compressed: {reason}")

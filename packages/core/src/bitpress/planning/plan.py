@@ -91,8 +91,8 @@ class Plan:
 
     @cached_property
     def needs_gradients(self) -> bool:
-        """Whether any step takes statistics of the gradients of outputs."""
-        return any(map(pipeline.takes_gradient, self.steps))
+        """Whether any step takes statistics of the gradients of a block's layers' outputs."""
+        return any(pipeline.takes_gradient(s) for stack in self.block_stacks for s in stack.steps)
 
     @cached_property
     def kept_codes(self) -> frozenset[str]:

@@ -17,6 +17,7 @@ from bitpress.checkpoint.engine_facts import (
     engines_without,
     facts_of,
     is_embedding,
+    is_head,
 )
 from bitpress.checkpoint.reader import Checkpoint
 from bitpress.checkpoint.rotated_source import round_copies, unrotate
@@ -191,7 +192,8 @@ def _group_stacks(
         steps = _common_steps(modules, steps_of)
         if steps:
             _require_one_dtype(modules, layers)
-            stacks[modules[0]] = Stack({module: layers[module] for module in modules}, steps)
+            members = {module: layers[module] for module in modules}
+            stacks[modules[0]] = Stack(members, steps, is_head=is_head(modules[0], engines))
     return stacks
 
 

@@ -262,18 +262,22 @@ def _build_recipe(
             raise RecipeError(f"{origin}: {name} is a scheme of {kinds[is_cache]}")
         return match.step({**options, **overrides[match.scheme.name]}, effort)
 
+    def make_rules(table: RuleTable, effort: str) -> list[Rule]:
+        steps = tuple(make_step(name, options, effort, False) for name, options in table.steps)
+        return [Rule(pattern, steps) for pattern in table.patterns]
+
+    of_blocks = [table for table in tables if not {*table.patterns} <= {HEAD, EMBEDDINGS}]
+    in_blocks = [rule for table in of_blocks for rule in make_rules(table, changes.effort)]
+    has_data = any(step.calibrated for rule in in_blocks for step in rule.steps)
     rules = []
-    for rule in tables:
-        # the head and the embeddings are compressed without data
-        is_outer = set(rule.patterns) <= {HEAD, EMBEDDINGS}
-        effort = LEAST_EFFORT if is_outer else changes.effort
-        steps = tuple(make_step(name, options, effort, False) for name, options in rule.steps)
-        rules += [Rule(pattern, steps) for pattern in rule.patterns]
+    for table in tables:
+        # the head is fitted to data where blocks are; embeddings never are
+        is_fitted = table in of_blocks or (has_data and {*table.patterns} == {HEAD})
+        rules += make_rules(table, changes.effort if is_fitted else LEAST_EFFORT)
     cache = make_step(*cache_table, changes.effort, True) if cache_table else None
     recipe = Recipe(tuple(rules), tuple(changes.ignore), cache, changes.more_bits)
     notes = _describe_aliases(matches_by_name)
-    in_blocks = tuple(rule for rule in rules if rule.match not in (HEAD, EMBEDDINGS))
-    leveled = attrs.evolve(recipe, rules=in_blocks).all_steps
+    leveled = attrs.evolve(recipe, rules=tuple(in_blocks)).all_steps
     return attrs.evolve(recipe, notes=notes + _describe_effort(leveled, changes.effort))
 
 

@@ -146,15 +146,16 @@ def _calibrated_work(
     go round.
     """
     blocks = [shard for shard in plan.shards if shard.block is not None]
-    outside = [shard for shard in plan.shards if shard.block is None]
+    fitted = [*blocks, *(shard for shard in plan.shards if shard.has_fitted_head)]
+    outside = [shard for shard in plan.shards if shard not in fitted]
 
     # What runs before the blocks is read once, and so is the first block, to record how blocks are
-    # called. Every block is then read to be compressed.
+    # called. Every block is then read to be compressed, and a head that is fitted.
     embeddings = [e for shard in outside for e in shard.copies if "lm_head" not in e.name]
     recording_bytes = sum(entry.file_bytes for entry in embeddings) + _file_bytes_of(blocks[:1])
-    block_bytes = _file_bytes_of(blocks)
+    fitted_bytes = _file_bytes_of(fitted)
 
-    operations = _count_operations(plan, blocks, sum(batch_tokens), len(process_groups))
+    operations = _count_operations(plan, fitted, sum(batch_tokens), len(process_groups))
     interval = memory_estimate.reference_interval(plan, sum(batch_tokens))
     for group in process_groups:
         batches = group.partition_evenly(batch_tokens)
@@ -162,7 +163,6 @@ def _calibrated_work(
         compared = sum(
             batch_tokens[i] for i in batches if plan.needs_reference and i % interval == 0
         )
-
         backward = sum(
             batch_tokens[i]
             for i in batches
@@ -173,10 +173,10 @@ def _calibrated_work(
         # twice.
         shards = group.partition_by_size(outside, lambda shard: shard.source_bytes)
         num_reads = 1 + (compared > 0) + 2 * (backward > 0)
-        reads = recording_bytes + block_bytes * num_reads + _file_bytes_of(shards)
+        reads = recording_bytes + fitted_bytes * num_reads + _file_bytes_of(shards)
         if group.is_rank_zero:
             reads += sum(entry.file_bytes for shard in blocks for entry in shard.copies)
-            shards = [*shards, *blocks]
+            shards = [*shards, *fitted]
         products = operations.per_token * tokens + operations.per_compared_token * compared
         products += operations.per_gradient_token * backward
         yield RankWork(
@@ -192,18 +192,18 @@ def _calibrated_work(
 
 
 def _count_operations(
-    plan: Plan, blocks: Sequence[Shard], tokens: int, num_ranks: int
+    plan: Plan, shards: Sequence[Shard], tokens: int, num_ranks: int
 ) -> _Operations:
+    """Those of blocks, and of fitting a head, which is not run."""
     per_token, per_compared_token, per_gradient_token = 0.0, 0.0, 0.0
     solutions: list[Counter[int]] = [Counter() for _ in range(num_ranks)]
     columns = [0] * num_ranks
     gradient_tokens = min(memory_estimate.gradient_tokens(plan), tokens)
     experts_per_token = plan.source.model_config.experts_per_token
-    for shard in blocks:
+    for shard in shards:
         share_of = token_shares(shard.entries, experts_per_token)
-        forward = sum(
-            2 * entry.numel * share_of(entry) for entry in shard.entries if len(entry.shape) > 1
-        )
+        run = shard.entries if shard.block is not None else ()
+        forward = sum(2 * entry.numel * share_of(entry) for entry in run if len(entry.shape) > 1)
         per_token, per_compared_token = per_token + forward, per_compared_token + forward
         # Forward for the states before each block, forward again, and backward.
         per_gradient_token += 3 * forward

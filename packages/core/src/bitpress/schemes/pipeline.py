@@ -181,6 +181,14 @@ def merge(merged: dict[str, Statistic], batch_stats: Statistics | None) -> None:
         merged[name] = before | stat
 
 
+def take_rows(stats: Statistics, first: int, last: int) -> Statistics:
+    """The statistics of some rows of a layer, of those of all."""
+    return {
+        name: attrs.evolve(stat, value=stat.value[first:last]) if stat.rows else stat
+        for name, stat in stats.items()
+    }
+
+
 def rescale(
     layer: Layer, steps: Sequence[Step], stats: Sequence[Statistics]
 ) -> torch.Tensor | None:

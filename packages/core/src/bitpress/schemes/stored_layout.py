@@ -21,6 +21,9 @@ MAX_COLUMNS = 1 << 20
 # Weights of a row tile: so many float32 temporaries stay in a core's cache.
 WEIGHTS_PER_TILE = 1 << 18
 
+# Of one that is fitted to second moments of inputs: these are factorized for every tile.
+FITTED_TILE_WEIGHTS = 1 << 25
+
 
 def row_block(steps: Sequence[Step]) -> int:
     """How many consecutive rows the steps need to see together."""

@@ -8,12 +8,13 @@ import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from bitpress.checkpoint.reader import DTYPES
+from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.compression.calibration.activation_streams import StreamLimits
 from bitpress.compression.calibration.layer_groups import LayerGroup
 from bitpress.compression.calibration.statistics import GroupStatistics
@@ -26,6 +27,9 @@ from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
 from bitpress.schemes.activation_quantizer import find_activation_quantizer
 from bitpress.schemes.values import Layer, StoredLayer
+
+# Of each layer of a stack what is stored, and how far that is from its weight.
+_Members: TypeAlias = dict[str, tuple[StoredLayer, LayerMeasurement]]
 
 
 @frozen(eq=False)
@@ -61,27 +65,51 @@ def solve(group: LayerGroup, statistics: GroupStatistics, limits: StreamLimits) 
         if group.stack.keeps_codes:
             return Solution(_keep_codes(group, statistics))
         layer = pipeline.quantize_whole(group.layer, steps, statistics.by_step)
-        stored_layers, measured = _store(layer, group, limits.lanes)
-        if all(measurement.is_bounded for measurement in measured.values()):
-            return Solution(stored_layers)
+        fitted = _store(layer, group, limits.lanes)
+        if _is_bounded(fitted):
+            return Solution(_stored_layers(fitted))
 
         # beside what is stored, the solution would be several copies of the weights
         del layer
         memory.release_freed_memory(limits.max_working_bytes)
         no_statistics = GroupStatistics.of_no_token(group).by_step
         plain = pipeline.quantize_whole(group.layer, steps, no_statistics)
-        plain_layers, plain_measured = _store(plain, group, limits.lanes)
-    rounding_errors = {name: plain_measured[name].error for name in group.modules}
-    for name, measurement in measured.items():
+        return _require_near(fitted, _store(plain, group, limits.lanes))
+
+
+def solve_in_tiles(
+    stack: Stack, statistics: GroupStatistics, reader: Reader, device: torch.device
+) -> Solution:
+    """The same for a stack that is too large to be solved whole: its row tiles are read and solved
+    one after the other, so that rows of two do not make up for each other's errors.
+    """
+    fitted = _compress_tiles(stack, statistics, reader, device)
+    if _is_bounded(fitted):
+        return Solution(_stored_layers(fitted))
+    return _require_near(fitted, _compress_tiles(stack, None, reader, device))
+
+
+def _require_near(fitted: _Members, plain: _Members) -> Solution:
+    """What is fitted, or plain rounding where that has moved a layer further than it may."""
+    rounding_errors = {name: measurement.error for name, (_, measurement) in plain.items()}
+    for name, (_, measurement) in fitted.items():
         limit = max_error(rounding_errors[name])
         if not measurement.error <= limit:
             warnings.warn(
                 f"{name} would have moved by {measurement.error:.2f} of its norm to make up for "
                 f"errors before it, and may by {limit:.2f}: rounded to nearest",
-                stacklevel=2,
+                stacklevel=3,
             )
-            return Solution(plain_layers, rounding_errors)
-    return Solution(stored_layers, rounding_errors)
+            return Solution(_stored_layers(plain), rounding_errors)
+    return Solution(_stored_layers(fitted), rounding_errors)
+
+
+def _is_bounded(members: _Members) -> bool:
+    return all(measurement.is_bounded for _, measurement in members.values())
+
+
+def _stored_layers(members: _Members) -> list[StoredLayer]:
+    return [stored for stored, _ in members.values()]
 
 
 def _keep_codes(group: LayerGroup, statistics: GroupStatistics) -> list[StoredLayer]:
@@ -90,8 +118,20 @@ def _keep_codes(group: LayerGroup, statistics: GroupStatistics) -> list[StoredLa
     """
     assert group.reader is not None, "whoever solves groups reads the source"
     device = next(iter(group.weights.values())).device
-    compressed = compress_stack(group.stack, group.reader, device, input_stats=statistics.by_step)
-    return [_as_planned(group.stack, name, stored, device) for name, stored, _ in compressed]
+    return _stored_layers(_compress_tiles(group.stack, statistics, group.reader, device))
+
+
+def _compress_tiles(
+    stack: Stack, statistics: GroupStatistics | None, reader: Reader, device: torch.device
+) -> _Members:
+    """What is stored of each member of a stack, without statistics as without data."""
+    input_stats = () if statistics is None else statistics.by_step
+    return {
+        name: (_as_planned(stack, name, stored, device), measurement)
+        for name, stored, measurement in compress_stack(
+            stack, reader, device, input_stats=input_stats
+        )
+    }
 
 
 def _as_planned(stack: Stack, name: str, stored: StoredLayer, device: torch.device) -> StoredLayer:
@@ -102,18 +142,12 @@ def _as_planned(stack: Stack, name: str, stored: StoredLayer, device: torch.devi
     return StoredLayer({suffix: stored.tensors[suffix].to(device) for suffix in planned}, config)
 
 
-def _store(
-    layer: Layer, group: LayerGroup, lanes: Lanes
-) -> tuple[list[StoredLayer], dict[str, LayerMeasurement]]:
+def _store(layer: Layer, group: LayerGroup, lanes: Lanes) -> _Members:
     """What is stored of each of the group's layers, and how far it is from its weight."""
     heights = [entry.shape[0] for entry in group.stack.members.values()]
     members = zip(group.weights.items(), pipeline.split(layer, heights), strict=True)
-    stored_layers, measured = [], {}
     results = lanes.map(functools.partial(_store_member, group.stack), members)
-    for name, (stored, measurement) in zip(group.weights, results, strict=True):
-        stored_layers.append(stored)
-        measured[name] = measurement
-    return stored_layers, measured
+    return dict(zip(group.weights, results, strict=True))
 
 
 def _store_member(

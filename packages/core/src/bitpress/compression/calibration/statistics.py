@@ -66,18 +66,31 @@ class GroupStatistics:
 def collect_statistics(
     group: LayerGroup, breakpoint_number: int, streams: ActivationStreams, owner: int = 0
 ) -> GroupStatistics:
-    """The statistics of a layer group over the batches of all ranks.
-
-    Experts that are sent few tokens get none: second moments of so few say little.
+    """The statistics of a layer group of the block that the streams stand before, over the batches
+    of all ranks.
 
     Args:
         breakpoint_number: at which forward passes come to the group.
         owner: the rank that gets the statistics of the steps; the other ranks' are empty.
     """
-    process_group = streams.process_group
     inputs: Iterable[GroupInputs] = ()
     if group.first_layer is not None:
         inputs = streams.group_inputs(breakpoint_number, group.is_residual)
+    return gather_statistics(group, inputs, streams, owner)
+
+
+def gather_statistics(
+    group: LayerGroup, inputs: Iterable[GroupInputs], streams: ActivationStreams, owner: int = 0
+) -> GroupStatistics:
+    """The statistics of a layer group over the inputs of all ranks.
+
+    Experts that are sent few tokens get none: second moments of so few say little.
+
+    Args:
+        inputs: of this rank's batches.
+        owner: the rank that gets the statistics of the steps; the other ranks' are empty.
+    """
+    process_group = streams.process_group
     with process_group.agreeing():
         statistics = observe_inputs(group, inputs, streams.limits.lanes)
         for merged, observed in zip(statistics.by_step, group.gradient_statistics, strict=False):

@@ -67,7 +67,6 @@ def read_candidates(goal: SearchGoal, registry: Registry) -> NamedCandidates:
     if not any(steps[name] for name in names):
         raise RecipeError(f"{shown}: name a scheme for layers too")
 
-    # of the head and the embeddings, rules have the options of runs without data
     matches = ["*", *(outer.name for outer in OUTER_LAYERS)]
     table: dict[str, Any] = {
         "layers": [{"match": m, "steps": steps[name]} for m in matches for name in names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -136,10 +136,10 @@ def _render_rule(result: SearchResult, units: Sequence[SearchUnit]) -> Iterator[
         yield f"    {patterns}  # {_list_costs(result, unit)}"
     yield "]"
     unit = units[0]
-    # as a recipe is read
-    effort = LEAST_EFFORT if unit.block is None else NORMAL_EFFORT
+    # the options of a head that a rule leaves out depend on other rules
+    efforts = {NORMAL_EFFORT} if unit.block is not None else {NORMAL_EFFORT, LEAST_EFFORT}
     steps = unit.stacks[result.choice[unit.name]][0].steps
-    yield f"steps = [{', '.join(_render_step(step, effort) for step in steps)}]"
+    yield f"steps = [{', '.join(_render_step(step, efforts) for step in steps)}]"
 
 
 def _render_outer_rule(result: SearchResult, unit: SearchUnit) -> Iterator[str]:
@@ -166,17 +166,17 @@ def _list_costs(result: SearchResult, unit: SearchUnit) -> str:
     )
 
 
-def _render_step(step: Step, effort: str = NORMAL_EFFORT) -> str:
+def _render_step(step: Step, efforts: Collection[str] = (NORMAL_EFFORT,)) -> str:
     """The scheme's name, or a table with the options that a rule does not have by itself.
 
     Args:
-        effort: the level of what the rule leaves out.
+        efforts: levels that may decide what the rule leaves out.
     """
-    defaults = step.scheme.step(step.scheme.efforts.get(effort, {})).options
+    defaults = [step.scheme.step(step.scheme.efforts.get(e, {})).options for e in efforts]
     options = {
         name: value
         for name, value in attrs.asdict(step.options).items()
-        if value != getattr(defaults, name)
+        if any(value != getattr(default, name) for default in defaults)
     }
     scheme = _quote(step.scheme.name)
     if not options:

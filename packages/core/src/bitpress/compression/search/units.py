@@ -183,6 +183,12 @@ def find_outer_units(
         for name, steps in outer_candidates[outer.name].items():
             if not steps:
                 continue
+            if any(step.calibrated for step in steps):
+                remarks.append(
+                    f"{name} is no choice for the {outer.what}: search rounds both head and "
+                    "embeddings without data, and it needs data with these options"
+                )
+                continue
             try:
                 stacks[name] = make_plan(source, Recipe((Rule(outer.name, steps),))).stacks
             except BitpressError as e:
