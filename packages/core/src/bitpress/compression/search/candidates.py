@@ -10,7 +10,7 @@ from attrs import frozen
 from bitpress.errors import RecipeError
 from bitpress.planning import recipe
 from bitpress.planning.outer_layers import OUTER_LAYERS
-from bitpress.planning.recipe import RecipeChanges
+from bitpress.planning.recipe import Recipe, RecipeChanges
 from bitpress.planning.search_goal import SearchGoal
 from bitpress.schemes.registry import Registry, Step
 
@@ -67,18 +67,22 @@ def read_candidates(goal: SearchGoal, registry: Registry) -> NamedCandidates:
     if not any(steps[name] for name in names):
         raise RecipeError(f"{shown}: name a scheme for layers too")
 
-    matches = ["*", *(outer.name for outer in OUTER_LAYERS)]
-    table: dict[str, Any] = {
-        "layers": [{"match": m, "steps": steps[name]} for m in matches for name in names]
-    }
-    if caches:
-        table["cache"] = steps[caches[0]][0]
     changes = RecipeChanges(goal.settings, effort=goal.effort)
-    parsed = recipe.from_json(table, registry, "--schemes", changes)
-    rules = iter(parsed.rules)
-    by_match = {match: {name: next(rules).steps for name in names} for match in matches}
+
+    def parse(match: str) -> tuple[Candidates, Recipe]:
+        table: dict[str, Any] = {
+            "layers": [{"match": match, "steps": steps[name]} for name in names]
+        }
+        if caches:
+            table["cache"] = steps[caches[0]][0]
+        parsed = recipe.from_json(table, registry, "--schemes", changes)
+        return dict(zip(names, (rule.steps for rule in parsed.rules), strict=True)), parsed
+
+    layers, parsed = parse("*")
+    # by themselves: beside rules that fit layers to data, a head's would too
+    outer = {layer.name: parse(layer.name)[0] for layer in OUTER_LAYERS}
     cache = {} if parsed.cache is None else {caches[0]: parsed.cache}
-    return NamedCandidates(by_match.pop("*"), by_match, cache, parsed.notes)
+    return NamedCandidates(layers, outer, cache, parsed.notes)
 
 
 def _is_for_cache(steps: Sequence[Mapping[str, str]], registry: Registry) -> bool:
