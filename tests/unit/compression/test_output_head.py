@@ -17,9 +17,12 @@ from transformers import AutoModelForCausalLM
 import bitpress
 from bitpress.checkpoint.engine_facts import QuantizedLayers, facts_of
 from bitpress.checkpoint.model_config import KEY
+from bitpress.checkpoint.reader import Reader
+from bitpress.compression import data_free
 from bitpress.conformance.commands import command, plugins, refusal
 from bitpress.conformance.models import LLAMA, files_of, llama_tensors, tensors_of, write_model
 from bitpress.schemes import stored_layout
+from bitpress.schemes.values import Layer
 
 UNTIED = CONFIG | {"tie_word_embeddings": False}
 HEAD = "lm_head"
@@ -276,6 +279,28 @@ def test_a_fitted_head_does_not_depend_on_its_row_tiles(
         for out in (whole, tiled)
     )
     assert files == others
+
+
+def test_without_statistics_row_tiles_are_small_whatever_the_steps(
+    tmp_path: Path, with_toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_learner(with_toy)
+    model = untied_model(tmp_path / "m")
+    monkeypatch.setattr(stored_layout, "WEIGHTS_PER_TILE", 32 * 128)
+    heights = []
+
+    def read(*arguments: Any) -> Layer:
+        layer = read_tile(*arguments)
+        heights.append(len(layer.weight))
+        return layer
+
+    read_tile = data_free._read_tile
+    monkeypatch.setattr(data_free, "_read_tile", read)
+    with plugins(with_toy), Reader() as reader:
+        plan = bitpress.plan(model, scheme="learner", head="learner")
+        (head,) = (stack for stack in plan.stacks if stack.is_head)
+        list(data_free.compress_stack(head, reader, torch.device("cpu")))
+    assert set(heights) == {32}
 
 
 def test_a_run_that_is_killed_at_the_head_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

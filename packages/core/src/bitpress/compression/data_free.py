@@ -109,13 +109,15 @@ def compress_stack(
         SchemeError: the scheme returned other tensors than it planned, or such as decode to other
             weights.
     """
+    is_fitted = bool(input_stats) and any(map(pipeline.takes_second_moments, stack.steps))
+    num_weights = _tile_weights(device, is_fitted)
+    tiles_of = {
+        module: list(stored_layout.row_tiles(entry.shape, stack.steps, num_weights))
+        for module, entry in stack.members.items()
+    }
     read_tile = functools.partial(_read_tile, stack, reader, device)
     weight_stats = pipeline.observe_weights(
-        lambda: (
-            read_tile(module, rows)
-            for module in stack.members
-            for rows in _row_tiles(stack, device, module)
-        ),
+        lambda: (read_tile(module, rows) for module in stack.members for rows in tiles_of[module]),
         stack.steps,
     )
     stats = [
@@ -130,8 +132,8 @@ def compress_stack(
         )
         proved: list[_ProvedTile] = []
         # the rows of a large tile are solved side by side
-        lanes = Lanes() if _is_fitted(stack) else offered_lanes()
-        tiles = lanes.map(compress_tile, _row_tiles(stack, device, module))
+        lanes = Lanes() if is_fitted else offered_lanes()
+        tiles = lanes.map(compress_tile, tiles_of[module])
         stored = pipeline.serialize(
             pipeline.join(_take_proved(tiles, proved), entry.shape), stack.steps
         )
@@ -208,17 +210,15 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
-def _is_fitted(stack: Stack) -> bool:
-    """Whether rows are fitted to second moments, which are factorized for every tile."""
-    return any(map(pipeline.takes_second_moments, stack.steps))
+def _tile_weights(device: torch.device, is_fitted: bool) -> int:
+    """Weights of a row tile.
 
-
-def _row_tiles(stack: Stack, device: torch.device, module: str) -> Iterator[tuple[int, int]]:
-    """The row tiles in which a member is worked on."""
-    num_weights = stored_layout.WEIGHTS_PER_TILE if device.type == "cpu" else GPU_TILE_WEIGHTS
-    if _is_fitted(stack):
-        num_weights = stored_layout.FITTED_TILE_WEIGHTS
-    return stored_layout.row_tiles(stack.members[module].shape, stack.steps, num_weights)
+    Args:
+        is_fitted: to second moments, which are factorized for every tile.
+    """
+    if is_fitted:
+        return stored_layout.FITTED_TILE_WEIGHTS
+    return stored_layout.WEIGHTS_PER_TILE if device.type == "cpu" else GPU_TILE_WEIGHTS
 
 
 def _read_tile(
