@@ -104,9 +104,11 @@ def capture_inputs(
             first_input = recorders[0].hidden_states
             assert first_input is not None
             hidden_states.append(first_input.to(dtype))
-    first_call = recorders[0].calls[0]
-    extra = find_extra_outputs(first_call, hidden_states[0].to(device))
-    return CapturedInputs(hidden_states, [recorder.calls for recorder in recorders], extra)
+    if not extra_outputs:
+        # of one block alone, the last one's call has ended the pass
+        find_extra_outputs(recorders[0].calls[0], hidden_states[0].to(device))
+    calls = [recorder.calls for recorder in recorders]
+    return CapturedInputs(hidden_states, calls, extra_outputs[0])
 
 
 def _check_order(order: Sequence[int], decoder: Decoder) -> None:
