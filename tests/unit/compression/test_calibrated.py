@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitpress import DataError
 from bitpress.api import compress, plan
+from bitpress.compression import calibrated
 from bitpress.compression.calibration import resumable_forward
 from bitpress.compression.calibration.activation_streams import ActivationStreams
 from bitpress.conformance.commands import command, plugins, refusal
@@ -170,6 +171,16 @@ def test_the_reference_is_what_the_source_makes(
     moved = moved_before(source, out, layer, layer, num_sequences)
     torch.testing.assert_close(tensors_of(out)[f"{layer}.seen"][1], moved, rtol=1e-3, atol=1e-2)
     assert moved.norm() > 1
+
+
+def test_the_source_is_not_run_where_the_user_wants_nothing_of_it(
+    tmp_path: Path, learner: Path
+) -> None:
+    source = runnable_model(tmp_path / "m")
+    with patch.object(calibrated, "ReferenceStates", side_effect=AssertionError):
+        tensors = tensors_of(run(source, tmp_path / "o", "bits=2", "reference=none"))
+    seen = [tensor for name, tensor in tensors.items() if name.endswith(".seen")]
+    assert all(of_inputs.any() and not moved.any() for of_inputs, moved in seen)
 
 
 @pytest.mark.parametrize(

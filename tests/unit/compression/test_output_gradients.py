@@ -97,10 +97,15 @@ def test_a_scheme_that_names_it_is_given_the_gradient_of_every_output(
         torch.testing.assert_close(tensors[f"{name}.slopes"], expected, rtol=2e-3, atol=1e-6)
 
 
-def test_no_gradient_is_taken_where_the_options_make_no_use_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [[], ["slopes=true", "reference=none"]],
+    ids=["the scheme makes no use of it", "the user wants nothing of the source"],
+)
+def test_no_gradient_is_taken_where_options_say_so(tmp_path: Path, settings: list[str]) -> None:
     source = runnable_model(tmp_path / "m")
     with patch.object(output_gradients._Backward, "run", side_effect=AssertionError):
-        tensors = tensors_of(run(source, tmp_path / "o"))
+        tensors = tensors_of(run(source, tmp_path / "o", *settings))
     assert not any(tensor.any() for name, tensor in tensors.items() if name.endswith("slopes"))
 
 

@@ -38,6 +38,13 @@ class Options:
         return None
 
     @property
+    def uses_reference(self) -> bool:
+        """Whether texts are run through the source model too, where a step takes a `reference` or
+        gradients; otherwise it is given neither.
+        """
+        return True
+
+    @property
     def full_reference(self) -> bool:
         """Whether all texts are run through the source model too, where a step takes a `reference`
         or gradients; otherwise as many are as the widest layer needs.
@@ -98,9 +105,14 @@ def option(default: Any, help: str, **kwargs: Any) -> Any:
 class ReferenceOptions(Options):
     """Base of the options of a scheme that takes a `reference`, or gradients."""
 
-    reference: Literal["auto", "all"] = option(
-        "auto", "texts that run through the source model too: as many as widths need, or all"
+    reference: Literal["auto", "all", "none"] = option(
+        "auto", "texts that run through the source model too: as many as widths need, all, or none"
     )
+
+    @property
+    def uses_reference(self) -> bool:
+        """What the user says."""
+        return self.reference != "none"
 
     @property
     def full_reference(self) -> bool:

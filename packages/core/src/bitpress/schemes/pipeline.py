@@ -57,6 +57,8 @@ def observe(
     residual: torch.Tensor | None = None,
 ) -> Statistics | None:
     """A step's statistics of one batch, or without inputs of the weight alone."""
+    if not step.options.uses_reference:
+        reference = residual = None
     return _observe(step, weight, inputs=inputs, reference=reference, residual=residual)
 
 
@@ -111,7 +113,8 @@ def takes_gradient(step: Step) -> bool:
     """Whether a step, with its options, takes statistics of the gradients of outputs: it is asked
     with one token.
     """
-    if not step.calibrated or not step.scheme.takes_argument("observe", "output_gradient"):
+    is_asked = step.calibrated and step.options.uses_reference
+    if not is_asked or not step.scheme.takes_argument("observe", "output_gradient"):
         return False
     weight, _ = _make_probe()
     gradient = torch.zeros(1, NUM_PROBE_ROWS)
