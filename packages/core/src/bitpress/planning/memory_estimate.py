@@ -52,7 +52,7 @@ TOKENIZER_BYTES, TOKENIZING_BYTES = 350_000_000, 1200
 # At least every so many batches are run through the source's weights too, to measure how far inputs
 # drift; more of them where there are fewer tokens than so many for each input channel.
 REFERENCE_INTERVAL = 8
-REFERENCE_TOKENS_PER_CHANNEL = 32
+REFERENCE_TOKENS_PER_CHANNEL = 64
 
 # Tokens of which gradients are taken, from the first batch on; and where a step asks for all texts
 # to be run through the source.
