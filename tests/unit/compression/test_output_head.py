@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures.forked import ForkedCommand
+from fixtures.forked import ForkedCommand, torchrun
 from fixtures.learner_scheme import CONFIG, install_learner, runnable_model
 from transformers import AutoModelForCausalLM
 
@@ -201,11 +201,6 @@ def test_a_head_that_an_engine_does_not_look_for_is_refused(tmp_path: Path, with
 
 
 SAMPLES, LENGTH = 96, 48
-BLOCKS = [
-    f"model.layers.{block}.{part}_proj"
-    for block in range(CONFIG["num_hidden_layers"])
-    for part in (*(f"self_attn.{x}" for x in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
-]
 
 
 def fit_head(model: Path, out: Path, *settings: str, blocks: str = "learner") -> Path:
@@ -228,26 +223,47 @@ def head_inputs(model: Path, out: Path) -> torch.Tensor:
     """What transformers gives the head of a model (tokens, in), with an output's blocks."""
     module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     stored = tensors_of(out)
-    for name in BLOCKS:
-        weight = stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"]
-        module.get_submodule(name).weight.data = weight
+    of_blocks = [name for name in stored if name.endswith("_proj.weight_scale")]
+    for name in of_blocks:
+        weight = stored[name.removesuffix("_scale")].float() * stored[name]
+        module.get_submodule(name.removesuffix(".weight_scale")).weight.data = weight
     words = (model.parent / "text.txt").read_text().split()[: SAMPLES * LENGTH]
     ids = torch.tensor([int(word[1:]) for word in words]).view(SAMPLES, LENGTH)
     with torch.no_grad():
         return module.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
-@pytest.mark.parametrize("blocks", ["learner", "toy"], ids=["fitted too", "rounded without data"])
+@pytest.mark.parametrize(
+    ("blocks", "num_blocks"),
+    [("learner", 3), ("toy", 3), ("learner", 1)],
+    ids=["fitted too", "rounded without data", "one alone"],
+)
 def test_a_head_is_fitted_to_what_the_compressed_blocks_make(
-    tmp_path: Path, with_toy: Path, forwards_in_float32: None, blocks: str
+    tmp_path: Path, with_toy: Path, forwards_in_float32: None, blocks: str, num_blocks: int
 ) -> None:
     install_learner(with_toy)
-    model = untied_model(tmp_path / "m")
+    model = untied_model(tmp_path / "m", UNTIED | {"num_hidden_layers": num_blocks})
     with plugins(with_toy):
         out = fit_head(model, tmp_path / "o", "bits=4", blocks=blocks)
         assert not bitpress.verify(out, against=model).faults
     stored, x = tensors_of(out), head_inputs(model, out)
     torch.testing.assert_close(stored[f"{HEAD}.seen"][0], x.sum(0), rtol=1e-4, atol=1e-2)
+
+
+def test_ranks_fit_a_head_together_to_what_all_of_them_see(tmp_path: Path, with_toy: Path) -> None:
+    install_learner(with_toy)
+    model, out = untied_model(tmp_path / "m"), tmp_path / "o"
+    words = ["compress", model, out, "--scheme", "toy", "--head", "learner", "--threads", "1"]
+    words += ["--samples", SAMPLES, "--sequence-length", LENGTH]
+    words += ["--calibration", tmp_path / "text.txt", "--set", "learner.bits=4"]
+    completed = torchrun(2, *words, path=with_toy)
+    assert completed.returncode == 0, completed.stderr
+    with plugins(with_toy):
+        assert not bitpress.verify(out, against=model).faults
+    stored, x = tensors_of(out), head_inputs(model, out)
+    # ranks run blocks in bfloat16
+    assert_close = torch.testing.assert_close
+    assert_close(stored[f"{HEAD}.seen"][0] / len(x), x.mean(0), rtol=0.01, atol=0.01)
 
 
 def test_a_fitted_head_loses_less_than_a_rounded_one(tmp_path: Path, with_toy: Path) -> None:
