@@ -6,10 +6,10 @@
         [--peer gptqmodel=PYTHON] [--case BLOCKS HIDDEN INTERMEDIATE SEQUENCES]
 
 The same made-up Llamas and the same tokens of ../shared/calib/calib.jsonl for all, one thread each,
-in turn. Ours runs whole, with its verification; twice where memory is looked at: free to use it,
-and told not to. A ratio is printed only where a peer's output holds the same tensors in the same
-dtypes and shapes, and ours is no further from the source in KL divergence. That is judged by
-transformers in the environment of each, ours in llm-compressor's.
+in turn. Ours runs whole, with its verification; as plain GPTQ too; and again where memory is looked
+at: free to use it, and told not to. A ratio is printed only where a peer's output holds the same
+tensors in the same dtypes and shapes, and ours is no further from the source in KL divergence. That
+is judged by transformers in the environment of each, ours in llm-compressor's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from measure import Cost, row, run, show
 
 ROOT = Path(__file__).parents[1]
 OURS, THEIRS = "bitpress", "llm-compressor"
+# Nothing of the source is run, and no gradients are taken: as others do it.
+PLAIN = f"{OURS} --set reference=none"
 PEERS = {
     THEIRS: "llmcompressor_gptq.py",
     "auto-round": "autoround.py",
@@ -60,6 +62,7 @@ CASES = (
 )
 COLUMNS = {
     "bitpress takes": ("ratio", ".2f"),
+    "with reference=none": ("plain ratio", ".2f"),
     "wall s": ("wall", ".0f"),
     "peak MB": ("memory", ".0f"),
     "KL": ("kl", ".5f"),
@@ -110,6 +113,7 @@ def measured(
     data = ["--calibration", TEXTS, "--samples", case.samples, "--sequence-length", LENGTH]
     limits = {
         OURS: [],
+        PLAIN: ["--set", "reference=none"],
         **(
             {f"{OURS} --max-memory {case.short}": ["--max-memory", case.short]}
             if case.short
@@ -140,19 +144,18 @@ def measured(
             costs[name].append(run(command))
             print(f"{i + 1}/{rounds} {name}: {costs[name][-1].cpu:.0f} CPU s", file=sys.stderr)
     rows = {name: row(name, spent) for name, spent in costs.items()}
-    for name, judge in {OURS: peers[THEIRS], **peers}.items():
+    for name, judge in {OURS: peers[THEIRS], PLAIN: peers[THEIRS], **peers}.items():
         rows[name]["kl"] = outputs.divergence(judge, source, folder / name)
     for name in peers:
-        fault, (mine, other) = (
-            outputs.different(folder / OURS, folder / name),
-            (rows[OURS]["kl"], rows[name]["kl"]),
-        )
-        if not fault and (mine is None or other is None or mine > other):
-            fault = f"ours may be further from the source, in KL divergence {mine} and {other}"
-        if fault:
-            print(f"{name}: no ratio, the outputs are not the same work: {fault}", file=sys.stderr)
-        else:
-            rows[name]["ratio"] = rows[OURS]["cpu"] / rows[name]["cpu"]
+        for own, column in ((OURS, "ratio"), (PLAIN, "plain ratio")):
+            fault = outputs.different(folder / own, folder / name)
+            mine, other = rows[own]["kl"], rows[name]["kl"]
+            if not fault and (mine is None or other is None or mine > other):
+                fault = f"it may be further from the source, in KL divergence {mine} and {other}"
+            if fault:
+                print(f"{own}: no ratio to {name}, which did other work: {fault}", file=sys.stderr)
+            else:
+                rows[name][column] = rows[own]["cpu"] / rows[name]["cpu"]
     print(f"\n{case.blocks} blocks, hidden {case.hidden}, {case.samples * LENGTH:,} tokens\n")
     show(list(rows.values()), COLUMNS)
     return [{"case": asdict(case), **result} for result in rows.values()]
