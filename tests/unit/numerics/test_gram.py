@@ -7,7 +7,7 @@ import torch
 from fixtures.fake_gpu import GPU, Pretended, bare
 
 from bitpress.numerics.gptq import gptq_statistics
-from bitpress.numerics.gram import TOKENS_PER_SCALE, cross, gram, product_dtype, stripes
+from bitpress.numerics.gram import TOKENS_PER_SCALE, TallMatrix, cross, gram, product_dtype, stripes
 from bitpress.numerics.output_hessian import output_statistics
 
 
@@ -55,6 +55,14 @@ def test_a_cross_product_is_that_of_two_kinds_of_channels(
 ) -> None:
     a, b = inputs(tokens, left), inputs(tokens, right, 1)
     assert relative_error(cross(a, b), a, b).max() < (1.5e-2 if uses_int8 else 1e-5)
+
+
+def test_products_of_what_was_made_ready_once_are_the_same_to_the_bit(uses_int8: bool) -> None:
+    a, b = inputs(TOKENS_PER_SCALE + 300, 33), inputs(TOKENS_PER_SCALE + 300, 8, 1)
+    tall = TallMatrix.of(b)
+    assert torch.equal(cross(a, tall), cross(a, b))
+    assert torch.equal(cross(tall, a), cross(b, a))
+    assert torch.equal(gram(tall), gram(b))
 
 
 def test_codes_are_multiplied_exactly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from bitpress.numerics.columns import column_sweep
 from bitpress.numerics.exact import scalar_like
-from bitpress.numerics.gram import cross, gram, product_dtype
+from bitpress.numerics.gram import TallMatrix, cross, gram, product_dtype
 from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
 from bitpress.numerics.output_hessian import (
@@ -92,16 +92,17 @@ def gptq_statistics(
     """
     dtype = product_dtype(inputs)
     x = inputs.to(dtype)  # (tokens, in)
-    sums = {"hessian": gram(x), "tokens": torch.tensor(float(len(x)))}
+    tall = TallMatrix.of(x)
+    sums = {"hessian": gram(tall), "tokens": torch.tensor(float(len(x)))}
     if reference is not None:
         # In 16 bits the difference of two numbers is exact while one is at most twice the other,
         # and rounded to 2**-9 of itself otherwise, in bfloat16: less than 8-bit codes lose.
         drift = reference.to(dtype) - x  # (tokens, in)
         output_error = drift[::SAMPLE_STRIDE].float() @ weight.T  # (sampled tokens, out)
         if residual is not None:
-            sums["residual"] = cross(residual.to(dtype), x)
+            sums["residual"] = cross(residual.to(dtype), tall)
             output_error += residual[::SAMPLE_STRIDE]
-        sums["drift"] = cross(drift, x)
+        sums["drift"] = cross(drift, tall)
         sums["drift_tokens"] = sums["tokens"]
         sums["missing"] = output_error.square().sum(0)
         sums["missing_tokens"] = torch.tensor(float(len(output_error)))

@@ -13,9 +13,11 @@ token costs (1 + 1 / NUM_STRIPES) · in² FLOPs for a Gram matrix, 2 · rows · 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.blocks import absmax
@@ -50,7 +52,23 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if is_half and x.device.type != "cpu" else torch.float32
 
 
-def gram(x: Tensor) -> Tensor:
+# Numbers (tokens, channels): int8 codes and the scale of each channel, or as they are and None.
+_Chunk = tuple[Tensor, Tensor | None]
+
+
+@frozen(eq=False)
+class TallMatrix:
+    """A matrix (tokens, channels) of which several products are taken: its codes are made once."""
+
+    chunks: tuple[_Chunk, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> TallMatrix:
+        """The matrix x (tokens, channels) of its `product_dtype`."""
+        return cls(tuple(_chunks_of(x)))
+
+
+def gram(x: Tensor | TallMatrix) -> Tensor:
     """The Gram matrix xᵀ x, of which a block and its mirror image are computed once.
 
     Args:
@@ -59,10 +77,10 @@ def gram(x: Tensor) -> Tensor:
     Returns:
         (in, in) float32, symmetric: on a CPU to the bit.
     """
-    return functools.reduce(Tensor.add_, map(_gram, torch.split(x, TOKENS_PER_SCALE)))
+    return functools.reduce(Tensor.add_, itertools.starmap(_gram, _chunks_of(x)))
 
 
-def cross(left: Tensor, right: Tensor) -> Tensor:
+def cross(left: Tensor | TallMatrix, right: Tensor | TallMatrix) -> Tensor:
     """The product leftᵀ right over tokens.
 
     Args:
@@ -72,8 +90,7 @@ def cross(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         (rows, columns) float32.
     """
-    chunks = (torch.split(x, TOKENS_PER_SCALE) for x in (left, right))
-    return functools.reduce(Tensor.add_, map(_cross, *chunks))
+    return functools.reduce(Tensor.add_, map(_cross, _chunks_of(left), _chunks_of(right)))
 
 
 def stripes(width: int) -> Iterator[slice]:
@@ -86,12 +103,17 @@ def stripes(width: int) -> Iterator[slice]:
         yield slice(first, min(first + step, width))
 
 
-def _gram(x: Tensor) -> Tensor:
+def _chunks_of(x: Tensor | TallMatrix) -> Iterable[_Chunk]:
+    """At most `TOKENS_PER_SCALE` tokens each."""
+    if isinstance(x, TallMatrix):
+        return x.chunks
+    chunks = torch.split(x, TOKENS_PER_SCALE)
+    return (_quantize_channels(chunk) if _uses_int8(chunk) else (chunk, None) for chunk in chunks)
+
+
+def _gram(x: Tensor, scale: Tensor | None) -> Tensor:
     width = x.shape[1]
     product = x.new_empty(width, width, dtype=torch.float32)
-    scale = None
-    if _uses_int8(x):
-        x, scale = _quantize_channels(x)
     for rows in stripes(width):
         upper = product[rows, rows.start :]
         _multiply(x[:, rows], x[:, rows.start :], upper)
@@ -102,13 +124,12 @@ def _gram(x: Tensor) -> Tensor:
     return product
 
 
-def _cross(left: Tensor, right: Tensor) -> Tensor:
+def _cross(left_chunk: _Chunk, right_chunk: _Chunk) -> Tensor:
+    (left, left_scale), (right, right_scale) = left_chunk, right_chunk
     product = left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32)
-    if not _uses_int8(left):
+    if left_scale is None or right_scale is None:
         return _multiply(left, right, product)
 
-    left, left_scale = _quantize_channels(left)
-    right, right_scale = _quantize_channels(right)
     # In stripes, so that the int32 sums are not all held at once.
     for rows in stripes(len(product)):
         stripe = _multiply(left[:, rows], right, product[rows])
