@@ -18,7 +18,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,14 @@ def measured(
     rows = {name: row(name, spent) for name, spent in costs.items()}
     for name, judge in {OURS: peers[THEIRS], PLAIN: peers[THEIRS], **peers}.items():
         rows[name]["kl"] = outputs.divergence(judge, source, folder / name)
+    add_ratios(rows, peers, folder)
+    print(f"\n{case.blocks} blocks, hidden {case.hidden}, {case.samples * LENGTH:,} tokens\n")
+    show(list(rows.values()), COLUMNS)
+    return [{"case": asdict(case), **result} for result in rows.values()]
+
+
+def add_ratios(rows: Mapping[str, dict[str, Any]], peers: Iterable[str], folder: Path) -> None:
+    """Put into each peer's row what ours take of its CPU seconds, where they did the same work."""
     for name in peers:
         for own, column in ((OURS, "ratio"), (PLAIN, "plain ratio")):
             fault = outputs.different(folder / own, folder / name)
@@ -156,9 +164,6 @@ def measured(
                 print(f"{own}: no ratio to {name}, which did other work: {fault}", file=sys.stderr)
             else:
                 rows[name][column] = rows[own]["cpu"] / rows[name]["cpu"]
-    print(f"\n{case.blocks} blocks, hidden {case.hidden}, {case.samples * LENGTH:,} tokens\n")
-    show(list(rows.values()), COLUMNS)
-    return [{"case": asdict(case), **result} for result in rows.values()]
 
 
 if __name__ == "__main__":

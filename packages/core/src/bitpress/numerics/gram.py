@@ -58,7 +58,11 @@ _Chunk = tuple[Tensor, Tensor | None]
 
 @frozen(eq=False)
 class TallMatrix:
-    """A matrix (tokens, channels) of which several products are taken: its codes are made once."""
+    """A matrix (tokens, channels) of which several products are taken: its codes are made once.
+
+    Attributes:
+        chunks: of at most `TOKENS_PER_SCALE` tokens each.
+    """
 
     chunks: tuple[_Chunk, ...]
 
