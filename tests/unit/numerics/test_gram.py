@@ -65,6 +65,17 @@ def test_products_of_what_was_made_ready_once_are_the_same_to_the_bit(uses_int8:
     assert torch.equal(gram(tall), gram(b))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_multiplies_16_bits_as_the_same_numbers_in_32(
+    uses_int8: bool, dtype: torch.dtype
+) -> None:
+    # so small that float16 has them
+    x, y = (inputs(300, 70) / 256).to(dtype), inputs(300, 40, 1).to(dtype)
+    x[:, 1] = 0
+    assert torch.equal(gram(x), gram(x.float()))
+    assert torch.equal(cross(x, y), cross(x.float(), y.float()))
+
+
 def test_codes_are_multiplied_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitpress.numerics.gram._uses_int8", lambda x: True)
     x = torch.randint(-127, 128, (500, 64), generator=torch.Generator().manual_seed(0)).float()
@@ -108,7 +119,6 @@ def test_a_gpu_multiplies_16_bits_as_they_are_and_adds_up_in_float32(dtype: torc
         on_gpu = x.to(GPU)
         assert product_dtype(on_gpu) == dtype
         square, product = gram(on_gpu), cross(on_gpu, y.to(GPU))
-    assert product_dtype(x) == torch.float32
     assert square.device == product.device == GPU
     assert torch.equal(bare(square), bare(square).T)
     assert relative_error(bare(square), x, x).max() < 1e-5
@@ -131,4 +141,5 @@ def test_what_a_gpu_observes_of_bfloat16_is_what_float64_would() -> None:
     # where numbers are far apart, their difference is rounded to bfloat16
     assert relative_error(value["drift"], drift, x).max() < 2**-9
     missing = (drift[::8] @ weight.double().T + residual[::8].double()).square().sum(0)
-    assert value["missing"].double() == pytest.approx(missing, rel=2**-8)
+    # a mean square of samples, of products in bfloat16
+    assert value["missing"].double() == pytest.approx(missing, rel=1e-2)

@@ -10,9 +10,6 @@ from torch import Tensor
 # Along an axis of fewer numbers, torch reduces float32 more slowly than int32.
 SHORT_AXIS = 32
 
-# All bits of a float32 number but its sign.
-MAGNITUDE_BITS = 0x7FFFFFFF
-
 
 def absmax(x: Tensor, dim: int | None = None) -> Tensor:
     """The largest magnitude along an axis, or of the whole tensor.
@@ -31,10 +28,13 @@ def absmax(x: Tensor, dim: int | None = None) -> Tensor:
     if dim is None:
         return x.amax().maximum(-x.amin())
 
-    # Magnitudes of floats have the order of their bits, read as integers.
-    if x.shape[dim] < SHORT_AXIS and x.dtype == torch.float32:
-        magnitude = x.view(torch.int32).bitwise_and(MAGNITUDE_BITS)
-        return magnitude.amax(dim, keepdim=True).view(torch.float32)
+    # Magnitudes of floats have the order of their bits, read as integers; those of 16 bits torch
+    # reduces several times as fast, along any axis.
+    is_half = x.dtype.itemsize == 2
+    if is_half or (x.dtype == torch.float32 and x.shape[dim] < SHORT_AXIS):
+        integer = torch.int16 if is_half else torch.int32
+        magnitude = x.view(integer).bitwise_and(torch.iinfo(integer).max)
+        return magnitude.amax(dim, keepdim=True).view(x.dtype)
 
     # Two reductions are twice as fast as abs().amax(), which writes all magnitudes first.
     return x.amax(dim, keepdim=True).maximum(-x.amin(dim, keepdim=True))

@@ -16,7 +16,7 @@ import attrs
 import torch
 from attrs import frozen
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from bitpress.numerics.columns import column_sweep
 from bitpress.numerics.exact import scalar_like
@@ -98,7 +98,8 @@ def gptq_statistics(
         # In 16 bits the difference of two numbers is exact while one is at most twice the other,
         # and rounded to 2**-9 of itself otherwise, in bfloat16: less than 8-bit codes lose.
         drift = reference.to(dtype) - x  # (tokens, in)
-        output_error = drift[::SAMPLE_STRIDE].float() @ weight.T  # (sampled tokens, out)
+        # Multiplied as the model does it: a mean square of samples need not be known better.
+        output_error = linear(drift[::SAMPLE_STRIDE], weight.to(dtype)).float()  # (sample, out)
         if residual is not None:
             sums["residual"] = cross(residual.to(dtype), tall)
             output_error += residual[::SAMPLE_STRIDE]

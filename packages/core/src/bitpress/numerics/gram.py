@@ -5,9 +5,11 @@ codes, each channel scaled by its largest magnitude among at most `TOKENS_PER_SC
 Rounding then adds to a channel's sum of squares at most TOKENS_PER_SCALE / (12 · 127²) of it,
 2.2 %, even if one token holds all of it, and some 0.01 % where inputs are normal: a small ridge.
 
-On a GPU numbers of 16 bits are multiplied as they are: a product of two bfloat16 or float16 numbers
-has at most 22 bits, and float32 sums lose nothing that they would not lose of float32 numbers. A
-token costs (1 + 1 / NUM_STRIPES) · in² FLOPs for a Gram matrix, 2 · rows · columns for a product.
+Numbers of 16 bits become codes a few tokens at a time: a whole matrix of them in float32 would not
+stay in a cache. On a GPU they are multiplied as they are: a product of two bfloat16 or float16
+numbers has at most 22 bits, and float32 sums lose nothing that they would not lose of float32
+numbers. A token costs (1 + 1 / NUM_STRIPES) · in² FLOPs for a Gram matrix, 2 · rows · columns for a
+product.
 """
 
 from __future__ import annotations
@@ -44,12 +46,12 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which products of such numbers are taken: float32, or on a GPU their own where
-    it has 16 bits.
+    """The dtype in which such numbers are given to products: their own where it has 16 bits,
+    otherwise float32.
     """
-    # torch 2.7 cannot add such products up in float32
-    is_half = x.dtype in HALF_DTYPES and hasattr(torch.ops.aten.mm, "dtype_out")
-    return x.dtype if is_half and x.device.type != "cpu" else torch.float32
+    # torch 2.7 cannot add products of 16 bits up in float32 on a GPU
+    can_add = x.device.type == "cpu" or hasattr(torch.ops.aten.mm, "dtype_out")
+    return x.dtype if can_add and x.dtype in HALF_DTYPES else torch.float32
 
 
 # Numbers (tokens, channels): int8 codes and the scale of each channel, or as they are and None.
@@ -111,8 +113,13 @@ def _chunks_of(x: Tensor | TallMatrix) -> Iterable[_Chunk]:
     """At most `TOKENS_PER_SCALE` tokens each."""
     if isinstance(x, TallMatrix):
         return x.chunks
-    chunks = torch.split(x, TOKENS_PER_SCALE)
-    return (_quantize_channels(chunk) if _uses_int8(chunk) else (chunk, None) for chunk in chunks)
+    return map(_chunk_of, torch.split(x, TOKENS_PER_SCALE))
+
+
+def _chunk_of(x: Tensor) -> _Chunk:
+    if _uses_int8(x):
+        return _quantize_channels(x)
+    return x.float() if x.device.type == "cpu" else x, None
 
 
 def _gram(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -137,7 +144,7 @@ def _cross(left_chunk: _Chunk, right_chunk: _Chunk) -> Tensor:
     # In stripes, so that the int32 sums are not all held at once.
     for rows in stripes(len(product)):
         stripe = _multiply(left[:, rows], right, product[rows])
-        stripe.mul_(right_scale).mul_(left_scale[rows].unsqueeze(1))
+        stripe.mul_(torch.outer(left_scale[rows], right_scale))
     return product
 
 
@@ -153,14 +160,14 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 def _quantize_channels(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes (tokens, in), and the scale of each channel (in,)."""
     of_tiles = (absmax(tile, dim=0) for tile in torch.split(x, TOKEN_TILE))
-    scale = functools.reduce(torch.maximum, of_tiles).squeeze(0).div_(127)
+    scale = functools.reduce(torch.maximum, of_tiles).squeeze(0).float().div_(127)
     # Divided by a subnormal scale, a quotient is no longer at most 127.
     scale.masked_fill_(scale < torch.finfo(scale.dtype).tiny, 1.0)
 
     codes = torch.empty_like(x, dtype=torch.int8)
     tiles = zip(torch.split(x, TOKEN_TILE), torch.split(codes, TOKEN_TILE), strict=True)
     for tile, tile_codes in tiles:
-        tile_codes.copy_((tile / scale).round_())
+        tile_codes.copy_((tile.float() / scale).round_())
     return codes, scale
 
 
