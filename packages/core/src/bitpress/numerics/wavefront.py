@@ -91,17 +91,17 @@ class _ColumnFeedback:
 class _WaveFeedback:
     """Moves the targets of a wave by the errors of rows before them.
 
-    What rows have lost, w - q, is held as (blocks of columns, blocks of rows, rows of a block,
-    columns of a block), the last group of rows first.
+    What rows have lost, w - q, is held as (blocks of columns, blocks of rows, columns of a block,
+    rows of a block), the last group of rows first.
     """
 
     def __init__(self, columns: SweptColumns, factor: RowFactor) -> None:
         self._columns, num_groups = columns, factor.num_groups
         num_blocks, size, step = len(factor.coupling), factor.block, factor.block // num_groups
         coupling = factor.coupling.view(num_blocks, num_groups, step, num_groups, step).flip(1, 3)
-        # (groups, blocks of rows, rows of a group, rows of a block)
-        self._coupling = coupling.transpose(0, 1).reshape(num_groups, num_blocks, step, size)
-        self._lost = coupling.new_zeros(columns.num_blocks, num_blocks, size, columns.block)
+        # (groups, blocks of rows, rows of a block, rows of a group)
+        self._coupling = coupling.permute(1, 0, 3, 4, 2).reshape(num_groups, num_blocks, size, step)
+        self._lost = coupling.new_zeros(columns.num_blocks, num_blocks, columns.block, size)
         self._step, self._shift = step, coupling.new_zeros(())
 
     def move_targets(self, wave: Wave) -> None:
@@ -110,19 +110,18 @@ class _WaveFeedback:
         first, stop = (columns.num_groups - 1 - wave.number + block for block in wave.blocks)
         # the groups after its last one have lost nothing yet
         rows = slice(first * self._step, None)
-        coupling, lost = self._coupling[first:stop, ..., rows], self._lost[slice(*wave.blocks)]
-        gain = (coupling @ lost[:, :, rows]).flatten(1, 2)[:, :num_rows]  # (blocks, rows, block)
-        self._shift = gain.permute(2, 0, 1)
+        lost, coupling = self._lost[slice(*wave.blocks)], self._coupling[first:stop]
+        gain = lost[..., rows] @ coupling[:, :, rows]  # (blocks, blocks of rows, block, rows)
+        self._shift = gain.permute(2, 0, 1, 3).flatten(2)[..., :num_rows]  # (block, blocks, rows)
         columns.of_wave(columns.target, wave).add_(self._shift)
         columns.of_wave(columns.original, wave).add_(self._shift)
 
     def take_errors(self, wave: Wave) -> None:
         """Hold what the rows of a wave have lost."""
-        columns = self._columns
+        columns, num_blocks = self._columns, self._coupling.shape[1]
         lost = columns.of_wave(columns.error, wave) - self._shift  # (block, blocks, rows)
-        num_blocks = self._coupling.shape[1]
         lost = pad(lost, (0, num_blocks * self._step - lost.shape[2]))
         held = self._lost.view(
-            columns.num_blocks, num_blocks, columns.num_groups, self._step, columns.block
-        ).diagonal(columns.num_groups - 1 - wave.number, 0, 2)
-        held.copy_(lost.view(*lost.shape[:2], num_blocks, self._step).permute(2, 3, 0, 1))
+            columns.num_blocks, num_blocks, columns.block, columns.num_groups, self._step
+        ).diagonal(columns.num_groups - 1 - wave.number, 0, 3)  # (blocks, block, rows, blocks)
+        held.copy_(lost.view(*lost.shape[:2], num_blocks, self._step).permute(2, 0, 3, 1))
