@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from bitpress import numerics
 from bitpress.numerics import block_sweep, output_hessian
 from bitpress.numerics.output_hessian import FEW_ROW_GROUPS, ROW_BLOCK, block_size
+from bitpress.numerics.wavefront import sweep_waves
 from bitpress.schemes.values import Layer, Statistic
 
 Array = NDArray[np.float64]
@@ -180,6 +181,17 @@ def test_a_row_costs_what_its_error_costs_beside_the_rows_before_it(
     np.testing.assert_allclose(cost.numpy(), expected, rtol=2e-4)
     moved = factor_of_rows.move(weight, quantized)
     torch.testing.assert_close(moved.double(), targets, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 5), (40, 130), (1030, 18)])
+def test_a_sweep_side_by_side_gives_the_targets_that_its_errors_have_moved(
+    rows: int, width: int
+) -> None:
+    weight, factor = weights(rows, width, 9), factorize(inputs(200, width, 9))
+    rule, factor_of_rows = three_bits(weight).rounding_rule, row_factor(gradients(300, rows, 9))
+    swept = sweep_waves(weight, factor, rule, factor_of_rows)
+    expected = weight if factor_of_rows is None else factor_of_rows.move(weight, swept.numbers)
+    torch.testing.assert_close(swept.target, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 13, 512, 700, 1030])

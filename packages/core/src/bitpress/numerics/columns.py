@@ -87,8 +87,9 @@ def column_sweep(  # noqa: PLR0913
         return decide_rows(weight, row_factor, decide), losses
 
     def compute(rows: slice, own: RowFactor | None) -> Tensor:
-        projected, losses[rows] = sweep_waves(weight[rows], factor, rule.of_rows(rows), own)
-        return projected
+        swept = sweep_waves(weight[rows], factor, rule.of_rows(rows), own)
+        losses[rows] = swept.cost
+        return swept.numbers
 
     return compute_coupled_rows(weight, row_factor, compute), losses
 

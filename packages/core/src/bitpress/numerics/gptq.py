@@ -14,7 +14,6 @@ from typing import Protocol, TypeVar
 
 import attrs
 import torch
-from attrs import frozen
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
@@ -31,6 +30,7 @@ from bitpress.numerics.output_hessian import (
 from bitpress.numerics.rounding_rule import RuledGrid
 from bitpress.numerics.rows import compute_coupled_rows, compute_rows, decide_rows
 from bitpress.numerics.scale_refit import DampedHessian, ScaledGrid, refit_scales
+from bitpress.numerics.wavefront import Swept, sweep_waves
 from bitpress.schemes.values import Layer, Statistic
 
 # The error of a layer's output is measured on every eighth token: enough to know its mean square,
@@ -203,17 +203,16 @@ class _RowRounding:
 
         return decide_rows(target, row_factor, round_group)
 
-    def _sweep(self, target: Tensor, rows: slice, row_factor: RowFactor | None) -> _Swept:
-        project = functools.partial(self._project, rows)
-        rule = None
+    def _sweep(self, target: Tensor, rows: slice, row_factor: RowFactor | None) -> Swept:
         if isinstance(self._grid, RuledGrid):
             mask = None if self._mask_of_column is None else self._mask_of_column.T
             rule = attrs.evolve(self._grid.rounding_rule, mask=mask).of_rows(rows)
-        numbers, cost = column_sweep(
-            target, self._factor, project, row_factor=row_factor, rule=rule
-        )
+            return sweep_waves(target, self._factor, rule, row_factor)
+
+        project = functools.partial(self._project, rows)
+        numbers, cost = column_sweep(target, self._factor, project, row_factor=row_factor)
         moved = target if row_factor is None else row_factor.move(target, numbers)
-        return _Swept(numbers, cost, moved)
+        return Swept(numbers, cost, moved)
 
     def _project(self, rows: slice, column_target: Tensor, own: slice, column: int) -> Tensor:
         own_rows = _within(rows, own)
@@ -225,11 +224,11 @@ class _RowRounding:
     def _refit(
         self,
         grid: ScaledGrid,
-        swept: _Swept,
+        swept: Swept,
         rows: slice,
         block: int,
-        sweep: Callable[[], _Swept],
-    ) -> _Swept:
+        sweep: Callable[[], Swept],
+    ) -> Swept:
         """The rows swept again with scales fitted to what they have become, where those of a block
         cost less that way.
         """
@@ -242,27 +241,12 @@ class _RowRounding:
         gain = pad(swept.cost - again.cost, (0, -len(scale) % block)).view(-1, block).sum(1)
         is_better = (gain > 0).repeat_interleave(block)[: len(scale)]  # (rows,)
         grid.scale[rows] = torch.where(is_better.unsqueeze(1), fitted, scale)
-        return _Swept(
+        return Swept(
             *(
                 torch.where(is_better.view(-1, *[1] * (old.ndim - 1)), new, old)
                 for old, new in zip(attrs.astuple(swept), attrs.astuple(again), strict=True)
             )
         )
-
-
-@frozen(eq=False)
-class _Swept:
-    """What a sweep made of some rows.
-
-    Attributes:
-        numbers: (rows, in) float32, representable.
-        cost: (rows,) float32, of their errors.
-        target: (rows, in) float32, what rows should have become, given the rows before them.
-    """
-
-    numbers: Tensor
-    cost: Tensor
-    target: Tensor
 
 
 def gptq_target(layer: Layer, stats: Mapping[str, Statistic], factor: Factor) -> Tensor:

@@ -12,6 +12,7 @@ import importlib
 from types import ModuleType
 
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -23,19 +24,31 @@ from bitpress.numerics.rounding_rule import RoundingRule
 from bitpress.numerics.swept_columns import SweptColumns, Wave, in_rows
 
 
+@frozen(eq=False)
+class Swept:
+    """What a sweep made of some rows.
+
+    Attributes:
+        numbers: (rows, in) float32, representable.
+        cost: (rows,) float32, of their errors, as `column_sweep` gives it.
+        target: (rows, in) float32, what rows should have become, given the rows before them.
+    """
+
+    numbers: Tensor
+    cost: Tensor
+    target: Tensor
+
+
 def sweep_waves(
     weight: Tensor, factor: Factor, rule: RoundingRule, row_factor: RowFactor | None
-) -> tuple[Tensor, Tensor]:
-    """The weight as a rule rounds it with error feedback, and what that costs each row.
+) -> Swept:
+    """The weight as a rule rounds it with error feedback.
 
     Args:
         weight: (rows, in) float32.
         factor: of the Hessian of the layer's inputs.
         rule: of these rows.
         row_factor: of these rows; None: they do not make up for each other's errors.
-
-    Returns:
-        (rows, in) float32, and (rows,) float32, as `column_sweep` gives them.
     """
     num_rows, width = weight.shape
     num_groups = 1 if row_factor is None else row_factor.num_groups
@@ -54,15 +67,25 @@ def sweep_waves(
         if row_feedback is not None:
             row_feedback.take_errors(wave)
 
-    projected, target = columns.projected[:width], columns.target[:width]
+    moved, target, projected = (
+        x[:width] for x in (columns.original, columns.target, columns.projected)
+    )
     # only these are needed
     del columns, blocks, column_feedback, row_feedback
     residual = target.sub_(projected).square_()
     loss = (factor.variance @ residual.flatten(1)).view(1, num_groups, -1)
     del target, residual
-    by_column = in_rows(projected, num_rows)
-    rounded = torch.empty_like(by_column).index_copy_(0, factor.order, by_column)
-    return rounded.T, in_rows(loss, num_rows)[0]
+    return Swept(
+        _in_rows(projected, factor, num_rows),
+        in_rows(loss, num_rows)[0],
+        weight if row_factor is None else _in_rows(moved, factor, num_rows),
+    )
+
+
+def _in_rows(of_groups: Tensor, factor: Factor, num_rows: int) -> Tensor:
+    """Columns (in, groups, rows) in the order of the factor as rows in that of the weight."""
+    by_column = in_rows(of_groups, num_rows)
+    return torch.empty_like(by_column).index_copy_(0, factor.order, by_column).T.contiguous()
 
 
 class _ColumnFeedback:
