@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,15 +27,19 @@ from bitpress.checkpoint.engine_facts import QuantizedLayers, facts_of
 from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.checkpoint.source import resolve_source
 from bitpress.compression import calibrated
+from bitpress.compression.calibration import block, solution
 from bitpress.compression.calibration.activation_streams import ActivationStreams, StreamLimits
+from bitpress.compression.calibration.solution import Solution, solve_side_by_side
 from bitpress.conformance.commands import command, plugins, refusal
 from bitpress.conformance.models import files_of, tensors_of
 from bitpress.modeling.capture import capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
+from bitpress.modeling.experts import Experts
 from bitpress.modeling.host_weights import HostLinear
 from bitpress.modeling.tokens import load_calibration_data
 from bitpress.planning import linear_layers
 from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.runtime.lanes import Lanes
 
 FAMILIES = [
     "mixtral",
@@ -114,15 +121,64 @@ def test_blocks_whose_layers_are_brought_give_what_whole_blocks_give(
             captured = capture_inputs(decoder, BATCHES)
             streams = ActivationStreams(captured.hidden_states, CPU, StreamLimits(0))
             for index in range(len(decoder)):
-                block = decoder.load_block(index)
-                assert any(isinstance(module, HostLinear) for module in block.modules()) == bool(
+                loaded = decoder.load_block(index)
+                assert any(isinstance(module, HostLinear) for module in loaded.modules()) == bool(
                     max_brought_bytes
                 )
-                streams.enter_block(block, None, captured.calls[index])
+                streams.enter_block(loaded, None, captured.calls[index])
                 streams.leave_block()
             outputs.append([captured.hidden_states[i] for i in range(len(BATCHES))])
     for whole, by_layer in zip(*outputs, strict=True):
         assert torch.equal(whole, by_layer)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text", "mixtral"])
+def test_inputs_of_experts_side_by_side_are_there_before_one_of_them_computes(
+    tmp_path: Path, family: str
+) -> None:
+    source = resolve_source(open_checkpoint(build(family, tmp_path / "m")))
+    container = layer_names.container(next(iter(linear_layers.linear_layers(source))))
+    outputs, arrived = [], set()
+    with Reader() as reader, torch.no_grad():
+        decoder = Decoder(source, container, reader)
+        for num_together in (1, 3, 4):
+            captured = capture_inputs(decoder, BATCHES)
+            limits = StreamLimits(0, num_experts=num_together)
+            streams = ActivationStreams(captured.hidden_states, CPU, limits)
+            for index in range(len(decoder)):
+                loaded = decoder.load_block(index)
+                streams.enter_block(loaded, None, captured.calls[index])
+                for owner in (m for m in loaded.modules() if isinstance(m, Experts)):
+                    arrived.add((num_together, watch_arrivals(owner, num_together)))
+                streams.leave_block()
+            outputs.append([captured.hidden_states[i] for i in range(len(BATCHES))])
+    assert arrived == {(1, 4), (3, 4), (4, 4)}
+    for one_by_one, *others in zip(*outputs, strict=True):
+        assert all(torch.equal(one_by_one, states) for states in others)
+
+
+def watch_arrivals(experts: Experts, num_together: int) -> int:
+    """Let it be an error that a layer computes before its inputs, and those of the same layer of
+    all experts beside it, have arrived; returns how many experts there are.
+    """
+    arrived: list[str] = []
+
+    def require_arrivals(number: int, leaf: str) -> Any:
+        first = number // num_together * num_together
+        beside = range(first, min(first + num_together, len(numbers)))
+
+        def hook(module: torch.nn.Module, arguments: tuple[Tensor]) -> None:
+            assert arrived[-len(beside) :] == [f"{expert}.{leaf}" for expert in beside]
+
+        return hook
+
+    numbers = [name for name, _ in experts.named_children()]
+    for name, module in experts.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            number, leaf = name.split(".")
+            experts.arrival_hooks[name] = lambda inputs, name=name: arrived.append(name)
+            module.register_forward_pre_hook(require_arrivals(int(number), leaf))
+    return len(numbers)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +188,7 @@ def learner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # what comes before them stays as it was
 ONLY = '[[layers]]\nmatch = "*.layers.1.mlp.experts.*"\nsteps = ["learner"]\n'
+ALL = '[[layers]]\nmatch = "*"\nsteps = ["learner"]\n'
 EXPERTS = "model.layers.1.mlp.experts"
 # so coarse that routers after it send tokens elsewhere
 ATTENTION = """
@@ -142,7 +199,7 @@ steps = [{ use = "learner", bits = 2 }]
 
 
 def compress(
-    source: Path, out: Path, learner: Path, samples: int = 8, rules: str = ONLY, **options: bool
+    source: Path, out: Path, learner: Path, samples: int = 8, rules: str = ONLY, **options: int
 ) -> bitpress.Manifest:
     recipe = out.parent / "rules.toml"
     recipe.write_text(rules)
@@ -410,6 +467,47 @@ def test_a_run_that_ended_goes_on_to_the_same_bytes(
             run(tmp_path / "o")
         run(tmp_path / "o")
     assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "llama4"])
+def test_experts_that_are_solved_side_by_side_become_what_they_become_one_by_one(
+    tmp_path: Path, learner: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = build(family, tmp_path / "m")
+    solve, sizes = block.solve_side_by_side, set()
+
+    def count(groups: Sequence[Any], limits: StreamLimits) -> list[Solution]:
+        sizes.add(len(groups))
+        return solve(groups, limits)
+
+    monkeypatch.setattr(block, "solve_side_by_side", count)
+    for threads in (1, 2):
+        compress(source, tmp_path / f"o{threads}", learner, rules=ALL, threads=threads)
+        assert max(sizes) == threads
+    assert files_of(tmp_path / "o1") == files_of(tmp_path / "o2")
+
+
+def test_a_warning_is_of_the_layers_whose_solution_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2)
+
+    def warn(group: str, statistics: str, limits: StreamLimits) -> Solution:
+        together.wait()
+        warnings.warn(f"{group} at {statistics}", stacklevel=1)
+        warnings.warn("of no interest", DeprecationWarning, stacklevel=1)
+        together.wait()
+        assert limits.lanes.num_lanes == 1
+        return Solution([])
+
+    monkeypatch.setattr(solution, "solve", warn)
+    groups: Any = [("a", "1"), ("b", "2"), ("c", "3"), ("d", "4")]
+    with Lanes(2) as lanes:
+        solutions = solve_side_by_side(groups, StreamLimits(0, lanes=lanes))
+    assert [solved.warnings for solved in solutions] == [
+        ("a at 1",),
+        ("b at 2",),
+        ("c at 3",),
+        ("d at 4",),
+    ]
 
 
 def test_the_summary_tells_of_tokens(tmp_path: Path, learner: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from fixtures.architectures import build
 from fixtures.learner_scheme import install_learner, runnable_model
 
 import bitpress
@@ -15,7 +17,7 @@ from bitpress.conformance.commands import plugins
 from bitpress.planning import memory_estimate, numbers_held
 from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
-from bitpress.runtime.process_group import SINGLE_PROCESS
+from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SAMPLES, LENGTH = 512, 32
@@ -101,3 +103,38 @@ def test_a_gpu_that_has_run_out_of_memory_keeps_nothing_then_runs_ever_smaller_b
     one = Thrift(memory_estimate.BATCH_TOKENS).more(ids[:1])
     assert one == Thrift(LENGTH, is_minimal=True)
     assert one.more(ids[:1]) == Thrift(LENGTH, is_minimal=True, by_layer=True)
+
+
+def test_experts_are_solved_side_by_side_by_all_lanes_of_all_ranks_as_far_as_there_is_room(
+    tmp_path: Path,
+) -> None:
+    with plugins(install_learner(tmp_path / "plugins")):
+        plan = bitpress.plan(build("qwen3_moe", tmp_path / "m"), scheme="learner")
+    estimate = memory_estimate.estimate_calibration(plan, SAMPLES * LENGTH, LENGTH)
+    # each token is sent to two of four
+    assert plan.max_experts_together == 2
+    for free_bytes, num_threads, num_ranks, expected in (
+        (0, 1, 1, 1),
+        (0, 2, 1, 1),
+        (estimate.per_expert - 1, 2, 1, 1),
+        (estimate.per_expert, 2, 1, 2),
+        (9 * estimate.per_expert, 4, 1, 2),
+        (0, 1, 2, 2),
+        (0, 1, 3, 2),
+    ):
+        group = ProcessGroup(0, num_ranks)
+        held_bytes = estimate.in_memory + (num_threads - 1) * estimate.per_lane + free_bytes
+        # half of what is allowed is left to the heap's holes
+        max_memory = memory.TRANSFORMERS_BYTES + 2 * held_bytes
+        resources = Resources((CPU,), num_threads, max_memory, process_group=group)
+        ids = torch.zeros(SAMPLES * num_ranks, LENGTH, dtype=torch.int64)
+        own = OwnBatches.of_rank(plan, ids, group, memory_estimate.BATCH_TOKENS)
+        budget = Budget.for_run(plan, own, resources, Thrift(LENGTH))
+        assert budget.num_experts == expected
+
+
+def test_a_model_without_experts_solves_one_layer_group_at_a_time(plan: Plan) -> None:
+    assert plan.max_experts_together == 1
+    for num_ranks in (1, 4):
+        resources = Resources((CPU,), 4, process_group=ProcessGroup(0, num_ranks))
+        assert Budget.for_run(plan, split(plan), resources, Thrift(LENGTH)).num_experts == 1

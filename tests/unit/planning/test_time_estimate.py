@@ -190,6 +190,32 @@ def test_threads_share_what_is_done_on_tokens_and_the_tiles_of_rows_of_fits() ->
         )
 
 
+def test_ranks_and_threads_share_the_experts_of_a_block() -> None:
+    operations, columns = 10**12, 10**6
+    work = time_estimate.RankWork(
+        0, 0, 0, columns=columns, expert_solutions={8: operations}, expert_columns={8: columns}
+    )
+    for num_ranks, threads in ((1, 1), (1, 4), (2, 1), (2, 3), (4, 4), (16, 1)):
+        assert time_estimate.estimate_seconds([work] * num_ranks, threads) == pytest.approx(
+            num_ranks * operations / min(num_ranks * threads, 8) / time_estimate.SOLVE_RATE
+            + num_ranks * columns / min(num_ranks, 8) * time_estimate.COLUMN_SECONDS
+        )
+
+
+def test_what_is_fitted_of_experts_is_counted_apart(tmp_path: Path) -> None:
+    with plugins(install_learner(tmp_path / "plugins")):
+        plan = bitpress.plan(build("mixtral", tmp_path / "model"), scheme="learner")
+    calibration = CalibrationConfig(samples=300, sequence_length=32)
+    for num_ranks in (1, 2):
+        for work in time_estimate.estimate_ranks(plan, num_ranks, calibration):
+            # two of four experts are sent a token
+            assert list(work.expert_solutions) == list(work.expert_columns) == [2]
+            assert 0 < work.expert_columns[2] < work.columns
+            assert work.solutions == work.expert_solutions[2] + sum(
+                work.solutions_by_tiles.values()
+            )
+
+
 def test_experts_that_few_tokens_reach_are_not_fitted(tmp_path: Path) -> None:
     with plugins(install_learner(tmp_path / "plugins")):
         plan = bitpress.plan(build("mixtral", tmp_path / "model"), scheme="learner")

@@ -199,7 +199,9 @@ def _plan_batches(
     own_batches = OwnBatches.of_rank(
         plan, calibration.input_ids, resources.process_group, thrift.batch_tokens
     )
-    return own_batches, Budget.for_run(plan, own_batches, resources, thrift)
+    budget = Budget.for_run(plan, own_batches, resources, thrift)
+    num_experts = min(resources.process_group.all_gather_object(budget.num_experts))
+    return own_batches, evolve(budget, num_experts=num_experts)
 
 
 def _with_warnings(results: list[BlockResult], warnings: Sequence[str]) -> list[BlockResult]:
@@ -243,11 +245,7 @@ def _write_other_shards(run: _Run, fitted: Sequence[Shard]) -> None:
 
 
 def _capture_inputs(
-    run: _Run,
-    decoder: Decoder,
-    own_batches: OwnBatches,
-    budget: Budget,
-    lanes: Lanes,
+    run: _Run, decoder: Decoder, own_batches: OwnBatches, budget: Budget, lanes: Lanes
 ) -> tuple[CapturedInputs, ActivationStreams]:
     """What every block is called with, and the streams before the first block."""
     folder = run.output.folder if budget.is_spilled else None
@@ -263,7 +261,7 @@ def _capture_inputs(
             inputs.hidden_states[i].clone() for i in reference_batches
         )
         reference = ReferenceStates(states, reference_batches)
-    limits = StreamLimits(budget.max_resumable, budget.max_working_bytes, lanes)
+    limits = StreamLimits(budget.max_resumable, budget.max_working_bytes, lanes, budget.num_experts)
     streams = ActivationStreams(
         inputs.hidden_states, run.resources.device, limits, reference, run.resources.process_group
     )

@@ -5,11 +5,13 @@ tokens that are routed to it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 
 from bitpress.checkpoint.layer_names import EXPERT
@@ -36,6 +38,12 @@ class Experts(nn.Module):
         shapes: of the layers as the files have them.
         all_experts: whether each expert computes every token; the output is the same.
 
+    Attributes:
+        num_together: experts that compute side by side: the inputs of a layer of all of these are
+            there before it computes in one of them.
+        arrival_hooks: by layer, `0.gate_proj`, what is called with its inputs (tokens, in) when
+            those of all experts beside it are there.
+
     Raises:
         CheckpointError: it computes in a way that is not known here, or experts are missing.
     """
@@ -47,6 +55,8 @@ class Experts(nn.Module):
         # beside self
         num_inputs = len(inspect.signature(type(fused).forward).parameters) - 1
         self._layers, self.all_experts = _layer_names(name, fused, shapes, num_inputs), all_experts
+        self.num_together = 1
+        self.arrival_hooks: dict[str, Callable[[Tensor], None]] = {}
         # Llama 4 gives its experts their tokens in as many equal parts as there are experts, zeros
         # where a token is not routed to one; other models give tokens, experts and weights
         self._has_parts = num_inputs == 1
@@ -84,13 +94,15 @@ class Experts(nn.Module):
             return self._compute_parts(hidden_states)
         summed = torch.zeros_like(hidden_states)
         by_expert = _sort_by_expert(top_k_index.flatten(), len(self._modules))
-        for chosen, expert in zip(by_expert, self.children(), strict=True):
-            token, rank = chosen // top_k_index.shape[1], chosen % top_k_index.shape[1]
-            if self.all_experts:
-                output = self._compute(expert, hidden_states)[token]
-            else:
-                output = self._compute_routed(expert, hidden_states, token)
-            weighted = output * top_k_weights[token, rank, None]
+        num_chosen = top_k_index.shape[1]
+        tokens = [chosen // num_chosen for chosen in by_expert]
+        if self.all_experts:
+            outputs = self._compute((hidden_states, None) for _ in tokens)
+        else:
+            outputs = self._compute((hidden_states[token], token) for token in tokens)
+        for output, chosen, token in zip(outputs, by_expert, tokens, strict=True):
+            own = output[token] if self.all_experts else output
+            weighted = own * top_k_weights[token, chosen % num_chosen, None]
             summed.index_add_(0, token, weighted.to(summed.dtype))
         return summed
 
@@ -99,28 +111,57 @@ class Experts(nn.Module):
         outputs = torch.zeros_like(parts)
         is_routed = parts.any(2)  # (experts, tokens)
         tokens = torch.split(is_routed.nonzero()[:, 1], is_routed.sum(1).tolist())
-        for output, part, token, expert in zip(
-            outputs, parts, tokens, self.children(), strict=True
-        ):
-            output[token] = self._compute_routed(expert, part, token)
+        inputs = zip(parts, tokens, strict=True)
+        routed = self._compute((part[token], token) for part, token in inputs)
+        for output, own, token in zip(outputs, routed, tokens, strict=True):
+            output[token] = own
         return outputs.view_as(hidden_states)
 
-    def _compute_routed(self, expert: Any, hidden_states: Tensor, token: Tensor) -> Tensor:
-        outside = ROUTED_TOKENS.set(token)
-        try:
-            return self._compute(expert, hidden_states[token])
-        finally:
-            ROUTED_TOKENS.reset(outside)
+    def _compute(self, inputs: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
+        """The outputs (tokens, channels) of all experts, one after the other.
 
-    def _compute(self, expert: Any, tokens: Tensor) -> Tensor:
+        Args:
+            inputs: of each (tokens, channels), and the numbers of these tokens; None: they are all.
+        """
         *ups, down = self._layers
-        outputs = [expert[name](tokens) for name in ups]
+        of_experts = zip(self._modules, inputs, strict=True)
+        while together := list(itertools.islice(of_experts, self.num_together)):
+            experts = [number for number, _ in together]
+            routed = [token for _, (_, token) in together]
+            x = [x for _, (x, _) in together]
+            # nothing is held longer than a layer needs it
+            del together
+            outputs = [self._call(leaf, experts, x, routed) for leaf in ups]
+            x = list(map(self._activate, *outputs))
+            del outputs
+            yield from self._call(down, experts, x, routed)
+
+    def _call(
+        self,
+        leaf: str,
+        experts: Sequence[str],
+        inputs: Sequence[Tensor],
+        tokens: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """What a layer makes of its inputs in each of some experts."""
+        for expert, x, token in zip(experts, inputs, tokens, strict=True):
+            hook = self.arrival_hooks.get(f"{expert}.{leaf}")
+            if hook is not None:
+                outside = ROUTED_TOKENS.set(token)
+                try:
+                    hook(x)
+                finally:
+                    ROUTED_TOKENS.reset(outside)
+        modules: Any = self._modules
+        return [modules[expert][leaf](x) for expert, x in zip(experts, inputs, strict=True)]
+
+    def _activate(self, *outputs: Tensor) -> Tensor:
         if len(outputs) == 1:
-            return expert[down](self._fused.act_fn(outputs[0]))  # type: ignore[no-any-return]
+            return self._fused.act_fn(outputs[0])  # type: ignore[no-any-return]
         if hasattr(self._fused, "_apply_gate"):
-            return expert[down](self._fused._apply_gate(torch.cat(outputs, -1)))  # type: ignore[no-any-return]
+            return self._fused._apply_gate(torch.cat(outputs, -1))  # type: ignore[no-any-return]
         gate, up = outputs
-        return expert[down](up * self._fused.act_fn(gate))  # type: ignore[no-any-return]
+        return up * self._fused.act_fn(gate)  # type: ignore[no-any-return]
 
 
 def _sort_by_expert(experts: Tensor, num_experts: int) -> list[Tensor]:
@@ -152,10 +193,42 @@ def _layer_names(name: str, fused: nn.Module, shapes: Shapes, num_inputs: int) -
     return tuple(layers)
 
 
+@frozen(eq=False)
+class ExpertLayer:
+    """A layer of one of a block's experts.
+
+    Attributes:
+        experts: the module that computes them.
+        name: of the layer within it, `0.gate_proj`.
+    """
+
+    experts: Experts
+    name: str
+
+    @property
+    def neighbors(self) -> tuple[int, int, str]:
+        """The same for layers of the experts that compute side by side."""
+        number, leaf = self.name.split(".")
+        return id(self.experts), int(number) // self.experts.num_together, leaf
+
+
+def find_expert_layer(block: nn.Module, layer: str) -> ExpertLayer | None:
+    """A layer of a block as one of an expert's; None where it is none."""
+    parents = layer.rsplit(".", 2)
+    owner = block.get_submodule(parents[0]) if len(parents) == 3 else None
+    return ExpertLayer(owner, ".".join(parents[1:])) if isinstance(owner, Experts) else None
+
+
 def is_routed(block: nn.Module, layer: str) -> bool:
     """Whether a layer of a block is given some of the tokens, which may be others in another copy
     of the block.
     """
-    parents = layer.rsplit(".", 2)
-    owner = block.get_submodule(parents[0]) if len(parents) == 3 else None
-    return isinstance(owner, Experts) and not owner.all_experts
+    expert_layer = find_expert_layer(block, layer)
+    return expert_layer is not None and not expert_layer.experts.all_experts
+
+
+def compute_together(block: nn.Module, num_together: int) -> None:
+    """Let so many experts of a block compute side by side; where each computes every token, one."""
+    for module in block.modules():
+        if isinstance(module, Experts):
+            module.num_together = 1 if module.all_experts else num_together

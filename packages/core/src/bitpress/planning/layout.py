@@ -83,6 +83,11 @@ class Stack:
         return DTYPES[next(iter(self.members.values())).dtype]
 
     @property
+    def is_of_expert(self) -> bool:
+        """Whether its layers are one expert's."""
+        return layer_names.OF_EXPERT.fullmatch(next(iter(self.members))) is not None
+
+    @property
     def calibrated(self) -> bool:
         """Whether a step must see the layers' inputs."""
         return any(step.calibrated for step in self.steps)

@@ -89,12 +89,14 @@ class CalibrationMemory:
         in_memory: with all hidden states in memory.
         per_lane: for each further batch that is run at the same time.
         per_waiting_token: for each token whose forward waits inside a block.
+        per_expert: for each further expert that is solved at the same time.
     """
 
     on_disk: int
     in_memory: int
     per_lane: int
     per_waiting_token: int
+    per_expert: int
 
     def spilled_bytes(self, max_bytes: int | None) -> int:
         """Bytes of hidden states that go to disk; None allows half of what is free."""
@@ -105,6 +107,12 @@ class CalibrationMemory:
         """How many of so many threads may each run a batch at the same time, at least one."""
         held_bytes = self.on_disk if self.spilled_bytes(max_bytes) else self.in_memory
         return min(1 + max(max_bytes - held_bytes, 0) // self.per_lane, num_threads)
+
+    def num_experts(self, free_bytes: int, max_experts: int) -> int:
+        """How many of so many experts may be solved at the same time, in what nothing else holds;
+        at least one.
+        """
+        return min(1 + max(free_bytes, 0) // (self.per_expert or 1), max_experts)
 
     def num_waiting(self, free_bytes: int, tokens: int) -> int:
         """How many forwards of so many tokens may wait inside a block, in what nothing else
@@ -223,11 +231,7 @@ def estimate_calibration(
         if "lm_head" not in entry.name
     )
     block = numbers_held.count_block(plan, by_layer=by_layer)
-    solutions = (
-        numbers_held.count_solution(*stack.shape, sum(step.calibrated for step in stack.steps))
-        for stack in plan.block_stacks
-    )
-    solution, width = max(solutions, default=0), plan.width
+    solution, width = numbers_held.count_largest_solution(plan.block_stacks), plan.width
     batch_tokens = max(BATCH_TOKENS, length)
     forward = batch_tokens * (WIDE_ACTIVATIONS * width + HIDDEN_ACTIVATIONS * plan.hidden_size)
     observing = TEMPORARIES * max(STATISTICS_TOKENS, length) * width
@@ -256,6 +260,8 @@ def estimate_calibration(
         per_lane=NUMBER_BYTES
         * max(forward + observing + _count_in_flight(plan, length), kept, logits),
         per_waiting_token=number_bytes * (WAITING_STATES * plan.hidden_size + width),
+        # of all that are sent each token once, a batch takes no more than an MLP of all tokens does
+        per_expert=NUMBER_BYTES * numbers_held.count_largest_solution(plan.expert_stacks),
     )
 
 

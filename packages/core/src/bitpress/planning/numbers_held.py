@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from bitpress.numerics.rows import ROW_TILE
-from bitpress.planning.layout import Shard
+from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
 from bitpress.schemes import stored_layout
 
@@ -105,6 +106,15 @@ def count_gradients(plan: Plan, tokens: int) -> int:
         stack.shape[0] * GRADIENT_ROW_NUMBERS for stack in plan.block_stacks if stack.calibrated
     )
     return (num_blocks + 1) * tokens * plan.hidden_size + statistics
+
+
+def count_largest_solution(stacks: Iterable[Stack]) -> int:
+    """Numbers of the statistics and the solution of the stack that has most of them."""
+    solutions = (
+        count_solution(*stack.shape, sum(step.calibrated for step in stack.steps))
+        for stack in stacks
+    )
+    return max(solutions, default=0)
 
 
 def count_solution(rows: int, width: int, steps: int) -> int:

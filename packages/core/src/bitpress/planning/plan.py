@@ -125,6 +125,26 @@ class Plan:
                 parts.append(share_of(entry) / stack.shape[1])
         return min(parts, default=1.0)
 
+    @property
+    def expert_stacks(self) -> list[Stack]:
+        """Those of experts."""
+        return [stack for stack in self.stacks if stack.is_of_expert]
+
+    @cached_property
+    def max_experts_together(self) -> int:
+        """How many experts are sent each token once, all together, on average: what so many of them
+        make of a batch is no more than an MLP makes; 1 where none is compressed.
+        """
+        experts_per_token = self.source.model_config.experts_per_token
+        shares = [1.0]
+        for shard in self.shards:
+            share_of = token_shares(shard.entries, experts_per_token)
+            for stack in shard.stacks:
+                if stack.is_of_expert:
+                    shares += map(share_of, stack.members.values())
+        # 3 of 1 / (1 / 3)
+        return int(1 / min(shares) + 1e-6)
+
     @cached_property
     def fragments(self) -> dict[str, Mapping[str, Any] | None]:
         """Every compressed module's config fragment."""

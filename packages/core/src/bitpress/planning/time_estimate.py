@@ -19,7 +19,7 @@ from bitpress.numerics.rows import ROW_TILE, count_columns
 from bitpress.numerics.scale_refit import count_passes
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS, CalibrationConfig
-from bitpress.planning.layout import Shard
+from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
 from bitpress.planning.routing import token_shares
 from bitpress.runtime.process_group import ProcessGroup
@@ -57,7 +57,10 @@ class RankWork:
         solutions: floating-point operations on those sums, counted as if every step that takes
             second moments fed errors forward.
         columns: that are decided one after the other.
-        solutions_by_tiles: the solutions, by how many tiles of rows may be solved side by side.
+        solutions_by_tiles: the solutions that wait for each other, by how many tiles of rows may be
+            solved side by side.
+        expert_solutions: those of experts, by how many of these all ranks may solve side by side.
+        expert_columns: of the columns, those of experts, likewise.
     """
 
     reads: int
@@ -68,6 +71,27 @@ class RankWork:
     solutions: int = 0
     columns: int = 0
     solutions_by_tiles: Mapping[int, int] = field(factory=dict)
+    expert_solutions: Mapping[int, int] = field(factory=dict)
+    expert_columns: Mapping[int, int] = field(factory=dict)
+
+
+@frozen
+class _Fits:
+    """Operations and columns of what one rank solves, as a `RankWork` has them."""
+
+    by_tiles: Counter[int] = field(factory=Counter)
+    of_experts: Counter[int] = field(factory=Counter)
+    columns: Counter[int] = field(factory=Counter)
+
+    @property
+    def num_operations(self) -> int:
+        """All of them."""
+        return self.by_tiles.total() + self.of_experts.total()
+
+    @property
+    def expert_columns(self) -> dict[int, int]:
+        """Columns of experts, by how many of these may be solved side by side."""
+        return {number: self.columns[number] for number in self.of_experts}
 
 
 @frozen
@@ -78,32 +102,34 @@ class _Operations:
         per_token: forwards and statistics.
         per_compared_token: of a token that is run through the source's weights too, beside those.
         per_gradient_token: of a token that is run backward, beside those.
-        solutions: what each rank solves, by how many tiles of rows may be solved side by side.
-        columns: of these, decided one after the other.
+        fits: what each rank solves.
     """
 
     per_token: float
     per_compared_token: float
     per_gradient_token: float
-    solutions: Sequence[Mapping[int, int]]
-    columns: Sequence[int]
+    fits: Sequence[_Fits]
 
 
 def estimate_seconds(ranks: Sequence[RankWork], threads: int) -> float:
     """Until the last rank is done, at best; all of them wait for every solution, which the next
-    layers' inputs depend on. Threads that share a solution take turns at its columns.
+    layers' inputs depend on, but for those of experts. Threads that share a solution, or solve
+    experts side by side, take turns at columns.
     """
     longest = max(
         rank.reads / READ_RATE + rank.proves / VERIFY_RATE + rank.products / PRODUCT_RATE
         for rank in ranks
     )
-    solving = sum(
-        operations / min(threads, num_tiles) / SOLVE_RATE
-        for rank in ranks
-        for num_tiles, operations in rank.solutions_by_tiles.items()
-    )
-    columns = sum(rank.columns for rank in ranks) * COLUMN_SECONDS
-    return longest / threads + solving + columns
+    seconds, num_ranks = longest / threads, len(ranks)
+    for rank in ranks:
+        for num_tiles, operations in rank.solutions_by_tiles.items():
+            seconds += operations / min(threads, num_tiles) / SOLVE_RATE
+        for num_experts, operations in rank.expert_solutions.items():
+            seconds += operations / min(threads * num_ranks, num_experts) / SOLVE_RATE
+        seconds += (rank.columns - sum(rank.expert_columns.values())) * COLUMN_SECONDS
+        for num_experts, columns in rank.expert_columns.items():
+            seconds += columns / min(num_ranks, num_experts) * COLUMN_SECONDS
+    return seconds
 
 
 def estimate_ranks(
@@ -179,15 +205,18 @@ def _calibrated_work(
             shards = [*shards, *fitted]
         products = operations.per_token * tokens + operations.per_compared_token * compared
         products += operations.per_gradient_token * backward
+        fits = operations.fits[group.rank]
         yield RankWork(
             reads,
             sum(shard.header.nbytes for shard in shards),
             proved_bytes,
             tokens,
             int(products),
-            sum(operations.solutions[group.rank].values()),
-            operations.columns[group.rank],
-            operations.solutions[group.rank],
+            fits.num_operations,
+            fits.columns.total(),
+            fits.by_tiles,
+            fits.of_experts,
+            fits.expert_columns,
         )
 
 
@@ -196,8 +225,7 @@ def _count_operations(
 ) -> _Operations:
     """Those of blocks, and of fitting a head, which is not run."""
     per_token, per_compared_token, per_gradient_token = 0.0, 0.0, 0.0
-    solutions: list[Counter[int]] = [Counter() for _ in range(num_ranks)]
-    columns = [0] * num_ranks
+    fits = [_Fits() for _ in range(num_ranks)]
     gradient_tokens = min(memory_estimate.gradient_tokens(plan), tokens)
     experts_per_token = plan.source.model_config.experts_per_token
     for shard in shards:
@@ -209,7 +237,7 @@ def _count_operations(
         per_gradient_token += 3 * forward
 
         for number, stack in enumerate(stack for stack in shard.stacks if stack.calibrated):
-            rows, width = stack.shape
+            width = stack.shape[1]
             share = share_of(next(iter(stack.members.values())))
             # Largest inputs, and other numbers for each channel, take next to no time.
             steps = [step for step in stack.steps if pipeline.takes_second_moments(step)]
@@ -219,20 +247,34 @@ def _count_operations(
             per_token += share * len(steps) * 2 * gram
             # The product of x with how far it has moved.
             per_compared_token += share * num_drifts * 2 * width * width
-            # A factor of the Hessian; the sweep over columns and its loss; with drift, what makes
-            # up for it.
             if share * tokens >= MIN_EXPERT_TOKENS:
-                factor_and_sweep = len(steps) * (width / 3 + 2 * rows) + num_drifts * 4 * rows
-                num_tiles = math.ceil(rows / ROW_TILE)
-                solutions[number % num_ranks][num_tiles] += int(width * width * factor_and_sweep)
-                for step in steps:
-                    bits, tokens_back = step.options.bits, 0
-                    if pipeline.takes_gradient(step):
-                        tokens_back = gradient_tokens
-                    # what has no codes is decided by a mask, which no rule says
-                    count = count_columns(rows, width, tokens_back, bits is not None)
-                    columns[number % num_ranks] += count_passes(bits) * count
-    return _Operations(per_token, per_compared_token, per_gradient_token, solutions, columns)
+                together = plan.max_experts_together if stack.is_of_expert else 1
+                _count_fit(fits[number % num_ranks], stack, gradient_tokens, together)
+    return _Operations(per_token, per_compared_token, per_gradient_token, fits)
+
+
+def _count_fit(fits: _Fits, stack: Stack, gradient_tokens: int, together: int) -> None:
+    """Add what solving a stack takes.
+
+    Args:
+        gradient_tokens: that gradients are taken of.
+        together: experts that are solved side by side; 1 where it is of none.
+    """
+    rows, width = stack.shape
+    steps = [step for step in stack.steps if pipeline.takes_second_moments(step)]
+    num_drifts = sum(map(pipeline.takes_reference, steps))
+    # a factor of the Hessian; the sweep over columns and its loss; with drift, what makes up for it
+    factor_and_sweep = len(steps) * (width / 3 + 2 * rows) + num_drifts * 4 * rows
+    operations = int(width * width * factor_and_sweep)
+    if together > 1:
+        fits.of_experts[together] += operations
+    else:
+        fits.by_tiles[math.ceil(rows / ROW_TILE)] += operations
+    for step in steps:
+        tokens = gradient_tokens if pipeline.takes_gradient(step) else 0
+        # what has no codes is decided by a mask, which no rule says
+        count = count_columns(rows, width, tokens, step.options.bits is not None)
+        fits.columns[together] += count_passes(step.options.bits) * count
 
 
 def _file_bytes_of(shards: Sequence[Shard]) -> int:

@@ -19,6 +19,7 @@ from bitpress.compression.calibration.resumable_forward import (
 )
 from bitpress.modeling import metrics
 from bitpress.modeling.capture import BlockCall
+from bitpress.modeling.experts import compute_together
 from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.runtime.lanes import Lanes
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
@@ -76,7 +77,7 @@ class ReferenceStates:
 
 @frozen
 class StreamLimits:
-    """How much memory the forward passes of a block may take for speed.
+    """How much a block's forward passes and solutions may take for speed.
 
     Attributes:
         lanes: forward passes run side by side in these.
@@ -84,11 +85,13 @@ class StreamLimits:
             layer group.
         max_working_bytes: memory that may be held beyond what the interpreter and its libraries
             take; 0 returns freed memory to the system always.
+        num_experts: experts that compute, and whose layers are solved, side by side.
     """
 
     max_resumable: int
     max_working_bytes: int = 0
     lanes: Lanes = field(factory=Lanes)
+    num_experts: int = 1
 
 
 class ActivationStreams:
@@ -130,6 +133,8 @@ class ActivationStreams:
             calls: what the block is called with, batch by batch.
         """
         self.block, self.source_block, self.calls = block, source_block, calls
+        for entered in filter(None, (block, source_block)):
+            compute_together(entered, self.limits.num_experts)
         reference = self.reference
         reference_batches = () if reference is None else reference.batches
         batches = range(len(calls))

@@ -13,10 +13,24 @@ from bitpress.compression.calibration.activation_streams import ActivationStream
 from bitpress.compression.calibration.block_result import BlockResult
 from bitpress.compression.calibration.cache_statistics import CacheObserver
 from bitpress.compression.calibration.fold import FoldResult, fold_scales
-from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup, order_layer_groups
+from bitpress.compression.calibration.layer_groups import (
+    BlockPlan,
+    LayerGroup,
+    order_layer_groups,
+    side_by_side,
+)
 from bitpress.compression.calibration.resumable_forward import Breakpoints
-from bitpress.compression.calibration.solution import broadcast_stored, install, solve
-from bitpress.compression.calibration.statistics import collect_statistics, warn_of_few_tokens
+from bitpress.compression.calibration.solution import (
+    Solution,
+    broadcast_stored,
+    install,
+    solve_side_by_side,
+)
+from bitpress.compression.calibration.statistics import (
+    GroupStatistics,
+    collect_statistics,
+    warn_of_few_tokens,
+)
 from bitpress.runtime import memory
 from bitpress.runtime.logger import logger
 from bitpress.runtime.progress import ReportProgress
@@ -32,6 +46,21 @@ class _GroupResult:
     warnings: Sequence[str]
     num_tokens: Mapping[str, int]
     rounding_errors: Mapping[str, float]
+
+
+@frozen(eq=False)
+class _Collected:
+    """What is known of a layer group before it is solved.
+
+    Attributes:
+        owner: the rank that solves it.
+        statistics: of its inputs; of steps, the owner's alone.
+        warnings: of its inputs, one line each.
+    """
+
+    owner: int
+    statistics: GroupStatistics
+    warnings: Sequence[str]
 
 
 def compress_block(
@@ -70,16 +99,18 @@ def compress_block(
     for group in groups:
         group.register_input_quantizers()
 
-    results = []
-    for number, group in enumerate(groups):
-        name = group.stack.short_name.removeprefix(block_plan.prefix)
+    results: list[_GroupResult] = []
+    for together in side_by_side(groups, streams.block):
         start = time.monotonic()
-        result = _compress_group(
-            group, number, streams, write_tensor, _reporting(report_progress, name)
+        own = _compress_groups(
+            together, len(results), streams, write_tensor, _reporting(report_progress, block_plan)
         )
-        results.append(result)
-        report_progress(group.stack.source_bytes, f"{name} · done")
-        _log_errors(group, result, time.monotonic() - start)
+        results += own
+        seconds = time.monotonic() - start
+        for group, result in zip(together, own, strict=True):
+            name = group.stack.short_name.removeprefix(block_plan.prefix)
+            report_progress(group.stack.source_bytes, f"{name} · done")
+            _log_errors(group, result, seconds / len(together))
         memory.release_freed_memory(streams.limits.max_working_bytes)
     for block_breakpoints in breakpoints:
         block_breakpoints.remove()
@@ -119,9 +150,16 @@ def _join_results(fold_result: FoldResult, results: Sequence[_GroupResult]) -> B
     )
 
 
-def _reporting(report_progress: ReportProgress, layer: str) -> Callable[[str], None]:
-    """What says what is being done to a layer."""
-    return lambda activity: report_progress(0, f"{layer} · {activity}")
+def _reporting(
+    report_progress: ReportProgress, block_plan: BlockPlan
+) -> Callable[[LayerGroup, str], None]:
+    """What says what is being done to a layer group."""
+
+    def say(group: LayerGroup, activity: str) -> None:
+        name = group.stack.short_name.removeprefix(block_plan.prefix)
+        report_progress(0, f"{name} · {activity}")
+
+    return say
 
 
 def _log_errors(group: LayerGroup, result: _GroupResult, seconds: float) -> None:
@@ -131,47 +169,81 @@ def _log_errors(group: LayerGroup, result: _GroupResult, seconds: float) -> None
         logger.debug("%s: %s, %.2f s", module, text, seconds)
 
 
-def _compress_group(
-    group: LayerGroup,
-    number: int,
+def _compress_groups(
+    groups: Sequence[LayerGroup],
+    first_number: int,
     streams: ActivationStreams,
     write_tensor: WriteTensor,
-    say_activity: Callable[[str], None],
-) -> _GroupResult:
-    """Compress a layer group: one rank solves it, all install it.
+    say_activity: Callable[[LayerGroup, str], None],
+) -> list[_GroupResult]:
+    """Compress layer groups that wait for none of each other: each is solved by one rank, and
+    installed by all.
 
     Args:
-        number: of the group in forward order, and of its breakpoint.
+        first_number: of the first group in forward order, and of its breakpoint.
         say_activity: is told what is being done.
     """
     process_group = streams.process_group
-    owner = number % process_group.world_size
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        say_activity("running")
-        statistics = collect_statistics(group, number, streams, owner)
+    collected = []
+    for number, group in enumerate(groups, first_number):
+        say_activity(group, "running")
+        collected.append(_collect(group, number, streams))
         # what collecting has freed: what is allocated now is larger, and would not fit into its
         # holes
         memory.release_freed_memory(streams.limits.max_working_bytes)
-        solution = None
-        with process_group.agreeing():
-            if process_group.rank == owner:
-                say_activity("fitting")
-                solution = solve(group, statistics, streams.limits)
-    texts = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    by_rank = process_group.all_gather_object(texts)
-    own_errors = {} if solution is None else solution.rounding_errors
-    rounding_errors = process_group.broadcast_object(own_errors, owner)
 
+    own = [number for number, known in enumerate(collected) if known.owner == process_group.rank]
+    solutions: dict[int, Solution] = {}
+    with process_group.agreeing():
+        for number in own[:1]:
+            say_activity(groups[number], "fitting")
+        problems = [(groups[number], collected[number].statistics) for number in own]
+        solutions.update(zip(own, solve_side_by_side(problems, streams.limits), strict=True))
+
+    results = []
+    for number, (group, known) in enumerate(zip(groups, collected, strict=True)):
+        say_activity(group, "writing")
+        results.append(
+            _install_solution(group, known, solutions.get(number), streams, write_tensor)
+        )
+    return results
+
+
+def _collect(group: LayerGroup, number: int, streams: ActivationStreams) -> _Collected:
+    """What is known of a layer group before it is solved."""
+    owner = number % streams.process_group.world_size
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        statistics = collect_statistics(group, number, streams, owner)
+    texts = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    return _Collected(owner, statistics, texts)
+
+
+def _install_solution(
+    group: LayerGroup,
+    known: _Collected,
+    solution: Solution | None,
+    streams: ActivationStreams,
+    write_tensor: WriteTensor,
+) -> _GroupResult:
+    """Write what is stored of a group, and let the block compute with it.
+
+    Args:
+        solution: None on every rank but the group's owner.
+    """
+    process_group, statistics = streams.process_group, known.statistics
+    own_errors = {} if solution is None else solution.rounding_errors
+    rounding_errors = process_group.broadcast_object(own_errors, known.owner)
+    texts = [*known.warnings, *(() if solution is None else solution.warnings)]
+    by_rank = process_group.all_gather_object(texts)
     name = group.stack.name
     group_warnings = [
         f"{name}: {text}" for text in dict.fromkeys(text for texts in by_rank for text in texts)
     ]
     group_warnings += _warn_of_input_and_weights(group, statistics.num_tokens)
 
-    say_activity("writing")
     solved_here = None if solution is None else solution.stored_layers
-    stored_layers = broadcast_stored(solved_here, group, process_group, owner)
+    stored_layers = broadcast_stored(solved_here, group, process_group, known.owner)
     for module, stored in zip(group.modules, stored_layers, strict=True):
         for suffix, tensor in stored.tensors.items():
             write_tensor(f"{module}.{suffix}", tensor)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from attrs import field, frozen
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from bitpress.checkpoint.reader import DTYPES, Reader
 from bitpress.checkpoint.safetensors import Entry
 from bitpress.compression.calibration.activation_streams import ActivationStreams
-from bitpress.modeling.experts import is_routed
+from bitpress.modeling.experts import find_expert_layer, is_routed
 from bitpress.modeling.host_weights import computed_weight
 from bitpress.planning.attention_caches import AttentionCache
 from bitpress.planning.layout import Shard, Stack
@@ -183,3 +184,16 @@ def order_layer_groups(block_plan: BlockPlan, streams: ActivationStreams) -> lis
         return called_layers.index(group.first_layer)
 
     return sorted(groups, key=position)
+
+
+def side_by_side(groups: Sequence[LayerGroup], block: nn.Module) -> Iterator[list[LayerGroup]]:
+    """Layer groups of a block, in their order, together those that wait for none of each other: the
+    same layers of experts that compute side by side.
+    """
+
+    def neighbors(group: LayerGroup) -> object:
+        expert_layer = group.first_layer and find_expert_layer(block, group.first_layer)
+        return expert_layer.neighbors if expert_layer else group.stack.name
+
+    for _, together in itertools.groupby(groups, neighbors):
+        yield list(together)

@@ -96,6 +96,7 @@ class Budget:
         is_spilled: whether hidden states are kept on disk.
         num_lanes: forward passes that run side by side.
         max_resumable: forward passes that may wait inside a block.
+        num_experts: whose layers all ranks solve side by side, if all have as much memory.
         states_device: in whose memory hidden states are kept that are not on disk.
         max_brought_bytes: as a `DecoderOptions` has it.
     """
@@ -105,6 +106,7 @@ class Budget:
     is_spilled: bool
     num_lanes: int
     max_resumable: int
+    num_experts: int
     states_device: torch.device
     max_brought_bytes: int | None = None
 
@@ -130,13 +132,16 @@ class Budget:
         uses_half = is_ample or resources.max_memory is None
         max_working_bytes = available_bytes // 2 if uses_half else available_bytes
         num_lanes = estimate.num_lanes(max_working_bytes, resources.num_threads)
-        waiting_bytes = max_working_bytes - (num_lanes - 1) * estimate.per_lane
+        free_bytes = max_working_bytes - (num_lanes - 1) * estimate.per_lane - estimate.in_memory
+        own_experts = estimate.num_experts(free_bytes, min(num_lanes, plan.max_experts_together))
+        free_bytes -= (own_experts - 1) * estimate.per_expert
         return cls(
             max_working_bytes,
             is_ample,
             bool(estimate.spilled_bytes(max_working_bytes)),
             num_lanes,
-            estimate.num_waiting(waiting_bytes - estimate.in_memory, num_sequences * length),
+            estimate.num_waiting(free_bytes, num_sequences * length),
+            min(own_experts * resources.process_group.world_size, plan.max_experts_together),
             CPU,
         )
 
@@ -172,6 +177,7 @@ class Budget:
             is_spilled=moved_bytes > max(states_bytes, 0),
             num_lanes=1,
             max_resumable=estimate.num_waiting(device_bytes - held_bytes, num_sequences * length),
+            num_experts=min(resources.process_group.world_size, plan.max_experts_together),
             states_device=CPU if moved_bytes else resources.device,
             max_brought_bytes=max_brought_bytes,
         )

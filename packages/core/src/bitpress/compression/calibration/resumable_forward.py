@@ -18,10 +18,9 @@ import greenlet
 import torch
 from attrs import frozen
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from bitpress.modeling.capture import BlockCall
-from bitpress.modeling.experts import ROUTED_TOKENS
+from bitpress.modeling.experts import ROUTED_TOKENS, find_expert_layer
 
 # Part of a block's output by which a sum of its layers' outputs may differ from it: additions in
 # another order round otherwise.
@@ -169,29 +168,39 @@ class Breakpoints:
     def __init__(
         self, block: nn.Module, layers: Sequence[str], residual_layers: Sequence[str] = ()
     ) -> None:
-        self._handles: list[RemovableHandle] = []
+        self._removals: list[Callable[[], object]] = []
         for number, name in enumerate(layers):
+            expert_layer = find_expert_layer(block, name)
+            if expert_layer is not None:
+                hooks = expert_layer.experts.arrival_hooks
+                hooks[expert_layer.name] = functools.partial(_stop, number)
+                self._removals.append(functools.partial(hooks.pop, expert_layer.name))
+                continue
 
             def stop(
                 module: nn.Module, arguments: tuple[Tensor, ...], number: int = number
             ) -> None:
-                # other forward passes go through: those that trace a block or check a fold
-                asker, residual_stream = _find_asker()
-                if asker is None:
-                    return
-                # this frame must not hold the forward pass that it belongs to
-                inputs = arguments[0].flatten(0, -2)
-                asker.switch(Stop(number, inputs, ROUTED_TOKENS.get(), residual_stream))
+                _stop(number, arguments[0])
 
-            self._handles.append(block.get_submodule(name).register_forward_pre_hook(stop))
+            handle = block.get_submodule(name).register_forward_pre_hook(stop)
+            self._removals.append(handle.remove)
         for name in residual_layers:
             handle = block.get_submodule(name).register_forward_hook(_add_to_residual_stream)
-            self._handles.append(handle)
+            self._removals.append(handle.remove)
 
     def remove(self) -> None:
         """Let forward passes run through again."""
-        for handle in self._handles:
-            handle.remove()
+        for remove in self._removals:
+            remove()
+
+
+def _stop(number: int, inputs: Tensor) -> None:
+    """Hand a layer's inputs (..., in) to whoever waits for the current forward pass."""
+    # other forward passes go through: those that trace a block or check a fold
+    asker, residual_stream = _find_asker()
+    if asker is not None:
+        # this frame must not hold the forward pass that it belongs to
+        asker.switch(Stop(number, inputs.flatten(0, -2), ROUTED_TOKENS.get(), residual_stream))
 
 
 def current_batch() -> int | None:

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from bitpress.checkpoint.reader import DTYPES, Reader
@@ -40,10 +42,40 @@ class Solution:
         stored_layers: of each of its layers.
         rounding_errors: by layer, ||Q - W|| / ||W|| of plain rounding, where the scheme moves
             weights further than that on purpose; empty where it does not.
+        warnings: what solving it has warned of, one line each.
     """
 
     stored_layers: Sequence[StoredLayer]
     rounding_errors: Mapping[str, float] = field(factory=dict)
+    warnings: Sequence[str] = ()
+
+
+def solve_side_by_side(
+    groups: Sequence[tuple[LayerGroup, GroupStatistics]], limits: StreamLimits
+) -> list[Solution]:
+    """What `solve` gives for groups that wait for none of each other, each with its warnings: one
+    group in each lane, or a single one in all of them.
+    """
+    by_thread: defaultdict[int, list[str]] = defaultdict(list)
+
+    def keep_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
+        if category is UserWarning:
+            by_thread[threading.get_ident()].append(str(message))
+
+    def solve_one(group: tuple[LayerGroup, GroupStatistics]) -> Solution:
+        texts = by_thread[threading.get_ident()]
+        texts.clear()
+        solution = solve(*group, own_limits)
+        return evolve(solution, warnings=tuple(texts))
+
+    is_alone = len(groups) == 1
+    # a lane must not wait for another
+    own_limits = limits if is_alone else evolve(limits, lanes=Lanes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        # recorded warnings do not say which thread they are of
+        warnings.showwarning = keep_warning  # type: ignore[assignment]
+        return list((Lanes() if is_alone else limits.lanes).map(solve_one, groups))
 
 
 def solve(group: LayerGroup, statistics: GroupStatistics, limits: StreamLimits) -> Solution:
