@@ -346,38 +346,56 @@ def test_a_calibrated_run_goes_on_from_the_last_finished_block_with_any_number_o
     assert drift[0] == pytest.approx(drift[1], rel=0.05)
 
 
-# The second of two ranks has room for 21 of 42 sequences once a block is finished.
+# The second of two ranks has too little memory once a block is finished: for more than 21 of 42
+# sequences, or once for what it adds to the other's statistics, or gets of its solutions.
 SHORT = f"""
 import os
 from pathlib import Path
 import torch
 from bitpress.cli import main
+from bitpress.compression.calibration import solution, statistics
 from bitpress.modeling.capture import BlockCall
 
-call_block = BlockCall.__call__
+owner, name = {{
+    "batch": (BlockCall, "__call__"),
+    "sum": (statistics, "_addend"),
+    "solution": (solution, "_allocate_stored"),
+}}[place]
+work, once = getattr(owner, name), [True]
 
-def short_of_memory(call, block, states):
+def short_of_memory(*arguments):
     is_second = any(Path(sys.argv[3]).glob("*{BLOCK_RESULT_SUFFIX}"))
-    if os.environ["RANK"] == "1" and is_second and len(states) > 21:
+    is_short = len(arguments[-1]) > 21 if place == "batch" else once
+    if os.environ["RANK"] == "1" and is_second and is_short:
+        once.clear()
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return call_block(call, block, states)
+    return work(*arguments)
 
-BlockCall.__call__ = short_of_memory
+setattr(owner, name, short_of_memory)
 main()
 """
 
 
-def test_ranks_begin_a_block_again_together_where_one_runs_out_of_memory(calibrated: Path) -> None:
-    arguments = list(map(str, words(calibrated, "short")))
+@pytest.mark.parametrize(
+    ("place", "then"),
+    # less is kept, and then a batch is smaller
+    [("batch", ["2,048", "1,024"]), ("sum", ["2,048"]), ("solution", ["2,048"])],
+)
+def test_ranks_begin_a_block_again_together_where_one_runs_out_of_memory(
+    calibrated: Path, place: str, then: list[str]
+) -> None:
+    arguments = list(map(str, words(calibrated, f"short-{place}")))
     script = calibrated / "short.py"
-    script.write_text(f"import sys\nsys.argv = {['bitpress', *arguments]!r}\n{SHORT}")
+    start = f"import sys\nplace, sys.argv = {place!r}, {['bitpress', *arguments]!r}\n"
+    script.write_text(start + SHORT)
     completed = torchrun_script(2, script, path=calibrated / "plugins")
     assert completed.returncode == 0, completed.stderr
-    # once for all ranks: less is kept, and then a batch is smaller
+    # once for all ranks
     said = re.findall("a rank's GPU has run out of memory.*with ([0-9,]+)", completed.stderr)
-    assert said == ["2,048", "1,024"]
+    assert said == then
     short, two = (
-        json.loads((calibrated / name / "bitpress.json").read_text()) for name in ("short", "two")
+        json.loads((calibrated / name / "bitpress.json").read_text())
+        for name in (f"short-{place}", "two")
     )
     for name, layer in two["layers"].items():
         assert short["layers"][name]["error"] == pytest.approx(layer["error"], rel=0.05)

@@ -146,8 +146,9 @@ class ProcessGroup:
             if spec is None:
                 continue
             shape, dtype = spec
-            if rank != self.rank:
-                tensor = torch.empty(shape, dtype=dtype, device=device)
+            with self.agreeing():
+                if rank != self.rank:
+                    tensor = torch.empty(shape, dtype=dtype, device=device)
             assert tensor is not None
             return self.broadcast(tensor, rank)
         return None

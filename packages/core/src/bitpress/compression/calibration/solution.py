@@ -209,8 +209,9 @@ def broadcast_stored(
     Args:
         stored_layers: None on every rank but the owner.
     """
-    if stored_layers is None:
-        stored_layers = _allocate_stored(group)
+    with process_group.agreeing():
+        if stored_layers is None:
+            stored_layers = _allocate_stored(group)
     return [
         StoredLayer(
             {

@@ -263,6 +263,9 @@ def reduce_statistics(
     Args:
         by_step: of this rank; used up, so that one at a time is there twice.
         owner: the rank that gets them.
+
+    Raises:
+        AgreedOutOfMemoryError: on all ranks, where one has no memory for a copy.
     """
     if process_group.world_size == 1:
         return by_step
@@ -270,17 +273,21 @@ def reduce_statistics(
     for own_statistics, specs in zip(by_step, _gather_specs(process_group, by_step), strict=True):
         step_statistics: StepStatistics = {}
         for name, spec in specs.items():
-            statistic = own_statistics.pop(name, None)
-            if statistic is None:
-                value = spec.neutral_value(device)
-            else:
-                # two statistics may be one tensor, and it is changed in place
-                value = statistic.value.clone(memory_format=torch.contiguous_format)
+            with process_group.agreeing():
+                value = _addend(own_statistics.pop(name, None), spec, device)
             process_group.reduce(value.reshape(-1), owner, spec.merge)
             if process_group.rank == owner:
                 step_statistics[name] = Statistic(value, spec.merge, spec.rows)
         reduced.append(step_statistics)
     return reduced
+
+
+def _addend(statistic: Statistic | None, spec: _StatisticSpec, device: torch.device) -> Tensor:
+    """What a rank adds to those of the others: its own value, or what changes nothing."""
+    if statistic is None:
+        return spec.neutral_value(device)
+    # two statistics may be one tensor, and it is changed in place
+    return statistic.value.clone(memory_format=torch.contiguous_format)
 
 
 def _gather_specs(
