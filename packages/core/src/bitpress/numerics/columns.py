@@ -18,7 +18,6 @@ errors of the groups before it have moved; side by side, where `wavefront` can.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
@@ -32,10 +31,6 @@ from bitpress.numerics.output_hessian import RowFactor
 from bitpress.numerics.rounding_rule import RoundingRule
 from bitpress.numerics.rows import compute_coupled_rows, decide_rows
 from bitpress.numerics.wavefront import sweep_waves
-
-# Threads take turns at leaves: side by side, each would wait for Python's lock at every one of a
-# dozen small operations, which took 1.7 times the CPU time and no less of the clock's.
-_LEAF_TURN = threading.RLock()
 
 # (targets (rows,) of a column, the rows, the column) -> what the targets become (rows,)
 Project = Callable[[Tensor, slice, int], Tensor]
@@ -137,7 +132,7 @@ class _Sweep:
                 self._feed(columns, start, middle, stop)
                 continue
 
-            with _LEAF_TURN:
+            with block_sweep.COLUMNS_TURN:
                 for k in range(start, stop):
                     if self.ahead and k % span == 0:
                         positions = slice(k, min(k + span, width))

@@ -182,18 +182,10 @@ def _calibrated_work(
     fitted_bytes = _file_bytes_of(fitted)
 
     operations = _count_operations(plan, fitted, sum(batch_tokens), len(process_groups))
-    interval = memory_estimate.reference_interval(plan, sum(batch_tokens))
     for group in process_groups:
         batches = group.partition_evenly(batch_tokens)
         tokens = sum(batch_tokens[i] for i in batches)
-        compared = sum(
-            batch_tokens[i] for i in batches if plan.needs_reference and i % interval == 0
-        )
-        backward = sum(
-            batch_tokens[i]
-            for i in batches
-            if memory_estimate.is_gradient_batch(plan, i, interval, batch_tokens[0])
-        )
+        compared, backward = _count_source_tokens(plan, batches, batch_tokens)
 
         # Where tokens are compared, a block's own weights are read again; on the way to gradients,
         # twice.
@@ -218,6 +210,25 @@ def _calibrated_work(
             fits.of_experts,
             fits.expert_columns,
         )
+
+
+def _count_source_tokens(
+    plan: Plan, batches: range, batch_tokens: Sequence[int]
+) -> tuple[int, int]:
+    """How many tokens of some batches are run through the source too, and how many backward.
+
+    Args:
+        batches: their numbers.
+        batch_tokens: of all batches.
+    """
+    interval = memory_estimate.reference_interval(plan, sum(batch_tokens))
+    compared = sum(batch_tokens[i] for i in batches if plan.needs_reference and i % interval == 0)
+    backward = sum(
+        batch_tokens[i]
+        for i in batches
+        if memory_estimate.is_gradient_batch(plan, i, interval, batch_tokens[0])
+    )
+    return compared, backward
 
 
 def _count_operations(
