@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ def test_statistics_that_cannot_be_added_up_are_described_in_words() -> None:
 
     # Both ranks in one process: the second gathers what the first has said as well.
     ranks: Any = SimpleNamespace(world_size=2, rank=0, all_gather_object=gather_from_both)
+    ranks.agreeing = contextlib.nullcontext
     ranks.reduce = lambda value, owner, merge: None
     device = torch.device("cpu")
     reduce_statistics(ranks, [{"x": Statistic(torch.zeros(3, 3), "sum")}], 0, device)

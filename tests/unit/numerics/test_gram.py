@@ -129,7 +129,8 @@ def test_what_a_gpu_observes_of_bfloat16_is_what_float64_would() -> None:
     x = inputs(300, 40).bfloat16()
     source = (x + 0.05 * inputs(300, 1, 1).tanh() * x).bfloat16()
     residual, gradient = inputs(300, 24, 2).bfloat16(), inputs(300, 24, 3).bfloat16()
-    weight = inputs(24, 40, 4)
+    # as a model of bfloat16 has it
+    weight = inputs(24, 40, 4).bfloat16().float()
     with Pretended():
         batch = (tensor.to(GPU) for tensor in (x, weight, source, residual))
         stats = gptq_statistics(*batch) | output_statistics(gradient.to(GPU))
@@ -141,5 +142,4 @@ def test_what_a_gpu_observes_of_bfloat16_is_what_float64_would() -> None:
     # where numbers are far apart, their difference is rounded to bfloat16
     assert relative_error(value["drift"], drift, x).max() < 2**-9
     missing = (drift[::8] @ weight.double().T + residual[::8].double()).square().sum(0)
-    # a mean square of samples, of products in bfloat16
-    assert value["missing"].double() == pytest.approx(missing, rel=1e-2)
+    assert value["missing"].double() == pytest.approx(missing, rel=2**-8)

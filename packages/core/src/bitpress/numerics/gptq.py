@@ -15,11 +15,11 @@ from typing import Protocol, TypeVar
 import attrs
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from bitpress.numerics.columns import column_sweep
 from bitpress.numerics.exact import scalar_like
-from bitpress.numerics.gram import TallMatrix, cross, gram, product_dtype
+from bitpress.numerics.gram import TallMatrix, cross, gram, product_dtype, project
 from bitpress.numerics.hessian import Factor, factorize_hessian
 from bitpress.numerics.least_squares import masked_least_squares
 from bitpress.numerics.output_hessian import (
@@ -98,8 +98,8 @@ def gptq_statistics(
         # In 16 bits the difference of two numbers is exact while one is at most twice the other,
         # and rounded to 2**-9 of itself otherwise, in bfloat16: less than 8-bit codes lose.
         drift = reference.to(dtype) - x  # (tokens, in)
-        # Multiplied as the model does it: a mean square of samples need not be known better.
-        output_error = linear(drift[::SAMPLE_STRIDE], weight.to(dtype)).float()  # (sample, out)
+        # a mean square of samples need not be known better
+        output_error = project(drift[::SAMPLE_STRIDE], weight)  # (sampled tokens, out)
         if residual is not None:
             sums["residual"] = cross(residual.to(dtype), tall)
             output_error += residual[::SAMPLE_STRIDE]

@@ -99,6 +99,20 @@ def cross(left: Tensor | TallMatrix, right: Tensor | TallMatrix) -> Tensor:
     return functools.reduce(Tensor.add_, map(_cross, _chunks_of(left), _chunks_of(right)))
 
 
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """The product x weightᵀ, (tokens, out) float32; on a CPU rounded to 16 bits where x has 16.
+
+    Args:
+        x: (tokens, in) of its `product_dtype`.
+        weight: (out, in) floating, rounded to that.
+    """
+    weight = weight.to(x.dtype)
+    if x.device.type == "cpu":
+        return torch.nn.functional.linear(x, weight).float()
+    product = x.new_empty(len(x), len(weight), dtype=torch.float32)
+    return _multiply(x.T, weight.T, product)
+
+
 def stripes(width: int) -> Iterator[slice]:
     """Columns, from the first to the last, in stripes.
 
