@@ -18,11 +18,11 @@ JUDGE = Path(__file__).parent / "peers/divergence.py"
 TEXT, TOKENS = Path(__file__).parents[2] / "shared/eval/heldout.txt", 512
 
 
-def divergence(python: object, source: Path, out: Path) -> float | None:
-    """KL divergence from the source on a few tokens, nats a token, judged by a peer's transformers;
-    None where it fails.
+def divergence(python: object, source: Path, out: Path, tokens: int = TOKENS) -> float | None:
+    """KL divergence from the source on so many tokens, nats a token, judged by a peer's
+    transformers; None where it fails.
     """
-    words = [str(word) for word in (python, JUDGE, source, out, TEXT, TOKENS)]
+    words = [str(word) for word in (python, JUDGE, source, out, TEXT, tokens)]
     done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{out}: no KL divergence: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)

@@ -2,7 +2,8 @@
 SOURCE OUT TEXT TOKENS.
 
 Run in the environment that wrote OUT, or another whose transformers reads it. The last line printed
-is the KL divergence from the source, mean over the first tokens of a text, in nats a token.
+is the KL divergence from the source, mean over the first tokens of a text, in nats a token. It is
+run in sequences as long as those of calibration, which begin as the tokenizer begins a text.
 """
 
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# tokens of a sequence
+LENGTH = 512
+
 torch.set_num_threads(1)
 source, out, text = sys.argv[1:4]
 tokens = int(sys.argv[4])
@@ -18,16 +22,21 @@ tokens = int(sys.argv[4])
 BFLOAT16_FORMATS = ("nvfp4", "mxfp4", "mxfp8")
 config = (Path(out) / "config.json").read_text()
 dtype = torch.bfloat16 if any(name in config for name in BFLOAT16_FORMATS) else torch.float32
-ids = AutoTokenizer.from_pretrained(source)(
-    Path(text).read_text(), verbose=False, return_tensors="pt"
-)["input_ids"][:, :tokens]
+tokenizer = AutoTokenizer.from_pretrained(source)
+start = torch.tensor(tokenizer("")["input_ids"], dtype=torch.int64)
+ids = tokenizer(
+    Path(text).read_text(), verbose=False, return_tensors="pt", add_special_tokens=False
+)["input_ids"][0]
+count = max(tokens // LENGTH, 1)
+texts = ids[: count * (LENGTH - len(start))].view(count, -1)
+ids = torch.cat([start.expand(count, -1), texts], 1)  # (sequences, length)
 
 
 def predicted(model: str, dtype: torch.dtype) -> torch.Tensor:
-    """Log-probabilities (tokens, vocabulary)."""
+    """Log-probabilities (sequences, tokens, vocabulary)."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     with torch.inference_mode():
-        return loaded(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+        return loaded(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
 
 
 truth = predicted(source, torch.float32)
