@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from fixtures.fake_gpu import GPU, Elsewhere, Pretended, bare
 
 from bitpress import numerics
 from bitpress.numerics.histogram import MAX_EXPONENT, MIN_EXPONENT
@@ -109,3 +112,24 @@ def test_numbers_without_outliers_are_not_clipped_by_error() -> None:
         numerics.magnitude_histogram(x), x.abs().amax(), lambda m, c: c / 127.5
     )
     assert clip > 0.9
+
+
+def test_a_gpu_is_not_asked_for_every_clip_that_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = long_tailed(20_000)
+    counts, amax = numerics.magnitude_histogram(x), x.abs().amax()
+    expected = numerics.clip_by_error(counts, amax, numerics.e4m3_step)
+    compute, operations = Elsewhere.__torch_dispatch__, []
+
+    def count(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operations.append(func)
+        return compute(func, types, args, kwargs)
+
+    monkeypatch.setattr(Elsewhere, "__torch_dispatch__", classmethod(count))
+    with Pretended():
+        on_gpu = counts.to(GPU), amax.to(GPU)
+        operations.clear()
+        clip = numerics.clip_by_error(*on_gpu, numerics.e4m3_step)
+    assert clip.device == GPU
+    assert torch.equal(bare(clip), expected)
+    # both are brought, the clip goes back
+    assert len(operations) <= 3

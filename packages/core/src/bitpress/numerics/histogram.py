@@ -114,11 +114,15 @@ def clip_by_error(counts: Tensor, amax: Tensor, step: Callable[[Tensor, Tensor],
     Args:
         counts: (NUM_BINS,), as `magnitude_histogram` gives it.
         amax: the largest magnitude, without axes.
-        step: given magnitudes and a clip, how far the representable numbers near them lie apart.
+        step: given magnitudes and a clip, how far the representable numbers near them lie apart;
+            it is given tensors of the CPU.
 
     Returns:
         amax, or an upper edge of a bin below it, without axes.
     """
+    # a GPU would be waited for at every edge
+    device, counts, amax = amax.device, counts.cpu(), amax.cpu()
+
     # All magnitudes of a bin are taken to be its geometric middle.
     middle = _upper_edges(counts) * 2.0 ** (-0.5 / BINS_PER_OCTAVE)
     edges = [edge for edge in _upper_edges(counts) if amax * MIN_CLIP < edge < amax]
@@ -133,7 +137,7 @@ def clip_by_error(counts: Tensor, amax: Tensor, step: Callable[[Tensor, Tensor],
         error = torch.where(middle <= clip, rounding, middle - clip).square()
         costs.append((error.double() * counts.double()).sum())
     best: Tensor = candidates[int(torch.stack(costs).argmin())]
-    return best
+    return best.to(device)
 
 
 def median_magnitude(counts: Tensor) -> Tensor:
