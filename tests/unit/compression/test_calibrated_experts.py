@@ -510,6 +510,23 @@ def test_a_warning_is_of_the_layers_whose_solution_gave_it(monkeypatch: pytest.M
     ]
 
 
+def test_a_warning_in_another_lane_is_of_the_layers_that_are_solved_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def warn_in_lanes(group: str, statistics: str, limits: StreamLimits) -> Solution:
+        def warn(row: int) -> None:
+            warnings.warn(f"row {row} of {group}", stacklevel=1)
+
+        list(limits.lanes.map(warn, range(3)))
+        return Solution([])
+
+    monkeypatch.setattr(solution, "solve", warn_in_lanes)
+    group: Any = ("a", "1")
+    with Lanes(3) as lanes:
+        (solved,) = solve_side_by_side([group], StreamLimits(0, lanes=lanes))
+    assert sorted(solved.warnings) == ["row 0 of a", "row 1 of a", "row 2 of a"]
+
+
 def test_the_summary_tells_of_tokens(tmp_path: Path, learner: Path) -> None:
     source = build("mixtral", tmp_path / "m")
     completed = command(

@@ -56,21 +56,24 @@ def solve_side_by_side(
     """What `solve` gives for groups that wait for none of each other, each with its warnings: one
     group in each lane, or a single one in all of them.
     """
-    by_thread: defaultdict[int, list[str]] = defaultdict(list)
-
-    def keep_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
-        if category is UserWarning:
-            by_thread[threading.get_ident()].append(str(message))
-
-    def solve_one(group: tuple[LayerGroup, GroupStatistics]) -> Solution:
-        texts = by_thread[threading.get_ident()]
-        texts.clear()
-        solution = solve(*group, own_limits)
-        return evolve(solution, warnings=tuple(texts))
-
     is_alone = len(groups) == 1
     # a lane must not wait for another
     own_limits = limits if is_alone else evolve(limits, lanes=Lanes())
+    by_thread: defaultdict[int, list[str]] = defaultdict(list)
+
+    def own_texts() -> list[str]:
+        # the rows of a single group may be solved in several threads
+        return by_thread[0 if is_alone else threading.get_ident()]
+
+    def keep_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
+        if category is UserWarning:
+            own_texts().append(str(message))
+
+    def solve_one(group: tuple[LayerGroup, GroupStatistics]) -> Solution:
+        own_texts().clear()
+        solution = solve(*group, own_limits)
+        return evolve(solution, warnings=tuple(own_texts()))
+
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         # recorded warnings do not say which thread they are of
