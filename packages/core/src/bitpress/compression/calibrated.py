@@ -3,9 +3,10 @@ layer group in forward order.
 
 A layer group is a stack: layers that read one input. Its inputs are observed as the already
 compressed groups before it make them, it is compressed, and what a loader will compute with takes
-its place; then the next. So every layer is fitted to what it will be given when it is served. Every
-eighth batch is run through the source's weights as well, for schemes that ask how far the inputs
-have drifted. A head that is fitted to data comes last.
+its place; then the next. So every layer is fitted to what it will be given when it is served.
+Experts of a block, which wait for none of each other, are compressed several at a time. At least
+every eighth batch is run through the source's weights as well, for schemes that ask how far the
+inputs have drifted. A head that is fitted to data comes last.
 """
 
 from __future__ import annotations
