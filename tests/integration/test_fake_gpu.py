@@ -20,7 +20,7 @@ from fixtures.learner_scheme import CONFIG, runnable_model
 from torch import Tensor
 
 import bitpress
-from bitpress import Layer
+from bitpress import Layer, numerics
 from bitpress.checkpoint.filenames import BLOCK_RESULT_SUFFIX
 from bitpress.checkpoint.reader import Reader, open_checkpoint
 from bitpress.conformance import trial
@@ -30,7 +30,7 @@ from bitpress.modeling.capture import BlockCall
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.host_weights import BroughtWeights, HostLinear
-from bitpress.numerics import kernel_trial
+from bitpress.numerics import kernel_trial, scale_search, wavefront
 from bitpress.output import verify
 from bitpress.output.compressed_model import DequantizingReader
 from bitpress.planning import memory_estimate
@@ -137,6 +137,24 @@ def test_a_gpu_with_triton_gives_what_the_cpu_gives(
         result = everything(step, weight, lambda tensor: tensor.to(GPU))
     for key, tensor in expected.items():
         assert trial.are_equal(bare(result[key]), tensor), key
+
+
+def test_a_gpu_chooses_the_scales_of_more_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_search, "WEIGHTS_PER_CHUNK", 1 << 10)
+    weight, calls = torch.randn(64, 64), []
+
+    def fit(weight: Tensor) -> Tensor:
+        with patch.object(
+            scale_search, "embedding_bag", wraps=scale_search.embedding_bag
+        ) as look_up:
+            grid = numerics.fit_symmetric(weight, None, 4, 32, (0.8, 0.9, 1.0))
+        calls.append(look_up.call_count)
+        return grid.scale
+
+    expected = fit(weight)
+    with Pretended():
+        assert torch.equal(bare(fit(weight.to(GPU))), expected)
+    assert calls == [4, 1]
 
 
 RUNS = {
@@ -425,6 +443,20 @@ def test_blocks_that_do_not_fit_are_brought_expert_by_expert_to_the_same_bytes(
     assert held.most_bytes <= memory_estimate.brought_bytes(plan)
     assert held.most_bytes < memory_estimate.host_block_bytes(plan) / 4
     assert files_of(tmp_path / "whole") == files_of(tmp_path / "by layer")
+
+
+@pytest.mark.usefixtures("threads_too")
+def test_experts_that_a_gpu_solves_together_become_what_they_become_one_by_one(
+    tmp_path: Path,
+) -> None:
+    model = build("qwen3_moe", tmp_path / "model")
+    plan = bitpress.plan(model, scheme="w4a16", settings=["group_size=32"])
+    alone = memory_estimate.estimate_device(plan, 12 * 32, 32).on_disk
+    for name, limit, num_experts in (("alone", alone, 1), ("together", None, 2)):
+        with patch.object(wavefront, "_sweep_layers", wraps=wavefront._sweep_layers) as sweep:
+            compress_on_gpu(model, tmp_path / name, max_device_memory=limit)
+        assert max(len(call.args[0]) for call in sweep.call_args_list) == num_experts
+    assert files_of(tmp_path / "together") == files_of(tmp_path / "alone")
 
 
 class Held:

@@ -8,7 +8,6 @@ import json
 import re
 import threading
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -39,6 +38,7 @@ from bitpress.modeling.host_weights import HostLinear
 from bitpress.modeling.tokens import load_calibration_data
 from bitpress.planning import linear_layers
 from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.planning.memory_estimate import CalibrationMemory
 from bitpress.runtime.lanes import Lanes
 
 FAMILIES = [
@@ -471,20 +471,18 @@ def test_a_run_that_ended_goes_on_to_the_same_bytes(
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "llama4"])
 def test_experts_that_are_solved_side_by_side_become_what_they_become_one_by_one(
-    tmp_path: Path, learner: Path, family: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, learner: Path, family: str
 ) -> None:
     source = build(family, tmp_path / "m")
-    solve, sizes = block.solve_side_by_side, set()
-
-    def count(groups: Sequence[Any], limits: StreamLimits) -> list[Solution]:
-        sizes.add(len(groups))
-        return solve(groups, limits)
-
-    monkeypatch.setattr(block, "solve_side_by_side", count)
-    for threads in (1, 2):
-        compress(source, tmp_path / f"o{threads}", learner, rules=ALL, threads=threads)
-        assert max(sizes) == threads
-    assert files_of(tmp_path / "o1") == files_of(tmp_path / "o2")
+    # one by one; both in one thread, together; each in a thread
+    for name, threads, num_experts in (("o1", 1, 1), ("o2", 1, 2), ("o3", 2, 2)):
+        with (
+            patch.object(CalibrationMemory, "num_experts", lambda *given, n=num_experts: n),
+            patch.object(block, "solve_side_by_side", wraps=block.solve_side_by_side) as solve,
+        ):
+            compress(source, tmp_path / name, learner, rules=ALL, threads=threads)
+        assert max(len(call.args[0]) for call in solve.call_args_list) == num_experts
+    assert files_of(tmp_path / "o1") == files_of(tmp_path / "o2") == files_of(tmp_path / "o3")
 
 
 def test_a_warning_is_of_the_layers_whose_solution_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from unittest.mock import patch
 
+import attrs
 import pytest
 import torch
 from fixtures.architectures import build
@@ -14,7 +15,7 @@ import bitpress
 from bitpress.compression.calibration.rank_share import Budget, OwnBatches, Thrift
 from bitpress.compression.resources import Resources
 from bitpress.conformance.commands import plugins
-from bitpress.planning import memory_estimate, numbers_held
+from bitpress.planning import memory_estimate, numbers_held, plan as plan_module
 from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
@@ -118,6 +119,7 @@ def test_experts_are_solved_side_by_side_by_all_lanes_of_all_ranks_as_far_as_the
         (0, 2, 1, 1),
         (estimate.per_expert - 1, 2, 1, 1),
         (estimate.per_expert, 2, 1, 2),
+        (estimate.per_expert, 1, 1, 2),
         (9 * estimate.per_expert, 4, 1, 2),
         (0, 1, 2, 2),
         (0, 1, 3, 2),
@@ -131,6 +133,32 @@ def test_experts_are_solved_side_by_side_by_all_lanes_of_all_ranks_as_far_as_the
         own = OwnBatches.of_rank(plan, ids, group, memory_estimate.BATCH_TOKENS)
         budget = Budget.for_run(plan, own, resources, Thrift(LENGTH))
         assert budget.num_experts == expected
+
+
+def test_a_thread_of_a_cpu_solves_experts_together_of_few_rows(tmp_path: Path) -> None:
+    with plugins(install_learner(tmp_path / "plugins")):
+        plan = bitpress.plan(build("qwen3_moe", tmp_path / "m"), scheme="learner")
+    num_rows = max(stack.shape[0] for stack in plan.expert_stacks)
+    # each token is sent to two of four
+    for limit, expected in ((4 * num_rows, 2), (2 * num_rows, 2), (2 * num_rows - 1, 1), (1, 1)):
+        with patch.object(plan_module, "ROWS_PER_BATCH", limit):
+            assert attrs.evolve(plan).experts_per_batch == expected
+
+
+def test_a_gpu_solves_as_many_experts_together_as_it_has_room_for(tmp_path: Path) -> None:
+    with plugins(install_learner(tmp_path / "plugins")):
+        plan = bitpress.plan(build("qwen3_moe", tmp_path / "m"), scheme="learner")
+    tokens = SAMPLES * LENGTH
+    estimate = memory_estimate.estimate_device(plan, tokens, LENGTH)
+    for free_bytes, expected in ((0, 1), (estimate.per_expert - 1, 1), (estimate.per_expert, 2)):
+        device_bytes = estimate.in_memory + free_bytes
+        resources = Resources((GPU,), 1, None, device_bytes)
+        budget = Budget.for_run(plan, split(plan), resources, Thrift(LENGTH))
+        assert budget.num_experts == expected
+    # what they take is not there for forward passes that wait
+    assert budget.max_resumable == 0
+    thrifty = Budget.for_run(plan, split(plan), resources, Thrift(LENGTH, is_minimal=True))
+    assert thrifty.num_experts == 1
 
 
 def test_a_model_without_experts_solves_one_layer_group_at_a_time(plan: Plan) -> None:

@@ -16,11 +16,20 @@ import pytest
 import torch
 from attrs import frozen
 from fixtures.interpreted_triton import interpret
+from fixtures.layer_problems import Problem
 from torch import Tensor
 
 from bitpress import numerics
-from bitpress.numerics import block_sweep, fused_sweep, kernel_trial
+from bitpress.numerics import (
+    block_sweep,
+    fused_refit,
+    fused_sweep,
+    kernel_trial,
+    output_hessian,
+    wavefront,
+)
 from bitpress.numerics.scale_refit import DampedHessian, refit_scales
+from bitpress.runtime.batching import map_batched
 from bitpress.schemes.values import Layer, Statistic
 
 # A narrow block, so that few columns make several.
@@ -188,6 +197,53 @@ def test_layers_become_the_same_with_masks_refitted_scales_and_rows_that_make_up
     assert kernel.called
 
 
+@pytest.mark.parametrize(
+    ("name", "two_sided", "masked"),
+    [
+        ("4 bits, zero points", False, True),
+        ("4 bits, zero points", True, False),
+        ("E2M1", True, False),
+    ],
+)
+def test_the_kernels_make_of_layers_together_what_they_make_of_each_alone(
+    name: str,
+    two_sided: bool,
+    masked: bool,
+    with_kernel: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # every wave takes the interpreter 50 ms
+    monkeypatch.setattr(output_hessian, "FEW_ROW_GROUPS", 2)
+
+    def solve(problem: Problem) -> tuple[Tensor, Tensor]:
+        return problem.solve(lambda weight, _: fit_refitted(name, weight))
+
+    def fit_refitted(name: str, weight: Tensor) -> Any:
+        return StoredFloatGrid(weight, 8) if name == "E2M1" else fit_stored(name, weight)
+
+    problems = [Problem.drawn(5, 16, seed, masked=masked, two_sided=two_sided) for seed in (30, 40)]
+    with_kernel()
+    alone = [solve(problem) for problem in problems]
+    sweeps, fits = [], []
+    with (
+        patch.object(wavefront, "_sweep_layers", note_sizes(wavefront._sweep_layers, sweeps)),
+        patch.object(fused_refit, "_refit_layers", note_sizes(fused_refit._refit_layers, fits)),
+    ):
+        together = map_batched(solve, problems)
+    assert sweeps[:2] == [2, 2]
+    assert fits == [2]
+    for own, expected in zip(together, alone, strict=True):
+        assert_same(own, expected)
+
+
+def note_sizes(compute: Callable[[Any], Any], sizes: list[int]) -> Callable[[Any], Any]:
+    def noted(layers: Any) -> Any:
+        sizes.append(len(layers))
+        return compute(layers)
+
+    return noted
+
+
 def fit_stored(name: str, weight: Tensor) -> numerics.Grid:
     """A grid whose integers have scales that are fitted again."""
     if name == "E2M1":
@@ -352,9 +408,9 @@ for rows, width, own in ((64, 256, slice(0, 64)), (70, 300, slice(3, 70, 16)), (
         grid = fit(weight, None, 4, size, (1.0,), dtype=torch.bfloat16)
         rules = [attrs.evolve(grid.rounding_rule, mask=m).of_rows(own) for m in (None, mask)]
         order, num_groups = torch.arange(width), min(16, len(weight[own]))
-        columns = SweptColumns.undecided(weight[own], order, fused_sweep.BLOCK, num_groups)
+        columns = SweptColumns.undecided([weight[own]], [order], fused_sweep.BLOCK, num_groups)
         for rule in rules:
-            blocks = fused_sweep.BlockSweep(columns, torch.eye(width), rule)
+            blocks = fused_sweep.BlockSweep(columns, torch.eye(width)[None], [rule])
             for wave in columns.waves:
                 blocks.decide(wave)
         for divisor in (None, torch.tensor(2.0)):

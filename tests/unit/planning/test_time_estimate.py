@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 import pytest
 from fixtures.architectures import build
@@ -21,6 +22,7 @@ from bitpress.conformance.models import write_model
 from bitpress.numerics import gram
 from bitpress.planning import memory_estimate, time_estimate
 from bitpress.planning.calibration_config import CalibrationConfig
+from bitpress.planning.plan import Plan
 
 # Every rank counts the bytes of tensors that it reads and writes, and the most memory that it held,
 # and tells them at its end.
@@ -214,6 +216,18 @@ def test_what_is_fitted_of_experts_is_counted_apart(tmp_path: Path) -> None:
             assert work.solutions == work.expert_solutions[2] + sum(
                 work.solutions_by_tiles.values()
             )
+
+
+def test_columns_of_experts_in_a_batch_are_decided_at_once(tmp_path: Path) -> None:
+    with plugins(install_learner(tmp_path / "plugins")):
+        plan = bitpress.plan(build("mixtral", tmp_path / "model"), scheme="learner")
+    calibration, columns = CalibrationConfig(samples=300, sequence_length=32), []
+    for per_batch in (1, 2):
+        with patch.object(Plan, "experts_per_batch", per_batch):
+            (work,) = time_estimate.estimate_ranks(plan, 1, calibration)
+        columns.append((work.expert_columns[2], work.columns - work.expert_columns[2]))
+    (alone, others), together = columns
+    assert together == (alone / 2, others)
 
 
 def test_experts_that_few_tokens_reach_are_not_fitted(tmp_path: Path) -> None:

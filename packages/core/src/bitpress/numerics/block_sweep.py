@@ -5,6 +5,7 @@ same in one kernel.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from attrs import frozen
@@ -31,17 +32,19 @@ class BlockSweep:
 
     Args:
         columns: of which `target`, `projected` and `error` are written.
-        unit: (in, in) float32, U of the factor.
-        rule: of the same rows.
+        unit: (layers, in, in) float32, U of each layer's factor.
+        rules: of the same rows, one for each layer.
     """
 
-    def __init__(self, columns: SweptColumns, unit: Tensor, rule: RoundingRule) -> None:
-        self._columns, self._rule = columns, rule
+    def __init__(self, columns: SweptColumns, unit: Tensor, rules: Sequence[RoundingRule]) -> None:
+        self._columns, self._rule, num_groups = columns, rules[0], columns.num_groups
         self._units = _diagonal_blocks(unit, columns.block)
-        # (columns or groups of them, groups, rows)
-        self._scale = by_groups(rule.scale.T, columns.num_groups, 1.0)
-        self._zero = None if rule.zero is None else by_groups(rule.zero.T, columns.num_groups)
-        self._pruned = None if rule.mask is None else by_groups(~rule.mask.T, columns.num_groups)
+        # (columns or groups of them, groups, layers, rows)
+        self._scale = by_groups([rule.scale.T for rule in rules], num_groups, 1.0)
+        zeros = [rule.zero.T for rule in rules if rule.zero is not None]
+        pruned = [~rule.mask.T for rule in rules if rule.mask is not None]
+        self._zero = by_groups(zeros, num_groups) if zeros else None
+        self._pruned = by_groups(pruned, num_groups) if pruned else None
 
     def decide(self, wave: Wave) -> None:
         """Decide the blocks of a wave, with error feedback among the columns of each."""
@@ -67,20 +70,21 @@ class BlockSweep:
                     block.decide(start, stop, rounding)
 
     def _pick(self, of_groups: Tensor, wave: Wave, group: int) -> Tensor:
-        """What columns share of the rule, for each column of a wave: (block, blocks, rows)."""
+        """What columns share of a rule, for each one of a wave: (block, blocks, layers, rows)."""
         columns = self._columns
-        column = columns.order.view(-1, columns.block)[slice(*wave.blocks)].T  # (block, blocks)
-        places = (
-            columns.num_groups - 1 - wave.number + torch.arange(*wave.blocks, device=column.device)
-        )
-        index = (column // group) * columns.num_groups + places
-        return of_groups.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, -1)
+        num_layers, device = len(columns.order), columns.order.device
+        blocks = columns.order.view(num_layers, -1, columns.block)[:, slice(*wave.blocks)]
+        column = blocks.permute(2, 1, 0)  # (block, blocks, layers)
+        places = columns.num_groups - 1 - wave.number + torch.arange(*wave.blocks, device=device)
+        index = (column // group) * columns.num_groups + places.unsqueeze(1)
+        index = index * num_layers + torch.arange(num_layers, device=device)
+        return of_groups.flatten(0, 2).index_select(0, index.flatten()).view(*index.shape, -1)
 
 
 @frozen(eq=False)
 class _Rounding:
-    """How each column of some blocks rounds: a rule, its numbers (block, blocks, rows), and where
-    the mask is False.
+    """How each column of some blocks rounds: a rule, its numbers (block, blocks, layers, rows), and
+    where the mask is False.
     """
 
     rule: RoundingRule
@@ -89,7 +93,7 @@ class _Rounding:
     pruned: Tensor | None
 
     def round_column(self, target: Tensor, column: int, out: Tensor) -> None:
-        """What targets (blocks, rows) of a column become."""
+        """What targets (blocks, layers, rows) of a column become."""
         scale = self.scale[column]
         torch.div(target, scale, out=out)
         self.rule.numbers.round_(out, None if self.zero is None else self.zero[column]).mul_(scale)
@@ -99,8 +103,8 @@ class _Rounding:
 
 @frozen(eq=False)
 class _Block:
-    """Blocks of columns of some groups: (block, blocks, rows), and their own (blocks, block,
-    block) of U.
+    """Blocks of columns of some groups: (block, blocks, layers, rows), and their own (blocks,
+    layers, block, block) of U.
     """
 
     original: Tensor
@@ -111,17 +115,18 @@ class _Block:
 
     def feed(self, start: int, middle: int, stop: int) -> None:
         """Move the targets from `middle` on by the errors from `start` on."""
-        unit = self.unit[:, start:middle, middle:stop].mT
         later, error = (
-            x.transpose(0, 1) for x in (self.target[middle:stop], self.error[start:middle])
-        )
-        later.baddbmm_(unit, error)
+            x.permute(2, 1, 0, 3) for x in (self.target[middle:stop], self.error[start:middle])
+        )  # (layers, blocks, columns, rows)
+        units = self.unit[:, :, start:middle, middle:stop].mT.unbind(1)
+        for own_later, unit, own_error in zip(later, units, error, strict=True):
+            own_later.baddbmm_(unit, own_error)
 
     def decide(self, start: int, stop: int, rounding: _Rounding) -> None:
         """Decide some columns one after the other."""
         own = slice(start, stop)
         parts = self.original[own], self.target[own], self.projected[own], self.error[own]
-        unit = self.unit.permute(1, 2, 0).unsqueeze(3)  # (block, block, blocks, 1)
+        unit = self.unit.permute(2, 3, 0, 1).unsqueeze(4)  # (block, block, blocks, layers, 1)
         columns = zip(*(part.unbind() for part in parts), strict=True)
         for k, (original, target, projected, error) in enumerate(columns, start):
             rounding.round_column(target, k, projected)
@@ -130,11 +135,13 @@ class _Block:
 
 
 def _diagonal_blocks(unit: Tensor, block: int) -> Tensor:
-    """The blocks along the diagonal of U (in, in): (blocks, block, block)."""
-    num_whole, left = divmod(len(unit), block)
-    row, column = unit.stride()
-    blocks = unit.as_strided((num_whole, block, block), (block * (row + column), row, column))
+    """The blocks along the diagonal of each U (layers, in, in): (blocks, layers, block, block)."""
+    num_whole, left = divmod(unit.shape[1], block)
+    layer, row, column = unit.stride()
+    blocks = unit.as_strided(
+        (num_whole, len(unit), block, block), (block * (row + column), layer, row, column)
+    )
     if left:
-        last = pad(unit[-left:, -left:], (0, block - left, 0, block - left))
+        last = pad(unit[:, -left:, -left:], (0, block - left, 0, block - left))
         blocks = torch.cat([blocks, last.unsqueeze(0)])
     return blocks.contiguous()

@@ -4,15 +4,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
+from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.fused_rounding import format_arguments, round_to_format
 from bitpress.numerics.rounding_rule import RoundingRule
+from bitpress.numerics.swept_columns import stack
+from bitpress.runtime.batching import batched
 
 if TYPE_CHECKING:
     from bitpress.numerics.scale_refit import DampedHessian
@@ -21,10 +25,27 @@ if TYPE_CHECKING:
 ROWS, BLOCK = 16, 128
 
 
+@frozen(eq=False)
+class _Refit:
+    """Arguments of `refit_groups`."""
+
+    units: Tensor
+    residual: Tensor
+    hessian: DampedHessian
+    rule: RoundingRule
+
+    @property
+    def form(self) -> Hashable:
+        """What fits have in common that are made together."""
+        rule, units = self.rule, self.units
+        return units.shape, units.device, rule.stored_scales, rule.divisor is None
+
+
 def refit_groups(
     units: Tensor, residual: Tensor, hessian: DampedHessian, rule: RoundingRule
 ) -> Tensor:
-    """Scales with which the codes of some rows cost less, as `refit_scales` finds them.
+    """Scales with which the codes of some rows cost less, as `refit_scales` finds them; together
+    with those of other layers that are solved side by side, and are as large.
 
     Args:
         units: (rows, groups, group) float32, what scales are multiplied with.
@@ -35,36 +56,48 @@ def refit_groups(
     Returns:
         (rows, groups) float32.
     """
-    assert rule.stored_scales is not None
-    num_rows, num_groups, size = units.shape
+    refit = _Refit(units, residual, hessian, rule)
+    return batched(_refit_layers, refit, refit.form)
+
+
+def _refit_layers(refits: Sequence[_Refit]) -> Sequence[Tensor]:
+    """Scales of layers that have the same form, fitted together."""
+    first = refits[0].rule
+    assert first.stored_scales is not None
+    num_rows, num_groups, size = refits[0].units.shape
     width = num_groups * size
-    flat_units = units.reshape(num_rows, width).contiguous()
-    fitted = torch.empty_like(rule.scale, memory_format=torch.contiguous_format)
+    units = stack([refit.units.reshape(num_rows, width).contiguous() for refit in refits])
+    residual = stack([refit.residual for refit in refits])  # (layers, rows, in)
+    moment = stack([refit.hessian.moment for refit in refits])
+    damping = stack([refit.hessian.damping for refit in refits])
+    scale = stack([refit.rule.scale for refit in refits])
+    divisors = [refit.rule.divisor for refit in refits if refit.rule.divisor is not None]
+    fitted = torch.empty_like(scale, memory_format=torch.contiguous_format)
     for start in range(0, width, size):
         own = slice(start, start + size)
-        product = flat_units[:, own] @ hessian.moment[own, start:]  # (rows, in - start)
+        product = units[:, :, own] @ moment[:, own, start:]  # (layers, rows, in - start)
         num_chunks = max(triton.cdiv(width - own.stop, BLOCK), 1)
         with torch.cuda.device_of(residual):  # type: ignore[no-untyped-call]
-            _refit[(triton.cdiv(num_rows, ROWS), num_chunks)](
-                flat_units,
+            _refit[(triton.cdiv(num_rows, ROWS), num_chunks, len(refits))](
+                units,
                 residual,
                 product,
-                hessian.damping,
-                rule.scale,
-                rule.divisor,
+                damping,
+                scale,
+                stack(divisors) if divisors else None,
                 fitted,
                 num_rows,
                 width,
                 start,
                 size,
-                *rule.scale.stride(),
-                *format_arguments(rule.stored_scales),
+                *scale.stride()[1:],
+                *format_arguments(first.stored_scales),
                 ROWS=ROWS,
                 GROUP=triton.next_power_of_2(size),
                 BLOCK=BLOCK,
                 enable_fp_fusion=False,
             )
-    return fitted
+    return fitted.unbind()
 
 
 _NUMBERS = [
@@ -83,16 +116,17 @@ def _refit(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     lowest, highest, min_power, max_power, to_large,
     ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    own = tl.arange(0, GROUP)
-    is_row = rows < num_rows
+    layer = tl.program_id(2).to(tl.int64)
+    own_rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows, own = layer * num_rows + own_rows, tl.arange(0, GROUP)
+    is_row = own_rows < num_rows
     is_own = is_row[:, None] & (own < size)[None, :]
     product_row = product + rows * (width - start)
 
     # (ROWS, GROUP), then (ROWS,)
     places = rows[:, None] * width + start + own[None, :]
     unit = tl.load(units + places, mask=is_own, other=0.0)
-    added = tl.load(damping + start + own, mask=own < size, other=0.0)
+    added = tl.load(damping + layer * width + start + own, mask=own < size, other=0.0)
     curved = tl.load(product_row[:, None] + own[None, :], mask=is_own, other=0.0)
     curvature = tl.sum((curved + unit * added[None, :]) * unit, axis=1)
     slope = tl.sum(tl.load(residual + places, mask=is_own, other=0.0) * unit, axis=1)
@@ -103,7 +137,7 @@ def _refit(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     if divisor is None:
         best = round_to_format(best, lowest, highest, min_power, max_power, to_large)
     else:
-        divided_by = tl.load(divisor)
+        divided_by = tl.load(divisor + layer)
         best = round_to_format(
             best * divided_by, lowest, highest, min_power, max_power, to_large
         )

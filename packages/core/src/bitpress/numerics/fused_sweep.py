@@ -8,6 +8,8 @@ measured on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from bitpress.numerics.fused_rounding import format_arguments, round_to_format
 from bitpress.numerics.rounding_rule import NumberFormat, RoundingRule
-from bitpress.numerics.swept_columns import SweptColumns, Wave
+from bitpress.numerics.swept_columns import SweptColumns, Wave, stack
 
 # Columns that a program decides; between blocks the feedback is a matrix product.
 BLOCK = 128
@@ -27,36 +29,44 @@ ROWS = 16
 class BlockSweep:
     """Decides waves of blocks, as `block_sweep.BlockSweep` does."""
 
-    def __init__(self, columns: SweptColumns, unit: Tensor, rule: RoundingRule) -> None:
-        self._columns, self._unit, self._rule = columns, unit, rule
+    def __init__(self, columns: SweptColumns, unit: Tensor, rules: Sequence[RoundingRule]) -> None:
+        self._columns, self._unit, self._rule = columns, unit, rules[0]
+        self._scale = stack([rule.scale for rule in rules])  # (layers, rows, groups)
+        zeros = [rule.zero for rule in rules if rule.zero is not None]
+        masks = [rule.mask for rule in rules if rule.mask is not None]
+        self._zero, self._mask = (
+            stack(of_layers) if of_layers else None for of_layers in (zeros, masks)
+        )
 
     def decide(self, wave: Wave) -> None:
         """Decide the blocks of a wave, with error feedback among the columns of each."""
         columns, rule, unit = self._columns, self._rule, self._unit
-        _, num_groups, num_rows = columns.original.shape
+        scale, zero, mask = self._scale, self._zero, self._mask
+        _, num_groups, num_layers, num_rows = columns.original.shape
         first, stop = wave.blocks
         with torch.cuda.device_of(columns.target):  # type: ignore[no-untyped-call]
-            _decide[(triton.cdiv(num_rows, ROWS), stop - first)](
+            _decide[(triton.cdiv(num_rows, ROWS), stop - first, num_layers)](
                 columns.original,
                 columns.target,
                 columns.projected,
                 columns.error,
                 unit,
                 columns.order,
-                rule.scale,
-                rule.zero,
-                rule.mask,
-                len(rule.scale),
+                scale,
+                zero,
+                mask,
+                scale.shape[1],
                 num_rows,
+                num_layers,
                 num_groups,
                 wave.number,
                 first,
-                len(unit),
-                *unit.stride(),
+                unit.shape[1],
+                *unit.stride()[1:],
                 rule.group,
-                *rule.scale.stride(),
-                *((0, 0) if rule.zero is None else rule.zero.stride()),
-                *((0, 0) if rule.mask is None else rule.mask.stride()),
+                *scale.stride()[1:],
+                *((0, 0) if zero is None else zero.stride()[1:]),
+                *((0, 0) if mask is None else mask.stride()[1:]),
                 *format_arguments(rule.numbers),
                 ROWS=ROWS,
                 BLOCK=BLOCK,
@@ -77,16 +87,16 @@ def is_exact_on(device: torch.device) -> bool:
         target[k + 1 :].addcmul_(unit[k, k + 1 :].unsqueeze(1), weight[k] - expected[k])
 
     order = torch.arange(BLOCK, device=device)
-    columns = SweptColumns.undecided(weight.T.to(device), order, BLOCK)
+    columns = SweptColumns.undecided([weight.T.to(device)], [order], BLOCK)
     rule = RoundingRule(NumberFormat(-8, 7), scale.to(device), BLOCK)
-    BlockSweep(columns, unit.to(device), rule).decide(next(columns.waves))
+    BlockSweep(columns, unit.to(device).unsqueeze(0), [rule]).decide(next(columns.waves))
     return torch.equal(columns.projected.flatten(1).cpu(), expected)
 
 
 # What differs from launch to launch is not compiled in: there are four kernels, with zero points
 # and masks or without.
 _NUMBERS = [
-    *("all_rows", "num_rows", "num_groups", "wave", "first_block", "width"),
+    *("all_rows", "num_rows", "num_layers", "num_groups", "wave", "first_block", "width"),
     *("unit_row", "unit_column", "group"),
     *("scale_row", "scale_group", "zero_row", "zero_group", "mask_row", "mask_column"),
     *("min_power", "max_power", "to_large"),
@@ -99,8 +109,8 @@ _TENSORS = ["original", "target", "projected", "error", "unit", "order", "scale"
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_TENSORS)
 def _decide(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     original, target, projected, error, unit, order, scale, zero, mask,
-    all_rows, num_rows, num_groups, wave, first_block, width, unit_row, unit_column, group,
-    scale_row, scale_group, zero_row, zero_group, mask_row, mask_column,
+    all_rows, num_rows, num_layers, num_groups, wave, first_block, width, unit_row, unit_column,
+    group, scale_row, scale_group, zero_row, zero_group, mask_row, mask_column,
     lowest, highest, min_power, max_power, to_large,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):
@@ -108,22 +118,23 @@ def _decide(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     own_rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows, first = own_rows * num_groups + (wave - block), block.to(tl.int64) * BLOCK
     is_row, is_column = (own_rows < num_rows) & (rows < all_rows), first + columns < width
+    # layers lie one after the other
+    layer = tl.program_id(2).to(tl.int64)
+    rows, unit = rows + layer * all_rows, unit + layer * width * unit_row
+    order += layer * tl.cdiv(width, BLOCK) * BLOCK
     # the last group lies first
-    row_places = (num_groups - 1 - wave + block) * num_rows + own_rows
-    column_size = num_groups * num_rows
-    places = (first + columns)[:, None] * column_size + row_places[None, :]
-    is_inside = is_column[:, None] & is_row[None, :]
-    targets = tl.load(target + places, mask=is_inside, other=0.0)  # (BLOCK, ROWS)
+    row_places = ((num_groups - 1 - wave + block) * num_layers + layer) * num_rows + own_rows
+    column_size = num_groups * num_layers * num_rows
+    places = (first + columns)[:, None] * column_size + row_places[None, :]  # (BLOCK, ROWS)
+    targets = tl.load(target + places, mask=is_column[:, None] & is_row[None, :], other=0.0)
 
     # what the next columns need is loaded while one is decided
     for k in tl.range(0, BLOCK, num_stages=3):
-        is_here = is_row & (first + k < width)
-        place = (first + k) * column_size + row_places
-        column = tl.load(order + first + k, first + k < width, other=0)
+        is_here, place = is_row & (first + k < width), (first + k) * column_size + row_places
+        column, is_later = tl.load(order + first + k, first + k < width, other=0), columns > k
         own_group = (column.to(tl.int32) // group).to(tl.int64)
         own_scale = tl.load(scale + rows * scale_row + own_group * scale_group, is_here, other=1.0)
         weight = tl.load(original + place, is_here, other=0.0)
-        is_later = columns > k
         unit_places = unit + (first + k) * unit_row + (first + columns) * unit_column
         feedback = tl.load(unit_places, mask=is_later & is_column, other=0.0)
 
@@ -145,5 +156,5 @@ def _decide(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
         moved = tl.fma(feedback[:, None], difference[None, :], targets)
         targets = tl.where(is_later[:, None], moved, targets)
 
-    tl.store(target + places, targets, mask=is_inside)
+    tl.store(target + places, targets, mask=is_column[:, None] & is_row[None, :])
 # fmt: on

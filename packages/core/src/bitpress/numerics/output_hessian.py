@@ -10,7 +10,7 @@ Adaptive Rounding" (YAQA), arXiv 2505.22988.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import frozen
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bitpress.numerics.gram import gram, product_dtype
+from bitpress.runtime.batching import batched
 from bitpress.schemes.values import Statistic
 
 # Rows that make up for each other's errors: H_O is kept in blocks of so many rows, along its
@@ -140,7 +141,8 @@ def damped_output_hessian(stats: Mapping[str, Statistic]) -> Tensor | None:
 
 def factorize_output_hessian(stats: Mapping[str, Statistic]) -> RowFactor | None:
     """The factor of the damped H_O; None where there are no statistics of gradients, or they are
-    not finite, or relate no rows.
+    not finite, or relate no rows. Those of layers that are solved side by side are computed
+    together.
 
     Args:
         stats: what `output_statistics` returned, merged over batches.
@@ -148,20 +150,32 @@ def factorize_output_hessian(stats: Mapping[str, Statistic]) -> RowFactor | None
     blocks = damped_output_hessian(stats)
     if blocks is None:
         return None
-    block = blocks.shape[1]
     num_groups = count_row_groups(stats["gradient_tokens"].value.item())
+    form = blocks.shape, blocks.device, num_groups
+    coupling = batched(_couple_rows, (blocks, num_groups), form)
+    return None if coupling is None else RowFactor(coupling, num_groups)
+
+
+def _couple_rows(layers: Sequence[tuple[Tensor, int]]) -> list[Tensor | None]:
+    """The coupling of each layer's rows, as a `RowFactor` has it; None where there is none.
+
+    Args:
+        layers: the damped H_O of each, (blocks, block, block) float64, and the number of groups.
+    """
+    num_groups = layers[0][1]
+    blocks = torch.cat([of_layer for of_layer, _ in layers])
+    block, step = blocks.shape[1], blocks.shape[1] // num_groups
     order = torch.arange(block, device=blocks.device).view(-1, num_groups).T.reshape(-1)
     lower, info = torch.linalg.cholesky_ex(blocks[:, order][:, :, order].flip(1, 2))
-    if info.any():
-        return None
 
     root = lower.flip(1, 2)  # upper triangular
     coupling = torch.zeros_like(root)
-    step = block // num_groups
     for first in range(step, block, step):
         rows = slice(first, first + step)
         coupling[:, rows, :first] = torch.linalg.solve_triangular(
             root[:, rows, rows].mT, root[:, :first, rows].mT, upper=False
         )
-    coupling = coupling.float()
-    return RowFactor(coupling, num_groups) if coupling.any() else None
+    coupling = coupling.float().view(len(layers), -1, block, block)
+    is_factored = info.view(len(layers), -1).eq(0).all(1)
+    is_coupled = (is_factored & coupling.flatten(1).any(1)).tolist()
+    return [own if has_any else None for own, has_any in zip(coupling, is_coupled, strict=True)]

@@ -18,6 +18,10 @@ from bitpress.runtime.lanes import offered_lanes
 # stay in a core's cache.
 ROW_TILE = 2048
 
+# Layers that a CPU solves together have at most so many rows: with more, calls of torch take no
+# part of the time that is worth a batch.
+ROWS_PER_BATCH = 4096
+
 # On a GPU more are decided together, as each launch costs the same for any number of them: so many
 # weights. A sweep holds five numbers for each, 2.5 GiB in all.
 WEIGHTS_TOGETHER_ON_GPU = 1 << 27

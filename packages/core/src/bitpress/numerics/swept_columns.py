@@ -1,8 +1,8 @@
-"""The columns of a weight while they are swept, block by block."""
+"""The columns of one weight or several while they are swept, block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from attrs import frozen
@@ -30,18 +30,19 @@ class Wave:
 
 @frozen(eq=False)
 class SweptColumns:
-    """The columns of some rows, in the order in which they are decided.
+    """The columns of some rows, in the order in which they are decided: of one layer, or of several
+    that have nothing to do with each other.
 
     Row i is number i // groups of group i % groups; the last group lies first. With zeros, columns
     are padded to whole blocks, and groups to as many rows each.
 
     Attributes:
-        order: (in,) which columns they are; padding repeats the last one.
+        order: (layers, in) which columns they are; padding repeats the last one.
         block: columns of a block.
-        original: (in, groups, rows) float32, the weight, moved by the errors of rows before.
-        target: (in, groups, rows), the original moved by the errors of columns before as well.
-        projected: (in, groups, rows), what targets have become.
-        error: (in, groups, rows), original - projected.
+        original: (in, groups, layers, rows) float32, weights, moved by the errors of rows before.
+        target: like it, the original moved by the errors of columns before as well.
+        projected: like it, what targets have become.
+        error: like it, original - projected.
     """
 
     order: Tensor
@@ -53,16 +54,22 @@ class SweptColumns:
 
     @classmethod
     def undecided(
-        cls, weight: Tensor, order: Tensor, block: int, num_groups: int = 1
+        cls, weights: Sequence[Tensor], orders: Sequence[Tensor], block: int, num_groups: int = 1
     ) -> SweptColumns:
-        """Those of a weight (rows, in), before a sweep."""
-        # transposed, a column is contiguous
-        by_column = weight.T.contiguous().index_select(0, order)
-        padding = -len(order) % block
+        """Those of weights (rows, in), before a sweep."""
+        padding = -len(orders[0]) % block
+        by_column = []
+        for weight, order in zip(weights, orders, strict=True):
+            # transposed, a column is contiguous
+            columns = weight.T.contiguous().index_select(0, order)
+            if padding:
+                columns = pad(columns, (0, 0, 0, padding))
+            by_column.append(columns)
+        order = stack(orders)
         if padding:
-            by_column = pad(by_column, (0, 0, 0, padding))
-            order = torch.cat([order, order[-1:].expand(padding)])
+            order = torch.cat([order, order[:, -1:].expand(-1, padding)], 1)
         original = by_groups(by_column, num_groups)
+        del by_column, columns
         projected, error = torch.zeros_like(original), torch.zeros_like(original)
         return cls(order, block, original, original.clone(), projected, error)
 
@@ -74,7 +81,7 @@ class SweptColumns:
     @property
     def num_blocks(self) -> int:
         """Blocks of columns."""
-        return len(self.order) // self.block
+        return self.order.shape[1] // self.block
 
     @property
     def waves(self) -> Iterator[Wave]:
@@ -84,20 +91,27 @@ class SweptColumns:
             yield Wave(number, (first, min(number + 1, self.num_blocks)))
 
     def of_wave(self, x: Tensor, wave: Wave) -> Tensor:
-        """A view of a wave's part of one of the attributes: (block, blocks of the wave, rows)."""
-        blocks = x.view(-1, self.block, *x.shape[1:])  # (blocks, block, groups, rows)
+        """A view of a wave's part of one of the attributes: (block, blocks of the wave, layers,
+        rows).
+        """
+        blocks = x.view(-1, self.block, *x.shape[1:])  # (blocks, block, groups, layers, rows)
         # groups lie in reverse, so that the blocks of a wave are a diagonal
-        return blocks.diagonal(self.num_groups - 1 - wave.number, 0, 2).movedim(2, 1)
+        return blocks.diagonal(self.num_groups - 1 - wave.number, 0, 2).movedim(3, 1)
 
     def of_group(self, x: Tensor, group: int) -> Tensor:
-        """A view of a group's part of one of the attributes: (in, rows)."""
-        return x[:, self.num_groups - 1 - group]
+        """A view of a group's part of one of the attributes: (layers, in, rows)."""
+        return x[:, self.num_groups - 1 - group].transpose(0, 1)
 
 
-def by_groups(by_column: Tensor, num_groups: int, padding: float = 0) -> Tensor:
-    """Numbers (columns, rows) in groups of rows, as `SweptColumns` has them:
-    (columns, groups, rows).
+def by_groups(of_layers: Sequence[Tensor], num_groups: int, padding: float = 0) -> Tensor:
+    """Numbers (columns, rows) of layers in groups of rows, as `SweptColumns` has them:
+    (columns, groups, layers, rows).
     """
+    grouped = [_group_rows(by_column, num_groups, padding) for by_column in of_layers]
+    return stack(grouped, 2)
+
+
+def _group_rows(by_column: Tensor, num_groups: int, padding: float) -> Tensor:
     num_missing = -by_column.shape[1] % num_groups
     if num_missing:
         by_column = pad(by_column, (0, num_missing), value=padding)
@@ -107,8 +121,17 @@ def by_groups(by_column: Tensor, num_groups: int, padding: float = 0) -> Tensor:
     return by_row.flip(2).transpose(1, 2).contiguous()
 
 
-def in_rows(of_groups: Tensor, num_rows: int) -> Tensor:
-    """What `by_groups` made, without padding, as it was: (columns, num_rows)."""
+def in_rows(of_groups: Tensor, num_rows: int) -> list[Tensor]:
+    """What `by_groups` made, without padding, as it was: (columns, num_rows) of each layer."""
     if of_groups.shape[1] == 1:
-        return of_groups[:, 0, :num_rows]
-    return of_groups.flip(1).transpose(1, 2).flatten(1)[:, :num_rows]
+        return [of_layer[:, 0, :num_rows] for of_layer in of_groups.unbind(2)]
+    return [
+        of_layer.flip(1).transpose(1, 2).flatten(1)[:, :num_rows]
+        for of_layer in of_groups.unbind(2)
+    ]
+
+
+def stack(of_layers: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Tensors of layers with an axis for the layers; a single one is not copied."""
+    first = of_layers[0]
+    return first.unsqueeze(axis) if len(of_layers) == 1 else torch.stack(list(of_layers), axis)

@@ -261,7 +261,7 @@ def estimate_calibration(
         * max(forward + observing + _count_in_flight(plan, length), kept, logits),
         per_waiting_token=number_bytes * (WAITING_STATES * plan.hidden_size + width),
         # of all that are sent each token once, a batch takes no more than an MLP of all tokens does
-        per_expert=NUMBER_BYTES * numbers_held.count_largest_solution(plan.expert_stacks),
+        per_expert=NUMBER_BYTES * numbers_held.count_expert(plan.expert_stacks),
     )
 
 

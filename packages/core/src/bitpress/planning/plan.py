@@ -16,6 +16,7 @@ from bitpress.checkpoint.model_config import KEY
 from bitpress.checkpoint.reader import DTYPES, Checkpoint
 from bitpress.checkpoint.safetensors import Entry, make_index
 from bitpress.checkpoint.writer import format_json
+from bitpress.numerics.rows import ROWS_PER_BATCH
 from bitpress.planning import linear_layers
 from bitpress.planning.attention_caches import AttentionCache, cache_config
 from bitpress.planning.layout import Shard, Stack
@@ -144,6 +145,12 @@ class Plan:
                     shares += map(share_of, stack.members.values())
         # 3 of 1 / (1 / 3)
         return int(1 / min(shares) + 1e-6)
+
+    @cached_property
+    def experts_per_batch(self) -> int:
+        """How many experts a thread of a CPU solves with a batch axis."""
+        num_rows = max((stack.shape[0] for stack in self.expert_stacks), default=ROWS_PER_BATCH)
+        return min(max(ROWS_PER_BATCH // num_rows, 1), self.max_experts_together)
 
     @cached_property
     def fragments(self) -> dict[str, Mapping[str, Any] | None]:

@@ -259,19 +259,20 @@ def _count_operations(
             # The product of x with how far it has moved.
             per_compared_token += share * num_drifts * 2 * width * width
             if share * tokens >= MIN_EXPERT_TOKENS:
-                together = plan.max_experts_together if stack.is_of_expert else 1
-                _count_fit(fits[number % num_ranks], stack, gradient_tokens, together)
+                _count_fit(fits[number % num_ranks], plan, stack, gradient_tokens)
     return _Operations(per_token, per_compared_token, per_gradient_token, fits)
 
 
-def _count_fit(fits: _Fits, stack: Stack, gradient_tokens: int, together: int) -> None:
+def _count_fit(fits: _Fits, plan: Plan, stack: Stack, gradient_tokens: int) -> None:
     """Add what solving a stack takes.
 
     Args:
         gradient_tokens: that gradients are taken of.
-        together: experts that are solved side by side; 1 where it is of none.
     """
     rows, width = stack.shape
+    together, per_batch = 1, 1
+    if stack.is_of_expert:
+        together, per_batch = plan.max_experts_together, plan.experts_per_batch
     steps = [step for step in stack.steps if pipeline.takes_second_moments(step)]
     num_drifts = sum(map(pipeline.takes_reference, steps))
     # a factor of the Hessian; the sweep over columns and its loss; with drift, what makes up for it
@@ -285,7 +286,8 @@ def _count_fit(fits: _Fits, stack: Stack, gradient_tokens: int, together: int) -
         tokens = gradient_tokens if pipeline.takes_gradient(step) else 0
         # what has no codes is decided by a mask, which no rule says
         count = count_columns(rows, width, tokens, step.options.bits is not None)
-        fits.columns[together] += count_passes(step.options.bits) * count
+        # those of a batch at once
+        fits.columns[together] += math.ceil(count_passes(step.options.bits) * count / per_batch)
 
 
 def _file_bytes_of(shards: Sequence[Shard]) -> int:

@@ -133,7 +133,8 @@ class Budget:
         max_working_bytes = available_bytes // 2 if uses_half else available_bytes
         num_lanes = estimate.num_lanes(max_working_bytes, resources.num_threads)
         free_bytes = max_working_bytes - (num_lanes - 1) * estimate.per_lane - estimate.in_memory
-        own_experts = estimate.num_experts(free_bytes, min(num_lanes, plan.max_experts_together))
+        max_experts = min(num_lanes * plan.experts_per_batch, plan.max_experts_together)
+        own_experts = estimate.num_experts(free_bytes, max_experts)
         free_bytes -= (own_experts - 1) * estimate.per_expert
         return cls(
             max_working_bytes,
@@ -170,14 +171,17 @@ class Budget:
         if thrift.is_minimal:
             device_bytes = 0
         moved_bytes = estimate.spilled_bytes(device_bytes)
-        held_bytes = estimate.in_memory - moved_bytes
+        free_bytes = device_bytes - (estimate.in_memory - moved_bytes)
+        own_experts = estimate.num_experts(free_bytes, plan.max_experts_together)
+        free_bytes -= (own_experts - 1) * estimate.per_expert
+        world_size = resources.process_group.world_size
         return cls(
             host_bytes,
             is_ample=True,
             is_spilled=moved_bytes > max(states_bytes, 0),
             num_lanes=1,
-            max_resumable=estimate.num_waiting(device_bytes - held_bytes, num_sequences * length),
-            num_experts=min(resources.process_group.world_size, plan.max_experts_together),
+            max_resumable=estimate.num_waiting(free_bytes, num_sequences * length),
+            num_experts=min(own_experts * world_size, plan.max_experts_together),
             states_device=CPU if moved_bytes else resources.device,
             max_brought_bytes=max_brought_bytes,
         )

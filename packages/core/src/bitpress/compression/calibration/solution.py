@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import TypeAlias
 
 import torch
@@ -24,6 +23,7 @@ from bitpress.compression.data_free import compress_stack
 from bitpress.output.layer_proof import LayerMeasurement, max_error, prove_stored
 from bitpress.planning.layout import Stack
 from bitpress.runtime import memory
+from bitpress.runtime.batching import map_batched
 from bitpress.runtime.lanes import Lanes
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
@@ -32,6 +32,10 @@ from bitpress.schemes.values import Layer, StoredLayer
 
 # Of each layer of a stack what is stored, and how far that is from its weight.
 _Members: TypeAlias = dict[str, tuple[StoredLayer, LayerMeasurement]]
+
+
+# What the coroutine warns of that solves a group.
+_TEXTS: ContextVar[list[str] | None] = ContextVar("_TEXTS", default=None)
 
 
 @frozen(eq=False)
@@ -53,32 +57,36 @@ class Solution:
 def solve_side_by_side(
     groups: Sequence[tuple[LayerGroup, GroupStatistics]], limits: StreamLimits
 ) -> list[Solution]:
-    """What `solve` gives for groups that wait for none of each other, each with its warnings: one
-    group in each lane, or a single one in all of them.
+    """What `solve` gives for groups that wait for none of each other, each with its warnings: those
+    of each lane with a batch axis, or a single one in all lanes.
     """
     is_alone = len(groups) == 1
     # a lane must not wait for another
-    own_limits = limits if is_alone else evolve(limits, lanes=Lanes())
-    by_thread: defaultdict[int, list[str]] = defaultdict(list)
-
-    def own_texts() -> list[str]:
-        # the rows of a single group may be solved in several threads
-        return by_thread[0 if is_alone else threading.get_ident()]
+    lanes, own_limits = (
+        (Lanes(), limits) if is_alone else (limits.lanes, evolve(limits, lanes=Lanes()))
+    )
+    # the rows of a single group may be solved in threads that do not know whose they are
+    shared_texts: list[str] = []
 
     def keep_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
         if category is UserWarning:
-            own_texts().append(str(message))
+            own_texts = _TEXTS.get()
+            (shared_texts if own_texts is None else own_texts).append(str(message))
 
     def solve_one(group: tuple[LayerGroup, GroupStatistics]) -> Solution:
-        own_texts().clear()
+        texts = shared_texts if is_alone else []
+        _TEXTS.set(texts)
         solution = solve(*group, own_limits)
-        return evolve(solution, warnings=tuple(own_texts()))
+        return evolve(solution, warnings=tuple(texts))
 
+    per_lane = math.ceil(len(groups) / lanes.num_lanes) or 1
+    batches = [groups[i : i + per_lane] for i in range(0, len(groups), per_lane)]
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        # recorded warnings do not say which thread they are of
+        # recorded warnings do not say which group they are of
         warnings.showwarning = keep_warning  # type: ignore[assignment]
-        return list((Lanes() if is_alone else limits.lanes).map(solve_one, groups))
+        solved = lanes.map(functools.partial(map_batched, solve_one), batches)
+        return [solution for batch in solved for solution in batch]
 
 
 def solve(group: LayerGroup, statistics: GroupStatistics, limits: StreamLimits) -> Solution:
