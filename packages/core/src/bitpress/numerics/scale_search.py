@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-# Weights that are looked up at a time: they stay in a core's cache.
-WEIGHTS_PER_CHUNK = 1 << 18
+# Weights that are looked up at a time: they stay in a core's cache. On a GPU they are more, as each
+# launch costs the same for any number of them.
+WEIGHTS_PER_CHUNK, WEIGHTS_PER_CHUNK_ON_GPU = 1 << 18, 1 << 24
 
 # Numbers in each place whose costs are averaged.
 SAMPLES = 4
@@ -105,7 +106,9 @@ def search_scales(  # noqa: PLR0913
     # The tables of all kinds lie one below the other; a weight of 0 is in the middle of its own.
     origin = torch.zeros_like(span) if kind is None else kind * float(num_places)
     origin.add_(num_places / 2)
-    rows_per_chunk = min(max(WEIGHTS_PER_CHUNK // weight.shape[1], 1), len(weight))
+    is_on_cpu = weight.device.type == "cpu"
+    num_weights = WEIGHTS_PER_CHUNK if is_on_cpu else WEIGHTS_PER_CHUNK_ON_GPU
+    rows_per_chunk = min(max(num_weights // weight.shape[1], 1), len(weight))
     relative_importance = None
     if importance is not None:
         relative = importance / importance.amax()
