@@ -1,12 +1,13 @@
 """Launches of kernels for error feedback on one block of a model, with torch's operators alone and
 with kernels in Triton.
 
-    python benchmarks/launches.py [--hidden N] [--intermediate N] [--kv N] [--experts N]
+    python benchmarks/launches.py [--hidden N] [--intermediate N] [--kv N]
+        [--experts N] [--together N]
 
 They are counted on a CPU, and not measured on a GPU: every operator of torch that computes is taken
 for one launch, views for none. Of a layer, the number depends on how often some of its rows are
-decided, and is linear in its width: it is counted for two widths. Operators that let the host wait
-for a number are counted by themselves.
+decided, and is linear in its width: it is counted for two widths. So is that of experts that are
+solved together. Operators that let the host wait for a number are counted by themselves.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import argparse
 import collections
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bitpress import Layer, numerics
 from bitpress.numerics import kernel_trial, rows as rows_module
 from bitpress.numerics.gptq import Fit
+from bitpress.runtime.batching import map_batched
 from bitpress_nvfp4 import scales
 
 # Widths at which a layer is counted.
@@ -36,6 +39,8 @@ ROWS = 64
 GRADIENT_TOKENS = 8192
 # Operators that copy one number to the host.
 WAITS = ("aten::_local_scalar_dense", "aten::equal")
+# What is copied where scales are fitted in a kernel, side by side for layers that are together.
+COPIES_OF_REFIT = 6
 # A number of the host becomes a tensor there.
 FREE = ("aten::empty", "aten::new_empty", "aten::scalar_tensor")
 
@@ -46,6 +51,16 @@ FITS: Mapping[str, Fit[Any]] = {
     "int8": lambda w, importance: numerics.fit_symmetric(w, importance, 8, w.shape[1], (0.9, 1.0)),
     "nvfp4": lambda w, importance: scales.fit(w, importance, torch.tensor(100.0)),
 }
+
+
+@frozen
+class Stack:
+    """Layers of a block that are solved as one; so many such stacks, some of them together."""
+
+    rows: int
+    width: int
+    number: int = 1
+    together: int = 1
 
 
 class Launches(TorchDispatchMode):
@@ -86,58 +101,60 @@ def kernels(counts: collections.Counter[str]) -> Iterator[None]:
             columns.of_wave(columns.projected, wave).copy_(target * 0.99)
             columns.of_wave(columns.error, wave).copy_(target * 0.01)
 
-    def refit_groups(units: Tensor, residual: Tensor, hessian: Any, rule: Any) -> Tensor:
-        # a copy, and of each group a product and a kernel
-        counts["kernel"] += 1 + 2 * units.shape[1]
+    def refit_layers(refits: Sequence[Any]) -> list[Tensor]:
+        # copies side by side, and of each group a product and a kernel
+        counts["kernel"] += COPIES_OF_REFIT + 2 * refits[0].units.shape[1]
         with _disable_current_modes():
-            return rule.scale * 1.01
+            return [refit.rule.scale * 1.01 for refit in refits]
 
     with (
         patch.object(kernel_trial, "can_fuse", lambda device: True),
         patch.object(fused_sweep.BlockSweep, "decide", decide),
-        patch.object(fused_refit, "refit_groups", refit_groups),
+        patch.object(fused_refit, "_refit_layers", refit_layers),
     ):
         yield
 
 
-def count(fit: Fit[Any], width: int, is_fused: bool) -> tuple[int, int]:
-    """Launches and waits for a layer whose rows are decided once, in groups."""
+def count(fit: Fit[Any], width: int, is_fused: bool, together: int = 1) -> tuple[int, int]:
+    """Launches and waits for layers that are solved together, whose rows are decided once, in
+    groups.
+    """
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(ROWS, width, generator=draw) * 0.02
     stats = numerics.gptq_statistics(torch.randn(width, width, generator=draw), weight)
     stats |= numerics.output_statistics(torch.randn(GRADIENT_TOKENS, ROWS, generator=draw))
+    layers = [Layer("layer", weight, torch.bfloat16)] * together
     with (
         # as on a GPU
         patch.object(numerics.Factor, "covers", lambda self, cost, error: cost <= self.loss(error)),
         Launches() as seen,
         kernels(seen.counts) if is_fused else contextlib.nullcontext(),
     ):
-        numerics.gptq_quantize(Layer("layer", weight, torch.bfloat16), stats, fit)
+        map_batched(lambda layer: numerics.gptq_quantize(layer, stats, fit), layers)
     return seen.launches, seen.waits
 
 
 def of_block(
-    fit: Fit[Any],
-    stacks: Mapping[str, tuple[int, int, int]],
-    is_fused: bool,
-    tile: Callable[[int], int],
+    fit: Fit[Any], stacks: Sequence[Stack], is_fused: bool, tile: Callable[[int], int]
 ) -> tuple[int, int]:
     """Launches and waits for a block.
 
     Args:
-        stacks: (out, in) of the layers that are solved together, and how many such stacks a block
-            has.
         tile: from a width to the rows of a layer that are decided together.
     """
-    (narrow, narrow_waits), (wide, waits) = (count(fit, width, is_fused) for width in WIDTHS)
-    by_column = (wide - narrow) / (WIDTHS[1] - WIDTHS[0])
-    waits_by_column = (waits - narrow_waits) / (WIDTHS[1] - WIDTHS[0])
     launches, all_waits = 0.0, 0.0
-    for num_rows, width, num_stacks in stacks.values():
-        passes = num_stacks * math.ceil(num_rows / tile(width))
-        launches += passes * (wide + (width - WIDTHS[1]) * by_column)
-        all_waits += passes * (waits + (width - WIDTHS[1]) * waits_by_column)
+    for stack in stacks:
+        counts = [count(fit, width, is_fused, stack.together) for width in WIDTHS]
+        passes = stack.number / stack.together * math.ceil(stack.rows / tile(stack.width))
+        launches += passes * _at_width(stack.width, [launches for launches, _ in counts])
+        all_waits += passes * _at_width(stack.width, [waits for _, waits in counts])
     return round(launches), round(all_waits)
+
+
+def _at_width(width: int, counts: Sequence[int]) -> float:
+    """A number that is linear in the width, known for two widths."""
+    (narrow, wide), (few, many) = WIDTHS, counts
+    return many + (width - wide) * (many - few) / (wide - narrow)
 
 
 def rows_on_cpu(width: int) -> int:
@@ -150,16 +167,19 @@ def rows_on_gpu(width: int) -> int:
     return rows_module.rows_together(torch.empty(0, width, device="meta"))
 
 
-def table(hidden: int, intermediate: int, kv: int, experts: int) -> Mapping[str, Mapping[str, Any]]:
+def table(
+    hidden: int, intermediate: int, kv: int, experts: int, together: int
+) -> Mapping[str, Mapping[str, Any]]:
     """By scheme: launches of the loop with the rows of a CPU and with those of a GPU, and of the
     kernels; and how often the host waits then.
     """
-    stacks = {
-        "q, k and v": (hidden + 2 * kv, hidden, 1),
-        "o": (hidden, hidden, 1),
-        "gate and up": (2 * intermediate, hidden, experts),
-        "down": (hidden, intermediate, experts),
-    }
+    stacks = [
+        # queries, keys and values; outputs; gate and up; down
+        Stack(hidden + 2 * kv, hidden),
+        Stack(hidden, hidden),
+        Stack(2 * intermediate, hidden, experts, together),
+        Stack(hidden, intermediate, experts, together),
+    ]
     found = {}
     for name, fit in FITS.items():
         sliced, _ = of_block(fit, stacks, False, rows_on_cpu)
@@ -181,5 +201,6 @@ if __name__ == "__main__":
     parser.add_argument("--intermediate", type=int, default=14336)
     parser.add_argument("--kv", type=int, default=1024)
     parser.add_argument("--experts", type=int, default=1)
+    parser.add_argument("--together", type=int, default=1)
     for scheme, row in table(**vars(parser.parse_args())).items():
         print(scheme, row)
