@@ -36,6 +36,7 @@ from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.experts import Experts
 from bitpress.modeling.host_weights import HostLinear
 from bitpress.modeling.tokens import load_calibration_data
+from bitpress.numerics import gram
 from bitpress.planning import linear_layers
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.memory_estimate import CalibrationMemory
@@ -155,6 +156,30 @@ def test_inputs_of_experts_side_by_side_are_there_before_one_of_them_computes(
     assert arrived == {(1, 4), (3, 4), (4, 4)}
     for one_by_one, *others in zip(*outputs, strict=True):
         assert all(torch.equal(one_by_one, states) for states in others)
+
+
+def test_a_cpu_multiplies_the_tokens_of_experts_in_few_numbers(tmp_path: Path) -> None:
+    source = resolve_source(open_checkpoint(build("qwen3_moe", tmp_path / "m")))
+    container = layer_names.container(next(iter(linear_layers.linear_layers(source))))
+    numbers_given, numbers_multiplied = set(), set()
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        numbers_multiplied.add(len(x))
+        return torch.nn.functional.linear(x, weight)
+
+    with Reader() as reader, torch.no_grad(), patch.object(gram, "linear", multiply):
+        decoder = Decoder(source, container, reader)
+        captured = capture_inputs(decoder, BATCHES)
+        block = decoder.load_block(0)
+        for name, module in block.named_modules():
+            if ".experts." in name and isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(
+                    lambda module, arguments: numbers_given.add(len(arguments[0]))
+                )
+        for position, call in enumerate(captured.calls[0]):
+            call(block, captured.hidden_states[position])
+    assert len(numbers_given) > 4
+    assert numbers_multiplied <= {0, gram.TOKEN_MULTIPLE, 2 * gram.TOKEN_MULTIPLE}
 
 
 def watch_arrivals(experts: Experts, num_together: int) -> int:

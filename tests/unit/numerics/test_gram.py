@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from fixtures.fake_gpu import GPU, Pretended, bare
+from torch.nn import functional
 
 from bitpress.numerics.gptq import gptq_statistics
-from bitpress.numerics.gram import TOKENS_PER_SCALE, TallMatrix, cross, gram, product_dtype, stripes
+from bitpress.numerics.gram import (
+    TOKEN_MULTIPLE,
+    TOKENS_PER_SCALE,
+    TallMatrix,
+    cross,
+    gram,
+    multiply_tokens,
+    product_dtype,
+    stripes,
+)
 from bitpress.numerics.output_hessian import output_statistics
 
 
@@ -143,3 +155,20 @@ def test_what_a_gpu_observes_of_bfloat16_is_what_float64_would() -> None:
     assert relative_error(value["drift"], drift, x).max() < 2**-9
     missing = (drift[::8] @ weight.double().T + residual[::8].double()).square().sum(0)
     assert value["missing"].double() == pytest.approx(missing, rel=2**-8)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_multiplied_in_few_numbers_and_each_becomes_what_it_is(
+    num_tokens: int, dtype: torch.dtype
+) -> None:
+    draw = torch.Generator().manual_seed(num_tokens)
+    x, weight = (torch.randn(rows, 48, generator=draw).to(dtype) for rows in (num_tokens, 24))
+    with patch("bitpress.numerics.gram.linear", wraps=functional.linear) as linear:
+        product = multiply_tokens(x, weight)
+    assert len(linear.call_args.args[0]) % TOKEN_MULTIPLE == 0
+    error = product.double() - x.double() @ weight.double().T
+    magnitude = x.abs().double() @ weight.abs().double().T
+    # of float32 sums, and of their rounding
+    bound = 48 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
+    assert (error.abs() <= bound * magnitude).all()

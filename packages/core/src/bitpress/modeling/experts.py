@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bitpress.checkpoint.layer_names import EXPERT
 from bitpress.errors import CheckpointError
+from bitpress.numerics.gram import multiply_tokens
 
 # By expert and name of its layer, the weight's (out, in).
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
@@ -23,6 +24,14 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 # The numbers, ascending, of the tokens that the layers which the current forward pass is at are
 # given of its batch; None: they are given all.
 ROUTED_TOKENS: ContextVar[Tensor | None] = ContextVar("ROUTED_TOKENS", default=None)
+
+
+class _Linear(nn.Linear):
+    """A layer of an expert, which is given another number of tokens each time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, in) -> (tokens, out)."""
+        return multiply_tokens(x, self.weight)
 
 
 class Experts(nn.Module):
@@ -74,7 +83,7 @@ class Experts(nn.Module):
         for number, layers in shapes.items():
             expert = nn.ModuleDict()
             for leaf, (num_rows, num_columns) in layers.items():
-                expert[leaf] = nn.Linear(num_columns, num_rows, bias=False, device="meta")
+                expert[leaf] = _Linear(num_columns, num_rows, bias=False, device="meta")
             self.add_module(number, expert)
 
     def forward(
