@@ -56,6 +56,8 @@ RULES = {"layers": [{"match": ("*",), "steps": [{"use": "toy", "levels": 7}]}]}
         (lambda v: arguments.read_size("max_memory", v), "1.5 gib", 1_500_000_000),
         (lambda v: arguments.read_size("max_memory", v), 4e9, 4_000_000_000),
         (lambda v: arguments.read_size("max_memory", v), "4000", 4000),
+        # a float that is below it
+        (lambda v: arguments.read_size("max_memory", v), "1.005k", 1005),
         (lambda v: arguments.read_size("max_memory", v), None, None),
         (arguments.read_device, torch.device("cuda:1"), "cuda:1"),
         (arguments.read_device, None, "cpu"),

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from bitpress.runtime import memory
+
 # of a tensor that is larger than what glibc keeps by itself
 PAGES = (48 << 20) // os.sysconf("SC_PAGE_SIZE")
 PROGRAM = """
@@ -65,3 +67,9 @@ def test_freed_memory_is_there_for_the_next_tensor_and_the_system_s_again_afterw
 def test_freed_memory_is_kept_while_much_more_is_allowed() -> None:
     result = measured()
     assert result["allowed"] > result["before"] + PAGES / 2 > result["refused"]
+
+
+@pytest.mark.parametrize(("needed", "words"), [(5_000_000, "5 MB"), (5_000_001, "6 MB")])
+def test_the_memory_that_a_refusal_names_is_enough(needed: int, words: str) -> None:
+    text = memory.describe_shortage("the run", needed, 4_999_999)
+    assert text == f"the run needs about {words} of memory, more than the 4 MB allowed"

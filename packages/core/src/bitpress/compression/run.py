@@ -169,10 +169,7 @@ def _check_options(job: Job, options: RunOptions, resources: Resources) -> None:
     min_memory = estimate_memory(job.plan, resources.num_threads, job.calibration_shape)
     hint = "" if job.calibration else "; fewer threads need less"
     if max_memory is not None and max_memory < min_memory:
-        raise RecipeError(
-            f"the run needs about {min_memory / 1e6:,.0f} MB of memory, more than the "
-            f"{max_memory / 1e6:,.0f} MB allowed{hint}"
-        )
+        raise RecipeError(memory.describe_shortage("the run", min_memory, max_memory) + hint)
     attainable_bytes = memory.attainable_bytes(resources.process_group.local_world_size)
     if attainable_bytes < min_memory:
         warn(

@@ -86,10 +86,7 @@ def choose_folder(
     if max_memory is None:
         max_memory = memory.TRANSFORMERS_BYTES + memory.available_bytes() // 2
     elif max_memory < on_disk:
-        raise RecipeError(
-            f"running the model needs about {on_disk / 1e6:,.0f} MB of memory, more than the "
-            f"{max_memory / 1e6:,.0f} MB allowed"
-        )
+        raise RecipeError(memory.describe_shortage("running the model", on_disk, max_memory))
     return folder if in_memory > max_memory else None
 
 

@@ -261,7 +261,7 @@ def read_budget(name: str, value: Any) -> Budget:
 def _parse_size(text: str) -> int | None:
     match = SIZE.fullmatch(text.lower())
     try:
-        return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " ")) if match else None
+        return round(float(match[1]) * 1000 ** " kmgt".index(match[2] or " ")) if match else None
     except ValueError:
         return None
 

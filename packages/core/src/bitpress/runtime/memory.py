@@ -5,6 +5,7 @@ freed.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,12 @@ def retain_freed_memory(is_memory_ample: bool = True) -> Iterator[None]:
         for parameter, num_bytes in DEFAULT_THRESHOLDS.items():
             libc.mallopt(parameter, num_bytes)
         release_freed_memory()
+
+
+def describe_shortage(user: str, needed_bytes: int, allowed_bytes: int) -> str:
+    """That something needs more memory than it may take: as a limit, what is named is enough."""
+    needed, allowed = math.ceil(needed_bytes / 1e6), allowed_bytes // 1_000_000
+    return f"{user} needs about {needed:,} MB of memory, more than the {allowed:,} MB allowed"
 
 
 def release_freed_memory(max_working_bytes: int = 0) -> None:

@@ -60,10 +60,7 @@ def plan_memory(
     if max_memory is None:
         max_bytes = memory.TRANSFORMERS_BYTES + memory.available_bytes() // 2
     elif max_memory < min_bytes:
-        raise RecipeError(
-            f"the search needs about {min_bytes / 1e6:,.0f} MB of memory, more than the "
-            f"{max_memory / 1e6:,.0f} MB allowed"
-        )
+        raise RecipeError(memory.describe_shortage("the search", min_bytes, max_memory))
     else:
         max_bytes = max_memory
 
