@@ -28,12 +28,14 @@ def test_magnitudes_are_counted_eight_to_the_octave(dtype: torch.dtype) -> None:
         assert counts[:num_bins].sum() == ((magnitudes > 0) & (magnitudes < 2.0**power)).sum()
 
 
-def test_zeros_are_not_counted_and_the_ends_catch_what_lies_beyond() -> None:
-    counts = numerics.magnitude_histogram(
-        torch.tensor([0.0, -0.0, 2.0 ** (MIN_EXPONENT - 9), 2.0 ** (MAX_EXPONENT + 9), -3e38])
-    )
-    assert counts.sum() == 3
-    assert (counts[0], counts[-1]) == (1, 2)
+def test_zeros_and_nan_are_not_counted_and_the_ends_catch_what_lies_beyond() -> None:
+    beyond = [2.0 ** (MIN_EXPONENT - 9), 2.0 ** (MAX_EXPONENT + 9), -3e38, torch.inf]
+    x = torch.tensor([0.0, -0.0, torch.nan, *beyond])
+    before = x.clone()
+    counts = numerics.magnitude_histogram(x)
+    assert counts.sum() == 4
+    assert (counts[0], counts[-1]) == (1, 3)
+    torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_halves_add_up_to_the_whole() -> None:

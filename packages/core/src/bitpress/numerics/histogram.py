@@ -63,11 +63,12 @@ def magnitude_histogram(x: Tensor) -> Tensor:
     Returns:
         (NUM_BINS,) float32, which adds up over batches; zeros are not counted.
     """
-    magnitudes = x.abs().float().flatten()
-    magnitudes = magnitudes[magnitudes > 0]
-    bins = ((magnitudes.log2() - MIN_EXPONENT) * BINS_PER_OCTAVE + EDGE).floor_()
-    bins.clamp_(0, NUM_BINS - 1)
-    return torch.bincount(bins.long(), minlength=NUM_BINS).float()
+    # in place, as x may be all that there is room for
+    bins = x.abs().float().flatten()
+    is_counted = bins > 0
+    bins.log2_().sub_(MIN_EXPONENT).mul_(BINS_PER_OCTAVE).add_(EDGE).floor_()
+    bins.clamp_(0, NUM_BINS - 1).masked_fill_(~is_counted, NUM_BINS)
+    return torch.bincount(bins.int(), minlength=NUM_BINS + 1)[:NUM_BINS].float()
 
 
 def clip_range(
