@@ -106,6 +106,26 @@ def test_a_gpu_that_has_run_out_of_memory_keeps_nothing_then_runs_ever_smaller_b
     assert one.more(ids[:1]) == Thrift(LENGTH, is_minimal=True, by_layer=True)
 
 
+def test_a_limit_leaves_room_to_holes_in_the_heap_where_all_forward_passes_may_wait_beside_them(
+    plan: Plan,
+) -> None:
+    estimate = memory_estimate.estimate_calibration(plan, SAMPLES * LENGTH, LENGTH)
+    held_bytes = estimate.in_memory + waiting_bytes(plan, estimate)
+    num_forwards = SAMPLES * numbers_held.num_blocks_held(plan)
+    cases = ((held_bytes, False), (2 * held_bytes - 1, False), (2 * held_bytes, True))
+    for usable_bytes, is_ample in cases:
+        resources = Resources((CPU,), 1, memory.TRANSFORMERS_BYTES + usable_bytes)
+        budget = Budget.for_run(plan, split(plan, LENGTH), resources, Thrift(LENGTH))
+        assert budget.is_ample == is_ample
+        # a higher limit never has forward passes run again that a lower one lets wait
+        assert budget.max_resumable >= num_forwards
+
+
+def waiting_bytes(plan: Plan, estimate: memory_estimate.CalibrationMemory) -> int:
+    """What all forward passes hold that wait inside a block, the source's too."""
+    return SAMPLES * LENGTH * estimate.per_waiting_token * numbers_held.num_blocks_held(plan)
+
+
 def test_experts_are_solved_side_by_side_by_all_lanes_of_all_ranks_as_far_as_there_is_room(
     tmp_path: Path,
 ) -> None:
@@ -126,6 +146,7 @@ def test_experts_are_solved_side_by_side_by_all_lanes_of_all_ranks_as_far_as_the
     ):
         group = ProcessGroup(0, num_ranks)
         held_bytes = estimate.in_memory + (num_threads - 1) * estimate.per_lane + free_bytes
+        held_bytes += waiting_bytes(plan, estimate)
         # half of what is allowed is left to the heap's holes
         max_memory = memory.TRANSFORMERS_BYTES + 2 * held_bytes
         resources = Resources((CPU,), num_threads, max_memory, process_group=group)
@@ -151,12 +172,12 @@ def test_a_gpu_solves_as_many_experts_together_as_it_has_room_for(tmp_path: Path
     tokens = SAMPLES * LENGTH
     estimate = memory_estimate.estimate_device(plan, tokens, LENGTH)
     for free_bytes, expected in ((0, 1), (estimate.per_expert - 1, 1), (estimate.per_expert, 2)):
-        device_bytes = estimate.in_memory + free_bytes
+        device_bytes = estimate.in_memory + waiting_bytes(plan, estimate) + free_bytes
         resources = Resources((GPU,), 1, None, device_bytes)
-        budget = Budget.for_run(plan, split(plan), resources, Thrift(LENGTH))
+        budget = Budget.for_run(plan, split(plan, LENGTH), resources, Thrift(LENGTH))
         assert budget.num_experts == expected
-    # what they take is not there for forward passes that wait
-    assert budget.max_resumable == 0
+    # forward passes that wait come first, and have what is left
+    assert budget.max_resumable == SAMPLES * numbers_held.num_blocks_held(plan)
     thrifty = Budget.for_run(plan, split(plan), resources, Thrift(LENGTH, is_minimal=True))
     assert thrifty.num_experts == 1
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bitpress.compression.resources import Resources
 from bitpress.errors import is_out_of_memory
-from bitpress.planning import memory_estimate
+from bitpress.planning import memory_estimate, numbers_held
+from bitpress.planning.memory_estimate import CalibrationMemory
 from bitpress.planning.plan import Plan
 from bitpress.runtime import devices, memory
 from bitpress.runtime.devices import CPU
@@ -126,15 +127,17 @@ class Budget:
             return cls._on_gpu(plan, own_batches, host_bytes, resources, thrift)
         estimate = memory_estimate.estimate_calibration(plan, num_tokens, length)
 
-        # Holes in a heap that keeps what is freed take as much again as a run holds. Without a
-        # limit, half is left to others in any case.
-        is_ample = available_bytes >= 2 * estimate.in_memory
+        # Holes in a heap that keeps what is freed take as much again as a run holds. Half is left
+        # for them only if forward passes can wait in the other half: running these again would take
+        # longer. Without a limit, half is left to others in any case.
+        waiting_bytes = _waiting_bytes(plan, estimate, num_tokens)
+        is_ample = available_bytes >= 2 * (estimate.in_memory + waiting_bytes)
         uses_half = is_ample or resources.max_memory is None
         max_working_bytes = available_bytes // 2 if uses_half else available_bytes
         num_lanes = estimate.num_lanes(max_working_bytes, resources.num_threads)
         free_bytes = max_working_bytes - (num_lanes - 1) * estimate.per_lane - estimate.in_memory
         max_experts = min(num_lanes * plan.experts_per_batch, plan.max_experts_together)
-        own_experts = estimate.num_experts(free_bytes, max_experts)
+        own_experts = estimate.num_experts(free_bytes - waiting_bytes, max_experts)
         free_bytes -= (own_experts - 1) * estimate.per_expert
         return cls(
             max_working_bytes,
@@ -172,7 +175,8 @@ class Budget:
             device_bytes = 0
         moved_bytes = estimate.spilled_bytes(device_bytes)
         free_bytes = device_bytes - (estimate.in_memory - moved_bytes)
-        own_experts = estimate.num_experts(free_bytes, plan.max_experts_together)
+        waiting_bytes = _waiting_bytes(plan, estimate, num_tokens)
+        own_experts = estimate.num_experts(free_bytes - waiting_bytes, plan.max_experts_together)
         free_bytes -= (own_experts - 1) * estimate.per_expert
         world_size = resources.process_group.world_size
         return cls(
@@ -185,3 +189,8 @@ class Budget:
             states_device=CPU if moved_bytes else resources.device,
             max_brought_bytes=max_brought_bytes,
         )
+
+
+def _waiting_bytes(plan: Plan, estimate: CalibrationMemory, num_tokens: int) -> int:
+    """What forward passes of so many tokens hold, the source's included, if all of them wait."""
+    return estimate.per_waiting_token * num_tokens * numbers_held.num_blocks_held(plan)
