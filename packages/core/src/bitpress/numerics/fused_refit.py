@@ -72,6 +72,7 @@ def _refit_layers(refits: Sequence[_Refit]) -> Sequence[Tensor]:
     damping = stack([refit.hessian.damping for refit in refits])
     scale = stack([refit.rule.scale for refit in refits])
     divisors = [refit.rule.divisor for refit in refits if refit.rule.divisor is not None]
+    divisor = stack(divisors) if divisors else None
     fitted = torch.empty_like(scale, memory_format=torch.contiguous_format)
     for start in range(0, width, size):
         own = slice(start, start + size)
@@ -84,7 +85,7 @@ def _refit_layers(refits: Sequence[_Refit]) -> Sequence[Tensor]:
                 product,
                 damping,
                 scale,
-                stack(divisors) if divisors else None,
+                divisor,
                 fitted,
                 num_rows,
                 width,

@@ -98,7 +98,7 @@ def _sweep_layers(sweeps: Sequence[_Sweep]) -> list[Swept]:
         for sweep, own in zip(sweeps, residual.unbind(2), strict=True)
     ]
     del target, residual
-    costs = in_rows(torch.stack(costs, 2), num_rows)
+    costs = in_rows(stack(costs, 2), num_rows)
     numbers = _in_rows(projected, sweeps, num_rows)
     del projected
     targets = weights if first.row_factor is None else _in_rows(moved, sweeps, num_rows)
