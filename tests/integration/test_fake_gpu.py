@@ -30,7 +30,7 @@ from bitpress.modeling.capture import BlockCall
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.hidden_states import HiddenStates
 from bitpress.modeling.host_weights import BroughtWeights, HostLinear
-from bitpress.numerics import kernel_trial, scale_search, wavefront
+from bitpress.numerics import kernel_trial, output_hessian, scale_search, wavefront
 from bitpress.output import verify
 from bitpress.output.compressed_model import DequantizingReader
 from bitpress.planning import memory_estimate
@@ -56,6 +56,12 @@ TOKENS = 160
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels do not find the numbers of a GPU that is not there."""
     monkeypatch.setattr(kernel_trial, "can_fuse", lambda device: False)
+
+
+@pytest.fixture(autouse=True)
+def few_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operation goes through Python here: two groups follow each other as sixteen do."""
+    monkeypatch.setattr(output_hessian, "FEW_ROW_GROUPS", 2)
 
 
 def everything(step: Step, weight: Tensor, move: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
