@@ -293,7 +293,7 @@ def test_weights_are_not_fitted_to_what_rounding_takes_from_inputs() -> None:
         weight=numbers(8, 32),
     )
     torch.testing.assert_close(stats["hessian"].value, x.T @ x)
-    assert not stats["drift"].value.any()
+    assert not stats["cross_moment"].value.any()
 
 
 @pytest.mark.parametrize(

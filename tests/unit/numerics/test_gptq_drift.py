@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import gc
 import warnings
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 from bitpress import numerics
+from bitpress.numerics import gptq
 from bitpress.numerics.gptq import (
     MAX_CORRECTION,
     SAMPLE_STRIDE,
@@ -20,6 +22,8 @@ from bitpress.numerics.gptq import (
 from bitpress.schemes.values import Layer
 
 WIDTH, ROWS = 24, 10
+# outputs so few that the drift of inputs is projected to them, and more
+NUMBERS_OF_ROWS = [ROWS, 2 * WIDTH]
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,12 +42,15 @@ def correct_weight(
     return weight + drift_correction(weight, stats, factor)
 
 
+@pytest.mark.parametrize("rows", NUMBERS_OF_ROWS)
 @pytest.mark.parametrize("has_residual", [False, True])
-def test_of_much_data_the_correction_is_the_least_squares_solution(has_residual: bool) -> None:
-    weight, x = draw(ROWS, WIDTH, seed=1), draw(20_000, WIDTH, seed=2)
+def test_of_much_data_the_correction_is_the_least_squares_solution(
+    has_residual: bool, rows: int
+) -> None:
+    weight, x = draw(rows, WIDTH, seed=1), draw(20_000, WIDTH, seed=2)
     # as the compressed layers before make it
     inputs = x + 0.3 * x.roll(1, 1)
-    residual = 0.3 * x @ draw(WIDTH, ROWS, seed=3) if has_residual else torch.zeros(len(x), ROWS)
+    residual = 0.3 * x @ draw(WIDTH, rows, seed=3) if has_residual else torch.zeros(len(x), rows)
     target = x @ weight.T + residual
     expected = np.linalg.lstsq(inputs.double().numpy(), target.double().numpy(), rcond=None)[0].T
     corrected = correct_weight(weight, inputs, x, residual if has_residual else None)
@@ -51,6 +58,18 @@ def test_of_much_data_the_correction_is_the_least_squares_solution(has_residual:
     np.testing.assert_allclose(corrected.numpy(), expected, atol=0.02)
     error_before, error_after = target - inputs @ weight.T, target - inputs @ corrected.T
     assert error_after.norm() < 0.02 * error_before.norm()
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_projected_inputs_give_the_correction_that_inputs_give(has_residual: bool) -> None:
+    weight, x = draw(ROWS, WIDTH, seed=1), draw(20_000, WIDTH, seed=2)
+    inputs = x + 0.3 * x.roll(1, 1)
+    residual = 0.3 * x @ draw(WIDTH, ROWS, seed=3) if has_residual else None
+    projected = correct_weight(weight, inputs, x, residual)
+    with patch.object(gptq, "has_few_outputs", lambda rows, width: False):
+        expected = correct_weight(weight, inputs, x, residual)
+    # 8-bit codes of other numbers, and E[e²] of all tokens instead of a sample
+    torch.testing.assert_close(projected, expected, rtol=0, atol=0.002)
 
 
 def test_a_row_moves_little_where_inputs_hardly_go() -> None:
@@ -105,21 +124,24 @@ def test_a_correction_generalizes_better_shrunk_than_not() -> None:
     assert error.norm() < 0.9 * error_unshrunk.norm()
 
 
-def test_batches_add_up_to_the_same_correction() -> None:
-    weight, x = draw(ROWS, WIDTH, seed=1), draw(10 * SAMPLE_STRIDE, WIDTH, seed=2)
-    inputs, residual = x + 0.1 * draw(len(x), WIDTH, seed=3), draw(len(x), ROWS, seed=4)
+@pytest.mark.parametrize("rows", NUMBERS_OF_ROWS)
+def test_batches_add_up_to_the_same_correction(rows: int) -> None:
+    weight, x = draw(rows, WIDTH, seed=1), draw(10 * SAMPLE_STRIDE, WIDTH, seed=2)
+    inputs, residual = x + 0.1 * draw(len(x), WIDTH, seed=3), draw(len(x), rows, seed=4)
     whole = numerics.gptq_statistics(inputs, weight, x, residual)
     first, second = (
         numerics.gptq_statistics(inputs[half], weight, x[half], residual[half])
         for half in (slice(0, 40), slice(40, None))
     )
+    assert ("cross_moment" in whole) == (rows == ROWS)
     for name, stat in whole.items():
         merged = (first[name] | second[name]).value
         torch.testing.assert_close(merged, stat.value, rtol=1e-4, atol=1e-4)
 
 
-def test_numbers_too_large_for_float32_move_nothing() -> None:
-    weight, x = draw(ROWS, WIDTH, seed=1), draw(100, WIDTH, seed=2)
+@pytest.mark.parametrize("rows", NUMBERS_OF_ROWS)
+def test_numbers_too_large_for_float32_move_nothing(rows: int) -> None:
+    weight, x = draw(rows, WIDTH, seed=1), draw(100, WIDTH, seed=2)
     weight[3] = 1e38
     corrected = correct_weight(weight, x, x * 1.5)
     assert torch.equal(corrected[3], weight[3])

@@ -86,9 +86,10 @@ def gptq_statistics(
 
     Returns:
         Statistics by name, all sums in float32: "hessian" (in, in), Σ x̃ x̃ᵀ, and "tokens", their
-        number. With a reference, of what the output lacks, e = W (x - x̃) + r, also "drift"
-        (in, in), Σ (x - x̃) x̃ᵀ; "residual" (out, in), Σ r x̃ᵀ; "drift_tokens"; and of a sample of
-        the tokens "missing" (out,), Σ e², and "missing_tokens".
+        number. With a reference, of what the output lacks, e = W (x - x̃) + r, also
+        "cross_moment" (out, in), Σ e x̃ᵀ, or what makes it where `has_few_outputs` says no: "drift"
+        (in, in), Σ (x - x̃) x̃ᵀ, and "residual" (out, in), Σ r x̃ᵀ; "drift_tokens"; and of these
+        tokens, or of a sample of them, "missing" (out,), Σ e², and "missing_tokens".
     """
     dtype = product_dtype(inputs)
     x = inputs.to(dtype)  # (tokens, in)
@@ -98,18 +99,33 @@ def gptq_statistics(
         # In 16 bits the difference of two numbers is exact while one is at most twice the other,
         # and rounded to 2**-9 of itself otherwise, in bfloat16: less than 8-bit codes lose.
         drift = reference.to(dtype) - x  # (tokens, in)
+        projects = has_few_outputs(*weight.shape)
         # a mean square of samples need not be known better
-        output_error = project(drift[::SAMPLE_STRIDE], weight)  # (sampled tokens, out)
+        sampled = slice(None, None, 1 if projects else SAMPLE_STRIDE)
+        output_error = project(drift[sampled], weight)  # (tokens or fewer, out)
         if residual is not None:
-            sums["residual"] = cross(residual.to(dtype), tall)
-            output_error += residual[::SAMPLE_STRIDE]
-        sums["drift"] = cross(drift, tall)
+            output_error += residual[sampled]
+        if projects:
+            sums["cross_moment"] = cross(output_error.to(dtype), tall)
+        else:
+            sums["drift"] = cross(drift, tall)
+            if residual is not None:
+                sums["residual"] = cross(residual.to(dtype), tall)
         sums["drift_tokens"] = sums["tokens"]
         sums["missing"] = output_error.square().sum(0)
         sums["missing_tokens"] = torch.tensor(float(len(output_error)))
 
-    has_rows = ("residual", "missing")
+    has_rows = ("cross_moment", "residual", "missing")
     return {name: Statistic(value, "sum", rows=name in has_rows) for name, value in sums.items()}
+
+
+def has_few_outputs(num_rows: int, width: int) -> bool:
+    """Whether the drift of a layer's inputs is multiplied with its weight (out, in) token by token.
+
+    That takes 2 · out · in FLOPs of a token, and then 2 · out · in for the sum with the inputs;
+    2 · in² for the sum alone, whose product with the weight is taken later.
+    """
+    return 2 * num_rows <= width
 
 
 def gptq_quantize(
@@ -263,7 +279,7 @@ def gptq_target(layer: Layer, stats: Mapping[str, Statistic], factor: Factor) ->
         (out, in) float32.
     """
     weight = layer.weight if layer.original_weight is None else layer.original_weight
-    if "drift" not in stats:
+    if "drift_tokens" not in stats:
         return weight
     return weight + drift_correction(weight, stats, factor)
 
@@ -286,11 +302,7 @@ def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Fac
     a warning.
     """
     tokens = stats["drift_tokens"].value.item()
-    divisor = scalar_like(weight, tokens)
-    drift = stats["drift"].value / divisor
-    cross_moment = compute_rows(weight, lambda rows: weight[rows] @ drift)  # (out, in), C above
-    if "residual" in stats:
-        cross_moment += stats["residual"].value / divisor
+    cross_moment = _cross_moment(weight, stats) / scalar_like(weight, tokens)  # (out, in), C above
     correction = compute_rows(
         weight, lambda rows: _correct_rows(cross_moment[rows], rows, stats, factor)
     )
@@ -313,6 +325,17 @@ def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Fac
             stacklevel=3,
         )
     return torch.where(is_large.unsqueeze(1), 0.0, correction)
+
+
+def _cross_moment(weight: Tensor, stats: Mapping[str, Statistic]) -> Tensor:
+    """Σ e x̃ᵀ of `gptq_statistics`, (out, in)."""
+    if "cross_moment" in stats:
+        return stats["cross_moment"].value
+    drift = stats["drift"].value
+    cross_moment = compute_rows(weight, lambda rows: weight[rows] @ drift)
+    if "residual" in stats:
+        cross_moment += stats["residual"].value
+    return cross_moment
 
 
 def _correct_rows(

@@ -274,7 +274,8 @@ def _count_in_flight(plan: Plan, length: int) -> int:
         rows, width = stack.shape
         num_steps = sum(step.calibrated for step in stack.steps)
         inputs = max(inputs, WAITING_INPUTS * max(STATISTICS_TOKENS, length) * width)
-        statistics = max(statistics, num_steps * (2 * width * width + rows * width))
+        observed = numbers_held.count_moments(rows, width) + rows * width
+        statistics = max(statistics, num_steps * observed)
     return inputs + statistics
 
 

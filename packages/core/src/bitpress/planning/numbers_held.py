@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from bitpress.numerics.gptq import has_few_outputs
 from bitpress.numerics.rows import ROW_TILE
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
@@ -132,4 +133,12 @@ def count_solution(rows: int, width: int, steps: int) -> int:
     """
     # a tile of rows is swept in columns of its own
     swept = 2 * min(rows, ROW_TILE) * width
-    return (3 + 2 * steps) * width * width + 6 * max(steps, 1) * rows * width + swept
+    observed = steps * count_moments(rows, width)
+    return observed + 3 * width * width + 6 * max(steps, 1) * rows * width + swept
+
+
+def count_moments(rows: int, width: int) -> int:
+    """Numbers of the second moments of a stack's inputs, and of those with their drift where the
+    outputs are not few.
+    """
+    return (1 if has_few_outputs(rows, width) else 2) * width * width

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from attrs import field, frozen
 
+from bitpress.numerics.gptq import has_few_outputs
 from bitpress.numerics.gram import stripes
 from bitpress.numerics.rows import ROW_TILE, count_columns
 from bitpress.numerics.scale_refit import count_passes
@@ -256,8 +257,9 @@ def _count_operations(
             # x xᵀ, the columns of each stripe from its first one on.
             gram = sum((c.stop - c.start) * (width - c.start) for c in stripes(width))
             per_token += share * len(steps) * 2 * gram
-            # The product of x with how far it has moved.
-            per_compared_token += share * num_drifts * 2 * width * width
+            # The product of x with how far it has moved, or of that with the weight, then with x.
+            drift = 4 * stack.shape[0] if has_few_outputs(*stack.shape) else 2 * width
+            per_compared_token += share * num_drifts * drift * width
             if share * tokens >= MIN_EXPERT_TOKENS:
                 _count_fit(fits[number % num_ranks], plan, stack, gradient_tokens)
     return _Operations(per_token, per_compared_token, per_gradient_token, fits)
@@ -276,7 +278,8 @@ def _count_fit(fits: _Fits, plan: Plan, stack: Stack, gradient_tokens: int) -> N
     steps = [step for step in stack.steps if pipeline.takes_second_moments(step)]
     num_drifts = sum(map(pipeline.takes_reference, steps))
     # a factor of the Hessian; the sweep over columns and its loss; with drift, what makes up for it
-    factor_and_sweep = len(steps) * (width / 3 + 2 * rows) + num_drifts * 4 * rows
+    correction = (2 if has_few_outputs(rows, width) else 4) * rows
+    factor_and_sweep = len(steps) * (width / 3 + 2 * rows) + num_drifts * correction
     operations = int(width * width * factor_and_sweep)
     if together > 1:
         fits.of_experts[together] += operations
