@@ -9,7 +9,7 @@ import json
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -284,15 +284,19 @@ def test_where_memory_is_short_no_forward_is_left_waiting(tmp_path: Path, learne
 def test_a_block_s_weights_are_freed_as_soon_as_it_is_left(
     tmp_path: Path, learner: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filled, alive, block = [], [], Decoder.load_block
+    filled, alive = [], []
 
-    def noted(self: Decoder, index: int) -> torch.nn.Module:
-        alive.append(sum(reference() is not None for reference in filled))
-        result = block(self, index)
-        filled.append(weakref.ref(next(result.parameters())))
-        return result
+    def note(make_block: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+        def noted(*arguments: Any) -> torch.nn.Module:
+            alive.append(sum(reference() is not None for reference in filled))
+            result = make_block(*arguments)
+            filled.append(weakref.ref(next(result.parameters())))
+            return result
 
-    monkeypatch.setattr(Decoder, "load_block", noted)
+        return noted
+
+    for name in ("load_block", "copy_block"):
+        monkeypatch.setattr(Decoder, name, note(getattr(Decoder, name)))
     source = runnable_model(tmp_path / "m", config=CONFIG | {"num_hidden_layers": 4})
     # a block may take gigabytes: they cannot wait until garbage is looked for
     gc.disable()

@@ -9,6 +9,7 @@ import os
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -230,6 +231,22 @@ def test_buffers_of_modules_without_weights_are_on_the_device(family: tuple[Path
         capture_inputs(decoder, BATCHES)
         devices = {decoder.model.get_buffer(name).device for name in buffers}
     assert devices <= {GPU}
+
+
+def test_a_copy_of_a_block_is_another_one_and_nothing_is_read_for_it(
+    family: tuple[Path, str],
+) -> None:
+    folder, container = family
+    with Reader() as reader:
+        decoder = Decoder(open_checkpoint(folder), container, reader)
+        block = decoder.load_block(0)
+        with patch.object(reader, "rows", side_effect=AssertionError):
+            copied = decoder.copy_block(0, block)
+    numbers, others = block.state_dict(), copied.state_dict()
+    assert list(numbers) == list(others)
+    for name, tensor in numbers.items():
+        assert torch.equal(others[name], tensor), name
+        assert others[name].data_ptr() != tensor.data_ptr(), name
 
 
 def test_hidden_states_that_go_to_disk_are_not_held_while_others_are_recorded(

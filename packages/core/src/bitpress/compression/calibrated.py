@@ -189,8 +189,9 @@ def _write_blocks(
 def _enter_block(
     index: int, decoder: Decoder, streams: ActivationStreams, inputs: CapturedInputs
 ) -> None:
-    source_block = decoder.load_block(index) if streams.reference is not None else None
-    streams.enter_block(decoder.load_block(index), source_block, inputs.calls[index])
+    block = decoder.load_block(index)
+    source_block = None if streams.reference is None else decoder.copy_block(index, block)
+    streams.enter_block(block, source_block, inputs.calls[index])
 
 
 def _plan_batches(

@@ -106,6 +106,12 @@ class Decoder:
             self._expect(f"{self.container}.{index + 1}", self.blocks[index + 1])
         return block
 
+    def copy_block(self, index: int, block: nn.Module) -> nn.Module:
+        """Another copy of a block that is as it was loaded. Its weights are not read again, unless
+        they stay in the host's memory, where they lie as a GPU needs them.
+        """
+        return copy.deepcopy(block) if self._brought_weights is None else self.load_block(index)
+
     def load_embeddings(self) -> None:
         """Fill what reads the tokens: some models ask it for its device before they call it."""
         self.load_module(self.model.get_input_embeddings())
