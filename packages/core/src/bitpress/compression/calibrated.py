@@ -11,19 +11,15 @@ inputs have drifted. A head that is fitted to data comes last.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from attrs import evolve, frozen
-from torch import Tensor, nn
+from torch import nn
 
-from bitpress.checkpoint.filenames import BLOCK_RESULT_SUFFIX
 from bitpress.checkpoint.reader import Reader
 from bitpress.checkpoint.safetensors import read_header
-from bitpress.checkpoint.signed_json import is_signed, sign_json
-from bitpress.checkpoint.writer import OutputFolder, copy_entry
+from bitpress.checkpoint.writer import OutputFolder
 from bitpress.compression.calibration import fold
 from bitpress.compression.calibration.activation_streams import (
     ActivationStreams,
@@ -32,6 +28,7 @@ from bitpress.compression.calibration.activation_streams import (
 )
 from bitpress.compression.calibration.block import WriteTensor, compress_block
 from bitpress.compression.calibration.block_result import BlockResult
+from bitpress.compression.calibration.fitted_shards import Compress, FittedShards
 from bitpress.compression.calibration.gradient_sample import GradientSample
 from bitpress.compression.calibration.head import compress_head
 from bitpress.compression.calibration.layer_groups import BlockPlan, LayerGroup
@@ -43,7 +40,6 @@ from bitpress.modeling.attention import watched_attention
 from bitpress.modeling.capture import CapturedInputs, capture_inputs
 from bitpress.modeling.decoder import Decoder, DecoderOptions
 from bitpress.modeling.tokens import CalibrationData
-from bitpress.output.rescaling import rescale
 from bitpress.planning import memory_estimate
 from bitpress.planning.layout import Shard
 from bitpress.planning.plan import Plan
@@ -51,7 +47,6 @@ from bitpress.runtime import devices, memory
 from bitpress.runtime.cpu_features import has_cpu_feature
 from bitpress.runtime.lanes import Lanes
 from bitpress.runtime.logger import logger, warn
-from bitpress.runtime.process_group import ProcessGroup
 from bitpress.runtime.progress import (
     FINISHED_EARLIER,
     RepeatableWork,
@@ -74,6 +69,7 @@ class _Run:
     reader: Reader
     resources: Resources
     report_progress: ReportProgress
+    fitted_shards: FittedShards
 
     @property
     def dtype(self) -> torch.dtype:
@@ -149,9 +145,10 @@ def _write_blocks(
         torch.no_grad(),
         memory.retain_freed_memory(budget.is_ample),
         Lanes(budget.num_lanes) as lanes,
+        FittedShards(output, resources) as fitted_shards,
     ):
         logger.debug("%d forward passes run side by side", budget.num_lanes)
-        run = _Run(plan, output, reader, resources, report_progress)
+        run = _Run(plan, output, reader, resources, report_progress, fitted_shards)
         report_progress(0, "building the model")
         decoder = _build_decoder(run, calibration.all_experts, budget.max_brought_bytes)
         block_shards = _select_block_shards(plan, decoder)
@@ -181,8 +178,7 @@ def _write_blocks(
             memory.release_freed_memory(streams.limits.max_working_bytes)
             gigabytes = memory.resident_bytes() / 1e9
             logger.debug("block %d/%d: %.2f GB in memory", index + 1, len(decoder), gigabytes)
-        for head in heads:
-            results.append(_compress_or_resume_head(run, head, decoder, streams, inputs))
+        results += [_compress_or_resume_head(run, h, decoder, streams, inputs) for h in heads]
     return _with_warnings(results, gradients.warnings)
 
 
@@ -274,9 +270,9 @@ def _compress_or_resume_block(
     run: _Run, shard: Shard, streams: ActivationStreams, gradients: GradientSample
 ) -> BlockResult:
     """Compress one block into its shard, or install what an earlier run has stored of it."""
-    plan, process_group = run.plan, streams.process_group
+    plan = run.plan
     prefix = f"{plan.container}.{shard.block}."
-    result = _read_finished(run, shard, process_group)
+    result = run.fitted_shards.read_finished(shard)
     if result is not None:
         _install_finished_block(run, shard, prefix, streams.block)
         if streams.source_block is not None:
@@ -286,14 +282,14 @@ def _compress_or_resume_block(
         return result
 
     assert shard.block is not None
-    with process_group.agreeing():
+    with streams.process_group.agreeing():
         gradients_by_stack = gradients.of_block(shard.block, shard.stacks, run.report_progress)
     block_plan = BlockPlan.of_shard(plan, shard, run.reader, gradients_by_stack)
 
     def compress(write_tensor: WriteTensor) -> BlockResult:
         return compress_block(block_plan, streams, write_tensor, run.report_progress)
 
-    return _write_compressed(run, shard, process_group, compress)
+    return _write_fitted(run, shard, compress)
 
 
 def _compress_or_resume_head(
@@ -304,7 +300,7 @@ def _compress_or_resume_head(
     inputs: CapturedInputs,
 ) -> BlockResult:
     """Fit the head into its shard, unless an earlier run has."""
-    finished = _read_finished(run, shard, streams.process_group)
+    finished = run.fitted_shards.read_finished(shard)
     if finished is not None:
         run.report_progress(shard.work_bytes, FINISHED_EARLIER)
         return finished
@@ -315,60 +311,14 @@ def _compress_or_resume_head(
     def compress(write_tensor: WriteTensor) -> BlockResult:
         return compress_head(stack, streams, decoder, inputs.extra_outputs, write_tensor)
 
-    result = _write_compressed(run, shard, streams.process_group, compress)
+    result = _write_fitted(run, shard, compress)
     run.report_progress(stack.source_bytes, f"{stack.name} · done")
     return result
 
 
-def _read_finished(run: _Run, shard: Shard, process_group: ProcessGroup) -> BlockResult | None:
-    """What an earlier run has measured of a shard that it has finished; None where none has."""
-    file = _result_file(run, shard)
-    # rank 0 looks, since another host may see a file later
-    is_finished = (
-        process_group.is_rank_zero
-        and run.output.has_shard(shard.name, shard.header, run.resources.num_threads)
-        and file.is_file()
-        and is_signed(file.read_bytes())
-    )
-    if not process_group.broadcast_object(is_finished):
-        return None
-    return BlockResult.from_json(json.loads(file.read_text()))
-
-
-def _result_file(run: _Run, shard: Shard) -> Path:
-    return run.output.folder / f"{shard.name}{BLOCK_RESULT_SUFFIX}"
-
-
-def _write_compressed(
-    run: _Run,
-    shard: Shard,
-    process_group: ProcessGroup,
-    compress: Callable[[WriteTensor], BlockResult],
-) -> BlockResult:
-    """Let every rank compress a shard's layers, and rank 0 write it.
-
-    Args:
-        compress: is given what writes a stored tensor.
-    """
-    if not process_group.is_rank_zero:
-        return compress(lambda name, tensor: None)
-
-    entries = {entry.name: entry for entry in shard.header.entries}
-    with run.output.shard(shard.name, shard.header) as writer:
-
-        def write_tensor(name: str, tensor: Tensor) -> None:
-            writer.write(entries[name], tensor.cpu())
-
-        result = compress(write_tensor)
-        for entry in shard.copies:
-            if entry.name in result.rescaled:
-                source = run.reader.whole(entry)
-                write_tensor(entry.name, rescale(source, result.rescaled[entry.name]))
-            else:
-                copy_entry(entry, entries[entry.name], run.reader, writer)
-            run.report_progress(copy_work(entry.nbytes), "copying")
-        # before the shard has its name: a finished shard has its result beside it
-        run.output.write_text(_result_file(run, shard).name, sign_json(result.as_json()))
+def _write_fitted(run: _Run, shard: Shard, compress: Compress) -> BlockResult:
+    result = run.fitted_shards.write(shard, compress)
+    run.report_progress(sum(copy_work(entry.nbytes) for entry in shard.copies), "copying")
     return result
 
 

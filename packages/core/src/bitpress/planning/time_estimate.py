@@ -188,10 +188,9 @@ def _calibrated_work(
         tokens = sum(batch_tokens[i] for i in batches)
         compared, backward = _count_source_tokens(plan, batches, batch_tokens)
 
-        # Where tokens are compared, a block's own weights are read again; on the way to gradients,
-        # twice.
+        # On the way to gradients, a block's weights are read twice more.
         shards = group.partition_by_size(outside, lambda shard: shard.source_bytes)
-        num_reads = 1 + (compared > 0) + 2 * (backward > 0)
+        num_reads = 1 + 2 * (backward > 0)
         reads = recording_bytes + fitted_bytes * num_reads + _file_bytes_of(shards)
         if group.is_rank_zero:
             reads += sum(entry.file_bytes for shard in blocks for entry in shard.copies)
