@@ -140,7 +140,8 @@ def test_a_gpu_with_triton_gives_what_the_cpu_gives(
 
     interpret_on_fake_gpu(monkeypatch, block=64)
     step = STEPS[name]
-    weight = trial.weights(step)["normal"][:16]
+    # the interpreter takes 10 ms for each column
+    weight = trial.weights(step)["normal"][:16, :128]
     expected = everything(step, weight, torch.clone)
     with Pretended():
         result = everything(step, weight, lambda tensor: tensor.to(GPU))
