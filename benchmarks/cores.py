@@ -25,7 +25,7 @@ from attrs import define, field
 from measure import run
 
 import bitpress
-from bitpress.numerics import columns
+from bitpress.numerics import block_sweep
 from bitpress.runtime.lanes import Lanes
 
 
@@ -81,7 +81,7 @@ def count(arguments: argparse.Namespace, out: Path) -> None:
     """Print how long a run would take on other numbers of cores."""
     clock = Clock()
     Lanes.map = lambda lanes, work, items: clock.map(lanes, work, items)  # type: ignore[method-assign]
-    columns._LEAF_TURN = clock  # type: ignore[assignment]
+    block_sweep.COLUMNS_TURN = clock  # type: ignore[assignment]
     start = time.process_time()
     bitpress.compress(
         arguments.model,

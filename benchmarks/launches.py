@@ -159,12 +159,13 @@ def _at_width(width: int, counts: Sequence[int]) -> float:
 
 def rows_on_cpu(width: int) -> int:
     """Rows that a CPU decides together."""
-    return rows_module.ROW_TILE
+    return rows_module.LOOP_ROWS
 
 
 def rows_on_gpu(width: int) -> int:
     """Rows that a GPU decides together."""
-    return rows_module.rows_together(torch.empty(0, width, device="meta"))
+    target = torch.empty(0, width, device="meta")
+    return rows_module.rows_decided_together(target, has_rule=True)
 
 
 def table(

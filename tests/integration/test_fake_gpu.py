@@ -6,6 +6,7 @@ import errno
 import io
 import math
 import pickle
+import re
 import threading
 import warnings
 import weakref
@@ -131,9 +132,17 @@ def test_hooks_for_a_cache_give_on_a_gpu_what_they_give_on_the_cpu(name: str) ->
         assert trial.are_equal(bare(own), tensor)
 
 
+# kernels do not know what statistics and weights are made of
+RULES = [
+    name
+    for name, step in STEPS.items()
+    if step.calibrated and not re.search("reference=|rotate=", name)
+]
+
+
 # of rows that a program has and the weight has not
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", [name for name in STEPS if STEPS[name].calibrated])
+@pytest.mark.parametrize("name", RULES)
 def test_a_gpu_with_triton_gives_what_the_cpu_gives(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

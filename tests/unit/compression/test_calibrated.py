@@ -387,13 +387,15 @@ def test_the_same_seed_gives_the_same_bytes_and_another_other_ones(
     }
 
 
-@pytest.mark.parametrize("setting", ["bits=4", "factors=2 1", "slopes=true"])
-@pytest.mark.parametrize("is_spilled", [False, True], ids=["in memory", "on disk"])
+@pytest.mark.parametrize(
+    ("setting", "states_bytes"),
+    [("bits=4", 0), ("factors=2 1", 0), ("slopes=true", 0), ("slopes=true", 1)],
+    ids=["in memory", "rescaled", "gradients", "gradients, on disk"],
+)
 def test_any_number_of_threads_gives_the_same_bytes(
-    tmp_path: Path, learner: Path, setting: str, is_spilled: bool
+    tmp_path: Path, learner: Path, setting: str, states_bytes: int
 ) -> None:
     source = runnable_model(tmp_path / "m")
-    states_bytes = 1 if is_spilled else 0
     with (
         patch.object(memory_estimate, "BATCH_TOKENS", 4 * LENGTH),
         patch.object(memory_estimate, "STATISTICS_TOKENS", 8 * LENGTH),

@@ -15,10 +15,12 @@ import bitpress
 from bitpress.compression.calibration.rank_share import Budget, OwnBatches, Thrift
 from bitpress.compression.resources import Resources
 from bitpress.conformance.commands import plugins
+from bitpress.numerics import kernel_trial
 from bitpress.planning import memory_estimate, numbers_held, plan as plan_module
 from bitpress.planning.plan import Plan
 from bitpress.runtime import memory
 from bitpress.runtime.process_group import SINGLE_PROCESS, ProcessGroup
+from bitpress.schemes import pipeline
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SAMPLES, LENGTH = 512, 32
@@ -70,6 +72,20 @@ def test_blocks_of_half_the_bytes_take_half_the_memory_of_a_gpu(plan: Plan) -> N
     ahead = numbers_held.num_blocks_held(plan) * batch_bytes
     assert by_dtype[1].on_disk - on_cpu.on_disk == ahead
     assert by_dtype[1].in_memory - on_cpu.in_memory == ahead
+
+
+def test_the_memory_of_numba_is_counted_where_it_is_installed_and_rows_are_solved(
+    plan: Plan,
+) -> None:
+    def needed_bytes(*, is_installed: bool) -> int:
+        with patch.object(kernel_trial, "_is_installed", return_value=is_installed):
+            return memory_estimate.estimate_memory(plan, shape=(SAMPLES, LENGTH))
+
+    assert needed_bytes(is_installed=True) == (
+        needed_bytes(is_installed=False) + kernel_trial.NUMBA_BYTES
+    )
+    with patch.object(pipeline, "takes_second_moments", return_value=False):
+        assert needed_bytes(is_installed=True) == needed_bytes(is_installed=False)
 
 
 def test_blocks_that_do_not_fit_a_gpu_are_brought_layer_by_layer(plan: Plan) -> None:

@@ -14,9 +14,20 @@ from unittest.mock import patch
 import attrs
 import pytest
 import torch
-from attrs import frozen
 from fixtures.interpreted_triton import interpret
 from fixtures.layer_problems import Problem
+from fixtures.ruled_grids import (
+    GRIDS,
+    WEIGHTS,
+    FloatGrid,
+    assert_same,
+    draw,
+    factorize,
+    fit_stored,
+    float_grid,
+    hard_targets,
+    statistics,
+)
 from torch import Tensor
 
 from bitpress import numerics
@@ -30,64 +41,11 @@ from bitpress.numerics import (
 )
 from bitpress.numerics.scale_refit import DampedHessian, refit_scales
 from bitpress.runtime.batching import map_batched
-from bitpress.schemes.values import Layer, Statistic
+from bitpress.schemes.values import Layer
 
 # A narrow block, so that few columns make several.
 BLOCK = 8
 SIZES = [(5, 7), (18, 20)]
-
-
-@frozen(eq=False)
-class FloatGrid:
-    """Floats of a few bits times scales."""
-
-    scale: Tensor
-    group: int
-    numbers: numerics.NumberFormat
-
-    @property
-    def rounding_rule(self) -> numerics.RoundingRule:
-        return numerics.RoundingRule(self.numbers, self.scale, self.group)
-
-    def nearest(self, target: Tensor, rows: slice, column: int) -> Tensor:
-        return self._round(target, self.scale[rows, column // self.group])
-
-    def rounded(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        groups = numerics.to_groups(weight, self.group)
-        return self._round(groups, self.scale[rows].unsqueeze(2)).view_as(weight)
-
-    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
-        if self.numbers == numerics.E2M1:
-            return numerics.round_e2m1(x / scale) * scale
-        return numerics.decode_e4m3(numerics.encode_e4m3(x, scale)) * scale
-
-
-def float_grid(numbers: numerics.NumberFormat) -> Callable[[Tensor, int], FloatGrid]:
-    def fit(weight: Tensor, group: int) -> FloatGrid:
-        amax = numerics.absmax(numerics.to_groups(weight, group), dim=2).squeeze(2)
-        scale = (amax / numbers.highest * 0.8).clamp(min=torch.finfo(torch.float32).tiny)
-        return FloatGrid(scale.masked_fill(amax == 0, 1.0), group, numbers)
-
-    return fit
-
-
-GRIDS = {
-    "4 bits": lambda w, group: numerics.fit_symmetric(w, None, 4, group, (0.8, 1.0)),
-    "4 bits, zero points": lambda w, group: numerics.fit_asymmetric(w, None, 4, group, (0.8, 1.0)),
-    "2 bits, zero points": lambda w, group: numerics.fit_asymmetric(w, None, 2, group, (0.8, 1.0)),
-    "8 bits": lambda w, group: numerics.fit_symmetric(w, None, 8, group, (1.0,)),
-    "E2M1": float_grid(numerics.E2M1),
-    "E4M3": float_grid(numerics.E4M3),
-}
-WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "normal": lambda w: w,
-    "heavy tails": lambda w: w**5,
-    "rows of zeros": lambda w: w * (torch.arange(len(w)) % 3 > 0).unsqueeze(1),
-    "ties": lambda w: (w * 100).round() / 2,
-    "subnormal": lambda w: w * 1e-37,
-    "huge": lambda w: w.sign() * 1e37,
-    "one sign": torch.abs,
-}
 
 
 # what numpy says of infinities and NaN, which GPUs say nothing of
@@ -103,17 +61,6 @@ def narrow_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Called, it makes sweeps follow rules in the kernel."""
     return lambda: monkeypatch.setattr(kernel_trial, "can_fuse", lambda device: True)
-
-
-def draw(rows: int, width: int, seed: int) -> Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
-
-
-def factorize(width: int) -> numerics.Factor:
-    x = draw(4 * width, width, 1) @ draw(width, width, 2) + draw(4 * width, width, 3)
-    factor = numerics.factorize_hessian(x.T @ x, len(x))
-    assert factor is not None
-    return factor
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -133,20 +80,6 @@ def test_the_kernel_gives_what_the_loop_gives(
         assert_same(result, expected)
 
 
-def assert_same(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for a, b in zip(result, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-# every kind of float32 number, and what lies beside and between the numbers of the formats
-def hard_targets() -> Tensor:
-    bits = torch.randint(-(2**31), 2**31, (2000,), generator=torch.Generator().manual_seed(0))
-    steps = torch.arange(-40, 41) / 4
-    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3e38, 447.99])
-    near = torch.cat([steps, steps * (1 + 2.0**-23), steps * (1 - 2.0**-23), steps * 2.0**-8])
-    return torch.cat([bits.to(torch.int32).view(torch.float32), near, near * 46, odd, 400 + steps])
-
-
 @pytest.mark.parametrize("name", GRIDS)
 def test_any_target_becomes_what_the_grid_makes_of_it(
     name: str, with_kernel: Callable[[], None], monkeypatch: pytest.MonkeyPatch
@@ -164,15 +97,6 @@ def test_any_target_becomes_what_the_grid_makes_of_it(
     if name == "E4M3":
         signs, expected_signs = (x.nan_to_num().signbit() for x in (result, expected))
         assert torch.equal(signs, expected_signs)
-
-
-def statistics(rows: int, width: int, two_sided: bool) -> dict[str, Statistic]:
-    x = draw(6 * width, width, 5) @ draw(width, width, 6)
-    stats = numerics.gptq_statistics(x, torch.empty(0))
-    if two_sided:
-        gradient = draw(300, rows, 7) @ draw(rows, rows, 8)
-        stats |= numerics.output_statistics(gradient)
-    return stats
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -242,13 +166,6 @@ def note_sizes(compute: Callable[[Any], Any], sizes: list[int]) -> Callable[[Any
         return compute(layers)
 
     return noted
-
-
-def fit_stored(name: str, weight: Tensor) -> numerics.Grid:
-    """A grid whose integers have scales that are fitted again."""
-    if name == "E2M1":
-        return GRIDS[name](weight, 8)
-    return numerics.fit_asymmetric(weight, None, 4, 8, (0.8, 1.0), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("group", [4, 8, 24])
@@ -343,28 +260,28 @@ def test_a_grid_without_a_rule_is_swept_in_the_loop(with_kernel: Callable[[], No
 
 
 def test_the_trial_passes_here_and_fails_where_a_number_differs() -> None:
-    assert fused_sweep.is_exact_on(torch.device("cpu"))
+    assert kernel_trial.is_exact(fused_sweep, torch.device("cpu"))
     with patch.object(fused_sweep.BlockSweep, "decide", lambda self, wave: None):
-        assert not fused_sweep.is_exact_on(torch.device("cpu"))
+        assert not kernel_trial.is_exact(fused_sweep, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("problem", ["Failed to find C compiler", None])
 def test_where_triton_fails_the_loop_goes_on_with_one_warning(problem: str | None) -> None:
-    def trial(device: torch.device) -> bool:
+    def trial(kernels: object, device: torch.device) -> bool:
         if problem is not None:
             raise RuntimeError(f"{problem}\nmore")
         return False
 
     kernel_trial.can_fuse.cache_clear()
     with (
-        patch.object(fused_sweep, "is_exact_on", trial),
+        patch.object(kernel_trial, "is_exact", trial),
         warnings.catch_warnings(record=True) as warned,
     ):
         answers = [kernel_trial.can_fuse(torch.device("cuda", 0)) for _ in range(2)]
     kernel_trial.can_fuse.cache_clear()
     assert answers == [False, False]
     assert len(warned) == 1
-    assert (problem or "other numbers than a CPU") in str(warned[0].message)
+    assert (problem or "other numbers than torch") in str(warned[0].message)
     assert not kernel_trial.can_fuse(torch.device("cpu"))
 
 

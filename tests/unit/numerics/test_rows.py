@@ -13,7 +13,7 @@ from torch import Tensor
 from bitpress.numerics import IntegerGrid, fit_symmetric, gptq_quantize
 from bitpress.numerics.gptq import gptq_statistics
 from bitpress.numerics.output_hessian import output_statistics
-from bitpress.numerics.rows import ROW_TILE, compute_rows
+from bitpress.numerics.rows import LOOP_ROWS, compute_rows
 from bitpress.runtime.lanes import Lanes
 from bitpress.schemes.values import Layer, Statistic
 
@@ -30,7 +30,7 @@ def fit(weight: Tensor, importance: Tensor | None) -> IntegerGrid:
 
 @pytest.mark.parametrize("rest", ["all", "masked", "coupled", "masked and coupled"])
 def test_any_number_of_lanes_rounds_a_weight_to_the_same_bits(rest: str) -> None:
-    num_rows = 2 * ROW_TILE + 700
+    num_rows = 2 * LOOP_ROWS + 700
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(num_rows, WIDTH, generator=generator)
     mask = torch.rand(num_rows, WIDTH, generator=generator) < 0.5 if "masked" in rest else None

@@ -56,8 +56,8 @@ hide(select, "poll", "epoll")
 RUN = """
 import contextlib, importlib, io, json, pkgutil
 import bitpress
-# Kernels for GPUs need Triton, which is for Linux.
-ELSEWHERE = (".conformance", ".__main__", ".fused_")
+# Compiled kernels need Triton, which is for Linux, or Numba.
+ELSEWHERE = (".conformance", ".__main__", ".fused_", ".compiled_")
 for module in pkgutil.walk_packages(bitpress.__path__, "bitpress."):
     if not any(name in module.name for name in ELSEWHERE):
         importlib.import_module(module.name)

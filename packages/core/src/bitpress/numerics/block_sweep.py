@@ -38,7 +38,7 @@ class BlockSweep:
 
     def __init__(self, columns: SweptColumns, unit: Tensor, rules: Sequence[RoundingRule]) -> None:
         self._columns, self._rule, num_groups = columns, rules[0], columns.num_groups
-        self._units = _diagonal_blocks(unit, columns.block)
+        self._units = diagonal_blocks(unit, columns.block)
         # (columns or groups of them, groups, layers, rows)
         self._scale = by_groups([rule.scale.T for rule in rules], num_groups, 1.0)
         zeros = [rule.zero.T for rule in rules if rule.zero is not None]
@@ -134,7 +134,7 @@ class _Block:
             self.target[k + 1 : stop].addcmul_(unit[k, k + 1 : stop], error)
 
 
-def _diagonal_blocks(unit: Tensor, block: int) -> Tensor:
+def diagonal_blocks(unit: Tensor, block: int) -> Tensor:
     """The blocks along the diagonal of each U (layers, in, in): (blocks, layers, block, block)."""
     num_whole, left = divmod(unit.shape[1], block)
     layer, row, column = unit.stride()

@@ -64,7 +64,7 @@ def column_sweep(  # noqa: PLR0913
         span: a divisor or a multiple of `LEAF`.
         row_factor: how rows make up for each other's errors; None: they do not.
         rule: what `project` does, as data, so that rows that make up for each other's errors are
-            swept side by side, and a GPU with Triton decides many columns at once; None: it cannot
+            swept side by side, and compiled kernels decide many columns at once; None: it cannot
             be said so.
 
     Returns:
@@ -86,7 +86,7 @@ def column_sweep(  # noqa: PLR0913
         losses[rows] = swept.cost
         return swept.numbers
 
-    return compute_coupled_rows(weight, row_factor, compute), losses
+    return compute_coupled_rows(weight, row_factor, compute, has_rule=True), losses
 
 
 @frozen(eq=False)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitpress.numerics.fused_rounding import format_arguments, round_to_format
-from bitpress.numerics.rounding_rule import NumberFormat, RoundingRule
+from bitpress.numerics.rounding_rule import RoundingRule
 from bitpress.numerics.swept_columns import SweptColumns, Wave, stack
 
 # Columns that a program decides; between blocks the feedback is a matrix product.
@@ -73,24 +73,6 @@ class BlockSweep:
                 # products and sums round each by itself, but for the one that is fused in torch too
                 enable_fp_fusion=False,
             )
-
-
-def is_exact_on(device: torch.device) -> bool:
-    """Whether a block of a small weight becomes what torch's functions make of it on a CPU."""
-    draw = torch.Generator().manual_seed(0)
-    unit = torch.randn(BLOCK, BLOCK, generator=draw).mul_(0.1)
-    weight = torch.randn(BLOCK, 2 * ROWS, generator=draw)  # (in, rows)
-    scale = torch.rand(2 * ROWS, 1, generator=draw).add_(0.1)
-    target, expected = weight.clone(), torch.empty_like(weight)
-    for k in range(BLOCK):
-        expected[k] = (target[k] / scale[:, 0]).round_().clamp_(-8, 7).mul_(scale[:, 0])
-        target[k + 1 :].addcmul_(unit[k, k + 1 :].unsqueeze(1), weight[k] - expected[k])
-
-    order = torch.arange(BLOCK, device=device)
-    columns = SweptColumns.undecided([weight.T.to(device)], [order], BLOCK)
-    rule = RoundingRule(NumberFormat(-8, 7), scale.to(device), BLOCK)
-    BlockSweep(columns, unit.to(device).unsqueeze(0), [rule]).decide(next(columns.waves))
-    return torch.equal(columns.projected.flatten(1).cpu(), expected)
 
 
 # What differs from launch to launch is not compiled in: there are four kernels, with zero points

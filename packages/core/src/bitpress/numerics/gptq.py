@@ -171,6 +171,7 @@ def gptq_quantize(
         target,
         factorize_output_hessian(stats),
         lambda rows, own: rounding.round_rows(target[rows], rows, own),
+        has_rule=isinstance(grid, RuledGrid),
     )
     return rounded, grid
 

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from bitpress.numerics.gram import gram, product_dtype
 from bitpress.runtime.batching import batched
+from bitpress.runtime.lanes import offered_lanes
 from bitpress.schemes.values import Statistic
 
 # Rows that make up for each other's errors: H_O is kept in blocks of so many rows, along its
@@ -164,6 +165,20 @@ def _couple_rows(layers: Sequence[tuple[Tensor, int]]) -> list[Tensor | None]:
     """
     num_groups = layers[0][1]
     blocks = torch.cat([of_layer for of_layer, _ in layers])
+    lanes = offered_lanes()
+    pieces = blocks.tensor_split(min(lanes.num_lanes, len(blocks)))
+    solved = list(lanes.map(lambda piece: _couple_blocks(piece, num_groups), pieces))
+    coupling, is_factored = (torch.cat(of_pieces) for of_pieces in zip(*solved, strict=True))
+    coupling = coupling.view(len(layers), -1, *coupling.shape[1:])
+    has_all = is_factored.view(len(layers), -1).all(1)
+    is_coupled = (has_all & coupling.flatten(1).any(1)).tolist()
+    return [own if has_any else None for own, has_any in zip(coupling, is_coupled, strict=True)]
+
+
+def _couple_blocks(blocks: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """The coupling of each block of H_O, (blocks, block, block) float32, and whether it has a
+    factor, (blocks,) bool.
+    """
     block, step = blocks.shape[1], blocks.shape[1] // num_groups
     order = torch.arange(block, device=blocks.device).view(-1, num_groups).T.reshape(-1)
     lower, info = torch.linalg.cholesky_ex(blocks[:, order][:, :, order].flip(1, 2))
@@ -175,7 +190,4 @@ def _couple_rows(layers: Sequence[tuple[Tensor, int]]) -> list[Tensor | None]:
         coupling[:, rows, :first] = torch.linalg.solve_triangular(
             root[:, rows, rows].mT, root[:, :first, rows].mT, upper=False
         )
-    coupling = coupling.float().view(len(layers), -1, block, block)
-    is_factored = info.view(len(layers), -1).eq(0).all(1)
-    is_coupled = (is_factored & coupling.flatten(1).any(1)).tolist()
-    return [own if has_any else None for own, has_any in zip(coupling, is_coupled, strict=True)]
+    return coupling.float(), info == 0

@@ -10,13 +10,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bitpress.numerics import kernel_trial
 from bitpress.numerics.block_sweep import BLOCK
 from bitpress.numerics.output_hessian import RowFactor, count_row_groups
 from bitpress.runtime.lanes import offered_lanes
 
-# Rows decided together, a multiple of every block of a row factor: a few columns of so many rows
-# stay in a core's cache.
-ROW_TILE = 2048
+# Rows computed together, a multiple of every block of a row factor: enough for products to be fast,
+# and few enough that there are some for each lane.
+ROW_TILE = 512
+
+# Rows that a loop over columns decides together on a CPU: calls of torch cost little beside so many
+# numbers, and a few columns of them stay in a core's cache.
+LOOP_ROWS = 2048
 
 # Layers that a CPU solves together have at most so many rows: with more, calls of torch take no
 # part of the time that is worth a batch.
@@ -56,14 +61,21 @@ def compute_coupled_rows(
     like: Tensor,
     row_factor: RowFactor | None,
     compute: Callable[[slice, RowFactor | None], Tensor],
+    *,
+    has_rule: bool = False,
 ) -> Tensor:
     """A matrix whose rows are computed a few at a time, as `compute_rows` does it, and whole blocks
     of a row factor together.
 
     Args:
         compute: gives some of its rows (rows, in), which have that factor.
+        has_rule: whether compiled kernels can decide columns, where there are any.
     """
-    return compute_rows(like, lambda rows: compute(rows, row_factor and row_factor.of_rows(rows)))
+    return compute_rows(
+        like,
+        lambda rows: compute(rows, row_factor and row_factor.of_rows(rows)),
+        rows_decided_together(like, has_rule=has_rule),
+    )
 
 
 def compute_rows(
@@ -77,7 +89,7 @@ def compute_rows(
         compute: gives some of its rows (rows, in).
         num_rows: that are computed together; None: `ROW_TILE`, more on a GPU.
     """
-    step = num_rows or rows_together(like)
+    step = num_rows or _rows_together(like)
     whole = torch.empty_like(like)
     tiles = [slice(i, min(i + step, len(like))) for i in range(0, len(like), step)]
     computed = offered_lanes().map(compute, tiles)
@@ -86,8 +98,19 @@ def compute_rows(
     return whole
 
 
-def rows_together(target: Tensor) -> int:
-    """How many rows of a weight (out, in) are decided together."""
+def rows_decided_together(target: Tensor, *, has_rule: bool) -> int:
+    """How many rows of a weight (out, in) are decided together.
+
+    Args:
+        has_rule: whether compiled kernels can decide columns, where there are any.
+    """
+    is_on_cpu = target.device.type == "cpu"
+    if is_on_cpu and not (has_rule and kernel_trial.can_compile(target.device)):
+        return LOOP_ROWS
+    return _rows_together(target)
+
+
+def _rows_together(target: Tensor) -> int:
     if target.device.type == "cpu":
         return ROW_TILE
     return ROW_TILE * max(WEIGHTS_TOGETHER_ON_GPU // target.shape[1] // ROW_TILE, 1)
@@ -105,7 +128,7 @@ def count_columns(num_rows: int, width: int, gradient_tokens: int, has_rule: boo
     num_columns = min(num_groups, num_rows) * width
     if has_rule:
         num_columns = (math.ceil(width / BLOCK) + num_groups - 1) * BLOCK
-    return num_columns * math.ceil(num_rows / ROW_TILE)
+    return num_columns * math.ceil(num_rows / LOOP_ROWS)
 
 
 def _decide_coupled(target: Tensor, row_factor: RowFactor, decide: Decide, tile: slice) -> Tensor:

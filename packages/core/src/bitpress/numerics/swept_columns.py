@@ -98,9 +98,21 @@ class SweptColumns:
         # groups lie in reverse, so that the blocks of a wave are a diagonal
         return blocks.diagonal(self.num_groups - 1 - wave.number, 0, 2).movedim(3, 1)
 
-    def of_group(self, x: Tensor, group: int) -> Tensor:
-        """A view of a group's part of one of the attributes: (layers, in, rows)."""
-        return x[:, self.num_groups - 1 - group].transpose(0, 1)
+    def of_blocks(self, x: Tensor, wave: Wave, blocks: range, columns: slice) -> Tensor:
+        """A view of one of the attributes, for the groups of a wave that are at some blocks:
+        (blocks, layers, columns, rows).
+
+        Args:
+            blocks: of the wave.
+            columns: of the first of them; of the others, as many are as far from the block.
+        """
+        column, group, layer, row = x.stride()
+        place = self.num_groups - 1 - wave.number + blocks.start
+        return x.as_strided(
+            (len(blocks), x.shape[2], columns.stop - columns.start, x.shape[3]),
+            (blocks.step * (self.block * column + group), layer, column, row),
+            x.storage_offset() + columns.start * column + place * group,
+        )
 
 
 def by_groups(of_layers: Sequence[Tensor], num_groups: int, padding: float = 0) -> Tensor:

@@ -110,6 +110,8 @@ def _kernels_for(device: torch.device) -> ModuleType:
     """What decides blocks of columns there."""
     if kernel_trial.can_fuse(device):
         return importlib.import_module("bitpress.numerics.fused_sweep")
+    if kernel_trial.can_compile(device):
+        return importlib.import_module("bitpress.numerics.compiled_sweep")
     return block_sweep
 
 
@@ -148,22 +150,48 @@ class _ColumnFeedback:
 
     def __init__(self, columns: SweptColumns, unit: Tensor) -> None:
         self._columns, self._unit = columns, unit
-        # after each block, from which columns to which errors are fed
-        self._steps: list[list[tuple[int, int, int]]] = []
-        for start, middle, stop in halve(0, unit.shape[1], columns.block, columns.block):
-            if middle == stop:
-                self._steps.append([])
-            else:
-                self._steps[-1].append((start, middle, stop))
+        # after each block but the last: of how many columns errors are fed to how many
+        steps = halve(0, unit.shape[1], columns.block, columns.block)
+        self._steps = [
+            (middle - start, stop - middle) for start, middle, stop in steps if middle < stop
+        ]
 
     def feed(self, wave: Wave) -> None:
-        """Feed forward what a wave has decided."""
-        columns = self._columns
-        for block, group in wave:
-            target, error = (columns.of_group(x, group) for x in (columns.target, columns.error))
-            for start, middle, stop in self._steps[block]:
-                feedback = self._unit[:, start:middle, middle:stop].mT
-                target[:, middle:stop].baddbmm_(feedback, error[:, start:middle])
+        """Feed forward what a wave has decided, together where errors of as many columns are fed to
+        as many.
+        """
+        alike: dict[tuple[int, int], list[int]] = {}
+        for block in range(wave.blocks[0], min(wave.blocks[1], len(self._steps))):
+            alike.setdefault(self._steps[block], []).append(block)
+        for (num_before, num_after), (first, *others) in alike.items():
+            # they are at equal distances
+            distance = others[0] - first if others else 1
+            blocks = range(first, first + distance * (len(others) + 1), distance)
+            self._feed(wave, blocks, num_before, num_after)
+
+    def _feed(self, wave: Wave, blocks: range, num_before: int, num_after: int) -> None:
+        """Move the targets of so many columns after each block by the errors of so many up to it.
+
+        Args:
+            blocks: of the wave.
+        """
+        columns, size = self._columns, self._columns.block
+        middle = (blocks.start + 1) * size
+        start, distance = middle - num_before, blocks.step * size
+        error = columns.of_blocks(columns.error, wave, blocks, slice(start, middle))
+        target = columns.of_blocks(columns.target, wave, blocks, slice(middle, middle + num_after))
+        layer, row, column = self._unit.stride()
+        unit = self._unit.as_strided(
+            (len(blocks), len(self._unit), num_after, num_before),
+            (distance * (row + column), layer, column, row),
+            self._unit.storage_offset() + start * row + middle * column,
+        )
+        # one product for each layer or for each block, of which there are fewer
+        axis = 0 if len(blocks) < len(self._unit) else 1
+        for own_target, own_unit, own_error in zip(
+            *(x.unbind(axis) for x in (target, unit, error)), strict=True
+        ):
+            own_target.baddbmm_(own_unit, own_error)
 
 
 class _WaveFeedback:

@@ -13,6 +13,7 @@ from bitpress.checkpoint.rotated_source import estimate_reading
 from bitpress.checkpoint.views import View
 from bitpress.checkpoint.writer import format_json
 from bitpress.errors import DataError
+from bitpress.numerics.kernel_trial import compiler_bytes
 from bitpress.planning import numbers_held
 from bitpress.planning.calibration_config import CalibrationConfig
 from bitpress.planning.layout import Stack
@@ -23,7 +24,7 @@ from bitpress.runtime.memory import (
     TRANSFORMERS_BYTES,
     available_bytes,
 )
-from bitpress.schemes import stored_layout
+from bitpress.schemes import pipeline, stored_layout
 
 # Tokens that are run through a block together.
 BATCH_TOKENS = 2048
@@ -252,7 +253,7 @@ def estimate_calibration(
         + max(solving_bytes, number_bytes * forward, backward_bytes),
         NUMBER_BYTES * (numbers_held.count_fitted_head(plan) + observing),
     )
-    on_disk += _reading_bytes(plan.source)
+    on_disk += _reading_bytes(plan.source) + _compiler_bytes(plan)
     return CalibrationMemory(
         on_disk,
         int(on_disk + number_bytes * states),
@@ -263,6 +264,12 @@ def estimate_calibration(
         # of all that are sent each token once, a batch takes no more than an MLP of all tokens does
         per_expert=NUMBER_BYTES * numbers_held.count_expert(plan.expert_stacks),
     )
+
+
+def _compiler_bytes(plan: Plan) -> int:
+    """Bytes of what compiles kernels, where the plan has a step that uses them."""
+    steps = (step for stack in plan.stacks for step in stack.steps)
+    return compiler_bytes() if any(map(pipeline.takes_second_moments, steps)) else 0
 
 
 def _count_in_flight(plan: Plan, length: int) -> int:

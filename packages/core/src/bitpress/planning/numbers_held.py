@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from bitpress.numerics.gptq import has_few_outputs
-from bitpress.numerics.rows import ROW_TILE
+from bitpress.numerics.rows import LOOP_ROWS
 from bitpress.planning.layout import Shard, Stack
 from bitpress.planning.plan import Plan
 from bitpress.schemes import stored_layout
@@ -132,7 +132,7 @@ def count_solution(rows: int, width: int, steps: int) -> int:
     data.
     """
     # a tile of rows is swept in columns of its own
-    swept = 2 * min(rows, ROW_TILE) * width
+    swept = 2 * min(rows, LOOP_ROWS) * width
     observed = steps * count_moments(rows, width)
     return observed + 3 * width * width + 6 * max(steps, 1) * rows * width + swept
 

@@ -16,7 +16,7 @@ from attrs import field, frozen
 
 from bitpress.numerics.gptq import has_few_outputs
 from bitpress.numerics.gram import stripes
-from bitpress.numerics.rows import ROW_TILE, count_columns
+from bitpress.numerics.rows import LOOP_ROWS, count_columns
 from bitpress.numerics.scale_refit import count_passes
 from bitpress.planning import memory_estimate
 from bitpress.planning.calibration_config import MIN_EXPERT_TOKENS, CalibrationConfig
@@ -283,7 +283,7 @@ def _count_fit(fits: _Fits, plan: Plan, stack: Stack, gradient_tokens: int) -> N
     if together > 1:
         fits.of_experts[together] += operations
     else:
-        fits.by_tiles[math.ceil(rows / ROW_TILE)] += operations
+        fits.by_tiles[math.ceil(rows / LOOP_ROWS)] += operations
     for step in steps:
         tokens = gradient_tokens if pipeline.takes_gradient(step) else 0
         # what has no codes is decided by a mask, which no rule says
