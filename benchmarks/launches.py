@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bitpress import Layer, numerics
-from bitpress.numerics import kernel_trial, rows as rows_module
+from bitpress.numerics import kernel_trial, output_hessian, rows as rows_module
 from bitpress.numerics.gptq import Fit
+from bitpress.runtime import batching
 from bitpress.runtime.batching import map_batched
 from bitpress_nvfp4 import scales
 
@@ -38,7 +39,9 @@ ROWS = 64
 # From gradients of so many tokens, rows are decided in 16 groups.
 GRADIENT_TOKENS = 8192
 # Operators that copy one number to the host.
-WAITS = ("aten::_local_scalar_dense", "aten::equal")
+WAITS = ("aten::_local_scalar_dense", "aten::equal", "numbers read")
+# What reads the numbers of layers that are together at once.
+READERS = ((batching, "_read_numbers"), (output_hessian, "_couple_rows"))
 # What is copied where scales are fitted in a kernel, side by side for layers that are together.
 COPIES_OF_REFIT = 6
 # A number of the host becomes a tensor there.
@@ -115,6 +118,24 @@ def kernels(counts: collections.Counter[str]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def reads(counts: collections.Counter[str]) -> Iterator[None]:
+    """Numbers that are read for several layers are counted as one wait."""
+
+    def counted(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def count_and_read(numbers: Sequence[Any]) -> Any:
+            # one number is an operator that is counted by itself
+            counts["numbers read"] += len(numbers) > 1
+            return read(numbers)
+
+        return count_and_read
+
+    with contextlib.ExitStack() as stack:
+        for module, name in READERS:
+            stack.enter_context(patch.object(module, name, counted(getattr(module, name))))
+        yield
+
+
 def count(fit: Fit[Any], width: int, is_fused: bool, together: int = 1) -> tuple[int, int]:
     """Launches and waits for layers that are solved together, whose rows are decided once, in
     groups.
@@ -129,6 +150,7 @@ def count(fit: Fit[Any], width: int, is_fused: bool, together: int = 1) -> tuple
         patch.object(numerics.Factor, "covers", lambda self, cost, error: cost <= self.loss(error)),
         Launches() as seen,
         kernels(seen.counts) if is_fused else contextlib.nullcontext(),
+        reads(seen.counts),
     ):
         map_batched(lambda layer: numerics.gptq_quantize(layer, stats, fit), layers)
     return seen.launches, seen.waits

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitpress import numerics
 from bitpress.numerics import output_hessian, wavefront
+from bitpress.runtime import batching
 from bitpress.runtime.batching import map_batched
 from bitpress.schemes.values import Statistic
 
@@ -43,6 +44,18 @@ def test_layers_become_together_what_each_becomes_alone(
     assert len(sweep.call_args_list[0].args[0]) == 3
     for own, expected in zip(together, alone, strict=True):
         assert all(map(torch.equal, own, expected))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_device_is_waited_for_as_often_for_several_layers_as_for_one(masked: bool) -> None:
+    problems = [Problem.drawn(40, 64, s, masked=masked, two_sided=True) for s in (10, 20, 30)]
+    waits = []
+    for together in (problems[:1], problems):
+        with patch.object(batching, "_read_numbers", wraps=batching._read_numbers) as read:
+            map_batched(lambda problem: problem.solve(symmetric), together)
+        waits.append(read.call_count)
+        assert {len(call.args[0]) for call in read.call_args_list} == {len(together)}
+    assert waits[0] == waits[1]
 
 
 def test_layers_of_several_forms_become_together_what_each_becomes_alone() -> None:

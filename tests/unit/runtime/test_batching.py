@@ -6,10 +6,13 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from unittest.mock import patch
 
 import pytest
+import torch
 
-from bitpress.runtime.batching import batched, map_batched
+from bitpress.runtime import batching
+from bitpress.runtime.batching import batched, map_batched, read_number
 
 
 class Squares:
@@ -53,6 +56,19 @@ def test_what_differs_in_its_key_or_its_function_is_computed_apart() -> None:
     assert map_batched(work, [1, 2, 3, 4, 6]) == [1, 4, 9, 16, 36]
     assert squares.batches == [[1, 3], [2, 6]]
     assert others.batches == [[4]]
+
+
+def test_numbers_that_several_ask_for_are_read_from_their_device_at_once() -> None:
+    numbers = [torch.tensor(2.5), torch.tensor(-1.0), torch.tensor(True), torch.tensor(7)]
+
+    def work(number: torch.Tensor) -> float:
+        return read_number(number) + read_number(number.double())
+
+    with patch.object(batching, "_read_numbers", wraps=batching._read_numbers) as read:
+        assert map_batched(work, numbers) == [5.0, -2.0, 2.0, 14.0]
+    # by their dtype
+    assert sorted(len(call.args[0]) for call in read.call_args_list) == [1, 1, 2, 4]
+    assert read_number(torch.tensor(0.5)) == 0.5
 
 
 def test_alone_and_in_another_thread_each_is_computed_at_once() -> None:

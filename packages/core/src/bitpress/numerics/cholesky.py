@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitpress.runtime.batching import read_number
 from bitpress.runtime.lanes import offered_lanes
 
 # Up to this width a factor takes next to no time beside what is made with it.
@@ -29,7 +30,7 @@ def cholesky_(matrix: Tensor) -> Tensor | None:
         lower = matrix.mT
         info = torch.empty((), dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
-        return None if info else lower
+        return None if read_number(info) else lower
 
     for first in range(0, len(matrix), PANEL):
         panel = slice(first, min(first + PANEL, len(matrix)))

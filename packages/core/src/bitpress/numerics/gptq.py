@@ -31,6 +31,7 @@ from bitpress.numerics.rounding_rule import RuledGrid
 from bitpress.numerics.rows import compute_coupled_rows, compute_rows, decide_rows
 from bitpress.numerics.scale_refit import DampedHessian, ScaledGrid, refit_scales
 from bitpress.numerics.wavefront import Swept, sweep_waves
+from bitpress.runtime.batching import read_number
 from bitpress.schemes.values import Layer, Statistic
 
 # The error of a layer's output is measured on every eighth token: enough to know its mean square,
@@ -148,7 +149,7 @@ def gptq_quantize(
         The rounded weight (out, in) float32, and the grid it was rounded on.
     """
     weight, mask = layer.weight, layer.mask
-    if not weight.all():
+    if not read_number(weight.all()):
         mask = weight != 0 if mask is None else mask & (weight != 0)
 
     factor = _factorize(stats) if "hessian" in stats else None
@@ -164,7 +165,7 @@ def gptq_quantize(
         output_hessian = damped_output_hessian(stats)
         target = masked_least_squares(weight, target, factor, mask, output_hessian)
     grid = fit(target, factor.diagonal)
-    moment, tokens = stats["hessian"].value, max(stats["tokens"].value.item(), 1.0)
+    moment, tokens = stats["hessian"].value, max(read_number(stats["tokens"].value), 1.0)
     hessian = DampedHessian(moment, factor.diagonal * tokens - moment.diagonal())
     rounding = _RowRounding(factor, hessian, grid, mask)
     rounded = compute_coupled_rows(
@@ -212,7 +213,7 @@ class _RowRounding:
 
         # Rows that others have made up for are left as they are, unless they cost far more: then
         # the rows are decided anew, group after group.
-        if self._factor.covers(swept.cost / BLOWN_UP, error).all():
+        if read_number(self._factor.covers(swept.cost / BLOWN_UP, error).all()):
             return swept.numbers
 
         def round_group(own_target: Tensor, own: slice) -> Tensor:
@@ -251,7 +252,7 @@ class _RowRounding:
         """
         scale = grid.scale[rows].clone()
         fitted = refit_scales(swept.target, swept.numbers, self._hessian, grid, rows)
-        if torch.equal(fitted, scale):
+        if not read_number((fitted != scale).any()):
             return swept
         grid.scale[rows] = fitted
         again = sweep()
@@ -302,23 +303,24 @@ def drift_correction(weight: Tensor, stats: Mapping[str, Statistic], factor: Fac
     corrected on a Hessian with more damping; one that it would still move that far gets none, with
     a warning.
     """
-    tokens = stats["drift_tokens"].value.item()
+    tokens = read_number(stats["drift_tokens"].value)
     cross_moment = _cross_moment(weight, stats) / scalar_like(weight, tokens)  # (out, in), C above
     correction = compute_rows(
         weight, lambda rows: _correct_rows(cross_moment[rows], rows, stats, factor)
     )
 
     largest = MAX_CORRECTION * weight.norm(dim=1)  # (out,)
-    hessian, hessian_tokens = stats["hessian"].value, stats["tokens"].value.item()
+    hessian, hessian_tokens = stats["hessian"].value, read_number(stats["tokens"].value)
     for damping in CORRECTION_DAMPINGS:
-        rows = (correction.norm(dim=1) > largest).nonzero().squeeze(1)
-        if not len(rows):
-            break
+        is_large = correction.norm(dim=1) > largest  # (out,)
+        if not read_number(is_large.any()):
+            return correction
+        rows = is_large.nonzero().squeeze(1)
         damped_factor = factorize_hessian(hessian, hessian_tokens, damping=damping)
         if damped_factor is not None:
             correction[rows] = _correct_rows(cross_moment[rows], rows, stats, damped_factor)
-    is_large = correction.norm(dim=1) > largest  # (out,)
-    if is_large.any():
+    is_large = correction.norm(dim=1) > largest
+    if read_number(is_large.any()):
         warnings.warn(
             f"{int(is_large.sum())} of its {len(weight)} rows would move by more than "
             f"{MAX_CORRECTION:.0%} of their norm to make up for errors before them: they are "
@@ -348,12 +350,12 @@ def _correct_rows(
         cross_moment: (rows, in), C of `drift_correction`.
         rows: which of the layer's.
     """
-    width, tokens = cross_moment.shape[1], stats["drift_tokens"].value.item()
+    width, tokens = cross_moment.shape[1], read_number(stats["drift_tokens"].value)
     correction = factor.solve(cross_moment)
     explained = (correction * cross_moment).sum(1)  # (rows,)
     sample_tokens = stats["missing_tokens"].value
     missing = stats["missing"].value[rows]
-    squared_error = missing / scalar_like(missing, sample_tokens.item())  # (rows,), E[e²]
+    squared_error = missing / scalar_like(missing, read_number(sample_tokens))  # (rows,), E[e²]
     explained_by_chance = squared_error * (width / tokens)
 
     # E[e²] is known from a sample: of normal numbers its mean square lies within three standard
@@ -368,7 +370,7 @@ def _correct_rows(
 
 
 def _factorize(stats: Mapping[str, Statistic]) -> Factor | None:
-    factor = factorize_hessian(stats["hessian"].value, stats["tokens"].value.item())
+    factor = factorize_hessian(stats["hessian"].value, read_number(stats["tokens"].value))
     if factor is None:
         warnings.warn(
             "its calibration statistics are not finite or singular: rounded to nearest",

@@ -11,12 +11,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from attrs import Factory, field, frozen
+from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.cholesky import cholesky_
 from bitpress.numerics.exact import scalar_like
 from bitpress.numerics.gram import stripes
+from bitpress.runtime.batching import read_number
 
 # What is added to the diagonal of H, in units of its mean over active columns.
 MIN_DAMPING = 0.001
@@ -34,16 +35,17 @@ class Factor:
             for it as well as they can.
         diagonal: (in,) float32 of the damped H, in the columns' own order: what an error costs when
             nothing makes up for it.
-        columns: the numbers of `order`, as Python has them.
     """
 
     order: Tensor
     unit: Tensor
     variance: Tensor
     diagonal: Tensor
-    columns: Sequence[int] = field(
-        init=False, default=Factory(lambda self: self.order.tolist(), takes_self=True)
-    )
+
+    @property
+    def columns(self) -> Sequence[int]:
+        """The numbers of `order`, as Python has them."""
+        return self.order.tolist()
 
     def solve(self, right: Tensor) -> Tensor:
         """X with X H = right: (rows, in) -> (rows, in)."""
@@ -129,7 +131,7 @@ def factorize_hessian(
     num_tokens = max(tokens, 1.0)
     diagonal = hessian.diagonal() / scalar_like(hessian, num_tokens)
     # One sum over all entries is NaN or infinite where any of them is.
-    if not math.isfinite(hessian.sum()):
+    if not math.isfinite(read_number(hessian.sum())):
         return None
 
     # GPTQ's act-order: the most active columns first, while most others can
@@ -139,9 +141,10 @@ def factorize_hessian(
     neighbors = torch.arange(together, device=group_starts.device)
     order = (group_starts.unsqueeze(1) + neighbors).flatten()
 
-    active = diagonal[diagonal > 0]
+    num_active = (diagonal > 0).sum().clamp_(min=1)
+    mean = read_number(diagonal.clamp(min=0).sum() / num_active)
     share = min(max(0.1 * len(diagonal) / num_tokens, damping), 1.0)
-    added = share * active.mean().item() if len(active) else 1.0
+    added = share * mean if mean else 1.0
 
     # From the last column backwards, so that a lower Cholesky factor read from the other end is
     # upper triangular: H = R Rᵀ, with R = U √D.
@@ -151,7 +154,7 @@ def factorize_hessian(
         permuted.div_(scalar_like(hessian, num_tokens)).diagonal().add_(added)
         # A Cholesky factor is as large as H: it is computed in place.
         lower = cholesky_(permuted)
-        if lower is not None and math.isfinite(lower.sum()):
+        if lower is not None and math.isfinite(read_number(lower.sum())):
             upper = lower.flip(0, 1)
             root = upper.diagonal().clone()
             return Factor(order, upper.div_(root), root.square(), diagonal + added)

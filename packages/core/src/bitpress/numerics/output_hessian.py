@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bitpress.numerics.gram import gram, product_dtype
-from bitpress.runtime.batching import batched
+from bitpress.runtime.batching import batched, read_number
 from bitpress.runtime.lanes import offered_lanes
 from bitpress.schemes.values import Statistic
 
@@ -123,20 +123,31 @@ def damped_output_hessian(stats: Mapping[str, Statistic]) -> Tensor | None:
     if "output_hessian" not in stats:
         return None
     hessian = stats["output_hessian"].value  # (out, block)
-    num_tokens = max(stats["gradient_tokens"].value.item(), 1.0)
-    num_rows, block = hessian.shape
-    if not hessian.sum().isfinite():
+    if not read_number(hessian.sum().isfinite()):
         return None
+    return _damp([hessian], [max(read_number(stats["gradient_tokens"].value), 1.0)])
+
+
+def _damp(hessians: Sequence[Tensor], num_tokens: Sequence[float]) -> Tensor:
+    """The damped H_O of layers, one after the other, as `damped_output_hessian` gives one.
+
+    Args:
+        hessians: (out, block) float32 of each.
+        num_tokens: that each is known from.
+    """
+    num_rows, block = hessians[0].shape
     num_blocks = -(-num_rows // block)
     # rows of the last block that there are not are unrelated to all others
-    padded = hessian.new_zeros(num_blocks * block, block, dtype=torch.float64)
-    padded[:num_rows] = hessian
-    blocks = padded.view(num_blocks, block, block)
+    padded = hessians[0].new_zeros(len(hessians), num_blocks * block, block, dtype=torch.float64)
+    for own, hessian in zip(padded, hessians, strict=True):
+        own[:num_rows] = hessian
+    blocks = padded.view(-1, block, block)
 
     diagonal = blocks.diagonal(dim1=1, dim2=2)  # (blocks, block)
     mean = diagonal.sum(1) / (diagonal > 0).sum(1).clamp_(min=1)
-    blocks = blocks / mean.masked_fill_(mean == 0, 1.0).view(-1, 1, 1)
-    blocks.diagonal(dim1=1, dim2=2).add_(DAMPING + block / num_tokens)
+    blocks.div_(mean.masked_fill_(mean == 0, 1.0).view(-1, 1, 1))
+    damping = diagonal.new_tensor([DAMPING + block / own for own in num_tokens])
+    diagonal.add_(damping.repeat_interleave(num_blocks).unsqueeze(1))
     return blocks
 
 
@@ -148,27 +159,30 @@ def factorize_output_hessian(stats: Mapping[str, Statistic]) -> RowFactor | None
     Args:
         stats: what `output_statistics` returned, merged over batches.
     """
-    blocks = damped_output_hessian(stats)
-    if blocks is None:
+    if "output_hessian" not in stats:
         return None
-    num_groups = count_row_groups(stats["gradient_tokens"].value.item())
-    form = blocks.shape, blocks.device, num_groups
-    coupling = batched(_couple_rows, (blocks, num_groups), form)
+    hessian = stats["output_hessian"].value  # (out, block)
+    num_tokens = max(read_number(stats["gradient_tokens"].value), 1.0)
+    num_groups = count_row_groups(num_tokens)
+    form = hessian.shape, hessian.device, num_groups
+    coupling = batched(_couple_rows, (hessian, num_tokens), form)
     return None if coupling is None else RowFactor(coupling, num_groups)
 
 
-def _couple_rows(layers: Sequence[tuple[Tensor, int]]) -> list[Tensor | None]:
+def _couple_rows(layers: Sequence[tuple[Tensor, float]]) -> list[Tensor | None]:
     """The coupling of each layer's rows, as a `RowFactor` has it; None where there is none.
 
     Args:
-        layers: the damped H_O of each, (blocks, block, block) float64, and the number of groups.
+        layers: H_O of each, (out, block) float32, and from how many tokens it is known.
     """
-    num_groups = layers[0][1]
-    blocks = torch.cat([of_layer for of_layer, _ in layers])
+    hessians, num_tokens = zip(*layers, strict=True)
+    num_groups = count_row_groups(num_tokens[0])
+    blocks = _damp(hessians, num_tokens)
     lanes = offered_lanes()
     pieces = blocks.tensor_split(min(lanes.num_lanes, len(blocks)))
     solved = list(lanes.map(lambda piece: _couple_blocks(piece, num_groups), pieces))
     coupling, is_factored = (torch.cat(of_pieces) for of_pieces in zip(*solved, strict=True))
+
     coupling = coupling.view(len(layers), -1, *coupling.shape[1:])
     has_all = is_factored.view(len(layers), -1).all(1)
     is_coupled = (has_all & coupling.flatten(1).any(1)).tolist()
@@ -176,8 +190,8 @@ def _couple_rows(layers: Sequence[tuple[Tensor, int]]) -> list[Tensor | None]:
 
 
 def _couple_blocks(blocks: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """The coupling of each block of H_O, (blocks, block, block) float32, and whether it has a
-    factor, (blocks,) bool.
+    """The coupling of each block of the damped H_O, (blocks, block, block) float32, and whether it
+    is finite and has a factor, (blocks,) bool.
     """
     block, step = blocks.shape[1], blocks.shape[1] // num_groups
     order = torch.arange(block, device=blocks.device).view(-1, num_groups).T.reshape(-1)
@@ -190,4 +204,5 @@ def _couple_blocks(blocks: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
         coupling[:, rows, :first] = torch.linalg.solve_triangular(
             root[:, rows, rows].mT, root[:, :first, rows].mT, upper=False
         )
-    return coupling.float(), info == 0
+    coupling = coupling.float()
+    return coupling, coupling.flatten(1).sum(1).isfinite() & (info == 0)

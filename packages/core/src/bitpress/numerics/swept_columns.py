@@ -135,12 +135,9 @@ def _group_rows(by_column: Tensor, num_groups: int, padding: float) -> Tensor:
 
 def in_rows(of_groups: Tensor, num_rows: int) -> list[Tensor]:
     """What `by_groups` made, without padding, as it was: (columns, num_rows) of each layer."""
-    if of_groups.shape[1] == 1:
-        return [of_layer[:, 0, :num_rows] for of_layer in of_groups.unbind(2)]
-    return [
-        of_layer.flip(1).transpose(1, 2).flatten(1)[:, :num_rows]
-        for of_layer in of_groups.unbind(2)
-    ]
+    # (layers, columns, rows of a group, groups)
+    by_layer = of_groups.flip(1).permute(2, 0, 3, 1)
+    return list(by_layer.flatten(2)[..., :num_rows].unbind())
 
 
 def stack(of_layers: Sequence[Tensor], axis: int = 0) -> Tensor:

@@ -159,13 +159,17 @@ def _measure(
 ) -> LayerMeasurement:
     """Measure the weight that what is stored decodes to."""
     faults = set(pipeline.validate_weight(weight, steps))
-    for suffix, tensor in stored.tensors.items():
-        is_scale = "scale" in suffix and tensor.is_floating_point()
-        if is_scale and not _is_usable_scale(tensor.float()):
-            faults.add(f"{suffix} has a scale that is zero, infinite or NaN")
-
+    scales = {
+        suffix: tensor
+        for suffix, tensor in stored.tensors.items()
+        if "scale" in suffix and tensor.is_floating_point()
+    }
     # a finite sum has finite terms, and is found several times as fast
-    if not math.isfinite(weight.sum()) and not weight.isfinite().all():
+    total, *are_usable = _read(weight.sum(), *map(_is_usable_scale, scales.values()))
+    for suffix, is_usable in zip(scales, are_usable, strict=True):
+        if not is_usable:
+            faults.add(f"{suffix} has a scale that is zero, infinite or NaN")
+    if not math.isfinite(total) and not weight.isfinite().all():
         faults.add("the stored weight decodes to NaN or infinity")
         return LayerMeasurement(frozenset(faults))
     if source is None:
@@ -173,26 +177,26 @@ def _measure(
 
     bound = pipeline.error_bound(stored, steps, weight)
     distance = (weight - source).abs_()
-    if bound is not None and _exceeds(distance, bound):
-        faults.add("a stored weight is further from the source's than rounding can move it")
-    return LayerMeasurement(
-        frozenset(faults), _sum_squares(distance), _sum_squares(source), bound is not None
-    )
-
-
-def _sum_squares(x: torch.Tensor) -> float:
-    """The sum in float64, of squares too large for float32 too."""
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
-
-
-def _exceeds(distance: torch.Tensor, bound: torch.Tensor) -> bool:
-    """Whether any distance is larger than its bound."""
+    excess = distance.new_zeros(()) if bound is None else (distance - bound).amax()
+    largest, error_norm, norm = _read(excess, *map(_norm, (distance, source)))
     # The largest difference is found several times as fast as each pair is compared. It is NaN
     # where any is, and NaN exceeds nothing.
-    if (distance - bound).amax() <= 0:
-        return False
-    return bool((distance > bound).any())
+    if bound is not None and not largest <= 0 and (distance > bound).any():
+        faults.add("a stored weight is further from the source's than rounding can move it")
+    return LayerMeasurement(frozenset(faults), error_norm**2, norm**2, bound is not None)
 
 
-def _is_usable_scale(scale: torch.Tensor) -> bool:
-    return bool(((scale > 0) & scale.isfinite()).all())
+def _read(*numbers: torch.Tensor) -> list[float]:
+    """The numbers in tensors without axes: the host waits for their device once."""
+    return torch.stack([number.double() for number in numbers]).tolist()
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    """In float64, of numbers too large to be squared in float32 too."""
+    norm: torch.Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm
+
+
+def _is_usable_scale(scale: torch.Tensor) -> torch.Tensor:
+    scale = scale.float()
+    return ((scale > 0) & scale.isfinite()).all()

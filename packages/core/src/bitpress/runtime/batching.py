@@ -13,7 +13,9 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import greenlet
+import torch
 from attrs import frozen
+from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -56,6 +58,19 @@ def batched(
     if isinstance(answer, _Batch):
         answer = hub.switch(compute(answer.arguments))
     return answer.pop()  # type: ignore[no-any-return]
+
+
+def read_number(x: Tensor) -> float:
+    """The number in a tensor without axes, with those of other coroutines that ask for one: the
+    host waits for a device once for all of them.
+    """
+    return batched(_read_numbers, x, (x.dtype, x.device))
+
+
+def _read_numbers(numbers: Sequence[Tensor]) -> list[float]:
+    if len(numbers) == 1:
+        return [numbers[0].item()]
+    return torch.stack(list(numbers)).tolist()
 
 
 def map_batched(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
