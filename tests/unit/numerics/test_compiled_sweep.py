@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 import warnings
@@ -184,6 +185,23 @@ def test_where_numba_fails_the_loop_goes_on_with_one_warning(
     assert len(warned) == 1
     assert (problem or "other numbers than torch") in str(warned[0].message)
     assert not kernel_trial.can_compile(torch.device("cuda", 0))
+
+
+def test_functions_that_numba_is_told_not_to_compile_are_not_used() -> None:
+    script = """
+import torch
+from bitpress.numerics import kernel_trial
+
+assert not kernel_trial.can_compile(torch.device("cpu"))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "which takes longer: Numba on cpu: NUMBA_DISABLE_JIT is set" in ran.stderr
 
 
 def test_numba_takes_no_more_memory_than_is_planned_for_it() -> None:

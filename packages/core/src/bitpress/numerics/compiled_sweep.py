@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import config, njit
 from torch import Tensor
 
 from bitpress.numerics import block_sweep
 from bitpress.numerics.rounding_rule import RoundingRule
 from bitpress.numerics.swept_columns import SweptColumns, Wave, by_groups
+
+# as Python they would give the same, in hours
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
 
 # Of float32, where its exponent is.
 EXPONENT_BITS = np.int32(0x7F800000)
