@@ -132,11 +132,11 @@ def test_hooks_for_a_cache_give_on_a_gpu_what_they_give_on_the_cpu(name: str) ->
         assert trial.are_equal(bare(own), tensor)
 
 
-# kernels do not know what statistics and weights are made of
+# Kernels do not know what statistics and weights are made of, and groups of 64 are as those of 32.
 RULES = [
     name
     for name, step in STEPS.items()
-    if step.calibrated and not re.search("reference=|rotate=", name)
+    if step.calibrated and not re.search("reference=|rotate=|group_size=(64|auto)", name)
 ]
 
 
