@@ -16,11 +16,11 @@ from fixtures.layer_problems import Problem
 from fixtures.ruled_grids import (
     GRIDS,
     WEIGHTS,
+    assert_any_target_becomes_what_the_grid_makes_of_it,
     assert_same,
     draw,
     factorize,
     fit_stored,
-    hard_targets,
 )
 from torch import Tensor
 
@@ -66,18 +66,8 @@ def test_compiled_columns_become_what_the_loop_makes_of_them(name: str, kind: st
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_any_target_becomes_what_the_grid_makes_of_it(name: str) -> None:
-    targets = hard_targets().unsqueeze(1)
-    grid = GRIDS[name](draw(len(targets), 1, 4), 1)
-    factor = numerics.factorize_hessian(torch.eye(1), 1.0)
-    assert factor is not None
     with with_kernel:
-        result, _ = numerics.column_sweep(targets, factor, grid.nearest, rule=grid.rounding_rule)
-    expected = grid.rounded(targets)
-    assert_same((result,), (expected,))
-    # of all formats, E4M3 alone has a code for -0.0
-    if name == "E4M3":
-        signs, expected_signs = (x.nan_to_num().signbit() for x in (result, expected))
-        assert torch.equal(signs, expected_signs)
+        assert_any_target_becomes_what_the_grid_makes_of_it(name)
 
 
 def fit_of(name: str) -> Callable[[Tensor, Tensor | None], numerics.Grid]:
@@ -91,8 +81,7 @@ def fit_of(name: str) -> Callable[[Tensor, Tensor | None], numerics.Grid]:
 def test_layers_become_the_same_with_masks_refitted_scales_and_rows_that_make_up_for_each_other(
     name: str, two_sided: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "ROW_TILE", 512)
-    monkeypatch.setattr(rows, "LOOP_ROWS", 512)
+    monkeypatch.setattr(rows, "LOOP_ROWS", rows.ROW_TILE)
     # two tiles of rows
     problem = Problem.drawn(530, 16, 9, masked=masked, two_sided=two_sided)
     expected = problem.solve(fit_of(name))

@@ -20,12 +20,12 @@ from fixtures.ruled_grids import (
     GRIDS,
     WEIGHTS,
     FloatGrid,
+    assert_any_target_becomes_what_the_grid_makes_of_it,
     assert_same,
     draw,
     factorize,
     fit_stored,
     float_grid,
-    hard_targets,
     statistics,
 )
 from torch import Tensor
@@ -85,18 +85,8 @@ def test_any_target_becomes_what_the_grid_makes_of_it(
     name: str, with_kernel: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_sweep, "ROWS", 4096)
-    targets = hard_targets().unsqueeze(1)
-    grid = GRIDS[name](draw(len(targets), 1, 4), 1)
-    factor = numerics.factorize_hessian(torch.eye(1), 1.0)
-    assert factor is not None
     with_kernel()
-    result, _ = numerics.column_sweep(targets, factor, grid.nearest, rule=grid.rounding_rule)
-    expected = grid.rounded(targets)
-    assert_same((result,), (expected,))
-    # of all formats, E4M3 alone has a code for -0.0
-    if name == "E4M3":
-        signs, expected_signs = (x.nan_to_num().signbit() for x in (result, expected))
-        assert torch.equal(signs, expected_signs)
+    assert_any_target_becomes_what_the_grid_makes_of_it(name)
 
 
 @pytest.mark.parametrize("masked", [False, True])

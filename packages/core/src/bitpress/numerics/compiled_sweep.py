@@ -15,7 +15,7 @@ import torch
 from numba import config, njit
 from torch import Tensor
 
-from bitpress.numerics import block_sweep
+from bitpress.numerics import block_sweep, fp4
 from bitpress.numerics.rounding_rule import RoundingRule
 from bitpress.numerics.swept_columns import SweptColumns, Wave, by_groups
 
@@ -23,8 +23,8 @@ from bitpress.numerics.swept_columns import SweptColumns, Wave, by_groups
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-# Of float32, where its exponent is.
-EXPONENT_BITS = np.int32(0x7F800000)
+# in 32 bits, as the numbers that they are taken from
+EXPONENT_BITS = np.int32(fp4.EXPONENT_BITS)
 
 # Columns of a block: groups of rows follow each other at this distance.
 BLOCK = block_sweep.BLOCK

@@ -23,10 +23,6 @@ class Wave:
     number: int
     blocks: tuple[int, int]
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Each block and the group of rows that it is decided for."""
-        return ((block, self.number - block) for block in range(*self.blocks))
-
 
 @frozen(eq=False)
 class SweptColumns:
