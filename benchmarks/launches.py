@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bitpress import Layer, numerics
-from bitpress.numerics import kernel_trial, output_hessian, rows as rows_module
+from bitpress.numerics import cholesky, hessian, kernel_trial, rows as rows_module
 from bitpress.numerics.gptq import Fit
-from bitpress.runtime import batching
 from bitpress.runtime.batching import map_batched
 from bitpress_nvfp4 import scales
 
@@ -40,8 +39,6 @@ ROWS = 64
 GRADIENT_TOKENS = 8192
 # Operators that copy one number to the host.
 WAITS = ("aten::_local_scalar_dense", "aten::equal", "numbers read")
-# What reads the numbers of layers that are together at once.
-READERS = ((batching, "_read_numbers"), (output_hessian, "_couple_rows"))
 # What is copied where scales are fitted in a kernel, side by side for layers that are together.
 COPIES_OF_REFIT = 6
 # A number of the host becomes a tensor there.
@@ -120,19 +117,14 @@ def kernels(counts: collections.Counter[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reads(counts: collections.Counter[str]) -> Iterator[None]:
-    """Numbers that are read for several layers are counted as one wait."""
+    """Numbers that are read together are counted as one wait."""
+    read = Tensor.tolist
 
-    def counted(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def count_and_read(numbers: Sequence[Any]) -> Any:
-            # one number is an operator that is counted by itself
-            counts["numbers read"] += len(numbers) > 1
-            return read(numbers)
+    def count_and_read(numbers: Tensor) -> Any:
+        counts["numbers read"] += 1
+        return read(numbers)
 
-        return count_and_read
-
-    with contextlib.ExitStack() as stack:
-        for module, name in READERS:
-            stack.enter_context(patch.object(module, name, counted(getattr(module, name))))
+    with patch.object(Tensor, "tolist", count_and_read):
         yield
 
 
@@ -148,6 +140,9 @@ def count(fit: Fit[Any], width: int, is_fused: bool, together: int = 1) -> tuple
     with (
         # as on a GPU
         patch.object(numerics.Factor, "covers", lambda self, cost, error: cost <= self.loss(error)),
+        patch.object(hessian, "cholesky_", cholesky._factorize_together)
+        if together > 1
+        else contextlib.nullcontext(),
         Launches() as seen,
         kernels(seen.counts) if is_fused else contextlib.nullcontext(),
         reads(seen.counts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +14,7 @@ from fixtures.layer_problems import Fit, Problem, draw
 from torch import Tensor
 
 from bitpress import numerics
-from bitpress.numerics import output_hessian, wavefront
+from bitpress.numerics import hessian, output_hessian, scale_search, wavefront
 from bitpress.runtime import batching
 from bitpress.runtime.batching import map_batched
 from bitpress.schemes.values import Statistic
@@ -25,6 +26,14 @@ def symmetric(weight: Tensor, importance: Tensor | None) -> Any:
 
 def asymmetric(weight: Tensor, importance: Tensor | None) -> Any:
     return numerics.fit_asymmetric(weight, importance, 3, 8, (0.8, 1.0))
+
+
+# what has a batch axis in every problem
+COMPUTED_TOGETHER = [
+    (hessian, "_factorize_layers"),
+    (scale_search, "_search_layers"),
+    (wavefront, "_sweep_layers"),
+]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -39,9 +48,13 @@ def test_layers_become_together_what_each_becomes_alone(
         for seed in (10, 20, 30)
     ]
     alone = [problem.solve(fit) for problem in problems]
-    with patch.object(wavefront, "_sweep_layers", wraps=wavefront._sweep_layers) as sweep:
+    with ExitStack() as spies:
+        computed = [
+            spies.enter_context(patch.object(module, name, wraps=getattr(module, name)))
+            for module, name in COMPUTED_TOGETHER
+        ]
         together = map_batched(lambda problem: problem.solve(fit), problems)
-    assert len(sweep.call_args_list[0].args[0]) == 3
+    assert [len(compute.call_args_list[0].args[0]) for compute in computed] == [3, 3, 3]
     for own, expected in zip(together, alone, strict=True):
         assert all(map(torch.equal, own, expected))
 
@@ -84,6 +97,71 @@ def test_layers_of_several_forms_become_together_what_each_becomes_alone() -> No
 
 
 BROKEN_STATISTICS = {"hessian": Statistic(torch.full((64, 64), torch.nan), "sum")}
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_moments_are_factored_together_as_alone_however_much_damping_each_needs(
+    together: int,
+) -> None:
+    width = 32
+    moments = draw(3 * width, width, 1)
+    # less than zero where its diagonal is damped once or twice, and always
+    needs_more, indefinite = (hessian_with(width, least) for least in (-0.05, -1e4))
+    layers = [
+        (moments.T @ moments, 96.0),
+        (needs_more, 100.0),
+        (torch.full((width, width), torch.inf), 96.0),
+        (indefinite, 100.0),
+        (torch.zeros(width, width), 0.0),
+        (moments.T @ moments, 7.0),
+    ]
+
+    def factorize(layer: tuple[Tensor, float]) -> numerics.Factor | None:
+        return numerics.factorize_hessian(*layer, together)
+
+    alone = [factorize(layer) for layer in layers]
+    assert [factor is None for factor in alone] == [False, False, True, True, False, False]
+    for own, expected in zip(map_batched(factorize, layers), alone, strict=True):
+        if own is None or expected is None:
+            assert own is expected
+        else:
+            names = ("order", "unit", "variance", "diagonal")
+            assert all(torch.equal(getattr(own, n), getattr(expected, n)) for n in names)
+
+
+def hessian_with(width: int, least: float) -> Tensor:
+    """Moments of 100 tokens with a negative eigenvalue."""
+    basis, _ = torch.linalg.qr(draw(width, width, 9))
+    values = torch.ones(width)
+    values[0] = least
+    return 100 * (basis * values) @ basis.T
+
+
+@pytest.mark.parametrize("weights_together", [1, 50, 700, 1 << 20])
+@pytest.mark.parametrize("has_importance", [False, True])
+@pytest.mark.parametrize("has_kinds", [False, True])
+def test_scales_are_searched_together_as_alone_however_many_weights_are_looked_up_at_a_time(
+    weights_together: int, has_importance: bool, has_kinds: bool
+) -> None:
+    group, rows, width = 8, 5, 48
+    table = draw(2 * 64, 6, 0).abs().view(2, 64, 6)
+    layers = []
+    for seed in (10, 20, 30, 40):
+        weight = draw(rows, width, seed)
+        importance = draw(1, width, seed + 1).abs().squeeze(0) if has_importance else None
+        span = weight.view(rows, -1, group).abs().amax(2)
+        kind = draw(rows, width // group, seed + 2) > 0 if has_kinds else None
+        layers.append((weight, importance, span, kind))
+
+    def search(layer: tuple[Tensor, Tensor | None, Tensor, Tensor | None]) -> Tensor:
+        weight, importance, span, kind = layer
+        return numerics.search_scales(weight, importance, group, table, span, kind=kind)
+
+    alone = [search(layer) for layer in layers]
+    assert len(torch.cat(alone).unique()) == 6
+    with patch.object(scale_search, "WEIGHTS_PER_CHUNK", weights_together):
+        together = map_batched(search, layers)
+    assert all(map(torch.equal, together, alone))
 
 
 def test_of_layers_together_only_those_have_a_row_factor_whose_gradients_can_be_factored() -> None:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from bitpress.numerics.fused_rounding import format_arguments, round_to_format
 from bitpress.numerics.rounding_rule import RoundingRule
-from bitpress.numerics.swept_columns import stack
-from bitpress.runtime.batching import batched
+from bitpress.runtime.batching import batched, stack
 
 if TYPE_CHECKING:
     from bitpress.numerics.scale_refit import DampedHessian

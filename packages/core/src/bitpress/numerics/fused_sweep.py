@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bitpress.numerics.fused_rounding import format_arguments, round_to_format
 from bitpress.numerics.rounding_rule import RoundingRule
-from bitpress.numerics.swept_columns import SweptColumns, Wave, stack
+from bitpress.numerics.swept_columns import SweptColumns, Wave
+from bitpress.runtime.batching import stack
 
 # Columns that a program decides; between blocks the feedback is a matrix product.
 BLOCK = 128

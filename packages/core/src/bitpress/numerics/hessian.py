@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.cholesky import cholesky_
-from bitpress.numerics.exact import scalar_like
 from bitpress.numerics.gram import stripes
-from bitpress.runtime.batching import read_number
+from bitpress.runtime.batching import batched, stack
 
-# What is added to the diagonal of H, in units of its mean over active columns.
-MIN_DAMPING = 0.001
+# What is added to the diagonal of H, in units of its mean over active columns; ten times as much
+# where that is too little, and so on.
+MIN_DAMPING, MAX_DAMPINGS = 0.001, 4
 
 
 @frozen(eq=False)
@@ -116,7 +116,7 @@ def factorize_hessian(
     More is added to the diagonal than asked where there are few tokens for the width, and it grows
     tenfold up to three times. A column that was never active is uncoupled by it
     and gets rounded to nearest: its weights stay, since a channel silent in calibration may speak
-    in service.
+    in service. Moments of layers that are solved side by side are factored together.
 
     Args:
         hessian: (in, in) float32, the sum of x xᵀ over tokens.
@@ -128,35 +128,102 @@ def factorize_hessian(
     Returns:
         The factor; None where H is not finite, or too near to singular for any damping tried.
     """
-    num_tokens = max(tokens, 1.0)
-    diagonal = hessian.diagonal() / scalar_like(hessian, num_tokens)
+    moments = _Moments(hessian, max(tokens, 1.0), together, damping)
+    return batched(_factorize_layers, moments, moments.form)
+
+
+@frozen(eq=False)
+class _Moments:
+    """Arguments of `factorize_hessian`."""
+
+    hessian: Tensor
+    num_tokens: float
+    together: int
+    damping: float
+
+    @property
+    def form(self) -> Hashable:
+        """What moments have in common that are factored together."""
+        return self.hessian.shape, self.hessian.device, self.together, self.damping
+
+    def added(self, mean: float) -> float:
+        """What is added to the diagonal, whose mean over active columns is given."""
+        share = min(max(0.1 * len(self.hessian) / self.num_tokens, self.damping), 1.0)
+        return share * mean if mean else 1.0
+
+
+def _factorize_layers(layers: Sequence[_Moments]) -> list[Factor | None]:
+    """The factors of moments that have the same form."""
+    num_tokens = layers[0].hessian.new_tensor([layer.num_tokens for layer in layers])
+    diagonal = stack([layer.hessian.diagonal() for layer in layers]) / num_tokens.unsqueeze(1)
+    num_active = (diagonal > 0).sum(1).clamp_(min=1)
+    mean = diagonal.clamp(min=0).sum(1) / num_active
     # One sum over all entries is NaN or infinite where any of them is.
-    if not math.isfinite(read_number(hessian.sum())):
-        return None
+    total = stack([layer.hessian.sum() for layer in layers])
+    means_and_totals = torch.stack([mean, total], 1).tolist()
 
-    # GPTQ's act-order: the most active columns first, while most others can
-    # still make up for their errors.
-    activity = diagonal.view(-1, together).amax(1)
-    group_starts = activity.argsort(descending=True, stable=True) * together
-    neighbors = torch.arange(together, device=group_starts.device)
-    order = (group_starts.unsqueeze(1) + neighbors).flatten()
+    factors: list[Factor | None] = [None] * len(layers)
+    damped = {
+        number: layers[number].added(own_mean)
+        for number, (own_mean, own_total) in enumerate(means_and_totals)
+        if math.isfinite(own_total)
+    }
+    for _ in range(MAX_DAMPINGS):
+        if not damped:
+            break
+        numbers = list(damped)
+        made = _factorize_damped(
+            [layers[number] for number in numbers], diagonal[numbers], list(damped.values())
+        )
+        for number, factor in zip(numbers, made, strict=True):
+            factors[number] = factor
+        damped = {number: 10 * added for number, added in damped.items() if factors[number] is None}
+    return factors
 
-    num_active = (diagonal > 0).sum().clamp_(min=1)
-    mean = read_number(diagonal.clamp(min=0).sum() / num_active)
-    share = min(max(0.1 * len(diagonal) / num_tokens, damping), 1.0)
-    added = share * mean if mean else 1.0
 
+def _factorize_damped(
+    layers: Sequence[_Moments], diagonal: Tensor, added: Sequence[float]
+) -> list[Factor | None]:
+    """The factors of moments, damped by so much; None for those that are too near to singular.
+
+    Args:
+        diagonal: (layers, in) of the means over tokens.
+    """
+    order = _most_active_first(diagonal, layers[0].together)  # (layers, in)
     # From the last column backwards, so that a lower Cholesky factor read from the other end is
     # upper triangular: H = R Rᵀ, with R = U √D.
-    backwards = order.flip(0)
-    for _ in range(4):
-        permuted = hessian.index_select(0, backwards).index_select(1, backwards)
-        permuted.div_(scalar_like(hessian, num_tokens)).diagonal().add_(added)
-        # A Cholesky factor is as large as H: it is computed in place.
-        lower = cholesky_(permuted)
-        if lower is not None and math.isfinite(read_number(lower.sum())):
-            upper = lower.flip(0, 1)
-            root = upper.diagonal().clone()
-            return Factor(order, upper.div_(root), root.square(), diagonal + added)
-        added *= 10
-    return None
+    backwards = order.flip(1)
+    width = diagonal.shape[1]
+    permuted = diagonal.new_empty(len(layers), width, width)
+    for own, layer, columns in zip(permuted, layers, backwards, strict=True):
+        rows = layer.hessian.index_select(0, columns)
+        torch.index_select(rows, 1, columns, out=own)
+    num_tokens = diagonal.new_tensor([layer.num_tokens for layer in layers])
+    damping = diagonal.new_tensor(added).unsqueeze(1)
+    permuted.div_(num_tokens.view(-1, 1, 1)).diagonal(dim1=1, dim2=2).add_(damping)
+
+    # A Cholesky factor is as large as H: it is computed in place.
+    lower, is_definite = cholesky_(permuted)
+    are_usable = (is_definite & lower.sum((1, 2)).isfinite()).tolist()
+    unit = lower.flip(1, 2)
+    del lower, permuted
+    root = unit.diagonal(dim1=1, dim2=2).clone()
+    unit.div_(root.unsqueeze(1))
+    factors = map(Factor, order, unit, root.square(), diagonal + damping)
+    return [
+        factor if is_usable else None for factor, is_usable in zip(factors, are_usable, strict=True)
+    ]
+
+
+def _most_active_first(diagonal: Tensor, together: int) -> Tensor:
+    """The columns in GPTQ's act-order, (layers, in): while most others can still make up for their
+    errors.
+
+    Args:
+        diagonal: (layers, in).
+        together: so many neighbors stay side by side.
+    """
+    activity = diagonal.view(len(diagonal), -1, together).amax(2)
+    group_starts = activity.argsort(dim=1, descending=True, stable=True) * together
+    neighbors = torch.arange(together, device=group_starts.device)
+    return (group_starts.unsqueeze(2) + neighbors).flatten(1)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from bitpress.runtime.batching import batched, stack
 
 # Weights that are looked up at a time: they stay in a core's cache. On a GPU they are more, as each
 # launch costs the same for any number of them.
@@ -85,7 +88,8 @@ def search_scales(  # noqa: PLR0913
     *,
     kind: Tensor | None = None,
 ) -> Tensor:
-    """Which candidate has the least Σ importance (w - q)² in each group.
+    """Which candidate has the least Σ importance (w - q)² in each group; those of layers that are
+    solved side by side are looked up together.
 
     Args:
         weight: (out, in) float32, the width a multiple of `group`.
@@ -99,46 +103,95 @@ def search_scales(  # noqa: PLR0913
     Returns:
         (out, groups) int32, positions among the candidates.
     """
-    num_kinds, num_places, num_candidates = table.shape
-    if num_candidates == 1:
+    if table.shape[2] == 1:
         return torch.zeros_like(span, dtype=torch.int32)
+    search = _Search(weight, importance, group, table, span, kind)
+    return batched(_search_layers, search, search.form)
+
+
+@frozen(eq=False)
+class _Search:
+    """Arguments of `search_scales`."""
+
+    weight: Tensor
+    importance: Tensor | None
+    group: int
+    table: Tensor
+    span: Tensor
+    kind: Tensor | None
+
+    @property
+    def form(self) -> Hashable:
+        """What searches have in common that are made together."""
+        weight, kinds = self.weight, (self.importance is None, self.kind is None)
+        return weight.shape, weight.device, self.group, id(self.table), kinds
+
+
+def _search_layers(searches: Sequence[_Search]) -> list[Tensor]:
+    """Searches that have the same form, made together for as many layers as are looked up at a
+    time.
+    """
+    weight = searches[0].weight
+    num_weights = WEIGHTS_PER_CHUNK if weight.device.type == "cpu" else WEIGHTS_PER_CHUNK_ON_GPU
+    step = max(num_weights // weight.numel(), 1)
+    chunks = (searches[first : first + step] for first in range(0, len(searches), step))
+    return [best for chunk in chunks for best in _search_chunk(chunk, num_weights)]
+
+
+def _search_chunk(searches: Sequence[_Search], num_weights: int) -> Sequence[Tensor]:
+    """The same for a few layers, of which so many weights are looked up at a time: of several all,
+    of one a few rows.
+    """
+    group, table = searches[0].group, searches[0].table
+    num_kinds, num_places, num_candidates = table.shape
+    weight, span = (stack([getattr(s, name) for s in searches]) for name in ("weight", "span"))
+    num_layers, num_rows, width = weight.shape
+    rows_per_chunk = min(max(num_weights // width, 1), num_rows)
 
     # The tables of all kinds lie one below the other; a weight of 0 is in the middle of its own.
-    origin = torch.zeros_like(span) if kind is None else kind * float(num_places)
+    kinds = [search.kind for search in searches if search.kind is not None]
+    origin = stack(kinds) * float(num_places) if kinds else torch.zeros_like(span)
     origin.add_(num_places / 2)
-    is_on_cpu = weight.device.type == "cpu"
-    num_weights = WEIGHTS_PER_CHUNK if is_on_cpu else WEIGHTS_PER_CHUNK_ON_GPU
-    rows_per_chunk = min(max(num_weights // weight.shape[1], 1), len(weight))
-    relative_importance = None
-    if importance is not None:
-        relative = importance / importance.amax()
-        relative_importance = relative.expand(rows_per_chunk, -1).reshape(-1, group)
+    importance = _importance_of_rows(searches, rows_per_chunk)
 
     # Shared by all chunks: memory that is allocated anew for each would be paged in each time.
     position_buffer, row_buffer = (
-        weight.new_empty(rows_per_chunk, span.shape[1], group, dtype=dtype)
+        weight.new_empty(num_layers, rows_per_chunk, span.shape[2], group, dtype=dtype)
         for dtype in (torch.float32, torch.int32)
     )
 
     best = []
-    for first in range(0, len(weight), rows_per_chunk):
-        rows = slice(first, min(first + rows_per_chunk, len(weight)))
-        position = position_buffer[: rows.stop - first]  # (rows, groups, group)
-        torch.div(to_groups(weight[rows], group), span[rows].unsqueeze(2), out=position)
-        position.mul_(num_places / 2 * SHRINK).add_(origin[rows].unsqueeze(2))
+    for first in range(0, num_rows, rows_per_chunk):
+        rows = slice(first, min(first + rows_per_chunk, num_rows))
+        position = position_buffer[:, : rows.stop - first]  # (layers, rows, groups, group)
+        in_groups = weight[:, rows].reshape_as(position)
+        torch.div(in_groups, span[:, rows].unsqueeze(3), out=position)
+        position.mul_(num_places / 2 * SHRINK).add_(origin[:, rows].unsqueeze(3))
 
         # A NaN is clamped to some row of the table: only the scheme may refuse it.
-        table_row = row_buffer[: rows.stop - first]
+        table_row = row_buffer[:, : rows.stop - first]
         table_row.copy_(position).clamp_(0, num_kinds * num_places - 1)
         table_row = table_row.view(-1, group)
 
         # An embedding bag sums the table's rows of a group without storing them one by one.
-        weights = None if relative_importance is None else relative_importance[: len(table_row)]
+        weights = None if importance is None else importance[: len(table_row)]
         costs = embedding_bag(
             table_row, table.view(-1, num_candidates), mode="sum", per_sample_weights=weights
-        )  # (rows * groups, candidates)
-        best.append(_argmin_(costs))
-    return torch.cat(best).view_as(span)
+        )  # (layers * rows * groups, candidates)
+        best.append(_argmin_(costs).view(num_layers, -1, span.shape[2]))
+    return torch.cat(best, 1).unbind()
+
+
+def _importance_of_rows(searches: Sequence[_Search], num_rows: int) -> Tensor | None:
+    """What an error costs in the columns of so many rows of each layer, by group, in units of the
+    layer's most important column: (layers * rows * groups, group); None where all cost the same.
+    """
+    importances = [search.importance for search in searches if search.importance is not None]
+    if not importances:
+        return None
+    importance = stack(importances)  # (layers, in)
+    relative = importance / importance.amax(1, keepdim=True)
+    return relative.unsqueeze(1).expand(-1, num_rows, -1).reshape(-1, searches[0].group)
 
 
 def _argmin_(x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from attrs import frozen
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bitpress.runtime.batching import stack
+
 
 @frozen
 class Wave:
@@ -134,9 +136,3 @@ def in_rows(of_groups: Tensor, num_rows: int) -> list[Tensor]:
     # (layers, columns, rows of a group, groups)
     by_layer = of_groups.flip(1).permute(2, 0, 3, 1)
     return list(by_layer.flatten(2)[..., :num_rows].unbind())
-
-
-def stack(of_layers: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """Tensors of layers with an axis for the layers; a single one is not copied."""
-    first = of_layers[0]
-    return first.unsqueeze(axis) if len(of_layers) == 1 else torch.stack(list(of_layers), axis)

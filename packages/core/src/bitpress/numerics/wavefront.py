@@ -22,8 +22,8 @@ from bitpress.numerics.halving import halve
 from bitpress.numerics.hessian import Factor
 from bitpress.numerics.output_hessian import RowFactor
 from bitpress.numerics.rounding_rule import RoundingRule
-from bitpress.numerics.swept_columns import SweptColumns, Wave, in_rows, stack
-from bitpress.runtime.batching import batched
+from bitpress.numerics.swept_columns import SweptColumns, Wave, in_rows
+from bitpress.runtime.batching import batched, stack
 
 
 @frozen(eq=False)

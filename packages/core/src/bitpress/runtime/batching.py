@@ -73,6 +73,12 @@ def _read_numbers(numbers: Sequence[Tensor]) -> list[float]:
     return torch.stack(list(numbers)).tolist()
 
 
+def stack(of_items: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Tensors of items with an axis for the items; a single one is not copied."""
+    first = of_items[0]
+    return first.unsqueeze(axis) if len(of_items) == 1 else torch.stack(list(of_items), axis)
+
+
 def map_batched(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """What the work makes of each item; what it asks `batched` for is computed for several items at
     once. An error in one ends all.
