@@ -20,6 +20,7 @@ from bitpress.compression.calibration.activation_streams import StreamLimits
 from bitpress.compression.calibration.layer_groups import LayerGroup
 from bitpress.compression.calibration.statistics import GroupStatistics
 from bitpress.compression.data_free import compress_stack
+from bitpress.numerics.gram import product_dtype, project
 from bitpress.output.layer_proof import LayerMeasurement, max_error, prove_stored
 from bitpress.planning.layout import Stack
 from bitpress.runtime import memory
@@ -282,7 +283,8 @@ def _allocate_stored(group: LayerGroup) -> list[StoredLayer]:
 
 def _output_error(sample: Tensor, weight: Tensor, dequantized: Tensor) -> float:
     """||x (W - Q)ᵀ|| / ||x Wᵀ||; 0 where the layer's output is zero."""
-    expected = sample.float() @ weight.float().T  # (tokens, out)
-    norm = float(expected.norm(dtype=torch.float64))
-    error = (sample.float() @ dequantized.T - expected).norm(dtype=torch.float64)
-    return float(error) / norm if norm else 0.0
+    x = sample.to(product_dtype(sample))
+    # In 16 bits it is rounded after the subtraction, to 2**-9 of itself: less than is shown of it.
+    difference = weight.float() - dequantized
+    error, norm = (float(project(x, w).norm(dtype=torch.float64)) for w in (difference, weight))
+    return error / norm if norm else 0.0
