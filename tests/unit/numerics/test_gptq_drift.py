@@ -192,3 +192,16 @@ def test_few_tokens_for_the_width_are_believed_in_proportion() -> None:
         x = draw(tokens, WIDTH, seed=2)
         sizes.append((correct_weight(weight, x + 0.3 * x.roll(1, 1), x) - weight).norm())
     assert sizes[1] < 0.35 * sizes[0]
+
+
+@pytest.mark.parametrize(("tokens", "is_corrected"), [(37, False), (38, False), (39, True)])
+def test_of_too_few_tokens_for_the_width_no_correction_is_computed(
+    tokens: int, is_corrected: bool
+) -> None:
+    # a tenth of the tokens with which a correction is believed in full are 38.4
+    weight, x = draw(ROWS, WIDTH, seed=1), draw(tokens, WIDTH, seed=2)
+    stats = numerics.gptq_statistics(x + 0.3 * x.roll(1, 1), weight, x)
+    factor = numerics.factorize_hessian(stats["hessian"].value, tokens)
+    assert factor is not None
+    target = gptq.gptq_target(Layer("layer", weight, torch.bfloat16), stats, factor)
+    assert torch.equal(target, weight) != is_corrected

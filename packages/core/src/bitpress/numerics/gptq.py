@@ -42,6 +42,10 @@ SAMPLE_STRIDE = 8
 # shrunk in proportion.
 TOKENS_PER_CHANNEL = 16
 
+# A correction that would be shrunk to less than this share of it gains nothing: SmolLM2-135M loses
+# as much without it, or less.
+LEAST_SHARE = 0.1
+
 # A correction nearly as large as the row that it corrects is not believed: in a model whose
 # outputs are hardly sensitive to a layer, it may be hundreds of times the weight.
 MAX_CORRECTION = 0.7
@@ -270,7 +274,8 @@ class _RowRounding:
 def gptq_target(layer: Layer, stats: Mapping[str, Statistic], factor: Factor) -> Tensor:
     """The weight that a layer should come near to, whatever earlier steps made of it.
 
-    It is the original weight, plus what makes up for what its output lacks by now.
+    It is the original weight, plus what makes up for what its output lacks by now; unless so little
+    of that would be believed that it gains nothing.
 
     Args:
         layer: its weight (out, in), and the original one.
@@ -282,6 +287,9 @@ def gptq_target(layer: Layer, stats: Mapping[str, Statistic], factor: Factor) ->
     """
     weight = layer.weight if layer.original_weight is None else layer.original_weight
     if "drift_tokens" not in stats:
+        return weight
+    tokens, width = read_number(stats["drift_tokens"].value), weight.shape[1]
+    if tokens < LEAST_SHARE * TOKENS_PER_CHANNEL * width:
         return weight
     return weight + drift_correction(weight, stats, factor)
 
