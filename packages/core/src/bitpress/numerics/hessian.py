@@ -7,7 +7,6 @@ Letters: H = E[x xᵀ] (in, in), over calibration tokens. Sources: Frantar et al
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -146,65 +145,50 @@ class _Moments:
         """What moments have in common that are factored together."""
         return self.hessian.shape, self.hessian.device, self.together, self.damping
 
-    def added(self, mean: float) -> float:
-        """What is added to the diagonal, whose mean over active columns is given."""
-        share = min(max(0.1 * len(self.hessian) / self.num_tokens, self.damping), 1.0)
-        return share * mean if mean else 1.0
+    @property
+    def share(self) -> float:
+        """What is added to the diagonal, in units of its mean over active columns."""
+        return min(max(0.1 * len(self.hessian) / self.num_tokens, self.damping), 1.0)
 
 
 def _factorize_layers(layers: Sequence[_Moments]) -> list[Factor | None]:
-    """The factors of moments that have the same form."""
-    num_tokens = layers[0].hessian.new_tensor([layer.num_tokens for layer in layers])
-    diagonal = stack([layer.hessian.diagonal() for layer in layers]) / num_tokens.unsqueeze(1)
-    num_active = (diagonal > 0).sum(1).clamp_(min=1)
-    mean = diagonal.clamp(min=0).sum(1) / num_active
-    # One sum over all entries is NaN or infinite where any of them is.
-    total = stack([layer.hessian.sum() for layer in layers])
-    means_and_totals = torch.stack([mean, total], 1).tolist()
-
+    """The factors of moments that have the same form; more is added where one has none."""
     factors: list[Factor | None] = [None] * len(layers)
-    damped = {
-        number: layers[number].added(own_mean)
-        for number, (own_mean, own_total) in enumerate(means_and_totals)
-        if math.isfinite(own_total)
-    }
-    for _ in range(MAX_DAMPINGS):
-        if not damped:
-            break
-        numbers = list(damped)
-        made = _factorize_damped(
-            [layers[number] for number in numbers], diagonal[numbers], list(damped.values())
-        )
-        for number, factor in zip(numbers, made, strict=True):
+    remaining = list(range(len(layers)))
+    for attempt in range(MAX_DAMPINGS):
+        damped = _factorize_damped([layers[number] for number in remaining], 10**attempt)
+        for number, factor in zip(remaining, damped, strict=True):
             factors[number] = factor
-        damped = {number: 10 * added for number, added in damped.items() if factors[number] is None}
+        remaining = [number for number in remaining if factors[number] is None]
+        if not remaining:
+            break
     return factors
 
 
-def _factorize_damped(
-    layers: Sequence[_Moments], diagonal: Tensor, added: Sequence[float]
-) -> list[Factor | None]:
-    """The factors of moments, damped by so much; None for those that are too near to singular.
-
-    Args:
-        diagonal: (layers, in) of the means over tokens.
+def _factorize_damped(layers: Sequence[_Moments], times: int) -> list[Factor | None]:
+    """The factors of moments, damped by so many times as much as they ask for; None for those that
+    are not finite, or too near to singular.
     """
-    order = _most_active_first(diagonal, layers[0].together)  # (layers, in)
+    numbers = [[layer.num_tokens, layer.share] for layer in layers]
+    num_tokens, share = layers[0].hessian.new_tensor(numbers).T.unsqueeze(2)  # (layers, 1)
+    diagonal = stack([layer.hessian.diagonal() for layer in layers]) / num_tokens  # (layers, in)
+    num_active = (diagonal > 0).sum(1, keepdim=True).clamp_(min=1)
+    mean = diagonal.clamp(min=0).sum(1, keepdim=True) / num_active
+    damping = torch.where(mean == 0, 1.0, share * mean) * times
+
+    order = _most_active_first(diagonal, layers[0].together)
     # From the last column backwards, so that a lower Cholesky factor read from the other end is
     # upper triangular: H = R Rᵀ, with R = U √D.
-    backwards = order.flip(1)
-    width = diagonal.shape[1]
-    permuted = diagonal.new_empty(len(layers), width, width)
-    for own, layer, columns in zip(permuted, layers, backwards, strict=True):
-        rows = layer.hessian.index_select(0, columns)
-        torch.index_select(rows, 1, columns, out=own)
-    num_tokens = diagonal.new_tensor([layer.num_tokens for layer in layers])
-    damping = diagonal.new_tensor(added).unsqueeze(1)
-    permuted.div_(num_tokens.view(-1, 1, 1)).diagonal(dim1=1, dim2=2).add_(damping)
+    permuted = diagonal.new_empty(*diagonal.shape, diagonal.shape[1])
+    for own, layer, columns in zip(permuted, layers, order.flip(1), strict=True):
+        torch.index_select(layer.hessian.index_select(0, columns), 1, columns, out=own)
+    permuted.div_(num_tokens.unsqueeze(2)).diagonal(dim1=1, dim2=2).add_(damping)
 
+    # One sum over all entries is NaN or infinite where any of them is.
+    total = permuted.sum((1, 2))
     # A Cholesky factor is as large as H: it is computed in place.
     lower, is_definite = cholesky_(permuted)
-    are_usable = (is_definite & lower.sum((1, 2)).isfinite()).tolist()
+    are_usable = (is_definite & (total + lower.sum((1, 2))).isfinite()).tolist()
     unit = lower.flip(1, 2)
     del lower, permuted
     root = unit.diagonal(dim1=1, dim2=2).clone()
