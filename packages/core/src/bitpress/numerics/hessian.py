@@ -190,7 +190,6 @@ def _factorize_damped(layers: Sequence[_Moments], times: int) -> list[Factor | N
     lower, is_definite = cholesky_(permuted)
     are_usable = (is_definite & (total + lower.sum((1, 2))).isfinite()).tolist()
     unit = lower.flip(1, 2)
-    del lower, permuted
     root = unit.diagonal(dim1=1, dim2=2).clone()
     unit.div_(root.unsqueeze(1))
     factors = map(Factor, order, unit, root.square(), diagonal + damping)
