@@ -8,6 +8,7 @@ Each part writes what it finds into gpu.json at once, and goes on where another 
 - `hooks`: every scheme and option on awkward weights beside the CPU;
 - `collectives`: those of a rank, on one that is made to believe that it is not alone;
 - `pieces`: milliseconds of the largest pieces of a solve, with one thing changed;
+- `experts`: milliseconds of factors and scales of experts, one by one and together;
 - `sweep`: error feedback in the loop and in the kernel, and how many numbers differ;
 - `runs`: schemes on a small model, their losses beside the CPU's;
 - `calibrated`: seconds for each block of Llama 3.1 8B's shape, and peak memory;
@@ -45,6 +46,7 @@ import bitpress
 from bitpress import Layer, numerics
 from bitpress.conformance import trial
 from bitpress.numerics import gram, kernel_trial, rows, scale_search
+from bitpress.runtime.batching import map_batched
 from bitpress.runtime.process_group import ProcessGroup
 from bitpress.schemes import pipeline
 from bitpress.schemes.registry import Step, discover
@@ -272,8 +274,8 @@ def pieces(kit: Kit) -> Found:
     torch.backends.cuda.matmul.allow_tf32 = False
     hessian = gram.gram(x) + torch.eye(x.shape[1], device=kit.device)
     found["factor"] = kit.milliseconds(lambda: numerics.factorize_hessian(hessian, float(len(x))))
-    for chunk in (scale_search.WEIGHTS_PER_CHUNK, 1 << 24):
-        with patch.object(scale_search, "WEIGHTS_PER_CHUNK", chunk):
+    for chunk in (scale_search.WEIGHTS_PER_CHUNK, scale_search.WEIGHTS_PER_CHUNK_ON_GPU):
+        with patch.object(scale_search, "WEIGHTS_PER_CHUNK_ON_GPU", chunk):
             found[f"scales, {chunk} weights at a time"] = kit.milliseconds(
                 lambda: fit(weight, factor)
             )
@@ -281,6 +283,33 @@ def pieces(kit: Kit) -> Found:
     states = torch.empty(2048 * weight.shape[1], dtype=torch.bfloat16)
     found["hidden states there"] = kit.milliseconds(lambda: states.to(kit.device))
     found["and back"] = kit.milliseconds(lambda: states.to(kit.device).cpu())
+    return found
+
+
+def experts(kit: Kit) -> Found:
+    """Milliseconds of factors and scales of experts, one by one and with a batch axis."""
+    num_experts, width, num_rows = (4, 256, 128) if kit.is_small else (16, 2048, 1536)
+    draw = torch.Generator(kit.device).manual_seed(0)
+    x = torch.randn(num_experts, 2 * width, width, device=kit.device, generator=draw)
+    hessians = [gram.gram(own) for own in x]
+    weights = list(torch.randn(num_experts, num_rows, width, device=kit.device, generator=draw))
+
+    def factorize(hessian: Tensor) -> numerics.Factor | None:
+        return numerics.factorize_hessian(hessian, 2.0 * width)
+
+    factor = factorize(hessians[0])
+    assert factor is not None
+    found: Found = {}
+    for name, work, items in (
+        ("factors", factorize, hessians),
+        ("scales", lambda weight: fit(weight, factor), weights),
+    ):
+        one_by_one, together = (
+            kit.milliseconds(functools.partial(compute, work, items))
+            for compute in (lambda work, items: list(map(work, items)), map_batched)
+        )
+        found[f"{name} of {num_experts}, one by one"] = one_by_one
+        found[f"{name} of {num_experts}, together"] = together
     return found
 
 
@@ -408,11 +437,12 @@ PARTS: Mapping[str, Callable[[Kit], Any]] = {
     "hooks": hooks,
     "collectives": collectives,
     "pieces": pieces,
+    "experts": experts,
     "sweep": sweep,
     "free": free,
-    "launches": lambda kit: launches.table(hidden=4096, intermediate=14336, kv=1024),
+    "launches": lambda kit: launches.table(4096, 14336, 1024, experts=1, together=1),
 }
-DEFAULT = "exact,hooks,collectives,pieces,sweep,runs,calibrated,free"
+DEFAULT = "exact,hooks,collectives,pieces,experts,sweep,runs,calibrated,free"
 
 
 def main() -> None:
