@@ -71,6 +71,18 @@ def test_a_device_is_waited_for_as_often_for_several_layers_as_for_one(masked: b
     assert waits[0] == waits[1]
 
 
+@pytest.mark.parametrize("fit", [symmetric, asymmetric])
+def test_no_numbers_of_the_host_are_copied_to_a_device_while_layers_are_solved(fit: Fit) -> None:
+    problems = [Problem.drawn(40, 64, s, masked=False, two_sided=True) for s in (10, 20)]
+    # tables are copied once
+    expected = map_batched(lambda problem: problem.solve(fit), problems)
+    # torch waits for a GPU to which it copies them
+    with patch.object(Tensor, "new_tensor", side_effect=AssertionError):
+        again = map_batched(lambda problem: problem.solve(fit), problems)
+    for own, other in zip(again, expected, strict=True):
+        assert all(map(torch.equal, own, other))
+
+
 def test_layers_of_several_forms_become_together_what_each_becomes_alone() -> None:
     kinds: Sequence[tuple[int, int, bool, bool]] = [
         (40, 64, False, True),
@@ -105,7 +117,7 @@ def test_moments_are_factored_together_as_alone_however_much_damping_each_needs(
 ) -> None:
     width = 32
     moments = draw(3 * width, width, 1)
-    # less than zero where its diagonal is damped once or twice, and always
+    # an eigenvalue that is below zero after the first damping, and one that stays there
     needs_more, indefinite = (hessian_with(width, least) for least in (-0.05, -1e4))
     layers = [
         (moments.T @ moments, 96.0),

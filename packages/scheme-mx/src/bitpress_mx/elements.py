@@ -103,7 +103,7 @@ def fit(weight: Tensor, importance: Tensor | None, bits: int) -> numerics.FloatG
         # twice the greatest power of two is not a float32 number
         span = (scale * E2M1_SPAN).clamp_(max=torch.finfo(torch.float32).max)
         best = numerics.search_scales(weight, importance, GROUP_SIZE, table, span)
-        scale.mul_(scale.new_tensor(RATIOS)[best])
+        scale.mul_(numerics.table_for_device(weight.device, torch.tensor, RATIOS)[best])
     scale.clamp_(SMALLEST_SCALE, LARGEST_SCALE[bits])
     # A sweep reads scales column by column.
     return numerics.FloatGrid(number_format(bits), scale.T.contiguous().T, GROUP_SIZE)

@@ -149,7 +149,8 @@ def fit(weight: Tensor, importance: Tensor | None, global_scale: Tensor) -> Grid
     span = torch.where(is_top, TOP_SPAN, SPAN).mul_(power) / global_scale
     table = numerics.table_for_device(weight.device, _rounding_costs)
     best = numerics.search_scales(weight, importance, GROUP_SIZE, table, span, kind=is_top)
-    local = _candidates().to(weight.device)[best].mul_(power).clamp_(min=SMALLEST_LOCAL_SCALE)
+    candidates = numerics.table_for_device(weight.device, _candidates)
+    local = candidates[best].mul_(power).clamp_(min=SMALLEST_LOCAL_SCALE)
 
     # E4M3's smallest numbers lie further apart than eight to the octave: there the nearest is
     # taken. A sweep reads scales column by column.

@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from bitpress.numerics.cholesky import cholesky_
+from bitpress.numerics.exact import scalar_like
 from bitpress.numerics.gram import stripes
 from bitpress.runtime.batching import batched, stack
 
@@ -169,8 +170,10 @@ def _factorize_damped(layers: Sequence[_Moments], times: int) -> list[Factor | N
     """The factors of moments, damped by so many times as much as they ask for; None for those that
     are not finite, or too near to singular.
     """
-    numbers = [[layer.num_tokens, layer.share] for layer in layers]
-    num_tokens, share = layers[0].hessian.new_tensor(numbers).T.unsqueeze(2)  # (layers, 1)
+    num_tokens, share = (
+        stack([scalar_like(layer.hessian, getattr(layer, name)) for layer in layers]).unsqueeze(1)
+        for name in ("num_tokens", "share")
+    )  # (layers, 1)
     diagonal = stack([layer.hessian.diagonal() for layer in layers]) / num_tokens  # (layers, in)
     num_active = (diagonal > 0).sum(1, keepdim=True).clamp_(min=1)
     mean = diagonal.clamp(min=0).sum(1, keepdim=True) / num_active

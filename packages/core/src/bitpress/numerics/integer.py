@@ -195,7 +195,8 @@ def fit_symmetric(  # noqa: PLR0913
     amax = amax.masked_fill_(amax == 0, 1.0)
     table = table_for_device(weight.device, _symmetric_costs, bits, tuple(ratios))
     best = search_scales(weight, importance, group, table, amax)
-    scale = amax / scalar_like(amax, (2**bits - 1) / 2) * amax.new_tensor(ratios)[best]
+    ratio = table_for_device(weight.device, torch.tensor, tuple(ratios))[best]  # (out, groups)
+    scale = amax / scalar_like(amax, (2**bits - 1) / 2) * ratio
     return IntegerGrid(_by_column(_to_stored(scale, bits, dtype)), None, bits, group, dtype)
 
 
@@ -242,7 +243,8 @@ def fit_asymmetric(  # noqa: PLR0913
         best = search_scales(weight, importance, group, table, span, kind=kind)
         # A candidate is a ratio and a shift of the zero point.
         num_shifts = len(ZERO_POINT_SHIFTS)
-        scale *= scale.new_tensor(ratios)[best // num_shifts]
+        ratio = table_for_device(weight.device, torch.tensor, tuple(ratios))
+        scale *= ratio[best // num_shifts]
         zero_point = zero_point + best % num_shifts + ZERO_POINT_SHIFTS[0]
         zero_point = zero_point.clamp_(min_code, max_code)
     scale = _by_column(_to_stored(scale, bits, dtype))

@@ -17,8 +17,9 @@ from attrs import frozen
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bitpress.numerics.exact import scalar_like
 from bitpress.numerics.gram import gram, product_dtype
-from bitpress.runtime.batching import batched, read_number
+from bitpress.runtime.batching import batched, read_number, stack
 from bitpress.runtime.lanes import offered_lanes
 from bitpress.schemes.values import Statistic
 
@@ -146,7 +147,7 @@ def _damp(hessians: Sequence[Tensor], num_tokens: Sequence[float]) -> Tensor:
     diagonal = blocks.diagonal(dim1=1, dim2=2)  # (blocks, block)
     mean = diagonal.sum(1) / (diagonal > 0).sum(1).clamp_(min=1)
     blocks.div_(mean.masked_fill_(mean == 0, 1.0).view(-1, 1, 1))
-    damping = diagonal.new_tensor([DAMPING + block / own for own in num_tokens])
+    damping = stack([scalar_like(diagonal, DAMPING + block / own) for own in num_tokens])
     diagonal.add_(damping.repeat_interleave(num_blocks).unsqueeze(1))
     return blocks
 
